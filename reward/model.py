@@ -1,0 +1,1 @@
+def vocabulary_of(tokenizer): return None
