@@ -1,0 +1,113 @@
+"""Credit: per-token rewards, advantages and returns. Pure tensors; masks are True at every action.
+
+    task_BR, kl_BR --token_rewards--> rewards_BR --gae | rloo | group--> advantages_BR, returns_BR --whiten-->
+
+All rows of all ranks are in the tensors, so a mean here is a global mean.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Credit(NamedTuple):
+    advantages_BR: Tensor
+    returns_BR: Tensor
+    """What the value is trained towards."""
+
+
+def token_rewards(task_BR: Tensor, mask_BR: Tensor, kl_BR: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
+    """Rewards of every action: what the task gives there (reward.base puts a score on the last action) - kl_coef x KL there."""
+    rewards_BR = task_BR if kl_BR is None else task_BR - kl_coef * kl_BR
+    return torch.where(mask_BR, rewards_BR, 0.0)
+
+
+def last_action(mask_BR: Tensor) -> Tensor:
+    """True at the last action of each row and nowhere else; all False for an empty row."""
+    after_BR = torch.zeros_like(mask_BR)
+    after_BR[:, :-1] = mask_BR[:, 1:]
+    return mask_BR & ~after_BR
+
+
+def gae(
+    rewards_BR: Tensor,
+    values_BR: Tensor,
+    mask_BR: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap_B: Tensor | None = None,
+) -> Credit:
+    """Generalised advantage estimation. Beyond the last action there is neither value nor carry; `bootstrap_B` is the
+    value of the state after it, for rows that were cut (0 for rows that ended)."""
+    rewards_BR = torch.where(mask_BR, rewards_BR, 0.0)
+    values_BR = torch.where(mask_BR, values_BR, 0.0)
+    next_values_BR = torch.zeros_like(values_BR)
+    next_values_BR[:, :-1] = values_BR[:, 1:]
+    if bootstrap_B is not None:
+        next_values_BR = torch.where(last_action(mask_BR), bootstrap_B[:, None].to(values_BR), next_values_BR)
+    deltas_BR = rewards_BR + gamma * next_values_BR - values_BR
+    advantages_BR = torch.zeros_like(deltas_BR)
+    carry_B = torch.zeros_like(deltas_BR[:, 0])
+    for t in reversed(range(mask_BR.shape[1])):
+        carry_B = torch.where(mask_BR[:, t], deltas_BR[:, t] + gamma * lam * carry_B, 0.0)
+        advantages_BR[:, t] = carry_B
+    return Credit(advantages_BR, torch.where(mask_BR, advantages_BR + values_BR, 0.0))
+
+
+def rloo(rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float = 1.0) -> Credit:
+    """Leave-one-out: the row's discounted return minus the mean return of the other samples of its prompt."""
+    total_B = discounted_sum(rewards_BR, mask_BR, gamma)
+    sum_B, count_B = _group_sum(total_B, group_B), _group_sum(torch.ones_like(total_B), group_B)
+    others_B = (sum_B - total_B) / (count_B - 1).clamp(min=1)
+    # A prompt with one sample has nothing to compare with: no signal, not its whole return.
+    return _spread(torch.where(count_B > 1, total_B - others_B, 0.0), total_B, mask_BR)
+
+
+def group(rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float = 1.0, eps: float = 1e-4) -> Credit:
+    """Group-relative: the row's discounted return, standardised among the samples of its prompt (n - 1 in the variance)."""
+    total_B = discounted_sum(rewards_BR, mask_BR, gamma)
+    count_B = _group_sum(torch.ones_like(total_B), group_B)
+    centred_B = total_B - _group_sum(total_B, group_B) / count_B
+    variance_B = _group_sum(centred_B.square(), group_B) / (count_B - 1).clamp(min=1)
+    return _spread(centred_B / (variance_B.sqrt() + eps), total_B, mask_BR)
+
+
+def discounted_sum(rewards_BR: Tensor, mask_BR: Tensor, gamma: float) -> Tensor:
+    discount_R = gamma ** torch.arange(mask_BR.shape[1], device=mask_BR.device, dtype=rewards_BR.dtype)
+    return torch.where(mask_BR, rewards_BR * discount_R, 0.0).sum(1)
+
+
+def _group_sum(value_B: Tensor, group_B: Tensor) -> Tensor:
+    """For every row the sum over the rows of its group."""
+    groups, index_B = torch.unique(group_B, return_inverse=True)
+    return torch.zeros(len(groups), dtype=value_B.dtype, device=value_B.device).index_add(0, index_B, value_B)[index_B]
+
+
+def _spread(advantage_B: Tensor, total_B: Tensor, mask_BR: Tensor) -> Credit:
+    return Credit(torch.where(mask_BR, advantage_B[:, None], 0.0), torch.where(mask_BR, total_B[:, None], 0.0))
+
+
+def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (population) variance over the entries under the mask; zeros where there are none."""
+    count = mask.sum().clamp(min=1)
+    mean = torch.where(mask, values, 0.0).sum() / count
+    variance = torch.where(mask, values - mean, 0.0).square().sum() / count
+    return mean, variance
+
+
+def whiten(values: Tensor, mask: Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
+    """Scale to variance one under the mask and remove the mean, or keep it. One valid entry becomes 0, not NaN."""
+    mean, variance = masked_moments(values, mask)
+    white = (values - mean) * torch.rsqrt(variance + eps)
+    return torch.where(mask, white + mean if keep_mean else white, 0.0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - var(returns - values) / var(returns); 0 where the returns do not vary."""
+    _, residual = masked_moments(returns - values, mask)
+    _, variance = masked_moments(returns, mask)
+    return float(1 - residual / variance) if float(variance) > 1e-12 else 0.0

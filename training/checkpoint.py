@@ -1,0 +1,268 @@
+"""Exact save and resume: safetensors and JSON, written aside, flushed, renamed; nothing is ever unpickled.
+
+    RUN/checkpoints/step-000010/      whole as soon as it has this name
+        tensors.safetensors           every tensor of the state (weights, optimizer moments, random states of all ranks)
+        state.json                    everything else, and where in it the tensors belong; config, log position, step
+        manifest.json                 size and sha256 of the two, so that a damaged checkpoint is found before it is used
+
+    save(folder, step, state, ...)    on every rank; the main process writes; the newest `keep` stay
+    latest(folder)                    the newest whole one; damaged ones are named and passed over; None on a fresh folder
+    load(path, state, ...)            on every rank, in place; returns the rest of what was saved
+
+`state` is training/state.py's TrainState: `trained()` tensors, the optimizer, `numbers()`. Floats go through JSON by their
+shortest exact form, tensors bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rollout import processes
+from rollout.errors import Problem
+from rollout.fingerprint import sha256_file
+from rollout.run import sync, written_aside
+
+if TYPE_CHECKING:
+    from training.state import TrainState
+
+FORMAT = 1
+FOLDER = "checkpoints"
+_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_NAME = re.compile(r"step-(\d{6,})")
+_logger = logging.getLogger(__name__)
+
+
+# -- save, find, load ----------------------------------------------------------------------------------------------
+
+
+def save(
+    folder: Path,
+    step: int,
+    state: TrainState,
+    *,
+    keep: int = 2,
+    config: Mapping[str, Any] | None = None,
+    log: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `folder/checkpoints/step-NNNNNN`; `step` counts the finished steps. A full disk leaves the older ones whole."""
+    path = Path(folder) / FOLDER / f"step-{step:06d}"
+    tree = {
+        "weights": state.trained(),
+        "optimizer": state.optimizer.state_dict(),
+        "numbers": state.numbers(),
+        "random": processes.gather_objects([random_states()]),
+    }
+    head = {"format": FORMAT, "step": step, "config": dict(config or {}), "log": dict(log or {})}
+    processes.on_main(lambda: _write(path, head, tree, keep))
+    return path
+
+
+def _write(path: Path, head: dict[str, Any], tree: dict[str, Any], keep: int) -> None:
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(tree, "", tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(".step-*.tmp"):  # by a killed run
+        shutil.rmtree(left, ignore_errors=True)
+    with written_aside(path) as aside:
+        aside.mkdir()
+        _write_tensors(aside / _TENSORS, tensors)
+        (aside / _STATE).write_text(json.dumps({**head, "tree": skeleton}, ensure_ascii=False), encoding="utf-8")
+        files = {
+            name: {"bytes": (aside / name).stat().st_size, "sha256": sha256_file(aside / name)} for name in (_TENSORS, _STATE)
+        }
+        (aside / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": head["step"], "files": files}), encoding="utf-8")
+        if path.exists():  # damaged, else this step would not have been run again
+            _remove(path)
+    for old in _steps(path.parent)[max(keep, 1) :]:
+        _remove(old)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint; those that are damaged are named and passed over. None where none was written."""
+    return processes.on_main(lambda: _latest(Path(folder)))
+
+
+def _latest(folder: Path) -> Path | None:
+    steps = _steps(folder / FOLDER)
+    for index, path in enumerate(steps):
+        damage = damaged(path)
+        if damage is None:
+            return path
+        before = f"going on from {steps[index + 1].name}" if index + 1 < len(steps) else "there is none before it"
+        _logger.warning("%s: damaged (%s); %s", path, damage, before)
+    if steps:
+        names = ", ".join(path.name for path in steps)
+        raise Problem(f"{folder / FOLDER}: every checkpoint is damaged ({names}); --run.overwrite true starts again")
+    return None
+
+
+def damaged(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None where it is whole."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        version = int(manifest["format"])
+    except OSError as error:
+        return f"{_MANIFEST}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{_MANIFEST} is not what was written"
+    if version != FORMAT:
+        raise Problem(f"{path}: format {version}, this version reads {FORMAT}; resume with the version that wrote it")
+    if set(files) != {_TENSORS, _STATE}:
+        return f"{_MANIFEST} lists {sorted(files)}"
+    for name, (size, sha256) in files.items():
+        try:
+            found = (path / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, {size} were written"
+            if sha256_file(path / name) != sha256:
+                return f"the checksum of {name} differs"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def read_head(path: Path) -> dict[str, Any]:
+    """What a whole checkpoint says of itself: step, config, log, and the tree without its tensors."""
+    head: dict[str, Any] = json.loads((Path(path) / _STATE).read_text(encoding="utf-8"))
+    return head
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A whole checkpoint as written: step, config, log and the tree with its tensors (on the CPU)."""
+    from safetensors.torch import load_file
+
+    head = read_head(path)
+    return head | {"tree": _unflatten(head["tree"], load_file(Path(path) / _TENSORS))}
+
+
+def load(path: Path, state: TrainState) -> dict[str, Any]:
+    """Put a checkpoint into `state` and this process's random generators; returns `step`, `config` and `log` as saved."""
+    head = read(path)
+    tree = head.pop("tree")
+    _copy_weights(state.trained(), tree["weights"])
+    state.optimizer.load_state_dict(tree["optimizer"])
+    state.load_numbers(tree["numbers"])
+    ours, written = processes.start(), len(tree["random"])
+    if written != ours.world_size and ours.is_main:
+        told = "%s was written by %d process(es), this run has %d: equal up to float noise, not bitwise"
+        _logger.warning(told, path, written, ours.world_size)
+    set_random_states(tree["random"][ours.rank % written])
+    return head
+
+
+# -- weights, random generators ------------------------------------------------------------------------------------
+
+
+def _copy_weights(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """In place, so that optimizers and wrappers keep their tensors."""
+    if own.keys() != saved.keys():
+        odd = sorted(own.keys() ^ saved.keys())
+        told = f"{len(odd)} trained tensors are not those that were saved (first: {odd[0]})"
+        raise Problem(f"checkpoint: {told}; resume with the same model")
+    with torch.no_grad():
+        for name, value in own.items():
+            if value.shape != saved[name].shape or value.dtype != saved[name].dtype:
+                found, was = (f"{tuple(v.shape)} {v.dtype}" for v in (value, saved[name]))
+                raise Problem(f"checkpoint: {name} is {found}, saved was {was}; resume with the same model and model.dtype")
+            value.copy_(saved[name])
+
+
+def random_states() -> dict[str, Any]:
+    """Every random generator of this process."""
+    import numpy
+
+    # A tuple, whatever its annotation says.
+    generator: tuple[Any, ...] = numpy.random.get_state()  # type: ignore[assignment]
+    name, keys, position, has_gauss, gauss = generator
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.tensor(keys.tolist()), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    import numpy
+
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, numpy_gauss = states["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, numpy_gauss))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+# -- trees, files --------------------------------------------------------------------------------------------------
+
+
+def _flatten(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The tree as JSON; tensors go into `tensors`. What JSON cannot say (tuples, keys that are no strings) is tagged."""
+    if isinstance(tree, Tensor):
+        plain = tree.detach().cpu().contiguous()
+        # A view, or two names for one tensor (rotary buffers): safetensors wants each on its own.
+        shared = plain.untyped_storage().nbytes() != plain.nbytes or plain.data_ptr() == tree.data_ptr()
+        tensors[name] = plain.clone() if shared else plain
+        return {"@tensor": name}
+    if isinstance(tree, Mapping):
+        return {"@dict": [[key, _flatten(value, f"{name}/{key}".lstrip("/"), tensors)] for key, value in tree.items()]}
+    if isinstance(tree, list | tuple):
+        values = [_flatten(value, f"{name}/{index}", tensors) for index, value in enumerate(tree)]
+        return {"@tuple": values} if isinstance(tree, tuple) else values
+    if tree is None or type(tree) in (bool, int, float, str):
+        return tree
+    raise TypeError(f"checkpoint: {name} is a {type(tree).__name__}, which safetensors and JSON cannot hold")
+
+
+def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_unflatten(value, tensors) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    ((tag, value),) = tree.items()
+    if tag == "@tensor":
+        return tensors[value]
+    if tag == "@tuple":
+        return tuple(_unflatten(part, tensors) for part in value)
+    return {key: _unflatten(part, tensors) for key, part in value}
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # a full disk reaches us as this, not as an OSError
+        raise OSError(str(error)) from error
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), entry) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name))]
+    return [entry for _, entry in sorted(found, reverse=True)]
+
+
+def _remove(path: Path) -> None:
+    """Rename first: a kill half-way through leaves no half checkpoint under a final name."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    os.replace(path, aside)
+    sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)

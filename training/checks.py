@@ -1,0 +1,121 @@
+"""What PPO refuses before it starts: settings out of range, and settings that do not fit each other, the model or the data."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+from rollout.errors import Problem
+
+if TYPE_CHECKING:
+    from rollout.policy import Policy
+    from rollout.sampling import Sampling
+    from training.ppo import PPOSettings
+
+logger = logging.getLogger(__name__)
+
+
+def settings_problems(ppo: PPOSettings) -> list[str]:
+    """A line for every field of the section that is out of range by itself."""
+    at_least = {name: 1 for name in ("steps", "rollouts_per_step", "epochs", "minibatches", "micro_batch_size")}
+    at_least |= {name: 0 for name in ("warmup_steps", "value_warmup_steps", "eval_every", "eval_prompts", "samples")}
+    zero_or_more = ("learning_rate", "value_learning_rate", "weight_decay", "max_grad_norm", "value_coef", "kl_coef")
+    above_zero = ("clip", "clip_high", "value_clip", "kl_target", "kl_horizon", "stop_kl", "gap_tolerance")
+    found = [
+        f"ppo.{name}: {getattr(ppo, name)}, but it must be at least {low}"
+        for name, low in at_least.items()
+        if getattr(ppo, name) < low
+    ]
+    for name in (*zero_or_more, *above_zero):
+        value = getattr(ppo, name)
+        if value is not None and not (math.isfinite(value) and value >= 0 and (value > 0 or name in zero_or_more)):
+            found.append(f"ppo.{name}: {value}, but it must be a number {'above 0' if name in above_zero else 'of 0 or more'}")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(ppo, name) <= 1:
+            found.append(f"ppo.{name}: {getattr(ppo, name)}, but it must lie between 0 and 1")
+    for name in ("entropy_coef", "missing_stop_penalty"):
+        if not math.isfinite(getattr(ppo, name)):
+            found.append(f"ppo.{name}: {getattr(ppo, name)}, but it must be a finite number")
+    if ppo.dual_clip is not None and not ppo.dual_clip > 1:
+        found.append(f"ppo.dual_clip: {ppo.dual_clip}, but it must be above 1 (3 is usual), or unset")
+    if ppo.rollouts_per_step >= 1 and ppo.minibatches >= 1 and ppo.rollouts_per_step % ppo.minibatches:
+        fit = [m for m in range(1, ppo.rollouts_per_step + 1) if ppo.rollouts_per_step % m == 0]
+        near = min(fit, key=lambda m: abs(m - ppo.minibatches))
+        found.append(
+            f"ppo.minibatches: {ppo.rollouts_per_step} rollouts_per_step cannot be split into {ppo.minibatches} equal "
+            f"minibatches; {near} would do"
+        )
+    if ppo.kl_target is not None and ppo.kl_coef <= 0:
+        found.append(f"ppo.kl_coef: {ppo.kl_coef} cannot be adapted to ppo.kl_target, which multiplies it; begin with 0.05, say")
+    if ppo.kl_target is not None and ppo.reference == "none":
+        found.append("ppo.kl_target: there is no reference to measure the KL to; set ppo.reference to auto")
+    if ppo.credit != "gae":
+        unused = {"value": "separate", "value_warmup_steps": 0, "bootstrap_cut": False}
+        found += [
+            f"ppo.{name}: {getattr(ppo, name)!r} has no effect with ppo.credit {ppo.credit}, which has no value; leave it out"
+            for name, default in unused.items()
+            if getattr(ppo, name) != default
+        ]
+    correction = ppo.correction
+    if correction is not None and not (correction.high > 0 and 0 <= correction.low <= correction.high):
+        found.append(f"ppo.correction: low {correction.low} and high {correction.high}, but 0 <= low <= high and high > 0")
+    return found
+
+
+def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings, steering: Any = None) -> None:
+    """Raise a Problem with a line for everything in the job that does not fit together."""
+    found: list[str] = []
+    if ppo.rollouts_per_step % sampling.n:
+        found.append(
+            f"ppo.rollouts_per_step: {ppo.rollouts_per_step} cannot be split into groups of sampling.n = {sampling.n} samples "
+            f"per prompt; {ppo.rollouts_per_step // sampling.n * sampling.n or sampling.n} would do"
+        )
+    if ppo.credit != "gae" and sampling.n < 2:
+        found.append(f"sampling.n: {sampling.n}, but ppo.credit {ppo.credit} compares samples of one prompt; set 2 or more")
+    if ppo.reference == "adapter" and not hasattr(policy.model, "peft_config"):
+        found.append("ppo.reference: adapter, but the policy has none; set model.peft, or ppo.reference to copy")
+    if prompts is not None and len(prompts) == 0:
+        found.append("prompts: there are none; check prompts.path and prompts.limit")
+    found += law_problems(sampling, ppo, steering)
+    if found:
+        raise Problem(*found)
+    if ppo.reference == "none" and ppo.kl_coef:
+        logger.warning("ppo.kl_coef: %s has no effect without a reference", ppo.kl_coef)
+    if ppo.kl_as == "reward" and ppo.kl_estimator != "k1":
+        logger.warning(
+            "ppo.kl_estimator: %s in the reward has the mean of another penalty's gradient, not of the KL's; "
+            "k1, or ppo.kl_as loss, has the right one",
+            ppo.kl_estimator,
+        )
+
+
+def law_problems(sampling: Sampling, ppo: PPOSettings, steering: Any = None) -> list[str]:
+    """Samplers whose law is not the policy's need importance weights, or are refused."""
+    if ppo.replay:
+        if ppo.correction is None:
+            return [
+                "ppo.correction: missing; stored rollouts come from other weights than those that learn, so the clipped ratio "
+                "is off; set ppo.correction.type, for example token_truncate (none accepts the bias)"
+            ]
+        return []
+    if sampling.greedy:
+        return ["sampling.greedy: greedy rollouts have no law to weigh by, so PPO cannot learn from them; set it to false"]
+    behaviour = steering is not None and steering.role == "behaviour"
+    if behaviour and sampling.truncates:
+        return [
+            "sampling: top_k, top_p or min_p together with steering.role behaviour leaves tokens of the policy that are never "
+            "drawn, so weights pi / mu are wrong; sample with the temperature alone"
+        ]
+    if not sampling.is_plain and ppo.correction is None:
+        return [
+            "sampling: top_k, top_p, min_p, penalties and bans draw from another law than the policy's, so the clipped ratio "
+            "would be off; sample with the temperature alone, or set ppo.correction.type, for example token_truncate "
+            "(none accepts the bias)"
+        ]
+    if behaviour and ppo.correction is None and getattr(steering, "correction", None) is None:
+        return [
+            "steering.correction: missing; rollouts of steering.role behaviour come from another law than the policy's; "
+            "set its type, for example token_truncate (none accepts the bias)"
+        ]
+    return []

@@ -1,0 +1,94 @@
+"""PPO's losses: tensors in, (loss, metrics) out.
+
+Every loss is a weighted sum over tokens, never a mean. The weights come from `token_weights`, which divides by counts of
+the whole minibatch on all ranks; so losses, metrics and gradients of micro-batches simply add up, however the rows are
+split. Metrics are sums of the same kind, over tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["token", "sequence"]
+Metrics = dict[str, Tensor]
+
+
+def token_weights(mask_BR: Tensor, *, tokens: int, rows: int, reduction: Reduction = "token") -> Tensor:
+    """What each token counts: 1 / tokens of the minibatch, or 1 / (tokens of its row x rows of the minibatch)."""
+    if reduction == "token":
+        weight = torch.tensor(1.0 / max(tokens, 1), device=mask_BR.device)
+    else:
+        weight = 1.0 / (mask_BR.sum(1, keepdim=True).clamp(min=1) * max(rows, 1))
+    return torch.where(mask_BR, weight, 0.0)
+
+
+def policy_loss(
+    new_BR: Tensor,
+    old_BR: Tensor,
+    advantages_BR: Tensor,
+    mask_BR: Tensor,
+    weights_BR: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+    importance_BR: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """The clipped surrogate: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = new / old.
+
+    `dual_clip` c > 1 bounds the loss of tokens with A < 0 at c |A|, however large r is. `importance_BR` weighs every
+    token for a sampler whose law was not the policy's (see correction.py)."""
+    log_ratio_BR = torch.where(mask_BR, new_BR - old_BR, 0.0)
+    ratio_BR = log_ratio_BR.exp()
+    plain_BR = ratio_BR * advantages_BR
+    clipped_BR = ratio_BR.clamp(1 - clip_low, 1 + clip_high) * advantages_BR
+    objective_BR = torch.minimum(plain_BR, clipped_BR)
+    if dual_clip is not None:
+        floor_BR = dual_clip * advantages_BR
+        objective_BR = torch.where(advantages_BR < 0, torch.maximum(objective_BR, floor_BR), objective_BR)
+    if importance_BR is not None:
+        objective_BR = importance_BR * objective_BR
+    loss = -_sum(objective_BR, weights_BR, mask_BR)
+    with torch.no_grad():
+        metrics = {
+            "ppo/policy_loss": loss.detach(),
+            "ppo/clip_fraction": _sum((clipped_BR < plain_BR).to(ratio_BR), weights_BR, mask_BR),
+            # k3 of KL(old || new), from tokens of the old policy
+            "ppo/approx_kl": _sum(torch.expm1(log_ratio_BR) - log_ratio_BR, weights_BR, mask_BR),
+            "ppo/ratio_mean": _sum(ratio_BR, weights_BR, mask_BR),
+        }
+    return loss, metrics
+
+
+def value_loss(
+    values_BR: Tensor,
+    old_values_BR: Tensor,
+    returns_BR: Tensor,
+    mask_BR: Tensor,
+    weights_BR: Tensor,
+    *,
+    clip: float | None,
+) -> tuple[Tensor, Metrics]:
+    """Half the squared error; with `clip` the worse of it and of the error of the value held within `clip` of the old one."""
+    error_BR = (values_BR - returns_BR).square()
+    clipped_share = torch.zeros((), device=values_BR.device)
+    if clip is not None:
+        held_BR = old_values_BR + (values_BR - old_values_BR).clamp(-clip, clip)
+        held_error_BR = (held_BR - returns_BR).square()
+        clipped_share = _sum((held_error_BR > error_BR).to(error_BR), weights_BR, mask_BR)
+        error_BR = torch.maximum(error_BR, held_error_BR)
+    loss = _sum(error_BR, weights_BR, mask_BR) / 2
+    return loss, {"value/loss": loss.detach(), "value/clip_fraction": clipped_share.detach()}
+
+
+def weighted_sum(value_BR: Tensor, mask_BR: Tensor, weights_BR: Tensor) -> Tensor:
+    """The minibatch's mean of a per-token quantity (its share from these rows): entropy, KL as a loss."""
+    return _sum(value_BR, weights_BR, mask_BR)
+
+
+def _sum(value_BR: Tensor, weights_BR: Tensor, mask_BR: Tensor) -> Tensor:
+    # where, not a product with the weight 0: what stands under the mask may be inf or NaN
+    return (torch.where(mask_BR, value_BR, 0.0) * weights_BR).sum()

@@ -1,0 +1,135 @@
+"""What a step says of itself: metrics of the scored rollouts, the gap alarm, rows for samples.jsonl, the evaluation.
+
+Everything here reads the rows of all ranks, so it is global, and the same on every rank.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rollout.batch import STOP_REASONS
+from rollout.errors import Problem
+from training import kl
+from training.experience import Experience, Scored
+
+if TYPE_CHECKING:
+    from training.ppo import PPOSettings
+
+
+def mean(value_BR: Tensor, mask_BR: Tensor) -> float:
+    return float(value_BR[mask_BR].double().mean()) if bool(mask_BR.any()) else 0.0
+
+
+def rollout_metrics(scored: Scored) -> dict[str, float]:
+    """Rewards, lengths and the KL to the reference (k1, summed over a response, mean over rows)."""
+    rollout, total_B = scored.rollout, scored.scores.total_B.double()
+    found = {
+        "rollout/rows": float(len(rollout)),
+        "rollout/tokens": float(rollout.lengths_B.sum()),
+        "rollout/length_mean": float(rollout.lengths_B.double().mean()),
+        "rollout/length_max": float(rollout.lengths_B.max()),
+        "rollout/ended": float(rollout.ended_B.double().mean()),
+        "reward/mean": float(total_B.mean()),
+        "reward/std": float(total_B.std(correction=0)),
+        "policy/entropy": mean(scored.entropy_BR, rollout.mask_BR),
+    }
+    found |= {f"reward/{name}": float(values.double().nanmean()) for name, values in scored.scores.parts.items()}
+    found |= {f"reward/{name}_fallbacks": float(count) for name, count in scored.scores.fallbacks.items()}
+    if scored.reference_logprobs_BR is not None:
+        found["kl/ref"] = float(kl_per_response(scored).mean())
+        k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")
+        found["kl/ref_k3_token"] = mean(k3_BR, rollout.mask_BR)
+    return found
+
+
+def kl_per_response(scored: Scored) -> Tensor:
+    """k1 summed over each response, in float64; zeros without a reference."""
+    if scored.reference_logprobs_BR is None:
+        return torch.zeros(len(scored.rollout), dtype=torch.float64)
+    k1_BR = kl.estimate(scored.old_logprobs_BR.double(), scored.reference_logprobs_BR.double())
+    return torch.where(scored.rollout.mask_BR, k1_BR, 0.0).sum(1)
+
+
+# -- the gap between the sampler and the trainer ----------------------------------------------------------------------
+
+
+def check_gap(scored: Scored, tolerance: float, step: int) -> dict[str, float]:
+    """Measure |sampler's - trainer's| policy log-prob of every token; above the tolerance the run stops."""
+    rollout = scored.rollout
+    gap_BR = (rollout.policy_logprobs_BR.double() - scored.old_logprobs_BR.double()).abs()
+    # NaN is the widest gap of all, and compares as less than nothing
+    gap_BR = torch.where(rollout.mask_BR, gap_BR.nan_to_num(nan=torch.inf), 0.0)
+    largest = float(gap_BR.amax())
+    if largest > tolerance:
+        place = int(gap_BR.argmax())
+        row, token = divmod(place, rollout.response_width)
+        raise Problem(
+            f"step {step + 1}: the sampler's log-prob of token {token} of row {int(rollout.row_B[row])} sample "
+            f"{int(rollout.sample_B[row])} is {float(rollout.policy_logprobs_BR[row, token]):.4f}, the trainer's forward pass "
+            f"gives {float(scored.old_logprobs_BR[row, token]):.4f}: a gap of {largest:.3g} nats (mean "
+            f"{mean(gap_BR, rollout.mask_BR):.3g}), above ppo.gap_tolerance {tolerance:g}. Usual causes: dropout left on, "
+            "position ids or attention masks that differ, a penalty or a temperature that one side lacks, an adapter or a "
+            "steering vector active on one side only, half precision (then raise ppo.gap_tolerance)"
+        )
+    return {"gap/max": largest, "gap/mean": mean(gap_BR, rollout.mask_BR)}
+
+
+def gap_tolerance(settings: PPOSettings, dtype: torch.dtype) -> float:
+    if settings.gap_tolerance is not None:
+        return settings.gap_tolerance
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 1.0
+
+
+# -- rows for samples.jsonl -------------------------------------------------------------------------------------------
+
+
+def sample_rows(
+    scored: Scored, experience: Experience, decode: Callable[[int], str], *, each: int, seed: int, step: int
+) -> list[dict[str, Any]]:
+    """`each` best, worst and random rows with everything per token, for the table and the viewer."""
+    order = torch.argsort(scored.scores.total_B, stable=True, descending=True).tolist()
+    kinds = {"best": order[:each], "worst": order[::-1][:each]}
+    kinds["random"] = random.Random(f"{seed}/{step}").sample(range(len(order)), min(each, len(order)))
+    return [{"kind": kind, **_row(scored, experience, decode, i)} for kind, rows in kinds.items() for i in rows]
+
+
+def _row(scored: Scored, experience: Experience, decode: Callable[[int], str], i: int) -> dict[str, Any]:
+    rollout, texts = scored.rollout, scored.texts
+    length = int(rollout.lengths_B[i])
+
+    def numbers(value_BR: Tensor | None) -> list[float] | None:
+        return None if value_BR is None else [round(float(value), 6) for value in value_BR[i, :length]]
+
+    prompt_ids = rollout.prompt_BP[i][rollout.prompt_mask_BP[i]].tolist()
+    response_ids = rollout.response_BR[i, :length].tolist()
+    return {
+        "row": int(rollout.row_B[i]),
+        "sample": int(rollout.sample_B[i]),
+        "prompt": texts.prompts[i],
+        "prompt_text": texts.prompt_texts[i],
+        "completion": texts.completions[i],
+        "reward": float(scored.scores.total_B[i]),
+        "parts": {name: float(values[i]) for name, values in scored.scores.parts.items()},
+        "kl": float(kl_per_response(scored)[i]),
+        "ended": bool(rollout.ended_B[i]),
+        "stop_reason": STOP_REASONS[int(rollout.stop_B[i])],
+        "steering": rollout.steering,
+        "strength": float(rollout.strength_B[i]),
+        "prompt_ids": prompt_ids,
+        "prompt_tokens": [decode(token) for token in prompt_ids],
+        "response_ids": response_ids,
+        "response_tokens": [decode(token) for token in response_ids],
+        "policy_logprobs": numbers(scored.old_logprobs_BR),
+        "behaviour_logprobs": numbers(rollout.behaviour_logprobs_BR),
+        "reference_logprobs": numbers(scored.reference_logprobs_BR),
+        "entropy": numbers(scored.entropy_BR),
+        "values": numbers(scored.values_BR),
+        "rewards": numbers(experience.rewards_BR),
+        "advantages": numbers(experience.advantages_BR),
+        "returns": numbers(experience.returns_BR),
+    }

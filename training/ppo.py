@@ -1,0 +1,171 @@
+"""PPO: the settings and the loop. To change the algorithm, edit the loop.
+
+    prompts ──> 1 sample ──> 2 score ──────────> 3 credit ─────────> 4 learn ─────────> 5 record
+                rollout,     reward, old and     rewards - KL,       epochs x           metrics, samples,
+                texts        reference log-      GAE, whitening,     minibatches of     evaluation,
+                  ^          probs, values;      importance          the clipped loss   checkpoint
+                  |          gap alarm           weights                 |
+                  '-------------------------- new weights ---------------'
+
+The sampler's log-probs and the trainer's own forward pass must agree: the gap is measured in every step and stops the run
+above `gap_tolerance`. After the gathering in 2 every rank holds all rows, so every statistic is global (experience.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from training.correction import Correction
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """What PPO does with the rollouts."""
+
+    steps: int = 100
+    """Steps of training; each samples afresh."""
+    rollouts_per_step: int = 64
+    """Samples in a step, over all ranks; a multiple of sampling.n and of minibatches."""
+    epochs: int = 4
+    """Times that every rollout is learned from in its step."""
+    minibatches: int = 4
+    """Parts of a step's rollouts; one optimizer step for each, in every epoch."""
+    micro_batch_size: int = 16
+    """Rows in one forward pass: memory only, the gradient is the same for every value."""
+    learning_rate: float = 1e-5
+    """Of the policy; 0 is legal and leaves it as it is."""
+    value_learning_rate: float | None = None
+    """Of the value model or head; unset = learning_rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rates over the steps: as they are, or falling to 0 at the end."""
+    warmup_steps: int = 0
+    """Steps over which the learning rates rise from 0."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """Bound of the gradient's norm, applied once before each optimizer step; 0 = no bound."""
+    clip: float = 0.2
+    """The ratio new / old counts between 1 - clip and 1 + clip."""
+    clip_high: float | None = None
+    """Upper half of the clip range; unset = clip."""
+    dual_clip: float | None = None
+    """Bound, as a multiple of |advantage|, on the loss of tokens with a negative advantage; above 1."""
+    loss_reduction: Literal["token", "sequence"] = "token"
+    """Mean over all tokens of the minibatch, or over its rows of the mean of each row."""
+    value_clip: float | None = 0.2
+    """How far a value may move from its old one before its loss stops falling; null = no bound."""
+    value_coef: float = 0.1
+    """Weight of the value loss beside the policy loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    credit: Literal["gae", "rloo", "group"] = "gae"
+    """gae uses a value; rloo and group compare the samples of one prompt (sampling.n of 2 or more) and use none."""
+    whiten_rewards: bool = False
+    """Scale per-token rewards to variance one, keeping their mean."""
+    whiten_advantages: bool | None = None
+    """Standardise the advantages of a step; unset = only with gae."""
+    bootstrap_cut: bool = False
+    """Rows cut at the limit go on with the value of the state they were cut at, instead of 0."""
+    missing_stop_penalty: float = 0.0
+    """Taken off the score of rows that did not stop by themselves."""
+    kl_coef: float = 0.05
+    """Weight of the KL to the reference; where kl_target is set, the one to begin with."""
+    kl_target: float | None = None
+    """KL per response (nats, k1, summed over tokens) that an adaptive weight steers towards; unset = kl_coef stays."""
+    kl_horizon: float = 10_000.0
+    """Rollouts over which the adaptive weight moves."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Of the KL to the reference, per token (see kl.py). In the reward only k1 has the gradient of the KL."""
+    kl_as: Literal["reward", "loss"] = "reward"
+    """Take the KL off the per-token rewards, or add it to the loss in a form with the right gradient."""
+    stop_kl: float | None = None
+    """Ends the epochs of a step when ppo/approx_kl of a minibatch exceeds it; unset = never."""
+    reference: Literal["auto", "copy", "adapter", "none"] = "auto"
+    """What the KL is measured to: a frozen copy of the policy as it starts, the policy with its adapter off, or nothing.
+    auto = adapter where model.peft adds one, else copy."""
+    value: str = "separate"
+    """separate = a model of its own, from the policy's weights; shared = a head on the policy's; or a folder with a
+    language model or a reward model to start from."""
+    value_warmup_steps: int = 0
+    """First steps in which only the value learns."""
+    correction: Correction | None = None
+    """Importance weights for samplers whose law is not the policy's (top_p, penalties, older weights, steered exploration)."""
+    replay: str | None = None
+    """A dump of rollouts to learn from instead of sampling."""
+    gap_tolerance: float | None = None
+    """Largest difference (nats) allowed between the sampler's log-prob of any token and the trainer's; unset = 0.001 in
+    float32, 1 in half precision."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out prompts; 0 = before the first and after the last step only."""
+    eval_prompts: int = 64
+    """Prompts of an evaluation, one sample each; 0 = no evaluation."""
+    samples: int = 2
+    """Rows of each kind (best, worst, random) that a step writes to samples.jsonl; 0 = none."""
+    export_merged: bool = False
+    """RUN/model is a plain model with the adapter merged in, instead of the adapter."""
+
+
+def train(
+    policy: Policy,
+    prompts: Prompts,
+    reward: Reward,
+    sampling: Sampling,
+    settings: PPOSettings,
+    run: RunSettings,
+    *,
+    steering: SteeringSpec | None = None,
+    heldout: Prompts | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train `policy` in place; returns what summary.json holds. `config` is the resolved job, for the run's folder."""
+    check_job(policy, prompts, sampling, settings, steering)
+    ours = processes.start()
+    folder = processes.on_main(lambda: open_folder(run))
+    if run.resume and resume.finished(folder, settings.steps):
+        return read_summary(folder)
+    job = prepare(policy, reward, sampling, settings, run, steering)
+    state, sampler, actor_critic, reference = job.state, job.sampler, job.actor_critic, job.reference
+    tolerance = gap_tolerance(settings, next(actor_critic.actor.parameters()).dtype)
+    log = start_log(folder, run, state, config)
+    examine = partial(evaluate, job, heldout or prompts, settings=settings)
+    if not state.before:
+        state.before = examine()
+
+    with resume.stop_signal() as stopping:
+        while state.step < settings.steps:
+            clock = Clock()
+
+            # 1 sample: this rank's prompts, `sampling.n` rows each
+            count = settings.rollouts_per_step // sampling.n
+            rows = prompts.take(run.seed, state.prompt_position, count)
+            mine = share(rows, ours.rank, ours.world_size)
+            rollout, texts = sampler.sample(prompts.batch(mine or rows[:1]), step=state.step)
+            clock.lap("sample")
+
+            # 2 score: the reward, then every row on every rank, and the forward passes before learning
+            everything = gather_scored(rollout, texts, reward, real=bool(mine))
+            clock.lap("reward")
+            scored = score(actor_critic, reference, *everything, settings)
+            metrics = rollout_metrics(scored) | check_gap(scored, tolerance, state.step)
+            clock.lap("score")
+
+            # 3 credit: rewards less KL, advantages, returns, importance weights
+            experience, found = credit(scored, settings, state.kl.coefficient)
+            metrics |= found
+            clock.lap("credit")
+
+            # 4 learn: epochs x minibatches of the clipped loss; then the KL's weight moves
+            metrics |= learn(state, experience, settings, seed=run.seed)
+            metrics["kl/coef"] = state.kl.coefficient
+            state.kl.update(metrics.get("kl/ref", 0.0), len(scored.rollout))
+            clock.lap("learn")
+
+            # 5 record: the step is done; metrics, samples, evaluation, checkpoint
+            state.step += 1
+            state.prompt_position += count
+            ...
