@@ -1,0 +1,62 @@
+"""What a dump was made from, as short hashes: weights, tokenizer, files. Equal content, equal hash, wherever it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHORT = 16
+"""Hex digits kept of a fingerprint; checksums of files are kept whole."""
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """Of the config and every parameter and buffer that is saved: the same for another path, device or file layout."""
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    if config is not None:
+        settings = config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            settings.pop(name, None)
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+        for part in flat.split(1 << 26):
+            digest.update(part.cpu().numpy())
+    return digest.hexdigest()[:SHORT]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Of what turns text into ids and back: vocabulary, rules, special tokens, chat template."""
+    digest = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        for name in ("truncation", "padding"):  # what the last call asked for, not what the tokenizer is
+            rules.pop(name, None)
+        digest.update(json.dumps(rules, sort_keys=True).encode())
+    else:
+        digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    digest.update(json.dumps([special, getattr(tokenizer, "chat_template", None)], sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:SHORT]
+
+
+def values_fingerprint(values: Iterable[Any]) -> str:
+    """Of a stream of plain values, in their order."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()[:SHORT]

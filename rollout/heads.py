@@ -1,0 +1,137 @@
+"""The one table of Auto classes (six heads), which role may use which, and the one loader of a model folder.
+
+    path ── config ── head (asked for, or read off the checkpoint's architecture) ── role allows it? ── weights ── complete?
+
+A head that a role cannot use is refused by name, and so is a checkpoint that lacks weights which the head needs: transformers
+would fill them with random numbers and only warn.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rollout.errors import Problem
+
+Head = Literal["causal", "seq2seq", "masked", "sequence_classification", "token_classification", "question_answering"]
+
+# In the order in which an architecture is looked up: Bart's conditional generation stands in the masked table, too.
+HEADS: dict[str, Any] = {
+    "causal": transformers.AutoModelForCausalLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    "masked": transformers.AutoModelForMaskedLM,
+    "sequence_classification": transformers.AutoModelForSequenceClassification,
+    "token_classification": transformers.AutoModelForTokenClassification,
+    "question_answering": transformers.AutoModelForQuestionAnswering,
+}
+ROLES: dict[str, tuple[str, ...]] = {
+    "policy": ("causal", "seq2seq"),
+    "value": ("causal", "seq2seq", "sequence_classification", "token_classification"),
+    "reward": ("sequence_classification", "token_classification"),
+}
+
+
+def load_config(path: str, field: str = "model.path") -> PretrainedConfig:
+    """The configuration of a model folder or hub name."""
+    try:
+        return transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        what = f"holds no model that transformers can read ({_first_line(error)})"
+        if not Path(path).exists():
+            what = "is neither a folder nor a model of the hub that can be reached"
+        raise Problem(f"{field}: {path!r} {what}; name a folder with a config.json or a model of the hub") from error
+
+
+def head_of(config: PretrainedConfig) -> str | None:
+    """The head that the checkpoint was saved with; None for a bare trunk or a class of none of the six tables."""
+    for architecture in getattr(config, "architectures", None) or ():
+        for head, auto in HEADS.items():
+            if _class_name(auto, config) == architecture:
+                return head
+    return None
+
+
+def heads_for(config: PretrainedConfig) -> list[str]:
+    """The heads that this architecture has."""
+    return [head for head, auto in HEADS.items() if _class_name(auto, config)]
+
+
+def choose_head(
+    config: PretrainedConfig, role: str, head: str = "auto", *, fresh: bool = False, field: str = "model.path", path: str = ""
+) -> str:
+    """The head to load for `role`: the one asked for, or with `auto` the one that the checkpoint was saved with."""
+    allowed = ROLES[role]
+    saved = head_of(config)
+    name = f"{path or config.name_or_path!s} is a {config.model_type} model"
+    takes = f"the {role} takes {' or '.join(allowed)}"
+    if head == "auto":
+        generative = "seq2seq" if config.is_encoder_decoder else "causal"
+        fitting = generative if generative in allowed else allowed[0]
+        head = fitting if saved is None or (fresh and saved not in allowed) else saved
+    if head not in HEADS:
+        raise Problem(f"{field}: unknown head {head!r}; {takes}")
+    if head not in allowed:
+        raise Problem(f"{field}: {name} with a {head} head, but {takes}")
+    if not _class_name(HEADS[head], config):
+        have = ", ".join(heads_for(config)) or "none"
+        raise Problem(f"{field}: {name}, which has no {head} head (it has: {have}); {takes}")
+    if role == "policy" and saved not in (head, None):
+        raise Problem(f"{field}: {name} saved with a {saved} head, so it cannot be loaded as {head}; {takes}")
+    return head
+
+
+def load_head(
+    path: str,
+    role: str,
+    head: str = "auto",
+    *,
+    dtype: str | torch.dtype | None = None,
+    attn: str | None = None,
+    fresh: bool = False,
+    field: str = "model.path",
+    **settings: Any,
+) -> PreTrainedModel:
+    """Load `path` with the head that `role` uses, in eval mode. `fresh` lets the head start from new weights, never the trunk.
+
+    `settings` change the configuration (`num_labels=1`). The dtype is the checkpoint's unless given.
+    """
+    config = load_config(path, field)
+    head = choose_head(config, role, head, fresh=fresh, field=field, path=path)
+    extra = {"attn_implementation": attn} if attn else {}
+    try:
+        model, info = HEADS[head].from_pretrained(
+            path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=fresh, **extra, **settings
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise Problem(f"{field}: {path!r} cannot be loaded as {head}: {_first_line(error)}") from error
+    _check_complete(model, info, head, path, field, fresh)
+    return model.eval()
+
+
+def _check_complete(model: PreTrainedModel, info: dict[str, Any], head: str, path: str, field: str, fresh: bool) -> None:
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    missing = sorted({*info["missing_keys"], *mismatched})
+    if fresh:
+        # A classifier's pooler belongs to its head: checkpoints of language models do not have it.
+        trunk = f"{model.base_model_prefix}."
+        missing = [key for key in missing if key.startswith(trunk) and ".pooler." not in f".{key}"]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise Problem(
+            f"{field}: {path!r} was not saved with a {head} head: it has no weights for {shown}, "
+            "which would start as random numbers; name a checkpoint of that kind"
+        )
+
+
+def _class_name(auto: Any, config: PretrainedConfig) -> str | None:
+    """The name of the class that `auto` builds for this configuration. Names only: looking it up imports no modelling file."""
+    found = auto._model_mapping._model_mapping.get(config.model_type)
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

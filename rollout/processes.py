@@ -1,0 +1,97 @@
+"""The processes of a job: who am I, gather, sum, wait. One process needs neither accelerate nor torch.distributed.
+
+A door calls `start()` first and `close()` last; in between any room may ask `start()` again (it is the same answer).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rollout.errors import Problem
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its job's."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start() -> Processes:
+    """Join the job's processes, as `accelerate launch` or `torchrun` started them. Any number of calls is one."""
+    cpu = not torch.cuda.is_available()
+    if importlib.util.find_spec("accelerate") is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise Problem("WORLD_SIZE: more than one process needs accelerate; pip install accelerate")
+        return Processes(0, 1, torch.device("cpu" if cpu else "cuda"))
+    from accelerate import PartialState
+
+    # Before any Accelerator(): without `cpu` here a job of several CPU processes is silently a job of one.
+    state = PartialState(cpu=cpu)
+    return Processes(state.process_index, state.num_processes, state.device)
+
+
+def is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def barrier() -> None:
+    if is_distributed():
+        torch.distributed.barrier()
+
+
+def gather_objects(items: list[Value]) -> list[Value]:
+    """Every process's items, in the order of ranks, on every process. A process without items gives []."""
+    if not is_distributed():
+        return list(items)
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if is_distributed():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def on_main(function: Callable[[], Value]) -> Value:
+    """What the main process gets from `function`, on every process. Its Problem is raised everywhere, told once."""
+    if not is_distributed():
+        return function()
+    told: list[Any] = [None, None]
+    problem: Problem | None = None
+    if start().is_main:
+        try:
+            told = [function(), False]
+        except Problem as error:
+            problem, told = error, [None, True]
+    torch.distributed.broadcast_object_list(told)
+    if problem is not None:
+        raise problem
+    if told[1]:
+        raise Problem()  # no lines: the main process shows them
+    value: Value = told[0]
+    return value
+
+
+def close() -> None:
+    """Leave the group. Without this two-rank jobs end in SIGABRT now and then."""
+    if is_distributed():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,248 @@
+"""How edits get into a forward pass: permanent hooks that do nothing unless a frame is active in this context.
+
+    stack pre-hook     notes what this call is: rows, columns, cache length        (frame.opened)
+      block hooks      hand the activation to the frame's edits at that point      (frame.points)
+    stack post-hook    checks that edits ran
+
+The frame is a ContextVar: threads do not see each other's, and leaving the context (by an exception too) leaves nothing
+behind. Hooks are installed once per module, in front of other people's, and look themselves up by the module they run
+for, so a deepcopy of the model is a plain model. Gradient checkpointing runs parts of a forward again in backward, by
+then in another context or thread: the checkpoint function is wrapped so that it carries the frame along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rollout.errors import Problem
+
+Edit = Callable[["Frame", Tensor], Tensor]
+"""Takes the activation at its point and gives back the edited one (the same object where nothing is edited)."""
+
+
+class Reader(Protocol):
+    """Who wants to know about the calls of a stack: told before its blocks run, and after."""
+
+    def opened(self, frame: Frame, stack: str, arguments: Arguments) -> None: ...
+
+    def closed(self, frame: Frame, stack: str) -> None: ...
+
+
+class Frame:
+    """What is active in this context: edits by point, readers by stack, and the current call of each reader."""
+
+    __slots__ = ("calls", "points", "stacks")
+
+    def __init__(self, outer: Frame | None):
+        self.points: dict[tuple[int, str], tuple[Edit, ...]] = dict(outer.points) if outer else {}
+        self.stacks: dict[int, tuple[tuple[Reader, str], ...]] = dict(outer.stacks) if outer else {}
+        self.calls: dict[Any, Any] = dict(outer.calls) if outer else {}
+
+    def add(self, module: nn.Module, io: str, edit: Edit) -> None:
+        key = (id(module), io)
+        self.points[key] = (*self.points.get(key, ()), edit)
+
+    def read(self, module: nn.Module, reader: Reader, stack: str) -> None:
+        self.stacks[id(module)] = (*self.stacks.get(id(module), ()), (reader, stack))
+
+    def frozen(self) -> Frame:
+        """A copy whose calls stay as they are now: what a checkpoint needs when it runs again."""
+        return Frame(self)
+
+
+_FRAME: ContextVar[Frame | None] = ContextVar("steering_frame", default=None)
+
+
+def current() -> Frame | None:
+    return _FRAME.get()
+
+
+@contextlib.contextmanager
+def entered(frame: Frame | None) -> Iterator[None]:
+    token = _FRAME.set(frame)
+    try:
+        yield
+    finally:
+        _FRAME.reset(token)
+
+
+def unsteered() -> contextlib.AbstractContextManager[None]:
+    """Inside, every pass is plain, whatever is active outside: reference passes, sources."""
+    return entered(None)
+
+
+# -- the hooks ------------------------------------------------------------------------------------------------------------
+
+
+class Arguments:
+    """The arguments of a stack's forward, looked at by what they are."""
+
+    __slots__ = ("args", "kwargs")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.args, self.kwargs = args, kwargs
+
+    def ids(self) -> Tensor | None:
+        """Token ids (B, T), where the stack gets ids and not embeddings."""
+        ids = self.kwargs.get("input_ids")
+        if ids is None and self.args and isinstance(self.args[0], Tensor) and not self.args[0].is_floating_point():
+            ids = self.args[0]
+        return ids.reshape(-1, ids.shape[-1]) if isinstance(ids, Tensor) else None
+
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of this call."""
+        ids = self.ids()
+        if ids is None:
+            for name in ("inputs_embeds", "hidden_states"):
+                if isinstance(self.kwargs.get(name), Tensor):
+                    ids = self.kwargs[name]
+            if ids is None:
+                ids = next((a for a in self.args if isinstance(a, Tensor) and a.dim() >= 2), None)
+        if ids is None:
+            raise Problem("steering: the model was called without input_ids and without inputs_embeds")
+        return int(ids.shape[0]), int(ids.shape[1])
+
+    def cache(self) -> Any:
+        for name in ("past_key_values", "cache_params"):
+            if self.kwargs.get(name) is not None:
+                return self.kwargs[name]
+        return next((a for a in self.args if hasattr(a, "get_seq_length")), None)
+
+    def mask(self) -> Tensor | None:
+        """The attention mask where it is one number per token."""
+        mask = self.kwargs.get("attention_mask")
+        if mask is None:
+            mask = next((a for a in self.args[1:2] if isinstance(a, Tensor)), None)
+        return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def seen(self, width: int) -> int:
+        """Columns that came before this call: what the cache holds, or what the mask spans beyond this call."""
+        cache = self.cache()
+        if cache is None:
+            return 0
+        if hasattr(cache, "get_seq_length"):
+            try:
+                return int(cache.get_seq_length())
+            except ValueError:  # caches of linear attention alone hold states and no length
+                pass
+        elif isinstance(cache, tuple | list) and cache and isinstance(cache[0], tuple | list):
+            return int(cache[0][0].shape[-2])
+        mask = self.mask()
+        if mask is not None:
+            return int(mask.shape[1]) - width
+        raise Problem(
+            f"steering: {type(cache).__name__} does not say how many tokens it holds and no attention mask came with the call; "
+            "pass attention_mask, or sample with use_cache=False"
+        )
+
+
+def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if module.training and torch.is_grad_enabled():
+        _carry_frames(module)
+    frame = _FRAME.get()
+    if frame is not None:
+        for reader, stack in frame.stacks.get(id(module), ()):
+            reader.opened(frame, stack, Arguments(args, kwargs))
+
+
+def _after_stack(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    frame = _FRAME.get()
+    if frame is not None:
+        for reader, stack in frame.stacks.get(id(module), ()):
+            reader.closed(frame, stack)
+
+
+def _after_module(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    frame = _FRAME.get()
+    if frame is None:
+        return None
+    edits = frame.points.get((id(module), "output"))
+    if edits is None:
+        return None
+    if isinstance(output, Tensor):
+        return _edited(frame, edits, output)
+    if isinstance(output, dict):
+        key = next(iter(output))
+        changed = copy.copy(output)
+        changed[key] = _edited(frame, edits, output[key])
+        return changed
+    return type(output)((_edited(frame, edits, output[0]), *output[1:]))
+
+
+def _before_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    frame = _FRAME.get()
+    if frame is None:
+        return None
+    edits = frame.points.get((id(module), "input"))
+    if edits is None:
+        return None
+    if args:
+        return (_edited(frame, edits, args[0]), *args[1:]), kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else next(n for n, v in kwargs.items() if isinstance(v, Tensor))
+    return args, {**kwargs, name: _edited(frame, edits, kwargs[name])}
+
+
+def _edited(frame: Frame, edits: tuple[Edit, ...], hidden: Tensor) -> Tensor:
+    for edit in edits:
+        hidden = edit(frame, hidden)
+    return hidden
+
+
+_installing = threading.Lock()
+
+
+def install_stack(module: nn.Module) -> None:
+    with _installing:
+        if _before_stack not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_before_stack, prepend=True, with_kwargs=True)
+            module.register_forward_hook(_after_stack, prepend=True)
+
+
+def install(module: nn.Module, io: str) -> None:
+    """Put the hook of a point in place, once and in front: what others see is the edited activation."""
+    with _installing:
+        if io == "output" and _after_module not in module._forward_hooks.values():
+            module.register_forward_hook(_after_module, prepend=True)
+        if io == "input" and _before_module not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_before_module, prepend=True, with_kwargs=True)
+
+
+# -- gradient checkpointing -------------------------------------------------------------------------------------------------
+
+
+class _Again:
+    """A checkpointed function that runs in the frame (or in none) in which it ran first."""
+
+    def __init__(self, function: Callable[..., Any], frame: Frame | None):
+        self.function, self.frame = function, frame
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with entered(self.frame):
+            return self.function(*args, **kwargs)
+
+
+class _Carried:
+    """A model's checkpoint function, with the frame of the moment bound into whatever it checkpoints."""
+
+    def __init__(self, checkpoint: Callable[..., Any]):
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        frame = _FRAME.get()
+        return self.checkpoint(_Again(function, None if frame is None else frame.frozen()), *args, **kwargs)
+
+
+def _carry_frames(stack: nn.Module) -> None:
+    """Wrap the checkpoint functions that transformers hangs on modules when checkpointing is switched on."""
+    for module in stack.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, _Carried):
+            module._gradient_checkpointing_func = _Carried(checkpoint)  # type: ignore[assignment]

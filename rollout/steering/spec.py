@@ -1,0 +1,429 @@
+"""What a user may write under `steering:`, as frozen dataclasses, and the reader that checks it.
+
+    load_spec(mapping | path | SteeringSpec) -> SteeringSpec        every problem found, one line each, raised once
+
+YAML and Python objects are one to one: `SteeringSpec.mapping()` gives back what `load_spec` reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rollout.errors import Problem
+from rollout.steering.reading import Fields
+
+ROLES = ("policy", "trainable", "behaviour", "data")
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+COMPONENTS = ("block_output", "block_input", "attn_output", "mlp_output")
+WRITE = ("set", "vanilla", "add", "subtract", "zero", "scale", "noise", "collect")
+DIRECTION = ("ablate", "project", "clamp", "rotate", "renormalise")
+SPACE = (
+    "rotated", "low_rank_rotated", "pca", "boundless", "sigmoid_mask", "sigmoid_mask_rotated", "autoencoder", "jumprelu",
+)  # fmt: skip
+LEARNED = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft", "adapter")
+OPERATIONS = (*WRITE, *DIRECTION, *SPACE, *LEARNED, "function")
+WITHOUT_VECTOR = ("zero", "scale", "noise", "collect", "function", *LEARNED)
+"""Operations that need no `vector:` (a learned one reads its parameters from it, or starts fresh)."""
+ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")
+
+
+@dataclass(frozen=True)
+class At:
+    """Where in the model: blocks and a component found by structure, or a module path."""
+
+    layers: tuple[int, ...] | str = ()
+    """Block numbers, negative from the end, or `all`."""
+    component: str = "block_output"
+    stack: str = "decoder"
+    head: tuple[int, ...] = ()
+    """Attention heads: the edit is made where their outputs enter the output projection."""
+    module: str = ""
+    """A module path of the model, instead of layers and component."""
+    io: str = "output"
+
+
+@dataclass(frozen=True)
+class Op:
+    """What is done there."""
+
+    type: str = "add"
+    coordinates: tuple[int, ...] | None = None
+    factor: float = 0.0
+    """scale: h * factor."""
+    value: float = 0.0
+    """clamp: what h.u becomes."""
+    rank: int = 4
+    """Learned operations: size of the low-rank space or bottleneck."""
+    act: str = ""
+    """Learned operations: identity (default), relu (default of adapter), gelu, silu, tanh."""
+    temperature: float = 1.0
+    boundary: float = 0.5
+    residual: bool = False
+    """autoencoder, jumprelu: keep what the autoencoder does not rebuild."""
+    params: str = ""
+    """Operations in a space: safetensors file with the space's tensors."""
+    function: str = ""
+    """function: file.py:name, called with (base, source, strength)."""
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How much: a number, a column of the data, a distribution, or a share of the activation's own norm."""
+
+    value: float = 1.0
+    column: str = ""
+    dist: str = ""
+    low: float = 0.0
+    high: float = 0.0
+    mean: float = 0.0
+    std: float = 0.0
+    per: str = "sample"
+    norm_match: bool = False
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A factor over response steps, from `start` to `end` in `over` steps, then `end`."""
+
+    type: str = "linear"
+    over: int = 1
+    start: float = 1.0
+    end: float = 0.0
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which positions: (prompt or steps) minus excludes. Only real tokens count; step 0 is the last prompt token."""
+
+    prompt: Any = "none"
+    steps: Any = "all"
+    ramp: Ramp | None = None
+    exclude_tokens: tuple[int | str, ...] = ()
+    exclude_positions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A factor over training: from `start` to `end`, reached at the share `until` of all steps."""
+
+    type: str = "linear"
+    start: float = 1.0
+    end: float = 0.0
+    until: float = 1.0
+    over: str = "train_steps"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Open where an earlier activation points the right way; a closed gate leaves the row (or token) plain."""
+
+    vector: Any = None
+    layer: int = 0
+    type: str = "cosine"
+    on: str = "prompt_mean"
+    open_above: float | None = None
+    open_below: float | None = None
+    scale: float = 1.0
+    """sigmoid: how steep; the strength is multiplied by sig(scale (x.u - open_above))."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One edit at one component, over one or several layers."""
+
+    name: str
+    at: At
+    op: Op = Op()
+    vector: Any = None
+    strength: Strength = Strength()
+    where: Where = Where()
+    schedule: Schedule | None = None
+    gate: Gate | None = None
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Role behaviour: what is done about sampling from mu and learning pi."""
+
+    type: str = "token_truncate"
+    high: float = 2.0
+    low: float = 0.0
+
+
+@dataclass(frozen=True)
+class KLBudget:
+    nats_per_sequence: float
+    action: str = "rescale"
+
+
+@dataclass(frozen=True)
+class SteeringSpec:
+    """All that steers one model."""
+
+    sites: tuple[Site, ...]
+    role: str = "policy"
+    name: str = ""
+    fraction: float = 1.0
+    correction: Correction | None = None
+    kl_budget: KLBudget | None = None
+    reference: str = "unsteered"
+    on_deploy: str = "keep"
+    folder: str = field(default="", compare=False)
+    """What relative paths in the spec are relative to, when it came from a file; the current folder otherwise."""
+
+    def mapping(self) -> dict[str, Any]:
+        """The spec as plain data, defaults left out: what `load_spec` reads, and what the hash is taken of."""
+        from rollout.steering.writing import to_mapping
+
+        return to_mapping(self)
+
+
+def load_spec(source: Mapping[str, Any] | str | Path | SteeringSpec) -> SteeringSpec:
+    """The checked spec. A path names a YAML file that holds the mapping, with or without `steering:` over it."""
+    if isinstance(source, SteeringSpec):
+        return dataclasses.replace(_read(source.mapping()), folder=source.folder)
+    if isinstance(source, Mapping):
+        return _read(source)
+    import yaml
+
+    path = Path(source)
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Problem(f"steering: cannot read {path}: {error.strerror}; give a mapping or a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Problem(f"steering: {path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(loaded, Mapping):
+        raise Problem(f"steering: {path} holds {type(loaded).__name__}; expected a mapping with `sites`")
+    if set(loaded) == {"steering"} and isinstance(loaded["steering"], Mapping):
+        loaded = loaded["steering"]
+    return dataclasses.replace(_read(loaded), folder=str(path.resolve().parent))
+
+
+def _read(raw: Mapping[str, Any]) -> SteeringSpec:
+    problems: list[str] = []
+    top = Fields(raw, "steering", problems)
+    listed = top.list("sites", required="at least one site")
+    sites = tuple(_site(Fields(site, f"sites[{i}]", problems), i) for i, site in enumerate(listed))
+    names = [site.name for site in sites]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        problems.append(f"sites: the name {name!r} is used {names.count(name)} times; give each site its own")
+    role = top.choice("role", ROLES, "policy")
+    correction = None
+    if (inner := top.section("correction")) is not None:
+        correction = Correction(
+            inner.choice("type", CORRECTIONS, "token_truncate"), inner.number("high", 2.0, low=0.0), inner.number("low", 0.0, low=0.0)
+        )
+        inner.done()
+        if role != "behaviour":
+            problems.append(f"correction: only role behaviour has one; remove it, or set role: behaviour (found {role!r})")
+    budget = None
+    if (inner := top.section("kl_budget")) is not None:
+        budget = KLBudget(
+            inner.number("nats_per_sequence", None, low=0.0), inner.choice("action", ("rescale", "warn", "error"), "rescale")
+        )
+        inner.done()
+    spec = SteeringSpec(
+        sites=sites,
+        role=role,
+        name=top.text("name", ""),
+        fraction=top.number("fraction", 1.0, low=0.0, high=1.0),
+        correction=correction,
+        kl_budget=budget,
+        reference=top.choice("reference", ("unsteered",), "unsteered"),
+        on_deploy=top.choice("on_deploy", ("keep", "strip", "fold"), "keep"),
+    )
+    top.done()
+    if problems:
+        raise Problem(*problems)
+    return spec
+
+
+def _site(fields: Fields, index: int) -> Site:
+    at = _at(fields.section("at", required="say where: {layers: [8]} or {module: PATH}"))
+    op = _op(fields.section("op"))
+    vector = fields.vector("vector")
+    strength = _strength(fields)
+    where = _where(fields.section("where"), at)
+    site = Site(
+        name=fields.text("name", f"site{index}"),
+        at=at, op=op, vector=vector, strength=strength, where=where,
+        schedule=_schedule(fields.section("schedule")), gate=_gate(fields.section("gate")),
+    )  # fmt: skip
+    if vector is None and op.type not in WITHOUT_VECTOR:
+        fields.problem("vector", f"missing; op {op.type} needs one, e.g. {{file: direction.safetensors}}")
+    if vector is not None and op.type in ("zero", "scale", "noise", "collect"):
+        fields.problem("vector", f"has no effect with op {op.type}; remove it")
+    if op.type == "collect" and fields.has("strength"):
+        fields.problem("strength", "has no effect with op collect; remove it")
+    fields.done()
+    return site
+
+
+def _at(fields: Fields | None) -> At:
+    if fields is None:
+        return At()
+    module = fields.text("module", "")
+    if module:
+        at = At(module=module, io=fields.choice("io", ("output", "input"), "output"))
+        for name in ("layers", "component", "stack", "head"):
+            if fields.has(name):
+                fields.problem(name, "has no effect beside module; remove one of the two")
+                fields.drop(name)
+        fields.done()
+        return at
+    layers: Any = fields.raw("layers")
+    if layers == "all" or (isinstance(layers, str) and layers.strip() == "all"):
+        layers = "all"
+    elif isinstance(layers, int) and not isinstance(layers, bool):
+        layers = (layers,)
+    else:
+        layers = fields.integers("layers", layers, required="block numbers, e.g. [8, 9], or all")
+    head: Any = fields.raw("head")
+    heads: tuple[int, ...] = ()
+    if head is not None:
+        heads = (head,) if isinstance(head, int) and not isinstance(head, bool) else fields.integers("head", head, required="head numbers")
+        if fields.has("component"):
+            fields.problem("component", "has no effect beside head; remove one of the two")
+    at = At(
+        layers=layers,
+        component=fields.choice("component", COMPONENTS, "block_output"),
+        stack=fields.choice("stack", ("decoder", "encoder"), "decoder"),
+        head=heads,
+    )
+    if fields.has("io"):
+        fields.problem("io", "goes with module; component names the side by itself")
+        fields.drop("io")
+    fields.done()
+    return at
+
+
+def _op(fields: Fields | None) -> Op:
+    if fields is None:
+        return Op()
+    kind = fields.choice("type", OPERATIONS, "add")
+    own = {
+        "coordinates": (*WRITE, "rotated", "low_rank_rotated", "pca", "autoencoder", "jumprelu"),
+        "factor": ("scale",), "value": ("clamp",), "rank": LEARNED, "act": ("loreft", "noreft", "direft", "nodireft", "adapter"),
+        "temperature": ("boundless", "sigmoid_mask", "sigmoid_mask_rotated"), "boundary": ("boundless",),
+        "residual": ("autoencoder", "jumprelu"), "params": SPACE, "function": ("function",),
+    }  # fmt: skip
+    for name, kinds in own.items():
+        if fields.has(name) and kind not in kinds:
+            fields.problem(name, f"has no effect with op {kind}; it goes with {', '.join(kinds)}")
+    coordinates = fields.raw("coordinates")
+    op = Op(
+        type=kind,
+        coordinates=None if coordinates is None else fields.integers("coordinates", coordinates, required="indices", low=0),
+        factor=fields.number("factor", 0.0),
+        value=fields.number("value", 0.0),
+        rank=fields.integer("rank", 4, low=1),
+        act=fields.choice("act", ACTIVATIONS, "") if fields.has("act") else "",
+        temperature=fields.number("temperature", 1.0),
+        boundary=fields.number("boundary", 0.5, low=0.0, high=1.0),
+        residual=fields.flag("residual", False),
+        params=fields.text("params", ""),
+        function=fields.text("function", ""),
+    )
+    if kind == "function" and ":" not in op.function:
+        fields.problem("function", f"expected file.py:name, found {op.function!r}")
+    if kind in SPACE and not op.params:
+        fields.problem("params", f"missing; op {kind} needs the file with its tensors")
+    fields.done()
+    return op
+
+
+def _strength(site: Fields) -> Strength:
+    value = site.raw("strength")
+    if value is None:
+        return Strength()
+    if not isinstance(value, Mapping):
+        return Strength(value=site.check_number("strength", value))
+    fields = Fields(value, f"{site.path}.strength", site.problems)
+    kinds = [k for k in ("column", "dist", "norm_match") if fields.has(k)]
+    if len(kinds) != 1:
+        fields.problem("", f"expected a number, {{column: c}}, {{dist: uniform, ...}} or {{norm_match: x}}, found {dict(value)!r}")
+        return Strength()
+    if kinds == ["column"]:
+        found = Strength(column=fields.text("column", ""), value=fields.number("value", 1.0))
+    elif kinds == ["norm_match"]:
+        found = Strength(norm_match=True, value=fields.number("norm_match", 1.0))
+    else:
+        dist = fields.choice("dist", ("uniform", "normal"), "uniform")
+        per = fields.choice("per", ("sample", "prompt"), "sample")
+        if dist == "uniform":
+            found = Strength(dist=dist, low=fields.number("low", 0.0), high=fields.number("high", None), per=per)
+            if found.high <= found.low:
+                fields.problem("high", f"must be above low = {found.low:g}, found {found.high:g}")
+        else:
+            found = Strength(dist=dist, mean=fields.number("mean", 0.0), std=fields.number("std", None, low=0.0), per=per)
+    fields.done()
+    return found
+
+
+def _where(fields: Fields | None, at: At) -> Where:
+    encoder = at.stack == "encoder"
+    if fields is None:
+        return Where(prompt="all", steps="none") if encoder else Where()
+    prompt = fields.positions("prompt", "all" if encoder else "none", ("none", "all", "last"), negative=True)
+    steps = fields.positions("steps", "none" if encoder else "all", ("none", "all", "generated_positions"), negative=False)
+    if encoder and steps != "none":
+        fields.problem("steps", "an encoder has no response steps; choose positions with prompt")
+    ramp = None
+    if (inner := fields.section("ramp")) is not None:
+        ramp = Ramp(
+            inner.choice("type", ("linear", "cosine"), "linear"), inner.integer("over", None, low=1),
+            inner.number("from", 1.0), inner.number("to", 0.0),
+        )  # fmt: skip
+        inner.done()
+        if steps == "none":
+            fields.problem("ramp", "runs over response steps, and steps is none; remove it or choose steps")
+    tokens: tuple[int | str, ...] = ()
+    places: tuple[int, ...] = ()
+    if (inner := fields.section("exclude")) is not None:
+        tokens = inner.tokens("token_ids")
+        places = inner.integers("positions", inner.raw("positions"), required="") if inner.has("positions") else ()
+        inner.done()
+    if prompt in ("none", ()) and steps in ("none", ()):
+        fields.problem("", "selects nothing (prompt and steps are both none); choose prompt or steps")
+    fields.done()
+    return Where(prompt, steps, ramp, tokens, places)
+
+
+def _schedule(fields: Fields | None) -> Schedule | None:
+    if fields is None:
+        return None
+    over = fields.choice("over", ("train_steps",), "train_steps")
+    schedule = Schedule(
+        fields.choice("type", ("linear", "cosine", "constant"), "linear"),
+        fields.number("from", 1.0), fields.number("to", 0.0), fields.number("until", 1.0, low=0.0, high=1.0), over,
+    )  # fmt: skip
+    fields.done()
+    return schedule
+
+
+def _gate(fields: Fields | None) -> Gate | None:
+    if fields is None:
+        return None
+    kind = fields.choice("type", ("cosine", "projection", "sigmoid"), "cosine")
+    gate = Gate(
+        vector=fields.vector("vector"),
+        layer=fields.integer("layer", None),
+        type=kind,
+        on=fields.choice("on", ("prompt_mean", "prompt_last", "token"), "prompt_mean"),
+        open_above=fields.number("open_above", 0.0) if fields.has("open_above") else None,
+        open_below=fields.number("open_below", 0.0) if fields.has("open_below") else None,
+        scale=fields.number("scale", 1.0),
+    )
+    if gate.vector is None:
+        fields.problem("vector", "missing; the gate compares activations with it")
+    if kind != "sigmoid" and (gate.open_above is None) == (gate.open_below is None):
+        fields.problem("open_above", "give one of open_above and open_below")
+    if kind == "sigmoid" and gate.open_below is not None:
+        fields.problem("open_below", "has no effect with type sigmoid; use open_above, and scale: -1 to turn it round")
+    fields.done()
+    return gate

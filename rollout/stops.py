@@ -1,0 +1,122 @@
+"""Where a response ends: the checkpoint's stop ids, the user's stop ids, and stop strings.
+
+A stop string may span tokens, begin inside one, or be split inside a character. A row ends at the token that completes
+it; its text ends before it. A few tokens are decoded per step: the tail in which a new match must lie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.batch import STOP_EOS, STOP_LENGTH, STOP_USER
+from rollout.errors import Problem
+from rollout.policy import Policy
+from rollout.sampling import Sampling
+
+_UNKNOWN = "\ufffd"
+
+
+class Stops:
+    """All that ends a row. Built once per sampler; a stop string that the tokenizer cannot spell is refused here."""
+
+    def __init__(self, sampling: Sampling, policy: Policy):
+        self.tokenizer = policy.tokenizer
+        for stop_id in sampling.stop_ids:
+            if stop_id >= policy.vocab_size:
+                raise Problem(f"sampling.stop_ids: {stop_id} is out of range; ids go from 0 to {policy.vocab_size - 1}")
+        special = {token: i for i, token in ((i, self.tokenizer.convert_ids_to_tokens(i)) for i in self.tokenizer.all_special_ids)}
+        self.eos_ids = tuple(policy.eos_ids)
+        user = [*sampling.stop_ids, *(special[text] for text in sampling.stop if text in special)]
+        self.user_ids = tuple(i for i in dict.fromkeys(user) if i not in policy.eos_ids)
+        strings = [text for text in sampling.stop if text not in special]
+        # Special tokens are left out of a response's text; only strings that hold one are looked for with them in.
+        self.marked = [text for text in strings if any(token in text for token in special)]
+        self.plain = [text for text in strings if text not in self.marked]
+        for text in strings:
+            if not can_spell(self.tokenizer, text):
+                raise Problem(f"sampling.stop: the tokenizer cannot spell {text!r}, so it would never end a row; use what it can")
+        self.ids = torch.tensor([*self.eos_ids, *self.user_ids], dtype=torch.int64)
+        self.codes = torch.tensor([STOP_EOS] * len(self.eos_ids) + [STOP_USER] * len(self.user_ids), dtype=torch.int64)
+
+    @property
+    def has_strings(self) -> bool:
+        return bool(self.plain or self.marked)
+
+    @property
+    def all_ids(self) -> list[int]:
+        return [*self.eos_ids, *self.user_ids]
+
+    def to(self, device: torch.device) -> None:
+        self.ids, self.codes = self.ids.to(device), self.codes.to(device)
+
+    def by_id(self, tokens_B: Tensor) -> Tensor:
+        """STOP_EOS or STOP_USER for rows whose token is a stop id, else STOP_LENGTH (going on)."""
+        if not len(self.ids):
+            return torch.full_like(tokens_B, STOP_LENGTH)
+        hit = tokens_B[..., None] == self.ids
+        return torch.where(hit.any(-1), self.codes[hit.int().argmax(-1)], STOP_LENGTH)
+
+    def completes(self, ids: list[int]) -> bool:
+        """Whether the last of a response's `ids` completes a stop string."""
+        return any(self._in_tail(ids, texts, skip) for texts, skip in ((self.plain, True), (self.marked, False)) if texts)
+
+    def first(self, ids: list[int]) -> int | None:
+        """How many of `ids` a row has when a stop string first ends it; None when none does."""
+        return next((n for n in range(1, len(ids) + 1) if self.completes(ids[:n])), None) if self.has_strings else None
+
+    def text(self, ids: list[int]) -> str:
+        """A response's text: no special tokens, and nothing from a stop string on."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        cuts = [at for stop in self.plain if (at := text.find(stop)) >= 0]
+        if self.marked:
+            full = self.tokenizer.decode(ids, skip_special_tokens=False)
+            for at in (at for stop in self.marked if (at := full.find(stop)) >= 0):
+                # The ids whose text lies before the match; the token in which it begins gives what it has before it.
+                kept = next(n for n in range(len(ids) + 1) if len(self.tokenizer.decode(ids[: n + 1], skip_special_tokens=False)) > at)
+                before = self.tokenizer.decode(ids[:kept], skip_special_tokens=False)
+                cuts.append(len(self.tokenizer.decode(ids[:kept], skip_special_tokens=True)) + at - len(before))
+        return text[: min(cuts)] if cuts else text
+
+    def _in_tail(self, ids: list[int], stops: list[str], skip: bool) -> bool:
+        """Look in the text of the last tokens, going back until it is surely long enough and cleanly cut."""
+        longest = max(map(len, stops))
+        width = longest + 8
+        while True:
+            whole = width >= len(ids)
+            text = self.tokenizer.decode(ids if whole else ids[-width:], skip_special_tokens=skip)
+            # The first token's text may lack its blank, or half a character: at the start of a window that proves nothing.
+            # A trailing half character is the row's own; any other sign of one means the window may have cut it.
+            clean = _UNKNOWN not in text[: -1 if text.endswith(_UNKNOWN) else None]
+            if whole or (clean and len(text) >= 2 * longest + 16):
+                return any(stop in (text if whole else text[-longest - 16 :]) for stop in stops) and (
+                    whole or any(stop in self.tokenizer.decode(ids, skip_special_tokens=skip) for stop in stops)
+                )
+            width *= 4
+
+
+def can_spell(tokenizer: Any, text: str) -> bool:
+    """Whether some sequence of tokens decodes to something that contains `text`."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if text in tokenizer.decode(ids):
+        return True
+    # Its own spelling lost something (an unknown word, say). It may still begin or end inside tokens: cover it with
+    # the end of one token, whole ones, and the beginning of one.
+    anchor = next((i for i in range(len(tokenizer)) if tokenizer.decode([i], skip_special_tokens=True).strip()), None)
+    if anchor is None:
+        return False
+    head = tokenizer.decode([anchor])
+    pieces = {tokenizer.decode([anchor, i])[len(head) :] for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids}
+    pieces |= {tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids}
+    pieces = {piece for piece in pieces if piece and _UNKNOWN not in piece}
+    if any(text in piece for piece in pieces):
+        return True
+    reached = {n for n in range(1, len(text)) for piece in pieces if piece.endswith(text[:n])}
+    for at in range(1, len(text)):
+        if at in reached:
+            if any(piece.startswith(text[at:]) for piece in pieces):
+                return True
+            reached |= {at + len(piece) for piece in pieces if text.startswith(piece, at)}
+    return len(text) in reached

@@ -1,0 +1,63 @@
+"""What a dump holds and whether it is whole: python scripts/inspect_rollouts.py DIR. Leaves with 1 where it is damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from configs.reader import door
+from reward.selection import read_scores, score_files
+from rollout.inspection import inspect, to_json, to_text
+from rollout.manifest import load_manifest, plan_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """Counts, lengths, stop reasons, log-prob gap, doubled and missing rows, scores, worst rows."""
+
+    dir: str = field(metadata={"positional": True})
+    """The dump: the folder that dump_rollouts.py wrote."""
+    scores: str | None = None
+    """The folder of its scores; none: the dump's own."""
+    worst: int = 5
+    """Rows with the largest log-prob gap that are shown."""
+    json: bool = False
+    """Print one JSON object instead of a page."""
+
+
+def score_lines(folder: Path, dump: Path) -> dict[str, dict[str, float]]:
+    """Part -> rows, mean, std, min, max; nothing where the dump has no scores."""
+    columns = read_scores(folder, plan_of(load_manifest(dump))) if score_files(folder) else {}
+    summary = {}
+    for name, column in columns.items():
+        values = column[~np.isnan(column)]
+        if len(values):
+            numbers = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
+            summary[name] = {"rows": len(values), **{key: float(value) for key, value in numbers.items()}}
+    return summary
+
+
+def main(job: Job) -> None:
+    dump = Path(job.dir)
+    found = inspect(dump, job.worst)
+    scores = score_lines(Path(job.scores or job.dir), dump)
+    if job.json:
+        print(json.dumps({**to_json(found), "scores": scores}, ensure_ascii=False))
+    else:
+        print("\n".join(to_text(found, shutil.get_terminal_size((100, 24)).columns)))
+        for name, numbers in scores.items():
+            spread = f"mean {numbers['mean']:.4f}, std {numbers['std']:.4f}, {numbers['min']:.4f} to {numbers['max']:.4f}"
+            print(f"score {name}: {numbers['rows']:,} rows, {spread}")
+    if not found.whole:
+        for file, damage in found.damaged.items():
+            print(f"{dump / file}: {damage}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    door(main, Job)

@@ -1,0 +1,126 @@
+"""Make the embedded default: tiny tokenizers, models and data to try everything with, trained here, no network.
+
+    python scripts/make_tiny.py --out DIR [--seed 0] [--worlds reviews,...]
+
+    DIR/reviews/      a language of film reviews; PPO makes it kind        (scripts/worlds/reviews.py says the files)
+    DIR/randomwalks/  shortest paths in a graph
+    DIR/summaries/    encoder-decoders that shorten
+    DIR/suppressed/   a word that the policy never says by itself; steering brings it out
+
+Every world holds `world.json` (its name and seed). A world appears whole or not at all; one that is there already is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from configs.reader import door
+from rollout.errors import Problem
+from rollout.run import write_json, written_aside
+from scripts import worlds
+
+SPACE = 12 * 2**20
+"""Bytes that a world may take; asked for before the work begins."""
+
+
+@dataclass(frozen=True)
+class TinyJob:
+    """Make the embedded default: tiny tokenizers, models and data to try everything with. No network."""
+
+    out: str
+    """The folder to make them in."""
+    seed: int = 0
+    """The same seed gives the same bytes."""
+    worlds: str = ",".join(worlds.available())
+    """Which worlds, with commas between."""
+    overwrite: bool = False
+    """Make those that are there already anew."""
+
+
+def main(job: TinyJob) -> None:
+    names = [name for name in job.worlds.replace(" ", "").split(",") if name]
+    for name in names:
+        if name not in worlds.available():
+            raise Problem(f"worlds: {name!r} is unknown; choose from {', '.join(worlds.available())}")
+    if not names:
+        raise Problem(f"worlds: none named; choose from {', '.join(worlds.available())}")
+    out = open_out(job.out)
+    missing = [name for name in names if job.overwrite or not is_there(out / name, name, job.seed)]
+    for name in names:
+        if name not in missing:
+            print(f"{out / name}: there already")
+    reserve(out, SPACE * len(missing))
+    # One thread a world, two worlds at a time: the same bytes on any machine with the same libraries, however many cores.
+    began = time.monotonic()
+    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
+        for name, _ in zip(missing, pool.map(make, missing, [out] * len(missing), [job.seed] * len(missing)), strict=True):
+            print(f"{out / name}: made ({time.monotonic() - began:.0f} s)")
+
+
+def open_out(name: str) -> Path:
+    out = Path(name)
+    if out.exists() and not out.is_dir():
+        raise Problem(f"out: {out} is a file; name a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"out: cannot make {out}: {error.strerror}; name a folder that can be written") from error
+    return out
+
+
+def is_there(folder: Path, name: str, seed: int) -> bool:
+    """Whether this very world was made already; what else stands under its name is not ours to replace unasked."""
+    if not folder.exists():
+        return False
+    try:
+        found = json.loads((folder / "world.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    if found.get("world") == name and found.get("seed") == seed:
+        return True
+    what = f"the world of seed {found['seed']}" if "seed" in found else "something else"
+    raise Problem(f"out: {folder} holds {what}; name another folder, or --overwrite true")
+
+
+def reserve(out: Path, size: int) -> None:
+    """Take the space for a moment: a full disk is told before the work, in the disk's own words."""
+    probe = out / f".space.{os.getpid()}"
+    try:
+        with open(probe, "wb") as file:
+            for _ in range(0, size, 2**20):
+                file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise Problem(f"out: {out} cannot be written: {error.strerror}; {size >> 20} MB are needed") from error
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def make(name: str, out: Path, seed: int) -> None:
+    """One world, in a process of its own."""
+    import shutil
+
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    final = out / name
+    with written_aside(final) as aside:
+        aside.mkdir()
+        worlds.builder(name)(aside, seed)
+        write_json(aside / "world.json", {"world": name, "seed": seed})
+        if final.exists():
+            shutil.rmtree(final)
+
+
+if __name__ == "__main__":
+    door(main, TinyJob)

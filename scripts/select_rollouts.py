@@ -1,0 +1,80 @@
+"""From a scored dump to a dataset: best-of-n, worst, rejection-sampled, or best/worst pairs.
+
+python scripts/select_rollouts.py DUMP --out best.jsonl --select.mode best
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.reader import door
+from reward.selection import Selection, selected
+from rollout.errors import Problem
+from rollout.run import written_aside
+
+CHUNK = 1024
+"""Records per row group."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Reads a finished, scored dump; writes {prompt, completion} or, for pairs, {prompt, chosen, rejected}."""
+
+    dir: str = field(metadata={"positional": True})
+    """The dump."""
+    out: str = field(default="", metadata={"positional": True})
+    """The dataset's file, .jsonl or .parquet."""
+    scores: str | None = None
+    """The folder of its scores; none: the dump's own."""
+    select: Selection = field(default_factory=Selection)
+    overwrite: bool = False
+    """Replace the file where it is there already."""
+
+
+def write(path: Path, records: Iterator[dict[str, Any]]) -> int:
+    """Written aside and renamed; how many there were."""
+    count = 0
+    with written_aside(path) as aside:
+        if path.suffix == ".jsonl":
+            with aside.open("w", encoding="utf-8") as file:
+                for record in records:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    count += 1
+            return count
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        first = list(itertools.islice(records, CHUNK))
+        schema = pa.Table.from_pylist(first).schema
+        with pq.ParquetWriter(aside, schema) as writer:
+            chunk = first
+            while chunk:
+                writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+                count += len(chunk)
+                chunk = list(itertools.islice(records, CHUNK))
+    return count
+
+
+def main(job: Job) -> None:
+    path = Path(job.out)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise Problem(f"out: {job.out or 'missing'}; name the dataset's file, --out FILE.jsonl or FILE.parquet")
+    if path.exists() and not job.overwrite:
+        raise Problem(f"out: {path} is there already; add --overwrite true or name another file")
+    if not path.parent.is_dir():
+        raise Problem(f"out: the folder {path.parent} does not exist; make it or name another")
+    records = selected(Path(job.dir), Path(job.scores or job.dir), job.select)
+    first = next(records, None)
+    if first is None:
+        raise Problem(f"select: no row of {job.dir} is kept by mode {job.select.mode}; loosen threshold, min_gap or ended")
+    count = write(path, itertools.chain([first], records))
+    print(f"{path}: {count:,} {'pairs' if job.select.mode == 'pairs' else 'rows'}")
+
+
+if __name__ == "__main__":
+    door(main, Job)

@@ -1,0 +1,140 @@
+"""The table of heads: what each checkpoint was saved with, what each role takes, and what is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from rollout.errors import Problem
+from rollout.heads import HEADS, choose_head, head_of, heads_for, load_head
+
+GPT2 = {
+    "n_embd": 8,
+    "n_layer": 1,
+    "n_head": 1,
+    "vocab_size": 20,
+    "n_positions": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+T5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20, "decoder_start_token_id": 0}
+BERT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 20}
+
+
+def saved(tmp_path, class_name: str, config: transformers.PretrainedConfig) -> str:
+    torch.manual_seed(0)
+    getattr(transformers, class_name)(config).save_pretrained(tmp_path / class_name)
+    return str(tmp_path / class_name)
+
+
+@pytest.mark.parametrize(
+    "class_name, head",
+    [
+        ("GPT2LMHeadModel", "causal"),
+        ("GPT2ForSequenceClassification", "sequence_classification"),
+        ("GPT2ForTokenClassification", "token_classification"),
+        ("GPT2ForQuestionAnswering", "question_answering"),
+        ("GPT2Model", None),
+        ("T5ForConditionalGeneration", "seq2seq"),
+        ("BartForConditionalGeneration", "seq2seq"),
+        ("BartForCausalLM", "causal"),
+        ("BertForMaskedLM", "masked"),
+        ("BertForPreTraining", None),
+    ],
+)
+def test_the_saved_head_is_read_off_the_architecture(class_name, head):
+    config = getattr(transformers, class_name).config_class(architectures=[class_name])
+    assert head_of(config) == head
+
+
+def test_every_head_loads_a_model_of_its_own_class(tmp_path):
+    bert = transformers.BertConfig(**BERT)
+    for head, class_name in {
+        "masked": "BertForMaskedLM",
+        "sequence_classification": "BertForSequenceClassification",
+        "token_classification": "BertForTokenClassification",
+        "question_answering": "BertForQuestionAnswering",
+    }.items():
+        path = saved(tmp_path, class_name, bert)
+        assert type(HEADS[head].from_pretrained(path)).__name__ == class_name
+        assert head_of(transformers.AutoConfig.from_pretrained(path)) == head
+    assert set(heads_for(bert)) == set(HEADS) - {"seq2seq"}
+
+
+def test_the_loader_returns_the_saved_weights_in_eval_mode(tmp_path):
+    for role, class_name, config in [
+        ("policy", "GPT2LMHeadModel", transformers.GPT2Config(**GPT2)),
+        ("policy", "T5ForConditionalGeneration", transformers.T5Config(**T5)),
+        ("reward", "GPT2ForSequenceClassification", transformers.GPT2Config(**GPT2, num_labels=1)),
+    ]:
+        path = saved(tmp_path, class_name, config)
+        model = load_head(path, role)
+        expected = getattr(transformers, class_name).from_pretrained(path).state_dict()
+        assert type(model).__name__ == class_name and not model.training
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+        assert load_head(path, role, dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "class_name, config, role, head, words",
+    [
+        (
+            "BertForMaskedLM",
+            transformers.BertConfig(**BERT),
+            "policy",
+            "auto",
+            ["masked head", "policy takes causal or seq2seq"],
+        ),
+        ("BertForMaskedLM", transformers.BertConfig(**BERT), "policy", "causal", ["saved with a masked head"]),
+        ("T5ForConditionalGeneration", transformers.T5Config(**T5), "policy", "causal", ["no causal head", "it has: seq2seq"]),
+        ("GPT2LMHeadModel", transformers.GPT2Config(**GPT2), "policy", "seq2seq", ["no seq2seq head"]),
+        ("GPT2LMHeadModel", transformers.GPT2Config(**GPT2), "reward", "auto", ["causal head", "reward takes sequence_class"]),
+        (
+            "GPT2LMHeadModel",
+            transformers.GPT2Config(**GPT2),
+            "reward",
+            "sequence_classification",
+            ["no weights for score.weight"],
+        ),
+        ("BertForQuestionAnswering", transformers.BertConfig(**BERT), "reward", "auto", ["question_answering head"]),
+        ("BertForMaskedLM", transformers.BertConfig(**BERT), "reward", "sequence", ["unknown head 'sequence'"]),
+    ],
+)
+def test_a_head_that_the_role_cannot_use_is_refused_by_name(tmp_path, class_name, config, role, head, words):
+    path = saved(tmp_path, class_name, config)
+    with pytest.raises(Problem) as caught:
+        load_head(path, role, head, field="part.path")
+    (line,) = caught.value.lines
+    assert line.startswith("part.path: ") and all(word in line for word in words), line
+
+
+def test_a_fresh_head_needs_a_whole_trunk(tmp_path):
+    path = saved(tmp_path, "GPT2LMHeadModel", transformers.GPT2Config(**GPT2))
+    model = load_head(path, "reward", fresh=True, num_labels=1)
+    assert model.score.weight.shape == (1, 8)
+    trunk = transformers.GPT2LMHeadModel.from_pretrained(path).transformer.state_dict()
+    assert all(torch.equal(value, trunk[name]) for name, value in model.transformer.state_dict().items())
+    # A masked LM has no pooler: it is part of what a classifier learns afresh.
+    load_head(saved(tmp_path, "BertForMaskedLM", transformers.BertConfig(**BERT)), "reward", fresh=True, num_labels=1)
+    deeper = transformers.AutoConfig.from_pretrained(path)
+    deeper.n_layer = 2
+    deeper.save_pretrained(path)
+    with pytest.raises(Problem, match="no weights for transformer.h.1"):
+        load_head(path, "reward", fresh=True, num_labels=1)
+    with pytest.raises(Problem, match="no weights for transformer.h.1"):
+        load_head(path, "policy")
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path):
+    for path, words in [(tmp_path / "nowhere", "neither a folder"), (tmp_path, "holds no model")]:
+        with pytest.raises(Problem, match=words) as caught:
+            load_head(str(path), "policy")
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_auto_choice_of_a_bare_trunk_follows_its_shape():
+    assert choose_head(transformers.GPT2Config(architectures=["GPT2Model"]), "policy") == "causal"
+    assert choose_head(transformers.T5Config(architectures=["T5Model"]), "policy") == "seq2seq"
+    assert choose_head(transformers.BertConfig(architectures=["BertModel"]), "reward") == "sequence_classification"

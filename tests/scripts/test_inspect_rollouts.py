@@ -1,0 +1,112 @@
+"""Inspection through its door: what it counts against plain loops over the rows, and what it finds when rows or bytes are wrong."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.reader import door
+from rollout import manifest, store
+from rollout.manifest import Plan
+from scripts.inspect_rollouts import Job, main
+from tests.dumps import flip_bit, made_dump, made_rows, truncate, write_scores
+
+
+def inspect(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code: Any = 0
+    try:
+        door(main, Job, list(argv))
+    except SystemExit as left:
+        code = left.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_counts_are_those_of_a_plain_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_dump(tmp_path)
+    write_scores(tmp_path, {(p, s): {"total": p + 0.5 * s, "length": 1.0} for p in range(10) for s in range(2)})
+    code, out, err = inspect(capsys, str(tmp_path), "--json", "true")
+    found = json.loads(out)
+    rollout, _ = made_rows(range(10))
+    lengths = rollout.lengths_B.tolist()
+    assert (code, err) == (0, "")
+    assert found["whole"] and found["finished"] and (found["rows"], found["missing"], found["doubled"]) == (20, 0, 0)
+    assert found["lengths"] == {str(k): v for k, v in sorted(Counter(lengths).items())} and found["tokens"] == sum(lengths)
+    assert found["stop_reasons"] == Counter(("length", "eos", "stop")[stop] for stop in rollout.stop_B.tolist())
+    gaps = {}
+    for i, length in enumerate(lengths):
+        for t in range(length):
+            gap = abs(float(rollout.behaviour_logprobs_BR[i, t]) - float(rollout.policy_logprobs_BR[i, t]))
+            gaps[i // 2, i % 2, t] = gap
+    assert found["gap"]["mean"] == pytest.approx(sum(gaps.values()) / len(gaps), rel=1e-6)
+    worst = max(gaps, key=lambda key: gaps[key])
+    assert found["gap"]["max"] == pytest.approx(gaps[worst], rel=1e-6)
+    assert tuple(found["worst"][0][name] for name in ("prompt_index", "sample_index", "position")) == worst
+    assert found["scores"]["total"] == {"rows": 20, "mean": 4.75, "std": pytest.approx(2.88314, rel=1e-4), "min": 0.0, "max": 9.5}
+
+
+def test_the_page_is_for_a_person(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_dump(tmp_path)
+    code, out, _ = inspect(capsys, str(tmp_path))
+    assert code == 0
+    assert "finished, 3 of 3 shards whole, 20 of 20 rows" in out and "stop reasons: " in out and "#" in out
+    assert max(len(line) for line in out.splitlines() if not line.startswith(str(tmp_path))) <= 100
+
+
+def damage_manifest(folder: Path) -> None:
+    truncate(folder / "manifest.json")
+
+
+@pytest.mark.parametrize("how", [flip_bit, truncate, Path.unlink])
+def test_a_damaged_shard_is_named_and_the_status_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], how: Any) -> None:
+    made_dump(tmp_path)
+    how(tmp_path / "rollouts-00001.parquet")
+    code, out, err = inspect(capsys, str(tmp_path))
+    assert code == 1
+    assert "rollouts-00001.parquet" in err and "rollouts-00001.parquet" in out and "rollouts-00000.parquet" not in out
+    assert "missing rows: 8, the first (prompt 4, sample 0), (prompt 4, sample 1)" in out
+
+
+def test_doubled_and_missing_rows_are_found_inside_whole_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan.of(4, 2, 4, 4)
+    begun = manifest.start(tmp_path, plan, {}, {})
+    store.make_shard(tmp_path, plan, 0, made_rows)
+    store.make_shard(tmp_path, plan, 1, lambda call: made_rows([1, 3]))  # prompt 1 again, prompt 2 never
+    manifest.finish(tmp_path, begun)
+    code, out, _ = inspect(capsys, str(tmp_path))
+    assert code == 1
+    assert "doubled or unexpected rows: 2, such as (prompt 1, sample 0), (prompt 1, sample 1)" in out
+    assert "missing rows: 2, the first (prompt 2, sample 0), (prompt 2, sample 1)" in out
+
+
+def test_log_probs_that_are_not_finite_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rollout, texts = made_rows(range(2))
+    rollout.policy_logprobs_BR[int(rollout.lengths_B.argmax()), 0] = torch.nan
+    plan = Plan.of(2, 2, 4, 4)
+    begun = manifest.start(tmp_path, plan, {}, {})
+    store.make_shard(tmp_path, plan, 0, lambda call: (rollout, texts))
+    manifest.finish(tmp_path, begun)
+    code, out, _ = inspect(capsys, str(tmp_path))
+    assert code == 1 and "not finite: 1" in out
+
+
+def test_a_dump_on_its_way_is_unfinished_not_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan.of(10, 2, 4, 8)
+    manifest.start(tmp_path, plan, {}, {})
+    store.make_shard(tmp_path, plan, 1, made_rows)
+    code, out, _ = inspect(capsys, str(tmp_path))
+    assert code == 0 and "unfinished, 1 of 3 shards whole, 8 of 20 rows" in out
+
+
+def test_what_is_no_dump_is_one_line_and_status_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = inspect(capsys, str(tmp_path))
+    assert code == 2 and "no manifest.json" in err and len(err.splitlines()) == 1
+    made_dump(tmp_path)
+    damage_manifest(tmp_path)
+    code, _, err = inspect(capsys, str(tmp_path))
+    assert code == 2 and "manifest.json: damaged" in err and len(err.splitlines()) == 1

@@ -1,0 +1,129 @@
+"""Selection through its door, against sorting written out by hand; the files are what the supervised and reward stages read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.reader import door
+from scripts.select_rollouts import Job, main
+from tests.dumps import made_dump, made_rows, write_scores
+
+PROMPTS, SAMPLES = 10, 4
+KEYS = [(p, s) for p in range(PROMPTS) for s in range(SAMPLES)]
+SCORE = {(p, s): float((7 * p + 3 * s) % 5) for p, s in KEYS}
+"""Some prompts have ties."""
+
+
+@pytest.fixture
+def dump(tmp_path: Path) -> Path:
+    made_dump(tmp_path / "dump", PROMPTS, SAMPLES)
+    write_scores(tmp_path / "dump", {key: {"total": score, "minus": -score} for key, score in SCORE.items()})
+    return tmp_path / "dump"
+
+
+def select(dump: Path, *argv: str, out: str = "out.jsonl") -> list[dict[str, Any]]:
+    path = dump.parent / out
+    door(main, Job, [str(dump), "--out", str(path), "--overwrite", "true", *argv])
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as left:
+        door(main, Job, list(argv))
+    assert left.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_best_and_worst_of_each_prompt_the_earlier_of_equals(dump: Path) -> None:
+    best, worst = select(dump, "--select.mode", "best"), select(dump, "--select.mode", "worst")
+    for prompt in range(PROMPTS):
+        scores = [SCORE[prompt, s] for s in range(SAMPLES)]
+        for rows, extreme in ((best, max(scores)), (worst, min(scores))):
+            sample = scores.index(extreme)
+            assert rows[prompt] == {
+                "prompt": f"frage {prompt} – 質問", "completion": f"answer {prompt}.{sample} 🙂",
+                "prompt_index": prompt, "sample_index": sample, "score": extreme,
+            }  # fmt: skip
+
+
+def test_the_best_two_by_a_part(dump: Path) -> None:
+    rows = select(dump, "--select.score", "minus", "--select.count", "2")
+    for prompt in range(PROMPTS):
+        wanted = sorted(range(SAMPLES), key=lambda s: SCORE[prompt, s])[:2]
+        assert [row["sample_index"] for row in rows if row["prompt_index"] == prompt] == sorted(wanted)
+
+
+def test_rejection_keeps_all_at_or_above_the_threshold(dump: Path) -> None:
+    rows = select(dump, "--select.mode", "reject", "--select.threshold", "3")
+    assert [(row["prompt_index"], row["sample_index"]) for row in rows] == [key for key in KEYS if SCORE[key] >= 3]
+
+
+def test_only_responses_that_ended(dump: Path) -> None:
+    ended = made_rows(range(PROMPTS), SAMPLES)[0].ended_B.tolist()
+    rows = select(dump, "--select.mode", "reject", "--select.threshold", "-1", "--select.ended", "true")
+    assert [(row["prompt_index"], row["sample_index"]) for row in rows] == [key for key, end in zip(KEYS, ended, strict=True) if end]
+
+
+def test_pairs_are_best_against_worst_where_they_differ_enough(dump: Path) -> None:
+    rows = select(dump, "--select.mode", "pairs", "--select.min_gap", "2.5")
+    wanted = []
+    for prompt in range(PROMPTS):
+        scores = [SCORE[prompt, s] for s in range(SAMPLES)]
+        if max(scores) - min(scores) > 2.5:
+            wanted.append((prompt, f"answer {prompt}.{scores.index(max(scores))} 🙂", f"answer {prompt}.{scores.index(min(scores))} 🙂"))
+    assert [(row["prompt_index"], row["chosen"], row["rejected"]) for row in rows] == wanted
+    assert all(row["chosen_score"] - row["rejected_score"] > 2.5 for row in rows)
+
+
+def test_equal_responses_are_kept_once_and_never_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    import tests.dumps
+
+    rows = made_rows
+    monkeypatch.setattr(
+        tests.dumps, "made_rows", lambda *a, **k: (lambda r, t: (r, dataclasses.replace(t, completions=["same"] * len(t))))(*rows(*a, **k))
+    )
+    made_dump(tmp_path / "dump", PROMPTS, SAMPLES)
+    write_scores(tmp_path / "dump", {key: {"total": score} for key, score in SCORE.items()})
+    assert len(select(tmp_path / "dump", "--select.count", "3")) == PROMPTS
+    assert len(select(tmp_path / "dump", "--select.count", "3", "--select.unique", "false")) == 3 * PROMPTS
+    with pytest.raises(SystemExit):
+        select(tmp_path / "dump", "--select.mode", "pairs", "--select.unique", "false")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_datasets_reads_the_file_and_conversations_stay_conversations(tmp_path: Path, suffix: str) -> None:
+    import datasets
+
+    made_dump(tmp_path / "dump", PROMPTS, SAMPLES, chat=True)
+    (tmp_path / "scores").mkdir()
+    write_scores(tmp_path / "scores", {key: {"total": score} for key, score in SCORE.items()})
+    out = tmp_path / f"pairs.{suffix}"
+    argv = [str(tmp_path / "dump"), "--scores", str(tmp_path / "scores"), "--out", str(out), "--select.mode", "pairs"]
+    door(main, Job, argv)
+    kind = "json" if suffix == "jsonl" else "parquet"
+    table = datasets.load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    row = table[0]
+    assert row["prompt"] == [{"role": "user", "content": f"frage {row['prompt_index']} – 質問"}]
+    assert [message["role"] for message in row["chosen"] + row["rejected"]] == ["assistant", "assistant"]
+
+
+def test_bad_input_is_one_line(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = [str(dump), "--out", str(tmp_path / "a.jsonl")]
+    assert "--out FILE.jsonl" in refused(capsys, str(dump), "--out", "a.txt")
+    assert "is no column of the scores; there are total, minus" in refused(capsys, *good, "--select.score", "other")
+    assert "select.threshold: missing" in refused(capsys, *good, "--select.mode", "reject")
+    assert "select.min_gap: has no effect" in refused(capsys, *good, "--select.min_gap", "1")
+    assert "no row of" in refused(capsys, *good, "--select.mode", "reject", "--select.threshold", "99")
+    assert "no scores-*.parquet" in refused(capsys, *good, "--scores", str(tmp_path))
+    assert "no manifest.json" in refused(capsys, str(tmp_path), "--out", str(tmp_path / "a.jsonl"))
+    write_scores(dump, {key: {"total": 1.0} for key in KEYS[:-3]})
+    assert "3 of 40 rows have no score, the first prompt 9 sample 1" in refused(capsys, *good)
+    write_scores(dump, {**{key: {"total": 1.0} for key in KEYS}, (10, 0): {"total": 1.0}})
+    assert "rows that the dump does not have" in refused(capsys, *good)
+    assert not (tmp_path / "a.jsonl").exists()
