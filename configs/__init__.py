@@ -1,0 +1,17 @@
+"""Settings: YAML of the shipped jobs, and the reader. Imported by scripts alone, and by them first.
+
+What has to be in the environment before torch and deepspeed are imported is set here, for the doors only.
+"""
+
+import importlib.util
+import os
+
+# A waiting OpenMP thread must not keep a core from the other ones: on busy machines it costs a factor of 20.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if importlib.util.find_spec("deepspeed") is not None and "DS_ACCELERATOR" not in os.environ:
+    import torch
+
+    if not torch.cuda.is_available():
+        # Else its import (transformers does it while saving a model) prints that it could not find an accelerator.
+        os.environ["DS_ACCELERATOR"] = "cpu"

@@ -47,7 +47,7 @@ class WeightedSum:
 
     parts: tuple[Part, ...]
     vocabulary: str | None = None
-    """Which vocabulary the rollout's ids belong to (`reward.model.vocabulary_of`); None where that is not known."""
+    """Which vocabulary the rollout's ids belong to (`reward.reading.vocabulary_of`); None where that is not known."""
 
     def __call__(self, rollout: Rollout, texts: Texts) -> Scores:
         if len(rollout) != len(texts):

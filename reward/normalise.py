@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,10 +121,16 @@ def measure(normalise: Mapping[str, Any], part: Part, where: str) -> tuple[float
     """Mean and standard deviation of the part on a file of reference prompts and completions."""
     import asyncio
 
-    from reward.texts import TextSettings, load_texts, rollout_of
+    from reward.texts import TextSettings, load_texts
 
-    texts = load_texts(TextSettings.of({**normalise}, f"{where}.normalise"), f"{where}.normalise.reference")
-    scores = part.score(rollout_of(len(texts)), texts, None)
+    given = {name: value for name, value in normalise.items() if name != "reference"}
+    known = {spot.name for spot in fields(TextSettings)} - {"path"}
+    if set(given) - known:
+        unknown = ", ".join(sorted(set(given) - known))
+        raise Problem(f"{where}.normalise: unknown {unknown}; beside reference it takes {', '.join(sorted(known))}")
+    table = load_texts(TextSettings(path=str(normalise["reference"]), **given), f"{where}.normalise")
+    rollout, texts = table.batch(range(len(table)))
+    scores = part.score(rollout, texts, None)
     if part.is_async:
         scores = asyncio.run(scores)
     values = scores.total_B[~scores.total_B.isnan()].double()

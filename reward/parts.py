@@ -77,7 +77,7 @@ class Entries:
     entries: tuple[Entry, ...]
 
     def build(self, policy: Any, device: torch.device | str | None, tokenizer: Any) -> WeightedSum:
-        from reward.model import vocabulary_of
+        from reward.reading import vocabulary_of
 
         tokenizer = tokenizer if tokenizer is not None else getattr(policy, "tokenizer", None)
         device = device if device is not None else getattr(policy, "device", None)

@@ -113,12 +113,10 @@ def load(
         raise Problem(
             f"{field}: {folder} holds a {kind} adapter; these can be used: {', '.join((*WEIGHT_KINDS, *VIRTUAL_KINDS))}"
         )
-    if trainable and (kind == "P_TUNING" or getattr(config, "prefix_projection", False)):
-        raise Problem(
-            f"{field}: {folder} holds the outcome of {kind}, not the network that made it; it cannot be trained further"
-        )
     config.inference_mode = not trainable
     if config.is_prompt_learning:
+        # Saved is what the encoder of virtual tokens puts out, so that is what is loaded and, if asked, trained further.
+        config.inference_mode = True
         # Measured on this base again: with the saved sizes an adapter of another width would load, and fail in the first pass.
         config.token_dim = config.num_layers = config.num_attention_heads = None
     adapted = _wrap(model, config, name, field)

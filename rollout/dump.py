@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from rollout import processes
 from rollout.batch import Rollout, Texts
-from rollout.manifest import finish, plan_of, read_record, standing
+from rollout.manifest import drop_record, finish, plan_of, read_record, standing
 from rollout.progress import Progress
 from rollout.store import make_shard
 
@@ -38,6 +38,8 @@ def left_to_do(folder: Path, begun: Mapping[str, Any]) -> Work:
     """Every shard on disk is read and its checksum compared, each process taking its share. Collective."""
     me, shards = processes.start(), range(len(plan_of(begun)))
     state = standing(folder, begun, shards[me.rank :: me.world_size])
+    for index in state.damaged:
+        drop_record(folder, index)  # the main process takes a record as the sign that its shard is made
     damaged = dict(processes.gather_objects(sorted(state.damaged.items())))
     return Work(sorted([*processes.gather_objects(state.absent), *damaged]), damaged)
 

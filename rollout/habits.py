@@ -1,10 +1,10 @@
 """How a model takes padding and caching: seen on the model itself with a few short forward passes, not read off its name.
 
-    alone       a b c d e            logits of the last two tokens
-    padded      . . a b c d e        the same, or this model must not be left-padded (states that run through padding,
-                                     positions it counts by itself): rows of one length are then batched together
-    later       a b c X e            the same before X, or the model looks ahead and has no law of the next token
-    cached      a b c | d | e        the same, or its cache is not used
+    alone       a b c d e            what every other way is compared with
+    padded      . . . a b c d e      in a batch with a longer row: the same, or this model must not be padded (states that
+                                     run through padding, positions it counts itself): rows of one length go together then
+    shorter     a b c d              the same, or the model looks ahead and has no law of the next token
+    cached      a b c | d | e        the same, or its cache is not used; with the rows picked after the prefill, or not picked
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rollout.carried import can_pick, carries, pick_rows, step_forward
 from rollout.errors import Problem
+from rollout.sampling import ClosedGenerationConfig
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -30,6 +32,8 @@ class Habits:
     """Padded rows (left for decoder-only models, right for encoders) equal lone ones."""
     caching: bool
     """Decoding with the cache equals one pass over the whole sequence."""
+    picking: bool
+    """Rows can be taken out of the cache, or repeated in it."""
 
 
 def forward_arguments(core: Any) -> frozenset[str]:
@@ -44,74 +48,99 @@ def positions(mask: Tensor) -> Tensor:
 
 def observe(policy: Policy) -> Habits:
     """Run the passes of this file's head on `policy`'s model. Call without dropout and without gradients."""
-    real, pads = 5, 3
-    limits = [limit for limit in (policy.context, policy.decoder_context) if limit is not None]
-    if limits:
-        real = max(min(real, min(limits) - len(policy.start_ids) - 1), 1)
-        pads = max(min(pads, min(limits) - real), 0)
+    short, long = _lengths(policy)
     ids = [i for i in range(policy.vocab_size) if i not in (policy.pad_id, *policy.eos_ids)] or [0]
-    row = torch.tensor([[ids[(7 * k + 3) % len(ids)] for k in range(real)]], device=policy.device)
-    alone = _logits(policy, row, torch.ones_like(row, dtype=torch.bool))
-    tolerance = max(100 * torch.finfo(alone.dtype).eps if alone.dtype == torch.float32 else 10 * torch.finfo(alone.dtype).eps, 2e-5)
-
-    def same(logits: Tensor, expected: Tensor) -> bool:
-        logits, expected = logits.float(), expected.float()
-        finite = expected.isfinite()
-        if not bool(torch.equal(finite, logits.isfinite())) or not bool(finite.any()):
-            return bool(torch.equal(finite, logits.isfinite()))
-        scale = expected[finite].std(correction=0) + 1e-3 * expected[finite].abs().mean() + 1e-12
-        return bool((logits[finite] - expected[finite]).pow(2).mean().sqrt() <= tolerance * scale)
-
+    rows = [torch.tensor([[ids[(7 * k + start) % len(ids)] for k in range(n)]], device=policy.device) for start, n in ((3, short), (5, long))]
+    alone = [_logits(policy, row, torch.ones_like(row, dtype=torch.bool)) for row in rows]
     padding = True
-    if pads:
-        fill = torch.full_like(row[:, :1], policy.pad_id).expand(-1, pads)
-        sides = [row, fill] if policy.is_seq2seq else [fill, row]
-        mask = torch.cat([torch.full_like(side, side is row, dtype=torch.bool) for side in sides], dim=1)
-        padding = same(_logits(policy, torch.cat(sides, dim=1), mask)[:, -2:], alone[:, -2:])
-    if not policy.is_seq2seq and real > 2:
-        changed = row.clone()
-        changed[:, -1] = ids[(7 * real + 11) % len(ids)]
-        if not same(_logits(policy, changed, torch.ones_like(row, dtype=torch.bool))[:, :-1], alone[:, :-1]):
+    if long > short:
+        fill = torch.full((1, long - short), policy.pad_id, device=policy.device)
+        sides = [rows[0], fill] if policy.is_seq2seq else [fill, rows[0]]
+        real = torch.cat([torch.full_like(side, side is rows[0], dtype=torch.bool) for side in sides], dim=1)
+        both = _logits(policy, torch.cat([torch.cat(sides, dim=1), rows[1]]), torch.cat([real, torch.ones_like(real)]))
+        padding = all(_same(both[k : k + 1, -2:], alone[k][:, -2:]) for k in range(2))
+    if short > 1:
+        cut = rows[0] if policy.is_seq2seq else rows[0][:, :-1]
+        before = _logits(policy, cut, torch.ones_like(cut, dtype=torch.bool), decoder_tokens=1)
+        if not _same(before, alone[0][:, :-1]):
             raise Problem(
-                f"model: {type(policy.core).__name__} looks ahead: a later token changes the logits before it, so it is no "
-                "causal language model; load a decoder (for BERT-like models, a checkpoint with is_decoder: true)"
+                f"model: {type(policy.core).__name__} looks ahead: its logits change with the tokens after them, so they are no "
+                "law of the next token; load a causal decoder (for BERT-like models, a checkpoint with is_decoder: true)"
             )
-    return Habits(padding=padding, caching=_caches(policy, row, alone, same))
+    caching, picking = _caches(policy, rows, alone)
+    return Habits(padding=padding, caching=caching, picking=picking)
 
 
-def _caches(policy: Policy, row: Tensor, alone: Tensor, same: Any) -> bool:
-    """Whether decoding step by step with the cache gives the same logits as one pass over the whole."""
-    steps = 2
-    if not policy.is_seq2seq and row.shape[1] <= steps:
-        return True
-    core = policy.core
-    if "use_cache" not in forward_arguments(core) and "past_key_values" not in forward_arguments(core):
+def _lengths(policy: Policy) -> tuple[int, int]:
+    """Tokens of the short and the long row, within the model's context."""
+    limits = [limit for limit in (policy.context, policy.decoder_context) if limit is not None]
+    room = min(limits) - len(policy.start_ids) - 2 if limits else 8
+    return max(min(5, room), 1), max(min(8, room), 1)
+
+
+def _same(logits: Tensor, expected: Tensor) -> bool:
+    """Equal up to rounding, measured against how much the logits vary."""
+    eps = torch.finfo(expected.dtype).eps
+    logits, expected = logits.float(), expected.float()
+    finite = expected.isfinite()
+    if not torch.equal(finite, logits.isfinite()):
         return False
-    seen: list[Tensor] = []
+    if not bool(finite.any()):
+        return True
+    scale = expected[finite].std(correction=0) + 1e-3 * expected[finite].abs().mean() + 1e-12
+    return bool((logits[finite] - expected[finite]).pow(2).mean().sqrt() <= max(10 * eps, 2e-5) * scale)
 
-    def follow(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any) -> None:
-        del logits_processor, stopping_criteria, generation_config
-        ids = input_ids
-        for step in range(steps + 1):
-            first = {"is_first_iteration": True} if step == 0 else {"next_sequence_length": 1}
-            outputs = model(**model.prepare_inputs_for_generation(ids, **first, **kwargs), return_dict=True)
-            kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=policy.is_seq2seq)
-            seen.append(outputs.logits[:, -1:])
-            ids = torch.cat([ids, tail[:, step : step + 1]], dim=1)
 
-    from rollout.sampling import ClosedGenerationConfig
-
+def _caches(policy: Policy, rows: list[Tensor], alone: list[Tensor]) -> tuple[bool, bool]:
+    """(decoding with the cache is exact, its rows can be picked), by decoding two tokens of two rows both ways."""
+    steps, short = 2, rows[0].shape[1]
+    if not policy.is_seq2seq and short <= steps:
+        return True, True
+    both = torch.cat([row[:, :short] for row in rows])
     if policy.is_seq2seq:
-        prompt, tail = row, row[:, : steps + 1]
+        ones = torch.ones_like(both[:1], dtype=torch.bool)
+        ways = [(both, both[:, :steps], torch.cat([_logits(policy, both[k : k + 1], ones) for k in range(2)])[:, -steps - 1 :])]
     else:
-        prompt, tail = row[:, :-steps], torch.cat([row[:, -steps:], row[:, :1]], dim=1)
+        # A prompt of one token last: what a model left in itself shows there.
+        logits = torch.cat([logits[:, :short] for logits in alone])
+        ways = [(both[:, :n], both[:, n : n + steps], logits[:, n - 1 : n + steps]) for n in (short - steps, 1)]
+    return next(((True, pick) for pick in (True, False) if all(_decodes(policy, *way, pick) for way in ways)), (False, True))
+
+
+def _decodes(policy: Policy, prompt: Tensor, tail: Tensor, expected: Tensor, pick: bool) -> bool:
+    """Whether decoding `tail` after `prompt` with the cache gives the expected logits."""
+    follow = _Follow(tail, pick)
+    config = ClosedGenerationConfig.of(policy, max_new_tokens=tail.shape[1] + 1)
     inputs = generate_arguments(policy, prompt, torch.ones_like(prompt, dtype=torch.bool))
-    config = ClosedGenerationConfig.of(policy, max_new_tokens=steps + 1, use_cache=True)
-    core.generate(**inputs, generation_config=config, custom_generate=follow)
-    if policy.is_seq2seq:
-        full = torch.cat([torch.tensor([policy.start_ids], device=row.device), tail[:, :steps]], dim=1)
-        alone = core(input_ids=row, attention_mask=torch.ones_like(row), decoder_input_ids=full, use_cache=False).logits
-    return same(torch.cat(seen, dim=1), alone[:, -steps - 1 :])
+    policy.core.generate(**inputs, generation_config=config, custom_generate=follow)
+    return bool(follow.seen) and _same(torch.cat(follow.seen, dim=1), expected[follow.order])
+
+
+class _Follow:
+    """A decoding loop that feeds given tokens and keeps the logits; with `pick` the rows change places after the prefill."""
+
+    def __init__(self, tail: Tensor, pick: bool):
+        self.tail, self.pick = tail, pick
+        self.order = [1, 0, 1] if pick else [0, 1]
+        self.seen: list[Tensor] = []
+
+    def __call__(
+        self, model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+    ) -> Tensor:
+        del logits_processor, stopping_criteria, generation_config
+        ids, seen = input_ids, []
+        for step in range(self.tail.shape[1] + 1):
+            outputs, kwargs = step_forward(model, ids, kwargs, first=step == 0)
+            logits = outputs.logits[:, -1:]
+            if not carries(kwargs) or (self.pick and not can_pick(kwargs)):
+                return ids  # nothing seen: this way of decoding is not there
+            if step == 0 and self.pick:
+                index = torch.tensor(self.order, device=ids.device)
+                kwargs, ids, logits = pick_rows(kwargs, index, len(ids)), ids[index], logits[index]
+            seen.append(logits)
+            ids = torch.cat([ids, self.tail[self.order, step : step + 1]], dim=1)
+        self.seen = seen
+        return ids
 
 
 def generate_arguments(policy: Policy, prompt_BP: Tensor, mask_BP: Tensor) -> dict[str, Any]:
@@ -128,14 +157,15 @@ def generate_arguments(policy: Policy, prompt_BP: Tensor, mask_BP: Tensor) -> di
     return given
 
 
-def _logits(policy: Policy, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits of one plain pass: of `ids`, or of a decoder that starts from them."""
+def _logits(policy: Policy, ids: Tensor, mask: Tensor, decoder_tokens: int = 2) -> Tensor:
+    """Logits of one plain pass: of `ids`, or of a decoder that is fed the first of them."""
     takes = forward_arguments(policy.core)
     given: dict[str, Any] = {"input_ids": ids, **policy.extra}
     if "attention_mask" in takes:
         given["attention_mask"] = mask.long()
     if policy.is_seq2seq:
-        given["decoder_input_ids"] = torch.tensor([[*policy.start_ids, *ids[0, :2].tolist()]], device=ids.device)
+        start = torch.tensor(policy.start_ids, device=ids.device)[None].expand(len(ids), -1)
+        given["decoder_input_ids"] = torch.cat([start, ids[:, :decoder_tokens]], dim=1)
     elif "position_ids" in takes:
         given["position_ids"] = positions(mask)
     if "use_cache" in takes:

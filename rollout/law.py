@@ -64,8 +64,10 @@ class Law:
     def __init__(self, sampling: Sampling, policy: Policy):
         self.sampling = sampling
         self.vocab_size = policy.vocab_size
-        self.banned = _banned_sequences(sampling, policy)
-        self.looks_back = sampling.no_repeat_ngram_size > 0 or any(len(ids) > 1 for ids in self.banned)
+        banned = _banned_sequences(sampling, policy)
+        self.banned_always = [ids[0] for ids in banned if len(ids) == 1]
+        self.banned_after = [ids for ids in banned if len(ids) > 1]
+        self.looks_back = sampling.no_repeat_ngram_size > 0 or bool(self.banned_after)
 
     def policy_scores(self, logits_BV: Tensor) -> Tensor:
         """What the policy's law is the softmax of."""
@@ -81,7 +83,9 @@ class Law:
             scores = torch.where(history.seen_BV, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
         if settings.no_repeat_ngram_size:
             scores = _ban_repeats(scores, history.tokens_BL, history.real_BL, settings.no_repeat_ngram_size)
-        for ids in self.banned:
+        if self.banned_always:
+            scores = scores.index_fill(1, torch.tensor(self.banned_always, device=scores.device), _NEGATIVE)
+        for ids in self.banned_after:
             scores = _ban_sequence(scores, history.tokens_BL, history.real_BL, ids)
         if settings.greedy:
             return scores
@@ -206,14 +210,13 @@ def _ban_repeats(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, size: in
 
 def _ban_sequence(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, ids: tuple[int, ...]) -> Tensor:
     """-inf for the last id where the row's real tokens end in the ids before it."""
-    hit = torch.ones(len(scores_BV), dtype=torch.bool, device=scores_BV.device)
-    if before := ids[:-1]:
-        if tokens_BL.shape[1] < len(before):
-            return scores_BV
-        tail = tokens_BL[:, -len(before) :] == torch.tensor(before, device=tokens_BL.device)
-        hit = (tail & real_BL[:, -len(before) :]).all(dim=1)
+    before = ids[:-1]
+    if tokens_BL.shape[1] < len(before):
+        return scores_BV
+    tail = tokens_BL[:, -len(before) :] == torch.tensor(before, device=tokens_BL.device)
+    hit_B = (tail & real_BL[:, -len(before) :]).all(dim=1)
     scores_BV = scores_BV.clone()
-    scores_BV[:, ids[-1]] = scores_BV[:, ids[-1]].masked_fill(hit, _NEGATIVE)
+    scores_BV[:, ids[-1]] = scores_BV[:, ids[-1]].masked_fill(hit_B, _NEGATIVE)
     return scores_BV
 
 

@@ -23,6 +23,8 @@ from rollout.fingerprint import sha256_file
 from rollout.run import write_json
 
 MANIFEST, RECORDS, FORMAT = "manifest.json", "records", 1
+CALL_BATCHES = 4
+"""Batches that the sampler is handed at once: it puts prompts of like length together, and a last small one is rare."""
 SHARD_ROWS, SHARDS = 1024, 16
 """Default size of a shard: about SHARD_ROWS rows, fewer where the dump would then have under SHARDS of them."""
 FREE = ("run.", "verify", "model.path", "prompts.path")
@@ -44,12 +46,13 @@ class Plan:
     @staticmethod
     def of(prompts: int, samples: int, batch_size: int, shard_rows: int = 0) -> Plan:
         """shard_rows 0: about SHARD_ROWS rows, whole calls, at least SHARDS shards where the rows are enough."""
-        call = max(1, batch_size // samples)
+        call = max(1, CALL_BATCHES * batch_size // samples)
         if shard_rows:
             shard = max(1, shard_rows // samples)
         else:
             rows = min(SHARD_ROWS, -(-prompts * samples // SHARDS))
-            shard = call * max(1, -(-rows // (call * samples)))
+            batch = max(1, batch_size // samples)
+            shard = batch * max(1, -(-rows // (batch * samples)))
         return Plan(prompts=prompts, samples=samples, shard_prompts=shard, call_prompts=min(call, shard))
 
     def __len__(self) -> int:
@@ -109,6 +112,10 @@ def read_record(folder: Path, index: int) -> Record | None:
         return Record(**json.loads((folder / RECORDS / f"{index:05d}.json").read_text(encoding="utf-8")))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, TypeError):
         return None
+
+
+def drop_record(folder: Path, index: int) -> None:
+    (folder / RECORDS / f"{index:05d}.json").unlink(missing_ok=True)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

@@ -140,14 +140,14 @@ class ClosedGenerationConfig(transformers.GenerationConfig):
 def uniforms(seed: int, step: int | Tensor, row_B: Tensor, sample_B: Tensor, t: int | Tensor) -> Tensor:
     """A float64 in [0, 1) for token t of each (row, sample): a function of its arguments and of nothing else.
 
-    The arguments broadcast, so `t` may be a row of positions. A counter-based hash (rounds of the splitmix64 finaliser):
-    no state, so batch size, order, processes, compaction and resume change nothing.
+    (B,) for one position, (B, T) for a row of T positions. A counter-based hash (rounds of the splitmix64 finaliser): no
+    state, so batch size, order, processes, compaction and resume change nothing.
     """
     key = torch.full_like(row_B, _signed(seed))
     for part in (step, row_B, sample_B):
         key = _mix(key + _GOLDEN) ^ (part if isinstance(part, Tensor) else torch.full_like(row_B, int(part)))
     if isinstance(t, Tensor):
-        key = key[..., None] if t.dim() > key.dim() or (t.dim() == 1 and t.shape != key.shape) else key
+        key = key[:, None]
     bits = _mix(_mix(key + _GOLDEN) ^ t)
     return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 

@@ -12,8 +12,10 @@ Every world holds `world.json` (its name and seed). A world appears whole or not
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -45,11 +47,13 @@ class TinyJob:
 
 def main(job: TinyJob) -> None:
     names = [name for name in job.worlds.replace(" ", "").split(",") if name]
-    for name in names:
-        if name not in worlds.available():
-            raise Problem(f"worlds: {name!r} is unknown; choose from {', '.join(worlds.available())}")
+    known = worlds.available()
     if not names:
-        raise Problem(f"worlds: none named; choose from {', '.join(worlds.available())}")
+        raise Problem(f"worlds: none named; choose from {', '.join(known)}")
+    for name in [name for name in names if name not in known]:
+        near = difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+        raise Problem(f"worlds: {name!r} is unknown; {remedy}")
     out = open_out(job.out)
     missing = [name for name in names if job.overwrite or not is_there(out / name, name, job.seed)]
     for name in names:
@@ -59,7 +63,8 @@ def main(job: TinyJob) -> None:
     # One thread a world, two worlds at a time: the same bytes on any machine with the same libraries, however many cores.
     began = time.monotonic()
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
-        for name, _ in zip(missing, pool.map(make, missing, [out] * len(missing), [job.seed] * len(missing)), strict=True):
+        spread = pool.map if len(missing) > 1 else map
+        for name, _ in zip(missing, spread(make, missing, [out] * len(missing), [job.seed] * len(missing)), strict=True):
             print(f"{out / name}: made ({time.monotonic() - began:.0f} s)")
 
 
@@ -104,12 +109,11 @@ def reserve(out: Path, size: int) -> None:
 
 
 def make(name: str, out: Path, seed: int) -> None:
-    """One world, in a process of its own."""
-    import shutil
-
+    """One world, whole or not at all."""
     import torch
     from transformers.utils import logging
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -120,6 +124,7 @@ def make(name: str, out: Path, seed: int) -> None:
         write_json(aside / "world.json", {"world": name, "seed": seed})
         if final.exists():
             shutil.rmtree(final)
+    torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

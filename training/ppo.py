@@ -13,10 +13,36 @@ above `gap_tolerance`. After the gathering in 2 every rank holds all rows, so ev
 
 from __future__ import annotations
 
+import resource
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
+from rollout import processes
+from rollout.errors import Problem
+from rollout.run import RunSettings, open_folder
+from training import checkpoint, resume
+from training.checks import check_job, settings_problems
 from training.correction import Correction
+from training.evaluate import evaluate
+from training.experience import credit, gather_scored, score
+from training.export import read_summary, save_model, summarise
+from training.learn import learn
+from training.measure import check_gap, gap_tolerance, rollout_metrics, sample_rows
+from training.minibatch import share
+from training.setup import open_log, prepare
+
+if TYPE_CHECKING:
+    from reward.base import Reward
+    from rollout.policy import Policy
+    from rollout.prompts import Prompts
+    from rollout.sampling import Sampling
+
+SAVE_EVERY = 10
+"""Steps between checkpoints where run.save_every is 0."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +135,10 @@ class PPOSettings:
     export_merged: bool = False
     """RUN/model is a plain model with the adapter merged in, instead of the adapter."""
 
+    def __post_init__(self) -> None:
+        if problems := settings_problems(self):
+            raise Problem(*problems)
+
 
 def train(
     policy: Policy,
@@ -118,23 +148,24 @@ def train(
     settings: PPOSettings,
     run: RunSettings,
     *,
-    steering: SteeringSpec | None = None,
+    steering: Any = None,
     heldout: Prompts | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train `policy` in place; returns what summary.json holds. `config` is the resolved job, for the run's folder."""
+    """Train `policy` in place; returns what summary.json holds (nothing where SIGTERM ended the run early).
+
+    `config` is the resolved job, for the run's folder; `heldout` are the evaluation's prompts (default: the training's)."""
     check_job(policy, prompts, sampling, settings, steering)
     ours = processes.start()
     folder = processes.on_main(lambda: open_folder(run))
-    if run.resume and resume.finished(folder, settings.steps):
+    if run.resume and processes.on_main(lambda: resume.finished(folder, settings.steps)):
         return read_summary(folder)
-    job = prepare(policy, reward, sampling, settings, run, steering)
-    state, sampler, actor_critic, reference = job.state, job.sampler, job.actor_critic, job.reference
-    tolerance = gap_tolerance(settings, next(actor_critic.actor.parameters()).dtype)
-    log = start_log(folder, run, state, config)
-    examine = partial(evaluate, job, heldout or prompts, settings=settings)
-    if not state.before:
-        state.before = examine()
+    parts = prepare(policy, reward, sampling, settings, run, steering)
+    state = parts.state
+    tolerance = gap_tolerance(settings, parts.actor_critic.dtype)
+    log = open_log(folder, run, state, config)
+    examined = heldout if heldout is not None else prompts
+    state.before = state.before or evaluate(parts, examined, settings)
 
     with resume.stop_signal() as stopping:
         while state.step < settings.steps:
@@ -144,28 +175,72 @@ def train(
             count = settings.rollouts_per_step // sampling.n
             rows = prompts.take(run.seed, state.prompt_position, count)
             mine = share(rows, ours.rank, ours.world_size)
-            rollout, texts = sampler.sample(prompts.batch(mine or rows[:1]), step=state.step)
+            rollout, texts = parts.sampler.sample(prompts.batch(mine or rows[:1]), step=state.step)
             clock.lap("sample")
 
-            # 2 score: the reward, then every row on every rank, and the forward passes before learning
+            # 2 score: the reward; from here on all rows on every rank; the forward passes before learning
             everything = gather_scored(rollout, texts, reward, real=bool(mine))
             clock.lap("reward")
-            scored = score(actor_critic, reference, *everything, settings)
+            scored = score(parts.actor_critic, parts.reference, *everything, settings)
             metrics = rollout_metrics(scored) | check_gap(scored, tolerance, state.step)
             clock.lap("score")
 
             # 3 credit: rewards less KL, advantages, returns, importance weights
             experience, found = credit(scored, settings, state.kl.coefficient)
-            metrics |= found
-            clock.lap("credit")
+            metrics |= found | {"kl/coef": state.kl.coefficient}
 
-            # 4 learn: epochs x minibatches of the clipped loss; then the KL's weight moves
+            # 4 learn: epochs x minibatches of the clipped loss; then the weight of the KL moves
             metrics |= learn(state, experience, settings, seed=run.seed)
-            metrics["kl/coef"] = state.kl.coefficient
             state.kl.update(metrics.get("kl/ref", 0.0), len(scored.rollout))
             clock.lap("learn")
 
-            # 5 record: the step is done; metrics, samples, evaluation, checkpoint
-            state.step += 1
-            state.prompt_position += count
-            ...
+            # 5 record: metrics, samples, evaluation, checkpoint
+            state.advance(count, metrics, clock.seconds())
+            if settings.eval_every and state.step % settings.eval_every == 0:
+                metrics |= evaluate(parts, examined, settings)
+                clock.lap("evaluate")
+            rate = metrics["rollout/tokens"] / clock.seconds()
+            log.metrics(state.step, metrics | clock.laps | {"time/tokens_per_s": rate} | memory())
+            kinds = dict(each=settings.samples, seed=run.seed, step=state.step)
+            log.samples(state.step, sample_rows(scored, experience, parts.decode, **kinds))
+            log.progress(
+                state.step,
+                settings.steps,
+                reward=metrics["reward/mean"],
+                kl=metrics.get("kl/ref", 0.0),
+                tokens=int(metrics["rollout/tokens"]),
+            )
+            stopped = stopping()
+            if stopped or state.step == settings.steps or state.step % (run.save_every or SAVE_EVERY) == 0:
+                checkpoint.save(folder, state.step, state, keep=run.keep, config=config, log=log.position())
+            if stopped:
+                break
+
+    log.close()
+    if state.step < settings.steps:
+        return {}
+    save_model(folder, parts, settings)
+    return summarise(folder, parts, evaluate(parts, examined, settings))
+
+
+class Clock:
+    """Seconds of each part of a step, as metrics."""
+
+    def __init__(self) -> None:
+        self.began = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"time/{name}_s"], self.last = now - self.last, now
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+
+def memory() -> dict[str, float]:
+    """Peaks of this process so far, in MiB."""
+    found = {"memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if torch.cuda.is_available():
+        found["memory/gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return found

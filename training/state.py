@@ -9,6 +9,7 @@ they have no state of their own. Nothing in a step draws from a global random nu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,19 @@ class TrainState:
     """Running figures of the run: seconds, tokens, gap_max, optimizer_steps."""
     before: dict[str, float] = field(default_factory=dict)
     """The evaluation before the first step (reward, kl); empty until it was taken."""
+
+    def advance(self, prompts: int, metrics: Mapping[str, float], seconds: float) -> None:
+        """A step is done."""
+        self.step += 1
+        self.prompt_position += prompts
+        added = {
+            "seconds": seconds,
+            "rollouts": metrics["rollout/rows"],
+            "tokens": metrics["rollout/tokens"],
+            "optimizer_steps": metrics["ppo/optimizer_steps"],
+        }
+        self.totals = self.totals | {name: self.totals.get(name, 0.0) + value for name, value in added.items()}
+        self.totals["gap_max"] = max(self.totals.get("gap_max", 0.0), metrics["gap/max"])
 
     def trained(self) -> dict[str, Tensor]:
         """The unwrapped module's trained parameters and its buffers by name: what a checkpoint has to hold.

@@ -15,6 +15,7 @@ from typing import Any
 
 from rollout.errors import Problem
 from rollout.steering.reading import Fields
+from rollout.yaml_files import load_yaml
 
 ROLES = ("policy", "trainable", "behaviour", "data")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -188,17 +189,11 @@ def load_spec(source: Mapping[str, Any] | str | Path | SteeringSpec) -> Steering
         return dataclasses.replace(_read(source.mapping()), folder=source.folder)
     if isinstance(source, Mapping):
         return _read(source)
-    import yaml
-
     path = Path(source)
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Problem(f"steering: cannot read {path}: {error.strerror}; give a mapping or a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Problem(f"steering: {path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(loaded, Mapping):
-        raise Problem(f"steering: {path} holds {type(loaded).__name__}; expected a mapping with `sites`")
+    problems: list[str] = []
+    loaded = load_yaml(path, problems, "steering")
+    if problems or loaded is None:
+        raise Problem(*problems)
     if set(loaded) == {"steering"} and isinstance(loaded["steering"], Mapping):
         loaded = loaded["steering"]
     return dataclasses.replace(_read(loaded), folder=str(path.resolve().parent))

@@ -29,6 +29,8 @@ LENGTH = 10
 """Nodes of the longest walk, start and goal counted."""
 EDGE = 0.1
 """Probability of each directed edge."""
+FARTHEST = 7
+"""Nodes of the longest of the shortest walks."""
 LUCK = (0.16, 0.18)
 """What a random walker may earn: every seed gives a task of about the same difficulty."""
 
@@ -54,10 +56,11 @@ def score(walk: str, graph: Graph, shortest: int) -> float:
 
 
 def make_graph(draw: random.Random) -> Graph:
-    """Random edges, drawn again until every node reaches the goal in a walk that is allowed, and luck finds it seldom."""
+    """Random edges, drawn again until every node reaches the goal well within a walk, and luck finds it seldom."""
     while True:
         graph = {node: "".join(other for other in NODES if other != node and draw.random() < EDGE) for node in NODES}
-        if len(shortest_lengths(graph)) == len(NODES) and LUCK[0] <= random_walker(graph) <= LUCK[1]:
+        lengths = shortest_lengths(graph)
+        if len(lengths) == len(NODES) and max(lengths.values()) <= FARTHEST and LUCK[0] <= random_walker(graph) <= LUCK[1]:
             return graph
 
 

@@ -24,7 +24,20 @@ SUBJECTS = (
     "a sailor", "a queen", "two brothers", "a robot", "a lost dog", "a painter", "the moon", "a small town",
     "an old house", "a young spy", "a long war", "three friends", "a cook", "a storm", "a train", "a secret",
 )  # fmt: skip
-ASPECTS = ("plot", "acting", "ending", "cast", "script", "music", "camera work", "story", "hero", "songs", "dialogue", "first half")
+ASPECTS = (
+    "plot",
+    "acting",
+    "ending",
+    "cast",
+    "script",
+    "music",
+    "camera work",
+    "story",
+    "hero",
+    "songs",
+    "dialogue",
+    "first half",
+)
 KIND = (
     "great", "lovely", "moving", "clever", "warm", "brilliant", "charming", "fresh", "superb", "funny", "tender", "bright",
     "loved", "enjoyed", "praised",
@@ -90,7 +103,9 @@ def build(folder: Path, seed: int) -> None:
         return rows
 
     plain = prompts(kept)
-    chats = [{"prompt": conversation(draw, film), "genre": genre} for genre, film in kept for _ in range(2)]
+    chats: list[dict[str, Any]] = [
+        {"prompt": conversation(draw, film), "genre": genre} for genre, film in kept for _ in range(2)
+    ]
     answers = [{"prompt": draw.choice(plain)["prompt"], "completion": review(draw, critic(draw))} for _ in range(1200)]
     making.write_jsonl(folder / "prompts.jsonl", plain)
     making.write_jsonl(folder / "heldout.jsonl", prompts(held))

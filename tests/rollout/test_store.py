@@ -146,7 +146,7 @@ def test_a_plan_holds_every_prompt_once(prompts: int, samples: int, batch: int, 
     calls = [prompt for index in range(len(plan)) for call in plan.calls(index) for prompt in call]
     assert calls == list(range(prompts)) == [prompt for index in range(len(plan)) for prompt in plan.shard(index)]
     for index in range(len(plan)):
-        assert all(len(call) * samples <= max(batch, samples) for call in plan.calls(index))
+        assert all(len(call) * samples <= max(manifest.CALL_BATCHES * batch, samples) for call in plan.calls(index))
 
 
 def test_default_shards_give_work_to_several_processes() -> None:

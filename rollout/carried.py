@@ -1,0 +1,62 @@
+"""What generate carries from step to step: one forward pass the way it does them, and picking rows out of all of it.
+
+Dropping ended rows and repeating a prompt's cache for its samples are the same operation: an index over the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CACHES = ("past_key_values", "cache_params", "past_buckets_states", "mems")
+
+
+def step_forward(model: Any, ids: Tensor, kwargs: dict[str, Any], first: bool) -> tuple[Any, dict[str, Any]]:
+    """One forward pass; the caches' names and shapes stay the model's own business."""
+    columns = None if first or not kwargs.get("use_cache") else 1
+    inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=columns, is_first_iteration=first, **kwargs)
+    outputs = model(**inputs, return_dict=True)
+    return outputs, model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder)
+
+
+def carries(kwargs: dict[str, Any]) -> bool:
+    """Whether anything of the past travels in the arguments. Some models keep it in themselves, where the last batch's lies too."""
+    return any(kwargs.get(name) is not None for name in (*_CACHES, "state"))
+
+
+def can_pick(kwargs: dict[str, Any]) -> bool:
+    """Whether rows can be taken out of (or repeated in) everything that generate carries from step to step."""
+    caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
+    if not kwargs.get("use_cache"):
+        return True
+    return bool(caches) and all(hasattr(cache, "reorder_cache") and not _is_static(cache) for cache in caches)
+
+
+def _is_static(cache: Any) -> bool:
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
+    return any(type(layer).__name__.startswith("Static") for layer in layers)
+
+
+def pick_rows(kwargs: dict[str, Any], index: Tensor, rows: int) -> dict[str, Any]:
+    """generate's keyword arguments for the rows of `index`: caches are reordered in place, tensors of `rows` rows picked."""
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
+            return value[index.to(value.device)]
+        if isinstance(value, dict):  # an encoder's outputs
+            for key in list(value):
+                value[key] = pick(value[key])
+        return value
+
+    picked: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if name in _CACHES and value is not None:
+            value.reorder_cache(index)
+            picked[name] = value
+        elif name == "position_ids" and isinstance(value, Tensor) and value.dim() == 3:  # several kinds of positions
+            picked[name] = value[:, index]
+        else:
+            picked[name] = pick(value)
+    return picked

@@ -1,0 +1,179 @@
+"""The only place where logits and tokens are lined up: position P + t - 1 predicts response token t.
+
+    input          . . p p p r r         the sequence without its last column, which predicts nothing
+    logits               ^ ^ ^           the last R positions, each one's row of logits
+    response             r r e           what they predict
+
+Everything is raised to float32 before the temperature and the log-softmax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.batch import Rollout
+from rollout.errors import Problem
+from rollout.habits import forward_arguments, positions
+from rollout.policy import Policy, no_dropout
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What one teacher-forced pass says of every action; masked entries hold 0."""
+
+    logprobs_BR: Tensor
+    entropy_BR: Tensor
+    hidden_BRD: Tensor | None = None
+    """The head's input at the positions that predict the response: what V(s_t) reads."""
+
+
+def pick(logits_BRV: Tensor, tokens_BR: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probs of the tokens under softmax(logits / temperature)."""
+    return _logprobs(logits_BRV, temperature).gather(-1, tokens_BR[..., None])[..., 0]
+
+
+def entropy(logits_BRV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of softmax(logits / temperature), in nats."""
+    return _entropy(_logprobs(logits_BRV, temperature))
+
+
+def _logprobs(logits_BRV: Tensor, temperature: float) -> Tensor:
+    scores = logits_BRV.float()
+    return torch.log_softmax(scores if temperature == 1 else scores / temperature, dim=-1)
+
+
+def _entropy(logprobs_BRV: Tensor) -> Tensor:
+    # Tokens of probability 0 add nothing; their log-prob of -inf must not meet their 0.
+    return -(logprobs_BRV.exp() * logprobs_BRV.masked_fill(logprobs_BRV == float("-inf"), 0.0)).sum(-1)
+
+
+def teacher_forced(
+    policy: Policy,
+    rollout: Rollout,
+    *,
+    temperature: float | None = None,
+    want_hidden: bool = False,
+    want_entropy: bool = True,
+    want_logprobs: bool = True,
+    max_rows: int | None = None,
+    steering: Any = None,
+    columns: dict[str, list[Any]] | None = None,
+) -> Forced:
+    """Score a rollout's responses in one forward pass, without dropout; gradients as the caller has them.
+
+    `want_logprobs` False leaves the logits alone: a value's trunk has hidden states and no vocabulary.
+    `max_rows` splits the pass by rows. A model that cannot be left-padded gets rows of one prompt length at a time.
+    `steering` steers each of those passes; without it an `active` block around the call does, where there is one pass.
+    """
+    temperature = rollout.temperature if temperature is None else temperature
+    if not len(rollout) or not rollout.response_width:
+        empty = rollout.policy_logprobs_BR
+        return Forced(empty, empty, None)
+    parts: list[tuple[Tensor, Forced]] = []
+    with no_dropout(policy.core):
+        for index in _groups(policy, rollout, max_rows):
+            whole = len(index) == len(rollout)
+            part = rollout if whole else rollout.select(index)
+            with _steered(steering, policy, part, columns, index):
+                parts.append((index, _one_pass(policy, part, temperature, want_hidden, want_entropy, want_logprobs)))
+            if whole:
+                return parts[0][1]
+    back = torch.cat([index for index, _ in parts]).argsort()
+    joined = [torch.cat([getattr(forced, name) for _, forced in parts])[back] for name in ("logprobs_BR", "entropy_BR")]
+    hidden = torch.cat([forced.hidden_BRD for _, forced in parts if forced.hidden_BRD is not None])[back] if want_hidden else None
+    return Forced(joined[0], joined[1], hidden)
+
+
+def encoder_input(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
+    """Left-padded prompts as an encoder reads them: real tokens first, so that every position is what it is alone."""
+    order = (~mask_BP).to(torch.int8).argsort(dim=1, stable=True)
+    return prompt_BP.gather(1, order), mask_BP.gather(1, order)
+
+
+def _groups(policy: Policy, rollout: Rollout, max_rows: int | None) -> Iterator[Tensor]:
+    rows = torch.arange(len(rollout), device=rollout.device)
+    groups = [rows]
+    if not bool(rollout.prompt_mask_BP.all()) and not policy.habits.padding:
+        lengths_B = rollout.prompt_mask_BP.sum(1)
+        groups = [rows[lengths_B == length] for length in lengths_B.unique()]
+    for group in groups:
+        yield from group.split(max_rows or len(group))
+
+
+@contextlib.contextmanager
+def _steered(steering: Any, policy: Policy, part: Rollout, columns: dict[str, list[Any]] | None, index: Tensor) -> Iterator[None]:
+    if steering is None:
+        yield
+        return
+    mask_BP = encoder_input(part.prompt_BP, part.prompt_mask_BP)[1] if policy.is_seq2seq else part.prompt_mask_BP
+    own = {name: [column[i] for i in index.tolist()] for name, column in (columns or {}).items()}
+    with steering.active(
+        prompt_mask_BP=mask_BP, row_B=part.row_B, sample_B=part.sample_B, columns=own, strength_B=part.strength_B, policy_step=part.policy_step
+    ):
+        yield
+
+
+def _one_pass(
+    policy: Policy, rollout: Rollout, temperature: float, want_hidden: bool, want_entropy: bool, want_logprobs: bool
+) -> Forced:
+    width = rollout.response_width
+    given = _arguments(policy, rollout)
+    caught: list[Tensor] = []
+    head = policy.core.get_output_embeddings()
+    if want_hidden and head is None:
+        raise Problem(f"model: {type(policy.core).__name__} has no output embedding, so a value cannot read its input")
+    hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0])) if want_hidden else None
+    try:
+        logits = policy.model(**given).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    total = given["decoder_input_ids" if policy.is_seq2seq else "input_ids"].shape[1]
+    if logits.shape[1] not in (width, total):
+        raise RuntimeError(f"{type(policy.core).__name__} gave logits for {logits.shape[1]} positions, expected {width} or {total}")
+    hidden_BRD = None
+    if want_hidden:
+        if not caught or caught[-1].dim() != 3:
+            raise Problem(f"model: {type(policy.core).__name__} does not call its output embedding on one row of states per token")
+        hidden_BRD = caught[-1][:, -width:]
+    if not want_logprobs:
+        return Forced(torch.zeros_like(rollout.policy_logprobs_BR), torch.zeros_like(rollout.policy_logprobs_BR), hidden_BRD)
+    mask_BR = rollout.mask_BR
+    logprobs_BRV = _logprobs(logits[:, -width:].to(rollout.device), temperature)
+    picked_BR = logprobs_BRV.gather(-1, rollout.response_BR[..., None])[..., 0]
+    zero = torch.zeros((), device=rollout.device)
+    entropy_BR = torch.where(mask_BR, _entropy(logprobs_BRV), zero) if want_entropy else torch.zeros_like(picked_BR)
+    return Forced(torch.where(mask_BR, picked_BR, zero), entropy_BR, hidden_BRD)
+
+
+def _arguments(policy: Policy, rollout: Rollout) -> dict[str, Any]:
+    """The forward's arguments for the whole sequence but its last column."""
+    takes = forward_arguments(policy.core)
+    response_BR = rollout.response_BR[:, :-1]
+    given: dict[str, Any] = {**policy.extra}
+    if "use_cache" in takes:
+        given["use_cache"] = False
+    if policy.is_seq2seq:
+        given["input_ids"], mask_BP = encoder_input(rollout.prompt_BP, rollout.prompt_mask_BP)
+        given["attention_mask"] = mask_BP.long()
+        given["decoder_input_ids"] = torch.cat([rollout.start_BK, response_BR], dim=1)
+    else:
+        # Tokens after a row's end change nothing before them, so only padding on the left needs the mask.
+        padded = int((~rollout.prompt_mask_BP).sum(1).min())
+        mask_BP = rollout.prompt_mask_BP[:, padded:]
+        given["input_ids"] = torch.cat([rollout.prompt_BP[:, padded:], response_BR], dim=1)
+        mask_BS = torch.cat([mask_BP, torch.ones_like(response_BR, dtype=torch.bool)], dim=1)
+        if "attention_mask" in takes and not bool(mask_BP.all()):
+            given["attention_mask"] = mask_BS.long()
+        if "position_ids" in takes:
+            position_BS = positions(mask_BS)
+            given["position_ids"] = position_BS if policy.context is None else position_BS.clamp(max=policy.context - 1)
+    if "logits_to_keep" in takes:
+        given["logits_to_keep"] = rollout.response_width
+    return given

@@ -1,0 +1,216 @@
+"""Prompts: a file or dataset of texts or conversations -> tokenised batches in an order that can be taken up anywhere.
+
+    file, folder, hub ── rows ── column ─┬─ text ── tokenizer ───────────┬─ ids ── cut or refused ── PromptBatch
+                                         └─ messages ── chat template ───┘
+
+`take(seed, position, count)` is a function of its arguments: epoch e is one shuffle keyed by (seed, e), so a run goes on
+from a position, and processes share a list of positions without losing or repeating a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+
+from rollout.errors import Problem
+from rollout.policy import Policy
+from rollout.tables import read_table
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """Where prompts come from, and how long they may be."""
+
+    path: str = ""
+    """jsonl, json, parquet or csv file, a saved dataset's folder, or a hub name."""
+    split: str = ""
+    """Split of a dataset with several; train where it is not given."""
+    name: str = ""
+    """Configuration of a hub dataset that has several."""
+    column: str = ""
+    """The column with the prompt; where it is not given: prompt, messages, conversations, question, text, whichever is there first."""
+    max_tokens: int = 0
+    """Most tokens of a prompt; 0 = what the model's context leaves."""
+    too_long: Literal["cut", "refuse"] = "cut"
+    """cut keeps a longer prompt's last tokens; refuse ends the job."""
+    limit: int = 0
+    """Only the first rows; 0 = all."""
+
+    def __post_init__(self) -> None:
+        problems = [f"prompts.{n}: {getattr(self, n)}, but it must be 0 or more" for n in ("max_tokens", "limit") if getattr(self, n) < 0]
+        if problems:
+            raise Problem(*problems)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Tokenised prompts with the dataset rows that they come from."""
+
+    ids: list[list[int]]
+    rows: list[int]
+    prompts: list[Any]
+    """As read: a string, or a list of messages."""
+    prompt_texts: list[str]
+    """As the model sees them, special tokens kept."""
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    """The dataset's other columns."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __post_init__(self) -> None:
+        for row, ids in zip(self.rows, self.ids, strict=True):
+            if not len(ids):
+                raise Problem(f"prompts: row {row} has an empty prompt; a model needs at least one token to go on from")
+
+    @staticmethod
+    def of_ids(ids: Sequence[Sequence[int]], rows: Sequence[int] | None = None, tokenizer: Any = None) -> PromptBatch:
+        """Prompts that are token ids already; with a tokenizer their texts are decoded."""
+        lists = [[int(i) for i in prompt] for prompt in ids]
+        texts = [tokenizer.decode(prompt) if tokenizer else "" for prompt in lists]
+        return PromptBatch(lists, list(range(len(lists))) if rows is None else [int(r) for r in rows], list(texts), texts)
+
+    def select(self, index: Sequence[int]) -> PromptBatch:
+        columns = {name: [column[i] for i in index] for name, column in self.columns.items()}
+        ids, rows, prompts, texts = ([part[i] for i in index] for part in (self.ids, self.rows, self.prompts, self.prompt_texts))
+        return PromptBatch(ids, rows, prompts, texts, columns)
+
+
+class Prompts:
+    """A dataset's prompts for one policy. Rows are tokenised when they are asked for."""
+
+    def __init__(self, table: Sequence[dict[str, Any]], column: str, policy: Policy, settings: PromptSettings, room: int | None = None):
+        self.table, self.column, self.policy, self.settings = table, column, policy, settings
+        limits = [limit for limit in (settings.max_tokens, room) if limit]
+        self.most = min(limits) if limits else None
+
+    def __len__(self) -> int:
+        return min(len(self.table), self.settings.limit) if self.settings.limit else len(self.table)
+
+    def batch(self, rows: Sequence[int]) -> PromptBatch:
+        """The prompts of these dataset rows, in this order."""
+        for row in rows:
+            if not 0 <= row < len(self):
+                raise Problem(f"prompts: row {row} is asked for, but there are {len(self)} rows")
+        records = [self.table[int(row)] for row in rows]
+        ids = [self._fit(int(row), self._ids(int(row), record)) for row, record in zip(rows, records, strict=True)]
+        names = [name for name in (records[0] if records else ()) if name != self.column]
+        return PromptBatch(
+            ids=ids,
+            rows=[int(row) for row in rows],
+            prompts=[record[self.column] for record in records],
+            prompt_texts=[self.policy.tokenizer.decode(prompt) for prompt in ids],
+            columns={name: [record.get(name) for record in records] for name in names},
+        )
+
+    def take(self, seed: int, position: int, count: int) -> list[int]:
+        """Dataset rows at positions [position, position + count) of the endless order of `seed`."""
+        return [_epoch(seed, at // len(self), len(self))[at % len(self)] for at in range(position, position + count)]
+
+    def order(self, seed: int, position: int = 0) -> Iterator[int]:
+        """The endless order itself, from a position on."""
+        while True:
+            yield self.take(seed, position, 1)[0]
+            position += 1
+
+    def check(self) -> Prompts:
+        """Read every prompt once, so that an empty or refused one is found before any work is done."""
+        problems: list[str] = []
+        for row in range(len(self)):
+            try:
+                record = self.table[row]
+                self._check_value(row, record.get(self.column))
+                if self.settings.too_long == "refuse" and self.most:
+                    self._fit(row, self._ids(row, record))
+            except Problem as problem:
+                problems += problem.lines
+            if len(problems) >= 5:
+                break
+        if problems:
+            raise Problem(*problems)
+        return self
+
+    def _check_value(self, row: int, value: Any) -> None:
+        where = f"prompts.path: row {row} of {self.settings.path or 'the prompts'}"
+        if value is None or (isinstance(value, (str, list)) and not len(value)):
+            raise Problem(f"{where}: the column {self.column!r} is empty; give every row a prompt, or leave the row out")
+        if isinstance(value, list):
+            if not all(isinstance(message, dict) and "role" in message for message in value):
+                raise Problem(f"{where}: a conversation is a list of messages with a role and a content, found {str(value)[:80]}")
+            if not getattr(self.policy.tokenizer, "chat_template", None):
+                raise Problem(f"{where}: it is a conversation, but the tokenizer has no chat template; add one, or give text")
+        elif not isinstance(value, str):
+            raise Problem(f"{where}: expected a text or a list of messages, found {type(value).__name__}; choose another prompts.column")
+
+    def _ids(self, row: int, record: dict[str, Any]) -> list[int]:
+        value, tokenizer = record.get(self.column), self.policy.tokenizer
+        self._check_value(row, value)
+        if isinstance(value, list):
+            return conversation_ids(tokenizer, value, record.get("tools"), record.get("chat_template_kwargs"))
+        return text_ids(self.policy, value)
+
+    def _fit(self, row: int, ids: list[int]) -> list[int]:
+        if self.most is None or len(ids) <= self.most:
+            return ids
+        if self.settings.too_long == "refuse":
+            raise Problem(
+                f"prompts: row {row} has {len(ids)} tokens, more than the {self.most} that prompts.max_tokens or the model's "
+                "context leave; cut it (prompts.too_long cut) or leave it out"
+            )
+        return ids[-self.most :]
+
+
+def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int = 0) -> Prompts:
+    """The prompts of `settings`. With `max_new_tokens` a prompt may only be as long as the context leaves beside them."""
+    if not settings.path:
+        raise Problem("prompts.path: missing; name a file, a dataset folder or a hub name, --prompts.path FILE")
+    table = read_table(settings.path, settings.split, settings.name)
+    if not len(table):
+        raise Problem(f"prompts.path: {settings.path} has no rows")
+    names = list(table[0])
+    column = settings.column or next((name for name in _COLUMNS if name in names), "")
+    if column not in names:
+        what = f"{settings.column!r} is not a column" if settings.column else "none of the usual columns is there"
+        raise Problem(f"prompts.column: {what}; {settings.path} has: {', '.join(names)}")
+    room = None
+    if policy.context is not None:
+        room = policy.context if policy.is_seq2seq else policy.context - max_new_tokens
+        if room < 1:
+            raise Problem(f"sampling.max_new_tokens: {max_new_tokens} leaves no room for a prompt in a context of {policy.context}")
+    return Prompts(table, column, policy, settings, room).check()
+
+
+_COLUMNS = ("prompt", "messages", "conversations", "question", "query", "instruction", "text")
+
+
+def text_ids(policy: Policy, text: str) -> list[int]:
+    """A text as the tokenizer sees it. A decoder-only model goes on from it, so an end token that was added is taken off."""
+    ids = [int(i) for i in policy.tokenizer(text)["input_ids"]]
+    if not policy.is_seq2seq and len(ids) > 1:
+        plain = [int(i) for i in policy.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        added = ids[len(ids) - len(plain) :] != plain
+        if added and ids[-1] in (*policy.eos_ids, policy.tokenizer.eos_token_id, policy.tokenizer.sep_token_id):
+            ids = ids[:-1]
+    return ids
+
+
+def conversation_ids(tokenizer: Any, messages: list[Any], tools: Any = None, extra: Any = None) -> list[int]:
+    """A conversation through the chat template, with the generation prompt. The template says what begins it: no second bos."""
+    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+    extra = json.loads(extra) if isinstance(extra, str) and extra else extra or {}
+    ids = tokenizer.apply_chat_template(
+        messages, tools=tools or None, add_generation_prompt=True, tokenize=True, return_dict=False, **extra
+    )
+    return [int(i) for i in ids]
+
+
+@lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, rows: int) -> list[int]:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
+    order: list[int] = torch.randperm(rows, generator=generator).tolist()
+    return order

@@ -1,0 +1,237 @@
+"""Sampler: prompts -> generate -> Rollout. The one entry to sampling.
+
+    PromptBatch ── rows x samples ── parts of like length ── generate(custom_generate=Stream) ──┬─ Rollout  ids, log-probs
+                                                                                                └─ Texts    what they say
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.batch import STOP_LENGTH, Rollout, Texts
+from rollout.decode import Stream
+from rollout.errors import Problem
+from rollout.habits import generate_arguments
+from rollout.law import Law
+from rollout.logprobs import encoder_input, teacher_forced
+from rollout.policy import Policy, no_dropout
+from rollout.prompts import PromptBatch
+from rollout.sampling import ClosedGenerationConfig, Sampling, uniforms
+from rollout.stops import Stops
+
+OnToken = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+class Sampler:
+    """Samples from one policy with one set of settings; `steering` acts while it does."""
+
+    def __init__(self, policy: Policy, sampling: Sampling, steering: Any = None):
+        self.policy, self.sampling, self.steering = policy, sampling, steering
+        self.law = Law(sampling, policy)
+        self.stops = Stops(sampling, policy)
+
+    def sample(
+        self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0, on_token: OnToken | None = None
+    ) -> tuple[Rollout, Texts]:
+        """`sampling.n` responses to every prompt, in (prompt, sample) order. `step` keys the draws and names the weights.
+
+        `on_token(t, row_B, tokens_B, raw logits_BV)` is told of every token as it is drawn, for streams of text.
+        `progress` (0 to 1 over a run) is what a steering schedule reads. Every rank calls this equally often.
+        """
+        self.check(batch)
+        n = self.sampling.n
+        order = [(i, j) for i in range(len(batch)) for j in range(n)]
+        parts = list(self._parts(batch, order))
+        rollouts: list[Rollout] = []
+        synced = needs_sync(self.policy.model)
+        count = _most(len(parts), self.policy.device) if synced else len(parts)
+        with no_dropout(self.policy.core), torch.no_grad(), _gathered(self.policy.model):
+            for k in range(count):
+                if k < len(parts):
+                    rollouts.append(self._part(batch, [order[at] for at in parts[k]], step, progress, synced, on_token))
+                else:  # a rank that is done takes part in the others' collective calls
+                    self._part(_dummy(self.policy), [(0, 0)], step, progress, synced)
+        if not rollouts:
+            return self._empty(step), Texts(prompts=[], prompt_texts=[], completions=[])
+        at = torch.tensor([at for part in parts for at in part], device=self.policy.device)
+        rollout = Rollout.join(rollouts).select(at.argsort())
+        return rollout, self.texts(batch, rollout)
+
+    def texts(self, batch: PromptBatch, rollout: Rollout) -> Texts:
+        """What the rows say: n rows of each prompt of the batch, as `sample` orders them."""
+        lengths = rollout.lengths_B.tolist()
+        completions = [self.stops.text(ids[:length]) for ids, length in zip(rollout.response_BR.tolist(), lengths, strict=True)]
+        many = batch.select([i for i in range(len(batch)) for _ in range(self.sampling.n)])
+        return Texts(prompts=many.prompts, prompt_texts=many.prompt_texts, completions=completions, columns=many.columns)
+
+    def check(self, batch: PromptBatch) -> None:
+        """Ids in range, and room for prompt and response; one line for the first row that does not fit."""
+        policy, new = self.policy, self.sampling.max_new_tokens
+        if policy.decoder_context is not None and len(policy.start_ids) + new > policy.decoder_context:
+            raise Problem(f"sampling.max_new_tokens: {new} does not fit the decoder's context of {policy.decoder_context}; set less")
+        for row, ids in zip(batch.rows, batch.ids, strict=True):
+            if not all(0 <= i < policy.vocab_size for i in ids):
+                worst = next(i for i in ids if not 0 <= i < policy.vocab_size)
+                raise Problem(f"prompts: row {row} holds the id {worst}, but ids go from 0 to {policy.vocab_size - 1}")
+            room = policy.context if policy.is_seq2seq or policy.context is None else policy.context - new
+            if room is not None and len(ids) > room:
+                beside = "" if policy.is_seq2seq else f" with {new} new tokens"
+                raise Problem(
+                    f"prompts: row {row} has {len(ids)} tokens, which{beside} do not fit the model's context of {policy.context}; "
+                    f"set prompts.max_tokens to {max(room, 0)}" + ("" if policy.is_seq2seq else " or sampling.max_new_tokens lower")
+                )
+
+    def _parts(self, batch: PromptBatch, order: list[tuple[int, int]]) -> Iterator[list[int]]:
+        """Places in `order` that are decoded together: like lengths, or one length where the model takes no padding."""
+        by_length = sorted(range(len(order)), key=lambda at: -len(batch.ids[order[at][0]]))
+        mixed = len({len(ids) for ids in batch.ids}) > 1
+        groups: list[list[int]] = [by_length]
+        if mixed and not self.policy.habits.padding:
+            lengths = dict.fromkeys(len(batch.ids[order[at][0]]) for at in by_length)
+            groups = [[at for at in by_length if len(batch.ids[order[at][0]]) == length] for length in lengths]
+        size = self.sampling.batch_size
+        for group in groups:
+            for start in range(0, len(group), size):
+                yield group[start : start + size]
+
+    def _part(
+        self,
+        batch: PromptBatch,
+        pairs: Sequence[tuple[int, int]],
+        step: int,
+        progress: float,
+        synced: bool,
+        on_token: OnToken | None = None,
+    ) -> Rollout:
+        """One batch through generate."""
+        policy, sampling, device = self.policy, self.sampling, self.policy.device
+        row_B = torch.tensor([batch.rows[i] for i, _ in pairs], device=device)
+        sample_B = torch.tensor([j for _, j in pairs], device=device)
+        prompt_BP, mask_BP = left_pad([batch.ids[i] for i, _ in pairs], policy.pad_id, device)
+        columns = {name: [column[i] for i, _ in pairs] for name, column in batch.columns.items()}
+        # One prefill for all samples of a prompt; with steering each row has its own.
+        unique = list(dict.fromkeys(i for i, _ in pairs))
+        shared = self.steering is None and len(unique) < len(pairs) and policy.habits.picking
+        place = {i: k for k, i in enumerate(unique)}
+        first = [next(b for b, pair in enumerate(pairs) if pair[0] == i) for i in unique] if shared else list(range(len(pairs)))
+        copies_B = torch.tensor([place[i] for i, _ in pairs], device=device) if shared else None
+        ids_UP, mask_UP = prompt_BP[first], mask_BP[first]
+        if policy.is_seq2seq:
+            ids_UP, mask_UP = encoder_input(ids_UP, mask_UP)
+        stack, live, strength_B = self._steered(policy, mask_UP, row_B, sample_B, columns, step, progress)
+        stream = Stream(
+            self.law,
+            self.stops,
+            uniforms_BR=uniforms(sampling.seed, step, row_B, sample_B, torch.arange(sampling.max_new_tokens, device=device)),
+            mask_BP=torch.ones(len(pairs), len(policy.start_ids), dtype=torch.bool, device=device) if policy.is_seq2seq else mask_BP,
+            copies_B=copies_B,
+            names=[f"row {batch.rows[i]} (sample {j})" for i, j in pairs],
+            live=live,
+            synced=synced,
+            compact=policy.habits.picking,
+            on_token=None if on_token is None else lambda t, rows, tokens, logits: on_token(t, row_B[rows], tokens, logits),
+        )
+        self.stops.to(device)
+        config = ClosedGenerationConfig.of(policy, max_new_tokens=sampling.max_new_tokens, use_cache=policy.habits.caching)
+        with stack:
+            policy.core.generate(**generate_arguments(policy, ids_UP, mask_UP), generation_config=config, custom_generate=stream)
+        width = int(stream.lengths_B.max())
+        rollout = Rollout(
+            prompt_BP=prompt_BP,
+            prompt_mask_BP=mask_BP,
+            response_BR=stream.tokens_BR[:, :width],
+            lengths_B=stream.lengths_B,
+            ended_B=stream.stop_B != STOP_LENGTH,
+            behaviour_logprobs_BR=stream.behaviour_BR[:, :width],
+            policy_logprobs_BR=stream.policy_BR[:, :width],
+            entropy_BR=stream.entropy_BR[:, :width],
+            row_B=row_B,
+            sample_B=sample_B,
+            stop_B=stream.stop_B,
+            strength_B=strength_B,
+            temperature=sampling.policy_temperature,
+            policy_step=step,
+            steering=self.steering.label if self.steering is not None else "",
+            start_ids=policy.start_ids,
+            greedy=sampling.greedy,
+        )
+        if self.steering is not None and self.steering.role in ("behaviour", "data"):
+            # What was drawn is the steered law's; the policy that is trained is the plain model.
+            plain = teacher_forced(policy, rollout)
+            rollout = dataclasses.replace(rollout, policy_logprobs_BR=plain.logprobs_BR, entropy_BR=plain.entropy_BR)
+        return rollout
+
+    def _steered(
+        self, policy: Policy, mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, columns: dict[str, list[Any]], step: int, progress: float
+    ) -> tuple[contextlib.ExitStack, Any, Tensor]:
+        """The block in which generation is steered, what follows dropped rows, and each row's strength."""
+        stack = contextlib.ExitStack()
+        if self.steering is None:
+            return stack, None, torch.zeros(len(row_B), device=row_B.device)
+        strength_B = self.steering.strengths(row_B, sample_B, columns, progress=progress).to(row_B.device, torch.float32)
+        live = stack.enter_context(
+            self.steering.active(
+                prompt_mask_BP=mask_BP, row_B=row_B, sample_B=sample_B, columns=columns, strength_B=strength_B, policy_step=step
+            )
+        )
+        return stack, live if live is not None else object(), strength_B
+
+    def _empty(self, step: int) -> Rollout:
+        device = self.policy.device
+        tensors: dict[str, Any] = {
+            **dict.fromkeys(("prompt_BP", "response_BR"), torch.zeros(0, 1, dtype=torch.int64, device=device)),
+            **dict.fromkeys(("lengths_B", "row_B", "sample_B", "stop_B"), torch.zeros(0, dtype=torch.int64, device=device)),
+            **dict.fromkeys(("behaviour_logprobs_BR", "policy_logprobs_BR", "entropy_BR"), torch.zeros(0, 1, device=device)),
+            "prompt_mask_BP": torch.zeros(0, 1, dtype=torch.bool, device=device),
+            "ended_B": torch.zeros(0, dtype=torch.bool, device=device),
+        }
+        return Rollout(
+            **tensors,
+            temperature=self.sampling.policy_temperature,
+            policy_step=step,
+            steering=self.steering.label if self.steering is not None else "",
+            start_ids=self.policy.start_ids,
+            greedy=self.sampling.greedy,
+        )
+
+
+def left_pad(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """(prompt_BP, prompt_mask_BP) of token lists, whatever side the tokenizer would pad on."""
+    width = max(map(len, ids))
+    prompt_BP = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in ids], dtype=torch.int64, device=device)
+    lengths_B = torch.tensor([len(row) for row in ids], device=device)
+    return prompt_BP, torch.arange(width, device=device)[None] >= width - lengths_B[:, None]
+
+
+def needs_sync(model: Any) -> bool:
+    """Whether each forward pass is a collective call: weights spread over ranks by ZeRO-3 or FSDP."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
+        return False
+    spread = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return spread or any("FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for m in model.modules() for kind in type(m).__mro__)
+
+
+def _most(count: int, device: torch.device) -> int:
+    most = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
+@contextlib.contextmanager
+def _gathered(model: Any) -> Iterator[None]:
+    """FSDP's first form keeps the root's own weights (embedding, head) flat outside its forward: whole meanwhile."""
+    if type(model).__name__ != "FullyShardedDataParallel":
+        yield
+        return
+    with type(model).summon_full_params(model, writeback=False, recurse=False):
+        yield
+
+
+def _dummy(policy: Policy) -> PromptBatch:
+    return PromptBatch.of_ids([[policy.pad_id]], rows=[-1])

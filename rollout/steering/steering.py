@@ -1,0 +1,222 @@
+"""Steering: a spec tied to a model.
+
+    steering = Steering(model, load_spec("cheer.yaml"), tokenizer)
+    strength_B = steering.strengths(row_B, sample_B, columns, policy_step=3)
+    with steering.active(prompt_mask_BP=mask, row_B=row_B, sample_B=sample_B, strength_B=strength_B) as active:
+        model.generate(...)          # or a teacher-forced model(...): the same rows, the same real positions, the same edits
+        active.select(keep)          # when the decode loop drops or repeats rows
+
+Outside `active` the model is plain: its hooks look at one ContextVar and leave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rollout.errors import Problem
+from rollout.steering import hooks, strengths
+from rollout.steering.engine import Active, Rows, SiteEdit, rows_of
+from rollout.steering.hooks import Frame
+from rollout.steering.sites import Binding, BoundGate, BoundSite, bind
+from rollout.steering.spec import SteeringSpec, load_spec
+from rollout.steering.structure import stacks, unwrap
+
+
+class Steering:
+    """A steering spec at work on one model. Everything is found and checked here, before any sampling."""
+
+    def __init__(self, model: nn.Module, spec: Mapping[str, Any] | str | Path | SteeringSpec, tokenizer: Any = None, seed: int = 0):
+        self.spec = load_spec(spec)
+        self.model, self.seed = unwrap(model), seed
+        self.stacks = stacks(self.model)
+        binding = Binding(self.model, self.stacks, tokenizer, self.spec.folder, seed, self.role == "trainable")
+        problems: list[str] = []
+        self.sites: list[BoundSite] = []
+        for index, site in enumerate(self.spec.sites):
+            try:
+                self.sites.append(bind(site, index, binding))
+            except Problem as problem:
+                problems.extend(problem.lines)
+        if problems:
+            raise Problem(*problems)
+        self.progress = 0.0
+        """Share of training done, for schedules: set by the training loop at each step."""
+        self.scale = 1.0
+        """A factor on every strength, kept by the KL budget."""
+        self._hash = self._digest()
+        for stack in self.stacks.values():
+            hooks.install_stack(stack.module)
+        for site in self.sites:
+            for point in site.points:
+                hooks.install(point.module, point.io)
+            if site.gate is not None:
+                hooks.install(site.gate.point.module, "output")
+        self._parameters = nn.ModuleDict()
+        for site in self.sites:
+            if site.trained is not None:
+                self._parameters[f"site{site.index}"] = site.trained
+            if site.gate is not None and site.gate.trained is not None:
+                self._parameters[f"gate{site.index}"] = nn.ParameterList([site.gate.trained])
+
+    # -- what it is ------------------------------------------------------------------------------------------------------
+
+    @property
+    def role(self) -> str:
+        return self.spec.role
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return "encoder" in self.stacks
+
+    @property
+    def name(self) -> str:
+        return self.spec.name or "+".join(site.name for site in self.sites)
+
+    @property
+    def hash(self) -> str:
+        """Of the spec and of the numbers it names: another vector under the same path is another intervention."""
+        return self._hash
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}#{self.hash}"
+
+    @property
+    def parameters_module(self) -> nn.ModuleDict:
+        """What role trainable trains, as a module for optimizer, DDP and checkpoint; empty for the other roles."""
+        return self._parameters
+
+    def points_in(self, stack: str) -> bool:
+        return any(point.stack == stack for site in self.sites for point in site.points)
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.spec.mapping(), sort_keys=True, default=str).encode())
+        for site in self.sites:
+            held = [*(site.vectors or []), *(t for layer in site.parameters or [] for t in layer.values())]
+            held += [site.gate.direction] if site.gate is not None else []
+            for tensor in held:
+                digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    # -- how strong ------------------------------------------------------------------------------------------------------
+
+    def site_strengths(
+        self,
+        row_B: Tensor,
+        sample_B: Tensor,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        progress: float | None = None,
+        policy_step: int = 0,
+        strength_B: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The strength of every site on every row. `strength_B`, where given, is the first site's, as recorded."""
+        progress = self.progress if progress is None else progress
+        steered_B = strengths.steered_rows(self.spec, self.seed, policy_step, row_B, sample_B)
+        found: list[Tensor] = []
+        for site in self.sites:
+            if site.index == 0 and strength_B is not None:
+                found.append(strength_B.to(row_B.device, torch.float32))
+                continue
+            own = strengths.site_strength(site.spec, site.index, self.seed, policy_step, row_B, sample_B, columns or {})
+            own = own * (strengths.schedule_factor(site.spec.schedule, progress) * self.scale)
+            found.append(torch.where(steered_B, own, torch.zeros_like(own)))
+        return found
+
+    def strengths(
+        self,
+        row_B: Tensor,
+        sample_B: Tensor,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        progress: float | None = None,
+        policy_step: int = 0,
+    ) -> Tensor:
+        """The first site's strength per row: what a Rollout records. 0 = the row is not steered."""
+        return self.site_strengths(row_B, sample_B, columns, progress=progress, policy_step=policy_step)[0]
+
+    # -- at work ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def active(
+        self,
+        *,
+        prompt_mask_BP: Tensor | None = None,
+        row_B: Tensor | None = None,
+        sample_B: Tensor | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        strength_B: Tensor | None = None,
+        policy_step: int = 0,
+        progress: float | None = None,
+        start_width: int = 1,
+    ) -> Iterator[Active]:
+        """Inside, every forward and generate of the model is steered.
+
+        `prompt_mask_BP` is the left-padded prompt's mask (for encoder-decoders the encoder input's; `start_width` is then
+        the width of the decoder's start). Without it the first call's whole input is the prompt, and so is the input of
+        every later call that brings an empty cache.
+        """
+
+        def make(decoder_mask_BP: Tensor, encoder_mask_BP: Tensor | None) -> Rows:
+            count, device = decoder_mask_BP.shape[0], decoder_mask_BP.device
+            rows = torch.arange(count, device=device) if row_B is None else row_B.to(device)
+            samples = torch.zeros_like(rows) if sample_B is None else sample_B.to(device)
+            given = self.site_strengths(
+                rows, samples, columns, progress=progress, policy_step=policy_step, strength_B=strength_B
+            )
+            return rows_of(self, decoder_mask_BP, encoder_mask_BP, rows, samples, given, columns or {})
+
+        rows = None
+        if prompt_mask_BP is not None:
+            mask = prompt_mask_BP.bool()
+            rows = make(mask.new_ones((mask.shape[0], start_width)), mask) if self.is_encoder_decoder else make(mask, None)
+        active = Active(self, rows, make, policy_step)
+        with hooks.entered(self._frame(active)):
+            yield active
+        if not active.calls and (active.rows is None or len(active.rows)):
+            raise Problem(
+                "steering did not run: no forward pass of the steered model was seen; "
+                "call the model that Steering was made for, and make Steering before torch.compile"
+            )
+
+    def _frame(self, active: Active) -> Frame:
+        frame = Frame(hooks.current())
+        for stack in self.stacks.values():
+            frame.read(stack.module, active, stack.name)
+        for site in self.sites:
+            if site.gate is not None:
+                frame.add(site.gate.point.module, "output", _Reading(active, site.gate))
+        for site in self.sites:
+            for at, point in enumerate(site.points):
+                frame.add(point.module, point.io, SiteEdit(active, site, at, point))
+        return frame
+
+    def generate(self, **kwargs: Any) -> Any:
+        """`model.generate` with steering on, positions taken from its attention mask."""
+        ids = kwargs.get("input_ids", kwargs.get("inputs"))
+        mask = kwargs.get("attention_mask")
+        if mask is None and isinstance(ids, Tensor):
+            mask = torch.ones_like(ids)
+        with self.active(prompt_mask_BP=mask):
+            return self.model.generate(**kwargs)  # type: ignore[operator]
+
+
+class _Reading:
+    """A gate at its block: reads and leaves the activation as it is."""
+
+    __slots__ = ("active", "gate")
+
+    def __init__(self, active: Active, gate: BoundGate):
+        self.active, self.gate = active, gate
+
+    def __call__(self, frame: Frame, hidden: Tensor) -> Tensor:
+        self.gate.read(self.active, frame, hidden)
+        return hidden

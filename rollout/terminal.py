@@ -1,0 +1,164 @@
+"""Tokens on a terminal: text as it becomes whole, colours by probability, two texts side by side in columns.
+
+    ids --Pieces--> text that ends on whole characters --paint--> with a colour --columns--> lines no wider than the window
+
+Pure: strings in, strings out; who writes them where is the door's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, TextIO
+
+RESET = "\x1b[0m"
+BANDS: tuple[tuple[float, str], ...] = ((0.05, "\x1b[31m"), (0.25, "\x1b[33m"), (0.6, "\x1b[36m"), (1.01, "\x1b[32m"))
+"""Probability below which a colour is used: red, yellow, cyan, green."""
+_HALF = "\ufffd"
+_BEHIND = 6
+"""Tokens decoded again before the new one: spelling of a piece may depend on its neighbours."""
+NARROW = 60
+"""Columns under which two texts stand one below the other."""
+
+
+def wants_colour(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """On a terminal that can show it, unless NO_COLOR asks for none."""
+    return stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of one token, or of the few that make a character together, with the lowest of their log-probs."""
+
+    text: str
+    logprob: float | None
+
+
+class Pieces:
+    """Ids one by one -> pieces of text that join to the whole text. Special tokens have none."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self._start = self._shown = 0
+        self._held: list[float] = []
+
+    def add(self, token: int, logprob: float | None = None) -> Piece | None:
+        """The piece that `token` completes; None while a character is still in parts."""
+        self.ids.append(token)
+        if logprob is not None:
+            self._held.append(logprob)
+        text = self._new()
+        return None if not text or text.endswith(_HALF) else self._take(text)
+
+    def rest(self) -> Piece | None:
+        """What is left at the end: half a character, shown as the replacement sign."""
+        text = self._new()
+        return self._take(text) if text else None
+
+    def _new(self) -> str:
+        before = self.tokenizer.decode(self.ids[self._start : self._shown], skip_special_tokens=True)
+        after: str = self.tokenizer.decode(self.ids[self._start :], skip_special_tokens=True)
+        return after[len(before) :]
+
+    def _take(self, text: str) -> Piece:
+        lowest = min(self._held) if self._held else None
+        self._held = []
+        self._shown = len(self.ids)
+        if self._shown - self._start > 4 * _BEHIND:
+            self._start = self._clean_start()
+        return Piece(text, lowest)
+
+    def _clean_start(self) -> int:
+        """A later token to decode from, at which the text after it comes out the same."""
+        for start in range(self._shown - _BEHIND, self._start, -1):
+            if _HALF not in self.tokenizer.decode(self.ids[start : self._shown], skip_special_tokens=True):
+                return start
+        return self._start
+
+
+def pieces_of(tokenizer: Any, ids: Sequence[int], logprobs: Sequence[float | None]) -> list[Piece]:
+    stream = Pieces(tokenizer)
+    found = [stream.add(token, logprob) for token, logprob in zip(ids, logprobs, strict=True)]
+    return [piece for piece in (*found, stream.rest()) if piece is not None]
+
+
+def visible(text: str) -> str:
+    """Control characters as pictures: what a model writes must not steer the terminal. Line ends and tabs stay."""
+    return "".join(
+        c if c in "\n\t" or not unicodedata.category(c).startswith("C") or c == "\u200d" else _picture(c) for c in text
+    )
+
+
+def _picture(character: str) -> str:
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else _HALF
+
+
+def paint(piece: Piece, colour: bool) -> str:
+    """The piece, coloured by its probability; a colour never runs over a line's end."""
+    text = visible(piece.text)
+    if not colour or piece.logprob is None:
+        return text
+    band = next((code for limit, code in BANDS if math.exp(piece.logprob) < limit), BANDS[-1][1])
+    return "\n".join(f"{band}{line}{RESET}" if line else "" for line in text.split("\n"))
+
+
+def legend() -> str:
+    """What the colours mean, in them."""
+    names = [f"< {limit:g}" for limit, _ in BANDS[:-1]] + [f">= {BANDS[-2][0]:g}"]
+    return "probability " + "  ".join(f"{code}{name}{RESET}" for name, (_, code) in zip(names, BANDS, strict=True))
+
+
+def width_of(text: str) -> int:
+    """Columns that a terminal gives to a text without control characters."""
+    return sum(_columns(character) for character in text)
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def wrap(pieces: Sequence[Piece], width: int, colour: bool) -> list[tuple[str, int]]:
+    """Lines of painted text, each with its width in columns, none wider than `width` (at least 2)."""
+    lines: list[tuple[str, int]] = []
+    line, used = "", 0
+    for piece in pieces:
+        run = ""
+        for character in visible(piece.text).replace("\t", "    "):
+            size = _columns(character)
+            if character == "\n" or used + size > width:
+                lines.append((line + paint(Piece(run, piece.logprob), colour), used))
+                line, used, run = "", 0, ""
+                if character == "\n":
+                    continue
+            run, used = run + character, used + size
+        line += paint(Piece(run, piece.logprob), colour)
+    return [*lines, (line, used)]
+
+
+def columns(
+    left: tuple[str, Sequence[Piece]], right: tuple[str, Sequence[Piece]], width: int, colour: bool
+) -> Iterator[str]:
+    """Two headed texts as lines: side by side, or one below the other in a narrow window."""
+    if width < NARROW:
+        for head, pieces in (left, right):
+            yield f"{head}:"
+            yield from (line for line, _ in wrap(pieces, max(width - 1, 2), colour))
+        return
+    half = (width - 3) // 2
+    sides = [[(clipped(head, half), width_of(clipped(head, half))), *wrap(pieces, half, colour)] for head, pieces in (left, right)]
+    for (one, used), (two, _) in zip_longest(*sides, fillvalue=("", 0)):
+        yield f"{one}{' ' * (half - used)} | {two}".rstrip()
+
+
+def clipped(text: str, width: int) -> str:
+    while width_of(text) > width:
+        text = text[:-1]
+    return text

@@ -1,0 +1,90 @@
+"""Rollouts as files: accelerate launch scripts/dump_rollouts.py --config configs/dump.yaml --run.dir RUN
+
+Leaves RUN/rollouts-NNNNN.parquet, RUN/manifest.json and RUN/tokenizer. A dump that was cut short goes on with
+--run.resume true, on any number of processes, and ends up identical to an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.reader import door
+from rollout import processes
+from rollout.batch import Rollout, Texts
+from rollout.dump import dump, left_to_do
+from rollout.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
+from rollout.manifest import Plan, start
+from rollout.policy import ModelSettings, Policy, load_policy
+from rollout.prompts import PromptSettings, load_prompts
+from rollout.run import RunSettings, open_folder, versions, written_aside
+from rollout.sampler import Sampler
+from rollout.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Job:
+    """Sample every prompt sampling.n times and keep the rows with both log-probs of every token."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    sampling: Sampling = field(default_factory=Sampling)
+    steering: dict[str, Any] | str | None = None
+    """An intervention's mapping, or the path of a YAML that holds it."""
+    run: RunSettings = field(default_factory=RunSettings)
+    verify: bool = False
+    """Rescore every row alone, unpadded, in float32, and say how far the log-probs are off."""
+
+
+def main(job: Job) -> None:
+    me = processes.start()
+    folder = Path(processes.on_main(lambda: str(open_folder(job.run))))
+    policy = load_policy(job.model, me.device)
+    prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
+    steering = None
+    if job.steering:
+        from rollout.steering import Steering, load_spec
+
+        steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed)
+    sampler = Sampler(policy, job.sampling, steering)
+    plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
+
+    def begin() -> dict[str, Any]:
+        made_from = {
+            "model.path": model_fingerprint(policy.core),
+            "model.tokenizer": tokenizer_fingerprint(policy.tokenizer),
+            "prompts.path": values_fingerprint(prompts.table[row] for row in range(len(prompts))),
+            "steering": steering.label if steering else "",
+        }
+        begun = start(folder, plan, dataclasses.asdict(job), made_from, versions=versions(), world_size=me.world_size)
+        save_tokenizer(folder, policy)
+        return begun
+
+    begun = processes.on_main(begin)
+    work = left_to_do(folder, begun)
+    if me.is_main:
+        for index, damage in work.damaged.items():
+            print(f"{folder / plan.file(index)}: {damage}; it is made again", file=sys.stderr)
+        if begun["finished"] and not work.todo:
+            print(f"{folder}: finished already, {plan.rows:,} rows")
+
+    def sample(rows: range) -> tuple[Rollout, Texts]:
+        return sampler.sample(prompts.batch(list(rows)))
+
+    if work.todo or not begun["finished"]:
+        dump(folder, begun, work, sample, sys.stderr, versions=versions(), world_size=me.world_size)
+        if me.is_main:
+            print(f"{folder}: {plan.rows:,} rows in {len(plan)} shards")
+
+
+def save_tokenizer(folder: Path, policy: Policy) -> None:
+    if policy.tokenizer is not None and not (folder / "tokenizer").exists():
+        with written_aside(folder / "tokenizer") as aside:
+            policy.tokenizer.save_pretrained(aside)
+
+
+if __name__ == "__main__":
+    door(main, Job)

@@ -1,0 +1,40 @@
+"""One HTML page of a run, of several runs over each other, or of a dump: python scripts/report.py RUN [RUN ...]
+
+The page is RUN/report.html unless --out says otherwise; it needs no network. --png FILE draws the main curves too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from configs.reader import door
+from rollout import processes
+from training.report import figure, report
+
+
+@dataclass(frozen=True)
+class Job:
+    """Curves, results, settings and a token-level rollout viewer in one HTML page."""
+
+    runs: list[str] = field(metadata={"positional": True})
+    """Folders that train_ppo.py or dump_rollouts.py wrote; several are drawn over each other."""
+    out: str | None = None
+    """The page; none: report.html in the first folder."""
+    png: str | None = None
+    """Also the main curves as a picture, for a README or a paper."""
+    rows: int = 2000
+    """Rows of a dump that the viewer holds, spread evenly over it."""
+
+
+def main(job: Job) -> None:
+    if not processes.start().is_main:
+        return
+    folders = [Path(run) for run in job.runs]
+    print(report(folders, Path(job.out) if job.out else None, rows=job.rows))
+    if job.png:
+        print(figure(folders, Path(job.png)))
+
+
+if __name__ == "__main__":
+    door(main, Job)

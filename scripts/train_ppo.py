@@ -1,0 +1,69 @@
+"""Train a language model with PPO: python scripts/train_ppo.py --config configs/ppo.yaml --model.path DIR ...
+
+Several processes: accelerate launch --config_file configs/accelerate/ddp.yaml scripts/train_ppo.py --config ...
+
+RUN/config.yaml     the resolved settings          RUN/checkpoints/   for --run.resume true
+RUN/metrics.jsonl   an object per step             RUN/model/         from_pretrained loads it
+RUN/samples.jsonl   best, worst and random rows    RUN/summary.json   before, after, steps, seconds
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rollout.loading import load_policy
+
+from configs.reader import door, to_mapping
+from reward.base import build_reward
+from rollout import processes
+from rollout.policy import ModelSettings
+from rollout.prompts import PromptSettings, load_prompts
+from rollout.run import RunSettings
+from rollout.sampling import Sampling
+from rollout.steering import load_spec
+from training.ppo import PPOSettings, train
+
+
+@dataclass(frozen=True)
+class PPOJob:
+    """Train a language model with PPO."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """The policy."""
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    """What it is trained on."""
+    heldout: PromptSettings = field(default_factory=PromptSettings)
+    """What it is evaluated on; without a path, the first of the training prompts."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How rollouts are drawn."""
+    steering: dict[str, Any] | str | None = None
+    """What is done to activations while sampling and learning: a mapping, or the path of a YAML file with it."""
+    reward: list[dict[str, Any]] = field(default_factory=list)
+    """The parts of the reward."""
+    ppo: PPOSettings = field(default_factory=PPOSettings)
+    """The algorithm."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """Where it is written, and how it goes on."""
+
+
+def main(job: PPOJob) -> None:
+    torch.manual_seed(job.run.seed)  # fresh adapters
+    policy = load_policy(job.model, processes.start().device)
+    heldout = load_prompts(job.heldout, policy, job.sampling.max_new_tokens) if job.heldout.path else None
+    train(
+        policy,
+        load_prompts(job.prompts, policy, job.sampling.max_new_tokens),
+        build_reward(job.reward, policy=policy, device=policy.device),
+        job.sampling,
+        job.ppo,
+        job.run,
+        steering=load_spec(job.steering) if job.steering else None,
+        heldout=heldout,
+        config=to_mapping(job),
+    )
+
+
+if __name__ == "__main__":
+    door(main, PPOJob)

@@ -1,0 +1,17 @@
+"""Train a reward model on preference pairs, and measure it on held-out ones.
+
+accelerate launch scripts/train_reward.py --config configs/reward.yaml --model.path DIR --prompts.path FILE --run.dir RUN
+"""
+
+from __future__ import annotations
+
+from configs.reader import door, to_yaml
+from training.reward_model import RewardJob, run_reward
+
+
+def main(job: RewardJob) -> None:
+    run_reward(job, to_yaml(job))
+
+
+if __name__ == "__main__":
+    door(main, RewardJob)

@@ -1,0 +1,17 @@
+"""Train a causal or encoder-decoder model on texts, prompts with completions, or conversations.
+
+accelerate launch scripts/train_sft.py --config configs/sft.yaml --model.path DIR --prompts.path FILE --run.dir RUN
+"""
+
+from __future__ import annotations
+
+from configs.reader import door, to_yaml
+from training.sft import SFTJob, run_sft
+
+
+def main(job: SFTJob) -> None:
+    run_sft(job, to_yaml(job))
+
+
+if __name__ == "__main__":
+    door(main, SFTJob)

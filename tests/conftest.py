@@ -1,0 +1,50 @@
+"""What every test stands on: one thread, no network, the tiny worlds made once a session; browser tests need a browser."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported, and for the processes that tests start.
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "offline",
+    "DS_ACCELERATOR": "cpu",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import shutil  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
+
+from scripts import make_tiny  # noqa: E402
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(shutil.which(name) for name in BROWSERS):
+        for item in items:
+            if item.get_closest_marker("browser"):
+                item.add_marker(pytest.mark.skip(reason="no chromium on the path"))
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_world("reviews")`: the folder of that world, made once for all test workers. Read it, never write to it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "tiny"
+
+    def world(name: str) -> Path:
+        shared.mkdir(exist_ok=True)
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / name).exists():
+                make_tiny.make(name, shared, 0)
+        return shared / name
+
+    return world

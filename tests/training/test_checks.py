@@ -1,0 +1,106 @@
+"""What PPO refuses, and that each line says where, what was found and what to do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rollout.errors import Problem
+from rollout.sampling import Sampling
+from training.checks import check_job
+from training.correction import Correction
+from training.ppo import PPOSettings
+
+POLICY = SimpleNamespace(model=torch.nn.Linear(1, 1))
+
+
+def lines(**settings) -> tuple[str, ...]:
+    with pytest.raises(Problem) as found:
+        PPOSettings(**settings)
+    return found.value.lines
+
+
+@pytest.mark.parametrize(
+    "settings, start",
+    [
+        ({"steps": 0}, "ppo.steps: 0"),
+        ({"micro_batch_size": 0}, "ppo.micro_batch_size: 0"),
+        ({"learning_rate": -1.0}, "ppo.learning_rate: -1.0"),
+        ({"learning_rate": float("nan")}, "ppo.learning_rate: nan"),
+        ({"clip": 0.0}, "ppo.clip: 0.0"),
+        ({"value_clip": -1.0}, "ppo.value_clip: -1.0"),
+        ({"gamma": 1.5}, "ppo.gamma: 1.5"),
+        ({"lam": -0.1}, "ppo.lam: -0.1"),
+        ({"dual_clip": 0.5}, "ppo.dual_clip: 0.5"),
+        ({"rollouts_per_step": 10, "minibatches": 4}, "ppo.minibatches: 10 rollouts_per_step cannot be split into 4"),
+        ({"kl_target": 5.0, "kl_coef": 0.0}, "ppo.kl_coef: 0.0 cannot be adapted"),
+        ({"kl_target": 5.0, "reference": "none"}, "ppo.kl_target: there is no reference"),
+        ({"credit": "rloo", "value": "shared"}, "ppo.value: 'shared' has no effect"),
+        ({"correction": Correction("token_mask", high=1.0, low=2.0)}, "ppo.correction: low 2.0 and high 1.0"),
+    ],
+)
+def test_a_setting_out_of_range_is_one_line(settings, start):
+    found = lines(**settings)
+    assert len(found) == 1 and found[0].startswith(start), found
+
+
+def test_all_problems_come_together():
+    assert len(lines(steps=0, gamma=2.0, minibatches=0)) == 3
+
+
+def test_a_learning_rate_of_zero_is_legal():
+    PPOSettings(learning_rate=0.0, value_learning_rate=0.0)
+
+
+def refused(sampling=None, **settings) -> str:
+    with pytest.raises(Problem) as found:
+        check_job(POLICY, [1], Sampling(**sampling or {}), PPOSettings(**settings))
+    return "\n".join(found.value.lines)
+
+
+def test_rollouts_that_cannot_be_split_into_groups():
+    assert "ppo.rollouts_per_step: 64 cannot be split into groups of sampling.n = 5" in refused({"n": 5})
+
+
+def test_one_sample_has_nothing_to_compare_with():
+    assert "sampling.n: 1, but ppo.credit group" in refused(credit="group")
+
+
+def test_no_prompts():
+    with pytest.raises(Problem, match="prompts: there are none"):
+        check_job(POLICY, [], Sampling(), PPOSettings())
+
+
+def test_adapter_reference_without_an_adapter():
+    assert "ppo.reference: adapter, but the policy has none" in refused(reference="adapter")
+
+
+@pytest.mark.parametrize(
+    "law", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 2}]
+)
+def test_another_law_needs_a_correction(law):
+    assert "draw from another law than the policy's" in refused(law)
+    check_job(POLICY, [1], Sampling(**law), PPOSettings(correction=Correction("token_truncate")))
+    check_job(POLICY, [1], Sampling(**law), PPOSettings(correction=Correction("none")))
+
+
+def test_greedy_is_always_refused():
+    assert "sampling.greedy" in refused({"greedy": True}, correction=Correction("token_truncate"))
+
+
+def test_replay_needs_a_correction():
+    assert "ppo.correction: missing; stored rollouts" in refused(replay="somewhere")
+    check_job(POLICY, [1], Sampling(), PPOSettings(replay="somewhere", correction=Correction("none")))
+
+
+def test_steered_exploration_needs_a_correction_and_no_truncation():
+    steering = SimpleNamespace(role="behaviour", correction=None)
+    for sampling, settings, text in (
+        (Sampling(), PPOSettings(), "steering.correction: missing"),
+        (Sampling(top_p=0.5), PPOSettings(correction=Correction("token_truncate")), "sampling: top_k, top_p or min_p together"),
+    ):
+        with pytest.raises(Problem, match=text.replace(".", r"\.")):
+            check_job(POLICY, [1], sampling, settings, steering)
+    check_job(POLICY, [1], Sampling(), PPOSettings(), SimpleNamespace(role="behaviour", correction=Correction("none")))

@@ -1,0 +1,172 @@
+"""Policy and value in one module, so that DDP, ZeRO and FSDP see one forward; and the reference beside it.
+
+    rollout ──> actor (the policy) ──> log-probs, entropy
+                   │ hidden states that predict each action
+                   ├──> head                          value: shared
+                   └    critic ──> hidden ──> head    value: separate, or a folder
+
+    V(s_t) is read where action t is predicted. The head starts at zero (or as a reward model's), so V starts at zero.
+    The reference is never inside the module: nothing of it is trained, reduced or saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rollout import adapters
+from rollout.batch import Rollout
+from rollout.logprobs import Forced, teacher_forced
+from rollout.policy import Policy
+from rollout.steering import Steering, SteeringSpec, unsteered
+from training import critic
+
+if TYPE_CHECKING:
+    from training.ppo import PPOSettings
+
+
+class ActorCritic(nn.Module):
+    """`model(rollout, columns)` -> {"old": log-probs (B, R), "entropy": (B, R), "values": (B, R), "after": (B, 1)}.
+
+    "values" is absent where there is no value (critic-free credit), "after" unless it is asked for."""
+
+    def __init__(self, policy: Policy, trunk: Policy | None, head: nn.Linear | None, steering: Steering | None):
+        super().__init__()
+        self.policy, self.trunk, self.steering = policy, trunk, steering
+        self.actor = policy.model
+        self.critic = trunk.model if trunk is not None else None
+        self.head = head
+        self.vectors = steering.parameters_module if steering is not None else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the policy computes in."""
+        return next(p.dtype for p in self.actor.parameters() if p.is_floating_point())
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """All that changes the policy: weights or adapters, and trained steering."""
+        modules = [self.actor, *([self.vectors] if self.vectors is not None else [])]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        modules = [module for module in (self.critic, self.head) if module is not None]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def forward(
+        self,
+        rollout: Rollout,
+        columns: dict[str, list[Any]] | None = None,
+        *,
+        entropy: bool = False,
+        after: bool = False,
+        detach_value: bool = False,
+    ) -> dict[str, Tensor]:
+        """`after` adds the value of the state after each row's last action; `detach_value` keeps a shared trunk out of the
+        value's gradient."""
+        asked = widened(rollout) if after and self.head is not None else rollout
+        width = rollout.response_width
+        forced = self._policy_pass(asked, columns, entropy)
+        found = {"old": forced.logprobs_BR[:, :width]}
+        if entropy:
+            found["entropy"] = forced.entropy_BR[:, :width]
+        if self.head is None:
+            return found
+        if self.trunk is not None:
+            forced = teacher_forced(self.trunk, asked, want_hidden=True, want_logprobs=False)
+        assert forced.hidden_BRD is not None
+        hidden_BRD = forced.hidden_BRD.detach() if detach_value and self.trunk is None else forced.hidden_BRD
+        values_BR = self.head(hidden_BRD.to(self.head.weight.dtype))[..., 0]
+        found["values"] = torch.where(rollout.mask_BR, values_BR[:, :width], 0.0)
+        if asked is not rollout:
+            found["after"] = values_BR.gather(1, rollout.lengths_B[:, None])
+        return found
+
+    def _policy_pass(self, rollout: Rollout, columns: dict[str, list[Any]] | None, entropy: bool) -> Forced:
+        # Behaviour and data are roles of the sampler alone: the policy that learns is the plain model.
+        steers = self.steering is not None and self.steering.role in ("policy", "trainable")
+        shared = self.head is not None and self.trunk is None
+        return teacher_forced(
+            self.policy,
+            rollout,
+            want_hidden=shared,
+            want_entropy=entropy,
+            steering=self.steering if steers else None,
+            columns=columns,
+        )
+
+
+def widened(rollout: Rollout) -> Rollout:
+    """One column more, so that the state after each row's last action is among those that predict something."""
+    wide = rollout.pad_to(rollout.prompt_width, rollout.response_width + 1)
+    return dataclasses.replace(wide, lengths_B=wide.lengths_B + 1)
+
+
+class Reference:
+    """What the KL is measured to: a frozen copy, or the policy's own model with adapter and steering off."""
+
+    def __init__(self, policy: Policy, *, adapter_off: bool):
+        self.policy, self.adapter_off = policy, adapter_off
+
+    def logprobs(self, rollout: Rollout) -> Tensor:
+        """Log-probs of the responses under the reference, unsteered, at the rollout's temperature."""
+        off = adapters.off(self.policy.model) if self.adapter_off else contextlib.nullcontext()
+        with torch.no_grad(), unsteered(), off:
+            return teacher_forced(self.policy, rollout, want_entropy=False).logprobs_BR
+
+
+def build(
+    policy: Policy, settings: PPOSettings, spec: SteeringSpec | None, *, seed: int
+) -> tuple[ActorCritic, Reference | None, Steering | None]:
+    """Actor and critic, reference, steering. Copies are taken first, so that they are of the plain model."""
+    trains_vectors = spec is not None and spec.role == "trainable"
+    reference = _reference(policy, settings.reference, trains_vectors)
+    trunk, head = (None, None) if settings.credit != "gae" else critic.build(policy, settings.value)
+    if trains_vectors:
+        for parameter in policy.model.parameters():
+            parameter.requires_grad_(False)
+    steering = Steering(policy.core, spec, policy.tokenizer, seed) if spec is not None else None
+    return ActorCritic(policy, trunk, head, steering), reference, steering
+
+
+def _reference(policy: Policy, kind: str, trains_vectors: bool) -> Reference | None:
+    if kind == "none":
+        return None
+    has_adapter = hasattr(policy.model, "peft_config")
+    if kind == "adapter":
+        return Reference(policy, adapter_off=True)
+    if kind == "auto" and trains_vectors:
+        return Reference(policy, adapter_off=False)  # nothing of the model itself moves
+    if kind == "auto" and has_adapter and starts_as_its_base(policy):
+        return Reference(policy, adapter_off=True)
+    frozen = copy.deepcopy(policy.model).requires_grad_(False).eval()
+    return Reference(policy.with_model(frozen), adapter_off=False)
+
+
+def starts_as_its_base(policy: Policy) -> bool:
+    """Whether the adapter changes nothing yet, so that the policy with its adapter off is the policy as it starts."""
+    ids = torch.tensor([[i % policy.vocab_size for i in (5, 7, 11)]], device=policy.device)
+    numbers = torch.zeros(1, 3, device=policy.device)
+    probe = Rollout(
+        prompt_BP=ids,
+        prompt_mask_BP=torch.ones_like(ids, dtype=torch.bool),
+        response_BR=ids,
+        lengths_B=torch.tensor([3], device=policy.device),
+        ended_B=torch.tensor([True], device=policy.device),
+        behaviour_logprobs_BR=numbers,
+        policy_logprobs_BR=numbers,
+        row_B=torch.zeros(1, dtype=torch.int64, device=policy.device),
+        sample_B=torch.zeros(1, dtype=torch.int64, device=policy.device),
+        start_ids=policy.start_ids,
+    )
+    with torch.no_grad():
+        as_it_is = teacher_forced(policy, probe, want_entropy=False).logprobs_BR
+    return bool(torch.equal(as_it_is, Reference(policy, adapter_off=True).logprobs(probe)))

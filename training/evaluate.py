@@ -1,0 +1,41 @@
+"""How good the policy is on held-out prompts: one sampled answer each, the task reward and the KL per response."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rollout import processes
+from rollout.prompts import Prompts
+from training.experience import Scored, gather_scored, score
+from training.measure import kl_per_response
+from training.minibatch import share
+
+if TYPE_CHECKING:
+    from training.ppo import PPOSettings
+    from training.setup import Parts
+
+
+def evaluate(parts: Parts, heldout: Prompts, settings: PPOSettings) -> dict[str, float]:
+    """eval/reward, eval/kl, eval/length, over the first `eval_prompts` prompts; {} where there is no evaluation."""
+    scored = examine(parts, heldout, settings)
+    if scored is None:
+        return {}
+    total_B = scored.scores.total_B.double()
+    return {
+        "eval/reward": float(total_B.mean()),
+        "eval/kl": float(kl_per_response(scored).mean()),
+        "eval/length": float(scored.rollout.lengths_B.double().mean()),
+        "eval/rows": float(len(total_B)),
+    } | {f"eval/{name}": float(values.double().nanmean()) for name, values in scored.scores.parts.items()}
+
+
+def examine(parts: Parts, heldout: Prompts, settings: PPOSettings) -> Scored | None:
+    """The evaluation's rows, of all ranks."""
+    ours = processes.start()
+    rows = list(range(min(settings.eval_prompts, len(heldout))))
+    if not rows:
+        return None
+    mine = share(rows, ours.rank, ours.world_size)
+    rollout, texts = parts.evaluation_sampler.sample(heldout.batch(mine or rows[:1]), step=parts.state.step)
+    everything = gather_scored(rollout, texts, parts.reward, real=bool(mine))
+    return score(parts.actor_critic, parts.reference, *everything, settings)

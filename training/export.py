@@ -1,0 +1,57 @@
+"""What a run leaves for its users: RUN/model, which from_pretrained loads, with its tokenizer; and summary.json."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rollout import adapters, processes
+from rollout.run import write_json, written_aside
+
+if TYPE_CHECKING:
+    from training.ppo import PPOSettings
+    from training.setup import Parts
+
+
+def save_model(folder: Path, parts: Parts, settings: PPOSettings) -> None:
+    """The policy in `folder`/model: the adapter alone where there is one, or the whole model with it merged in."""
+
+    def save() -> None:
+        with written_aside(folder / "model") as aside:
+            aside.mkdir()
+            model = parts.policy.model
+            if not hasattr(model, "peft_config"):
+                model.save_pretrained(aside)
+            elif settings.export_merged:
+                adapters.merge(copy.deepcopy(model)).save_pretrained(aside)
+            else:
+                adapters.save(model, aside)
+            parts.policy.tokenizer.save_pretrained(aside)
+
+    processes.on_main(save)
+
+
+def summarise(folder: Path, parts: Parts, after: dict[str, float]) -> dict[str, Any]:
+    """Write summary.json, the last file of a run, and return what it holds."""
+    state = parts.state
+    summary = {
+        "reward_before": state.before.get("eval/reward"),
+        "reward_after": after.get("eval/reward"),
+        "kl_after": after.get("eval/kl"),
+        "gap_max": state.totals.get("gap_max", 0.0),
+        "steps": state.step,
+        "optimizer_steps": int(state.totals.get("optimizer_steps", 0)),
+        "rollouts": int(state.totals.get("rollouts", 0)),
+        "tokens": int(state.totals.get("tokens", 0)),
+        "seconds": state.totals.get("seconds", 0.0),
+        "world_size": processes.start().world_size,
+    }
+    processes.on_main(lambda: write_json(folder / "summary.json", summary))
+    return summary
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,230 @@
+// The rollout viewer: pick a sample, see every token coloured by a quantity, with the stored numbers on hover. What models
+// wrote only ever becomes text nodes.
+"use strict";
+
+const ORDERS = {
+  "as stored": null,
+  "worst reward": ["reward", 1],
+  "best reward": ["reward", -1],
+  "largest KL": ["kl", -1],
+  "largest gap": ["gap", -1],
+  "longest": ["length", -1],
+};
+
+function signed(values) { return values.some(v => v > 0) && values.some(v => v < 0); }
+
+// Orange above zero, blue below; as opaque as the value is large. One rule for light and dark.
+function colourOf(value, largest) {
+  if (value === null || value === undefined || !largest) return "transparent";
+  const strength = Math.round(Math.min(Math.abs(value) / largest, 1) * 0.75 * 1000) / 1000;
+  return value >= 0 ? `rgba(232, 119, 34, ${strength})` : `rgba(38, 120, 230, ${strength})`;
+}
+
+// What has no shape of its own is shown by name, so that control characters and direction marks cannot reorder the page.
+function visible(text) {
+  let odd = text === "";
+  const shown = text.replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, character => {
+    odd = true;
+    if (character === "\n") return "\u21b5\n";
+    if (character === "\t") return "\u21e5\t";
+    return "\u27e8U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "\u27e9";
+  });
+  return {shown: shown || "\u2205", odd};
+}
+
+class Viewer {
+  constructor(page, unpack) {
+    this.page = page;
+    this.unpack = unpack;
+    this.loaded = new Map();
+    this.texts = new Map();
+    this.order = [];
+    this.at = 0;
+    this.token = -1;
+    this.wanted = null;
+    const of = id => document.getElementById(id);
+    [this.run, this.step, this.sort, this.search, this.quantity, this.list, this.sample, this.tip, this.count] =
+      ["run", "step", "sort", "search", "quantity", "list", "sample", "tip", "count"].map(of);
+    this.runs = page.runs.map((one, i) => i).filter(i => page.runs[i].heads.step.length);
+    this.run.replaceChildren(...this.runs.map(i => new Option(page.runs[i].name, i)));
+    of("run-label").hidden = this.runs.length < 2;
+    this.sort.replaceChildren(...Object.keys(ORDERS).map(name => new Option(name)));
+    this.run.onchange = () => this.chooseRun();
+    this.step.onchange = this.sort.onchange = () => this.choose();
+    this.search.oninput = () => this.choose();
+    this.quantity.onchange = () => this.paint();
+    of("controls").onsubmit = event => event.preventDefault();
+    document.addEventListener("keydown", event => this.key(event));
+    this.list.onclick = event => {
+      const item = event.target.closest("li");
+      if (item) this.go(Number(item.dataset.place));
+    };
+    this.sample.onpointerover = event => { const token = event.target.closest(".token"); token ? this.hover(token) : this.hide(); };
+    this.sample.onpointerleave = () => this.hide();
+    this.sample.onclick = event => { const token = event.target.closest(".token"); if (token) this.hover(token); };
+  }
+
+  get heads() { return this.page.runs[this.run.value].heads; }
+
+  async chooseRun() {
+    const steps = [...new Set(this.heads.step)].sort((a, b) => a - b);
+    this.step.replaceChildren(new Option("all", ""), ...steps.map(step => new Option(step)));
+    if (steps.length > 1) this.step.value = steps[steps.length - 1];
+    const known = this.page.runs[this.run.value];
+    for (const option of this.sort.options) {
+      const by = ORDERS[option.value];
+      option.hidden = option.disabled = Boolean(by) && known.heads[by[0]].every(value => value === null);
+    }
+    await this.choose();
+  }
+
+  async choose() {
+    const run = this.run.value, heads = this.heads, step = this.step.value;
+    let rows = heads.step.map((_, i) => i);
+    if (step !== "") rows = rows.filter(i => heads.step[i] === Number(step));
+    const words = this.search.value.trim().toLowerCase(), asked = [run, step, this.sort.value, words].join("\n");
+    this.wanted = asked;
+    const texts = await this.textsOf(run);
+    if (this.wanted !== asked) return;
+    if (words) rows = rows.filter(i => (texts[i][0] + "\n" + texts[i][1]).toLowerCase().includes(words));
+    const by = ORDERS[this.sort.value];
+    if (by) {
+      const [name, sign] = by, value = i => heads[name][i] === null ? Infinity : sign * heads[name][i];
+      rows.sort((a, b) => value(a) - value(b) || a - b);
+    }
+    this.order = rows;
+    await this.go(0);
+  }
+
+  async textsOf(run) {
+    if (!this.texts.has(run)) this.texts.set(run, this.unpack(`texts-${run}`));
+    return this.texts.get(run);
+  }
+
+  async rowOf(run, index) {
+    const chunk = Math.floor(index / this.page.chunk), name = `rows-${run}-${chunk}`;
+    if (!this.loaded.has(name)) {
+      if (this.loaded.size > 16) this.loaded.delete(this.loaded.keys().next().value);
+      this.loaded.set(name, this.unpack(name));
+    }
+    return (await this.loaded.get(name))[index % this.page.chunk];
+  }
+
+  async go(place) {
+    this.at = Math.min(Math.max(place, 0), Math.max(this.order.length - 1, 0));
+    this.token = -1;
+    this.hide();
+    const run = this.run.value, index = this.order[this.at], texts = await this.textsOf(run);
+    this.showList(texts);
+    if (index === undefined) { this.current = null; this.sample.replaceChildren(element("p", {class: "hint", text: "no sample"})); return; }
+    const row = await this.rowOf(run, index);
+    if (this.order[this.at] !== index || this.run.value !== run) return;
+    this.current = {...row, prompt_text: texts[index][0], completion: texts[index][1]};
+    this.showSample();
+  }
+
+  showList(texts) {
+    const heads = this.heads, from = Math.max(0, Math.min(this.at - 30, this.order.length - 60)), shown = this.order.slice(from, from + 60);
+    this.count.textContent = `${this.order.length ? this.at + 1 : 0} of ${this.order.length} samples`;
+    this.list.replaceChildren(...shown.map((index, i) => {
+      const figures = [`step ${heads.step[index]}`, `row ${heads.row[index]}.${heads.sample[index]}`];
+      if (heads.kind[index]) figures.push(heads.kind[index]);
+      for (const name of ["reward", "kl", "gap"]) if (heads[name][index] !== null) figures.push(`${name} ${short(heads[name][index])}`);
+      const item = element("li", {"data-place": from + i, "aria-selected": String(from + i === this.at)});
+      item.append(element("span", {text: figures.join("  ")}), element("span", {class: "text", dir: "auto", text: visible(texts[index][1].slice(0, 120)).shown.replaceAll("\n", " ")}));
+      return item;
+    }));
+    const chosen = this.list.querySelector('[aria-selected="true"]');
+    if (chosen) this.list.scrollTop = chosen.offsetTop - this.list.offsetTop - this.list.clientHeight / 2;
+  }
+
+  showSample() {
+    const row = this.current, facts = element("div", {class: "facts"});
+    for (const [name, value] of Object.entries(row.facts)) {
+      const text = value && typeof value === "object" ? Object.entries(value).map(([k, v]) => `${k} ${exact(v)}`).join(", ") : exact(value);
+      if (text !== "") facts.append(element("span", {}, name + " ", element("b", {dir: "auto", text: visible(text).shown})));
+    }
+    const names = Object.keys(row.quantities), before = this.quantity.value;
+    this.quantity.replaceChildren(...names.map(name => new Option(name)));
+    if (names.includes(before)) this.quantity.value = before;
+    this.sample.replaceChildren(facts, element("h3", {text: "prompt"}), this.tokens(row.prompt_tokens, row.prompt_ids, "prompt"),
+      element("h3", {text: "response"}), this.tokens(row.tokens, row.ids, "response"), element("div", {class: "scale"}));
+    this.paint();
+  }
+
+  tokens(texts, ids, part) {
+    const holder = element("div", {class: "tokens", dir: "auto", "data-part": part});
+    texts.forEach((text, i) => {
+      const {shown, odd} = visible(text);
+      holder.append(element("span", {class: odd ? "token odd" : "token", "data-part": part, "data-place": i, "data-id": ids[i], text: shown}));
+    });
+    return holder;
+  }
+
+  paint() {
+    const row = this.current;
+    if (!row) return;
+    const values = row.quantities[this.quantity.value] || [], largest = values.reduce((a, v) => Math.max(a, Math.abs(v ?? 0)), 0);
+    for (const token of this.sample.querySelectorAll('.token[data-part="response"]')) token.style.backgroundColor = colourOf(values[token.dataset.place], largest);
+    const scale = this.sample.querySelector(".scale"), bar = element("i"), both = signed(values), below = !both && values.some(v => v < 0);
+    const [left, right] = both ? [-largest, largest] : below ? [-largest, 0] : [0, largest];
+    bar.style.background = `linear-gradient(to right, ${colourOf(left, largest)}, ${both ? "transparent," : ""} ${colourOf(right, largest)})`;
+    scale.replaceChildren(this.quantity.value + " ", exact(left), bar, exact(right));
+  }
+
+  hover(token) {
+    const row = this.current, i = Number(token.dataset.place), response = token.dataset.part === "response";
+    const lines = [["token", JSON.stringify((response ? row.tokens : row.prompt_tokens)[i])], ["id", token.dataset.id], ["position", i]];
+    if (response) for (const [name, values] of Object.entries(row.quantities)) lines.push([name, exact(values[i])]);
+    const table = element("table");
+    for (const [name, value] of lines) table.append(element("tr", {}, element("td", {text: name}), element("td", {"data-name": name, text: visible(String(value)).shown})));
+    this.tip.replaceChildren(table);
+    this.tip.hidden = false;
+    for (const other of this.sample.querySelectorAll(".at")) other.classList.remove("at");
+    token.classList.add("at");
+    this.token = [...this.sample.querySelectorAll(".token")].indexOf(token);
+    const place = token.getBoundingClientRect(), size = this.tip.getBoundingClientRect();
+    this.tip.style.left = Math.max(4, Math.min(place.left, innerWidth - size.width - 4)) + "px";
+    const above = place.top - size.height - 6;
+    this.tip.style.top = (above > 4 ? above : Math.min(place.bottom + 6, innerHeight - size.height - 4)) + "px";
+  }
+
+  hide() {
+    this.tip.hidden = true;
+    for (const other of this.sample.querySelectorAll(".at")) other.classList.remove("at");
+  }
+
+  moveStep(by) {
+    const options = [...this.step.options], place = options.findIndex(option => option.selected) + by;
+    if (place < 0 || place >= options.length) return;
+    this.step.selectedIndex = place;
+    this.choose();
+  }
+
+  moveToken(by) {
+    const tokens = this.sample.querySelectorAll(".token");
+    if (!tokens.length) return;
+    const first = this.current.prompt_tokens.length, from = this.token < 0 ? first - (by > 0 ? 1 : 0) : this.token;
+    const token = tokens[Math.min(Math.max(from + by, 0), tokens.length - 1)];
+    token.scrollIntoView({block: "nearest"});
+    this.hover(token);
+  }
+
+  key(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const typing = event.target.closest("input, select, textarea");
+    if (typing) { if (event.key === "Escape") typing.blur(); return; }
+    const act = {
+      j: () => this.go(this.at + 1), k: () => this.go(this.at - 1),
+      ArrowDown: this.list === event.target || this.sample === event.target ? () => this.go(this.at + 1) : null,
+      ArrowUp: this.list === event.target || this.sample === event.target ? () => this.go(this.at - 1) : null,
+      Home: this.list === event.target ? () => this.go(0) : null, End: this.list === event.target ? () => this.go(this.order.length - 1) : null,
+      "[": () => this.moveStep(-1), "]": () => this.moveStep(1), ArrowRight: () => this.moveToken(1), ArrowLeft: () => this.moveToken(-1),
+      c: () => { this.quantity.selectedIndex = (this.quantity.selectedIndex + 1) % this.quantity.options.length; this.paint(); },
+      "/": () => this.search.focus(), Escape: () => this.hide(),
+    }[event.key];
+    if (!act) return;
+    event.preventDefault();
+    act();
+  }
+}

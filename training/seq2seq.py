@@ -1,0 +1,127 @@
+"""Encoder-decoders in the supervised stage: transformers' Seq2SeqTrainer over rows of {prompt, completion}.
+
+prefix + prompt ── encoder ids          completion ── label ids, its stop token last, padded with -100
+held-out rows: loss; with generation also ROUGE and the mean length of what was written
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from reward.rouge import rouge
+from rollout.errors import Problem
+from rollout.policy import check_vocabulary, vocabulary_size
+from training import stage
+from training.rows import Row
+from training.stage import Outcome
+
+if TYPE_CHECKING:
+    from training.sft import SFTJob
+
+IGNORED = -100
+"""What the loss leaves out."""
+
+
+def tokenise(rows: Sequence[Row], tokenizer: Any, prefix: str = "", longest: int = 0, longest_target: int = 0) -> Any:
+    """The rows as a dataset of input_ids, attention_mask and labels; longer ones are cut at their end."""
+    import datasets
+
+    def encode(texts: list[str], length: int, **how: Any) -> Any:
+        return tokenizer(texts, **how, truncation=bool(length), max_length=length or None)
+
+    def cut(batch: dict[str, list[str]]) -> dict[str, Any]:
+        encoded = encode([prefix + text for text in batch["prompt"]], longest)
+        targets = tokenizer(text_target=batch["completion"], truncation=bool(longest_target), max_length=longest_target or None)
+        # A tokenizer that ends no text by itself would teach a model that never stops.
+        labels = [ids if tokenizer.eos_token_id in ids else [*ids, tokenizer.eos_token_id] for ids in targets["input_ids"]]
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+
+    whole = datasets.Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
+    return whole.map(cut, batched=True, remove_columns=["prompt", "completion"], desc="Tokenizing")
+
+
+def make_trainer(model: Any, tokenizer: Any, arguments: Any, training: Any, held_out: Any, generates: bool) -> Any:
+    """A Seq2SeqTrainer; where it generates, its evaluation reports ROUGE and lengths."""
+    import transformers
+
+    if tokenizer.eos_token_id is None:
+        raise Problem("model.path: the tokenizer has no eos token, so no text would ever end; set one and save the tokenizer")
+    check_vocabulary(tokenizer, vocabulary_size(model))
+    # Learned positions of an encoder count from the left edge, whatever side the tokenizer pads for a decoder.
+    tokenizer.padding_side = "right"
+    return transformers.Seq2SeqTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=training,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED),
+        compute_metrics=generation_metrics(tokenizer) if generates else None,
+    )
+
+
+def generation_metrics(tokenizer: Any) -> Callable[[Any], dict[str, float]]:
+    """ROUGE and mean length of generated ids against label ids."""
+
+    def measure(result: Any) -> dict[str, float]:
+        texts = decode(tokenizer, result.predictions), decode(tokenizer, result.label_ids)
+        special = [token for token in (tokenizer.pad_token_id, IGNORED) if token is not None]
+        written = ~np.isin(_ids(result.predictions), special)
+        return {**rouge(*texts), "gen_len": float(written.sum(1).mean())}
+
+    return measure
+
+
+def decode(tokenizer: Any, ids: Any) -> list[str]:
+    """Texts of label or generated ids, without what only pads."""
+    ids = _ids(ids)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return [text.strip() for text in tokenizer.batch_decode(np.where(ids == IGNORED, pad, ids), skip_special_tokens=True)]
+
+
+def _ids(found: Any) -> np.ndarray:
+    return np.asarray(found[0] if isinstance(found, tuple) else found)
+
+
+def fit_encoder_decoder(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: Path) -> Outcome:
+    """The supervised stage of train_sft.py for an encoder-decoder."""
+    import transformers
+
+    sft = job.sft
+    for name in ("packing", "assistant_only"):
+        if getattr(sft, name):
+            raise Problem(f"sft.{name}: true, but the model is an encoder-decoder; it is for causal models")
+    if sft.completion_only is False:
+        raise Problem("sft.completion_only: false, but an encoder-decoder learns its completions only; leave it out")
+    if sft.rouge and not held:
+        raise Problem("sft.rouge: true, but there are no held-out rows to generate for; set prompts.heldout")
+    if sft.beams < 1 or (sft.beams > 1 and not sft.rouge):
+        raise Problem(f"sft.beams: {sft.beams}; give at least 1, and more than one only with sft.rouge, which generates")
+    transformers.set_seed(job.run.seed)
+    tokenizer = stage.load_tokenizer(job.model)
+    model = stage.load_trainable(job.model, "policy", "seq2seq")
+    stage.check_checkpointing(sft, model, "sft")
+    longest = job.prompts.max_tokens or stage.context_of(model) or 0
+    training, held_out = (
+        tokenise(part, tokenizer, sft.source_prefix, longest, sft.max_target_tokens) if part else None for part in (rows, held)
+    )
+    target = sft.max_target_tokens or max(len(row["labels"]) for part in (training, held_out) if part for row in part)
+    arguments = transformers.Seq2SeqTrainingArguments(
+        **stage.trainer_arguments(sft, job.run, folder, bool(held)),
+        predict_with_generate=sft.rouge,
+        generation_max_length=target + 1,
+        generation_num_beams=sft.beams,
+    )
+    began = time.monotonic()
+    trainer = make_trainer(model, tokenizer, arguments, training, held_out, sft.rouge)
+    stage.train(trainer, job.run, folder)
+    measured = trainer.evaluate() if held else {}
+    metrics = {"rows": len(rows), "rows_heldout": len(held), "heldout_loss": measured.get("eval_loss")}
+    metrics |= {name: measured[f"eval_{name}"] for name in ("rouge1", "rouge2", "rougeL", "rougeLsum", "gen_len") if sft.rouge}
+    metrics["seconds"] = round(time.monotonic() - began, 1)
+    return stage.finish(trainer, tokenizer, lambda: stage.load_base(job.model, "policy", "seq2seq"), folder, metrics)
