@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from reward.mixture import Part
 from reward.worker import Overdue, Worker, WorkerFailed
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
+from rollout.fingerprint import SHORT, sha256_file
 
 logger = logging.getLogger(__name__)
 PATIENCE = 60.0
@@ -61,7 +63,7 @@ class FunctionSettings:
         if inspect.isclass(function):
             raise Problem(f"{where}.function: {self.function!r} is a class; name a function, or an instance of the class")
         reward = FunctionReward(function, self, where)
-        return Part("", where, 1.0, reward.score_async if reward.is_async else reward.score, reward.is_async, close=reward.close)
+        return Part("", where, 1.0, reward.score_async if reward.is_async else reward.score, reward.is_async, content=reward.content, close=reward.close)
 
 
 class FunctionReward:
@@ -81,6 +83,14 @@ class FunctionReward:
     def close(self) -> None:
         if self.worker is not None:
             self.worker.close()
+
+    def content(self) -> str:
+        """Of the file that the function is written in."""
+        try:
+            file = inspect.getsourcefile(inspect.unwrap(self.function.func))
+        except TypeError:  # an object, a builtin
+            file = inspect.getsourcefile(type(self.function.func))
+        return sha256_file(Path(file))[:SHORT] if file and Path(file).is_file() else ""
 
     # -- synchronous -----------------------------------------------------------------------------------------------
 
@@ -109,7 +119,7 @@ class FunctionReward:
             return Failure(str(error))
         except Problem:
             raise
-        except Exception as error:  # the user's own code may raise anything; the row is named and settled, never hidden
+        except Exception as error:  # noqa: BLE001  the user's own code may raise anything; the row is named and settled, never hidden
             return Failure(said(error))
 
     # -- asynchronous ----------------------------------------------------------------------------------------------
@@ -133,7 +143,7 @@ class FunctionReward:
             return Failure(f"not done after {self.settings.timeout} s")
         except Problem:
             raise
-        except Exception as error:  # as above
+        except Exception as error:  # noqa: BLE001  as above
             return Failure(said(error))
 
     # -- what goes in, what comes out -------------------------------------------------------------------------------

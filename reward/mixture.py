@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from reward.base import Scores, on_last_action, row_name
+from reward.normalise import Shape
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
 
@@ -36,9 +37,11 @@ class Part:
     score: Callable[..., Any]
     """(rollout, texts, vocabulary) -> Scores; asynchronous where `is_async`."""
     is_async: bool = False
-    shape: Callable[[Tensor], Tensor] | None = None
-    """Normalisation and clipping of the part's values (reward.normalise)."""
-    close: Callable[[], None] = lambda: None
+    shape: Shape | None = None
+    """Normalisation and clipping of the part's values."""
+    content: Callable[[], str] = str
+    """A hash of what the part scores with besides its settings: weights, a function's file."""
+    close: Callable[[], object] = object
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,15 @@ class WeightedSum:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of running normalisations by part; empty without any."""
-        states = {part.name: getattr(part.shape, "state_dict", dict)() for part in self.parts}
-        return {name: state for name, state in states.items() if state}
+        return {part.name: part.shape.state_dict() for part in self.parts if part.shape is not None and part.shape.is_running}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         missing = sorted(set(self.state_dict()) ^ set(state))
         if missing:
             raise Problem(f"reward: the saved state and this job differ in the normalised part(s) {', '.join(missing)}")
         for part in self.parts:
-            if part.name in state:
-                part.shape.load_state_dict(state[part.name])  # type: ignore[union-attr]
+            if part.shape is not None and part.name in state:
+                part.shape.load_state_dict(state[part.name])
 
     def close(self) -> None:
         """End the worker processes that time limits need."""

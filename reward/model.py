@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from reward.mixture import Part
 from reward.reading import Reader, Reads, Tokens, folders_of, load_tokenizer, vocabulary_of
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
+from rollout.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
 
 Output = Literal["logit", "probability", "log_probability"]
 
@@ -79,7 +81,7 @@ class ModelSettings:
         paths = [self.path] if isinstance(self.path, str) else list(self.path)
         members = [load_member(self, path, "sequence_classification", where, around.device) for path in paths]
         reward = ModelReward(self, members, where)
-        return Part("", where, 1.0, reward.score)
+        return Part("", where, 1.0, reward.score, content=lambda: content_of(members))
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,11 @@ def load_member(settings: Any, path: str, head: str, where: str, device: Any) ->
         size=classifier.embedding_size,
     )
     return Member(classifier, reader, label)
+
+
+def content_of(members: Sequence[Member]) -> str:
+    prints = ((model_fingerprint(m.classifier.model), m.reader.tokenizer) for m in members)
+    return values_fingerprint([weights, tokenizer and tokenizer_fingerprint(tokenizer)] for weights, tokenizer in prints)
 
 
 def choose_label(classifier: Classifier, label: str | int | None, field: str, path: str) -> int:

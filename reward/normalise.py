@@ -102,6 +102,10 @@ class Shape:
         logger.info("%s: reference responses score %.6g on average, standard deviation %.6g", where, mean, std)
         return Shape(mean, std, bounds)
 
+    @property
+    def is_running(self) -> bool:
+        return self.running is not None
+
     def __call__(self, values_B: Tensor) -> Tensor:
         mean, std = self.mean, self.std
         if self.running is not None:

@@ -227,7 +227,7 @@ def fits(value: Any, wanted: Any) -> bool:
         return False
     if wanted is float:
         return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, wanted)
+    return isinstance(value, origin or wanted)
 
 
 def words(wanted: Any) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reward.base import Scores, row_name
 from reward.mixture import Part
-from reward.model import Member, Output, chosen, load_member
+from reward.model import Member, Output, chosen, content_of, load_member
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
 
@@ -57,7 +57,7 @@ class ProcessSettings:
         member = load_member(self, self.path, "token_classification", where, around.device)
         if self.separator is not None and member.reader.tokenizer is None:
             raise Problem(f"{where}.tokenizer: missing; the model's folder has none, and steps are found by their text")
-        return Part("", where, 1.0, ProcessReward(self, member, where).score)
+        return Part("", where, 1.0, ProcessReward(self, member, where).score, content=lambda: content_of([member]))
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,10 @@ class Reader:
         prompt, completion, tokenizer = texts.prompts[index], texts.completions[index], self.tokenizer
         if self.reads == "both" and is_conversation(prompt) and tokenizer.chat_template:
             said = [*prompt, {"role": "assistant", "content": completion}]
-            return list(tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)), None
+            if prompt[-1]["role"] == "assistant":  # the response went on with a message that the prompt began
+                said = [*prompt[:-1], {**prompt[-1], "content": (prompt[-1].get("content") or "") + completion}]
+            tools = texts.columns["tools"][index] if "tools" in texts.columns else None
+            return list(tokenizer.apply_chat_template(said, tools=tools, tokenize=True, return_dict=False)), None
         text = prompt if isinstance(prompt, str) else texts.prompt_texts[index]
         if self.reads == "pair":
             encoded = tokenizer(text, completion)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import urllib.parse
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from reward.mixture import Part
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
 
+logger = logging.getLogger(__name__)
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -127,14 +129,18 @@ class HttpReward:
     def _joined(self, answers: list[dict[str, Any]], rollout: Rollout) -> Scores:
         values = [value for answer in answers for value in answer["scores"]]
         settled = settle(values, rollout, self.where, self.settings.fallback)
+        counts = [count for answer in answers for count in answer.get("fallbacks", {}).values()]
+        if sum(counts):
+            logger.warning("%s: the server gave %d of %d rows a fallback; its log says why", self.where, sum(counts), len(rollout))
+        fallbacks = {"": sum(counts) + sum(settled.fallbacks.values())}
         names = dict.fromkeys(name for answer in answers for name in answer["parts"])
         parts = {
             name: torch.cat([a["parts"].get(name, torch.full((len(a["scores"]),), torch.nan)) for a in answers])
             for name in names
         }
         if all(answer["tokens"] is None for answer in answers):
-            return Scores(settled.total_B, parts, fallbacks=settled.fallbacks)
+            return Scores(settled.total_B, parts, fallbacks=fallbacks)
         if settled.fallbacks or any(answer["tokens"] is None for answer in answers):
             raise Problem(f"{self.where}: a reward per token came for some rows only, and `fallback` has none to put in its place")
         tokens_BR = torch.cat([answer["tokens"] for answer in answers])
-        return Scores(settled.total_B, parts, tokens_BR, fallbacks=settled.fallbacks)
+        return Scores(settled.total_B, parts, tokens_BR, fallbacks=fallbacks)

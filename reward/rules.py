@@ -132,7 +132,7 @@ class Exact:
         return text.casefold() if self.ignore_case else text
 
 
-_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_FRACTION = re.compile(r"(?<![\w.])\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?:\s?/\s?\d+)?"
     r"|(?<![\w.])[-+]?\.\d+(?:[eE][-+]?\d{1,3})?"
@@ -144,7 +144,7 @@ _LONGEST = 400
 
 def numbers_in(text: str) -> list[Fraction]:
     """The numbers of a text, exactly: 1,234.50, -3, .5, 2e-3, 3/4, \\frac{3}{4}."""
-    text = _FRACTION.sub(r" \1/\2 ", text.replace("\u2212", "-"))
+    text = _FRACTION.sub(r"\1/\2 ", text.replace("\u2212", "-"))
     found = []
     for match in _NUMBER.findall(text):
         if len(match) > _LONGEST:

@@ -125,7 +125,7 @@ def read_answer(body: bytes, rollout: Rollout) -> dict[str, Any]:
         tokens_BR = torch.zeros(rollout.response_BR.shape)
         for index, row in enumerate(told["tokens"]):
             tokens_BR[index, : lengths[index]] = torch.tensor(row)
-    return {"scores": told["scores"], "parts": parts, "tokens": tokens_BR}
+    return {"scores": told["scores"], "parts": parts, "tokens": tokens_BR, "fallbacks": told.get("fallbacks") or {}}
 
 
 def _plain(values: Tensor) -> list[float | None]:

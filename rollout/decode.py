@@ -63,7 +63,13 @@ class Stream:
         self.steps = 0
 
     def __call__(
-        self, model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **kwargs: Any,
     ) -> Tensor:
         del stopping_criteria, generation_config
         if len(logits_processor):  # what was declared: none, the law is applied here

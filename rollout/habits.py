@@ -1,10 +1,10 @@
 """How a model takes padding and caching: seen on the model itself with a few short forward passes, not read off its name.
 
-    alone       a b c d e            what every other way is compared with
-    padded      . . . a b c d e      in a batch with a longer row: the same, or this model must not be padded (states that
-                                     run through padding, positions it counts itself): rows of one length go together then
-    shorter     a b c d              the same, or the model looks ahead and has no law of the next token
-    cached      a b c | d | e        the same, or its cache is not used; with the rows picked after the prefill, or not picked
+alone       a b c d e            what every other way is compared with
+padded      . . . a b c d e      in a batch with a longer row: the same, or this model must not be padded (states that
+                                 run through padding, positions it counts itself): rows of one length go together then
+shorter     a b c d              the same, or the model looks ahead and has no law of the next token
+cached      a b c | d | e        the same, or its cache is not used; with the rows picked after the prefill, or not picked
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Habits:
     """Decoding with the cache equals one pass over the whole sequence."""
     picking: bool
     """Rows can be taken out of the cache, or repeated in it."""
+    pads_in_text: bool
+    """A pad token that was drawn is a token like any other; False where the model counts positions by comparing with it."""
 
 
 def forward_arguments(core: Any) -> frozenset[str]:
@@ -49,9 +51,8 @@ def positions(mask: Tensor) -> Tensor:
 def observe(policy: Policy) -> Habits:
     """Run the passes of this file's head on `policy`'s model. Call without dropout and without gradients."""
     short, long = _lengths(policy)
-    ids = [i for i in range(policy.vocab_size) if i not in (policy.pad_id, *policy.eos_ids)] or [0]
-    rows = [torch.tensor([[ids[(7 * k + start) % len(ids)] for k in range(n)]], device=policy.device) for start, n in ((3, short), (5, long))]
-    alone = [_logits(policy, row, torch.ones_like(row, dtype=torch.bool)) for row in rows]
+    rows = [_row(policy, 3, short), _row(policy, 5, long)]
+    alone = [_logits(policy, row) for row in rows]
     padding = True
     if long > short:
         fill = torch.full((1, long - short), policy.pad_id, device=policy.device)
@@ -61,21 +62,40 @@ def observe(policy: Policy) -> Habits:
         padding = all(_same(both[k : k + 1, -2:], alone[k][:, -2:]) for k in range(2))
     if short > 1:
         cut = rows[0] if policy.is_seq2seq else rows[0][:, :-1]
-        before = _logits(policy, cut, torch.ones_like(cut, dtype=torch.bool), decoder_tokens=1)
+        before = _logits(policy, cut, decoder=rows[0][:, :1])
         if not _same(before, alone[0][:, :-1]):
             raise Problem(
-                f"model: {type(policy.core).__name__} looks ahead: its logits change with the tokens after them, so they are no "
-                "law of the next token; load a causal decoder (for BERT-like models, a checkpoint with is_decoder: true)"
+                f"model: {type(policy.core).__name__} looks ahead: its logits change with the tokens after them, so they are "
+                "no law of the next token; load a causal decoder (for BERT-like models, a checkpoint with is_decoder: true)"
             )
-    caching, picking = _caches(policy, rows, alone)
-    return Habits(padding=padding, caching=caching, picking=picking)
+    if not policy.is_seq2seq and short < 4:
+        return Habits(padding=padding, caching=True, picking=True, pads_in_text=True)
+    both = torch.cat([row[:, :short] for row in rows])
+    # A prompt of one token comes second: what a model left in itself shows there.
+    prompts = [both] if policy.is_seq2seq else [both[:, : short - _STEPS], both[:, :1]]
+    text = both[:, -_STEPS:]
+    padded = torch.cat([torch.full_like(text[:, :1], policy.pad_id), text[:, 1:]], dim=1)
+    for pick in (True, False):
+        if all(_decodes(policy, prompt, text, pick) for prompt in prompts):
+            return Habits(padding=padding, caching=True, picking=pick, pads_in_text=_decodes(policy, prompts[0], padded, pick))
+    return Habits(padding=padding, caching=False, picking=True, pads_in_text=True)
+
+
+_STEPS = 2
+"""Tokens that are fed one by one."""
 
 
 def _lengths(policy: Policy) -> tuple[int, int]:
     """Tokens of the short and the long row, within the model's context."""
     limits = [limit for limit in (policy.context, policy.decoder_context) if limit is not None]
-    room = min(limits) - len(policy.start_ids) - 2 if limits else 8
+    room = min(limits) - len(policy.start_ids) - _STEPS if limits else 8
     return max(min(5, room), 1), max(min(8, room), 1)
+
+
+def _row(policy: Policy, start: int, length: int) -> Tensor:
+    """A row of ordinary tokens."""
+    ids = [i for i in range(policy.vocab_size) if i not in (policy.pad_id, *policy.eos_ids)] or [0]
+    return torch.tensor([[ids[(7 * k + start) % len(ids)] for k in range(length)]], device=policy.device)
 
 
 def _same(logits: Tensor, expected: Tensor) -> bool:
@@ -91,29 +111,15 @@ def _same(logits: Tensor, expected: Tensor) -> bool:
     return bool((logits[finite] - expected[finite]).pow(2).mean().sqrt() <= max(10 * eps, 2e-5) * scale)
 
 
-def _caches(policy: Policy, rows: list[Tensor], alone: list[Tensor]) -> tuple[bool, bool]:
-    """(decoding with the cache is exact, its rows can be picked), by decoding two tokens of two rows both ways."""
-    steps, short = 2, rows[0].shape[1]
-    if not policy.is_seq2seq and short <= steps:
-        return True, True
-    both = torch.cat([row[:, :short] for row in rows])
-    if policy.is_seq2seq:
-        ones = torch.ones_like(both[:1], dtype=torch.bool)
-        ways = [(both, both[:, :steps], torch.cat([_logits(policy, both[k : k + 1], ones) for k in range(2)])[:, -steps - 1 :])]
-    else:
-        # A prompt of one token last: what a model left in itself shows there.
-        logits = torch.cat([logits[:, :short] for logits in alone])
-        ways = [(both[:, :n], both[:, n : n + steps], logits[:, n - 1 : n + steps]) for n in (short - steps, 1)]
-    return next(((True, pick) for pick in (True, False) if all(_decodes(policy, *way, pick) for way in ways)), (False, True))
-
-
-def _decodes(policy: Policy, prompt: Tensor, tail: Tensor, expected: Tensor, pick: bool) -> bool:
-    """Whether decoding `tail` after `prompt` with the cache gives the expected logits."""
+def _decodes(policy: Policy, prompt: Tensor, tail: Tensor, pick: bool) -> bool:
+    """Whether feeding `tail` token by token with the cache gives the logits of one pass over each row by itself."""
     follow = _Follow(tail, pick)
     config = ClosedGenerationConfig.of(policy, max_new_tokens=tail.shape[1] + 1)
     inputs = generate_arguments(policy, prompt, torch.ones_like(prompt, dtype=torch.bool))
     policy.core.generate(**inputs, generation_config=config, custom_generate=follow)
-    return bool(follow.seen) and _same(torch.cat(follow.seen, dim=1), expected[follow.order])
+    whole = prompt if policy.is_seq2seq else torch.cat([prompt, tail], dim=1)
+    expected = torch.cat([_logits(policy, whole[k : k + 1], decoder=tail[k : k + 1]) for k in range(len(whole))])
+    return bool(follow.seen) and _same(torch.cat(follow.seen, dim=1), expected[follow.order, -tail.shape[1] - 1 :])
 
 
 class _Follow:
@@ -125,7 +131,13 @@ class _Follow:
         self.seen: list[Tensor] = []
 
     def __call__(
-        self, model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **kwargs: Any,
     ) -> Tensor:
         del logits_processor, stopping_criteria, generation_config
         ids, seen = input_ids, []
@@ -157,17 +169,19 @@ def generate_arguments(policy: Policy, prompt_BP: Tensor, mask_BP: Tensor) -> di
     return given
 
 
-def _logits(policy: Policy, ids: Tensor, mask: Tensor, decoder_tokens: int = 2) -> Tensor:
-    """Logits of one plain pass: of `ids`, or of a decoder that is fed the first of them."""
+def _logits(policy: Policy, ids: Tensor, mask: Tensor | None = None, decoder: Tensor | None = None) -> Tensor:
+    """Logits of one plain pass: of `ids`, or of a decoder that is fed `decoder` (or the first of `ids`) after its start."""
     takes = forward_arguments(policy.core)
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     given: dict[str, Any] = {"input_ids": ids, **policy.extra}
     if "attention_mask" in takes:
         given["attention_mask"] = mask.long()
     if policy.is_seq2seq:
         start = torch.tensor(policy.start_ids, device=ids.device)[None].expand(len(ids), -1)
-        given["decoder_input_ids"] = torch.cat([start, ids[:, :decoder_tokens]], dim=1)
+        given["decoder_input_ids"] = torch.cat([start, ids[:, :_STEPS] if decoder is None else decoder], dim=1)
     elif "position_ids" in takes:
         given["position_ids"] = positions(mask)
     if "use_cache" in takes:
         given["use_cache"] = False
-    return policy.core(**given).logits
+    logits: Tensor = policy.core(**given).logits
+    return logits

@@ -97,7 +97,9 @@ class Law:
         if settings.top_p < 1:
             scores = _nucleus(scores, settings.top_p)
         if settings.min_p > 0:
-            floor = scores.amax(dim=1, keepdim=True) + torch.tensor(settings.min_p, dtype=torch.float64).log().float().to(scores)
+            floor = scores.amax(dim=1, keepdim=True) + torch.tensor(settings.min_p, dtype=torch.float64).log().float().to(
+                scores
+            )
             scores = scores.masked_fill(scores < floor, _NEGATIVE)
         return scores
 
@@ -118,7 +120,11 @@ class Law:
         behaviour = Weights(scores_BV)
         tokens_B = behaviour.draw(uniform_B)
         return Drawn(
-            tokens_B, behaviour.logprobs(scores_BV, tokens_B), policy.logprobs(policy_BV, tokens_B), entropy_B, policy.bad_B | behaviour.bad_B
+            tokens_B,
+            behaviour.logprobs(scores_BV, tokens_B),
+            policy.logprobs(policy_BV, tokens_B),
+            entropy_B,
+            policy.bad_B | behaviour.bad_B,
         )
 
 

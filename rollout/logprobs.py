@@ -10,6 +10,7 @@ Everything is raised to float32 before the temperature and the log-softmax.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -77,16 +78,20 @@ def teacher_forced(
         return Forced(empty, empty, None)
     parts: list[tuple[Tensor, Forced]] = []
     with no_dropout(policy.core):
-        for index in _groups(policy, rollout, max_rows):
+        # The caller's columns stay where they can: a steering block around this call knows rows and columns by them.
+        padded = bool(rollout.prompt_mask_BP.all()) or policy.habits.padding
+        for index in _groups(rollout, padded, max_rows):
             whole = len(index) == len(rollout)
-            part = rollout if whole else rollout.select(index)
+            part = rollout if whole and (policy.is_seq2seq or padded) else _narrowed(rollout.select(index))
             with _steered(steering, policy, part, columns, index):
                 parts.append((index, _one_pass(policy, part, temperature, want_hidden, want_entropy, want_logprobs)))
             if whole:
                 return parts[0][1]
     back = torch.cat([index for index, _ in parts]).argsort()
     joined = [torch.cat([getattr(forced, name) for _, forced in parts])[back] for name in ("logprobs_BR", "entropy_BR")]
-    hidden = torch.cat([forced.hidden_BRD for _, forced in parts if forced.hidden_BRD is not None])[back] if want_hidden else None
+    hidden = (
+        torch.cat([forced.hidden_BRD for _, forced in parts if forced.hidden_BRD is not None])[back] if want_hidden else None
+    )
     return Forced(joined[0], joined[1], hidden)
 
 
@@ -96,25 +101,39 @@ def encoder_input(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
     return prompt_BP.gather(1, order), mask_BP.gather(1, order)
 
 
-def _groups(policy: Policy, rollout: Rollout, max_rows: int | None) -> Iterator[Tensor]:
+def _groups(rollout: Rollout, padded: bool, max_rows: int | None) -> Iterator[Tensor]:
+    """Rows that go through one pass together: all, or those of one prompt length where the model takes no padding."""
     rows = torch.arange(len(rollout), device=rollout.device)
-    groups = [rows]
-    if not bool(rollout.prompt_mask_BP.all()) and not policy.habits.padding:
-        lengths_B = rollout.prompt_mask_BP.sum(1)
-        groups = [rows[lengths_B == length] for length in lengths_B.unique()]
-    for group in groups:
+    lengths_B = rollout.prompt_mask_BP.sum(1)
+    for group in [rows] if padded else [rows[lengths_B == length] for length in lengths_B.unique()]:
         yield from group.split(max_rows or len(group))
 
 
+def _narrowed(rollout: Rollout) -> Rollout:
+    """Without the columns on the left in which every row has padding."""
+    empty = int((~rollout.prompt_mask_BP).sum(1).min())
+    return dataclasses.replace(
+        rollout, prompt_BP=rollout.prompt_BP[:, empty:], prompt_mask_BP=rollout.prompt_mask_BP[:, empty:]
+    )
+
+
 @contextlib.contextmanager
-def _steered(steering: Any, policy: Policy, part: Rollout, columns: dict[str, list[Any]] | None, index: Tensor) -> Iterator[None]:
+def _steered(
+    steering: Any, policy: Policy, part: Rollout, columns: dict[str, list[Any]] | None, index: Tensor
+) -> Iterator[None]:
     if steering is None:
         yield
         return
     mask_BP = encoder_input(part.prompt_BP, part.prompt_mask_BP)[1] if policy.is_seq2seq else part.prompt_mask_BP
     own = {name: [column[i] for i in index.tolist()] for name, column in (columns or {}).items()}
     with steering.active(
-        prompt_mask_BP=mask_BP, row_B=part.row_B, sample_B=part.sample_B, columns=own, strength_B=part.strength_B, policy_step=part.policy_step
+        prompt_mask_BP=mask_BP,
+        row_B=part.row_B,
+        sample_B=part.sample_B,
+        columns=own,
+        strength_B=part.strength_B,
+        policy_step=part.policy_step,
+        start_width=max(len(policy.start_ids), 1),
     ):
         yield
 
@@ -123,7 +142,7 @@ def _one_pass(
     policy: Policy, rollout: Rollout, temperature: float, want_hidden: bool, want_entropy: bool, want_logprobs: bool
 ) -> Forced:
     width = rollout.response_width
-    given = _arguments(policy, rollout)
+    given = forward_inputs(policy, rollout)
     caught: list[Tensor] = []
     head = policy.core.get_output_embeddings()
     if want_hidden and head is None:
@@ -136,11 +155,15 @@ def _one_pass(
             hook.remove()
     total = given["decoder_input_ids" if policy.is_seq2seq else "input_ids"].shape[1]
     if logits.shape[1] not in (width, total):
-        raise RuntimeError(f"{type(policy.core).__name__} gave logits for {logits.shape[1]} positions, expected {width} or {total}")
+        raise RuntimeError(
+            f"{type(policy.core).__name__} gave logits for {logits.shape[1]} positions, expected {width} or {total}"
+        )
     hidden_BRD = None
     if want_hidden:
         if not caught or caught[-1].dim() != 3:
-            raise Problem(f"model: {type(policy.core).__name__} does not call its output embedding on one row of states per token")
+            raise Problem(
+                f"model: {type(policy.core).__name__} does not call its output embedding on one row of states per token"
+            )
         hidden_BRD = caught[-1][:, -width:]
     if not want_logprobs:
         return Forced(torch.zeros_like(rollout.policy_logprobs_BR), torch.zeros_like(rollout.policy_logprobs_BR), hidden_BRD)
@@ -152,7 +175,7 @@ def _one_pass(
     return Forced(torch.where(mask_BR, picked_BR, zero), entropy_BR, hidden_BRD)
 
 
-def _arguments(policy: Policy, rollout: Rollout) -> dict[str, Any]:
+def forward_inputs(policy: Policy, rollout: Rollout) -> dict[str, Any]:
     """The forward's arguments for the whole sequence but its last column."""
     takes = forward_arguments(policy.core)
     response_BR = rollout.response_BR[:, :-1]
@@ -165,11 +188,9 @@ def _arguments(policy: Policy, rollout: Rollout) -> dict[str, Any]:
         given["decoder_input_ids"] = torch.cat([rollout.start_BK, response_BR], dim=1)
     else:
         # Tokens after a row's end change nothing before them, so only padding on the left needs the mask.
-        padded = int((~rollout.prompt_mask_BP).sum(1).min())
-        mask_BP = rollout.prompt_mask_BP[:, padded:]
-        given["input_ids"] = torch.cat([rollout.prompt_BP[:, padded:], response_BR], dim=1)
-        mask_BS = torch.cat([mask_BP, torch.ones_like(response_BR, dtype=torch.bool)], dim=1)
-        if "attention_mask" in takes and not bool(mask_BP.all()):
+        given["input_ids"] = torch.cat([rollout.prompt_BP, response_BR], dim=1)
+        mask_BS = torch.cat([rollout.prompt_mask_BP, torch.ones_like(response_BR, dtype=torch.bool)], dim=1)
+        if "attention_mask" in takes and not bool(mask_BS.all()):
             given["attention_mask"] = mask_BS.long()
         if "position_ids" in takes:
             position_BS = positions(mask_BS)

@@ -207,6 +207,8 @@ def start(
     if (folder / MANIFEST).exists():
         found = load_manifest(folder)
         changed = list(_changes(found, fresh))
+        if not changed and found["plan"] != fresh["plan"]:
+            changed = [f"run.save_every: this dump was begun with the shards {found['plan']}, and is now asked for {fresh['plan']}"]
         if changed:
             remedy = "give the same settings, or start afresh with --run.overwrite true"
             raise Problem(*(f"{line}; {remedy}" for line in changed))
@@ -229,8 +231,6 @@ def _changes(found: Mapping[str, Any], fresh: Mapping[str, Any]) -> Iterator[str
         was, now = (kept["fingerprints"].get(name, "none") for kept in (found, fresh))
         if was != now:
             yield f"{name}: its content has changed since this dump was begun (fingerprint {was}, now {now})"
-    if found["plan"] != fresh["plan"]:
-        yield f"run.save_every: this dump was begun with the shards {found['plan']}, and is now asked for {fresh['plan']}"
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -76,11 +76,18 @@ class Policy:
             found = "an encoder-decoder" if is_seq2seq else "a decoder-only model"
             raise Problem(f"model.kind: {kind}, but {type(core).__name__} is {found}; leave model.kind at auto")
         if not core.can_generate():
-            raise Problem(f"model: {type(core).__name__} has no generation head; name a causal or encoder-decoder language model")
+            raise Problem(
+                f"model: {type(core).__name__} has no generation head; name a causal or encoder-decoder language model"
+            )
         size = vocabulary_size(core)
         check_vocabulary(tokenizer, size)
         eos = tuple(i for i in _ids(_first(generation, config, tokenizer, name="eos_token_id")) if 0 <= i < size)
-        pads = [*_ids(getattr(tokenizer, "pad_token_id", None)), *_ids(_first(generation, config, name="pad_token_id")), *eos, 0]
+        pads = [
+            *_ids(getattr(tokenizer, "pad_token_id", None)),
+            *_ids(_first(generation, config, name="pad_token_id")),
+            *eos,
+            0,
+        ]
         contexts = _contexts(config, is_seq2seq)
         return Policy(
             model=model,
@@ -227,7 +234,11 @@ def check_vocabulary(tokenizer: Any, size: int) -> None:
 def _ids(value: Any) -> list[int]:
     if value is None:
         return []
-    return [int(i) for i in value] if isinstance(value, (list, tuple)) or hasattr(value, "tolist") and value.dim() else [int(value)]
+    return (
+        [int(i) for i in value]
+        if isinstance(value, (list, tuple)) or hasattr(value, "tolist") and value.dim()
+        else [int(value)]
+    )
 
 
 def _first(*sources: Any, name: str) -> Any:
@@ -239,10 +250,14 @@ def _start_ids(core: Any, generation: Any, config: Any, size: int) -> tuple[int,
     start = _first(generation, config, text, name="decoder_start_token_id")
     start = start if start is not None else _first(generation, config, text, name="bos_token_id")
     if start is None:
-        raise Problem(f"model: {type(core).__name__} has no decoder_start_token_id; set it in the checkpoint's generation config")
+        raise Problem(
+            f"model: {type(core).__name__} has no decoder_start_token_id; set it in the checkpoint's generation config"
+        )
     ids = (*_ids(start)[:1], *_ids(_first(generation, name="forced_bos_token_id"))[:1])
     if not all(0 <= i < size for i in ids):
-        raise Problem(f"model: the decoder's start ids {list(ids)} do not fit the model's {size} rows; mend the generation config")
+        raise Problem(
+            f"model: the decoder's start ids {list(ids)} do not fit the model's {size} rows; mend the generation config"
+        )
     return ids
 
 

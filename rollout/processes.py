@@ -5,8 +5,11 @@ A door calls `start()` first and `close()` last; in between any room may ask `st
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,6 +37,7 @@ class Processes:
 
 def start() -> Processes:
     """Join the job's processes, as `accelerate launch` or `torchrun` started them. Any number of calls is one."""
+    _end_with_launcher()
     cpu = not torch.cuda.is_available()
     if importlib.util.find_spec("accelerate") is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -44,6 +48,14 @@ def start() -> Processes:
     # Before any Accelerator(): without `cpu` here a job of several CPU processes is silently a job of one.
     state = PartialState(cpu=cpu)
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+def _end_with_launcher() -> None:
+    """Ask the kernel to end this process when its launcher is killed: orphans would go on writing beside a resumed job."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def is_distributed() -> bool:

@@ -42,7 +42,11 @@ class PromptSettings:
     """Only the first rows; 0 = all."""
 
     def __post_init__(self) -> None:
-        problems = [f"prompts.{n}: {getattr(self, n)}, but it must be 0 or more" for n in ("max_tokens", "limit") if getattr(self, n) < 0]
+        problems = [
+            f"prompts.{n}: {getattr(self, n)}, but it must be 0 or more"
+            for n in ("max_tokens", "limit")
+            if getattr(self, n) < 0
+        ]
         if problems:
             raise Problem(*problems)
 
@@ -59,9 +63,15 @@ class PromptBatch:
     """As the model sees them, special tokens kept."""
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """The dataset's other columns."""
+    occurrences: list[int] | None = None
+    """How often each row was there before: its samples go on counting, else a row that comes twice would say the same twice."""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def sample(self, at: int, which: int, n: int) -> int:
+        """The number of the `which`-th of `n` samples of prompt `at`."""
+        return which if self.occurrences is None else self.occurrences[at] * n + which
 
     def __post_init__(self) -> None:
         for row, ids in zip(self.rows, self.ids, strict=True):
@@ -77,14 +87,19 @@ class PromptBatch:
 
     def select(self, index: Sequence[int]) -> PromptBatch:
         columns = {name: [column[i] for i in index] for name, column in self.columns.items()}
-        ids, rows, prompts, texts = ([part[i] for i in index] for part in (self.ids, self.rows, self.prompts, self.prompt_texts))
-        return PromptBatch(ids, rows, prompts, texts, columns)
+        ids, rows, prompts, texts = (
+            [part[i] for i in index] for part in (self.ids, self.rows, self.prompts, self.prompt_texts)
+        )
+        occurrences = None if self.occurrences is None else [self.occurrences[i] for i in index]
+        return PromptBatch(ids, rows, prompts, texts, columns, occurrences)
 
 
 class Prompts:
     """A dataset's prompts for one policy. Rows are tokenised when they are asked for."""
 
-    def __init__(self, table: Sequence[dict[str, Any]], column: str, policy: Policy, settings: PromptSettings, room: int | None = None):
+    def __init__(
+        self, table: Sequence[dict[str, Any]], column: str, policy: Policy, settings: PromptSettings, room: int | None = None
+    ):
         self.table, self.column, self.policy, self.settings = table, column, policy, settings
         limits = [limit for limit in (settings.max_tokens, room) if limit]
         self.most = min(limits) if limits else None
@@ -92,7 +107,7 @@ class Prompts:
     def __len__(self) -> int:
         return min(len(self.table), self.settings.limit) if self.settings.limit else len(self.table)
 
-    def batch(self, rows: Sequence[int]) -> PromptBatch:
+    def batch(self, rows: Sequence[int], occurrences: Sequence[int] | None = None) -> PromptBatch:
         """The prompts of these dataset rows, in this order."""
         for row in rows:
             if not 0 <= row < len(self):
@@ -106,6 +121,7 @@ class Prompts:
             prompts=[record[self.column] for record in records],
             prompt_texts=[self.policy.tokenizer.decode(prompt) for prompt in ids],
             columns={name: [record.get(name) for record in records] for name in names},
+            occurrences=None if occurrences is None else list(occurrences),
         )
 
     def take(self, seed: int, position: int, count: int) -> list[int]:
@@ -141,11 +157,15 @@ class Prompts:
             raise Problem(f"{where}: the column {self.column!r} is empty; give every row a prompt, or leave the row out")
         if isinstance(value, list):
             if not all(isinstance(message, dict) and "role" in message for message in value):
-                raise Problem(f"{where}: a conversation is a list of messages with a role and a content, found {str(value)[:80]}")
+                raise Problem(
+                    f"{where}: a conversation is a list of messages with a role and a content, found {str(value)[:80]}"
+                )
             if not getattr(self.policy.tokenizer, "chat_template", None):
                 raise Problem(f"{where}: it is a conversation, but the tokenizer has no chat template; add one, or give text")
         elif not isinstance(value, str):
-            raise Problem(f"{where}: expected a text or a list of messages, found {type(value).__name__}; choose another prompts.column")
+            raise Problem(
+                f"{where}: expected a text or a list of messages, found {type(value).__name__}; choose another prompts.column"
+            )
 
     def _ids(self, row: int, record: dict[str, Any]) -> list[int]:
         value, tokenizer = record.get(self.column), self.policy.tokenizer
@@ -181,7 +201,9 @@ def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int =
     if policy.context is not None:
         room = policy.context if policy.is_seq2seq else policy.context - max_new_tokens
         if room < 1:
-            raise Problem(f"sampling.max_new_tokens: {max_new_tokens} leaves no room for a prompt in a context of {policy.context}")
+            raise Problem(
+                f"sampling.max_new_tokens: {max_new_tokens} leaves no room for a prompt in a context of {policy.context}"
+            )
     return Prompts(table, column, policy, settings, room).check()
 
 

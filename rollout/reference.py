@@ -39,7 +39,7 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
         raise Problem(f"prompts: {type(policy.core).__name__} takes no padding; give the reference path prompts of one length")
     start = torch.tensor(policy.start_ids, device=device)[None].expand(len(pairs), -1) if policy.is_seq2seq else prompt_BP
     real = torch.ones_like(start, dtype=torch.bool) if policy.is_seq2seq else mask_BP
-    uniforms_BR = uniforms(sampling.seed, step, row_B, sample_B, torch.arange(sampling.max_new_tokens, device=device)[None])
+    uniforms_BR = uniforms(sampling.seed, step, row_B, sample_B, torch.arange(sampling.max_new_tokens, device=device))
     config = ClosedGenerationConfig.of(
         policy,
         max_new_tokens=sampling.max_new_tokens,
@@ -103,7 +103,9 @@ class _LawProcessor(LogitsProcessor):
         self.law, self.real_BP = law, real_BP
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn = torch.ones(len(input_ids), input_ids.shape[1] - self.real_BP.shape[1], dtype=torch.bool, device=input_ids.device)
+        drawn = torch.ones(
+            len(input_ids), input_ids.shape[1] - self.real_BP.shape[1], dtype=torch.bool, device=input_ids.device
+        )
         history = History(input_ids, torch.cat([self.real_BP, drawn], dim=1), self.law)
         return self.law.behaviour_scores(scores, history)
 

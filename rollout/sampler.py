@@ -1,7 +1,7 @@
 """Sampler: prompts -> generate -> Rollout. The one entry to sampling.
 
-    PromptBatch ── rows x samples ── parts of like length ── generate(custom_generate=Stream) ──┬─ Rollout  ids, log-probs
-                                                                                                └─ Texts    what they say
+PromptBatch ── rows x samples ── parts of like length ── generate(custom_generate=Stream) ──┬─ Rollout  ids, log-probs
+                                                                                            └─ Texts    what they say
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Sampler:
         """`sampling.n` responses to every prompt, in (prompt, sample) order. `step` keys the draws and names the weights.
 
         `on_token(t, row_B, tokens_B, raw logits_BV)` is told of every token as it is drawn, for streams of text.
-        `progress` (0 to 1 over a run) is what a steering schedule reads. Every rank calls this equally often.
+        `progress` (0 to 1 over a run) is what a steering schedule reads, the steering's own where it is not given. Every rank
+        calls this equally often.
         """
         self.check(batch)
         n = self.sampling.n
@@ -74,7 +75,9 @@ class Sampler:
         """Ids in range, and room for prompt and response; one line for the first row that does not fit."""
         policy, new = self.policy, self.sampling.max_new_tokens
         if policy.decoder_context is not None and len(policy.start_ids) + new > policy.decoder_context:
-            raise Problem(f"sampling.max_new_tokens: {new} does not fit the decoder's context of {policy.decoder_context}; set less")
+            raise Problem(
+                f"sampling.max_new_tokens: {new} does not fit the decoder's context of {policy.decoder_context}; set less"
+            )
         for row, ids in zip(batch.rows, batch.ids, strict=True):
             if not all(0 <= i < policy.vocab_size for i in ids):
                 worst = next(i for i in ids if not 0 <= i < policy.vocab_size)
@@ -84,7 +87,8 @@ class Sampler:
                 beside = "" if policy.is_seq2seq else f" with {new} new tokens"
                 raise Problem(
                     f"prompts: row {row} has {len(ids)} tokens, which{beside} do not fit the model's context of {policy.context}; "
-                    f"set prompts.max_tokens to {max(room, 0)}" + ("" if policy.is_seq2seq else " or sampling.max_new_tokens lower")
+                    f"set prompts.max_tokens to {max(room, 0)}"
+                    + ("" if policy.is_seq2seq else " or sampling.max_new_tokens lower")
                 )
 
     def _parts(self, batch: PromptBatch, order: list[tuple[int, int]]) -> Iterator[list[int]]:
@@ -101,18 +105,39 @@ class Sampler:
                 yield group[start : start + size]
 
     def _part(
+        self, batch: PromptBatch, pairs: Sequence[tuple[int, int]], step: int, progress: float | None, synced: bool
+    ) -> Rollout:
+        """One batch through generate."""
+        rollout = self._generate(batch, pairs, step, progress, synced, self.policy.habits.caching)
+        if self.policy.habits.pads_in_text:
+            return rollout
+        # A model that counts positions by comparing with pad decodes on from a drawn pad as no whole pass would: such
+        # rows are drawn again without the cache, where each step is a whole pass. Rare, and the same up to the pad.
+        drawn_BR = (rollout.response_BR[:, :-1] == self.policy.pad_id) & rollout.mask_BR[:, 1:]
+        rows = drawn_BR.any(1).nonzero()[:, 0]
+        again = int(len(rows) > 0)
+        if not (_most(again, rollout.device) if synced else again):
+            return rollout
+        redo, redo_pairs = (batch, [pairs[int(b)] for b in rows]) if again else (_dummy(self.policy), [(0, 0)])
+        other = self._generate(redo, redo_pairs, step, progress, synced, caching=False)
+        if not again:
+            return rollout
+        place = torch.arange(len(rollout), device=rollout.device)
+        place[rows] = len(rollout) + torch.arange(len(rows), device=rollout.device)
+        return Rollout.join([rollout, other]).select(place).trim()
+
+    def _generate(
         self,
         batch: PromptBatch,
         pairs: Sequence[tuple[int, int]],
         step: int,
-        progress: float,
+        progress: float | None,
         synced: bool,
-        on_token: OnToken | None = None,
+        caching: bool,
     ) -> Rollout:
-        """One batch through generate."""
         policy, sampling, device = self.policy, self.sampling, self.policy.device
         row_B = torch.tensor([batch.rows[i] for i, _ in pairs], device=device)
-        sample_B = torch.tensor([j for _, j in pairs], device=device)
+        sample_B = torch.tensor([batch.sample(i, j, sampling.n) for i, j in pairs], device=device)
         prompt_BP, mask_BP = left_pad([batch.ids[i] for i, _ in pairs], policy.pad_id, device)
         columns = {name: [column[i] for i, _ in pairs] for name, column in batch.columns.items()}
         # One prefill for all samples of a prompt; with steering each row has its own.
@@ -124,12 +149,14 @@ class Sampler:
         ids_UP, mask_UP = prompt_BP[first], mask_BP[first]
         if policy.is_seq2seq:
             ids_UP, mask_UP = encoder_input(ids_UP, mask_UP)
-        stack, live, strength_B = self._steered(policy, mask_UP, row_B, sample_B, columns, step, progress)
+        stack, live, strength_B = self._steered(mask_UP, row_B, sample_B, columns, step, progress)
         stream = Stream(
             self.law,
             self.stops,
             uniforms_BR=uniforms(sampling.seed, step, row_B, sample_B, torch.arange(sampling.max_new_tokens, device=device)),
-            mask_BP=torch.ones(len(pairs), len(policy.start_ids), dtype=torch.bool, device=device) if policy.is_seq2seq else mask_BP,
+            mask_BP=torch.ones(len(pairs), len(policy.start_ids), dtype=torch.bool, device=device)
+            if policy.is_seq2seq
+            else mask_BP,
             copies_B=copies_B,
             names=[f"row {batch.rows[i]} (sample {j})" for i, j in pairs],
             live=live,
@@ -138,9 +165,11 @@ class Sampler:
             on_token=None if on_token is None else lambda t, rows, tokens, logits: on_token(t, row_B[rows], tokens, logits),
         )
         self.stops.to(device)
-        config = ClosedGenerationConfig.of(policy, max_new_tokens=sampling.max_new_tokens, use_cache=policy.habits.caching)
+        config = ClosedGenerationConfig.of(policy, max_new_tokens=sampling.max_new_tokens, use_cache=caching)
         with stack:
-            policy.core.generate(**generate_arguments(policy, ids_UP, mask_UP), generation_config=config, custom_generate=stream)
+            policy.core.generate(
+                **generate_arguments(policy, ids_UP, mask_UP), generation_config=config, custom_generate=stream
+            )
         width = int(stream.lengths_B.max())
         rollout = Rollout(
             prompt_BP=prompt_BP,
@@ -168,18 +197,25 @@ class Sampler:
         return rollout
 
     def _steered(
-        self, policy: Policy, mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, columns: dict[str, list[Any]], step: int, progress: float
+        self, mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, columns: dict[str, list[Any]], step: int, progress: float | None
     ) -> tuple[contextlib.ExitStack, Any, Tensor]:
         """The block in which generation is steered, what follows dropped rows, and each row's strength."""
         stack = contextlib.ExitStack()
         if self.steering is None:
             return stack, None, torch.zeros(len(row_B), device=row_B.device)
-        strength_B = self.steering.strengths(row_B, sample_B, columns, progress=progress).to(row_B.device, torch.float32)
-        live = stack.enter_context(
-            self.steering.active(
-                prompt_mask_BP=mask_BP, row_B=row_B, sample_B=sample_B, columns=columns, strength_B=strength_B, policy_step=step
-            )
+        found = self.steering.strengths(row_B, sample_B, columns, progress=progress, policy_step=step)
+        strength_B = found.to(row_B.device, torch.float32)
+        active = self.steering.active(
+            prompt_mask_BP=mask_BP,
+            row_B=row_B,
+            sample_B=sample_B,
+            columns=columns,
+            strength_B=strength_B,
+            policy_step=step,
+            progress=progress,
+            start_width=max(len(self.policy.start_ids), 1),
         )
+        live = stack.enter_context(active)
         return stack, live if live is not None else object(), strength_B
 
     def _empty(self, step: int) -> Rollout:
@@ -214,7 +250,9 @@ def needs_sync(model: Any) -> bool:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
         return False
     spread = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    return spread or any("FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for m in model.modules() for kind in type(m).__mro__)
+    return spread or any(
+        "FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for m in model.modules() for kind in type(m).__mro__
+    )
 
 
 def _most(count: int, device: torch.device) -> int:

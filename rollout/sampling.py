@@ -1,8 +1,8 @@
 """Sampling: the user's settings, the closed generation config that they become, and the row-keyed random numbers.
 
-    settings ── checked when built ──┬─ law.py      what each token is drawn from
-                                     ├─ stops.py    where a response ends
-                                     └─ ClosedGenerationConfig   for generate: nothing of the checkpoint's own gets in
+settings ── checked when built ──┬─ law.py      what each token is drawn from
+                                 ├─ stops.py    where a response ends
+                                 └─ ClosedGenerationConfig   for generate: nothing of the checkpoint's own gets in
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class Sampling:
         if problems:
             raise Problem(*problems)
         if self.greedy and (ignored := [name for name in ("temperature", "top_k", "top_p", "min_p") if self._changed(name)]):
-            logger.warning("sampling.greedy: the likeliest token is the same under %s, which have no effect", ", ".join(ignored))
+            logger.warning(
+                "sampling.greedy: the likeliest token is the same under %s, which have no effect", ", ".join(ignored)
+            )
 
     def _changed(self, name: str) -> bool:
         return bool(getattr(self, name) != type(self).__dataclass_fields__[name].default)

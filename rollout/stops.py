@@ -27,7 +27,9 @@ class Stops:
         for stop_id in sampling.stop_ids:
             if stop_id >= policy.vocab_size:
                 raise Problem(f"sampling.stop_ids: {stop_id} is out of range; ids go from 0 to {policy.vocab_size - 1}")
-        special = {token: i for i, token in ((i, self.tokenizer.convert_ids_to_tokens(i)) for i in self.tokenizer.all_special_ids)}
+        special = {
+            token: i for i, token in ((i, self.tokenizer.convert_ids_to_tokens(i)) for i in self.tokenizer.all_special_ids)
+        }
         self.eos_ids = tuple(policy.eos_ids)
         user = [*sampling.stop_ids, *(special[text] for text in sampling.stop if text in special)]
         self.user_ids = tuple(i for i in dict.fromkeys(user) if i not in policy.eos_ids)
@@ -37,7 +39,9 @@ class Stops:
         self.plain = [text for text in strings if text not in self.marked]
         for text in strings:
             if not can_spell(self.tokenizer, text):
-                raise Problem(f"sampling.stop: the tokenizer cannot spell {text!r}, so it would never end a row; use what it can")
+                raise Problem(
+                    f"sampling.stop: the tokenizer cannot spell {text!r}, so it would never end a row; use what it can"
+                )
         self.ids = torch.tensor([*self.eos_ids, *self.user_ids], dtype=torch.int64)
         self.codes = torch.tensor([STOP_EOS] * len(self.eos_ids) + [STOP_USER] * len(self.user_ids), dtype=torch.int64)
 
@@ -75,7 +79,9 @@ class Stops:
             full = self.tokenizer.decode(ids, skip_special_tokens=False)
             for at in (at for stop in self.marked if (at := full.find(stop)) >= 0):
                 # The ids whose text lies before the match; the token in which it begins gives what it has before it.
-                kept = next(n for n in range(len(ids) + 1) if len(self.tokenizer.decode(ids[: n + 1], skip_special_tokens=False)) > at)
+                kept = next(
+                    n for n in range(len(ids) + 1) if len(self.tokenizer.decode(ids[: n + 1], skip_special_tokens=False)) > at
+                )
                 before = self.tokenizer.decode(ids[:kept], skip_special_tokens=False)
                 cuts.append(len(self.tokenizer.decode(ids[:kept], skip_special_tokens=True)) + at - len(before))
         return text[: min(cuts)] if cuts else text

@@ -103,7 +103,9 @@ def _load_hub(path: str, split: str, name: str, field: str) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, Problem):
             raise
-        raise Problem(f"{field}.path: {path} is neither a file or folder here nor a dataset that can be fetched: {_line(error)}") from error
+        raise Problem(
+            f"{field}.path: {path} is neither a file or folder here nor a dataset that can be fetched: {_line(error)}"
+        ) from error
 
 
 def _one_split(found: Any, path: str, split: str, field: str) -> Any:

@@ -17,7 +17,7 @@ from rollout import processes
 from rollout.batch import Rollout, Texts
 from rollout.dump import dump, left_to_do
 from rollout.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
-from rollout.manifest import Plan, start
+from rollout.manifest import RECORDS, Plan, start
 from rollout.policy import ModelSettings, Policy, load_policy
 from rollout.prompts import PromptSettings, load_prompts
 from rollout.run import RunSettings, open_folder, versions, written_aside
@@ -41,6 +41,10 @@ class Job:
 
 def main(job: Job) -> None:
     me = processes.start()
+    if me.is_main:
+        for name in ("seed", "keep", "trackers"):
+            if getattr(job.run, name) != getattr(RunSettings(), name):
+                print(f"run.{name}: has no effect on a dump{', sampling.seed has' if name == 'seed' else ''}", file=sys.stderr)
     folder = Path(processes.on_main(lambda: str(open_folder(job.run))))
     policy = load_policy(job.model, me.device)
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
@@ -68,16 +72,15 @@ def main(job: Job) -> None:
     if me.is_main:
         for index, damage in work.damaged.items():
             print(f"{folder / plan.file(index)}: {damage}; it is made again", file=sys.stderr)
-        if begun["finished"] and not work.todo:
-            print(f"{folder}: finished already, {plan.rows:,} rows")
 
     def sample(rows: range) -> tuple[Rollout, Texts]:
         return sampler.sample(prompts.batch(list(rows)))
 
-    if work.todo or not begun["finished"]:
+    done = begun["finished"] and not work.todo and not (folder / RECORDS).exists()
+    if not done:
         dump(folder, begun, work, sample, sys.stderr, versions=versions(), world_size=me.world_size)
-        if me.is_main:
-            print(f"{folder}: {plan.rows:,} rows in {len(plan)} shards")
+    if me.is_main:
+        print(f"{folder}: {'finished already, ' if done else ''}{plan.rows:,} rows in {len(plan)} shards")
 
 
 def save_tokenizer(folder: Path, policy: Policy) -> None:

@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rollout.loading import load_policy
 
 from configs.reader import door, to_mapping
 from reward.base import build_reward
 from rollout import processes
-from rollout.policy import ModelSettings
+from rollout.policy import ModelSettings, load_policy
 from rollout.prompts import PromptSettings, load_prompts
 from rollout.run import RunSettings
 from rollout.sampling import Sampling
 from rollout.steering import load_spec
 from training.ppo import PPOSettings, train
+from training.setup import with_peft
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PPOJob:
 
 def main(job: PPOJob) -> None:
     torch.manual_seed(job.run.seed)  # fresh adapters
-    policy = load_policy(job.model, processes.start().device)
+    policy = with_peft(load_policy(job.model, processes.start().device), job.model.peft)
     heldout = load_prompts(job.heldout, policy, job.sampling.max_new_tokens) if job.heldout.path else None
     train(
         policy,

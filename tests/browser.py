@@ -1,10 +1,10 @@
 """A headless Chromium for tests, spoken to over two pipes (its DevTools protocol): no driver program, no package, no port.
 
-    with Browser(width=1280) as browser:
-        browser.open(path)
-        browser.run("document.title")          the value of an expression; promises are waited for
-        browser.key("j"); browser.hover(x, y)  real input events
-        browser.problems                       console errors and exceptions so far
+with Browser(width=1280) as browser:
+    browser.open(path)
+    browser.run("document.title")          the value of an expression; promises are waited for
+    browser.key("j"); browser.hover(x, y)  real input events
+    browser.problems                       console errors and exceptions so far
 """
 
 from __future__ import annotations
@@ -14,13 +14,34 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-PROGRAM = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+PROGRAM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None
+)
 _CODES = {"/": ("Slash", 191), "[": ("BracketLeft", 219), "]": ("BracketRight", 221), "ArrowLeft": ("ArrowLeft", 37)}
-_CODES |= {"ArrowRight": ("ArrowRight", 39), "ArrowDown": ("ArrowDown", 40), "ArrowUp": ("ArrowUp", 38), "Escape": ("Escape", 27)}
+_CODES |= {
+    "ArrowRight": ("ArrowRight", 39),
+    "ArrowDown": ("ArrowDown", 40),
+    "ArrowUp": ("ArrowUp", 38),
+    "Escape": ("Escape", 27),
+}
+
+
+# The protocol is spoken on descriptors 3 (to the browser) and 4 (from it).
+_START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+os.dup2(ends[0], 3), os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+_READY = """new Promise(done => {
+    const look = () => document.body && document.body.dataset.ready ? done(true) : setTimeout(look, 5);
+    look();
+})"""
 
 
 class Browser:
@@ -37,9 +58,13 @@ class Browser:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-        flags += ["--remote-debugging-pipe", f"--user-data-dir={self._folder}", "--disable-background-networking", "about:blank"]
-        # The protocol is spoken on descriptors 3 (to the browser) and 4 (from it).
-        command = ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", PROGRAM, *flags]
+        flags += [
+            "--remote-debugging-pipe",
+            f"--user-data-dir={self._folder}",
+            "--disable-background-networking",
+            "about:blank",
+        ]
+        command = [sys.executable, "-c", _START, str(theirs_in), str(theirs_out), PROGRAM, *flags]
         with open(os.devnull, "wb") as nowhere:
             self._process = subprocess.Popen(command, pass_fds=(theirs_in, theirs_out), stdout=nowhere, stderr=nowhere)
         os.close(theirs_in), os.close(theirs_out)
@@ -95,8 +120,7 @@ class Browser:
 
     def open(self, path: Path) -> None:
         self.call("Page.navigate", url=Path(path).absolute().as_uri())
-        self.run("""new Promise(done => { const look = () => document.body && document.body.dataset.ready ? done(true) : setTimeout(look, 5);
-            look(); })""")
+        self.run(_READY)
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page; a promise is waited for."""

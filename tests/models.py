@@ -19,7 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 VOCABULARY = 64
 CONTEXT = 128
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": CONTEXT}
+_WIDE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": CONTEXT,
+}
 _GROUPED = {**_WIDE, "num_key_value_heads": 2}
 _OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
 _BART = {

@@ -91,8 +91,8 @@ class ActorCritic(nn.Module):
         return found
 
     def _policy_pass(self, rollout: Rollout, columns: dict[str, list[Any]] | None, entropy: bool) -> Forced:
-        # Behaviour and data are roles of the sampler alone: the policy that learns is the plain model.
-        steers = self.steering is not None and self.steering.role in ("policy", "trainable")
+        # Behaviour and data are roles of the sampler alone: the policy that learns is then the plain model.
+        steers = self.steering is not None and self.steering.role in ("policy", "trainable") and rollout.steering
         shared = self.head is not None and self.trunk is None
         return teacher_forced(
             self.policy,

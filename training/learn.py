@@ -75,6 +75,7 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
     names = sorted(sums)
     summed = processes.sum_(torch.stack([sums[name].float() for name in names]))
     found = dict(zip(names, summed.tolist(), strict=True))
+    found["ppo/ratio_mean"] = 1.0 + found.pop("ppo/ratio_excess")
     found["ppo/ratio_error"] = float(worst)
     bound = settings.max_grad_norm or math.inf
     norm = accelerator.clip_grad_norm_([p for group in state.optimizer.param_groups for p in group["params"]], bound)

@@ -189,6 +189,12 @@ class RunLog:
         return tracker
 
 
+def tell(line: str) -> None:
+    """A line for the person at the terminal, from the main process."""
+    if processes.start().is_main:
+        sys.stderr.write(line + "\n")
+
+
 def _need(package: str) -> None:
     import importlib.util
 

@@ -58,7 +58,8 @@ def policy_loss(
             "ppo/clip_fraction": _sum((clipped_BR < plain_BR).to(ratio_BR), weights_BR, mask_BR),
             # k3 of KL(old || new), from tokens of the old policy
             "ppo/approx_kl": _sum(torch.expm1(log_ratio_BR) - log_ratio_BR, weights_BR, mask_BR),
-            "ppo/ratio_mean": _sum(ratio_BR, weights_BR, mask_BR),
+            # mean of ratio - 1: exactly 0 where every ratio is 1, which a sum of weights would miss by a rounding
+            "ppo/ratio_excess": _sum(torch.expm1(log_ratio_BR), weights_BR, mask_BR),
         }
     return loss, metrics
 
@@ -78,7 +79,9 @@ def value_loss(
     if clip is not None:
         held_BR = old_values_BR + (values_BR - old_values_BR).clamp(-clip, clip)
         held_error_BR = (held_BR - returns_BR).square()
-        clipped_share = _sum((held_error_BR > error_BR).to(error_BR), weights_BR, mask_BR)
+        # Asked of the distance, too: the held value differs from a free one by roundings.
+        counts_BR = ((values_BR - old_values_BR).abs() > clip) & (held_error_BR > error_BR)
+        clipped_share = _sum(counts_BR.to(error_BR), weights_BR, mask_BR)
         error_BR = torch.maximum(error_BR, held_error_BR)
     loss = _sum(error_BR, weights_BR, mask_BR) / 2
     return loss, {"value/loss": loss.detach(), "value/clip_fraction": clipped_share.detach()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from reward.base import metrics as reward_metrics
 from rollout.batch import STOP_REASONS
 from rollout.errors import Problem
 from training import kl
@@ -27,19 +28,16 @@ def mean(value_BR: Tensor, mask_BR: Tensor) -> float:
 
 def rollout_metrics(scored: Scored) -> dict[str, float]:
     """Rewards, lengths and the KL to the reference (k1, summed over a response, mean over rows)."""
-    rollout, total_B = scored.rollout, scored.scores.total_B.double()
+    rollout = scored.rollout
     found = {
         "rollout/rows": float(len(rollout)),
         "rollout/tokens": float(rollout.lengths_B.sum()),
         "rollout/length_mean": float(rollout.lengths_B.double().mean()),
         "rollout/length_max": float(rollout.lengths_B.max()),
         "rollout/ended": float(rollout.ended_B.double().mean()),
-        "reward/mean": float(total_B.mean()),
-        "reward/std": float(total_B.std(correction=0)),
         "policy/entropy": mean(scored.entropy_BR, rollout.mask_BR),
     }
-    found |= {f"reward/{name}": float(values.double().nanmean()) for name, values in scored.scores.parts.items()}
-    found |= {f"reward/{name}_fallbacks": float(count) for name, count in scored.scores.fallbacks.items()}
+    found |= reward_metrics([scored.scores])
     if scored.reference_logprobs_BR is not None:
         found["kl/ref"] = float(kl_per_response(scored).mean())
         k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")
@@ -59,8 +57,12 @@ def kl_per_response(scored: Scored) -> Tensor:
 
 
 def check_gap(scored: Scored, tolerance: float, step: int) -> dict[str, float]:
-    """Measure |sampler's - trainer's| policy log-prob of every token; above the tolerance the run stops."""
+    """Measure |sampler's - trainer's| policy log-prob of every token; above the tolerance the run stops.
+
+    Rollouts of other weights (a replayed dump) have a gap by right: it is what the correction weighs."""
     rollout = scored.rollout
+    if rollout.policy_step != step:
+        return {}
     gap_BR = (rollout.policy_logprobs_BR.double() - scored.old_logprobs_BR.double()).abs()
     # NaN is the widest gap of all, and compares as less than nothing
     gap_BR = torch.where(rollout.mask_BR, gap_BR.nan_to_num(nan=torch.inf), 0.0)

@@ -9,6 +9,8 @@ so that a rank that has no row left still takes part in every collective call; i
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,16 @@ def micro_batches(rows: list[int], lengths: Tensor, *, size: int, rank: int = 0,
 def whole_lengths(rollout: Rollout) -> Tensor:
     """Prompt and response of every row, in tokens: what a row costs."""
     return rollout.prompt_mask_BP.sum(1) + rollout.lengths_B
+
+
+def occurrences(rows: list[int]) -> list[int]:
+    """How often each row was there before in the list: a small dataset comes round within a step."""
+    seen: Counter[int] = Counter()
+    found = []
+    for row in rows:
+        found.append(seen[row])
+        seen[row] += 1
+    return found
 
 
 def share(items: list[int], rank: int, world_size: int) -> list[int]:

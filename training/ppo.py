@@ -31,8 +31,9 @@ from training.evaluate import evaluate
 from training.experience import credit, gather_scored, score
 from training.export import read_summary, save_model, summarise
 from training.learn import learn
+from training.log import tell
 from training.measure import check_gap, gap_tolerance, rollout_metrics, sample_rows
-from training.minibatch import share
+from training.minibatch import occurrences, share
 from training.setup import open_log, prepare
 
 if TYPE_CHECKING:
@@ -159,11 +160,12 @@ def train(
     ours = processes.start()
     folder = processes.on_main(lambda: open_folder(run))
     if run.resume and processes.on_main(lambda: resume.finished(folder, settings.steps)):
+        tell(f"{folder}: finished already; more ppo.steps go on with it, --run.overwrite true starts again")
         return read_summary(folder)
     parts = prepare(policy, reward, sampling, settings, run, steering)
     state = parts.state
     tolerance = gap_tolerance(settings, parts.actor_critic.dtype)
-    log = open_log(folder, run, state, config)
+    log = open_log(folder, run, settings, state, config)
     examined = heldout if heldout is not None else prompts
     state.before = state.before or evaluate(parts, examined, settings)
 
@@ -174,8 +176,10 @@ def train(
             # 1 sample: this rank's prompts, `sampling.n` rows each
             count = settings.rollouts_per_step // sampling.n
             rows = prompts.take(run.seed, state.prompt_position, count)
-            mine = share(rows, ours.rank, ours.world_size)
-            rollout, texts = parts.sampler.sample(prompts.batch(mine or rows[:1]), step=state.step)
+            mine = share(list(zip(rows, occurrences(rows), strict=True)), ours.rank, ours.world_size)
+            progress = parts.begin(settings.steps)
+            batch = prompts.batch(*zip(*(mine or [(rows[0], 0)]), strict=True))
+            rollout, texts = parts.sampler.sample(batch, step=state.step, progress=progress)
             clock.lap("sample")
 
             # 2 score: the reward; from here on all rows on every rank; the forward passes before learning
@@ -218,6 +222,7 @@ def train(
 
     log.close()
     if state.step < settings.steps:
+        tell(f"stopped after step {state.step} of {settings.steps} and saved; --run.resume true goes on")
         return {}
     save_model(folder, parts, settings)
     return summarise(folder, parts, evaluate(parts, examined, settings))

@@ -13,7 +13,7 @@ from torch import Tensor
 from reward.selection import read_scores, score_files
 from rollout.batch import STOP_REASONS, Rollout, Texts
 from rollout.manifest import load_manifest, plan_of
-from training.report_data import Row, Run, read_json
+from training.report_data import Row, Run
 
 BINS = 24
 """Bars of the histogram of lengths, at most."""
@@ -23,10 +23,9 @@ def read_dump_folder(path: Path, name: str, most: int) -> Run:
     """Counts of all rows; of the rows themselves at most `most`, spread evenly."""
     from rollout.store import read_dump
 
-    manifest = read_json(path / "manifest.json")
+    manifest = load_manifest(path)
     decode, scores = _decoder(path / "tokenizer"), _scores(path)
-    total = int(manifest.get("rows") or 0) or sum(len(rollout) for rollout, _ in read_dump(path))
-    stride = max(1, math.ceil(total / most)) if most else 0
+    stride = max(1, math.ceil(plan_of(manifest).rows / most)) if most else 0
     lengths: Counter[int] = Counter()
     stops: Counter[str] = Counter()
     rows: list[Row] = []
@@ -38,11 +37,10 @@ def read_dump_folder(path: Path, name: str, most: int) -> Run:
             if stride and (position + i) % stride == 0:
                 rows.append(_dumped(rollout, texts, i, decode, scores))
         position += len(rollout)
-    config = manifest.get("config") or manifest.get("settings") or {}
     return Run(
         name=name,
         rows=rows,
-        config=_yaml(config),
+        config=_yaml(manifest["config"]),
         versions=dict(manifest.get("versions") or {}),
         summary={"rows": position, "rows shown": len(rows), "tokens": sum(n * count for n, count in lengths.items())},
         bars=[

@@ -24,7 +24,9 @@ from rollout.errors import Problem
 from training import checkpoint
 
 FREE = ("run.dir", "run.resume", "run.overwrite", "run.save_every", "run.keep", "run.trackers")
-"""What may differ on a resume, because nothing that is learned or measured depends on it."""
+FREE += ("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged")
+"""What may differ on a resume, because nothing that is learned or measured depends on it. The number of steps may, too,
+where no learning rate falls towards the last one."""
 
 _logger = logging.getLogger(__name__)
 
@@ -37,10 +39,11 @@ def finished(folder: Path, steps: int) -> bool:
         return False
 
 
-def find(folder: Path, config: Mapping[str, Any], *, free: Sequence[str] = FREE) -> Path | None:
+def find(folder: Path, config: Mapping[str, Any], *, schedule: str = "constant") -> Path | None:
     """The checkpoint to go on from, after its config was compared with the present one; None: start from the beginning."""
     path = checkpoint.latest(folder)
     if path is not None:
+        free = (*FREE, "ppo.steps") if schedule == "constant" else FREE
         changed = check_config(checkpoint.read_head(path)["config"], config, free)
         if changed and processes.start().is_main:
             _logger.warning("resume: changed since %s, as is allowed: %s", path.name, ", ".join(changed))

@@ -45,8 +45,10 @@ def tokenise(rows: Sequence[Row], tokenizer: Any, prefix: str = "", longest: int
     return whole.map(cut, batched=True, remove_columns=["prompt", "completion"], desc="Tokenizing")
 
 
-def make_trainer(model: Any, tokenizer: Any, arguments: Any, training: Any, held_out: Any, generates: bool) -> Any:
-    """A Seq2SeqTrainer; where it generates, its evaluation reports ROUGE and lengths."""
+def make_trainer(
+    model: Any, tokenizer: Any, arguments: Any, training: Any, held_out: Any, generates: bool, scale: float = 1
+) -> Any:
+    """A Seq2SeqTrainer; where it generates, its evaluation reports ROUGE (times `scale`) and lengths."""
     import transformers
 
     if tokenizer.eos_token_id is None:
@@ -61,18 +63,18 @@ def make_trainer(model: Any, tokenizer: Any, arguments: Any, training: Any, held
         eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED),
-        compute_metrics=generation_metrics(tokenizer) if generates else None,
+        compute_metrics=generation_metrics(tokenizer, scale) if generates else None,
     )
 
 
-def generation_metrics(tokenizer: Any) -> Callable[[Any], dict[str, float]]:
+def generation_metrics(tokenizer: Any, scale: float = 1) -> Callable[[Any], dict[str, float]]:
     """ROUGE and mean length of generated ids against label ids."""
 
     def measure(result: Any) -> dict[str, float]:
         texts = decode(tokenizer, result.predictions), decode(tokenizer, result.label_ids)
         special = [token for token in (tokenizer.pad_token_id, IGNORED) if token is not None]
         written = ~np.isin(_ids(result.predictions), special)
-        return {**rouge(*texts), "gen_len": float(written.sum(1).mean())}
+        return {**{kind: scale * value for kind, value in rouge(*texts).items()}, "gen_len": float(written.sum(1).mean())}
 
     return measure
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rollout import processes
+from rollout import adapters, processes
+from rollout.errors import Problem
 from rollout.policy import Policy
-from rollout.run import RunSettings, write_json, write_text
+from rollout.run import RunSettings, versions, write_text
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
 from training import checkpoint, resume
@@ -41,6 +42,13 @@ class Parts:
     steering: Any
     state: TrainState
 
+    def begin(self, steps: int) -> float:
+        """Tell the steering's schedules how far the run is: the share of the steps that are done."""
+        progress = self.state.step / steps
+        if self.steering is not None:
+            self.steering.progress = progress
+        return progress
+
     def decode(self, token: int) -> str:
         """One token as text, for tables and the viewer."""
         return str(self.policy.tokenizer.decode([token]))
@@ -62,6 +70,8 @@ def prepare(
     model, optimizer = accelerator.prepare(actor_critic, optimizer)
     sampler = Sampler(policy, sampling, steering)
     examined = dataclasses.replace(sampling, n=1, seed=sampling.seed + _EVALUATION_SEED)
+    # An evaluation is of what the run leaves behind: a plain model, or a model with its steering.
+    kept = steering is not None and steering.role in ("policy", "trainable") and steering.spec.on_deploy != "strip"
     controller = (
         FixedKL(settings.kl_coef)
         if settings.kl_target is None
@@ -73,10 +83,20 @@ def prepare(
         reference=reference,
         reward=reward,
         sampler=sampler,
-        evaluation_sampler=Sampler(policy, examined, steering),
+        evaluation_sampler=Sampler(policy, examined, steering if kept else None),
         steering=steering,
         state=TrainState(model=model, optimizer=optimizer, accelerator=accelerator, kl=controller, reward=reward),
     )
+
+
+def with_peft(policy: Policy, mapping: dict[str, Any] | None) -> Policy:
+    """The policy with a fresh adapter of `model.peft`, which is then all that learns."""
+    if not mapping:
+        return policy
+    if hasattr(policy.model, "peft_config"):
+        raise Problem("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
+    device = policy.device
+    return policy.with_model(adapters.add(policy.model, mapping).to(device))
 
 
 def groups(actor_critic: ActorCritic, settings: PPOSettings) -> list[dict[str, Any]]:
@@ -89,23 +109,21 @@ def groups(actor_critic: ActorCritic, settings: PPOSettings) -> list[dict[str, A
     return [{**group, "lr": group["base_lr"]} for group in found if group["params"]]
 
 
-def open_log(folder: Path, run: RunSettings, state: TrainState, config: Mapping[str, Any] | None) -> RunLog:
+def open_log(
+    folder: Path, run: RunSettings, settings: PPOSettings, state: TrainState, config: Mapping[str, Any] | None
+) -> RunLog:
     """The log of the run and, on a resume, the newest whole checkpoint put into `state`."""
-    from rollout.run import versions
-
-    found = resume.find(folder, config or {}) if run.resume else None
+    found = resume.find(folder, config or {}, schedule=settings.schedule) if run.resume else None
     log = RunLog(folder, trackers=run.trackers, config=config)
-    if found is not None:
-        log.rewind(checkpoint.load(found, state)["log"])
-    elif run.resume:
-        log.rewind({})
+    log.rewind(checkpoint.load(found, state)["log"] if found is not None else {})
     if found is None:
-        processes.on_main(lambda: _describe(folder, config, versions()))
+        processes.on_main(lambda: _describe(folder, config or {}))
     return log
 
 
-def _describe(folder: Path, config: Mapping[str, Any] | None, found: dict[str, str]) -> None:
+def _describe(folder: Path, config: Mapping[str, Any]) -> None:
+    """config.yaml, which --config reads back; the versions stand in it as comments."""
     import yaml
 
-    write_text(folder / "config.yaml", yaml.safe_dump(dict(config or {}), sort_keys=False, allow_unicode=True))
-    write_json(folder / "versions.json", found)
+    notes = "".join(f"# {name}: {version}\n" for name, version in versions().items())
+    write_text(folder / "config.yaml", notes + yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))

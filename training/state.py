@@ -52,7 +52,7 @@ class TrainState:
             "optimizer_steps": metrics["ppo/optimizer_steps"],
         }
         self.totals = self.totals | {name: self.totals.get(name, 0.0) + value for name, value in added.items()}
-        self.totals["gap_max"] = max(self.totals.get("gap_max", 0.0), metrics["gap/max"])
+        self.totals["gap_max"] = max(self.totals.get("gap_max", 0.0), metrics.get("gap/max", 0.0))
 
     def trained(self) -> dict[str, Tensor]:
         """The unwrapped module's trained parameters and its buffers by name: what a checkpoint has to hold.

@@ -11,6 +11,7 @@ edited is a matter of one integer, and the edit itself is kept from step to step
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rollout.errors import Problem
-from rollout.steering import positions
+from rollout.steering import operations, positions
 from rollout.steering.hooks import Arguments, Frame
 from rollout.steering.structure import Point
 
@@ -59,6 +60,8 @@ class Rows:
         self.length_B = self.prompt_mask_BP.sum(1)
         self.encoder_length_B = None if self.encoder_mask_BP is None else self.encoder_mask_BP.sum(1)
         self.any = tuple(bool((s != 0).any()) for s in self.strength_B)
+        self.lead = int((self.prompt_mask_BP.cumsum(1) == 0).sum(1).min()) if len(self) else 0
+        """Columns of padding on the left that all rows share."""
         self.kept: dict[Any, Any] = {}
 
     def __len__(self) -> int:
@@ -80,6 +83,15 @@ class Rows:
             tuple(s[index] for s in self.strength_B), tuple(pick(p) for p in self.places_BK), pick(self.encoder_mask_BP),
             {k: v[index] for k, v in self.gates.items()}, {k: (v[index], n) for k, (v, n) in self.sums.items()},
         )  # fmt: skip
+
+    def without(self, columns: int) -> Rows:
+        """The same rows where the caller left away that many columns of padding."""
+        if not columns:
+            return self
+        key = ("without", columns)
+        if key not in self.kept:
+            self.kept[key] = dataclasses.replace(self, prompt_mask_BP=self.prompt_mask_BP[:, columns:])
+        return self.kept[key]
 
     def times(self, factor: int) -> Rows:
         """Every row `factor` times in a row: beams, return sequences."""
@@ -133,7 +145,10 @@ class Active:
     def __init__(self, steering: Steering, rows: Rows | None, make: Callable[[Tensor, Tensor | None], Rows], policy_step: int):
         self.steering, self.rows, self.policy_step = steering, rows, policy_step
         self._make, self._bare = make, rows is None
+        self._left_away = 0
         self.calls = 0
+        self.collected: dict[str, list[Collected]] = {}
+        """By site: what `collect` sites read, one record per layer and call."""
 
     def select(self, index: Tensor | Sequence[int]) -> None:
         """Keep the rows of `index`, in its order and with repeats, as the decode loop did with its cache."""
@@ -157,7 +172,9 @@ class Active:
             )
         if encoder and rows.encoder_mask_BP is not None and rows.encoder_mask_BP.shape[1] != width:
             raise Problem(f"steering: the encoder got {width} columns and the prompt mask has {rows.encoder_mask_BP.shape[1]}")
-        rows = rows.times(count // len(rows))
+        if not encoder and first == 0 and rows.lead:
+            self._left_away = _left_away(rows, arguments, count)
+        rows = rows.without(self._left_away if rows.lead else 0).times(count // len(rows))
         frame.calls[self, stack] = frame.calls[self, ""] = Call(rows, first, width, arguments.ids(), encoder)
         self.calls += 1
 
@@ -186,6 +203,52 @@ class Active:
             self.rows = self._make(mask.new_ones((count, 1)), mask if stack == "encoder" else None)
         else:
             self.rows = self._make(mask, None)
+
+
+    def collect(self, site: BoundSite, at: int, hidden: Tensor, call: Call) -> None:
+        """Note what a collecting site sees at its positions."""
+        selection = call.selections[site.index]
+        if selection is None:
+            return
+        mask_BT = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if selection.mask_BT1 is not None:
+            mask_BT = selection.mask_BT1[:, -hidden.shape[1] :, 0].to(hidden.device)
+        index_BT = call.index()[0][:, -hidden.shape[1] :].to(hidden.device)
+        row_N = call.rows.row_B.to(hidden.device)[:, None].expand_as(mask_BT)[mask_BT]
+        sample_N = call.rows.sample_B.to(hidden.device)[:, None].expand_as(mask_BT)[mask_BT]
+        values = operations.collect(hidden, None, site.spec.op.coordinates)[mask_BT]
+        record = Collected(site.points[at].layer, row_N, sample_N, index_BT[mask_BT], values)
+        self.collected.setdefault(site.name, []).append(record)
+
+
+def _left_away(rows: Rows, arguments: Arguments, count: int) -> int:
+    """Columns of padding that the call lacks on the left: callers trim what all rows of a part share.
+
+    Read off the attention mask of a call that starts a sequence; a call without one has no padding at all.
+    """
+    mask = arguments.mask()
+    if mask is None and arguments.kwargs.get("attention_mask") is not None:
+        return 0  # not one number per token: columns are taken to be the prompt mask's
+    theirs = torch.zeros(count, dtype=torch.int64) if mask is None else (mask.cumsum(1) == 0).sum(1).cpu()
+    mine = (rows.prompt_mask_BP.cumsum(1) == 0).sum(1).cpu().repeat_interleave(count // len(rows))
+    away = mine - theirs
+    if bool((away != away[0]).any()) or int(away[0]) < 0:
+        raise Problem(
+            f"steering: the prompt mask has {mine.tolist()} columns of padding on the left and the call's attention mask "
+            f"{theirs.tolist()}; open the context with the mask of the batch that is run"
+        )
+    return int(away[0])
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a collecting site read in one call: N (row, sample, real position) and their activations."""
+
+    layer: int | None
+    row_N: Tensor
+    sample_N: Tensor
+    position_N: Tensor
+    values_ND: Tensor
 
 
 class SiteEdit:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -135,13 +136,28 @@ class Arguments:
                 pass
         elif isinstance(cache, tuple | list) and cache and isinstance(cache[0], tuple | list):
             return int(cache[0][0].shape[-2])
-        mask = self.mask()
-        if mask is not None:
-            return int(mask.shape[1]) - width
+        return _fed(cache, width, self.mask())
+
+
+_FED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+"""Columns that went into caches which hold a state and no length (linear attention alone): noted on the cache itself."""
+
+
+def _fed(cache: Any, width: int, mask: Tensor | None) -> int:
+    if mask is not None:
+        _FED[cache] = int(mask.shape[1])
+        return int(mask.shape[1]) - width
+    before = _FED.get(cache, 0)
+    state = getattr(cache, "has_previous_state", None)
+    if not before and callable(state) and state():
         raise Problem(
-            f"steering: {type(cache).__name__} does not say how many tokens it holds and no attention mask came with the call; "
-            "pass attention_mask, or sample with use_cache=False"
+            f"steering: {type(cache).__name__} holds a state from before steering was active, and neither it nor an attention mask "
+            "says how many tokens it has seen; start the sequence inside the context, or pass attention_mask"
         )
+    if before and callable(state) and not state():
+        before = 0  # emptied since
+    _FED[cache] = before + width
+    return before
 
 
 def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,11 +169,17 @@ def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             reader.opened(frame, stack, Arguments(args, kwargs))
 
 
-def _after_stack(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _after_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     frame = _FRAME.get()
-    if frame is not None:
-        for reader, stack in frame.stacks.get(id(module), ()):
-            reader.closed(frame, stack)
+    if frame is None or id(module) not in frame.stacks:
+        return
+    for reader, stack in frame.stacks[id(module)]:
+        reader.closed(frame, stack)
+    made = output.get("cache_params", output.get("past_key_values")) if isinstance(output, dict) else None
+    if made is not None and "Linear" in type(next(iter(getattr(made, "layers", ())), None)).__name__:
+        arguments = Arguments(args, kwargs)
+        if arguments.cache() is None:  # made inside this call, so this call is all it has seen
+            _FED[made] = arguments.shape()[1]
 
 
 def _after_module(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -203,7 +225,7 @@ def install_stack(module: nn.Module) -> None:
     with _installing:
         if _before_stack not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_before_stack, prepend=True, with_kwargs=True)
-            module.register_forward_hook(_after_stack, prepend=True)
+            module.register_forward_hook(_after_stack, prepend=True, with_kwargs=True)
 
 
 def install(module: nn.Module, io: str) -> None:

@@ -51,6 +51,7 @@ class Steering:
         """Share of training done, for schedules: set by the training loop at each step."""
         self.scale = 1.0
         """A factor on every strength, kept by the KL budget."""
+        self._asked: dict[int, float] = {}
         self._hash = self._digest()
         for stack in self.stacks.values():
             hooks.install_stack(stack.module)
@@ -119,7 +120,7 @@ class Steering:
         strength_B: Tensor | None = None,
     ) -> list[Tensor]:
         """The strength of every site on every row. `strength_B`, where given, is the first site's, as recorded."""
-        progress = self.progress if progress is None else progress
+        progress = self._asked.get(policy_step, self.progress) if progress is None else progress
         steered_B = strengths.steered_rows(self.spec, self.seed, policy_step, row_B, sample_B)
         found: list[Tensor] = []
         for site in self.sites:
@@ -140,7 +141,12 @@ class Steering:
         progress: float | None = None,
         policy_step: int = 0,
     ) -> Tensor:
-        """The first site's strength per row: what a Rollout records. 0 = the row is not steered."""
+        """The first site's strength per row: what a Rollout records. 0 = the row is not steered.
+
+        A progress given here is remembered for its step, so that later passes over those rows find the same strengths.
+        """
+        if progress is not None:
+            self._asked = {**{s: p for s, p in self._asked.items() if abs(s - policy_step) < 8}, policy_step: progress}
         return self.site_strengths(row_B, sample_B, columns, progress=progress, policy_step=policy_step)[0]
 
     # -- at work ---------------------------------------------------------------------------------------------------------

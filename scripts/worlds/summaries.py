@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,21 +24,24 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from scripts.worlds import making
 
 PREFIX = "summarize: "
+BASE_STEPS, SFT_STEPS = 300, 80
+"""`sft` stops while there is something left to learn: sampled summaries are a good deal worse than greedy ones."""
 NAMES = (
-    "anna", "boris", "carla", "david", "elena", "felix", "greta", "henry", "irene", "jonas", "karin", "louis", "maria", "nils", "olga",
-    "peter",
+    "anna", "boris", "carla", "david", "elena", "felix", "greta", "henry", "irene", "jonas", "karin", "louis", "maria", "nils",
+    "olga", "peter",
 )  # fmt: skip
 ROLES = ("baker", "doctor", "farmer", "teacher", "sailor", "painter", "driver", "judge", "cook", "pilot", "singer", "guard")
 DEEDS = ("won", "found", "lost", "sold", "bought", "broke", "stole", "built", "painted", "repaired")
 THINGS = (
-    "a silver cup", "an old boat", "the town clock", "a red car", "a white horse", "the stone bridge", "a golden ring", "a small house",
-    "the church bell", "a wooden chair", "a rare book", "a black coat",
+    "a silver cup", "an old boat", "the town clock", "a red car", "a white horse", "the stone bridge", "a golden ring",
+    "a small house", "the church bell", "a wooden chair", "a rare book", "a black coat",
 )  # fmt: skip
 PLACES = ("harrow", "milton", "oakley", "preston", "ridley", "sutton", "thorpe", "weston", "burton", "denham")
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 ASIDES = (
-    "the rain did not help", "the mayor had no comment", "nobody was surprised", "the streets were full", "a crowd stood by and watched",
-    "the news spread quickly", "it was a cold morning", "children ran to see it", "the shops closed early", "a band played all night",
+    "the rain did not help", "the mayor had no comment", "nobody was surprised", "the streets were full",
+    "a crowd stood by and watched", "the news spread quickly", "it was a cold morning", "children ran to see it",
+    "the shops closed early", "a band played all night",
 )  # fmt: skip
 
 
@@ -49,7 +51,11 @@ def story(draw: random.Random) -> tuple[list[str], str]:
     role, bystander = draw.sample(ROLES, 2)
     deed, thing, place, day = (draw.choice(words) for words in (DEEDS, THINGS, PLACES, DAYS))
     opening = draw.choice(
-        (f"people in {place} talked of little else on {day}", f"there was much to see in {place} on {day}", f"{place} had a busy {day}")
+        (
+            f"people in {place} talked of little else on {day}",
+            f"there was much to see in {place} on {day}",
+            f"{place} had a busy {day}",
+        )
     )
     body = [f"the {role} {name} {deed} {thing}", *draw.sample(ASIDES, draw.randint(1, 3))]
     if draw.random() < 0.5:
@@ -101,12 +107,9 @@ def build(folder: Path, seed: int) -> None:
     making.save(folder / "sft", tokenizer, model)
 
 
-BASE_STEPS, SFT_STEPS = 700, 60
-
-
 def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
     """Bytes with merges, as in the other worlds; like T5's own it ends every text with its stop token."""
-    tokenizer = making.bytes_tokenizer(texts, 480)
+    tokenizer = making.bytes_tokenizer(texts, 576)
     end = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.eos_token_id)]
@@ -140,7 +143,6 @@ def fit(
     seed: int,
     batch: int = 32,
     learning_rate: float = 4e-3,
-    told: Callable[[int, float], None] | None = None,
 ) -> None:
     """Teacher forcing on random batches, with a warm-up and a cosine decay."""
     draw = random.Random(seed)
@@ -152,7 +154,7 @@ def fit(
         optimizer, lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     model.train()
-    for step in range(steps):
+    for _ in range(steps):
         chosen = [draw.randrange(len(pairs)) for _ in range(batch)]
         ids_BP, mask_BP = making.padded([sources[i] for i in chosen], tokenizer.pad_token_id)
         labels_BR, real_BR = making.padded([targets[i] for i in chosen], tokenizer.pad_token_id)
@@ -162,6 +164,4 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         rate.step()
-        if told is not None:
-            told(step, float(loss.detach()))
     model.eval()

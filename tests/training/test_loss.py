@@ -59,7 +59,7 @@ def test_metrics_of_the_policy_loss():
     outside = sum((math.exp(d) > 1.2 and a > 0) or (math.exp(d) < 0.8 and a < 0) for d, a in pairs)
     assert outside > 0
     assert float(metrics["ppo/clip_fraction"]) == pytest.approx(outside / len(pairs), rel=1e-6)
-    assert float(metrics["ppo/ratio_mean"]) == pytest.approx(sum(math.exp(d) for d, _ in pairs) / len(pairs), rel=1e-6)
+    assert 1 + float(metrics["ppo/ratio_excess"]) == pytest.approx(sum(math.exp(d) for d, _ in pairs) / len(pairs), rel=1e-6)
     assert float(metrics["ppo/approx_kl"]) == pytest.approx(sum(math.exp(d) - 1 - d for d, _ in pairs) / len(pairs), rel=1e-6)
     _, same = loss.policy_loss(old, old, advantages, mask, weights, clip_low=0.2, clip_high=0.2)
     assert float(same["ppo/clip_fraction"]) == 0 and float(same["ppo/approx_kl"]) == 0

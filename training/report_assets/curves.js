@@ -70,7 +70,7 @@ function drawPanel(holder, title, series, target, weight) {
   if (first === last) last = first + 1;
   const x = step => box.left + (step - first) / (last - first) * (width - box.left - box.right);
   const y = value => height - box.bottom - (value - low) / (high - low) * (height - box.top - box.bottom);
-  for (const value of ticks(low, high, 4)) {
+  for (const value of ticks(low, high, 5)) {
     svg.append(shape("line", {class: "axis", x1: box.left, x2: width - box.right, y1: y(value), y2: y(value)}));
     const label = shape("text", {class: "tick", x: box.left - 5, y: y(value) + 4, "text-anchor": "end"});
     label.textContent = short(value);

@@ -59,7 +59,8 @@ class Viewer {
       const item = event.target.closest("li");
       if (item) this.go(Number(item.dataset.place));
     };
-    this.sample.onpointerover = event => { const token = event.target.closest(".token"); token ? this.hover(token) : this.hide(); };
+    // Not pointerover: that also comes when the text moves under a pointer that lies still, and would undo the keyboard.
+    this.sample.onpointermove = event => { const token = event.target.closest(".token"); token ? this.hover(token) : this.hide(); };
     this.sample.onpointerleave = () => this.hide();
     this.sample.onclick = event => { const token = event.target.closest(".token"); if (token) this.hover(token); };
   }

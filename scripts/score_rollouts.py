@@ -1,0 +1,113 @@
+"""Scores of a dump or of texts: accelerate launch scripts/score_rollouts.py --config configs/score.yaml --dump.dir DUMP --run.dir RUN
+
+Leaves RUN/scores-NNNNN.parquet (prompt_index, sample_index, total, a column per part) and RUN/manifest.json. RUN may be
+the dump's own folder; the manifest is then scores.json. A job that was cut short goes on with --run.resume true, on any
+number of processes, and leaves the same table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.reader import door
+from reward.base import build_reward
+from reward.reading import load_tokenizer
+from reward.scoring import (
+    CALL_ROWS,
+    DumpSource,
+    Source,
+    TextSource,
+    begin,
+    check_order,
+    finish,
+    is_whole,
+    manifest_name,
+    open_beside,
+    score_source,
+)
+from reward.texts import TextSettings, load_texts
+from rollout import processes
+from rollout.errors import Problem
+from rollout.run import RunSettings, open_folder, versions
+
+
+@dataclass(frozen=True)
+class DumpSettings:
+    """A dump of rollouts that is to be scored."""
+
+    dir: str = ""
+    """The folder that dump_rollouts.py wrote."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Score every row of a dump, or of a dataset of texts or conversations."""
+
+    dump: DumpSettings = field(default_factory=DumpSettings)
+    texts: TextSettings = field(default_factory=TextSettings)
+    """Instead of a dump: texts or conversations that were not sampled here."""
+    reward: list[dict[str, Any]] = field(default_factory=list)
+    """The parts of the reward; each is a column of the scores."""
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+def main(job: Job) -> None:
+    me = processes.start()
+    dump = Path(job.dump.dir) if job.dump.dir else None
+    source, tokenizer = open_source(job, dump)
+    folder = Path(processes.on_main(lambda: str(open_scores(job.run, dump))))
+    name = manifest_name(folder, dump)
+    reward = build_reward(job.reward, device=me.device, tokenizer=tokenizer)
+    try:
+        check_order(reward)
+        described = {"versions": versions(), "world_size": me.world_size}
+        begun = processes.on_main(lambda: begin(folder, name, source, reward, dataclasses.asdict(job), **described))
+        # One answer for all: files appear while others look.
+        todo = processes.on_main(lambda: [i for i in range(len(source.rows)) if not is_whole(folder, i, begun)])
+        score_source(source, reward, folder, begun, todo, sys.stderr)
+        if me.is_main:
+            show(folder, finish(folder, name, {**begun, **described}))
+    finally:
+        reward.close()
+
+
+def open_source(job: Job, dump: Path | None) -> tuple[Source, Any]:
+    """The rows, and the tokenizer that their ids are of."""
+    if (dump is None) == (not job.texts.path):
+        raise Problem("dump.dir and texts.path: name one of them, the dump or the texts to score")
+    if dump is None:
+        if job.run.save_every < 0:
+            raise Problem(f"run.save_every: {job.run.save_every}; give the rows of a shard, 0 for {CALL_ROWS}")
+        return TextSource(load_texts(job.texts, "texts"), job.run.save_every or CALL_ROWS), None
+    if job.run.save_every:
+        raise Problem("run.save_every: has no effect on the scores of a dump, which are cut as the dump is; leave it out")
+    source = DumpSource.of(dump)
+    return source, load_tokenizer("", [str(dump / "tokenizer")], "dump") if (dump / "tokenizer").is_dir() else None
+
+
+def open_scores(run: RunSettings, dump: Path | None) -> Path:
+    if not run.dir or dump is None:
+        return open_folder(run)
+    folder = Path(run.dir).resolve()
+    if folder == dump.resolve():
+        return open_beside(Path(run.dir), run.resume, run.overwrite)
+    if folder in dump.resolve().parents and run.overwrite:
+        raise Problem(f"run.overwrite: {run.dir} holds the dump {dump}, which would be lost; name another run.dir")
+    return open_folder(run)
+
+
+def show(folder: Path, manifest: dict[str, Any]) -> None:
+    scores = manifest["scores"]
+    width = max(map(len, scores))
+    print(f"{folder}: {scores['total']['rows']:,} rows scored in {len(manifest['shards'])} shards")
+    for column, told in scores.items():
+        spread = "  ".join(f"{key} {told[key]:.4g}" for key in ("mean", "std", "min", "max") if key in told)
+        print(f"  {column:{width}}  {spread}  ({told['rows']:,} rows)")
+
+
+if __name__ == "__main__":
+    door(main, Job)

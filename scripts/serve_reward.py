@@ -1,0 +1,79 @@
+"""A reward over HTTP: python scripts/serve_reward.py --config configs/serve.yaml [--serve.port 8100]
+
+`{kind: http, url: http://127.0.0.1:8100}` in another job's reward asks it. On loopback unless --serve.host says
+otherwise, and then only with a bearer token in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+
+from configs.reader import door
+from reward.base import build_reward
+from reward.remote import LOOPBACK
+from reward.scoring import check_order
+from reward.server import Limits, make_app
+from rollout import processes
+from rollout.errors import Problem
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Where the reward is offered, and what it takes."""
+
+    host: str = "127.0.0.1"
+    """Anything but loopback needs a bearer token."""
+    port: int = 8100
+    """0 = any free one; the first line of the output names it."""
+    token_env: str = "STEERL_REWARD_TOKEN"
+    """The environment variable that holds the bearer token."""
+    max_rows: int = 4096
+    """Rows in a request."""
+    max_megabytes: float = 64.0
+    """Size of a request."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Offer a reward over HTTP."""
+
+    reward: list[dict[str, Any]] = field(default_factory=list)
+    """The parts of the reward."""
+    serve: ServeSettings = field(default_factory=ServeSettings)
+
+
+def main(job: Job) -> None:
+    me, serve = processes.start(), job.serve
+    wrong = [f"serve.{n}: {getattr(serve, n)}; give more than 0" for n in ("max_rows", "max_megabytes") if getattr(serve, n) <= 0]
+    if not 0 <= serve.port < 65536:
+        wrong.append(f"serve.port: {serve.port}; give a port, 0 for any free one")
+    token = os.environ.get(serve.token_env) or None
+    if serve.host not in LOOPBACK and token is None:
+        wrong.append(f"serve.host: {serve.host} can be reached from outside; put a bearer token into ${serve.token_env}, or use 127.0.0.1")
+    if me.world_size > 1:
+        wrong.append(f"serve: started on {me.world_size} processes; start one, without accelerate launch")
+    if wrong:
+        raise Problem(*wrong)
+    reward = build_reward(job.reward, device=me.device)
+    check_order(reward)
+    app = make_app(reward, Limits(serve.max_rows, int(serve.max_megabytes * 2**20)), token)
+    config = uvicorn.Config(app, host=serve.host, port=serve.port, log_level="warning", access_log=False)
+    try:
+        socket = config.bind_socket()
+    except SystemExit as error:  # uvicorn logs why, and would leave with its own status
+        raise Problem(f"serve.port: {serve.host}:{serve.port} cannot be bound; choose another, or 0 for any free one") from error
+    host = f"[{serve.host}]" if ":" in serve.host else serve.host
+    print(f"serving http://{host}:{socket.getsockname()[1]} ({', '.join(part.name for part in reward.parts)})", flush=True)
+    try:
+        uvicorn.Server(config).run(sockets=[socket])
+    finally:
+        socket.close()
+        reward.close()
+
+
+if __name__ == "__main__":
+    door(main, Job)

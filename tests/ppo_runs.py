@@ -1,0 +1,99 @@
+"""What the tests of the PPO loop share: tiny jobs, and the same quantities by slow, independent definitions.
+
+An independent definition is one row at a time: unpadded, teacher-forced, through the plain transformers forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reward.base import Scores
+from rollout.batch import Rollout, Texts
+from rollout.policy import Policy
+from rollout.prompts import Prompts, PromptSettings
+from rollout.run import RunSettings
+from rollout.sampling import Sampling
+from tests.models import tiny_policy
+from training.actor_critic import ActorCritic
+from training.experience import Experience, credit, gather_scored, score
+from training.ppo import PPOSettings
+from training.setup import Parts, prepare, with_peft
+
+LORA = {"peft_type": "LORA", "r": 2}
+
+
+def prompts_of(policy: Policy, count: int = 40) -> Prompts:
+    """Prompts of one to four tokens."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    texts = [(letters[i % 26] + letters[(7 * i) % 26] + letters[(3 * i + 5) % 26] + letters[i % 5])[: 1 + i % 4] for i in range(count)]
+    return Prompts([{"prompt": text, "place": i} for i, text in enumerate(texts)], "prompt", policy, PromptSettings())
+
+
+def share_of_threes(rollout: Rollout, texts: Texts) -> Scores:
+    """A toy reward: the share of a row's ids that leave 3 when divided by 4."""
+    hit_BR = (rollout.response_BR % 4 == 3) & rollout.mask_BR
+    return Scores(hit_BR.sum(1) / rollout.lengths_B)
+
+
+def job(family: str = "gpt2", peft: Any = None, sampling: Any = None, steering: Any = None, overrides: Any = None, **settings: Any):
+    """(parts, prompts, settings) of a tiny run, ready for its first step."""
+    policy = with_peft(tiny_policy(family, **(overrides or {})), peft)
+    settings = {"rollouts_per_step": 16, "minibatches": 2, "epochs": 2, "micro_batch_size": 5, "learning_rate": 1e-3, **settings}
+    ppo = PPOSettings(**settings)
+    # Responses that end at different places: three of the ids stop.
+    given = Sampling(**{"max_new_tokens": 9, "stop_ids": [11, 17, 23], **(sampling or {})})
+    parts = prepare(policy, share_of_threes, given, ppo, RunSettings(), steering)
+    return parts, prompts_of(policy), ppo
+
+
+def first_scored(parts: Parts, prompts: Prompts, ppo: PPOSettings):
+    rows = prompts.take(0, 0, ppo.rollouts_per_step // parts.sampler.sampling.n)
+    rollout, texts = parts.sampler.sample(prompts.batch(rows), step=0)
+    return score(parts.actor_critic, parts.reference, *gather_scored(rollout, texts, share_of_threes), ppo)
+
+
+def first_experience(parts: Parts, prompts: Prompts, ppo: PPOSettings) -> Experience:
+    return credit(first_scored(parts, prompts, ppo), ppo, ppo.kl_coef)[0]
+
+
+def lone_row(policy: Policy, rollout: Rollout, i: int, extra: int = 0) -> tuple[dict[str, Tensor], int]:
+    """(the forward's arguments for row i by itself, unpadded; the column whose output predicts its first action)."""
+    prompt = rollout.prompt_BP[i][rollout.prompt_mask_BP[i]]
+    response = rollout.response_BR[i, : int(rollout.lengths_B[i])]
+    if policy.is_seq2seq:
+        decoder = torch.cat([torch.tensor(policy.start_ids), response])
+        return {"input_ids": prompt[None], "decoder_input_ids": decoder[None]}, len(policy.start_ids) - 1
+    return {"input_ids": torch.cat([prompt, response])[None]}, len(prompt) - 1
+
+
+def lone_logprobs(policy: Policy, rollout: Rollout, i: int) -> Tensor:
+    """Log-probs of row i's actions, differentiable: one row, no padding, softmax of logits / temperature."""
+    arguments, first = lone_row(policy, rollout, i)
+    length = int(rollout.lengths_B[i])
+    logits = policy.model(**arguments).logits[0, first : first + length].double() / rollout.temperature
+    response = rollout.response_BR[i, :length]
+    return logits.log_softmax(-1)[torch.arange(length), response]
+
+
+def lone_values(actor_critic: ActorCritic, rollout: Rollout, i: int) -> Tensor:
+    """Values of the states of row i before every action and after the last, differentiable."""
+    policy = actor_critic.trunk or actor_critic.policy
+    arguments, first = lone_row(policy, rollout, i)
+    caught: list[Tensor] = []
+    handle = policy.core.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+    policy.model(**arguments)
+    handle.remove()
+    hidden = caught[0][0, first : first + int(rollout.lengths_B[i]) + 1]
+    return (hidden.double() @ actor_critic.head.weight.double().T + actor_critic.head.bias.double())[:, 0]
+
+
+def warm_head(actor_critic: ActorCritic) -> None:
+    """A head that is not zero, so that a value means something."""
+    if actor_critic.head is not None:
+        draw = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            actor_critic.head.weight.normal_(0, 0.3, generator=draw)
+            actor_critic.head.bias.fill_(0.1)

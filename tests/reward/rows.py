@@ -1,0 +1,23 @@
+"""Hand-made rows for the tests of rewards: ragged responses, texts that say what the ids say, columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reward.texts import rollout_of
+from rollout.batch import Rollout, Texts
+
+
+def made(completions: list[str], prompts: list[Any] | None = None, ended: list[bool] | None = None, **columns: list[Any]) -> tuple[Rollout, Texts]:
+    """Rows with an id per character; dataset row i + 10, so that places in the batch and in the dataset differ."""
+    rows = len(completions)
+    prompts = prompts if prompts is not None else ["ask"] * rows
+    rollout = rollout_of(
+        rows,
+        prompts=[[4 + ord(c) % 50 for c in (p if isinstance(p, str) else "chat")] for p in prompts],
+        responses=[[4 + ord(c) % 50 for c in text] for text in completions],
+        ended=ended,
+        row=[i + 10 for i in range(rows)],
+    )
+    texts = Texts(prompts=prompts, prompt_texts=[str(p) for p in prompts], completions=completions, columns=columns)
+    return rollout, texts

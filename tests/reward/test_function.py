@@ -1,0 +1,243 @@
+"""Rewards of the user's own: TRL's signature and ours, what goes wrong in them, and time limits with real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from reward.base import Scores, build_reward
+from rollout.errors import Problem
+from tests.reward.rows import made
+
+FILE = '''
+import os, sys, time
+from helper_beside import BONUS
+
+print("imported")          # a worker's own pipe must not mind
+
+def lengths(prompts, completions, **columns):
+    return [float(len(text)) + BONUS for text in completions]
+
+def answers(completions, answer):
+    return [1.0 if text == right else 0.0 for text, right in zip(completions, answer)]
+
+def hangs(completions, **columns):
+    print("working")
+    while any("x" in text for text in completions):
+        pass
+    return [1.0 for _ in completions]
+
+def hangs_in_c(completions, **columns):
+    import re
+    return [float(bool(re.match("(a|aa)+$", text))) for text in completions]
+
+def dies(completions, **columns):
+    if "x" in completions:
+        os._exit(3)
+    return [1.0 for _ in completions]
+
+def raises(completions, **columns):
+    if "x" in completions:
+        raise KeyError("no such genre")
+    return [1.0 for _ in completions]
+
+async def waits(completions, **columns):
+    import asyncio
+    if "x" in completions:
+        await asyncio.sleep(3600)
+    return [2.0 for _ in completions]
+
+not_a_function = 3
+'''
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "rewards_here.py").write_text(FILE)
+    (tmp_path / "helper_beside.py").write_text("BONUS = 0.5\n")
+    return str(tmp_path / "rewards_here.py")
+
+
+def part(file: str, name: str, **fields) -> list[dict]:
+    return [{"kind": "function", "function": f"{file}:{name}", **fields}]
+
+
+def test_a_function_of_a_file(file):
+    assert build_reward(part(file, "lengths"))(*made(["a", "abc"])).total_B.tolist() == [1.5, 3.5]
+
+
+def test_what_a_function_is_given():
+    seen = {}
+
+    def everything(prompts, completions, **columns):
+        seen.update(columns, prompts=prompts, completions=completions)
+        return [0.0] * len(prompts)
+
+    chat = [{"role": "user", "content": "hi"}]
+    rollout, texts = made(["ab", "c"], prompts=["ask", chat], genre=["x", "y"])
+    build_reward([everything])(rollout, texts)
+    assert seen["prompts"] == ["ask", chat]
+    assert seen["completions"] == ["ab", [{"role": "assistant", "content": "c"}]]
+    assert seen["completion_ids"] == [rollout.response_BR[0, :2].tolist(), rollout.response_BR[1, :1].tolist()]
+    assert seen["genre"] == ["x", "y"]
+
+
+def test_a_function_gets_the_columns_it_names(file):
+    reward = build_reward(part(file, "answers"))
+    assert reward(*made(["4", "5"], answer=["4", "4"], other=[1, 2])).total_B.tolist() == [1.0, 0.0]
+    with pytest.raises(Problem, match=r"asks for 'answer', which is no column of the data \(columns: reply\)"):
+        reward(*made(["4"], reply=["4"]))
+
+
+def test_functions_of_trl_run_as_they_are():
+    from trl.rewards import think_format_reward
+
+    good = "<think>\nbecause\n</think>\nyes"
+    chat = [{"role": "user", "content": "?"}]
+    assert build_reward([think_format_reward])(*made([good, "yes"], prompts=[chat, chat])).total_B.tolist() == [1.0, 0.0]
+
+
+def test_arguments_of_the_settings():
+    def scaled(completions, scale, **columns):
+        return [scale * len(text) for text in completions]
+
+    reward = build_reward([{"kind": "function", "function": scaled, "arguments": {"scale": 3}}])
+    assert reward(*made(["ab"])).total_B.tolist() == [6.0]
+
+
+@pytest.mark.parametrize("result", [torch.tensor([1.0, 2.0]), (1, True + 1), iter([1.0, 2.0]), [torch.tensor(1.0), 2]])
+def test_lists_tensors_and_numbers_of_any_kind(result):
+    reward = build_reward([lambda completions: result])
+    assert reward(*made(["a", "b"])).total_B.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([1.0], "gave 1 scores for 2 rows"),
+        ([1.0, float("nan")], "row 11 sample 0: gave nan"),
+        ([float("-inf"), 1.0], "row 10 sample 0: gave -inf"),
+        ([1e39, 1.0], "row 10 sample 0: gave 1e"),
+        ([1.0, "2"], "row 11 sample 0: gave '2', not a number"),
+        ([1.0, [2.0]], r"row 11 sample 0: gave \[2.0\], not a number"),
+        (3.0, "gave float; give a list with one number per row"),
+        ("ab", "gave str; give a list"),
+        (None, "gave NoneType; give a list"),
+    ],
+)
+def test_bad_results_name_part_and_row(result, message):
+    reward = build_reward([{"kind": "function", "function": lambda completions: result, "name": "mine"}])
+    with pytest.raises(Problem, match=rf"reward\[0\] \(mine\): {message}"):
+        reward(*made(["a", "b"]))
+
+
+def test_a_row_without_a_number_gets_the_fallback_told_and_counted(caplog):
+    def bad(completions, **columns):
+        return [1.0, float("nan"), None]
+
+    reward = build_reward([{"kind": "function", "function": bad, "fallback": -3.0}])
+    with caplog.at_level(logging.WARNING):
+        scores = reward(*made(["a", "b", "c"]))
+    assert scores.total_B.tolist() == [1.0, -3.0, 0.0]  # None does not apply: no fallback
+    assert scores.fallbacks == {"function": 1}
+    assert "reward[0] (function): 1 of 3 rows got the fallback -3.0: row 11 sample 0: gave nan" in caplog.text
+
+
+def test_a_function_that_raises_names_the_row_and_the_line(file, caplog):
+    with pytest.raises(Problem, match=r"row 11 sample 0: raised KeyError: 'no such genre' \(line \d+ of rewards_here.py\)"):
+        build_reward(part(file, "raises"))(*made(["a", "x"]))
+    with caplog.at_level(logging.WARNING):
+        scores = build_reward(part(file, "raises", fallback=0.25))(*made(["a", "x", "b"]))
+    assert scores.total_B.tolist() == [1.0, 0.25, 1.0]
+    assert "1 of 3 rows got the fallback 0.25" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["hangs", "hangs_in_c", "dies", "raises", "waits"])
+def test_hanging_dying_and_raising_under_a_time_limit(file, name, caplog):
+    bad = "a" * 60 + "b" if name == "hangs_in_c" else "x"
+    reward = build_reward(part(file, name, timeout=1.0, fallback=-1.0))
+    try:
+        with caplog.at_level(logging.WARNING):
+            totals = reward(*made(["a", bad, "aa"])).total_B.tolist()
+        assert totals[1] == -1.0 and totals[0] == totals[2] > 0
+        assert "row 11 sample 0" in caplog.text
+        assert reward(*made(["a"])).total_B.tolist() == [totals[0]]  # and it goes on
+    finally:
+        reward.close()
+
+
+def test_a_hang_without_a_fallback_is_an_error(file):
+    reward = build_reward(part(file, "hangs", timeout=0.5))
+    try:
+        with pytest.raises(Problem, match=r"row 11 sample 0: not done after 0.5 s"):
+            reward(*made(["a", "x"]))
+    finally:
+        reward.close()
+
+
+def test_a_worker_gives_what_the_function_gives_here(file):
+    rows = made(["a", "abcd", ""], answer=["a", "b", ""])
+    for name in ("lengths", "answers"):
+        worker = build_reward(part(file, name, timeout=60.0))
+        try:
+            assert worker(*rows).total_B.tolist() == build_reward(part(file, name))(*rows).total_B.tolist()
+        finally:
+            worker.close()
+
+
+def test_our_own_signature_sync_and_async_and_inside_a_running_loop():
+    def native(rollout, texts):
+        return Scores(rollout.lengths_B.float(), {"half": rollout.lengths_B / 2})
+
+    async def later(rollout, texts):
+        await asyncio.sleep(0)
+        return rollout.lengths_B * 10.0
+
+    class Callable:
+        async def __call__(self, completions, **columns):
+            return [100.0 for _ in completions]
+
+    reward = build_reward([native, later, Callable()])
+
+    async def inside():
+        return reward(*made(["a", "bc"]))
+
+    for scores in (reward(*made(["a", "bc"])), asyncio.run(inside())):
+        assert scores.total_B.tolist() == [111.0, 122.0]
+        assert scores.parts["native.half"].tolist() == [0.5, 1.0]
+
+
+def test_asynchronous_parts_run_together():
+    arrived = asyncio.Barrier(2)
+
+    async def first(completions):
+        await arrived.wait()  # passes when the other one has come too
+        return [1.0]
+
+    async def second(completions):
+        await arrived.wait()
+        return [2.0]
+
+    assert build_reward([first, second])(*made(["a"])).total_B.tolist() == [3.0]
+
+
+def test_a_file_that_cannot_be_imported(tmp_path):
+    (tmp_path / "broken.py").write_text("import reward\nraise RuntimeError('half done')\n")
+    with pytest.raises(Problem, match=r"broken.py cannot be imported: raised RuntimeError: half done \(line 2 of broken.py\)"):
+        build_reward(part(str(tmp_path / "broken.py"), "f"))
+
+
+def test_a_dense_native_reward_that_fails_on_one_row():
+    def steps(rollout, texts):
+        if "x" in texts.completions:
+            raise ValueError("no steps")
+        return Scores(torch.zeros(len(texts)), tokens_BR=torch.ones(rollout.response_BR.shape))
+
+    rollout, texts = made(["ab", "x", "c"])
+    scores = build_reward([{"kind": "function", "function": steps, "fallback": -1.0}])(rollout, texts)
+    assert scores.per_token(rollout).tolist() == [[1.0, 1.0], [-1.0, 0.0], [1.0, 0.0]]
+    assert scores.total_B.tolist() == [2.0, -1.0, 1.0]

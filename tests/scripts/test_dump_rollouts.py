@@ -1,0 +1,321 @@
+"""The dump door, with real files and real processes: rows against teacher forcing, resume, damage, kills, a full disk."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import psutil
+import pytest
+import torch
+import transformers
+
+from configs.reader import door
+from rollout import store
+from rollout.manifest import load_manifest
+from scripts import inspect_rollouts
+from scripts.dump_rollouts import Job, main
+from tests.dumps import flip_bit, truncate
+from tests.models import tiny, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+TWO = ROOT / "configs" / "accelerate" / "ddp.yaml"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a tokenizer and 250 prompts of several lengths."""
+    folder = tmp_path_factory.mktemp("given")
+    tiny("gpt2").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    lines = [json.dumps({"prompt": f"say {i} " + "abc " * (i % 6), "answer": i}) for i in range(250)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def flags(given: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "--config", str(ROOT / "configs" / "dump.yaml"), "--model.path", str(given / "model"),
+        "--prompts.path", str(given / "prompts.jsonl"), "--run.dir", str(run), "--sampling.max_new_tokens", "8", *more,
+    ]  # fmt: skip
+
+
+SMALL = ("--prompts.limit", "12", "--sampling.n", "3", "--run.save_every", "9")
+
+
+def dump(argv: list[str]) -> int:
+    try:
+        door(main, Job, argv)
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
+def rows_of(run: Path) -> pandas.DataFrame:
+    return pandas.concat([pandas.read_parquet(path) for path in sorted(run.glob("*.parquet"))], ignore_index=True)
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """Every file's content; of the manifest what does not tell where and by how many processes."""
+    found = {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    kept = json.loads(found.pop("manifest.json"))
+    for name in ("world_size", "versions", "config"):
+        del kept[name]
+    return {**found, "manifest.json": json.dumps(kept).encode()}
+
+
+# -- what is written ----------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_what_teacher_forcing_alone_says(given: Path, tmp_path: Path) -> None:
+    assert dump(flags(given, tmp_path / "run", *SMALL, "--sampling.temperature", "0.7")) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(given / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
+    frame = rows_of(tmp_path / "run")
+    assert list(zip(frame.prompt_index, frame.sample_index, strict=True)) == [(p, s) for p in range(12) for s in range(3)]
+    for row in frame.itertuples():
+        prompt = f"say {row.prompt_index} " + "abc " * (row.prompt_index % 6)
+        assert json.loads(row.prompt) == prompt and json.loads(row.columns) == {"answer": row.prompt_index}
+        assert list(row.prompt_ids) == tokenizer(prompt)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*row.prompt_ids, *row.response_ids]])).logits[0].double()
+        law = torch.log_softmax(logits / 0.7, -1)
+        start = len(row.prompt_ids) - 1
+        wanted = [float(law[start + t, token]) for t, token in enumerate(row.response_ids)]
+        assert np.allclose(row.policy_logprobs, wanted, atol=1e-5) and np.allclose(row.behaviour_logprobs, wanted, atol=1e-5)
+        assert row.ended == (row.response_ids[-1] == 2) == (row.stop_reason == "eos") and len(row.response_ids) <= 8
+        assert row.response_text == tokenizer.decode(row.response_ids, skip_special_tokens=True)
+
+
+def test_the_manifest_says_what_the_dump_was_made_from(given: Path, tmp_path: Path) -> None:
+    assert dump(flags(given, tmp_path / "run", *SMALL)) == 0
+    kept = load_manifest(tmp_path / "run")
+    assert kept["finished"] and kept["world_size"] == 1 and kept["counts"]["rows"] == 36
+    assert kept["config"]["sampling"]["n"] == 3 and kept["config"]["model"]["path"] == str(given / "model")
+    assert set(kept["fingerprints"]) == {"model.path", "model.tokenizer", "prompts.path", "steering"}
+    assert {"torch", "transformers", "git"} <= set(kept["versions"])
+    assert not list((tmp_path / "run").glob(".*")) and not (tmp_path / "run" / "records").exists()
+
+
+@pytest.mark.parametrize("changes", [("--sampling.batch_size", "1"), ("--sampling.batch_size", "7"), ("--run.save_every", "1")])
+def test_rows_do_not_depend_on_batches_and_shards(given: Path, tmp_path: Path, changes: tuple[str, str]) -> None:
+    argv = ("--prompts.limit", "40", "--sampling.n", "2")
+    assert dump(flags(given, tmp_path / "one", *argv)) == dump(flags(given, tmp_path / "two", *argv, *changes)) == 0
+    one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    for left, right in zip(one.itertuples(), two.itertuples(), strict=True):
+        assert list(left.response_ids) == list(right.response_ids)
+        assert np.allclose(left.policy_logprobs, right.policy_logprobs, atol=1e-5)
+
+
+def test_settings_without_effect_are_said(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dump(flags(given, tmp_path / "run", *SMALL, "--run.seed", "3")) == 0
+    assert "run.seed: has no effect on a dump, sampling.seed has" in capsys.readouterr().err
+
+
+# -- resume -------------------------------------------------------------------------------------------------------------
+
+
+def test_changed_settings_weights_and_prompts_are_refused_by_name(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = tmp_path / "given"
+    shutil.copytree(given, world)
+    run = tmp_path / "run"
+    assert dump(flags(world, run, *SMALL)) == 0
+
+    def refused(*more: str) -> list[str]:
+        capsys.readouterr()
+        assert dump(flags(world, run, *SMALL, "--run.resume", "true", *more)) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("--run.overwrite true")]
+        return [line.split(":")[0] for line in lines]
+
+    assert refused("--sampling.temperature", "0.5") == ["sampling.temperature"]
+    assert refused("--sampling.seed", "1", "--sampling.n", "2") == ["sampling.n", "sampling.seed"]
+    assert refused("--sampling.stop", "[a]") == ["sampling.stop"]
+    (world / "prompts.jsonl").write_text((world / "prompts.jsonl").read_text().replace("say 3 ", "say X "))
+    assert refused() == ["prompts.path"]
+    shutil.copy(given / "prompts.jsonl", world / "prompts.jsonl")
+    tiny("gpt2", seed=1).save_pretrained(world / "model")
+    assert refused() == ["model.path"]
+    shutil.rmtree(world / "model")
+    shutil.copytree(given / "model", world / "model")
+    assert dump(flags(world, run, *SMALL, "--run.resume", "true")) == 0
+
+
+def test_resuming_a_finished_dump_changes_nothing(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = flags(given, tmp_path / "run", *SMALL)
+    assert dump([*argv, "--run.resume", "true"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert dump([*argv, "--run.resume", "true"]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert dump(argv) == 2
+    assert "--run.resume true or --run.overwrite true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_damaged_shards_are_named_and_made_again(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: bool
+) -> None:
+    argv, run = flags(given, tmp_path / "run", *SMALL), tmp_path / "run"
+    assert dump(argv) == 0
+    whole = files_of(run)
+    if not finished:  # as a kill leaves it: records, and a manifest that knows no shard yet
+        kept = load_manifest(run)
+        (run / "records").mkdir()
+        for index, record in enumerate(kept["shards"]):
+            (run / "records" / f"{index:05d}.json").write_text(json.dumps(record))
+        (run / "manifest.json").write_text(json.dumps({**kept, "finished": False, "shards": [], "counts": {}}))
+    truncate(run / "rollouts-00000.parquet")
+    flip_bit(run / "rollouts-00001.parquet")
+    (run / "rollouts-00003.parquet").unlink()
+    capsys.readouterr()
+    assert dump([*argv, "--run.resume", "true"]) == 0
+    said = capsys.readouterr().err
+    assert "rollouts-00000.parquet: is damaged" in said and "rollouts-00001.parquet: is damaged" in said
+    assert "rollouts-00003.parquet: is missing" in said and "rollouts-00002" not in said
+    assert files_of(run) == whole
+
+
+# -- processes ------------------------------------------------------------------------------------------------------------
+
+
+def launch(argv: list[str], **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO), "--main_process_port", "0"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **options}
+    return subprocess.Popen([*command, "scripts/dump_rollouts.py", *argv], **pipes)
+
+
+def kill(launcher: subprocess.Popen[str], whom: str, chance: random.Random) -> None:
+    """kill -9 of all processes at once, of the launcher alone, or of one worker; returns when all of them are gone."""
+    family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+    workers = [p for p in family if "dump_rollouts.py" in " ".join(p.cmdline()) and p.pid != launcher.pid]
+    for victim in {"all": family, "launcher": family[:1], "worker": [chance.choice(workers or family)]}[whom]:
+        victim.send_signal(signal.SIGKILL)
+    launcher.communicate()
+    psutil.wait_procs(family, timeout=60)
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family)
+
+
+def killed_and_resumed(given: Path, tmp_path: Path, kills: int, seed: int, targets: tuple[str, ...]) -> None:
+    argv = flags(given, tmp_path / "killed", "--sampling.n", "8", "--run.save_every", "40")
+    assert dump(flags(given, tmp_path / "whole", "--sampling.n", "8", "--run.save_every", "40")) == 0
+    run, chance = tmp_path / "killed", random.Random(seed)
+    marks = sorted(chance.randrange(0, 49) for _ in range(kills))
+    for mark in marks:
+        launcher = launch([*argv, "--run.resume", "true"])
+        # Random instants of the work: from the moment the manifest is there, at a random number of shards, and a bit on.
+        while launcher.poll() is None and not (run / "manifest.json").exists():
+            time.sleep(0.01)
+        while launcher.poll() is None and len(list((run / "records").glob("[0-9]*"))) < mark:
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.1)
+        if launcher.poll() is None:
+            kill(launcher, chance.choice(targets), chance)
+    out, err = (last := launch([*argv, "--run.resume", "true"])).communicate()
+    assert last.returncode == 0, err
+    assert "2,000 rows" in out
+    assert load_manifest(run)["world_size"] == 2
+    assert files_of(run) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_five_kills_on_two_processes_lose_double_and_change_no_row(given: Path, tmp_path: Path) -> None:
+    killed_and_resumed(given, tmp_path, kills=5, seed=17, targets=("all",))
+
+
+@pytest.mark.proofs
+def test_thirty_kills_of_anyone_lose_double_and_change_no_row(given: Path, tmp_path: Path) -> None:
+    for seed in range(5):
+        killed_and_resumed(given, tmp_path / str(seed), kills=6, seed=seed, targets=("all", "launcher", "worker"))
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_clear_line_and_the_job_goes_on_after_space_is_made(given: Path, tmp_path: Path) -> None:
+    """A small tmpfs in a mount namespace of the test's own, so that nothing outlives it."""
+    can = subprocess.run(["unshare", "-rm", "true"], capture_output=True) if shutil.which("unshare") else None
+    if can is None or can.returncode:
+        pytest.skip("no right to mount a file system")
+    disk, run = tmp_path / "disk", tmp_path / "disk" / "run"
+    disk.mkdir()
+    job = " ".join([sys.executable, "scripts/dump_rollouts.py", *flags(given, run, "--sampling.n", "8", "--run.resume", "true")])
+    script = f"""
+        mount -t tmpfs -o size=600k tmpfs {disk} || exit 77
+        dd if=/dev/zero of={disk}/ballast bs=1k count=300 status=none
+        {job}; echo "first $?"; ls -a {run}
+        rm {disk}/ballast
+        {job}; echo "second $?"
+        cp -r {run} {tmp_path}/saved
+    """
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode == 77:
+        pytest.skip("no right to mount a file system")
+    first, second = done.stdout.split("first 2")[0], done.stdout.split("first 2")[1]
+    assert "second 0" in second and first == ""
+    assert re.search(r"run/rollouts-\d+.parquet: cannot be written: .*No space left on device; free some space", done.stderr)
+    assert "Traceback" not in done.stderr and ".tmp" not in second
+    assert dump(flags(given, tmp_path / "whole", "--sampling.n", "8")) == 0
+    assert files_of(tmp_path / "saved") == files_of(tmp_path / "whole")
+
+
+# -- at length ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proofs
+def test_a_hundred_thousand_rows_in_flat_memory(given: Path, tmp_path: Path) -> None:
+    """Prints the rate beside plain `model.generate` of the same prompts, and the memory along the way, for LOG.md."""
+    lines = (json.dumps({"prompt": f"say {i} " + "abc " * (i % 6)}) for i in range(12_500))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    argv = flags(given, tmp_path / "run", "--sampling.n", "8", "--sampling.batch_size", "256", "--sampling.max_new_tokens", "16")
+    argv[argv.index("--prompts.path") + 1] = str(tmp_path / "prompts.jsonl")
+    began = time.perf_counter()
+    job = subprocess.Popen([sys.executable, "scripts/dump_rollouts.py", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    memory: list[tuple[int, float]] = []
+    assert job.stderr is not None
+    for line in job.stderr:
+        if found := re.match(r"rollouts: ([\d,]+) of", line):
+            print(line.rstrip())
+            memory.append((int(found[1].replace(",", "")), psutil.Process(job.pid).memory_info().rss / 2**20))
+    assert job.wait() == 0
+    seconds = time.perf_counter() - began
+    kept = load_manifest(tmp_path / "run")
+    tokens = kept["counts"]["tokens"]
+    assert kept["counts"]["rows"] == 100_000
+    print(f"dump: {tokens:,} tokens in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s with start and files")
+    print("memory, MB at rows:", ", ".join(f"{size:.0f} at {rows:,}" for rows, size in memory[::4]))
+    early, late = memory[2][1], memory[-1][1]
+    assert late < 1.1 * early
+    found = inspect_rollouts.inspect(tmp_path / "run")
+    assert found.whole and found.rows == 100_000
+    assert sum(len(rollout) for rollout, _ in store.read_dump(tmp_path / "run")) == 100_000
+    plain_generate(given)
+
+
+def plain_generate(given: Path) -> None:
+    """transformers alone: the same model, 256 rows at once, sampling without log-probs."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(given / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given / "model", padding_side="left")
+    tokens, began = 0, time.perf_counter()
+    for call in range(20):
+        texts = [f"say {i} " + "abc " * (i % 6) for i in range(32 * call, 32 * call + 32) for _ in range(8)]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True)
+        with torch.no_grad():
+            out = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=16)
+        said = out[:, inputs["input_ids"].shape[1] :]
+        ends = (said == 2).cumsum(1)
+        tokens += int(((ends == 0) | ((ends == 1) & (said == 2))).sum())
+    seconds = time.perf_counter() - began
+    print(f"plain generate, no log-probs, no files: {tokens:,} tokens in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s")

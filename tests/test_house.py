@@ -1,0 +1,239 @@
+"""The house rules: who imports whom, what is declared, that every shipped YAML is read by its door, that the README is true."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.reader import read
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("rollout", "reward", "training", "configs", "scripts")
+MAY_IMPORT = {
+    "rollout": {"rollout"},
+    "reward": {"reward", "rollout"},
+    "training": {"training", "rollout", "reward"},
+    "configs": {"configs", "rollout"},
+    "scripts": set(ROOMS),
+}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def sources(*rooms: str) -> Iterator[Path]:
+    for room in rooms:
+        yield from sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(module, whether it is imported as soon as the file is) of every import in a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+
+    def walk(node: ast.AST, early: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, early) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: a relative import; write the whole name"
+                yield child.module or "", early
+            later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            yield from walk(child, early and not later and not typing_only)
+
+    return walk(tree, True)
+
+
+def tracked() -> list[Path]:
+    """The project's own files: tracked, and new ones that git does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+# -- imports ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_whom_they_may(room):
+    for path in sources(room):
+        for module, _ in imports(path):
+            top = module.split(".")[0]
+            assert top not in ROOMS or top in MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {module}"
+            assert top != "tests", f"{path.relative_to(ROOT)} imports the tests"
+
+
+@pytest.mark.parametrize(("package", "files"), [("trl", 4), ("deepspeed", 3), ("peft", 6), ("wandb", 3), ("datasets", 5)])
+def test_volatile_packages_come_in_by_few_doors_and_late(package, files):
+    found = [(path, early) for path in sources(*ROOMS) for module, early in imports(path) if module.split(".")[0] == package]
+    assert [str(path.relative_to(ROOT)) for path, early in found if early] == [], "imported before it is needed"
+    assert len({path for path, _ in found}) <= files, sorted({str(path.relative_to(ROOT)) for path, _ in found})
+
+
+def test_what_is_imported_is_declared():
+    """Every package that the code imports is a dependency, or one of an extra."""
+    declared = [
+        *PROJECT["project"]["dependencies"],
+        *(d for e in PROJECT["project"]["optional-dependencies"].values() for d in e),
+    ]
+    names = {re.match(r"[\w.-]+", line).group().lower().replace("_", "-") for line in declared}
+    known = importlib.metadata.packages_distributions()
+    for path in [*sources(*ROOMS), *sources("tests")]:
+        for module, _ in imports(path):
+            top = module.split(".")[0]
+            if top in sys.stdlib_module_names or top in (*ROOMS, "tests"):
+                continue
+            owners = {owner.lower().replace("_", "-") for owner in known.get(top, [top])}
+            assert owners & names, f"{path.relative_to(ROOT)} imports {top}, which pyproject.toml does not name"
+
+
+def test_packages_are_all_listed():
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    there = {".".join(path.parent.relative_to(ROOT).parts) for room in ROOMS for path in (ROOT / room).rglob("__init__.py")}
+    assert listed == there
+
+
+def test_constraints_pin_every_dependency_exactly():
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            assert re.fullmatch(r"[\w.]+", version), f"{line}: a version of one machine"
+            pinned[name.lower().replace("_", "-")] = version
+    assert pinned["torch"] == "2.13.0"
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    for line in [*PROJECT["project"]["dependencies"], *(d for extra in extras for d in extra)]:
+        assert re.match(r"[\w.-]+", line).group().lower().replace("_", "-") in pinned, line
+
+
+def needed(*names: str) -> set[str]:
+    """The installed distributions that these need, extras aside."""
+    found: set[str] = set()
+    queue = list(names)
+    while queue:
+        name = re.sub(r"[-_.]+", "-", queue.pop().lower())
+        if name in found:
+            continue
+        try:
+            wants = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of another platform
+        found.add(name)
+        queue += [re.match(r"[\w.-]+", want).group() for want in wants if "extra ==" not in want]
+    return found
+
+
+def test_rollout_needs_torch_and_transformers_alone(tmp_path):
+    """A Python that sees only those two and what they need imports the room and samples' settings."""
+    allowed = needed("torch", "transformers")
+    assert not allowed & {"accelerate", "trl", "peft", "datasets", "wandb", "jsonargparse", "pyarrow", "deepspeed"}
+    for name in allowed:
+        for file in importlib.metadata.files(name) or []:
+            top = file.parts[0]
+            source = Path(file.locate()).parents[len(file.parts) - 2] if len(file.parts) > 1 else Path(file.locate())
+            if top != ".." and not (tmp_path / top).exists() and source.exists():
+                (tmp_path / top).symlink_to(source)
+    program = (
+        "import rollout, sys; rollout.Rollout, rollout.Problem, rollout.Sampling, rollout.Policy, rollout.Sampler;"
+        "from rollout import processes; assert processes.start().world_size == 1; assert processes.gather_objects([1]) == [1];"
+        "processes.close(); assert 'accelerate' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ran = subprocess.run([sys.executable, "-S", "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_import_rollout_is_quick_and_its_names_are_there():
+    program = "import rollout, sys; assert 'transformers' not in sys.modules; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+    rollout = importlib.import_module("rollout")
+    assert [name for name in rollout.__all__ if getattr(rollout, name, None) is None] == []
+    with pytest.raises(AttributeError, match="no attribute 'Rolout'"):
+        _ = rollout.Rolout
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_file_says_what_it_holds():
+    for path in sources(*ROOMS):
+        text = path.read_text(encoding="utf-8")
+        assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)}: no docstring at its top"
+
+
+def test_no_file_names_a_place_of_the_machine_it_was_written_on():
+    """Absolute paths of folders that stand here, but not on every machine."""
+    everywhere = {"bin", "dev", "etc", "proc", "sys", "tmp", "usr", "run", "var", "lib"}
+    here = {entry.name for entry in Path("/").iterdir() if entry.is_dir()} - everywhere
+    for path in tracked():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for found in re.findall(r"(?<![\w.:/~*)\]}>])/([\w.-]+)/", text):
+            assert found not in here, f"{path.relative_to(ROOT)} names /{found}/"
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+JOBS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def door_of(config: Path) -> tuple[str, type]:
+    """The script that a config's first lines name, and the Job it reads."""
+    script = re.search(r"scripts/(\w+)\.py", config.read_text(encoding="utf-8"))
+    assert script, f"{config.name}: the comment at its top names no command scripts/NAME.py"
+    module = ast.parse((ROOT / "scripts" / f"{script.group(1)}.py").read_text(encoding="utf-8"))
+    calls = [n for n in ast.walk(module) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "door"]
+    (name,) = [ast.unparse(call.args[1]) for call in calls]
+    return script.group(1), getattr(importlib.import_module(f"scripts.{script.group(1)}"), name)
+
+
+@pytest.mark.parametrize("config", JOBS, ids=lambda path: path.name)
+def test_every_shipped_config_is_read_by_its_door(config, capsys):
+    """All its keys and values are right; what it leaves open (paths) is all that may be missing."""
+    _, job = door_of(config)
+    with pytest.raises(SystemExit) as left:
+        read(job, ["--config", str(config), "--print_config"])
+    assert left.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_accelerate_config_is_read_by_accelerate(config):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    read_back = load_config_from_file(str(config))
+    assert read_back.num_processes >= 1
+    assert yaml.safe_load(config.read_text(encoding="utf-8"))["distributed_type"] != "MULTI_CPU", "starts one process, silently"
+
+
+def doors() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "door(main" in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("script", doors())
+def test_every_door_has_help_and_tells_a_misspelt_flag(script, monkeypatch, capsys):
+    module = importlib.import_module(f"scripts.{script}")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    tree = ast.parse((ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8"))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "door"]
+    job = getattr(module, ast.unparse(calls[0].args[1]))
+    with pytest.raises(SystemExit) as left:
+        read(job)
+    assert left.value.code == 0
+    assert f"usage: {script}.py" in capsys.readouterr().out
+    from rollout.errors import Problem
+
+    with pytest.raises(Problem) as caught:
+        read(job, ["--no.such", "1"])
+    assert any(line.startswith("no.such: unknown (command line, value '1')") for line in caught.value.lines)
