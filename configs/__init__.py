@@ -5,9 +5,14 @@ What has to be in the environment before torch and deepspeed are imported is set
 
 import importlib.util
 import os
+import sys
 
 # A waiting OpenMP thread must not keep a core from the other ones: on busy machines it costs a factor of 20.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Bars of a terminal have no place in a log.
+if not sys.stderr.isatty():
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 if importlib.util.find_spec("deepspeed") is not None and "DS_ACCELERATOR" not in os.environ:
     import torch

@@ -126,7 +126,9 @@ def split(job_type: type, argv: Sequence[str]) -> Command:
             plain.append(token)
         else:
             name, equals, text = token.lstrip("-").partition("=")
-            if not equals:
+            if not equals and _is_switch(job_type, name, argv[position : position + 1]):
+                text = "true"
+            elif not equals:
                 # What follows is the value, unless it is a flag itself; a value that begins with -- needs --name=value.
                 if position < len(argv) and not argv[position].startswith("--"):
                     text = argv[position]
@@ -142,6 +144,14 @@ def split(job_type: type, argv: Sequence[str]) -> Command:
                 command.flags.append(Flag(tuple(name.split(".")), text))
     _place_plain(job_type, plain, command)
     return command
+
+
+def _is_switch(job_type: type, name: str, following: Sequence[str]) -> bool:
+    """Whether a bool's flag stands alone and so says true: `--json --verify`, or `--json "prompt"` where a job takes values."""
+    if shape.type_at(job_type, tuple(name.split("."))) is not bool:
+        return False
+    takes_values = any(spot.metadata.get("positional") for spot in dataclasses.fields(job_type))
+    return all(word.startswith("--") or (takes_values and word.lower() not in ("true", "false")) for word in following)
 
 
 def _no_value(job_type: type, token: str, name: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -36,7 +36,7 @@ class Scores:
     total_B: Tensor
     """float32, finite. Where tokens_BR is given: its sum over the row."""
     parts: dict[str, Tensor] = field(default_factory=dict)
-    """Before weighting, (B,) float32 each; NaN where a part does not apply to a row."""
+    """(B,) float32 each, before weighting; NaN where a part does not apply to a row. `<part>.raw` is before normalisation too."""
     tokens_BR: Tensor | None = None
     """The whole reward, action by action, 0 beyond a row's end. None: the total sits on the last action."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -91,6 +91,11 @@ def on_last_action(values_B: Tensor, rollout: Rollout) -> Tensor:
 def missing_stop_penalty(ended_B: Tensor, penalty: float) -> Tensor:
     """What is added to the total of each row: -penalty where it was cut at the limit, 0 where it stopped by itself."""
     return torch.where(ended_B, 0.0, -float(penalty))
+
+
+def has_ids(rollout: Rollout) -> bool:
+    """Whether the rows were sampled. Texts that were not (`reward.texts`) come in a rollout of width 0."""
+    return rollout.prompt_width + rollout.response_width > 0
 
 
 def row_name(rollout: Rollout, index: int) -> str:
@@ -176,7 +181,7 @@ def build_reward(
 
 
 def metrics(scores: Sequence[Scores]) -> dict[str, float]:
-    """What is logged of one step's scores, those of all ranks together: `reward/<part>` is the mean over the rows it applies to."""
+    """What is logged of a step's scores, all ranks' together: `reward/<part>` is the mean over the rows it applies to."""
     logged = _moments("reward", torch.cat([s.total_B.cpu() for s in scores]), mean="reward/mean")
     for name in dict.fromkeys(name for s in scores for name in s.parts):
         values = torch.cat([s.parts[name].cpu() for s in scores if name in s.parts])

@@ -64,7 +64,11 @@ class Classifier:
     def context(self) -> int | None:
         """Most tokens that the model has positions for."""
         for name, module in self.core.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            if (
+                name.endswith("position_embeddings")
+                and isinstance(module, torch.nn.Embedding)
+                and module.padding_idx is not None
+            ):
                 return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts positions from after its pad id
         text = self.config.get_text_config()
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
@@ -174,7 +178,9 @@ class Classifier:
         slack = 1e-4 if next(self.core.parameters()).dtype == torch.float32 else 5e-2
         if len(long) > len(short) and not torch.allclose(together, alone, rtol=slack, atol=slack):
             self.pads = False
-            logger.info("%s: %s scores padded rows otherwise; rows of one length are batched", self.where, type(self.core).__name__)
+            logger.info(
+                "%s: %s scores padded rows otherwise; rows of one length are batched", self.where, type(self.core).__name__
+            )
 
 
 def load_classifier(

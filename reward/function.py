@@ -48,7 +48,7 @@ class FunctionSettings:
     arguments: dict[str, Any] | None = None
     """Further keyword arguments, the same in every call."""
     timeout: float | None = None
-    """Seconds that one call may take. A function that is not asynchronous then runs in a process of its own, which can be killed."""
+    """Seconds that one call may take. Unless it is asynchronous, the function then runs in a process of its own."""
     fallback: float | None = None
     """The score of rows that raise, hang or give no finite number; without it such a row is an error."""
 
@@ -63,7 +63,15 @@ class FunctionSettings:
         if inspect.isclass(function):
             raise Problem(f"{where}.function: {self.function!r} is a class; name a function, or an instance of the class")
         reward = FunctionReward(function, self, where)
-        return Part("", where, 1.0, reward.score_async if reward.is_async else reward.score, reward.is_async, content=reward.content, close=reward.close)
+        return Part(
+            "",
+            where,
+            1.0,
+            reward.score_async if reward.is_async else reward.score,
+            reward.is_async,
+            content=reward.content,
+            close=reward.close,
+        )
 
 
 class FunctionReward:
@@ -71,13 +79,15 @@ class FunctionReward:
 
     def __init__(self, function: Callable[..., Any], settings: FunctionSettings, where: str):
         self.where, self.settings = where, settings
-        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
         self.is_native, self.takes = _reads(function)
         self.function = functools.partial(function, **(settings.arguments or {}))
         self.worker: Worker | None = None
         if settings.timeout is not None and not self.is_async:
             if not isinstance(settings.function, str):
-                raise Problem(f"{where}.timeout: needs the function by name (file.py:name), to load it in a process that can be killed")
+                raise Problem(
+                    f"{where}.timeout: needs the function by name (file.py:name), to load it in a process that can be killed"
+                )
             self.worker = Worker(settings.function, settings.arguments or {})
 
     def close(self) -> None:
@@ -101,7 +111,11 @@ class FunctionReward:
             result = self._attempt(rollout, texts)
             if not isinstance(result, Failure):
                 return self._scores(result, rollout)
-            rows = [self._attempt(rollout.select([i]), texts.select([i])) for i in range(len(rollout))] if len(rollout) > 1 else [result]
+            rows = (
+                [self._attempt(rollout.select([i]), texts.select([i])) for i in range(len(rollout))]
+                if len(rollout) > 1
+                else [result]
+            )
         return self._join(rows, result, rollout)
 
     def _attempt(self, rollout: Rollout, texts: Texts) -> Any:
@@ -154,10 +168,14 @@ class FunctionReward:
         offered = trl_arguments(rollout, texts)
         if self.takes is None:
             return offered
-        absent = [name for name, needed in self.takes.items() if needed and name not in offered and name not in self.function.keywords]
+        absent = [
+            name for name, needed in self.takes.items() if needed and name not in offered and name not in self.function.keywords
+        ]
         if absent:
             columns = ", ".join(texts.columns) or "none"
-            raise Problem(f"{self.where}: the function asks for {absent[0]!r}, which is no column of the data (columns: {columns})")
+            raise Problem(
+                f"{self.where}: the function asks for {absent[0]!r}, which is no column of the data (columns: {columns})"
+            )
         return {name: value for name, value in offered.items() if name in self.takes}
 
     def _scores(self, result: Any, rollout: Rollout) -> Scores:
@@ -168,7 +186,7 @@ class FunctionReward:
             sums_B = result.per_token(rollout).sum(1)
             if bool(totals_B.any()) and not torch.allclose(totals_B.to(sums_B), sums_B, rtol=1e-3, atol=1e-4):
                 raise Problem(
-                    f"{self.where}: total_B is not the sum of tokens_BR; a reward for the whole response belongs on its last action"
+                    f"{self.where}: total_B is not the sum of tokens_BR; what the whole response earns belongs on its last action"
                 )
             totals_B = sums_B
         values: list[Any] = totals_B.tolist()
@@ -198,7 +216,7 @@ class FunctionReward:
 
 
 def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, Any]:
-    """The keyword arguments that TRL's trainers hand to a reward function; the sampled ids and whether rows stopped beside them."""
+    """The keyword arguments that TRL's trainers hand to a reward function; beside them prompt_ids and ended."""
     lengths = rollout.lengths_B.tolist()
     completions: list[Any] = [
         [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
@@ -216,7 +234,9 @@ def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, Any]:
 
 
 def is_conversation(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(message, dict) and "role" in message for message in prompt)
+    return (
+        isinstance(prompt, list) and bool(prompt) and all(isinstance(message, dict) and "role" in message for message in prompt)
+    )
 
 
 def _reads(function: Callable[..., Any]) -> tuple[bool, dict[str, bool] | None]:
@@ -248,7 +268,9 @@ async def _awaited(result: Any) -> Any:
 @contextmanager
 def _patience(where: str) -> Iterator[None]:
     """Says after a minute that a function without a time limit is running still: a hang is never silent."""
-    timer = threading.Timer(PATIENCE, logger.warning, (f"{where}: still running after {PATIENCE:.0f} s; `timeout` would stop it",))
+    timer = threading.Timer(
+        PATIENCE, logger.warning, (f"{where}: still running after {PATIENCE:.0f} s; `timeout` would stop it",)
+    )
     timer.daemon = True
     timer.start()
     try:

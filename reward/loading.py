@@ -26,7 +26,7 @@ def load_function(spec: str, where: str) -> Any:
         if error.name != source.split(".")[0] and error.name != source:
             raise Problem(f"{where}.function: {source} cannot be imported: {said(error)}") from error
         raise Problem(f"{where}.function: there is no module {source!r}; a file's name ends in .py, file.py:name") from error
-    except Exception as error:  # noqa: BLE001  the user's own file may raise anything while it is imported
+    except Exception as error:
         raise Problem(f"{where}.function: {source} cannot be imported: {said(error)}") from error
     found: Any = module
     for attribute in name.split("."):

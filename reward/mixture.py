@@ -1,8 +1,8 @@
 """The weighted sum of named parts: what `build_reward` gives to a job.
 
-    rollout, texts --+--> part 1 --> finite? --> normalise --> clip --> parts["1"] --x weight--+
-                     +--> part 2 -->   ...                                                     +--> total_B (and tokens_BR)
-                     +--> part 3 -->   ...        (asynchronous parts run beside the others) --+
+rollout, texts --+--> part 1 --> finite? --> normalise --> clip --> parts["1"] --x weight--+
+                 +--> part 2 -->   ...                                                     +--> total_B (and tokens_BR)
+                 +--> part 3 -->   ...        (asynchronous parts run beside the others) --+
 """
 
 from __future__ import annotations
@@ -52,15 +52,18 @@ class WeightedSum:
     vocabulary: str | None = None
     """Which vocabulary the rollout's ids belong to (`reward.reading.vocabulary_of`); None where that is not known."""
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether every rank must call, with no rows if it has none: a running normalisation counts over all ranks."""
+        return any(part.shape is not None and part.shape.is_running for part in self.parts)
+
     def __call__(self, rollout: Rollout, texts: Texts) -> Scores:
         if len(rollout) != len(texts):
             raise Problem(f"reward: the rollout has {len(rollout)} rows, the texts {len(texts)}")
         slow = [part for part in self.parts if part.is_async]
         with ThreadPoolExecutor(max_workers=1) as thread:
             # A thread of its own: the caller may sit inside a running event loop (notebooks).
-            waiting: Future[list[Any]] | None = (
-                thread.submit(asyncio.run, self._gather(slow, rollout, texts)) if slow else None
-            )
+            waiting: Future[list[Any]] | None = thread.submit(asyncio.run, self._gather(slow, rollout, texts)) if slow else None
             found = {part.name: _timed(part, rollout, texts, self.vocabulary) for part in self.parts if not part.is_async}
             if waiting is not None:
                 found |= dict(zip((part.name for part in slow), waiting.result(), strict=True))
@@ -86,6 +89,8 @@ class WeightedSum:
             scores = scores.to(rollout.device)
             values_B = part.shape(scores.total_B) if part.shape is not None else scores.total_B
             parts[part.name] = values_B
+            if part.shape is not None:
+                parts[f"{part.name}.raw"] = scores.total_B
             parts |= {f"{part.name}.{inner}": values for inner, values in scores.parts.items()}
             if sum(scores.fallbacks.values()):
                 fallbacks[part.name] = sum(scores.fallbacks.values())
@@ -134,7 +139,9 @@ def _check(part: Part, scores: Scores, rollout: Rollout) -> None:
         raise Problem(f"{part.where}: gave {len(scores)} scores for {len(rollout)} rows; give one per row")
     bad = torch.nonzero(scores.total_B.isinf()).flatten().tolist()
     if bad:
-        raise Problem(f"{part.where}: {row_name(rollout, bad[0])} scored {scores.total_B[bad[0]].item()}; scores must be finite")
+        raise Problem(
+            f"{part.where}: {row_name(rollout, bad[0])} scored {scores.total_B[bad[0]].item()}; scores must be finite"
+        )
     if scores.tokens_BR is None:
         return
     if part.shape is not None:

@@ -1,7 +1,7 @@
 """`kind: model`: a reward model, or an ensemble of them.
 
-    rollout, texts -> Reader (ids or text) -> Classifier (batches) -> logits (B, labels) -> one label -> output
-                                              one per member, then `combine`: mean | min | mean_minus_std
+rollout, texts -> Reader (ids or text) -> Classifier (batches) -> logits (B, labels) -> one label -> output
+                                          one per member, then `combine`: mean | min | mean_minus_std
 """
 
 from __future__ import annotations
@@ -158,14 +158,18 @@ class ModelReward:
             return Scores(torch.zeros(0))
         empty = [i for i, text in enumerate(texts.completions) if not text] if self.settings.empty is not None else []
         scored = [i for i in range(len(rollout)) if i not in set(empty)]
-        columns = [self._member(m, rollout.select(scored), texts.select(scored), vocabulary) for m in self.members] if scored else []
+        columns = (
+            [self._member(m, rollout.select(scored), texts.select(scored), vocabulary) for m in self.members] if scored else []
+        )
         found_MB = torch.full((len(self.members), len(rollout)), float(self.settings.empty or 0.0))
         if scored:
             found_MB[:, scored] = torch.stack(columns)
         bad = torch.nonzero(~found_MB.isfinite().all(0)).flatten().tolist()
         if bad:
             value = found_MB[:, bad[0]].tolist()
-            raise Problem(f"{self.where}: {row_name(rollout, bad[0])} scored {value}; the model's weights or dtype overflow, try float32")
+            raise Problem(
+                f"{self.where}: {row_name(rollout, bad[0])} scored {value}; the model's weights or dtype overflow, try float32"
+            )
         parts = {str(i): column for i, column in enumerate(found_MB)} if len(self.members) > 1 else {}
         return Scores(self._combined(found_MB), parts)
 

@@ -140,5 +140,6 @@ def measure(normalise: Mapping[str, Any], part: Part, where: str) -> tuple[float
     values = scores.total_B[~scores.total_B.isnan()].double()
     std = values.std(correction=0).item() if len(values) > 1 else 0.0
     if std <= LEAST:
-        raise Problem(f"{where}.normalise.reference: {len(values)} scored row(s) with standard deviation {std}; name more, or varied, texts")
+        found = f"{len(values)} scored row(s) with standard deviation {std}"
+        raise Problem(f"{where}.normalise.reference: {found}; name more, or varied, texts")
     return values.mean().item(), std

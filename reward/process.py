@@ -9,6 +9,7 @@ The model reads the sampled ids, so its vocabulary must be the policy's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,7 +72,9 @@ class ProcessReward:
             return Scores(torch.zeros(0))
         if not rollout.lengths_B.all():
             empty = int((rollout.lengths_B == 0).nonzero()[0])
-            raise Problem(f"{self.where}: {row_name(rollout, empty)} has no sampled ids, and a process reward is given by token")
+            raise Problem(
+                f"{self.where}: {row_name(rollout, empty)} has no sampled ids, and a process reward is given by token"
+            )
         if self.settings.tokens == "auto" and vocabulary != self.member.reader.vocabulary:
             raise Problem(
                 f"{self.where}.tokens: the model's vocabulary is not the policy's, so it cannot read the sampled ids; "
@@ -106,4 +109,10 @@ class ProcessReward:
     def _reduced(self, values_N: Tensor) -> Tensor:
         if self.settings.reduce == "last":
             return values_N[-1]
-        return {"sum": values_N.sum, "mean": values_N.mean, "min": values_N.min, "product": values_N.prod}[self.settings.reduce]()
+        folds: dict[str, Callable[[Tensor], Tensor]] = {
+            "sum": torch.sum,
+            "mean": torch.mean,
+            "min": torch.min,
+            "product": torch.prod,
+        }
+        return folds[self.settings.reduce](values_N)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import transformers
 
-from reward.base import row_name
+from reward.base import has_ids, row_name
 from reward.function import is_conversation
 from rollout import adapters
 from rollout.batch import Rollout, Texts
@@ -37,7 +37,9 @@ def vocabulary_of(tokenizer: Any) -> str:
 
 def load_tokenizer(path: str, beside: Sequence[str], where: str) -> Any:
     """The tokenizer named by `path`, or the one that lies beside the model; None where there is none."""
-    folders = [path] if path else [f for f in beside if f and (not Path(f).is_dir() or any((Path(f) / n).is_file() for n in _FILES))]
+    folders = (
+        [path] if path else [f for f in beside if f and (not Path(f).is_dir() or any((Path(f) / n).is_file() for n in _FILES))]
+    )
     if not folders:
         return None
     field = f"{where}.tokenizer" if path else f"{where}.path"
@@ -80,12 +82,11 @@ class Reader:
         return self._fitted(found, rollout)
 
     def _reads_ids(self, rollout: Rollout, vocabulary: str | None) -> bool:
-        have_ids = vocabulary is not None or bool(rollout.lengths_B.any())
         if self.tokens == "ids":
-            if not have_ids:
+            if not has_ids(rollout):
                 raise Problem(f"{self.where}.tokens: ids, but these texts come without ids; use tokens: text")
             return True
-        if self.tokens == "auto" and self.reads == "both" and vocabulary is not None:
+        if self.tokens == "auto" and self.reads == "both" and vocabulary is not None and has_ids(rollout):
             if self.tokenizer is None:
                 raise Problem(f"{self.where}.tokenizer: missing; the model's folder has none, so name one, or say tokens: ids")
             return vocabulary == self.vocabulary
@@ -138,13 +139,14 @@ class Reader:
             if not ids:
                 raise Problem(f"{self.where}: {name} is empty: there is no token to score; leave the row out")
             if self.size and max(ids) >= self.size:
-                raise Problem(f"{self.where}: {name} has token id {max(ids)}, but the model has {self.size} ids; use tokens: text")
+                raise Problem(
+                    f"{self.where}: {name} has token id {max(ids)}, but the model has {self.size} ids; use tokens: text"
+                )
             if self.context is None or len(ids) <= self.context:
                 continue
             if self.too_long == "refuse":
-                raise Problem(
-                    f"{self.where}: {name} has {len(ids)} tokens, the model reads {self.context}; shorten it, or set too_long: cut"
-                )
+                found = f"{name} has {len(ids)} tokens, the model reads {self.context}"
+                raise Problem(f"{self.where}: {found}; shorten it, or set too_long: cut")
             self._cut(found, index, self.context)
         return found
 

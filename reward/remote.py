@@ -1,8 +1,8 @@
 """`kind: http`: a reward over HTTP; `scripts/serve_reward.py` is the other end, or any server that speaks reward.wire.
 
-    rows --cut into requests--> POST, at most `concurrency` at once --> answers, put back in the order of the rows
-                                  |  late, refused, 408, 425, 429, 5xx: again, after backoff x 2^attempt
-                                  '- retries used up, or an answer that is wrong: fallback by row, or a Problem
+rows --cut into requests--> POST, at most `concurrency` at once --> answers, put back in the order of the rows
+                              |  late, refused, 408, 425, 429, 5xx: again, after backoff x 2^attempt
+                              '- retries used up, or an answer that is wrong: fallback by row, or a Problem
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ class HttpSettings:
     """The score of rows that got none; without it they are an error."""
 
     def __post_init__(self) -> None:
-        wrong = [f"{n}: expected more than 0, found {getattr(self, n)}" for n in ("timeout", "batch_size", "concurrency") if getattr(self, n) <= 0]
+        wrong = [
+            f"{n}: expected more than 0, found {getattr(self, n)}"
+            for n in ("timeout", "batch_size", "concurrency")
+            if getattr(self, n) <= 0
+        ]
         wrong += [f"{n}: expected 0 or more, found {getattr(self, n)}" for n in ("retries", "backoff") if getattr(self, n) < 0]
         parsed = urllib.parse.urlsplit(self.url)
         if parsed.scheme not in ("http", "https") or not parsed.hostname:
@@ -131,7 +135,9 @@ class HttpReward:
         settled = settle(values, rollout, self.where, self.settings.fallback)
         counts = [count for answer in answers for count in answer.get("fallbacks", {}).values()]
         if sum(counts):
-            logger.warning("%s: the server gave %d of %d rows a fallback; its log says why", self.where, sum(counts), len(rollout))
+            logger.warning(
+                "%s: the server gave %d of %d rows a fallback; its log says why", self.where, sum(counts), len(rollout)
+            )
         fallbacks = {"": sum(counts) + sum(settled.fallbacks.values())}
         names = dict.fromkeys(name for answer in answers for name in answer["parts"])
         parts = {
@@ -141,6 +147,8 @@ class HttpReward:
         if all(answer["tokens"] is None for answer in answers):
             return Scores(settled.total_B, parts, fallbacks=fallbacks)
         if settled.fallbacks or any(answer["tokens"] is None for answer in answers):
-            raise Problem(f"{self.where}: a reward per token came for some rows only, and `fallback` has none to put in its place")
+            raise Problem(
+                f"{self.where}: a reward per token came for some rows only, and `fallback` has none to put in its place"
+            )
         tokens_BR = torch.cat([answer["tokens"] for answer in answers])
         return Scores(settled.total_B, parts, tokens_BR, fallbacks=fallbacks)

@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import regex
 
-from reward.base import Failure, Scores, settle
+from reward.base import Failure, Scores, has_ids, settle
 from reward.mixture import Part
+from reward.numbers import numbers_in
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
 
@@ -49,7 +50,7 @@ class RuleReward:
     where: str
 
     def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
-        have_ids = bool(rollout.lengths_B.any())
+        have_ids = has_ids(rollout)
         lengths = rollout.lengths_B.tolist()
         responses = rollout.response_BR.tolist()
         values: list[Any] = []
@@ -82,12 +83,10 @@ def _extracted(text: str, pattern: str | None, timeout: float) -> str | None:
     """What the pattern's first group holds (the whole match without groups) at its last match; None without a match."""
     if pattern is None:
         return text
-    found = None
-    for found in _compiled(pattern, "pattern").finditer(text, timeout=timeout):
-        pass
-    if found is None:
+    matches = list(_compiled(pattern, "pattern").finditer(text, timeout=timeout))
+    if not matches:
         return None
-    return found.group(1) if found.re.groups else found.group()
+    return matches[-1].group(1) if matches[-1].re.groups else matches[-1].group()
 
 
 def _check_timeout(timeout: float) -> None:
@@ -130,30 +129,6 @@ class Exact:
     def _plain(self, text: str) -> str:
         text = text.strip() if self.strip else text
         return text.casefold() if self.ignore_case else text
-
-
-_FRACTION = re.compile(r"(?<![\w.])\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
-_NUMBER = re.compile(
-    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?:\s?/\s?\d+)?"
-    r"|(?<![\w.])[-+]?\.\d+(?:[eE][-+]?\d{1,3})?"
-    r"|(?<=[^\W\d_])\d+(?:\.\d+)?"
-)
-_LONGEST = 400
-"""Characters of a number; what is longer is none."""
-
-
-def numbers_in(text: str) -> list[Fraction]:
-    """The numbers of a text, exactly: 1,234.50, -3, .5, 2e-3, 3/4, \\frac{3}{4}."""
-    text = _FRACTION.sub(r"\1/\2 ", text.replace("\u2212", "-"))
-    found = []
-    for match in _NUMBER.findall(text):
-        if len(match) > _LONGEST:
-            continue
-        above, _, below = match.replace(",", "").replace(" ", "").partition("/")
-        if below and not int(below):
-            continue
-        found.append(Fraction(above) / int(below or 1))
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +262,9 @@ class Length:
 
     def __post_init__(self) -> None:
         if self.min < 0 or self.soft < 0:
-            raise Problem(f"{'min' if self.min < 0 else 'soft'}: expected 0 or more, found {self.min if self.min < 0 else self.soft}")
+            raise Problem(
+                f"{'min' if self.min < 0 else 'soft'}: expected 0 or more, found {self.min if self.min < 0 else self.soft}"
+            )
         if self.max is not None and self.max < self.min:
             raise Problem(f"max: expected at least min = {self.min}, found {self.max}")
         if self.max is None and self.min == 0:

@@ -28,7 +28,7 @@ from reward.texts import TextTable
 from rollout import processes
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
-from rollout.fingerprint import values_fingerprint
+from rollout.fingerprint import sha256_file, values_fingerprint
 from rollout.manifest import MANIFEST, Record, finished_shards
 from rollout.progress import Progress
 from rollout.run import write_json
@@ -108,7 +108,9 @@ def file_of(index: int) -> str:
     return f"scores-{index:05d}.parquet"
 
 
-def begin(folder: Path, name: str, source: Source, reward: WeightedSum, config: Mapping[str, Any], **described: Any) -> dict[str, Any]:
+def begin(
+    folder: Path, name: str, source: Source, reward: WeightedSum, config: Mapping[str, Any], **described: Any
+) -> dict[str, Any]:
     """The manifest to work by: a fresh one, or the one in the folder if it was made with the same settings."""
     made_from = {"rows": source.fingerprint, **{f"reward {part.name}": part.content() for part in reward.parts}}
     fresh = {
@@ -147,12 +149,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _changes(found: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[str]:
     lines = []
-    if found["config"].get("reward") != fresh["config"].get("reward"):
+    other_reward = found["config"].get("reward") != fresh["config"].get("reward")
+    if other_reward:
         was, now = (json.dumps(kept["config"].get("reward"))[:300] for kept in (found, fresh))
         lines.append(f"reward: these scores were begun with {was}, and are now asked to go on with {now}")
     for name in sorted(found["made_from"].keys() | fresh["made_from"].keys()):
         was, now = (kept["made_from"].get(name, "none") for kept in (found, fresh))
-        if was != now and not (lines and name.startswith("reward ")):
+        if was != now and not (other_reward and name.startswith("reward ")):
             lines.append(f"{name}: content has changed since these scores were begun (fingerprint {was}, now {now})")
     return lines
 
@@ -173,9 +176,11 @@ def is_whole(folder: Path, index: int, begun: Mapping[str, Any]) -> bool:
     try:
         with pq.ParquetFile(path) as file:
             told = json.loads((file.schema_arrow.metadata or {}).get(METADATA, b"{}"))
-            return told.get("tag") == tag_of(begun) and file.metadata.num_rows == begun["shards"][index]["rows"]
+            if told.get("tag") != tag_of(begun) or file.metadata.num_rows != begun["shards"][index]["rows"]:
+                return False
     except (pa.ArrowInvalid, OSError, ValueError):
         return False
+    return not begun["finished"] or sha256_file(path) == begun["shards"][index]["sha256"]
 
 
 # -- the work -----------------------------------------------------------------------------------------------------------
@@ -231,7 +236,13 @@ def finish(folder: Path, name: str, begun: Mapping[str, Any]) -> dict[str, Any]:
         table = pq.read_table(folder / shard["file"])
         for column in table.column_names[2:]:
             columns.setdefault(column, []).append(torch.tensor(table.column(column).to_numpy(), dtype=torch.float64))
-    done = {**begun, "finished": True, "scores": {column: _summary(torch.cat(values)) for column, values in columns.items()}}
+    shards = [{**shard, "sha256": sha256_file(folder / shard["file"])} for shard in begun["shards"]]
+    done = {
+        **begun,
+        "finished": True,
+        "shards": shards,
+        "scores": {column: _summary(torch.cat(values)) for column, values in columns.items()},
+    }
     write_json(folder / name, done)
     return done
 
@@ -268,4 +279,6 @@ def check_order(reward: WeightedSum) -> None:
     """A running normalisation makes a score depend on the rows before it."""
     running = [part.where for part in reward.parts if part.shape is not None and part.shape.is_running]
     if running:
-        raise Problem(*(f"{w}.normalise: running, which depends on the order of the rows; use {{mean: m, std: s}}" for w in running))
+        raise Problem(
+            *(f"{w}.normalise: running, which depends on the order of the rows; use {{mean: m, std: s}}" for w in running)
+        )

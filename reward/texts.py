@@ -100,7 +100,9 @@ def load_texts(settings: TextSettings, field: str) -> TextTable:
         if column and column not in names:
             raise Problem(f"{field}.{spot}: {column!r} is not a column of {settings.path}; it has: {', '.join(names)}")
     if settings.messages and (settings.prompt or settings.completion):
-        raise Problem(f"{field}.messages: holds whole conversations, so {field}.prompt and {field}.completion have no effect; leave them out")
+        raise Problem(
+            f"{field}.messages: holds whole conversations; {field}.prompt and {field}.completion have no effect, leave them out"
+        )
     named = settings.prompt or settings.completion
     messages = settings.messages or ("messages" if "messages" in names and not named else "")
     if messages:
@@ -109,7 +111,9 @@ def load_texts(settings: TextSettings, field: str) -> TextTable:
         prompt = settings.prompt or ("prompt" if "prompt" in names else "")
         completion = settings.completion or next((n for n in _COMPLETIONS if n in names and n != prompt), "")
         if not completion:
-            raise Problem(f"{field}.completion: none of the usual columns is there; {settings.path} has: {', '.join(names)}; name one")
+            raise Problem(
+                f"{field}.completion: none of the usual columns is there; {settings.path} has: {', '.join(names)}; name one"
+            )
     kept = rows[: settings.limit] if settings.limit and isinstance(rows, list) else rows
     table = TextTable(kept, messages, prompt, completion, field)
     if settings.limit and len(table) > settings.limit:
@@ -131,7 +135,9 @@ def rollout_of(
     prompts, responses = prompts or [[]] * rows, responses or [[]] * rows
     width_P, width_R = (max((len(ids) for ids in lists), default=0) for lists in (prompts, responses))
     lengths_B = torch.tensor([len(ids) for ids in responses], dtype=torch.int64)
-    prompt_mask_BP = torch.arange(width_P)[None] >= width_P - torch.tensor([len(ids) for ids in prompts], dtype=torch.int64)[:, None]
+    prompt_mask_BP = (
+        torch.arange(width_P)[None] >= width_P - torch.tensor([len(ids) for ids in prompts], dtype=torch.int64)[:, None]
+    )
     mask_BR = torch.arange(width_R)[None] < lengths_B[:, None]
 
     def filled(lists: Sequence[Sequence[int]], mask: Tensor) -> Tensor:

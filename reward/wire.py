@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward.base import Scores
+from reward.base import Scores, has_ids
 from reward.texts import rollout_of
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
@@ -28,7 +28,7 @@ from rollout.errors import Problem
 
 def ask(rollout: Rollout, texts: Texts, vocabulary: str | None, where: str) -> bytes:
     ids = None
-    if bool(rollout.lengths_B.any()):
+    if has_ids(rollout):
         lengths = rollout.lengths_B.tolist()
         ids = {
             "prompts": [row[mask].tolist() for row, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)],
@@ -67,7 +67,10 @@ def read_question(body: bytes) -> tuple[Rollout, Texts, str | None]:
     rows = len(asked["completions"])
     prompts = asked.get("prompts") or [""] * rows
     columns = asked.get("columns") or {}
-    lists = {"prompts": prompts, "prompt_texts": asked.get("prompt_texts") or [p if isinstance(p, str) else "" for p in prompts]}
+    lists = {
+        "prompts": prompts,
+        "prompt_texts": asked.get("prompt_texts") or [p if isinstance(p, str) else "" for p in prompts],
+    }
     lists |= {"ended": asked.get("ended") or [True] * rows, "rows": asked.get("rows") or [[i, 0] for i in range(rows)]}
     if not isinstance(columns, dict):
         raise Problem("columns: expected an object of lists")

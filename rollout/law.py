@@ -155,7 +155,8 @@ class Weights:
         chosen_BK = self.blocks_BNK.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(dim=1)
         # The share of the block that is left, not the weight: the block's own sum was taken in float32.
         share_B = (uniform_B * self.total_B - before_B) / inside_B
-        return (block_B1 * _BLOCK + _exceed(chosen_BK, share_B.clamp(0, 1) * chosen_BK[:, -1]))[:, 0]
+        token_B1 = block_B1 * _BLOCK + _exceed(chosen_BK, share_B.clamp(0, 1) * chosen_BK[:, -1])
+        return token_B1[:, 0].clamp(max=self.shifted_BV.shape[1] - 1)  # a row without a law (NaN) must still name a token
 
     def logprobs(self, scores_BV: Tensor, tokens_B: Tensor) -> Tensor:
         chosen_B = scores_BV.gather(1, tokens_B[:, None])[:, 0].double() - self.top_B1[:, 0].double()

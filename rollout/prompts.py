@@ -86,12 +86,13 @@ class PromptBatch:
         return PromptBatch(lists, list(range(len(lists))) if rows is None else [int(r) for r in rows], list(texts), texts)
 
     def select(self, index: Sequence[int]) -> PromptBatch:
-        columns = {name: [column[i] for i in index] for name, column in self.columns.items()}
-        ids, rows, prompts, texts = (
-            [part[i] for i in index] for part in (self.ids, self.rows, self.prompts, self.prompt_texts)
+        return PromptBatch(
+            ids=[self.ids[i] for i in index],
+            rows=[self.rows[i] for i in index],
+            prompts=[self.prompts[i] for i in index],
+            prompt_texts=[self.prompt_texts[i] for i in index],
+            columns={name: [column[i] for i in index] for name, column in self.columns.items()},
         )
-        occurrences = None if self.occurrences is None else [self.occurrences[i] for i in index]
-        return PromptBatch(ids, rows, prompts, texts, columns, occurrences)
 
 
 class Prompts:
@@ -172,7 +173,7 @@ class Prompts:
         self._check_value(row, value)
         if isinstance(value, list):
             return conversation_ids(tokenizer, value, record.get("tools"), record.get("chat_template_kwargs"))
-        return text_ids(self.policy, value)
+        return text_ids(self.policy, str(value))
 
     def _fit(self, row: int, ids: list[int]) -> list[int]:
         if self.most is None or len(ids) <= self.most:

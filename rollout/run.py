@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -75,9 +76,17 @@ def written_aside(path: Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise Problem(f"{path}: cannot be written: {error.strerror or error}; free some space or name another folder") from error
+        if (reason := disk_trouble(error)) is not None:
+            raise Problem(f"{path}: cannot be written: {reason}; free some space or name another folder") from error
         raise
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """What the system says, if it was the system that refused. tokenizers and safetensors raise errors of their own."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(number.group(1))) if number else None
 
 
 def sync(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,16 @@ from rollout.stops import Stops
 OnToken = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What one call of `sample` asked for."""
+
+    step: int
+    progress: float | None
+    synced: bool
+    on_token: OnToken | None
+
+
 class Sampler:
     """Samples from one policy with one set of settings; `steering` acts while it does."""
 
@@ -37,7 +48,7 @@ class Sampler:
         self.stops = Stops(sampling, policy)
 
     def sample(
-        self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0, on_token: OnToken | None = None
+        self, batch: PromptBatch, *, step: int = 0, progress: float | None = None, on_token: OnToken | None = None
     ) -> tuple[Rollout, Texts]:
         """`sampling.n` responses to every prompt, in (prompt, sample) order. `step` keys the draws and names the weights.
 
@@ -50,14 +61,14 @@ class Sampler:
         order = [(i, j) for i in range(len(batch)) for j in range(n)]
         parts = list(self._parts(batch, order))
         rollouts: list[Rollout] = []
-        synced = needs_sync(self.policy.model)
-        count = _most(len(parts), self.policy.device) if synced else len(parts)
+        call = _Call(step, progress, needs_sync(self.policy.model), on_token)
+        count = _most(len(parts), self.policy.device) if call.synced else len(parts)
         with no_dropout(self.policy.core), torch.no_grad(), _gathered(self.policy.model):
             for k in range(count):
                 if k < len(parts):
-                    rollouts.append(self._part(batch, [order[at] for at in parts[k]], step, progress, synced, on_token))
+                    rollouts.append(self._part(batch, [order[at] for at in parts[k]], call))
                 else:  # a rank that is done takes part in the others' collective calls
-                    self._part(_dummy(self.policy), [(0, 0)], step, progress, synced)
+                    self._part(_dummy(self.policy), [(0, 0)], dataclasses.replace(call, on_token=None))
         if not rollouts:
             return self._empty(step), Texts(prompts=[], prompt_texts=[], completions=[])
         at = torch.tensor([at for part in parts for at in part], device=self.policy.device)
@@ -104,37 +115,29 @@ class Sampler:
             for start in range(0, len(group), size):
                 yield group[start : start + size]
 
-    def _part(
-        self, batch: PromptBatch, pairs: Sequence[tuple[int, int]], step: int, progress: float | None, synced: bool
-    ) -> Rollout:
+    def _part(self, batch: PromptBatch, pairs: Sequence[tuple[int, int]], call: _Call) -> Rollout:
         """One batch through generate."""
-        rollout = self._generate(batch, pairs, step, progress, synced, self.policy.habits.caching)
-        if self.policy.habits.pads_in_text:
+        habits = self.policy.habits
+        # A stream is not told twice: it has the safe way from the start.
+        rollout = self._generate(batch, pairs, call, habits.caching and (habits.pads_in_text or call.on_token is None))
+        if habits.pads_in_text or call.on_token is not None:
             return rollout
         # A model that counts positions by comparing with pad decodes on from a drawn pad as no whole pass would: such
         # rows are drawn again without the cache, where each step is a whole pass. Rare, and the same up to the pad.
         drawn_BR = (rollout.response_BR[:, :-1] == self.policy.pad_id) & rollout.mask_BR[:, 1:]
         rows = drawn_BR.any(1).nonzero()[:, 0]
-        again = int(len(rows) > 0)
-        if not (_most(again, rollout.device) if synced else again):
+        again = len(rows) > 0
+        if not (_most(int(again), rollout.device) if call.synced else again):
             return rollout
         redo, redo_pairs = (batch, [pairs[int(b)] for b in rows]) if again else (_dummy(self.policy), [(0, 0)])
-        other = self._generate(redo, redo_pairs, step, progress, synced, caching=False)
+        other = self._generate(redo, redo_pairs, call, caching=False)
         if not again:
             return rollout
         place = torch.arange(len(rollout), device=rollout.device)
         place[rows] = len(rollout) + torch.arange(len(rows), device=rollout.device)
         return Rollout.join([rollout, other]).select(place).trim()
 
-    def _generate(
-        self,
-        batch: PromptBatch,
-        pairs: Sequence[tuple[int, int]],
-        step: int,
-        progress: float | None,
-        synced: bool,
-        caching: bool,
-    ) -> Rollout:
+    def _generate(self, batch: PromptBatch, pairs: Sequence[tuple[int, int]], call: _Call, caching: bool) -> Rollout:
         policy, sampling, device = self.policy, self.sampling, self.policy.device
         row_B = torch.tensor([batch.rows[i] for i, _ in pairs], device=device)
         sample_B = torch.tensor([batch.sample(i, j, sampling.n) for i, j in pairs], device=device)
@@ -149,20 +152,22 @@ class Sampler:
         ids_UP, mask_UP = prompt_BP[first], mask_BP[first]
         if policy.is_seq2seq:
             ids_UP, mask_UP = encoder_input(ids_UP, mask_UP)
-        stack, live, strength_B = self._steered(mask_UP, row_B, sample_B, columns, step, progress)
+        stack, live, strength_B = self._steered(mask_UP, row_B, sample_B, columns, call)
         stream = Stream(
             self.law,
             self.stops,
-            uniforms_BR=uniforms(sampling.seed, step, row_B, sample_B, torch.arange(sampling.max_new_tokens, device=device)),
+            uniforms_BR=uniforms(
+                sampling.seed, call.step, row_B, sample_B, torch.arange(sampling.max_new_tokens, device=device)
+            ),
             mask_BP=torch.ones(len(pairs), len(policy.start_ids), dtype=torch.bool, device=device)
             if policy.is_seq2seq
             else mask_BP,
             copies_B=copies_B,
             names=[f"row {batch.rows[i]} (sample {j})" for i, j in pairs],
             live=live,
-            synced=synced,
+            synced=call.synced,
             compact=policy.habits.picking,
-            on_token=None if on_token is None else lambda t, rows, tokens, logits: on_token(t, row_B[rows], tokens, logits),
+            on_token=_by_row(call.on_token, row_B),
         )
         self.stops.to(device)
         config = ClosedGenerationConfig.of(policy, max_new_tokens=sampling.max_new_tokens, use_cache=caching)
@@ -185,7 +190,7 @@ class Sampler:
             stop_B=stream.stop_B,
             strength_B=strength_B,
             temperature=sampling.policy_temperature,
-            policy_step=step,
+            policy_step=call.step,
             steering=self.steering.label if self.steering is not None else "",
             start_ids=policy.start_ids,
             greedy=sampling.greedy,
@@ -197,13 +202,13 @@ class Sampler:
         return rollout
 
     def _steered(
-        self, mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, columns: dict[str, list[Any]], step: int, progress: float | None
+        self, mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, columns: dict[str, list[Any]], call: _Call
     ) -> tuple[contextlib.ExitStack, Any, Tensor]:
         """The block in which generation is steered, what follows dropped rows, and each row's strength."""
         stack = contextlib.ExitStack()
         if self.steering is None:
             return stack, None, torch.zeros(len(row_B), device=row_B.device)
-        found = self.steering.strengths(row_B, sample_B, columns, progress=progress, policy_step=step)
+        found = self.steering.strengths(row_B, sample_B, columns, progress=call.progress, policy_step=call.step)
         strength_B = found.to(row_B.device, torch.float32)
         active = self.steering.active(
             prompt_mask_BP=mask_BP,
@@ -211,8 +216,8 @@ class Sampler:
             sample_B=sample_B,
             columns=columns,
             strength_B=strength_B,
-            policy_step=step,
-            progress=progress,
+            policy_step=call.step,
+            progress=call.progress,
             start_width=max(len(self.policy.start_ids), 1),
         )
         live = stack.enter_context(active)
@@ -269,6 +274,11 @@ def _gathered(model: Any) -> Iterator[None]:
         return
     with type(model).summon_full_params(model, writeback=False, recurse=False):
         yield
+
+
+def _by_row(on_token: OnToken | None, row_B: Tensor) -> OnToken | None:
+    """A stream is told dataset rows, the decode loop knows places in its batch."""
+    return None if on_token is None else lambda t, places, tokens, logits: on_token(t, row_B[places], tokens, logits)
 
 
 def _dummy(policy: Policy) -> PromptBatch:

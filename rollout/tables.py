@@ -21,19 +21,28 @@ def read_table(path: str, split: str = "", name: str = "", field: str = "prompts
     if file.is_dir():
         return _ArrowRows(_load_folder(file, split, name, field))
     if file.is_file():
-        kind = "".join(file.suffixes[-1:]).lower()
-        if kind in (".jsonl", ".ndjson"):
-            return _read_jsonl(file, field)
-        if kind == ".json":
-            return _read_json(file, field)
-        if kind in (".csv", ".tsv"):
-            return _read_csv(file, "\t" if kind == ".tsv" else ",", field)
-        if kind in (".parquet", ".pq"):
-            return _read_parquet(file, field)
-        raise Problem(f"{field}.path: {path} has no ending that is known; use jsonl, json, csv, tsv or parquet")
+        try:
+            return _read_file(file, field)
+        except UnicodeDecodeError as error:
+            raise Problem(f"{field}.path: {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+        except OSError as error:
+            raise Problem(f"{field}.path: {path} cannot be read: {error.strerror or error}; check its permissions") from error
     if path.startswith((".", "/", "~")) or file.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
         raise Problem(f"{field}.path: {path} does not exist; check the path")
     return _ArrowRows(_load_hub(path, split, name, field))
+
+
+def _read_file(file: Path, field: str) -> Sequence[dict[str, Any]]:
+    kind = "".join(file.suffixes[-1:]).lower()
+    if kind in (".jsonl", ".ndjson"):
+        return _read_jsonl(file, field)
+    if kind == ".json":
+        return _read_json(file, field)
+    if kind in (".csv", ".tsv"):
+        return _read_csv(file, "\t" if kind == ".tsv" else ",", field)
+    if kind in (".parquet", ".pq"):
+        return _read_parquet(file, field)
+    raise Problem(f"{field}.path: {file} has no ending that is known; use jsonl, json, csv, tsv or parquet")
 
 
 def _read_jsonl(file: Path, field: str) -> list[dict[str, Any]]:
@@ -55,7 +64,7 @@ def _read_jsonl(file: Path, field: str) -> list[dict[str, Any]]:
 def _read_json(file: Path, field: str) -> list[dict[str, Any]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError:
+    except json.JSONDecodeError:
         return _read_jsonl(file, field)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise Problem(f"{field}.path: {file} must hold a list of objects")

@@ -2,7 +2,7 @@
 
     ids --Pieces--> text that ends on whole characters --paint--> with a colour --columns--> lines no wider than the window
 
-Pure: strings in, strings out; who writes them where is the door's.
+Strings in, strings out; who writes them where is the door's.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ from __future__ import annotations
 import math
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, TextIO
+
+from torch import Tensor
+
+from rollout.confidence import raw_logprob
 
 RESET = "\x1b[0m"
 BANDS: tuple[tuple[float, str], ...] = ((0.05, "\x1b[31m"), (0.25, "\x1b[33m"), (0.6, "\x1b[36m"), (1.01, "\x1b[32m"))
@@ -143,9 +147,7 @@ def wrap(pieces: Sequence[Piece], width: int, colour: bool) -> list[tuple[str, i
     return [*lines, (line, used)]
 
 
-def columns(
-    left: tuple[str, Sequence[Piece]], right: tuple[str, Sequence[Piece]], width: int, colour: bool
-) -> Iterator[str]:
+def columns(left: tuple[str, Sequence[Piece]], right: tuple[str, Sequence[Piece]], width: int, colour: bool) -> Iterator[str]:
     """Two headed texts as lines: side by side, or one below the other in a narrow window."""
     if width < NARROW:
         for head, pieces in (left, right):
@@ -153,7 +155,9 @@ def columns(
             yield from (line for line, _ in wrap(pieces, max(width - 1, 2), colour))
         return
     half = (width - 3) // 2
-    sides = [[(clipped(head, half), width_of(clipped(head, half))), *wrap(pieces, half, colour)] for head, pieces in (left, right)]
+    sides = [
+        [(clipped(head, half), width_of(clipped(head, half))), *wrap(pieces, half, colour)] for head, pieces in (left, right)
+    ]
     for (one, used), (two, _) in zip_longest(*sides, fillvalue=("", 0)):
         yield f"{one}{' ' * (half - used)} | {two}".rstrip()
 
@@ -162,3 +166,52 @@ def clipped(text: str, width: int) -> str:
     while width_of(text) > width:
         text = text[:-1]
     return text
+
+
+class Live:
+    """Writes a row's text as its tokens come: hand it to Sampler.sample as `on_token` (one row). `end` writes the rest.
+
+    Text that may turn out to be the beginning of a stop string is held back until it is known not to be.
+    """
+
+    def __init__(
+        self, tokenizer: Any, write: Callable[[str], Any], colour: bool, ends: Sequence[int], stops: Sequence[str] = ()
+    ):
+        self.pieces, self.write, self.colour = Pieces(tokenizer), write, colour
+        self.ends, self.stops = set(ends), list(stops)
+        self.held: list[Piece] = []
+        self.written = ""
+        self.ids: list[int] = []
+
+    def __call__(self, t: int, row_B: Tensor, tokens_B: Tensor, logits_BV: Tensor) -> None:
+        token = int(tokens_B[0])
+        if token in self.ends:
+            return
+        self.ids.append(token)
+        self._show(self.pieces.add(token, raw_logprob(logits_BV, tokens_B)[0]))
+
+    def end(self, text: str | None = None) -> None:
+        """The rest, up to where `text` ends (None: all of it, after an interrupt)."""
+        rest = self.pieces.rest()
+        for piece in [*self.held, *([rest] if rest else [])]:
+            room = len(piece.text) if text is None else max(len(text) - len(self.written), 0)
+            self._out(Piece(piece.text[:room], piece.logprob))
+        self.held = []
+
+    def _show(self, piece: Piece | None) -> None:
+        if piece is None:
+            return
+        self.held.append(piece)
+        tail = "".join(held.text for held in self.held)
+        kept = max((n for stop in self.stops for n in range(1, len(stop) + 1) if tail.endswith(stop[:n])), default=0)
+        if any(stop in tail for stop in self.stops):
+            return
+        free = len(tail) - kept
+        while self.held and len(self.held[0].text) <= free:
+            free -= len(self.held[0].text)
+            self._out(self.held.pop(0))
+
+    def _out(self, piece: Piece) -> None:
+        if piece.text:
+            self.written += piece.text
+            self.write(paint(piece, self.colour))

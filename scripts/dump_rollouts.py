@@ -23,6 +23,7 @@ from rollout.prompts import PromptSettings, load_prompts
 from rollout.run import RunSettings, open_folder, versions, written_aside
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
+from rollout.steering import load_spec
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Job:
     model: ModelSettings = field(default_factory=ModelSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
     sampling: Sampling = field(default_factory=Sampling)
-    steering: dict[str, Any] | str | None = None
+    steering: dict[str, Any] | str | None = field(default=None, metadata={"check": load_spec})
     """An intervention's mapping, or the path of a YAML that holds it."""
     run: RunSettings = field(default_factory=RunSettings)
     verify: bool = False
@@ -50,7 +51,7 @@ def main(job: Job) -> None:
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     steering = None
     if job.steering:
-        from rollout.steering import Steering, load_spec
+        from rollout.steering import Steering
 
         steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed)
     sampler = Sampler(policy, job.sampling, steering)

@@ -1,4 +1,6 @@
-"""Scores of a dump or of texts: accelerate launch scripts/score_rollouts.py --config configs/score.yaml --dump.dir DUMP --run.dir RUN
+"""Scores of a dump or of texts:
+
+    accelerate launch scripts/score_rollouts.py --config configs/score.yaml --dump.dir DUMP --run.dir RUN
 
 Leaves RUN/scores-NNNNN.parquet (prompt_index, sample_index, total, a column per part) and RUN/manifest.json. RUN may be
 the dump's own folder; the manifest is then scores.json. A job that was cut short goes on with --run.resume true, on any
@@ -68,6 +70,10 @@ def main(job: Job) -> None:
         begun = processes.on_main(lambda: begin(folder, name, source, reward, dataclasses.asdict(job), **described))
         # One answer for all: files appear while others look.
         todo = processes.on_main(lambda: [i for i in range(len(source.rows)) if not is_whole(folder, i, begun)])
+        if begun["finished"] and not todo:
+            if me.is_main:
+                print(f"{folder}: finished already")
+            return
         score_source(source, reward, folder, begun, todo, sys.stderr)
         if me.is_main:
             show(folder, finish(folder, name, {**begun, **described}))

@@ -48,12 +48,16 @@ class Job:
 
 def main(job: Job) -> None:
     me, serve = processes.start(), job.serve
-    wrong = [f"serve.{n}: {getattr(serve, n)}; give more than 0" for n in ("max_rows", "max_megabytes") if getattr(serve, n) <= 0]
+    wrong = [
+        f"serve.{n}: {getattr(serve, n)}; give more than 0" for n in ("max_rows", "max_megabytes") if getattr(serve, n) <= 0
+    ]
     if not 0 <= serve.port < 65536:
         wrong.append(f"serve.port: {serve.port}; give a port, 0 for any free one")
     token = os.environ.get(serve.token_env) or None
     if serve.host not in LOOPBACK and token is None:
-        wrong.append(f"serve.host: {serve.host} can be reached from outside; put a bearer token into ${serve.token_env}, or use 127.0.0.1")
+        wrong.append(
+            f"serve.host: {serve.host} can be reached from outside; put a bearer token into ${serve.token_env} or use 127.0.0.1"
+        )
     if me.world_size > 1:
         wrong.append(f"serve: started on {me.world_size} processes; start one, without accelerate launch")
     if wrong:
@@ -65,7 +69,9 @@ def main(job: Job) -> None:
     try:
         socket = config.bind_socket()
     except SystemExit as error:  # uvicorn logs why, and would leave with its own status
-        raise Problem(f"serve.port: {serve.host}:{serve.port} cannot be bound; choose another, or 0 for any free one") from error
+        raise Problem(
+            f"serve.port: {serve.host}:{serve.port} cannot be bound; choose another, or 0 for any free one"
+        ) from error
     host = f"[{serve.host}]" if ":" in serve.host else serve.host
     print(f"serving http://{host}:{socket.getsockname()[1]} ({', '.join(part.name for part in reward.parts)})", flush=True)
     try:

@@ -16,6 +16,7 @@ import torch
 
 from configs.reader import door, to_mapping
 from reward.base import build_reward
+from reward.parts import read_parts
 from rollout import processes
 from rollout.policy import ModelSettings, load_policy
 from rollout.prompts import PromptSettings, load_prompts
@@ -38,9 +39,9 @@ class PPOJob:
     """What it is evaluated on; without a path, the first of the training prompts."""
     sampling: Sampling = field(default_factory=Sampling)
     """How rollouts are drawn."""
-    steering: dict[str, Any] | str | None = None
+    steering: dict[str, Any] | str | None = field(default=None, metadata={"check": load_spec})
     """What is done to activations while sampling and learning: a mapping, or the path of a YAML file with it."""
-    reward: list[dict[str, Any]] = field(default_factory=list)
+    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_parts})
     """The parts of the reward."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
     """The algorithm."""

@@ -189,9 +189,10 @@ JOBS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def door_of(config: Path) -> tuple[str, type]:
-    """The script that a config's first lines name, and the Job it reads."""
-    script = re.search(r"scripts/(\w+)\.py", config.read_text(encoding="utf-8"))
-    assert script, f"{config.name}: the comment at its top names no command scripts/NAME.py"
+    """The script that the comment at a config's top names, and the Job it reads."""
+    said = config.read_text(encoding="utf-8")
+    script = re.search(rf"scripts/(\w+)\.py[^\n]*--config configs/{config.name}", said)
+    assert script, f"{config.name}: the comment at its top names no command scripts/NAME.py --config configs/{config.name}"
     module = ast.parse((ROOT / "scripts" / f"{script.group(1)}.py").read_text(encoding="utf-8"))
     calls = [n for n in ast.walk(module) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "door"]
     (name,) = [ast.unparse(call.args[1]) for call in calls]
@@ -237,3 +238,53 @@ def test_every_door_has_help_and_tells_a_misspelt_flag(script, monkeypatch, caps
     with pytest.raises(Problem) as caught:
         read(job, ["--no.such", "1"])
     assert any(line.startswith("no.such: unknown (command line, value '1')") for line in caught.value.lines)
+
+
+# -- the README -------------------------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# What makes a command of the README cheap enough for a test: fewer steps of the same.
+CHEAPER = {
+    "train_ppo": "--ppo.steps 2 --ppo.rollouts_per_step 16",
+    "train_sft": "--train.steps 2",
+    "train_reward": "--train.steps 2",
+}
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_the_readme_names_every_file():
+    said = README[README.index("<!-- map -->") : README.index("<!-- /map -->")]
+    for path in [*sources(*ROOMS), *(ROOT / "configs").rglob("*.yaml")]:
+        if path.name != "__init__.py":
+            assert re.search(rf"^ +(\S+/)?{re.escape(path.name)} +\S", said, flags=re.MULTILINE), (
+                f"README's map lacks {path.name}"
+            )
+    for name in re.findall(r"^ +(\S+\.(?:py|yaml)) ", said, flags=re.MULTILINE):
+        assert any(ROOT.glob(f"**/{name}")), f"README's map names {name}, which is not there"
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(tiny_world, tmp_path):
+    """One after the other, as they stand, in an empty folder that sees this checkout's doors; make only says what it would."""
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "reviews").symlink_to(tiny_world("reviews"))
+    for name in ("scripts", "configs", "Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    commands = readme_commands()
+    assert len(commands) > 5
+    for command in commands:
+        script = re.search(r"scripts/(\w+)\.py", command)
+        run = command.replace("make ", "make --dry-run ", 1) if command.startswith("make ") else command
+        run += " " + CHEAPER.get(script.group(1), "") if script else ""
+        ran = subprocess.run(run, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, f"{run}\n{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}"

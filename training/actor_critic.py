@@ -73,11 +73,11 @@ class ActorCritic(nn.Module):
         """`after` adds the value of the state after each row's last action; `detach_value` keeps a shared trunk out of the
         value's gradient."""
         asked = widened(rollout) if after and self.head is not None else rollout
-        width = rollout.response_width
+        width, mask_BR = rollout.response_width, rollout.mask_BR
         forced = self._policy_pass(asked, columns, entropy)
-        found = {"old": forced.logprobs_BR[:, :width]}
+        found = {"old": torch.where(mask_BR, forced.logprobs_BR[:, :width], 0.0)}
         if entropy:
-            found["entropy"] = forced.entropy_BR[:, :width]
+            found["entropy"] = torch.where(mask_BR, forced.entropy_BR[:, :width], 0.0)
         if self.head is None:
             return found
         if self.trunk is not None:
@@ -85,7 +85,7 @@ class ActorCritic(nn.Module):
         assert forced.hidden_BRD is not None
         hidden_BRD = forced.hidden_BRD.detach() if detach_value and self.trunk is None else forced.hidden_BRD
         values_BR = self.head(hidden_BRD.to(self.head.weight.dtype))[..., 0]
-        found["values"] = torch.where(rollout.mask_BR, values_BR[:, :width], 0.0)
+        found["values"] = torch.where(mask_BR, values_BR[:, :width], 0.0)
         if asked is not rollout:
             found["after"] = values_BR.gather(1, rollout.lengths_B[:, None])
         return found

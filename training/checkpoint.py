@@ -186,8 +186,9 @@ def random_states() -> dict[str, Any]:
     # A tuple, whatever its annotation says.
     generator: tuple[Any, ...] = numpy.random.get_state()  # type: ignore[assignment]
     name, keys, position, has_gauss, gauss = generator
+    version, internal, normal = random.getstate()
     states: dict[str, Any] = {
-        "python": random.getstate(),
+        "python": (version, torch.tensor(internal), normal),
         "numpy": (name, torch.tensor(keys.tolist()), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
@@ -200,7 +201,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     import numpy
 
     version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal.tolist()), gauss))
     name, keys, position, has_gauss, numpy_gauss = states["numpy"]
     numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, numpy_gauss))
     torch.set_rng_state(states["torch"])

@@ -37,6 +37,7 @@ def build(policy: Policy, value: str) -> tuple[Policy | None, nn.Linear]:
         # Its padding habits are the policy's, whose logits it no longer has to show them with.
         vars(trunk)["habits"] = policy.habits
         strip(trunk.core)
+        trunk.model.to(policy.device)
         return trunk, zero_head(width, policy.device)
     return _from_folder(policy, value)
 
@@ -61,7 +62,7 @@ def strip(core: Any) -> None:
     """Take the output embedding out of a model, and what is added to its logits."""
     core.set_output_embeddings(NoVocabulary())
     if isinstance(getattr(core, "final_logits_bias", None), Tensor):
-        core.final_logits_bias = torch.zeros(1, 1, device=core.device)
+        core.final_logits_bias = torch.zeros(1, 1)
 
 
 def _from_folder(policy: Policy, path: str) -> tuple[Policy, nn.Linear]:
@@ -76,9 +77,10 @@ def _from_folder(policy: Policy, path: str) -> tuple[Policy, nn.Linear]:
     if saved not in ("causal", "seq2seq"):
         head = _score_head(model, path)
         model = _as_language_model(model, kind, path)
-    trunk = Policy.of(model.to(policy.device), policy.tokenizer)
-    width = hidden_width(trunk.core)
-    strip(trunk.core)
+    trunk = Policy.of(model, policy.tokenizer)
+    width = hidden_width(model)
+    strip(model)
+    model.to(policy.device)
     trunk = dataclasses.replace(trunk, start_ids=policy.start_ids, pad_id=policy.pad_id)
     if head is None:
         return trunk, zero_head(width, policy.device)

@@ -22,6 +22,7 @@ from reward.base import Reward, Scores, missing_stop_penalty, on_last_action, ro
 from rollout import processes
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
+from rollout.sampler import needs_sync
 from training import advantages, kl
 from training.correction import importance_weights
 from training.minibatch import micro_batches, whole_lengths
@@ -74,6 +75,8 @@ class Experience:
 def gather_scored(rollout: Rollout, texts: Texts, reward: Reward, *, real: bool = True) -> tuple[Rollout, Texts, Scores]:
     """Score this rank's rows and bring the rows of all ranks together. `real` False: the rows only kept this rank busy."""
     parts = []
+    if not real and getattr(reward, "is_collective", False):
+        reward(rollout.select(slice(0, 0)), texts.select([]))  # in step with the ranks that have rows
     if real:
         scores = check_scores(reward(rollout, texts), rollout)
         parts = [(rollout.to("cpu"), texts, scores.to("cpu"))]
@@ -98,7 +101,10 @@ def check_scores(scores: Scores, rollout: Rollout) -> Scores:
 def score(
     model: ActorCritic, reference: Reference | None, rollout: Rollout, texts: Texts, scores: Scores, settings: PPOSettings
 ) -> Scored:
-    """The forward passes of all rows, without gradients: old log-probs, values, reference. Each rank takes its share."""
+    """The forward passes of all rows before learning: old log-probs, values, reference. Each rank takes its share.
+
+    The policy's pass is taken as the update takes it, in grad mode: some kernels round otherwise without, and the first
+    ratio would be off 1 by that. (Not where weights are spread over ranks: their engines follow passes in grad mode.)"""
     ours = processes.start()
     rows, width = rollout.response_BR.shape
     # Zeros where another rank has the row, so that the sum over ranks is the row itself.
@@ -108,18 +114,21 @@ def score(
     batches = micro_batches(
         list(range(rows)), whole_lengths(rollout), size=settings.micro_batch_size, rank=ours.rank, world_size=ours.world_size
     )
-    with torch.no_grad():
-        for picked in batches:
-            part, columns = select(rollout, texts.columns, picked or [0], model.device)
-            began = time.perf_counter()
-            passed = model(part, columns, entropy=True, after=settings.bootstrap_cut)
-            seconds["policy"] += time.perf_counter() - began
-            began = time.perf_counter()
-            reference_BR = reference.logprobs(part) if reference else None
-            seconds["reference"] += time.perf_counter() - began
-            for name, value in {**passed, "reference": reference_BR}.items():
-                if picked and value is not None:
-                    found[name][picked, : value.shape[1]] = value.float().cpu()
+    spread = needs_sync(model.actor)
+    for picked in batches:
+        part, columns = select(rollout, texts.columns, picked or [0], model.device)
+        began = time.perf_counter()
+        with torch.set_grad_enabled(not spread):
+            graph = model(part, columns, entropy=True, after=settings.bootstrap_cut)
+        passed = {name: value.detach() for name, value in graph.items()}
+        del graph
+        seconds["policy"] += time.perf_counter() - began
+        began = time.perf_counter()
+        reference_BR = reference.logprobs(part) if reference else None
+        seconds["reference"] += time.perf_counter() - began
+        for name, value in {**passed, "reference": reference_BR}.items():
+            if picked and value is not None:
+                found[name][picked, : value.shape[1]] = value.float().cpu()
     summed = {name: processes.sum_(value.to(model.device)).cpu() for name, value in found.items()}
     after_B = torch.where(rollout.ended_B, 0.0, summed["after"][:, 0])
     return Scored(

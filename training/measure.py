@@ -38,6 +38,7 @@ def rollout_metrics(scored: Scored) -> dict[str, float]:
         "policy/entropy": mean(scored.entropy_BR, rollout.mask_BR),
     }
     found |= reward_metrics([scored.scores])
+    found |= {f"time/{name}_pass_s": value for name, value in scored.seconds.items()}
     if scored.reference_logprobs_BR is not None:
         found["kl/ref"] = float(kl_per_response(scored).mean())
         k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")

@@ -34,6 +34,7 @@ from training.learn import learn
 from training.log import tell
 from training.measure import check_gap, gap_tolerance, rollout_metrics, sample_rows
 from training.minibatch import occurrences, share
+from training.replay import Replay
 from training.setup import open_log, prepare
 
 if TYPE_CHECKING:
@@ -164,6 +165,10 @@ def train(
         return read_summary(folder)
     parts = prepare(policy, reward, sampling, settings, run, steering)
     state = parts.state
+    stored = Replay(settings.replay, policy, settings, parts.steering) if settings.replay else None
+    source: Any = stored or prompts
+    sampler: Any = stored or parts.sampler
+    count = settings.rollouts_per_step // (stored.samples if stored else sampling.n)
     tolerance = gap_tolerance(settings, parts.actor_critic.dtype)
     log = open_log(folder, run, settings, state, config)
     examined = heldout if heldout is not None else prompts
@@ -173,13 +178,12 @@ def train(
         while state.step < settings.steps:
             clock = Clock()
 
-            # 1 sample: this rank's prompts, `sampling.n` rows each
-            count = settings.rollouts_per_step // sampling.n
-            rows = prompts.take(run.seed, state.prompt_position, count)
+            # 1 sample: this rank's prompts, `sampling.n` rows each; or the stored rows of a dump
+            rows = source.take(run.seed, state.prompt_position, count)
             mine = share(list(zip(rows, occurrences(rows), strict=True)), ours.rank, ours.world_size)
             progress = parts.begin(settings.steps)
-            batch = prompts.batch(*zip(*(mine or [(rows[0], 0)]), strict=True))
-            rollout, texts = parts.sampler.sample(batch, step=state.step, progress=progress)
+            batch = source.batch(*zip(*(mine or [(rows[0], 0)]), strict=True))
+            rollout, texts = sampler.sample(batch, step=state.step, progress=progress)
             clock.lap("sample")
 
             # 2 score: the reward; from here on all rows on every rank; the forward passes before learning

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from reward.rouge import rouge
 from rollout.errors import Problem
@@ -63,8 +65,21 @@ def make_trainer(
         eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED),
+        compute_loss_func=None if arguments.label_smoothing_factor else token_mean,
         compute_metrics=generation_metrics(tokenizer, scale) if generates else None,
     )
+
+
+def token_mean(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy over one count of learned tokens, that of the whole step.
+
+    T5 takes the count as an argument and ignores it, so its own means would be summed over the portions of a step: four
+    portions, four times the gradient.
+    """
+    total = torch.nn.functional.cross_entropy(
+        outputs.logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum())
 
 
 def generation_metrics(tokenizer: Any, scale: float = 1) -> Callable[[Any], dict[str, float]]:

@@ -59,10 +59,10 @@ def prepare(
 ) -> Parts:
     """Build the parts of a run. Copies of the policy are taken before steering is attached to it."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
     processes.start()
-    torch.manual_seed(run.seed)
+    set_seed(run.seed)  # every global generator: rewards may draw from them, and a resumed run goes on with them
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     actor_critic, reference, steering = build(policy, settings, steering_spec, seed=run.seed)
     actor_critic.to(accelerator.device)

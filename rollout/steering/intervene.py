@@ -416,7 +416,14 @@ class _Job:
 
     def _place(self, plan: _Planned, key: str, masks: dict[str, Tensor]) -> None:
         mask = masks[plan.point.stack or "decoder"]
-        plan.units = _unit_table(self._where(key)[1], plan.number, len(self.plans), mask.shape[0], mask.sum(1))
+        plan.units = _unit_table(self._where(key)[1], *self._entry(plan), mask.shape[0], mask.sum(1))
+
+    def _entry(self, plan: _Planned) -> tuple[int, int]:
+        """Which entry of a list of locations is this intervention's, and how many there are: an arrow lists its own group."""
+        if self.mode == "parallel":
+            return plan.number, len(self.plans)
+        group = next(group for group in self.groups if plan in group)
+        return group.index(plan), len(group)
 
     def _read(self, group: list[_Planned], source: Mapping[str, Any], key: str, already: list[_Planned]) -> None:
         """Run a source and keep what the group's sites see there (after the sites `already` set in it)."""
@@ -428,7 +435,7 @@ class _Job:
             if plan.spec.op in ("collect", "zero", "scale"):
                 continue
             mask = masks[plan.point.stack or "decoder"]
-            units = _unit_table(self._where(key)[0], plan.number, len(self.plans), mask.shape[0], mask.sum(1))
+            units = _unit_table(self._where(key)[0], *self._entry(plan), mask.shape[0], mask.sum(1))
             frame.add(plan.point.module, plan.point.io, _Read(watch, plan, units, read))
         with hooks.entered(frame):
             self.model(**source)

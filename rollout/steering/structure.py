@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rollout import policy
 from rollout.errors import Problem
 from rollout.steering.spec import At
 
@@ -52,23 +53,13 @@ class Point:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, DeepSpeed, FSDP, torch.compile and PEFT wrappers."""
-    while True:
-        if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            for name, config in model.peft_config.items():  # type: ignore[union-attr]
-                if getattr(config, "num_virtual_tokens", None):
-                    raise Problem(f"steering: adapter {name!r} prepends virtual tokens; positions would be off, use LoRA or merge it")
-            model = model.get_base_model()  # type: ignore[operator]
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif not hasattr(model, "config") or type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine"):
-            if not isinstance(getattr(model, "module", None), nn.Module):
-                return model
-            model = model.module  # type: ignore[assignment]
-        elif type(model).__name__ == "FullyShardedDataParallel" and isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module  # type: ignore[assignment]
-        else:
-            return model
+    """The transformers model inside every wrapper; adapters that prepend virtual tokens are refused."""
+    inner = policy.unwrap(model)
+    for wrapper in (model, getattr(model, "module", None)):
+        for name, config in (getattr(wrapper, "peft_config", None) or {}).items():
+            if getattr(config, "num_virtual_tokens", None):
+                raise Problem(f"steering: adapter {name!r} prepends virtual tokens, and positions would be off; use LoRA, or merge it")
+    return inner  # type: ignore[no-any-return]
 
 
 def matrix_widths(module: nn.Module) -> tuple[int, int] | None:
@@ -173,6 +164,8 @@ def mlp_of(block: nn.Module) -> nn.Module | None:
     ]
     modules = [(name, child) for name, child in others if matrix_widths(child) is None]
     named = [child for name, child in modules if _MLP.search(f"{name} {type(child).__name__}")]
+    if not named and attention_of(block) is None:
+        return None  # a state-space mixer is neither
     if named or modules:
         return _open((named or [child for _, child in modules])[-1])
     matrices = [child for _, child in others]

@@ -14,7 +14,10 @@ _BERT = {**_WIDE, "type_vocab_size": 2}
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", _BERT),
     "roberta": ("roberta", {**_BERT, "max_position_embeddings": CONTEXT + 2}),
-    "distilbert": ("distilbert", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": CONTEXT}),
+    "distilbert": (
+        "distilbert",
+        {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": CONTEXT},
+    ),
     "albert": ("albert", {**_BERT, "embedding_size": 16}),
     "electra": ("electra", {**_BERT, "embedding_size": 16}),
     "deberta": ("deberta-v2", {**_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16}),
@@ -24,7 +27,10 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "xlnet": ("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}),
     "xlm": ("xlm", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": CONTEXT}),
     "fnet": ("fnet", {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "max_position_embeddings": CONTEXT}),
-    "funnel": ("funnel", {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1], "num_decoder_layers": 1}),
+    "funnel": (
+        "funnel",
+        {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1], "num_decoder_layers": 1},
+    ),
     "squeezebert": ("squeezebert", {**_BERT, "embedding_size": 32}),
 }
 

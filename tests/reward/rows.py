@@ -8,7 +8,9 @@ from reward.texts import rollout_of
 from rollout.batch import Rollout, Texts
 
 
-def made(completions: list[str], prompts: list[Any] | None = None, ended: list[bool] | None = None, **columns: list[Any]) -> tuple[Rollout, Texts]:
+def made(
+    completions: list[str], prompts: list[Any] | None = None, ended: list[bool] | None = None, **columns: list[Any]
+) -> tuple[Rollout, Texts]:
     """Rows with an id per character; dataset row i + 10, so that places in the batch and in the dataset differ."""
     rows = len(completions)
     prompts = prompts if prompts is not None else ["ask"] * rows

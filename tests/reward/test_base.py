@@ -54,7 +54,9 @@ def test_a_part_that_does_not_apply_adds_nothing_and_is_not_averaged(caplog):
 def test_metrics_of_several_ranks_are_those_of_all_rows():
     values = torch.tensor([0.1, -4.0, 2.5, 7.0, 3.0])
     whole = metrics([Scores(values, {"p": values * 2})])
-    halves = metrics([Scores(values[:2], {"p": values[:2] * 2}), Scores(values[2:], {"p": values[2:] * 2}), Scores(torch.zeros(0))])
+    halves = metrics(
+        [Scores(values[:2], {"p": values[:2] * 2}), Scores(values[2:], {"p": values[2:] * 2}), Scores(torch.zeros(0))]
+    )
     assert halves == pytest.approx(whole)
     mean = sum(values.double().tolist()) / 5
     assert whole["reward/mean"] == pytest.approx(mean)
@@ -109,7 +111,10 @@ def test_no_rows_no_calls():
     [
         (dict(total_B=[1.0]), "Scores.total_B: expected a tensor of shape"),
         (dict(total_B=torch.zeros(2, 2)), "Scores.total_B"),
-        (dict(total_B=torch.zeros(2), parts={"a": torch.zeros(3)}), r"Scores.parts\['a'\]: expected a tensor of shape \(2,\), found shape \(3,\)"),
+        (
+            dict(total_B=torch.zeros(2), parts={"a": torch.zeros(3)}),
+            r"Scores.parts\['a'\]: expected a tensor of shape \(2,\), found shape \(3,\)",
+        ),
         (dict(total_B=torch.zeros(2), tokens_BR=torch.zeros(3, 2)), "Scores.tokens_BR"),
     ],
 )

@@ -13,7 +13,7 @@ from reward.base import Scores, build_reward
 from rollout.errors import Problem
 from tests.reward.rows import made
 
-FILE = '''
+FILE = """
 import os, sys, time
 from helper_beside import BONUS
 
@@ -52,7 +52,7 @@ async def waits(completions, **columns):
     return [2.0 for _ in completions]
 
 not_a_function = 3
-'''
+"""
 
 
 @pytest.fixture

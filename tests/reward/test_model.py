@@ -23,8 +23,8 @@ from tests.reward.rows import made
 
 EOS_POOLED = ["t5", "mt5", "umt5", "bart", "mbart"]
 DECODERS = [
-    "gpt2", "llama", "qwen2", "qwen3", "opt", "bloom", "gpt_neox", "gpt_neo", "gptj", "mpt", "falcon", "mistral", "gemma", "gemma2",
-    "gemma3", "phi", "mixtral", "openai-gpt", "ctrl", "biogpt",
+    "gpt2", "llama", "qwen2", "qwen3", "opt", "bloom", "gpt_neox", "gpt_neo", "gptj", "mpt", "falcon", "mistral", "gemma",
+    "gemma2", "gemma3", "phi", "mixtral", "openai-gpt", "ctrl", "biogpt",
 ]  # fmt: skip
 WORDS = ["good film", "a", "the plot was very long and the film was bad", "good", "end.", "was it a good film? it was!"]
 
@@ -64,7 +64,9 @@ def test_a_batch_scores_as_one_by_one(family, tmp_path):
     scores = build_reward([{"kind": "model", "path": path, "batch_size": 4}], tokenizer=tokenizer)(rollout, texts)
     assert (scores.total_B - expected).abs().max() < 1e-5
     order = [3, 0, 5, 1, 4, 2]
-    shuffled = build_reward([{"kind": "model", "path": path, "batch_size": 2}], tokenizer=tokenizer)(rollout.select(order), texts.select(order))
+    shuffled = build_reward([{"kind": "model", "path": path, "batch_size": 2}], tokenizer=tokenizer)(
+        rollout.select(order), texts.select(order)
+    )
     assert (shuffled.total_B - expected[order]).abs().max() < 1e-5
 
 
@@ -229,13 +231,17 @@ def test_an_adapter_with_its_head_is_a_reward_model(family, tmp_path):
     torch.manual_seed(3)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
     model.config.pad_token_id = 0
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, init_lora_weights=False, target_modules="all-linear" if family != "gpt2" else ["c_attn"])
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=4, init_lora_weights=False, target_modules="all-linear" if family != "gpt2" else ["c_attn"]
+    )
     adapted = peft.get_peft_model(model, config).eval()
     adapted.save_pretrained(tmp_path / "rm")
     rollout, texts, rows = sampled(tokenizer, ["say:", "x"], ["good film", "a"])
     with torch.no_grad():
         expected = torch.stack([adapted(input_ids=torch.tensor([ids[:-1] + [9]])).logits[0, 0] for ids in rows])
-    rollout.response_BR[torch.arange(2), rollout.last_B] = 9  # not the pad, not eos: transformers then reads the last token, too
+    rollout.response_BR[torch.arange(2), rollout.last_B] = (
+        9  # not the pad, not eos: transformers then reads the last token, too
+    )
     got = build_reward([{"kind": "model", "path": str(tmp_path / "rm")}], tokenizer=tokenizer)(rollout, texts)
     assert (got.total_B - expected).abs().max() < 1e-5
     assert not adapters.is_adapter_folder(tmp_path / "base")
@@ -259,7 +265,9 @@ def test_a_row_over_the_context_is_named_or_cut_on_its_left(family, tmp_path):
     path = saved(model, tmp_path / "rm", tokenizer)
     rollout, texts, rows = sampled(tokenizer, ["say:", "x"], ["a good film it was", "a"])
     part = {"kind": "model", "path": path}
-    with pytest.raises(Problem, match=rf"row 10 sample 0 has {len(rows[0])} tokens, the model reads 12; shorten it, or set too_long: cut"):
+    with pytest.raises(
+        Problem, match=rf"row 10 sample 0 has {len(rows[0])} tokens, the model reads 12; shorten it, or set too_long: cut"
+    ):
         build_reward([part], tokenizer=tokenizer)(rollout, texts)
     got = build_reward([{**part, "too_long": "cut"}], tokenizer=tokenizer)(rollout, texts).total_B
     assert got.tolist() == pytest.approx([alone(model, rows[0][-12:])[0].item(), alone(model, rows[1])[0].item()], abs=1e-5)
@@ -269,7 +277,9 @@ def test_a_row_over_the_context_is_named_or_cut_on_its_left(family, tmp_path):
 
 def test_a_cut_text_keeps_its_opening_token(tmp_path):
     tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     model = tiny_classifier("bert", max_position_embeddings=8)
     path = saved(model, tmp_path / "rm", tokenizer)
     rollout, texts = made(["a good film it was"], prompts=[""])
@@ -316,7 +326,9 @@ def test_dtype_by_setting(tmp_path):
         half = model.to(torch.bfloat16)
         expected = half.score(half.model(input_ids=torch.tensor(rows)).last_hidden_state[0, -1]).item()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # what the training run does around it must not leak in
-        got = build_reward([{"kind": "model", "path": path, "dtype": "bfloat16"}], tokenizer=tokenizer)(rollout, texts).total_B.item()
+        got = build_reward([{"kind": "model", "path": path, "dtype": "bfloat16"}], tokenizer=tokenizer)(
+            rollout, texts
+        ).total_B.item()
         full = build_reward([{"kind": "model", "path": path}], tokenizer=tokenizer)(rollout, texts).total_B.item()
     assert got == pytest.approx(expected, abs=0.02)
     assert full == pytest.approx(alone(tiny_classifier("llama"), rows[0])[0].item(), abs=1e-5)
@@ -341,7 +353,10 @@ def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(Problem, match=r"tokenizer: missing; the model's folder has none"):
         build_reward([part], tokenizer=tokenizer)(rollout, texts)
     expected = pytest.approx(alone(model, rows[0])[0].item(), abs=1e-5)
-    assert build_reward([{**part, "tokenizer": str(tmp_path / "tok")}], tokenizer=tokenizer)(rollout, texts).total_B.item() == expected
+    assert (
+        build_reward([{**part, "tokenizer": str(tmp_path / "tok")}], tokenizer=tokenizer)(rollout, texts).total_B.item()
+        == expected
+    )
     assert build_reward([{**part, "tokens": "ids"}])(rollout, texts).total_B.item() == expected
 
 

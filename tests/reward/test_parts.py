@@ -58,7 +58,10 @@ def test_all_problems_of_a_list_are_told_together():
         ({"kind": "http", "url": "localhost:80"}, "reward[0].url: expected http://host:port"),
         ({"kind": "function", "function": "rewards.py"}, "reward[0].function: expected file.py:name"),
         ({"kind": "function", "function": "no/such.py:f"}, "reward[0] (function).function: there is no file no/such.py"),
-        ({"kind": "function", "function": "no_such_module:f"}, "reward[0] (function).function: there is no module 'no_such_module'"),
+        (
+            {"kind": "function", "function": "no_such_module:f"},
+            "reward[0] (function).function: there is no module 'no_such_module'",
+        ),
         ({"kind": "function", "function": "math:sinn"}, "reward[0] (function).function: math has no 'sinn'; did you mean sin?"),
         ({"kind": "function", "function": "math:pi"}, "reward[0] (function).function: math:pi is a float, not a function"),
     ],

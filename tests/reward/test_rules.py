@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward.base import build_reward
-from reward.rules import numbers_in
+from reward.numbers import numbers_in
 from rollout.errors import Problem
 from tests.reward.rows import made
 
@@ -26,7 +26,11 @@ def test_exact_answers():
     assert score({**part, "strip": False}, [" yes", "yes"], reply=["yes", "yes"]) == [0.0, 1.0]
     assert score(part, ["b", "c"], reply=[["a", "b"], ["a", "b"]]) == [1.0, 0.0]
     assert score(part, ["4", "5"], reply=[4, 4]) == [1.0, 0.0]
-    assert score({**part, "pattern": r"<a>(.*?)</a>"}, ["<a>x</a> <a>y</a>", "<a>x</a>", "y"], reply=["y"] * 3) == [1.0, 0.0, 0.0]
+    assert score({**part, "pattern": r"<a>(.*?)</a>"}, ["<a>x</a> <a>y</a>", "<a>x</a>", "y"], reply=["y"] * 3) == [
+        1.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_a_row_without_an_answer_is_not_judged():
@@ -91,9 +95,9 @@ def test_patterns():
 
 
 def test_a_pattern_that_runs_away_is_stopped_and_told(caplog):
-    part = {"kind": "regex", "pattern": r"^(a|b|ab)*c$", "timeout": 0.2, "fallback": -2.0}
+    part = {"kind": "regex", "pattern": r"(a|aa)+$", "timeout": 0.2, "fallback": -2.0}
     with caplog.at_level(logging.WARNING):
-        assert score(part, ["abc", "ab" * 200, "c"]) == [1.0, -2.0, 1.0]
+        assert score(part, ["aaa", "a" * 60 + "b", "a"]) == [1.0, -2.0, 1.0]
     assert "1 of 3 rows got the fallback -2.0: row 11 sample 0: the pattern ran over its time" in caplog.text
 
 

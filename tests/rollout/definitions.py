@@ -14,7 +14,7 @@ import torch
 
 def alone_logits(model: Any, prompt: Sequence[int], response: Sequence[int], start: Sequence[int] = ()) -> list[list[float]]:
     """Raw logits that predict each response token, from one pass over one unpadded row."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     with torch.no_grad():
         if start:
@@ -24,7 +24,8 @@ def alone_logits(model: Any, prompt: Sequence[int], response: Sequence[int], sta
         else:
             logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
             first = len(prompt) - 1
-    model.train(training)
+    for module, training in modes:
+        module.training = training
     return logits[first : first + len(response)].double().tolist()
 
 

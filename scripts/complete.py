@@ -1,0 +1,303 @@
+"""Completions in a terminal: python scripts/complete.py --model.path DIR "prompt"
+
+A prompt (or several), a file of them (--prompts.path), or, without either, a chat; text from a pipe is one prompt.
+Tokens are coloured by their probability in a terminal, plain when piped; --json true is for programs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from configs.reader import door
+from rollout import processes
+from rollout.completion import Completed, check_dialog, complete
+from rollout.confidence import Confidence, confidence
+from rollout.errors import Problem
+from rollout.policy import ModelSettings, Policy, load_policy
+from rollout.prompts import PromptSettings, conversation_ids, load_prompts, text_ids
+from rollout.sampling import Sampling
+from rollout.steering import Steering, load_spec
+from rollout.terminal import Live, columns, legend, paint, pieces_of, visible, wants_colour
+from rollout.verify import verify
+
+
+@dataclass(frozen=True)
+class Job:
+    """Complete prompts, or chat, and say how sure the model was."""
+
+    prompt: list[str] = field(default_factory=list, metadata={"positional": True})
+    """Texts to go on from."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    """A file of prompts instead: whatever a dump reads, or a .txt with one on each line."""
+    sampling: Sampling = field(default_factory=Sampling)
+    steering: dict[str, Any] | str | None = None
+    """An intervention: completions without and with it stand side by side."""
+    chat: bool = False
+    """Take each prompt as a user's message, through the chat template."""
+    system: str = ""
+    """A system message before it."""
+    logprobs: bool = False
+    """Also every token with its log-prob at temperature 1, and the confidence report."""
+    json: bool = False
+    """One JSON object per prompt and line, with tokens and log-probs."""
+    verify: bool = False
+    """Rescore every completion alone, unpadded, in float32, and say how far its log-probs are off."""
+    color: Literal["auto", "always", "never"] = "auto"
+    """auto: in a terminal, unless NO_COLOR is set."""
+    least: int = 5
+    """The report names this many of the least certain tokens."""
+    below: float = 0.1
+    """The report counts the tokens under this probability."""
+
+    def __post_init__(self) -> None:
+        if self.prompt and self.prompts.path:
+            raise Problem("prompt: given, and prompts.path too; choose one")
+        if self.system and not self.chat and (self.prompt or self.prompts.path):
+            raise Problem("system: has no effect on texts; add --chat true")
+        if self.least < 1 or not 0 < self.below <= 1:
+            raise Problem(f"least, below: {self.least} and {self.below}; give 1 or more, and a probability")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt: as read, and as ids."""
+
+    prompt: Any
+    ids: list[int]
+
+
+class Session:
+    """A policy, how it is asked, and where its answers are shown."""
+
+    def __init__(self, job: Job, policy: Policy):
+        self.job, self.policy = job, policy
+        self.steering = None
+        if job.steering:
+            self.steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed)
+        self.colour = wants_colour(sys.stdout) if job.color == "auto" else job.color == "always"
+
+    # -- asking -----------------------------------------------------------------------------------------------------------
+
+    def answer(self, asked: list[Asked], step: int = 0, first: int = 0, live: Live | None = None) -> list[list[Completed]]:
+        """For each prompt the plain completion and, with steering, the steered one."""
+        ids, rows = [one.ids for one in asked], range(first, first + len(asked))
+        found = [
+            complete(self.policy, ids, self.job.sampling, logprobs=True, steering=steering, step=step, rows=rows, on_token=live)
+            for steering in ([None, self.steering] if self.steering else [None])
+        ]
+        return [list(pair) for pair in zip(*found, strict=True)]
+
+    def stream(self, one: Asked, step: int = 0) -> tuple[str, bool]:
+        """Show a completion as it comes. Its text, and whether it was interrupted; with steering both, when they are there."""
+        if self.steering:
+            with interruptible() as state:
+                self.show(one, self.answer([one], step)[0])
+            return "", state.interrupted
+        sampling = self.job.sampling
+        ends = [*self.policy.eos_ids, *sampling.stop_ids]
+        live = Live(self.policy.tokenizer, say, self.colour, ends, sampling.stop)
+        done = None
+        with interruptible() as state:
+            done = self.answer([one], step, live=live)[0][0]
+        live.end(None if done is None else done.text)
+        say("\n")
+        if done is not None:
+            self.report([done])
+        return live.written, state.interrupted
+
+    # -- showing ----------------------------------------------------------------------------------------------------------
+
+    def show(self, one: Asked, done: list[Completed]) -> None:
+        if self.job.json:
+            say(json.dumps(self.record(one, done), ensure_ascii=False) + "\n")
+        elif len(done) == 1:
+            say(self.painted(done[0]) + "\n")
+        else:
+            assert self.steering is not None
+            sides = [(head, self.pieces(each)) for head, each in zip(("unsteered", self.steering.label), done, strict=True)]
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+            say("\n".join(columns(sides[0], sides[1], width or 80, self.colour)) + "\n")
+        self.report(done)
+
+    def report(self, done: list[Completed]) -> None:
+        for each, steering in zip(done, (None, self.steering), strict=False):
+            if self.job.logprobs and not self.job.json:
+                self.tell(each)
+            if self.job.verify and each.rollout is not None:
+                for line in verify(self.policy, each.rollout, self.job.sampling, steering=steering).lines():
+                    print(line, file=sys.stderr)
+
+    def tell(self, done: Completed) -> None:
+        """A line per token, and the report."""
+        if self.colour:
+            say(legend() + "\n")
+        for piece, token in zip(self.tokens(done), done.logprobs or [], strict=True):
+            say(f"{token:10.4f}  {piece!r}\n")
+        say("\n".join(self.confidence(done).lines()) + "\n")
+
+    def confidence(self, done: Completed) -> Confidence:
+        return confidence(self.tokens(done), done.logprobs or [], self.job.least, self.job.below)
+
+    def tokens(self, done: Completed) -> list[str]:
+        return [self.policy.tokenizer.decode([token]) for token in done.ids]
+
+    def pieces(self, done: Completed) -> list[Any]:
+        pieces, room = [], len(done.text)
+        for piece in pieces_of(self.policy.tokenizer, done.ids, done.logprobs or []):
+            pieces.append(type(piece)(piece.text[:room], piece.logprob))
+            room = max(room - len(piece.text), 0)
+        return pieces
+
+    def painted(self, done: Completed) -> str:
+        return "".join(paint(piece, self.colour) for piece in self.pieces(done))
+
+    def record(self, one: Asked, done: list[Completed]) -> dict[str, Any]:
+        def of(each: Completed) -> dict[str, Any]:
+            sure = self.confidence(each)
+            chat = not isinstance(one.prompt, str)
+            return {
+                "generation": {"role": "assistant", "content": each.text} if chat else each.text,
+                "ids": each.ids,
+                "tokens": self.tokens(each),
+                "logprobs": each.logprobs,
+                "stop_reason": each.stop_reason,
+                "average_logprob": sure.average_logprob,
+                "perplexity": sure.perplexity,
+                "least_certain": [{**vars(token), "probability": token.probability} for token in sure.least_certain],
+                "under": {"probability": sure.below, "count": len(sure.under)},
+            }
+
+        record = {"prompt": one.prompt, **of(done[0])}
+        if self.steering:
+            record["steered"] = {"steering": self.steering.label, **of(done[1])}
+        return record
+
+    # -- chat -------------------------------------------------------------------------------------------------------------
+
+    def chat(self) -> None:
+        """Line by line until the end of input. Ctrl-C stops an answer, or clears the line; /new begins a new dialog."""
+        is_chat = bool(getattr(self.policy.tokenizer, "chat_template", None))
+        begin = [{"role": "system", "content": self.job.system}] if self.job.system else []
+        hint = "Ctrl-C stops an answer, Ctrl-D leaves" + (", /new begins a new dialog" if is_chat else "")
+        print(hint + ("" if is_chat else "; no chat template, so every line is a text to go on from"), file=sys.stderr)
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing, and widths right for wide characters
+        dialog, turn = list(begin), 0
+        while True:
+            try:
+                line = input("> ")
+            except KeyboardInterrupt:
+                say("\n")
+                continue
+            except EOFError:
+                say("\n")
+                return
+            if line.strip() == "/new":
+                dialog = list(begin)
+            elif line.strip():
+                turn += 1
+                asked = [*dialog, {"role": "user", "content": line}] if is_chat else line
+                try:
+                    text, _ = self.stream(ask(self.policy, asked), step=turn)
+                except Problem as problem:
+                    print("\n".join(problem.lines), file=sys.stderr)
+                    continue
+                if is_chat:
+                    dialog = [*asked, {"role": "assistant", "content": text}]
+
+
+def ask(policy: Policy, prompt: Any) -> Asked:
+    if isinstance(prompt, str):
+        return Asked(prompt, text_ids(policy, prompt))
+    check_dialog(prompt)
+    if not getattr(policy.tokenizer, "chat_template", None):
+        raise Problem(
+            "chat: the tokenizer has no chat template; give texts without --chat, or save a template with the tokenizer"
+        )
+    return Asked(prompt, conversation_ids(policy.tokenizer, prompt))
+
+
+@dataclass
+class Interrupt:
+    interrupted: bool = False
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Ctrl-C ends the block, not the program."""
+    state = Interrupt()
+    try:
+        yield state
+    except KeyboardInterrupt:
+        state.interrupted = True
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def read_prompts(job: Job, policy: Policy) -> list[Asked]:
+    """What the job asks for in one go; nothing where it is a chat."""
+    texts: list[Any] = list(job.prompt)
+    if job.prompts.path.endswith(".txt"):
+        path = Path(job.prompts.path)
+        if not path.is_file():
+            raise Problem(f"prompts.path: {path} does not exist; check the path")
+        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif job.prompts.path:
+        prompts = load_prompts(job.prompts, policy)
+        batch = prompts.batch(range(len(prompts)))
+        if not job.chat:
+            return [Asked(prompt, ids) for prompt, ids in zip(batch.prompts, batch.ids, strict=True)]
+        texts = batch.prompts
+    elif not texts and not sys.stdin.isatty():
+        texts = [sys.stdin.read().rstrip("\n")]
+        if not texts[0]:
+            raise Problem('prompt: missing; give one, python scripts/complete.py --model.path DIR "prompt"')
+    if job.chat:
+        begin = [{"role": "system", "content": job.system}] if job.system else []
+        texts = [text if isinstance(text, list) else [*begin, {"role": "user", "content": text}] for text in texts]
+    return [ask(policy, text) for text in texts]
+
+
+def main(job: Job) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a sign instead
+    policy = load_policy(job.model, processes.start().device)
+    session, asked = Session(job, policy), read_prompts(job, policy)
+    if not asked:
+        session.chat()
+    elif len(asked) == 1 and not job.json:
+        if session.stream(asked[0])[1]:
+            raise SystemExit(130)
+    else:
+        with interruptible() as state:
+            show_all(session, asked)
+        if state.interrupted:
+            say("\n")
+            raise SystemExit(130)
+
+
+def show_all(session: Session, asked: list[Asked]) -> None:
+    """Batch by batch, each prompt above its completion in a terminal."""
+    size = session.job.sampling.batch_size
+    for start in range(0, len(asked), size):
+        part = asked[start : start + size]
+        for one, done in zip(part, session.answer(part, first=start), strict=True):
+            if sys.stdout.isatty() and not session.job.json:
+                say(f"> {visible(one.prompt if isinstance(one.prompt, str) else one.prompt[-1]['content'])}\n")
+            session.show(one, done)
+
+
+if __name__ == "__main__":
+    door(main, Job)

@@ -1,0 +1,174 @@
+"""A steering vector from pairs of texts: python scripts/extract_steering.py --config configs/steering.yaml \\
+    --model.path DIR --extract.pairs pairs.jsonl --extract.out cheer.safetensors
+
+Leaves the vector file (safetensors, or a GGUF control vector by its ending), with its metadata, and prints how well it
+separates held-out pairs. With prompts it also measures the effect: how much the measure moves per unit of strength and
+the KL per response that it costs, as a table and as OUT.effect.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from configs.reader import door
+from rollout import processes
+from rollout.errors import Problem
+from rollout.policy import ModelSettings, Policy, load_policy
+from rollout.prompts import PromptSettings, load_prompts
+from rollout.run import versions, write_json
+from rollout.sampling import Sampling
+from rollout.steering.effect import effect_curve, strength_for, table
+from rollout.steering.extract import Pair, activations, directions, read_pairs, separation
+from rollout.steering.spec import At, Op, Site, Where
+from rollout.steering.structure import locate, unwrap
+from rollout.steering.vectors import save_vector
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """What the vector is made from, where and how."""
+
+    pairs: str = ""
+    """JSON lines with positive and negative, and optionally prompt."""
+    out: str = ""
+    """The file to write: .safetensors or .gguf."""
+    layers: list[int] = field(default_factory=list)
+    """Block numbers, negative from the end; empty = every block."""
+    component: Literal["block_output", "block_input", "attn_output", "mlp_output"] = "block_output"
+    stack: Literal["decoder", "encoder"] = "decoder"
+    method: Literal["mean_diff", "pca", "probe"] = "mean_diff"
+    position: Literal["last", "mean"] = "mean"
+    """At each text's last token, or the mean over its tokens."""
+    normalise: bool = False
+    """Scale every layer's vector to length 1."""
+    held_out: float = 0.2
+    """Share of the pairs that is kept for the report."""
+
+
+@dataclass(frozen=True)
+class EffectSettings:
+    """The effect curve; it needs prompts.path."""
+
+    layers: list[int] = field(default_factory=list)
+    """Where the vector is added for the curve; empty = the layer that separates the held-out pairs best."""
+    strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])
+    samples: int = 64
+    """Prompts that are sampled at each strength."""
+    kl_target: float = 1.0
+    """Nats per response: the strength that costs this much is printed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Make a steering vector, say how well it separates, and measure what it does."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    extract: ExtractSettings = field(default_factory=ExtractSettings)
+    effect: EffectSettings = field(default_factory=EffectSettings)
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=32))
+    reward: list[dict[str, Any]] = field(default_factory=list)
+    """The measure of the effect curve, as in a training run."""
+
+
+def main(job: Job) -> None:
+    me = processes.start()
+    if not me.is_main:
+        return
+    check(job)
+    policy = load_policy(job.model, me.device)
+    pairs = read_pairs(Path(job.extract.pairs), "extract.pairs")
+    kept = round(len(pairs) * job.extract.held_out)
+    if len(pairs) - kept < 1:
+        raise Problem(f"extract.held_out: {job.extract.held_out:g} leaves none of {len(pairs)} pairs to make the vector from; set less")
+    used, held = pairs[: len(pairs) - kept], pairs[len(pairs) - kept :]
+    model = unwrap(policy.model)
+    at = At(layers=tuple(job.extract.layers) or "all", component=job.extract.component, stack=job.extract.stack)
+    try:
+        points = locate(model, at)
+    except Problem as problem:
+        raise Problem(*(line.replace("at.", "extract.", 1) for line in problem.lines)) from problem
+    vectors = directions(model, policy.tokenizer, used, points, job.extract.method, job.extract.position)
+    for point, vector in zip(points, vectors, strict=True):
+        if not bool(vector.any()):
+            raise Problem(f"extract.pairs: positive and negative texts give the same activations at layer {point.layer}; use other pairs")
+    if job.extract.normalise:
+        vectors = [vector / vector.norm() for vector in vectors]
+    shares = separations(policy, held, points, vectors, job.extract.position)
+    layers = [point.layer for point in points]
+    out = Path(job.extract.out)
+    notes = {**asdict(job.extract), "made_from_pairs": len(used), "held_out_separation": shares, "versions": versions()}
+    save_vector(out, {int(layer or 0): vector for layer, vector in zip(layers, vectors, strict=True)}, notes, model)
+    print(f"{out}: {job.extract.method} of {len(used)} pairs at {job.extract.component}")
+    print(f"{'layer':>6}{'norm':>10}" + (f"{'held-out separation':>22}" if held else ""))
+    for layer, vector, share in zip(layers, vectors, shares or [None] * len(layers), strict=True):
+        print(f"{layer:>6}{float(vector.norm()):>10.3f}" + (f"{share:>22.3f}" if share is not None else ""))
+    if job.prompts.path:
+        best = layers[max(range(len(layers)), key=lambda i: shares[i])] if shares else layers[len(layers) // 2]
+        chosen = tuple(job.effect.layers) or (int(best or 0),)
+        measure_effect(job, policy, out, chosen)
+
+
+def check(job: Job) -> None:
+    problems = []
+    if not job.extract.pairs:
+        problems.append("extract.pairs: missing; name a file of JSON lines with positive and negative")
+    if not job.extract.out:
+        problems.append("extract.out: missing; name the file to write, .safetensors or .gguf")
+    elif Path(job.extract.out).suffix not in (".safetensors", ".gguf"):
+        problems.append(f"extract.out: expected a name ending in .safetensors or .gguf, found {job.extract.out!r}")
+    if not 0 <= job.extract.held_out < 1:
+        problems.append(f"extract.held_out: expected 0 to under 1, found {job.extract.held_out:g}")
+    if job.prompts.path and not job.reward:
+        problems.append("reward: missing; the effect curve measures it (remove prompts.path to make the vector alone)")
+    if job.reward and not job.prompts.path:
+        problems.append("prompts.path: missing; the effect curve samples from prompts (remove reward to make the vector alone)")
+    if problems:
+        raise Problem(*problems)
+
+
+def separations(policy: Policy, held: Sequence[Pair], points: Any, vectors: Sequence[torch.Tensor], position: str) -> list[float]:
+    """Per layer, the share of held-out pairs that the vector puts in the right order."""
+    if not held:
+        return []
+    model = unwrap(policy.model)
+    positive = activations(model, policy.tokenizer, [(p.prompt, p.positive) for p in held], points, position)
+    negative = activations(model, policy.tokenizer, [(p.prompt, p.negative) for p in held], points, position)
+    return [separation(vector, positive[:, i], negative[:, i]) for i, vector in enumerate(vectors)]
+
+
+def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...]) -> None:
+    """The table, OUT.effect.json, and the strength that costs the KL asked for."""
+    from reward.base import build_reward
+
+    prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
+    batch = prompts.batch(list(range(min(job.effect.samples, len(prompts)))))
+    reward = build_reward(job.reward, policy, policy.device)
+    site = Site(
+        name=out.stem,
+        at=At(layers=layers, component=job.extract.component, stack=job.extract.stack),
+        op=Op(),
+        vector={"file": str(out.resolve())},
+        where=Where(prompt="all", steps="none") if job.extract.stack == "encoder" else Where(),
+    )
+    curve = effect_curve(policy, site, batch, job.sampling, job.effect.strengths, lambda rollout, texts: reward(rollout, texts).total_B)
+    print(f"\nadded at layers {list(layers)}, {len(batch)} prompts, {job.sampling.n} samples each")
+    print(table(curve, "reward"))
+    strength = strength_for(curve, job.effect.kl_target)
+    if strength is None:
+        print(f"no measured strength costs {job.effect.kl_target:g} nats per response; widen effect.strengths")
+    else:
+        print(f"strength for {job.effect.kl_target:g} nats per response: {strength:.3f}")
+    write_json(
+        out.with_name(out.name + ".effect.json"),
+        {"layers": list(layers), "curve": [asdict(point) for point in curve], "kl_target": job.effect.kl_target, "strength_for_target": strength},
+    )
+
+
+if __name__ == "__main__":
+    door(main, Job)

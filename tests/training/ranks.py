@@ -1,0 +1,48 @@
+"""Run by test_ranks.py in one process and, by accelerate launch, in two: several tiny PPO runs, one after the other.
+
+    python tests/training/ranks.py FOLDER          leaves FOLDER/NAME/{metrics.jsonl, summary.json, model/}
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rollout import processes
+from rollout.run import RunSettings
+from rollout.sampling import Sampling
+from tests.models import tiny_policy
+from tests.ppo_runs import LORA, prompts_of, share_of_threes
+from training.correction import Correction
+from training.ppo import PPOSettings, train
+from training.setup import with_peft
+
+JOBS = {
+    # 21 rows on 2 ranks, 3 minibatches of 7, micro-batches of 2: nothing divides evenly
+    "ragged": ("gpt2", None, {}, {"rollouts_per_step": 21, "minibatches": 3, "micro_batch_size": 2}),
+    "lora_shared": ("t5", LORA, {}, {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0, "bootstrap_cut": True}),
+    "group": ("llama", None, {"n": 4}, {"credit": "group", "loss_reduction": "sequence"}),
+    "corrected": ("bloom", None, {"top_p": 0.8}, {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1}),
+    # one prompt: the second rank samples nothing, and learns from a row or none of each minibatch
+    "one_prompt": ("gpt2", None, {"n": 3}, {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1}),
+}
+SETTINGS = {"steps": 3, "rollouts_per_step": 16, "minibatches": 2, "epochs": 2, "micro_batch_size": 3, "learning_rate": 1e-3, "eval_prompts": 5}
+
+
+def main(folder: Path) -> None:
+    processes.start()
+    for name, (family, peft, sampling, settings) in JOBS.items():
+        policy = with_peft(tiny_policy(family), peft)
+        train(
+            policy,
+            prompts_of(policy),
+            share_of_threes,
+            Sampling(**{"max_new_tokens": 8, "stop_ids": [11, 17, 23], **sampling}),
+            PPOSettings(**{**SETTINGS, **settings}),
+            RunSettings(dir=str(folder / name)),
+        )
+    processes.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

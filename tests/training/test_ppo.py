@@ -1,0 +1,217 @@
+"""The loop: what a run leaves behind, the gap alarm, bad rewards, and that learning happens."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reward.base import Scores
+from rollout import law, logprobs
+from rollout.errors import Problem
+from rollout.prompts import Prompts, PromptSettings
+from rollout.run import RunSettings
+from rollout.sampling import Sampling
+from tests.models import tiny_policy
+from tests.ppo_runs import LORA, prompts_of, share_of_threes
+from training.correction import Correction
+from training.ppo import PPOSettings, train
+from training.setup import with_peft
+
+SMALL = {"steps": 2, "rollouts_per_step": 8, "minibatches": 2, "epochs": 1, "eval_prompts": 4, "learning_rate": 1e-3}
+SAMPLING = {"max_new_tokens": 6, "stop_ids": [11, 17]}
+
+
+def run(folder, family="gpt2", *, reward=share_of_threes, peft=None, sampling=None, overrides=None, prompts=None, **settings):
+    policy = with_peft(tiny_policy(family, **(overrides or {})), peft)
+    summary = train(
+        policy,
+        prompts(policy) if prompts else prompts_of(policy),
+        reward,
+        Sampling(**{**SAMPLING, **(sampling or {})}),
+        PPOSettings(**{**SMALL, **settings}),
+        RunSettings(dir=str(folder)),
+    )
+    return policy, summary
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+KEYS = (
+    "step rollout/length_mean reward/mean reward/std kl/ref kl/coef ppo/ratio_first ppo/ratio_mean ppo/clip_fraction "
+    "ppo/approx_kl ppo/policy_loss value/loss value/explained_variance policy/entropy gap/max gap/mean time/learn_s memory/peak_mb"
+).split()
+
+
+def test_a_run_leaves_its_files(tmp_path):
+    policy, summary = run(tmp_path / "run", eval_every=1, samples=1)
+    folder = tmp_path / "run"
+    metrics = lines(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2]
+    for row in metrics:
+        assert not [key for key in KEYS if key not in row]
+        assert row["ppo/ratio_first"] == pytest.approx(1, abs=1e-5) and row["gap/max"] < 1e-4
+        assert "eval/reward" in row
+    saved = json.loads((folder / "summary.json").read_text())
+    assert saved == summary
+    assert saved["steps"] == 2 and saved["world_size"] == 1 and saved["optimizer_steps"] == 4 and saved["rollouts"] == 16
+    assert saved["gap_max"] == max(row["gap/max"] for row in metrics)
+    assert saved["reward_after"] == metrics[-1]["eval/reward"] and saved["kl_after"] == metrics[-1]["eval/kl"]
+    assert (folder / "config.yaml").is_file() and list((folder / "checkpoints").iterdir())
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    own = policy.model.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+    assert len(AutoTokenizer.from_pretrained(folder / "model")) == len(policy.tokenizer)
+
+
+def test_samples_say_everything_per_token(tmp_path):
+    policy, _ = run(tmp_path / "run", samples=2)
+    rows = lines(tmp_path / "run" / "samples.jsonl")
+    assert [row["kind"] for row in rows] == 2 * (["best"] * 2 + ["worst"] * 2 + ["random"] * 2)
+    first = [row for row in rows if row["step"] == 1]
+    assert min(r["reward"] for r in first[:2]) >= max(r["reward"] for r in first[2:4])
+    for row in rows:
+        n = len(row["response_ids"])
+        assert row["response_tokens"] == [policy.tokenizer.decode([i]) for i in row["response_ids"]]
+        assert policy.tokenizer.decode(row["prompt_ids"]) == row["prompt_text"]
+        for name in ("policy_logprobs", "behaviour_logprobs", "reference_logprobs", "values", "advantages", "rewards", "returns", "entropy"):
+            assert len(row[name]) == n and all(math.isfinite(x) for x in row[name]), name
+        assert row["kl"] == pytest.approx(sum(row["policy_logprobs"]) - sum(row["reference_logprobs"]), abs=1e-4)
+        assert row["reward"] == pytest.approx(sum(i % 4 == 3 for i in row["response_ids"]) / n)
+        assert row["stop_reason"] in ("eos", "stop", "length") and row["ended"] == (row["stop_reason"] != "length")
+
+
+def test_an_adapter_run_leaves_an_adapter_or_a_merged_model(tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    tiny_policy("gpt2").model.save_pretrained(tmp_path / "base")
+    for merged in (False, True):
+        policy = tiny_policy("gpt2")
+        policy.model.name_or_path = str(tmp_path / "base")
+        policy = with_peft(policy, LORA)
+        folder = tmp_path / f"run{merged}"
+        train(
+            policy, prompts_of(policy), share_of_threes, Sampling(**SAMPLING),
+            PPOSettings(**SMALL, export_merged=merged), RunSettings(dir=str(folder)),
+        )  # fmt: skip
+        auto = AutoModelForCausalLM if merged else AutoPeftModelForCausalLM
+        assert (folder / "model" / "adapter_config.json").exists() != merged
+        loaded = auto.from_pretrained(folder / "model").eval()
+        ids = torch.tensor([[5, 9, 13, 20]])
+        with torch.no_grad():
+            assert torch.allclose(loaded(ids).logits, policy.model(ids).logits, atol=1e-5)
+
+
+def test_a_small_dataset_that_comes_round_within_a_step_is_sampled_anew(tmp_path):
+    def three(policy):
+        return Prompts([{"prompt": c} for c in "abc"], "prompt", policy, PromptSettings())
+
+    run(tmp_path / "run", prompts=three, samples=4, steps=1)
+    rows = lines(tmp_path / "run" / "samples.jsonl")
+    named = {(row["row"], row["sample"]): tuple(row["response_ids"]) for row in rows}
+    assert len(named) >= 6 and len({(row, ids) for (row, _), ids in named.items()}) > 3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_learning_rate_of_zero_changes_nothing(tmp_path, family):
+    before = {n: p.clone() for n, p in tiny_policy(family).model.named_parameters()}
+    policy, _ = run(tmp_path / "run", family, learning_rate=0.0, steps=3, epochs=2)
+    assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters())
+    for row in lines(tmp_path / "run" / "metrics.jsonl"):
+        assert row["ppo/ratio_mean"] == pytest.approx(1, abs=1e-6) and row["ppo/clip_fraction"] == 0
+        assert abs(row["ppo/approx_kl"]) < 1e-9 and abs(row["kl/ref"]) < 1e-5
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("settings", [{}, {"credit": "rloo", "sampling": {"n": 4}}, {"value": "shared"}], ids=["gae", "rloo", "shared"])
+def test_the_reward_rises(tmp_path, seed, settings):
+    sampling = {"seed": seed, **settings.get("sampling", {})}
+    rest = {name: value for name, value in settings.items() if name != "sampling"}
+    run(tmp_path / "run", sampling=sampling, steps=12, rollouts_per_step=32, epochs=4, eval_prompts=0, learning_rate=2e-3, kl_coef=0.01, **rest)
+    rewards = [row["reward/mean"] for row in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
+
+
+def test_the_kl_as_a_loss_holds_the_policy_back(tmp_path):
+    distances = []
+    for coefficient in (0.0, 1.0):
+        run(tmp_path / f"run{coefficient}", steps=6, rollouts_per_step=32, epochs=4, kl_as="loss", kl_estimator="k3", kl_coef=coefficient,
+            eval_prompts=0, learning_rate=2e-3)  # fmt: skip
+        distances.append(lines(tmp_path / f"run{coefficient}" / "metrics.jsonl")[-1]["kl/ref"])
+    assert distances[1] < distances[0] / 3
+
+
+def test_an_adaptive_weight_is_the_closed_form_over_the_run(tmp_path):
+    run(tmp_path / "run", steps=4, kl_coef=0.1, kl_target=0.05, kl_horizon=50.0)
+    coefficient = 0.1
+    for row in lines(tmp_path / "run" / "metrics.jsonl"):
+        assert row["kl/coef"] == pytest.approx(coefficient, rel=1e-12)
+        coefficient *= 1 + min(max(row["kl/ref"] / 0.05 - 1, -0.2), 0.2) * 8 / 50
+
+
+# -- the gap alarm: defects that the harness puts in -------------------------------------------------------------------
+
+
+def test_the_alarm_fires_when_position_ids_are_withheld(tmp_path, monkeypatch):
+    real = logprobs.forward_inputs
+    monkeypatch.setattr(logprobs, "forward_inputs", lambda *a: {k: v for k, v in real(*a).items() if k != "position_ids"})
+    with pytest.raises(Problem, match=r"step 1: the sampler's log-prob .* above ppo.gap_tolerance 0.001. Usual causes"):
+        run(tmp_path / "run")
+
+
+def test_the_alarm_fires_when_dropout_is_on(tmp_path, monkeypatch):
+    import contextlib
+
+    monkeypatch.setattr(logprobs, "no_dropout", lambda model: contextlib.nullcontext(model.train()))
+    with pytest.raises(Problem, match="dropout left on"):
+        run(tmp_path / "run", overrides={"resid_pdrop": 0.3})
+
+
+def test_the_alarm_fires_when_a_penalty_leaks(tmp_path, monkeypatch):
+    real = law.Law.draw
+
+    def leaking(self, logits_BV, history, uniform_B):
+        drawn = real(self, logits_BV, history, uniform_B)
+        return law.Drawn(drawn.tokens_B, drawn.behaviour_B, drawn.behaviour_B, drawn.entropy_B, drawn.bad_B)
+
+    monkeypatch.setattr(law.Law, "draw", leaking)
+    with pytest.raises(Problem, match="a penalty or a temperature that one side lacks"):
+        run(tmp_path / "run", sampling={"repetition_penalty": 1.5}, correction=Correction("token_truncate"))
+
+
+def test_without_the_defect_the_same_run_is_quiet(tmp_path):
+    run(tmp_path / "run", sampling={"repetition_penalty": 1.5}, correction=Correction("token_truncate"))
+    row = lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert row["gap/max"] < 1e-4 and row["correction/max"] > 1
+
+
+# -- rewards that go wrong ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reward, text",
+    [
+        (lambda rollout, texts: Scores(torch.zeros(3)), "reward: gave 3 scores for 4 rows"),
+        (lambda rollout, texts: Scores(torch.full((len(rollout),), math.nan)), r"reward: row \d+ sample 0 scored nan"),
+        (lambda rollout, texts: torch.zeros(len(rollout)), "reward: expected Scores, found Tensor"),
+    ],
+)
+def test_a_bad_reward_is_named(tmp_path, reward, text):
+    with pytest.raises(Problem, match=text):
+        run(tmp_path / "run", reward=reward)
+
+
+def test_scores_that_blow_up_stop_the_run_with_the_step(tmp_path):
+    seen = []
+
+    def exploding(rollout, texts):
+        seen.append(len(rollout))
+        return Scores(torch.full((len(rollout),), 3e38 if len(seen) > 2 else 0.5) * (1 + rollout.row_B % 2))
+
+    with pytest.raises(Problem, match=r"step 2: .*(loss|norm).* = (nan|inf|-inf)|scored inf"):
+        run(tmp_path / "run", reward=exploding, steps=3, whiten_advantages=False)

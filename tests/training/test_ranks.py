@@ -1,0 +1,48 @@
+"""Two processes give what one gives: metrics, weights, KL weight; uneven rows and a rank without prompts included."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.ranks import JOBS, SETTINGS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks")
+    script = [str(ROOT / "tests/training/ranks.py")]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/ddp.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name, command in {"one": [sys.executable, *script], "two": [*launch, *script]}.items():
+        done = subprocess.run([*command, str(out / name)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return out / "one", out / "two"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_equal_one(folders, name):
+    one, two = (folder / name for folder in folders)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
+    assert [summary["world_size"] for summary in summaries] == [1, 2]
+    rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)]
+    assert len(rows[0]) == len(rows[1]) == SETTINGS["steps"]
+    for single, double in zip(*rows, strict=True):
+        assert single.keys() == double.keys()
+        for key, value in single.items():
+            if not key.startswith(("time/", "memory/")):
+                assert double[key] == pytest.approx(value, abs=1e-5, rel=1e-5), (single["step"], key)
+    weights = [load_file(next((folder / "model").glob("*.safetensors"))) for folder in (one, two)]
+    for tensor, value in weights[0].items():
+        assert torch.allclose(weights[1][tensor], value, atol=1e-5), tensor
+    assert summaries[1]["reward_after"] == pytest.approx(summaries[0]["reward_after"], abs=1e-5)

@@ -1,0 +1,139 @@
+"""Stored rollouts instead of fresh ones: the rows of a dump, fed to the same loop in a reproducible order.
+
+    DUMP ── finished? same tokenizer? ──> shards in the order of (seed, epoch) ──> prompts of a shard in its order
+                                                                                     with all samples of each ──> a step
+
+The rows keep both their log-probs: the importance correction weighs what the policy of today makes of them by the law they
+were drawn from. Memory is that of a few shards. Where a step begins is `position`, prompts taken so far, as when sampling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rollout.batch import Rollout, Texts
+from rollout.errors import Problem
+from rollout.fingerprint import model_fingerprint, tokenizer_fingerprint
+from rollout.manifest import finished_shards, load_manifest, plan_of
+from rollout.store import read_dump
+
+if TYPE_CHECKING:
+    from rollout.policy import Policy
+    from training.ppo import PPOSettings
+
+_HELD = 4
+"""Shards in memory: those of the present step."""
+_logger = logging.getLogger(__name__)
+
+
+class Replay:
+    """A dump that a run learns from. It stands where the prompts and the sampler do: `take`, `batch`, `sample`."""
+
+    def __init__(self, folder: str | Path, policy: Policy, settings: PPOSettings, steering: Any = None):
+        """`steering` is the job's own; the dump must have been drawn under the same."""
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise Problem(f"ppo.replay: {folder} is not a folder; name one that dump_rollouts.py wrote")
+        finished_shards(self.folder)  # says so where it is unfinished
+        manifest = load_manifest(self.folder)
+        self.plan = plan_of(manifest)
+        self.samples = self.plan.samples
+        self.vocabulary = policy.core.get_input_embeddings().weight.shape[0]
+        self.start_ids = tuple(policy.start_ids)
+        self._shards: OrderedDict[int, tuple[Rollout, Texts]] = OrderedDict()
+        self._check_source(manifest.get("fingerprints", {}), policy, steering.label if steering is not None else "")
+        if settings.credit != "gae" and self.samples < 2:
+            raise Problem(f"ppo.replay: {folder} has one sample per prompt; ppo.credit {settings.credit} compares several")
+        if settings.rollouts_per_step % self.samples:
+            whole = settings.rollouts_per_step // self.samples * self.samples or self.samples
+            told = f"{settings.rollouts_per_step} is no multiple of the {self.samples} samples per prompt of ppo.replay"
+            raise Problem(f"ppo.rollouts_per_step: {told}; {whole} would do")
+
+    def take(self, seed: int, position: int, count: int) -> list[int]:
+        """The `count` prompts from `position` on; every epoch has an order of its own."""
+        found: list[int] = []
+        while len(found) < count:
+            epoch, start = divmod(position + len(found), self.plan.prompts)
+            found += self._order(seed, epoch)[start : start + count - len(found)]
+        return found
+
+    def batch(self, prompts: Sequence[int], occurrences: Sequence[int] | None = None) -> list[int]:
+        """What `sample` is given. A prompt that comes twice brings the same rows twice: `occurrences` tell nothing here."""
+        return list(prompts)
+
+    def sample(self, batch: list[int], *, step: int = 0, progress: float | None = None) -> tuple[Rollout, Texts]:
+        """All samples of the prompts, in their order: read, where a Sampler would draw."""
+        parts = []
+        for prompt in batch:
+            index = prompt // self.plan.shard_prompts
+            rollout, texts = self._shard(index)
+            first = (prompt - self.plan.shard(index).start) * self.samples
+            picked = list(range(first, first + self.samples))
+            parts.append((rollout.select(picked), texts.select(picked)))
+        rollout = Rollout.join([rollout for rollout, _ in parts]).trim()
+        if not self.same_weights:  # so that nothing takes its policy_logprobs for those of a policy that learns here
+            rollout = dataclasses.replace(rollout, policy_step=-1)
+        return rollout, Texts.join([texts for _, texts in parts])
+
+    def _order(self, seed: int, epoch: int) -> list[int]:
+        draw = random.Random(f"replay {seed} {epoch}")
+        shards = list(range(len(self.plan)))
+        draw.shuffle(shards)
+        found: list[int] = []
+        for index in shards:
+            prompts = list(self.plan.shard(index))
+            draw.shuffle(prompts)
+            found += prompts
+        return found
+
+    def _shard(self, index: int) -> tuple[Rollout, Texts]:
+        """The rows of a shard; its checksum is compared whenever it is read."""
+        if index in self._shards:
+            self._shards.move_to_end(index)
+            return self._shards[index]
+        parts = list(read_dump(self.folder, shards=[index]))
+        rollout, texts = Rollout.join([rollout for rollout, _ in parts]), Texts.join([texts for _, texts in parts])
+        self._check_rows(rollout, self.plan.file(index))
+        self._shards[index] = (rollout, texts)
+        while len(self._shards) > _HELD:
+            self._shards.popitem(last=False)
+        return rollout, texts
+
+    # -- what is refused --------------------------------------------------------------------------------------------
+
+    def _check_source(self, made_from: dict[str, Any], policy: Policy, steering: str) -> None:
+        told = f"ppo.replay: {self.folder}"
+        if policy.tokenizer is not None and made_from.get("model.tokenizer") != tokenizer_fingerprint(policy.tokenizer):
+            raise Problem(
+                f"{told} was sampled with another tokenizer than the policy's; its ids mean other text. Name its own model"
+            )
+        if steering != made_from.get("steering", "") and steering:
+            found = made_from.get("steering") or "none"
+            raise Problem(
+                f"{told} was sampled under the steering {found}, the job has {steering}; leave steering out, or give that one"
+            )
+        self.same_weights = made_from.get("model.path") == model_fingerprint(policy.core)
+        if not self.same_weights:
+            _logger.warning("%s was sampled from other weights than model.path; ppo.correction weighs what differs", told)
+
+    def _check_rows(self, rollout: Rollout, file: str) -> None:
+        told = f"ppo.replay: {self.folder / file}"
+        if rollout.greedy:
+            raise Problem(
+                f"{told} holds greedy rows, which have no law to weigh by; sample the dump with sampling.greedy false"
+            )
+        if rollout.start_ids != self.start_ids:
+            raise Problem(
+                f"{told} begins responses with the ids {list(rollout.start_ids)}, the policy with {list(self.start_ids)}"
+            )
+        largest = max(int(rollout.prompt_BP.max()), int(rollout.response_BR.max()))
+        if largest >= self.vocabulary:
+            raise Problem(
+                f"{told} holds the id {largest}, the policy's vocabulary ends at {self.vocabulary - 1}; name its own model"
+            )
