@@ -147,11 +147,8 @@ def split(job_type: type, argv: Sequence[str]) -> Command:
 
 
 def _is_switch(job_type: type, name: str, following: Sequence[str]) -> bool:
-    """Whether a bool's flag stands alone and so says true: `--json --verify`, or `--json "prompt"` where a job takes values."""
-    if shape.type_at(job_type, tuple(name.split("."))) is not bool:
-        return False
-    takes_values = any(spot.metadata.get("positional") for spot in dataclasses.fields(job_type))
-    return all(word.startswith("--") or (takes_values and word.lower() not in ("true", "false")) for word in following)
+    """Whether a bool's flag stands alone, at the end or before another flag, and so says true."""
+    return shape.type_at(job_type, tuple(name.split("."))) is bool and all(word.startswith("--") for word in following)
 
 
 def _no_value(job_type: type, token: str, name: str) -> str:

@@ -114,15 +114,19 @@ def can_spell(tokenizer: Any, text: str) -> bool:
     if anchor is None:
         return False
     head = tokenizer.decode([anchor])
-    pieces = {tokenizer.decode([anchor, i])[len(head) :] for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids}
-    pieces |= {tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids}
-    pieces = {piece for piece in pieces if piece and _UNKNOWN not in piece}
-    if any(text in piece for piece in pieces):
+    ids = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
+    inside = _whole({tokenizer.decode([anchor, i])[len(head) :] for i in ids})
+    first = _whole({tokenizer.decode([i]) for i in ids})  # at a response's beginning, where many lose their blank
+    if any(text in piece for piece in inside | first):
         return True
-    reached = {n for n in range(1, len(text)) for piece in pieces if piece.endswith(text[:n])}
+    reached = {n for n in range(1, len(text)) if any(piece.endswith(text[:n]) for piece in inside | first)}
     for at in range(1, len(text)):
         if at in reached:
-            if any(piece.startswith(text[at:]) for piece in pieces):
+            if any(piece.startswith(text[at:]) for piece in inside):
                 return True
-            reached |= {at + len(piece) for piece in pieces if text.startswith(piece, at)}
-    return len(text) in reached
+            reached |= {at + len(piece) for piece in inside if text.startswith(piece, at)}
+    return False
+
+
+def _whole(pieces: set[str]) -> set[str]:
+    return {piece for piece in pieces if piece and _UNKNOWN not in piece}

@@ -299,5 +299,15 @@ def show_all(session: Session, asked: list[Asked]) -> None:
             session.show(one, done)
 
 
+def with_switches(argv: list[str]) -> list[str]:
+    """`--json "prompt"` as `--json=true "prompt"`: before a prompt, which is no flag's value, a switch stands alone."""
+    switches = {f"--{name}" for name, kind in Job.__annotations__.items() if kind == "bool"}
+    following = [*argv[1:], "--"]
+    return [
+        f"{word}=true" if word in switches and after not in ("true", "false") else word
+        for word, after in zip(argv, following, strict=True)
+    ]
+
+
 if __name__ == "__main__":
-    door(main, Job)
+    door(main, Job, with_switches(sys.argv[1:]))

@@ -90,7 +90,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mt5": ("mt5", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "umt5": ("umt5", _T5),
     "longt5": ("longt5", {**_T5, "local_radius": 8, "global_block_size": 4}),
-    "bart": ("bart", {**_BART, "forced_bos_token_id": None, "forced_eos_token_id": 2}),
+    "bart": ("bart", _BART),
     "mbart": ("mbart", {**_BART, "forced_bos_token_id": 5}),
     "pegasus": ("pegasus", {**_BART, "decoder_start_token_id": 0}),
     "blenderbot": ("blenderbot", _BART),
@@ -123,6 +123,8 @@ def tiny(family: str, seed: int = 0, scale: float = 0.2, **overrides: Any) -> Pr
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.1)
     torch.random.set_rng_state(state)
+    if config.is_encoder_decoder:  # a generation parameter: configs no longer keep it
+        model.generation_config.forced_bos_token_id = {**fields, **overrides}.get("forced_bos_token_id")
     return model.eval()
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rollout import adapters
+from tests.models import tiny
 from tests.training.ranks import JOBS, SETTINGS
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,20 @@ def folders(tmp_path_factory):
     return out / "one", out / "two"
 
 
+def logits_of(family: str, folder: Path) -> torch.Tensor:
+    """What the saved policy says after some ids."""
+    model = tiny(family)
+    if (folder / "adapter_config.json").exists():
+        model = adapters.load(model, folder)
+    else:
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        model.tie_weights()
+    ids = torch.tensor([[5, 9, 13, 20, 31, 7]])
+    with torch.no_grad():
+        outputs = model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
+    return outputs.logits.log_softmax(-1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_two_processes_equal_one(folders, name):
@@ -42,7 +58,7 @@ def test_two_processes_equal_one(folders, name):
         for key, value in single.items():
             if not key.startswith(("time/", "memory/")):
                 assert double[key] == pytest.approx(value, abs=1e-5, rel=1e-5), (single["step"], key)
-    weights = [load_file(next((folder / "model").glob("*.safetensors"))) for folder in (one, two)]
-    for tensor, value in weights[0].items():
-        assert torch.allclose(weights[1][tensor], value, atol=1e-5), tensor
+    # Not weight by weight: a key's bias has no gradient but rounding, which Adam blows up to whole steps that change nothing.
+    laws = [logits_of(JOBS[name][0], folder / "model") for folder in (one, two)]
+    assert torch.allclose(laws[0], laws[1], atol=1e-5)
     assert summaries[1]["reward_after"] == pytest.approx(summaries[0]["reward_after"], abs=1e-5)
