@@ -36,7 +36,7 @@ class Scores:
     total_B: Tensor
     """float32, finite. Where tokens_BR is given: its sum over the row."""
     parts: dict[str, Tensor] = field(default_factory=dict)
-    """(B,) float32 each, before weighting; NaN where a part does not apply to a row. `<part>.raw` is before normalisation too."""
+    """(B,) float32 each, before weighting; NaN where a part does not apply. `<part>.raw`: before normalisation, too."""
     tokens_BR: Tensor | None = None
     """The whole reward, action by action, 0 beyond a row's end. None: the total sits on the last action."""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -186,7 +186,7 @@ class FunctionReward:
             sums_B = result.per_token(rollout).sum(1)
             if bool(totals_B.any()) and not torch.allclose(totals_B.to(sums_B), sums_B, rtol=1e-3, atol=1e-4):
                 raise Problem(
-                    f"{self.where}: total_B is not the sum of tokens_BR; what the whole response earns belongs on its last action"
+                    f"{self.where}: total_B is not the sum of tokens_BR; what a whole response earns belongs on its last action"
                 )
             totals_B = sums_B
         values: list[Any] = totals_B.tolist()

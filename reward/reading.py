@@ -145,8 +145,8 @@ class Reader:
             if self.context is None or len(ids) <= self.context:
                 continue
             if self.too_long == "refuse":
-                found = f"{name} has {len(ids)} tokens, the model reads {self.context}"
-                raise Problem(f"{self.where}: {found}; shorten it, or set too_long: cut")
+                lengths = f"{len(ids)} tokens, the model reads {self.context}"
+                raise Problem(f"{self.where}: {name} has {lengths}; shorten it, or set too_long: cut")
             self._cut(found, index, self.context)
         return found
 

@@ -8,6 +8,7 @@ rows --cut into requests--> POST, at most `concurrency` at once --> answers, put
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import urllib.parse
@@ -62,6 +63,8 @@ class HttpSettings:
             raise Problem(*wrong)
 
     def build(self, where: str, around: Any) -> Part:
+        if importlib.util.find_spec("httpx") is None:
+            raise Problem(f"{where}: needs the package httpx; pip install httpx")
         return Part("", where, 1.0, HttpReward(self, where).score, is_async=True)
 
 

@@ -164,6 +164,7 @@ class Rollout:
         """The rows of `index`, in its order; widths stay."""
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.device)
+            index = index if index.numel() else index.long()  # an empty list has no type of its own
         return dataclasses.replace(self, **{name: value[index] for name, value in self.tensors().items()})
 
     def trim(self) -> Rollout:

@@ -21,7 +21,7 @@ import torch
 import transformers
 from torch import nn
 
-from rollout import adapters
+from rollout import adapters, virtual_tokens
 from rollout.errors import Problem
 from rollout.habits import Habits, observe
 from rollout.heads import load_head
@@ -88,7 +88,9 @@ class Policy:
             *eos,
             0,
         ]
-        contexts = _contexts(config, is_seq2seq)
+        # Virtual tokens of an adapter take up room that no prompt or response can use.
+        taken = virtual_tokens.count(getattr(model, "module", model))
+        contexts = [limit - taken if limit else None for limit in _contexts(config, is_seq2seq)]
         return Policy(
             model=model,
             tokenizer=tokenizer,

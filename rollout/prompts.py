@@ -149,7 +149,7 @@ class Prompts:
             if len(problems) >= 5:
                 break
         if problems:
-            raise Problem(*problems)
+            raise Problem(*dict.fromkeys(problems))
         return self
 
     def _check_value(self, row: int, value: Any) -> None:
@@ -162,7 +162,10 @@ class Prompts:
                     f"{where}: a conversation is a list of messages with a role and a content, found {str(value)[:80]}"
                 )
             if not getattr(self.policy.tokenizer, "chat_template", None):
-                raise Problem(f"{where}: it is a conversation, but the tokenizer has no chat template; add one, or give text")
+                raise Problem(
+                    f"prompts.path: {self.settings.path or 'the prompts'} holds conversations, but the tokenizer has no chat "
+                    "template; add one to it, or give texts"
+                )
         elif not isinstance(value, str):
             raise Problem(
                 f"{where}: expected a text or a list of messages, found {type(value).__name__}; choose another prompts.column"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rollout import processes
 from rollout.batch import STOP_LENGTH, Rollout, Texts
 from rollout.decode import Stream
 from rollout.errors import Problem
@@ -252,7 +253,7 @@ def left_pad(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device | s
 
 def needs_sync(model: Any) -> bool:
     """Whether each forward pass is a collective call: weights spread over ranks by ZeRO-3 or FSDP."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
+    if not processes.is_distributed() or torch.distributed.get_world_size() == 1:
         return False
     spread = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     return spread or any(

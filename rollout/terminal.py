@@ -103,9 +103,9 @@ def _picture(character: str) -> str:
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else _HALF
 
 
-def paint(piece: Piece, colour: bool) -> str:
-    """The piece, coloured by its probability; a colour never runs over a line's end."""
-    text = visible(piece.text)
+def paint(piece: Piece, colour: bool, raw: bool = False) -> str:
+    """The piece, coloured by its probability; a colour never runs over a line's end. `raw`: as it is, for pipes."""
+    text = piece.text if raw else visible(piece.text)
     if not colour or piece.logprob is None:
         return text
     band = next((code for limit, code in BANDS if math.exp(piece.logprob) < limit), BANDS[-1][1])
@@ -174,10 +174,8 @@ class Live:
     Text that may turn out to be the beginning of a stop string is held back until it is known not to be.
     """
 
-    def __init__(
-        self, tokenizer: Any, write: Callable[[str], Any], colour: bool, ends: Sequence[int], stops: Sequence[str] = ()
-    ):
-        self.pieces, self.write, self.colour = Pieces(tokenizer), write, colour
+    def __init__(self, tokenizer: Any, write: Callable[[Piece], Any], ends: Sequence[int], stops: Sequence[str] = ()):
+        self.pieces, self.write = Pieces(tokenizer), write
         self.ends, self.stops = set(ends), list(stops)
         self.held: list[Piece] = []
         self.written = ""
@@ -214,4 +212,4 @@ class Live:
     def _out(self, piece: Piece) -> None:
         if piece.text:
             self.written += piece.text
-            self.write(paint(piece, self.colour))
+            self.write(piece)

@@ -25,7 +25,7 @@ from rollout.policy import ModelSettings, Policy, load_policy
 from rollout.prompts import PromptSettings, conversation_ids, load_prompts, text_ids
 from rollout.sampling import Sampling
 from rollout.steering import Steering, load_spec
-from rollout.terminal import Live, columns, legend, paint, pieces_of, visible, wants_colour
+from rollout.terminal import Live, Piece, columns, legend, paint, pieces_of, visible, wants_colour
 from rollout.verify import verify
 
 
@@ -39,7 +39,7 @@ class Job:
     prompts: PromptSettings = field(default_factory=PromptSettings)
     """A file of prompts instead: whatever a dump reads, or a .txt with one on each line."""
     sampling: Sampling = field(default_factory=Sampling)
-    steering: dict[str, Any] | str | None = None
+    steering: dict[str, Any] | str | None = field(default=None, metadata={"check": load_spec})
     """An intervention: completions without and with it stand side by side."""
     chat: bool = False
     """Take each prompt as a user's message, through the chat template."""
@@ -104,7 +104,7 @@ class Session:
             return "", state.interrupted
         sampling = self.job.sampling
         ends = [*self.policy.eos_ids, *sampling.stop_ids]
-        live = Live(self.policy.tokenizer, say, self.colour, ends, sampling.stop)
+        live = Live(self.policy.tokenizer, lambda piece: say(self.paint(piece)), ends, sampling.stop)
         done = None
         with interruptible() as state:
             done = self.answer([one], step, live=live)[0][0]
@@ -150,15 +150,18 @@ class Session:
     def tokens(self, done: Completed) -> list[str]:
         return [self.policy.tokenizer.decode([token]) for token in done.ids]
 
-    def pieces(self, done: Completed) -> list[Any]:
+    def pieces(self, done: Completed) -> list[Piece]:
         pieces, room = [], len(done.text)
         for piece in pieces_of(self.policy.tokenizer, done.ids, done.logprobs or []):
-            pieces.append(type(piece)(piece.text[:room], piece.logprob))
+            pieces.append(Piece(piece.text[:room], piece.logprob))
             room = max(room - len(piece.text), 0)
         return pieces
 
     def painted(self, done: Completed) -> str:
-        return "".join(paint(piece, self.colour) for piece in self.pieces(done))
+        return "".join(self.paint(piece) for piece in self.pieces(done))
+
+    def paint(self, piece: Piece) -> str:
+        return paint(piece, self.colour, raw=not sys.stdout.isatty())
 
     def record(self, one: Asked, done: list[Completed]) -> dict[str, Any]:
         def of(each: Completed) -> dict[str, Any]:

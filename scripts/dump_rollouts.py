@@ -23,7 +23,8 @@ from rollout.prompts import PromptSettings, load_prompts
 from rollout.run import RunSettings, open_folder, versions, written_aside
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
-from rollout.steering import load_spec
+from rollout.steering import Steering, load_spec
+from rollout.verify import Report, verify
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,7 @@ def main(job: Job) -> None:
     folder = Path(processes.on_main(lambda: str(open_folder(job.run))))
     policy = load_policy(job.model, me.device)
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
-    steering = None
-    if job.steering:
-        from rollout.steering import Steering
-
-        steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed)
+    steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed) if job.steering else None
     sampler = Sampler(policy, job.sampling, steering)
     plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
 
@@ -74,14 +71,30 @@ def main(job: Job) -> None:
         for index, damage in work.damaged.items():
             print(f"{folder / plan.file(index)}: {damage}; it is made again", file=sys.stderr)
 
+    reports: list[Report] = []
+
     def sample(rows: range) -> tuple[Rollout, Texts]:
-        return sampler.sample(prompts.batch(list(rows)))
+        rollout, texts = sampler.sample(prompts.batch(list(rows)))
+        if job.verify:
+            reports.append(verify(policy, rollout, job.sampling, steering=steering))
+        return rollout, texts
 
     done = begun["finished"] and not work.todo and not (folder / RECORDS).exists()
     if not done:
         dump(folder, begun, work, sample, sys.stderr, versions=versions(), world_size=me.world_size)
+    if job.verify:
+        for line in together(reports).lines() if reports else ["verify: nothing was sampled, so nothing was checked"]:
+            print(line, file=sys.stderr)
     if me.is_main:
         print(f"{folder}: {'finished already, ' if done else ''}{plan.rows:,} rows in {len(plan)} shards")
+
+
+def together(reports: list[Report]) -> Report:
+    """This process's calls as one: the worst of them, and the mean over all tokens."""
+    worst = max(reports, key=lambda report: report.largest)
+    tokens = sum(report.tokens for report in reports)
+    mean = sum(report.mean * report.tokens for report in reports) / max(tokens, 1)
+    return dataclasses.replace(worst, mean=mean, tokens=tokens, rows=sum(report.rows for report in reports))
 
 
 def save_tokenizer(folder: Path, policy: Policy) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from configs.reader import door
 from reward.base import build_reward
+from reward.parts import read_parts
 from reward.reading import load_tokenizer
 from reward.scoring import (
     CALL_ROWS,
@@ -52,7 +53,7 @@ class Job:
     dump: DumpSettings = field(default_factory=DumpSettings)
     texts: TextSettings = field(default_factory=TextSettings)
     """Instead of a dump: texts or conversations that were not sampled here."""
-    reward: list[dict[str, Any]] = field(default_factory=list)
+    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_parts})
     """The parts of the reward; each is a column of the scores."""
     run: RunSettings = field(default_factory=RunSettings)
 

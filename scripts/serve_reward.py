@@ -6,17 +6,16 @@ otherwise, and then only with a bearer token in the environment.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
-
 from configs.reader import door
 from reward.base import build_reward
+from reward.parts import read_parts
 from reward.remote import LOOPBACK
 from reward.scoring import check_order
-from reward.server import Limits, make_app
 from rollout import processes
 from rollout.errors import Problem
 
@@ -41,7 +40,7 @@ class ServeSettings:
 class Job:
     """Offer a reward over HTTP."""
 
-    reward: list[dict[str, Any]] = field(default_factory=list)
+    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_parts})
     """The parts of the reward."""
     serve: ServeSettings = field(default_factory=ServeSettings)
 
@@ -60,8 +59,15 @@ def main(job: Job) -> None:
         )
     if me.world_size > 1:
         wrong.append(f"serve: started on {me.world_size} processes; start one, without accelerate launch")
+    missing = [package for package in ("uvicorn", "starlette") if importlib.util.find_spec(package) is None]
+    if missing:
+        wrong.append(f"serve: needs the package(s) {' and '.join(missing)}; pip install {' '.join(missing)}")
     if wrong:
         raise Problem(*wrong)
+    import uvicorn
+
+    from reward.server import Limits, make_app
+
     reward = build_reward(job.reward, device=me.device)
     check_order(reward)
     app = make_app(reward, Limits(serve.max_rows, int(serve.max_megabytes * 2**20)), token)

@@ -96,8 +96,8 @@ def test_everything_wrong_with_one_command_is_told_at_once(name, flags, tmp_path
     assert leave(name, {"config": config} | flags[name] | {"sampling.tpo_p": 0.5, "run.resume": "perhaps"}) == 2
     said = capfd.readouterr().err.splitlines()
     wanted = [
-        "model.kind: ", "sampling.top_k: ", "sampling.temprature: ", "sampling.stop: ", "sampling.temperature: ", "prompts.limit: ",
-        "run.trackers[0]: ", "rewards: ", "sampling.tpo_p: ", "run.resume: ",
+        "model.kind: ", "sampling.top_k: ", "sampling.temprature: ", "sampling.stop: ", "sampling.temperature: ",
+        "prompts.limit: ", "run.trackers[0]: ", "rewards: ", "sampling.tpo_p: ", "run.resume: ",
     ]  # fmt: skip
     assert [begin for begin in wanted if sum(line.startswith(begin) for line in said) != 1] == [], said
     assert any("role" in line and "polcy" in line for line in said), said
@@ -158,6 +158,7 @@ def test_other_doors_name_what_is_missing(script, capfd, monkeypatch, tmp_path):
         "score_rollouts": ["--dump.dir", nowhere, "--reward", "[{kind: length}]", *run],
         "train_sft": ["--model.path", nowhere, "--prompts.path", nowhere, *run],
         "train_reward": ["--model.path", nowhere, "--prompts.path", nowhere, *run],
+        "select_rollouts": [nowhere, "--out", str(tmp_path / "out.jsonl")],
     }.get(script, [nowhere])
     source = Path(module.__file__ or "").read_text(encoding="utf-8")
     job = source.split("door(main, ")[1].split(")")[0]

@@ -171,10 +171,15 @@ def test_values_without_a_flag():
     assert read(Job, [*MODEL, "null", "--verify", "true", "[b"]).words == ["null", "[b"]
 
 
+def test_a_bool_flag_may_stand_alone():
+    assert read(Job, [*MODEL, "--verify", "--sampling.greedy"]) == Job(Model("m"), Sampling(greedy=True), verify=True)
+    assert read(Job, [*MODEL, "--verify", "false", "--sampling.greedy=true"]).verify is False
+
+
 def test_negative_numbers_are_values_and_double_dashes_need_equals():
     assert read(Job, [*MODEL, "--sampling.top_k", "-1"]).sampling.top_k == -1
     assert read(Job, ["--model.path=--odd"]).model.path == "--odd"
-    assert "model.path: no value after --model.path; give text, --model.path VALUE" in lines("--model.path", "--verify", "true")
+    assert "model.path: no value after --model.path; give text, --model.path VALUE" in lines("--model.path", "--verify")
 
 
 # what is wrong -> how its line begins, what it must hold

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+from pathlib import Path
+
 import pytest
+import yaml
 
 from reward.base import build_reward
+from reward.parts import KINDS, Common, read_parts
 from rollout.errors import Problem
 from tests.reward.rows import made
+
+ROOT = Path(__file__).parents[2]
 
 
 def lines(parts) -> tuple[str, ...]:
@@ -90,3 +98,19 @@ def test_a_function_as_it_stands_is_a_part():
     reward = build_reward(shout)
     assert [part.name for part in reward.parts] == ["shout"]
     assert reward(*made(["A", "b"])).total_B.tolist() == [1.0, 0.0]
+
+
+def test_the_shipped_list_of_kinds_is_complete_and_at_the_defaults():
+    shipped = yaml.safe_load((ROOT / "configs" / "rewards.yaml").read_text())["reward"]
+    assert [part["kind"] for part in shipped] == list(dict.fromkeys(part["kind"] for part in shipped))
+    assert {part["kind"] for part in shipped} == set(KINDS)
+    common = {spot.name for spot in dataclasses.fields(Common)}
+    assert common <= set(shipped[0])
+    for part in shipped:
+        module, name = KINDS[part["kind"]]
+        spots = dataclasses.fields(getattr(importlib.import_module(module), name))
+        assert set(part) - common == {spot.name for spot in spots}, part["kind"]
+        for spot in spots:
+            if spot.default is not dataclasses.MISSING and (part["kind"], spot.name) != ("length", "max"):
+                assert part[spot.name] == spot.default, (part["kind"], spot.name)
+    read_parts(shipped)

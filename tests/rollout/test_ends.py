@@ -86,8 +86,7 @@ def test_several_stop_ids_and_what_each_is_called() -> None:
 
 
 @pytest.mark.parametrize("family", ("gpt2", "opt", "bloom", "t5", "bart"))
-@pytest.mark.parametrize("pad", ("</s>", None, "<pad>"))
-@pytest.mark.parametrize("side", ("left", "right"))
+@pytest.mark.parametrize(("pad", "side"), (("</s>", "right"), (None, "left"), ("<pad>", "right")))
 def test_pad_missing_pad_equal_to_eos_and_either_side(family: str, pad: str | None, side: str) -> None:
     """None of them changes a token: padding is done here, with explicit masks."""
     model = tiny(family)

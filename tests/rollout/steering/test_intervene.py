@@ -93,11 +93,12 @@ def test_no_intervention(model) -> None:
 def test_generate_with_the_prompt_intervened(model) -> None:
     result = intervene_generate(
         model, Intervention({"layers": [1]}), BASE, ONE, {"sources->base": ([[[1], [2]]], [[[3], [3]]])}, intervene_on_prompt=True,
-        max_new_tokens=6, do_sample=False, output_original_output=True,
+        max_new_tokens=6, do_sample=False, output_original_output=True, return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
-    assert torch.equal(result.intervened_outputs, GOLDEN["generated"])
-    assert torch.equal(result.original_outputs, model.generate(**BASE, max_new_tokens=6, do_sample=False))
-    assert not torch.equal(result.original_outputs, result.intervened_outputs)
+    assert torch.equal(result.intervened_outputs.sequences, GOLDEN["generated"])
+    close(torch.stack(result.intervened_outputs.logits, 1), "generated_logits")
+    assert torch.equal(result.original_outputs.sequences, model.generate(**BASE, max_new_tokens=6, do_sample=False))
+    assert float((result.original_outputs.logits[0] - result.intervened_outputs.logits[0]).abs().max()) > 0.1
 
 
 # -- beyond pyvene: padding, multiplied rows, steps ----------------------------------------------------------------------------

@@ -133,10 +133,11 @@ def calls() -> None:
         out["loss"] = both(base, [one, two], where, labels=base["input_ids"])[1].loss
         model.generation_config.pad_token_id = 0
         prompt = made({"layer": 1, "component": "block_output"}, types=pv.VanillaIntervention)
-        _, ids = prompt.generate(
-            base, [one], {"sources->base": ([[[1], [2]]], [[[3], [3]]])}, intervene_on_prompt=True, max_new_tokens=6, do_sample=False
-        )
-        out["generated"] = ids
+        _, steered = prompt.generate(
+            base, [one], {"sources->base": ([[[1], [2]]], [[[3], [3]]])}, intervene_on_prompt=True, max_new_tokens=6, do_sample=False,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        out["generated"], out["generated_logits"] = steered.sequences, torch.stack(steered.logits, 1)
     np.savez_compressed(HERE / "calls.npz", **{k: v.numpy() for k, v in out.items()})
 
 

@@ -1,0 +1,67 @@
+"""What a model does with padding and caches is seen on the model; models without a causal law are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rollout.errors import Problem
+from rollout.habits import Habits
+from rollout.policy import Policy
+from tests.models import tiny, tiny_policy, tiny_tokenizer
+
+ORDINARY = Habits(padding=True, caching=True, picking=True, pads_in_text=True)
+EXPECTED = {
+    "gpt2": ORDINARY,
+    "mistral": ORDINARY,
+    "mamba": ORDINARY,
+    "t5": ORDINARY,
+    "bart": ORDINARY,
+    "m2m_100": Habits(padding=True, caching=True, picking=True, pads_in_text=False),
+    "recurrent_gemma": Habits(padding=False, caching=False, picking=True, pads_in_text=True),
+    "rwkv": Habits(padding=False, caching=False, picking=True, pads_in_text=True),
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_what_is_seen(family: str) -> None:
+    assert tiny_policy(family).habits == EXPECTED[family]
+
+
+def test_a_model_that_reads_its_padding_is_seen_whatever_it_is_called() -> None:
+    model = tiny("llama")
+    forward = model.model.forward
+    model.model.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, "attention_mask": None, "position_ids": None})
+    assert not Policy.of(model, tiny_tokenizer()).habits.padding
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision_noise_is_not_taken_for_a_habit(dtype: torch.dtype) -> None:
+    for family in ("gpt2", "llama", "bart"):
+        policy = Policy.of(tiny(family).to(dtype), tiny_tokenizer())
+        assert policy.habits.padding and policy.habits.caching
+
+
+def test_a_context_of_a_few_tokens_is_enough() -> None:
+    for context in (1, 2, 4, 9):
+        model = tiny("gpt2", n_positions=context)
+        assert Policy.of(model, tiny_tokenizer()).habits.padding
+
+
+def test_models_that_look_ahead_are_refused() -> None:
+    config = AutoConfig.for_model("bert", vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with pytest.raises(Problem, match="looks ahead"):
+        _ = Policy.of(model.eval(), tiny_tokenizer()).habits
+    with pytest.raises(Problem, match="looks ahead"):
+        _ = tiny_policy("prophetnet").habits
+
+
+def test_modes_are_put_back() -> None:
+    model = tiny("gpt2")
+    model.train()
+    _ = Policy.of(model, tiny_tokenizer()).habits
+    assert all(module.training for module in model.modules())

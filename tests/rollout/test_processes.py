@@ -1,0 +1,85 @@
+"""Processes: one alone without torch.distributed, and two real ones over gloo."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rollout import processes
+from rollout.errors import Problem
+
+PROGRAM = """
+import sys
+from dataclasses import dataclass
+import torch
+from configs.reader import door
+from rollout import processes
+from rollout.errors import Problem
+
+@dataclass(frozen=True)
+class Job:
+    way: str = ""
+
+def refuse():
+    raise Problem("prompts.path: told once")
+
+def main(job):
+    me = processes.start()
+    assert me == processes.start() and me.world_size == 2 and me.device.type == "cpu" and me.is_main == (me.rank == 0)
+    ranks = processes.gather_objects([me.rank] * (2 * me.rank))
+    assert ranks == [1, 1], ranks
+    total = processes.sum_(torch.tensor([me.rank + 1.0]))
+    assert total.tolist() == [3.0]
+    assert processes.on_main(lambda: {"from": me.rank}) == {"from": 0}
+    processes.barrier()
+    if job.way == "refuse":
+        processes.on_main(refuse)
+
+door(main, Job)
+"""
+
+
+def launch(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
+    command += ["--rdzv_endpoint=localhost:0", str(folder / "program.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+
+
+def test_one_process_needs_no_group():
+    me = processes.start()
+    assert (me.rank, me.world_size, me.is_main) == (0, 1, True)
+    assert processes.gather_objects([1, 2]) == [1, 2]
+    assert processes.sum_(torch.tensor([2.0])).tolist() == [2.0]
+    assert processes.on_main(lambda: 5) == 5
+    processes.barrier()
+    processes.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--way", "refuse"], "prompts.path: told once"),
+        (["--wya", "x"], "wya: unknown (command line, value 'x'); did you mean way?"),
+    ],
+)
+def test_a_problem_is_told_by_one_process(argv, line, tmp_path):
+    """Whether all find it or the main process alone: one line, and the launch fails. All that is asserted before holds."""
+    ran = launch(tmp_path, *argv)
+    assert ran.returncode != 0
+    assert ran.stderr.splitlines().count(line) == 1, ran.stderr
+    assert "Traceback" not in ran.stderr.split("torch/distributed")[0].split("elastic")[0]
+
+
+def test_problems_reach_the_caller_in_one_process():
+    def refuse() -> None:
+        raise Problem("one", "two")
+
+    with pytest.raises(Problem) as caught:
+        processes.on_main(refuse)
+    assert caught.value.lines == ("one", "two")

@@ -1,0 +1,210 @@
+"""Prompts from every kind of table, text or conversations, in an order that can be taken up anywhere."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tokenizers import processors
+
+from rollout.errors import Problem
+from rollout.policy import Policy
+from rollout.prompts import PromptBatch, Prompts, PromptSettings, load_prompts
+from tests.models import tiny, tiny_policy, tiny_tokenizer
+
+ROWS = [{"prompt": f"film {word}", "label": i, "note": None} for i, word in enumerate(["good", "bad", "a", "very long one", "x"])]
+TALK = [
+    {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}], "label": 1},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}], "label": 2},
+]
+TOOL = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def chatty() -> Policy:
+    return Policy.of(tiny("gpt2"), tiny_tokenizer(chat=True))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ("rows.jsonl", "rows.json", "rows.parquet", "rows.csv", "folder"))
+def test_every_kind_of_table_gives_the_same_prompts(tmp_path: Path, name: str) -> None:
+    policy = tiny_policy("gpt2")
+    prompts = load_prompts(PromptSettings(path=write(tmp_path / name, ROWS)), policy)
+    assert len(prompts) == 5
+    batch = prompts.batch([3, 0])
+    assert batch.rows == [3, 0] and batch.prompts == ["film very long one", "film good"] == batch.prompt_texts
+    assert batch.ids == [policy.tokenizer(text)["input_ids"] for text in batch.prompts]
+    assert [str(label) for label in batch.columns["label"]] == ["3", "0"] and "prompt" not in batch.columns
+
+
+@pytest.mark.parametrize("name", ("talk.jsonl", "talk.parquet", "talk"))
+def test_conversations_go_through_the_chat_template_with_the_generation_prompt(tmp_path: Path, name: str) -> None:
+    policy = chatty()
+    prompts = load_prompts(PromptSettings(path=write(tmp_path / name, TALK)), policy)
+    batch = prompts.batch([0, 1])
+    for ids, row in zip(batch.ids, TALK, strict=True):
+        template = policy.tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert ids == template and ids.count(policy.tokenizer.bos_token_id) == 1
+    assert batch.prompt_texts[0] == "<s>system:be kind</s>user:hi</s>assistant:"
+    assert batch.prompts == [row["messages"] for row in TALK]
+
+
+def test_a_tokenizer_that_adds_bos_adds_none_to_a_conversation(tmp_path: Path) -> None:
+    policy = chatty()
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    policy.tokenizer.backend_tokenizer.post_processor = template
+    talk = load_prompts(PromptSettings(path=write(tmp_path / "talk.jsonl", TALK)), policy).batch([0]).ids[0]
+    text = load_prompts(PromptSettings(path=write(tmp_path / "rows.jsonl", ROWS)), policy).batch([0]).ids[0]
+    assert talk[:2].count(1) == 1 and text == policy.tokenizer("film good")["input_ids"] and text[0] == 1
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_taken_off_where_a_model_goes_on_from_it(tmp_path: Path) -> None:
+    rows = [{"prompt": "ab"}, {"prompt": "ab</s>"}]
+    for family, ends in (("gpt2", ([], [2])), ("t5", ([2], [2, 2]))):
+        policy = tiny_policy(family)
+        template = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+        policy.tokenizer.backend_tokenizer.post_processor = template
+        ids = load_prompts(PromptSettings(path=write(tmp_path / "ends.jsonl", rows)), policy).batch([0, 1]).ids
+        assert [row[2:] for row in ids] == list(ends)
+
+
+@pytest.mark.parametrize("name", ("tools.jsonl", "tools.parquet"))
+def test_tools_reach_the_template(tmp_path: Path, name: str) -> None:
+    policy = chatty()
+    rows = [{**TALK[0], "tools": json.dumps(TOOL)}, {**TALK[1], "tools": ""}]
+    batch = load_prompts(PromptSettings(path=write(tmp_path / name, rows)), policy).batch([0, 1])
+    assert batch.prompt_texts[0].startswith("<s>tools:add;system:be kind") and batch.prompt_texts[1].startswith("<s>user:a")
+    nested = load_prompts(PromptSettings(path=write(tmp_path / "nested.jsonl", [{**TALK[0], "tools": TOOL}])), policy)
+    assert nested.batch([0]).ids == [batch.ids[0]]
+
+
+def test_keys_that_arrow_fills_with_none_do_not_reach_the_template(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% if m.name is defined %}[{{ m.name }}]{% endif %}{{ m.content }}{% endfor %}"
+    policy = Policy.of(tiny("gpt2"), tiny_tokenizer(chat=template))
+    rows = [{"messages": [{"role": "user", "content": "a", "name": "b"}, {"role": "user", "content": "c"}]}]
+    for name in ("t.jsonl", "t.parquet", "t"):
+        batch = load_prompts(PromptSettings(path=write(tmp_path / name, rows)), policy).batch([0])
+        assert batch.prompt_texts == ["[b]ac"] and batch.prompts == [rows[0]["messages"]]
+
+
+def test_long_prompts_are_cut_on_the_left_or_refused(tmp_path: Path) -> None:
+    policy = tiny_policy("gpt2")
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    cut = load_prompts(PromptSettings(path=path, max_tokens=6), policy).batch([3, 4])
+    assert cut.prompt_texts == ["ng one", "film x"] and cut.prompts[0] == "film very long one"
+    with pytest.raises(Problem) as caught:
+        load_prompts(PromptSettings(path=path, max_tokens=6, too_long="refuse"), policy)
+    assert len(caught.value.lines) == 4 - 1 and "row 0 has 9 tokens, more than the 6" in caught.value.lines[0]
+    long = write(tmp_path / "long.jsonl", [{"prompt": "a" * 200}])
+    assert len(load_prompts(PromptSettings(path=long), policy).batch([0]).ids[0]) == 128
+    assert len(load_prompts(PromptSettings(path=long), policy, max_new_tokens=100).batch([0]).ids[0]) == 28
+    with pytest.raises(Problem, match="leaves no room for a prompt in a context of 128"):
+        load_prompts(PromptSettings(path=long), policy, max_new_tokens=128)
+
+
+def test_the_order_is_reproducible_resumable_and_every_epoch_has_every_row_once(tmp_path: Path) -> None:
+    prompts = load_prompts(PromptSettings(path=write(tmp_path / "rows.jsonl", ROWS)), tiny_policy("gpt2"))
+    whole = prompts.take(7, 0, 23)
+    for epoch in range(4):
+        assert sorted(whole[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
+    assert whole[:5] != whole[5:10] or whole[5:10] != whole[10:15]
+    assert prompts.take(7, 0, 23) == whole != prompts.take(8, 0, 23)
+    assert prompts.take(7, 3, 6) + prompts.take(7, 9, 14) == whole[3:]
+    endless = prompts.order(7, position=2)
+    assert [next(endless) for _ in range(10)] == whole[2:12]
+    shards = [[prompts.take(7, at, 1)[0] for at in range(rank, 20, 3)] for rank in range(3)]
+    assert sorted(row for shard in shards for row in shard) == sorted(whole[:20])
+
+
+def test_limit_keeps_the_first_rows(tmp_path: Path) -> None:
+    prompts = load_prompts(PromptSettings(path=write(tmp_path / "rows.jsonl", ROWS), limit=2), tiny_policy("gpt2"))
+    assert len(prompts) == 2 and set(prompts.take(0, 0, 8)) == {0, 1}
+    with pytest.raises(Problem, match="row 2 is asked for, but there are 2 rows"):
+        prompts.batch([2])
+
+
+def test_splits(tmp_path: Path) -> None:
+    parts = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS[:2]), "test": datasets.Dataset.from_list(ROWS[2:])})
+    parts.save_to_disk(str(tmp_path / "parts"))
+    assert len(load_prompts(PromptSettings(path=str(tmp_path / "parts")), tiny_policy("gpt2"))) == 2
+    assert len(load_prompts(PromptSettings(path=str(tmp_path / "parts"), split="test"), tiny_policy("gpt2"))) == 3
+    with pytest.raises(Problem, match=r"prompts.split: valid; .* has: train, test"):
+        load_prompts(PromptSettings(path=str(tmp_path / "parts"), split="valid"), tiny_policy("gpt2"))
+
+
+BAD = [
+    ({"path": ""}, [], "prompts.path: missing"),
+    ({"path": "nowhere.jsonl"}, None, "does not exist"),
+    ({}, [], "has no rows"),
+    ({}, [{"prompt": "a"}, {"prompt": ""}], "row 1 of .* is empty"),
+    ({}, [{"prompt": "a"}, {"prompt": None}], "row 1 of .* is empty"),
+    ({}, [{"prompt": "a"}, {"other": 1}], "row 1 of .* is empty"),
+    ({}, [{"prompt": []}], "row 0 of .* is empty"),
+    ({}, [{"prompt": 5}], "expected a text or a list of messages, found int"),
+    ({}, [{"prompt": ["a"]}], "a conversation is a list of messages"),
+    ({"column": "question"}, ROWS, "'question' is not a column; .* has: prompt, label, note"),
+    ({}, [{"label": 1}], "none of the usual columns"),
+    ({}, TALK, "holds conversations, but the tokenizer has no chat template"),
+]
+
+
+@pytest.mark.parametrize(("settings", "rows", "message"), BAD)
+def test_bad_prompts_are_one_clear_line(tmp_path: Path, settings: dict[str, Any], rows: list[dict[str, Any]] | None, message: str) -> None:
+    path = write(tmp_path / "rows.jsonl", rows) if rows is not None else str(tmp_path / "nowhere.jsonl")
+    with pytest.raises(Problem, match=message) as caught:
+        load_prompts(PromptSettings(**{"path": path, **settings} if rows is not None else {"path": path}), tiny_policy("gpt2"))
+    assert len(caught.value.lines) == 1 and "\n" not in caught.value.lines[0]
+
+
+def test_broken_files_name_the_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "list.jsonl").write_text('{"prompt": "a"}\n[1]\n')
+    (tmp_path / "ragged.csv").write_text("prompt,label\na,1\nb\n")
+    (tmp_path / "broken.parquet").write_text("no")
+    (tmp_path / "rows.txt").write_text("a")
+    for name, message in (
+        ("broken.jsonl", "line 2 is not JSON"), ("list.jsonl", "line 2 is a list"), ("ragged.csv", "line 3 has another number of fields"),
+        ("broken.parquet", "cannot be read as parquet"), ("rows.txt", "no ending that is known"),
+    ):  # fmt: skip
+        with pytest.raises(Problem, match=message):
+            load_prompts(PromptSettings(path=str(tmp_path / name)), tiny_policy("gpt2"))
+
+
+def test_raw_ids_and_empty_prompts() -> None:
+    tokenizer = tiny_tokenizer()
+    batch = PromptBatch.of_ids([[4, 5], [6]], rows=[10, 20], tokenizer=tokenizer)
+    assert batch.prompt_texts == ["ab", "c"] and batch.rows == [10, 20]
+    assert batch.select([1, 1, 0]).rows == [20, 20, 10]
+    with pytest.raises(Problem, match="row 20 has an empty prompt"):
+        PromptBatch.of_ids([[4], []], rows=[10, 20])
+
+
+def test_negative_limits_are_told() -> None:
+    with pytest.raises(Problem) as caught:
+        PromptSettings(max_tokens=-1, limit=-2)
+    assert len(caught.value.lines) == 2
+
+
+def test_prompts_take_any_sequence_of_rows() -> None:
+    assert Prompts(ROWS, "prompt", tiny_policy("gpt2"), PromptSettings()).batch([4]).prompts == ["film x"]

@@ -1,0 +1,189 @@
+"""Replay: stored rows in a reproducible order, weighed by the law they were drawn from, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from reward.base import Scores
+from rollout import manifest, store
+from rollout.errors import Problem
+from rollout.fingerprint import model_fingerprint, tokenizer_fingerprint
+from rollout.logprobs import teacher_forced
+from rollout.prompts import PromptBatch, PromptSettings, load_prompts
+from rollout.run import RunSettings
+from rollout.sampler import Sampler
+from rollout.sampling import Sampling
+from tests.models import tiny_policy, tiny_tokenizer
+from training.correction import Correction
+from training.ppo import PPOSettings, train
+from training.replay import Replay
+
+PROMPTS, SAMPLES = 12, 2
+SETTINGS = PPOSettings(
+    rollouts_per_step=8, minibatches=2, epochs=1, micro_batch_size=8, correction=Correction("token_truncate"), eval_prompts=0
+)
+
+
+def make_dump(folder, policy, *, samples=SAMPLES, shard_rows=8, **sampling):
+    """A dump sampled by `policy`, made with the rooms' own functions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = Sampling(max_new_tokens=5, n=samples, **sampling)
+    sampler = Sampler(policy, settings)
+    plan = manifest.Plan.of(PROMPTS, samples, batch_size=4, shard_rows=shard_rows)
+    made_from = {"model.path": model_fingerprint(policy.core), "model.tokenizer": tokenizer_fingerprint(policy.tokenizer)}
+    begun = manifest.start(folder, plan, {}, {**made_from, "steering": ""})
+
+    def sample(call):
+        return sampler.sample(dataclasses.replace(PromptBatch.of_ids([[5 + row, 9] for row in call]), rows=list(call)))
+
+    for index in range(len(plan)):
+        store.make_shard(folder, plan, index, sample)
+    manifest.finish(folder, begun, world_size=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_policy("llama", seed=1)
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory, policy):
+    return make_dump(tmp_path_factory.mktemp("dumps") / "dump", policy, top_p=0.8)
+
+
+def test_every_prompt_comes_once_an_epoch_in_an_order_that_position_alone_decides(dump, policy):
+    replay = Replay(dump, policy, SETTINGS)
+    whole = replay.take(3, 0, 3 * PROMPTS)
+    for epoch in range(3):
+        assert sorted(whole[epoch * PROMPTS : (epoch + 1) * PROMPTS]) == list(range(PROMPTS))
+    assert whole[:PROMPTS] != whole[PROMPTS : 2 * PROMPTS]
+    pieces = [prompt for position in range(0, 36, 4) for prompt in Replay(dump, policy, SETTINGS).take(3, position, 4)]
+    assert pieces == whole
+    assert replay.take(4, 0, PROMPTS) != whole[:PROMPTS]
+
+
+def test_rows_are_those_of_the_dump(dump, policy):
+    replay = Replay(dump, policy, SETTINGS)
+    stored = {}
+    for rollout, texts in store.read_dump(dump):
+        for i in range(len(rollout)):
+            stored[int(rollout.row_B[i]), int(rollout.sample_B[i])] = (rollout.select([i]).trim(), texts.select([i]))
+    rollout, texts = replay.sample(replay.batch([7, 0, 11, 7]))
+    assert rollout.row_B.tolist() == [7, 7, 0, 0, 11, 11, 7, 7] and rollout.sample_B.tolist() == [0, 1] * 4
+    for i in range(len(rollout)):
+        wanted, said = stored[int(rollout.row_B[i]), int(rollout.sample_B[i])]
+        found = rollout.select([i]).trim()
+        for name, value in wanted.tensors().items():
+            assert torch.equal(value, found.tensors()[name]), name
+        assert texts.select([i]) == said
+
+
+def vowels(rollout, texts):
+    return Scores(torch.tensor([sum(c in "aeiou" for c in text) / 5 for text in texts.completions]), {})
+
+
+def replayed(folder, dump, policy, steps=2, **changes):
+    prompts_file = folder.parent / "prompts.jsonl"
+    prompts_file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    prompts = load_prompts(PromptSettings(path=str(prompts_file)), policy, 5)
+    settings = dataclasses.replace(SETTINGS, **{"replay": str(dump), "steps": steps, **changes})
+    train(policy, prompts, vowels, Sampling(max_new_tokens=5, n=1), settings, RunSettings(dir=str(folder)))
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loop_learns_from_stored_rows_weighed_by_their_own_law(tmp_path, dump):
+    """The logged mismatch of the first step equals one computed row by row, alone and unpadded, in float64."""
+    policy = tiny_policy("llama", seed=2)
+    replay = Replay(dump, policy, SETTINGS)
+    rollout, texts = replay.sample(replay.take(0, 0, 4))
+    kl, logs = 0.0, []
+    for i in range(len(rollout)):
+        row = rollout.select([i]).trim()
+        length = int(row.lengths_B[0])
+        with torch.no_grad():
+            ours = teacher_forced(policy, row).logprobs_BR[0, :length].double()
+        difference = ours - row.behaviour_logprobs_BR[0, :length].double()
+        kl -= float(difference.sum()) / len(rollout)
+        logs.append(float(difference.sum()))
+    weights = torch.tensor(logs, dtype=torch.float64).exp()
+    lines = replayed(tmp_path / "run", dump, policy)
+    assert lines[0]["correction/kl_sequence"] == pytest.approx(kl, abs=1e-4)
+    assert lines[0]["correction/ess"] == pytest.approx(float(weights.sum() ** 2 / weights.square().sum()), rel=1e-4)
+    assert lines[0]["reward/mean"] == pytest.approx(float(vowels(rollout, texts).total_B.mean()))
+    assert "gap/max" not in lines[0] and lines[0]["ppo/ratio_first"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_rows_of_the_same_weights_are_checked_by_the_gap_alarm(tmp_path, dump, policy):
+    lines = replayed(tmp_path / "run", dump, tiny_policy("llama", seed=1), steps=1)
+    assert lines[0]["gap/max"] < 1e-4
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------------
+
+
+def test_another_tokenizer_is_refused(dump):
+    other = tiny_policy("llama", seed=1, tokenizer=tiny_tokenizer(64, kind="word"))
+    with pytest.raises(Problem, match="another tokenizer"):
+        Replay(dump, other, SETTINGS)
+
+
+def test_other_weights_are_told_and_weighed(dump, caplog):
+    Replay(dump, tiny_policy("llama", seed=9), SETTINGS)
+    assert "other weights" in caplog.text
+
+
+def test_a_smaller_vocabulary_without_a_tokenizer_is_refused_by_the_id(dump):
+    small = dataclasses.replace(tiny_policy("llama", seed=1, vocab_size=16), tokenizer=None)
+    with pytest.raises(Problem, match=r"rollouts-0000\d.parquet holds the id \d+, the policy's vocabulary ends at 15"):
+        Replay(dump, small, SETTINGS).sample(list(range(PROMPTS)))
+
+
+def test_an_encoder_decoder_does_not_take_a_causal_models_rows(dump):
+    other = dataclasses.replace(tiny_policy("t5"), tokenizer=None)
+    with pytest.raises(Problem, match="begins responses with"):
+        Replay(dump, other, SETTINGS).sample([0])
+
+
+def test_greedy_rows_are_refused(tmp_path, policy):
+    folder = make_dump(tmp_path / "greedy", policy, greedy=True, samples=1)
+    with pytest.raises(Problem, match="greedy rows, which have no law"):
+        Replay(folder, policy, dataclasses.replace(SETTINGS)).sample([0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rollouts_per_step": 9, "minibatches": 1}, "no multiple of the 2 samples"),
+        ({"correction": None}, "ppo.correction: missing"),
+        ({"replay": "nowhere"}, "nowhere is not a folder"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(tmp_path, dump, changes, told):
+    with pytest.raises(Problem, match=told):
+        replayed(tmp_path / "run", dump, tiny_policy("llama", seed=1), **changes)
+
+
+def test_one_sample_a_prompt_cannot_be_compared(tmp_path, policy):
+    folder = make_dump(tmp_path / "single", policy, samples=1)
+    with pytest.raises(Problem, match="one sample per prompt"):
+        Replay(folder, policy, dataclasses.replace(SETTINGS, credit="rloo"))
+
+
+def test_a_damaged_or_unfinished_dump_is_named(tmp_path, policy):
+    folder = make_dump(tmp_path / "dump", policy)
+    replay = Replay(folder, policy, SETTINGS)
+    shard = folder / "rollouts-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(Problem, match=r"rollouts-00001.parquet: is damaged"):
+        replay.sample(list(range(PROMPTS)))
+    described = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(described | {"finished": False}))
+    with pytest.raises(Problem, match="unfinished"):
+        Replay(folder, policy, SETTINGS)
+    assert Counter(path.suffix for path in folder.iterdir())[".parquet"] == len(replay.plan)
