@@ -51,6 +51,8 @@ def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] |
         # Every process reads the same settings, so one tells what is wrong with them; later each speaks for itself.
         for line in () if reading and rank else problem.lines:
             print(f"process {rank}: {line}" if rank else line, file=sys.stderr)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         processes.close()
     if failed:

@@ -64,21 +64,34 @@ def open_folder(run: RunSettings) -> Path:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it is flushed and renamed onto it, else removed."""
+    """Yield a temporary path beside `path`; when the block ends well it is flushed and renamed onto it, else removed.
+
+    A folder that stands there is moved away first: a kill just then leaves none, and never half a one."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a job that was killed
+        _remove(left)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     try:
         yield aside
         sync(aside)
+        if path.is_dir() and aside.is_dir():
+            os.replace(path, old)
         os.replace(aside, path)
         sync(path.parent)
+        _remove(old)
     except BaseException as error:
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink(missing_ok=True)
+        _remove(aside)
         if (reason := disk_trouble(error)) is not None:
             raise Problem(f"{path}: cannot be written: {reason}; free some space or name another folder") from error
         raise
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def disk_trouble(error: BaseException) -> str | None:

@@ -58,9 +58,10 @@ class Sampler:
         calls this equally often.
         """
         self.check(batch)
+        habits = self.policy.habits  # here, where every rank comes: seeing them takes forward passes
         n = self.sampling.n
         order = [(i, j) for i in range(len(batch)) for j in range(n)]
-        parts = list(self._parts(batch, order))
+        parts = list(self._parts(batch, order, habits.padding))
         rollouts: list[Rollout] = []
         call = _Call(step, progress, needs_sync(self.policy.model), on_token)
         count = _most(len(parts), self.policy.device) if call.synced else len(parts)
@@ -103,12 +104,12 @@ class Sampler:
                     + ("" if policy.is_seq2seq else " or sampling.max_new_tokens lower")
                 )
 
-    def _parts(self, batch: PromptBatch, order: list[tuple[int, int]]) -> Iterator[list[int]]:
+    def _parts(self, batch: PromptBatch, order: list[tuple[int, int]], padding: bool) -> Iterator[list[int]]:
         """Places in `order` that are decoded together: like lengths, or one length where the model takes no padding."""
         by_length = sorted(range(len(order)), key=lambda at: -len(batch.ids[order[at][0]]))
         mixed = len({len(ids) for ids in batch.ids}) > 1
         groups: list[list[int]] = [by_length]
-        if mixed and not self.policy.habits.padding:
+        if mixed and not padding:
             lengths = dict.fromkeys(len(batch.ids[order[at][0]]) for at in by_length)
             groups = [[at for at in by_length if len(batch.ids[order[at][0]]) == length] for length in lengths]
         size = self.sampling.batch_size

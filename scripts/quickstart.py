@@ -1,48 +1,139 @@
-"""The first thing to run: make the embedded default and let its policy say a few reviews.
+"""The first thing to run: make the embedded default, teach a policy and a reward model, train with PPO, show what changed.
 
-make_tiny  ->  runs/quickstart/tiny/  ->  completions of held-out prompts
+    make_tiny ──> tiny/reviews/{base, sft.jsonl, preferences.jsonl, prompts.jsonl, heldout.jsonl}
+                     │ train_sft.py      ──> sft/       the policy answers a prompt and stops
+                     │ train_reward.py   ──> reward/    a review's kindness, between 0 and 1
+                     └ train_ppo.py      ──> ppo/       the policy writes kind reviews; curves.png, before/after table
+
+Each stage is a command that is shown, and that can be run again by itself. No network; some minutes on two cores.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from configs.reader import door
-from scripts import make_tiny
+from rollout.errors import Problem
+from rollout.policy import ModelSettings, load_policy
+from rollout.prompts import PromptSettings, load_prompts
+from rollout.sampler import Sampler
+from rollout.sampling import Sampling
+from scripts.worlds.reviews import kindness
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class QuickstartJob:
-    """Make the embedded default and complete a few of its prompts."""
+    """Make the embedded default, run every stage on it, and show what PPO changed."""
 
     out: str = "runs/quickstart"
-    """Where everything is written."""
+    """Where everything is written. Stages that are there already are made anew; the embedded default is kept."""
     seed: int = 0
-    prompts: int = 4
-    """How many prompts to complete."""
+    """Of the stages and of the sampling."""
+    steps: int | None = None
+    """Steps of PPO; unset = as configs/quickstart.yaml says."""
+    samples: int = 3
+    """Reviews to show from before and after."""
 
 
 def main(job: QuickstartJob) -> None:
-    tiny = Path(job.out) / "tiny"
-    make_tiny.main(make_tiny.TinyJob(out=str(tiny), seed=job.seed, worlds="reviews"))
-    complete(tiny / "reviews", job.prompts, job.seed)
+    began = time.perf_counter()
+    out = Path(job.out)
+    world = out / "tiny" / "reviews"
+    stage("make_tiny.py", "--out", str(out / "tiny"), "--worlds", "reviews")
+    stage(
+        "train_sft.py", "--config", "configs/sft.yaml", "--model.path", str(world / "base"),
+        "--prompts.path", str(world / "sft.jsonl"), *fresh(out / "sft", job.seed),
+    )  # fmt: skip
+    stage(
+        "train_reward.py", "--config", "configs/reward.yaml", "--model.path", str(out / "sft" / "model"),
+        "--prompts.path", str(world / "preferences.jsonl"), *fresh(out / "reward", job.seed),
+    )  # fmt: skip
+    reward = [{"name": "kindness", "kind": "model", "path": str(out / "reward" / "model"), "output": "probability"}]
+    stage(
+        "train_ppo.py", "--config", "configs/quickstart.yaml", "--model.path", str(out / "sft" / "model"),
+        "--prompts.path", str(world / "prompts.jsonl"), "--heldout.path", str(world / "heldout.jsonl"),
+        "--reward", json.dumps(reward), "--sampling.seed", str(job.seed), *fresh(out / "ppo", job.seed),
+        *([] if job.steps is None else ["--ppo.steps", str(job.steps)]),
+    )  # fmt: skip
+    draw(out / "ppo")
+    show(out, world, job)
+    print(f"\n{time.perf_counter() - began:.0f} s in all; {out / 'ppo'} holds metrics, samples, model and curves.png")
 
 
-def complete(world: Path, count: int, seed: int) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def fresh(folder: Path, seed: int) -> list[str]:
+    return ["--run.dir", str(folder), "--run.overwrite", "true", "--run.seed", str(seed)]
 
-    tokenizer = AutoTokenizer.from_pretrained(world / "base")
-    model = AutoModelForCausalLM.from_pretrained(world / "base")
-    lines = (world / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-    torch.manual_seed(seed)
-    for prompt in (json.loads(line)["prompt"] for line in lines):
-        ids_1P = tokenizer(prompt, return_tensors="pt").input_ids
-        made_1S = model.generate(ids_1P, attention_mask=torch.ones_like(ids_1P), do_sample=True, max_new_tokens=48)
-        print(f"{prompt} |{tokenizer.decode(made_1S[0, ids_1P.shape[1] :], skip_special_tokens=True)}")
+
+def stage(script: str, *arguments: str) -> None:
+    """Run a door as its own process, from the checkout's root, and show the command."""
+    print(f"\n$ python scripts/{shlex.join([script, *arguments])}", flush=True)
+    quiet = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}  # a bar is hundreds of lines in a file
+    command = [sys.executable, str(ROOT / "scripts" / script), *absolute(arguments)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet})
+    if done.returncode:
+        raise Problem(f"quickstart: {script} ended with status {done.returncode}; its message stands above")
+
+
+def absolute(arguments: tuple[str, ...]) -> list[str]:
+    """Paths below the folder that the user stands in; the stages themselves run in the checkout's root."""
+    return [str(Path(a).absolute()) if "/" in a and not a.startswith(("configs/", "[")) else a for a in arguments]
+
+
+def draw(run: Path) -> None:
+    """runs/quickstart/ppo/curves.png: reward, and KL per response, by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    steps = [row["step"] for row in rows]
+    left.plot(steps, [row["reward/mean"] for row in rows], label="training")
+    held = [(row["step"], row["eval/reward"]) for row in rows if "eval/reward" in row]
+    if held:
+        left.plot(*zip(*held, strict=True), "o", label="held out")
+    left.set(xlabel="step", ylabel="reward", ylim=(0, 1), title="reward")
+    left.legend(loc="lower right")
+    right.plot(steps, [row["kl/ref"] for row in rows], color="tab:red")
+    right.set(xlabel="step", ylabel="nats", title="KL per response, to the policy before PPO")
+    figure.savefig(run / "curves.png", dpi=120)
+    pyplot.close(figure)
+
+
+def show(out: Path, world: Path, job: QuickstartJob) -> None:
+    """The table, and the same prompts answered by both policies with the same random numbers."""
+    summary = json.loads((out / "ppo" / "summary.json").read_text(encoding="utf-8"))
+    said = {"before": complete(out / "sft" / "model", world, job), "after": complete(out / "ppo" / "model", world, job)}
+    truth = {name: sum(kindness(text) for _, text in rows) / len(rows) for name, rows in said.items()}
+    print("\n                                before     after")
+    print(f"mean reward                    {summary['reward_before']:7.3f}   {summary['reward_after']:7.3f}")
+    print(f"share of kind words            {truth['before']:7.3f}   {truth['after']:7.3f}")
+    print(f"KL per response, in nats       {0:7.3f}   {summary['kl_after']:7.3f}")
+    for name, rows in said.items():
+        print(f"\n{name}")
+        for prompt, text in rows[: job.samples]:
+            print(f"  {prompt}{text}")
+
+
+def complete(model: Path, world: Path, job: QuickstartJob) -> list[tuple[str, str]]:
+    """(prompt, completion) of the held-out prompts."""
+    policy = load_policy(ModelSettings(path=str(model)))
+    prompts = load_prompts(PromptSettings(path=str(world / "heldout.jsonl")), policy)
+    with torch.no_grad():
+        _, texts = Sampler(policy, Sampling(max_new_tokens=48, seed=job.seed)).sample(prompts.batch(range(len(prompts))))
+    return list(zip(texts.prompts, texts.completions, strict=True))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ LORA = {"peft_type": "LORA", "r": 2}
 def prompts_of(policy: Policy, count: int = 40) -> Prompts:
     """Prompts of one to four tokens."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    texts = [(letters[i % 26] + letters[(7 * i) % 26] + letters[(3 * i + 5) % 26] + letters[i % 5])[: 1 + i % 4] for i in range(count)]
+    texts = ["".join(letters[(step * i + step) % 26] for step in (1, 7, 3, 5))[: 1 + i % 4] for i in range(count)]
     return Prompts([{"prompt": text, "place": i} for i, text in enumerate(texts)], "prompt", policy, PromptSettings())
 
 
@@ -38,11 +38,13 @@ def share_of_threes(rollout: Rollout, texts: Texts) -> Scores:
     return Scores(hit_BR.sum(1) / rollout.lengths_B)
 
 
-def job(family: str = "gpt2", peft: Any = None, sampling: Any = None, steering: Any = None, overrides: Any = None, **settings: Any):
+def job(
+    family: str = "gpt2", peft: Any = None, sampling: Any = None, steering: Any = None, overrides: Any = None, **settings: Any
+) -> tuple[Parts, Prompts, PPOSettings]:
     """(parts, prompts, settings) of a tiny run, ready for its first step."""
     policy = with_peft(tiny_policy(family, **(overrides or {})), peft)
-    settings = {"rollouts_per_step": 16, "minibatches": 2, "epochs": 2, "micro_batch_size": 5, "learning_rate": 1e-3, **settings}
-    ppo = PPOSettings(**settings)
+    small = {"rollouts_per_step": 16, "minibatches": 2, "epochs": 2, "micro_batch_size": 5, "learning_rate": 1e-3}
+    ppo = PPOSettings(**{**small, **settings})
     # Responses that end at different places: three of the ids stop.
     given = Sampling(**{"max_new_tokens": 9, "stop_ids": [11, 17, 23], **(sampling or {})})
     parts = prepare(policy, share_of_threes, given, ppo, RunSettings(), steering)

@@ -1,12 +1,12 @@
 """Policy and value in one module, so that DDP, ZeRO and FSDP see one forward; and the reference beside it.
 
-    rollout ──> actor (the policy) ──> log-probs, entropy
-                   │ hidden states that predict each action
-                   ├──> head                          value: shared
-                   └    critic ──> hidden ──> head    value: separate, or a folder
+rollout ──> actor (the policy) ──> log-probs, entropy
+               │ hidden states that predict each action
+               ├──> head                          value: shared
+               └    critic ──> hidden ──> head    value: separate, or a folder
 
-    V(s_t) is read where action t is predicted. The head starts at zero (or as a reward model's), so V starts at zero.
-    The reference is never inside the module: nothing of it is trained, reduced or saved.
+V(s_t) is read where action t is predicted. The head starts at zero (or as a reward model's), so V starts at zero.
+The reference is never inside the module: nothing of it is trained, reduced or saved.
 """
 
 from __future__ import annotations

@@ -69,6 +69,8 @@ def save(
 
 
 def _write(path: Path, head: dict[str, Any], tree: dict[str, Any], keep: int) -> None:
+    from safetensors.torch import save_file
+
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(tree, "", tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,14 +78,12 @@ def _write(path: Path, head: dict[str, Any], tree: dict[str, Any], keep: int) ->
         shutil.rmtree(left, ignore_errors=True)
     with written_aside(path) as aside:
         aside.mkdir()
-        _write_tensors(aside / _TENSORS, tensors)
+        save_file(tensors, aside / _TENSORS)
         (aside / _STATE).write_text(json.dumps({**head, "tree": skeleton}, ensure_ascii=False), encoding="utf-8")
         files = {
             name: {"bytes": (aside / name).stat().st_size, "sha256": sha256_file(aside / name)} for name in (_TENSORS, _STATE)
         }
         (aside / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": head["step"], "files": files}), encoding="utf-8")
-        if path.exists():  # damaged, else this step would not have been run again
-            _remove(path)
     for old in _steps(path.parent)[max(keep, 1) :]:
         _remove(old)
 
@@ -91,6 +91,12 @@ def _write(path: Path, head: dict[str, Any], tree: dict[str, Any], keep: int) ->
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint; those that are damaged are named and passed over. None where none was written."""
     return processes.on_main(lambda: _latest(Path(folder)))
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint, if it is whole. Other than `latest` it looks at no other."""
+    steps = _steps(folder / FOLDER)
+    return steps[0] if steps and damaged(steps[0]) is None else None
 
 
 def _latest(folder: Path) -> Path | None:
@@ -241,16 +247,6 @@ def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if tag == "@tuple":
         return tuple(_unflatten(part, tensors) for part in value)
     return {key: _unflatten(part, tensors) for key, part in value}
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # a full disk reaches us as this, not as an OSError
-        raise OSError(str(error)) from error
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 def settings_problems(ppo: PPOSettings) -> list[str]:
     """A line for every field of the section that is out of range by itself."""
-    at_least = {name: 1 for name in ("steps", "rollouts_per_step", "epochs", "minibatches", "micro_batch_size")}
-    at_least |= {name: 0 for name in ("warmup_steps", "value_warmup_steps", "eval_every", "eval_prompts", "samples")}
+    at_least = dict.fromkeys(("steps", "rollouts_per_step", "epochs", "minibatches", "micro_batch_size"), 1)
+    at_least |= dict.fromkeys(("warmup_steps", "value_warmup_steps", "eval_every", "eval_prompts", "samples"), 0)
     zero_or_more = ("learning_rate", "value_learning_rate", "weight_decay", "max_grad_norm", "value_coef", "kl_coef")
     above_zero = ("clip", "clip_high", "value_clip", "kl_target", "kl_horizon", "stop_kl", "gap_tolerance")
     found = [
@@ -47,7 +47,9 @@ def settings_problems(ppo: PPOSettings) -> list[str]:
             f"minibatches; {near} would do"
         )
     if ppo.kl_target is not None and ppo.kl_coef <= 0:
-        found.append(f"ppo.kl_coef: {ppo.kl_coef} cannot be adapted to ppo.kl_target, which multiplies it; begin with 0.05, say")
+        found.append(
+            f"ppo.kl_coef: {ppo.kl_coef} cannot be adapted to ppo.kl_target, which multiplies it; begin with 0.05, say"
+        )
     if ppo.kl_target is not None and ppo.reference == "none":
         found.append("ppo.kl_target: there is no reference to measure the KL to; set ppo.reference to auto")
     if ppo.credit != "gae":

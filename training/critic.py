@@ -1,8 +1,8 @@
 """The value's own model: a trunk without a vocabulary, from the policy, a language model's folder or a reward model's.
 
-    policy, or folder ──> model with its output embedding taken out ──> hidden states where actions are predicted
-                                                                        head: Linear(width, 1) in float32, from zero,
-                                                                              or the score head of a reward model
+policy, or folder ──> model with its output embedding taken out ──> hidden states where actions are predicted
+                                                                    head: Linear(width, 1) in float32, from zero,
+                                                                          or the score head of a reward model
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def hidden_width(core: Any) -> int:
     """Width of what the output embedding reads."""
     head = core.get_output_embeddings()
     if head is None:
-        raise Problem(f"ppo.value: {type(core).__name__} has no output embedding, so a value cannot read its input; set ppo.credit rloo")
+        raise Problem(
+            f"ppo.value: {type(core).__name__} has no output embedding, so a value cannot read its input; set ppo.credit rloo"
+        )
     weight = getattr(head, "weight", None)
     return int(weight.shape[-1]) if weight is not None else int(core.config.get_text_config(decoder=True).hidden_size)
 
@@ -92,7 +94,9 @@ def _score_head(model: Any, path: str) -> nn.Linear:
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear) or score.out_features != 1:
         found = f"{score.out_features} labels" if isinstance(score, nn.Linear) else "no plain score head"
-        raise Problem(f"ppo.value: {path} has {found}; a value starts from a reward model with one label, or from a language model")
+        raise Problem(
+            f"ppo.value: {path} has {found}; a value starts from a reward model with one label, or from a language model"
+        )
     head = zero_head(score.in_features, score.weight.device)
     with torch.no_grad():
         head.weight.copy_(score.weight)

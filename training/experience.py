@@ -154,15 +154,17 @@ def select(
 def _join_scores(parts: list[Scores], rollout: Rollout) -> Scores:
     names = dict.fromkeys(name for part in parts for name in part.parts)
     tokens_BR = None
-    if any(part.tokens_BR is not None for part in parts):
-        width = rollout.response_width
-        tokens_BR = torch.cat([pad(part.tokens_BR, (0, width - part.tokens_BR.shape[1])) for part in parts])
+    dense = [part.tokens_BR for part in parts if part.tokens_BR is not None]
+    if dense:
+        tokens_BR = torch.cat([pad(value_BR, (0, rollout.response_width - value_BR.shape[1])) for value_BR in dense])
+    seconds = dict.fromkeys(name for part in parts for name in part.seconds)
+    fallbacks = dict.fromkeys(name for part in parts for name in part.fallbacks)
     return Scores(
         torch.cat([part.total_B for part in parts]),
         {name: torch.cat([part.parts.get(name, torch.full((len(part),), math.nan)) for part in parts]) for name in names},
         tokens_BR,
-        {name: max(part.seconds.get(name, 0.0) for part in parts) for name in dict.fromkeys(n for p in parts for n in p.seconds)},
-        {name: sum(p.fallbacks.get(name, 0) for p in parts) for name in dict.fromkeys(n for p in parts for n in p.fallbacks)},
+        {name: max(part.seconds.get(name, 0.0) for part in parts) for name in seconds},
+        {name: sum(part.fallbacks.get(name, 0) for part in parts) for name in fallbacks},
     )
 
 
@@ -176,8 +178,9 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
     if settings.missing_stop_penalty:
         task_BR = task_BR + on_last_action(missing_stop_penalty(rollout.ended_B, settings.missing_stop_penalty), rollout)
     reference_BR = scored.reference_logprobs_BR
-    in_reward = reference_BR is not None and settings.kl_as == "reward"
-    kl_BR = kl.estimate(scored.old_logprobs_BR, reference_BR, settings.kl_estimator) if in_reward else None
+    kl_BR = None
+    if reference_BR is not None and settings.kl_as == "reward":
+        kl_BR = kl.estimate(scored.old_logprobs_BR, reference_BR, settings.kl_estimator)
     rewards_BR = advantages.token_rewards(task_BR, mask_BR, kl_BR, kl_coef)
     if settings.whiten_rewards:
         rewards_BR = advantages.whiten(rewards_BR, mask_BR, keep_mean=True)
@@ -189,7 +192,8 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
         baseline = advantages.rloo if settings.credit == "rloo" else advantages.group
         found = baseline(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
     advantages_BR = advantages.whiten(found.advantages_BR, mask_BR) if settings.whiten_advantages else found.advantages_BR
-    importance_BR, metrics = None, {}
+    importance_BR: Tensor | None = None
+    metrics: dict[str, float] = {}
     if settings.correction is not None:
         importance_BR, metrics = importance_weights(
             scored.old_logprobs_BR, rollout.behaviour_logprobs_BR, mask_BR, settings.correction

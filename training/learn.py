@@ -1,8 +1,8 @@
 """The update of one step: epochs x minibatches, each accumulated over micro-batches and ranks into one optimizer step.
 
-    minibatch (global) --> this rank's micro-batches: forward, losses as sums over one global count, backward
-                           no communication until the last one
-                       --> clip once --> optimizer step
+minibatch (global) --> this rank's micro-batches: forward, losses as sums over one global count, backward
+                       no communication until the last one
+                   --> clip once --> optimizer step
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, s
     set_learning_rates(state.optimizer, settings, state.step)
     history: dict[str, list[float]] = defaultdict(list)
     for epoch in range(settings.epochs):
-        for rows in minibatches(
-            experience.rollout, count=settings.minibatches, seed=seed, step=state.step, epoch=epoch
-        ):
+        for rows in minibatches(experience.rollout, count=settings.minibatches, seed=seed, step=state.step, epoch=epoch):
             for name, value in update(state, experience, rows, settings).items():
                 history[name].append(value)
             if settings.stop_kl is not None and history["ppo/approx_kl"][-1] > settings.stop_kl:

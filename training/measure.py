@@ -128,6 +128,8 @@ def _row(scored: Scored, experience: Experience, decode: Callable[[int], str], i
         "response_ids": response_ids,
         "response_tokens": [decode(token) for token in response_ids],
         "policy_logprobs": numbers(scored.old_logprobs_BR),
+        "gap": numbers(rollout.policy_logprobs_BR - scored.old_logprobs_BR),
+        "importance": numbers(experience.importance_BR),
         "behaviour_logprobs": numbers(rollout.behaviour_logprobs_BR),
         "reference_logprobs": numbers(scored.reference_logprobs_BR),
         "entropy": numbers(scored.entropy_BR),

@@ -10,6 +10,8 @@ so that a rank that has no row left still takes part in every collective call; i
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from rollout.batch import Rollout
 from rollout.sampling import uniforms
 
+Item = TypeVar("Item")
 _MINIBATCH_STREAM = 0x6D696E69
 """Keeps these random numbers apart from those that draw tokens."""
 
@@ -56,7 +59,7 @@ def occurrences(rows: list[int]) -> list[int]:
     return found
 
 
-def share(items: list[int], rank: int, world_size: int) -> list[int]:
+def share(items: Sequence[Item], rank: int, world_size: int) -> Sequence[Item]:
     """This rank's part of a list, by position: contiguous, sizes differing by one at most."""
     size, over = divmod(len(items), world_size)
     start = rank * size + min(rank, over)

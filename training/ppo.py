@@ -35,6 +35,7 @@ from training.log import tell
 from training.measure import check_gap, gap_tolerance, rollout_metrics, sample_rows
 from training.minibatch import occurrences, share
 from training.replay import Replay
+from training.report import report
 from training.setup import open_log, prepare
 
 if TYPE_CHECKING:
@@ -160,7 +161,8 @@ def train(
     check_job(policy, prompts, sampling, settings, steering)
     ours = processes.start()
     folder = processes.on_main(lambda: open_folder(run))
-    if run.resume and processes.on_main(lambda: resume.finished(folder, settings.steps)):
+    given = config or {}
+    if run.resume and processes.on_main(lambda: resume.finished(folder, settings.steps, given, schedule=settings.schedule)):
         tell(f"{folder}: finished already; more ppo.steps go on with it, --run.overwrite true starts again")
         return read_summary(folder)
     parts = prepare(policy, reward, sampling, settings, run, steering)
@@ -229,7 +231,9 @@ def train(
         tell(f"stopped after step {state.step} of {settings.steps} and saved; --run.resume true goes on")
         return {}
     save_model(folder, parts, settings)
-    return summarise(folder, parts, evaluate(parts, examined, settings))
+    summary = summarise(folder, parts, evaluate(parts, examined, settings))
+    processes.on_main(lambda: report([folder]))
+    return summary
 
 
 class Clock:

@@ -33,23 +33,33 @@ where no learning rate falls towards the last one."""
 _logger = logging.getLogger(__name__)
 
 
-def finished(folder: Path, steps: int) -> bool:
-    """Did the run in `folder` come to its end, with at least `steps` steps? summary.json is the last thing a run writes."""
+def finished(folder: Path, steps: int, config: Mapping[str, Any], *, schedule: str = "constant") -> bool:
+    """Did the run in `folder` come to its end, with at least `steps` steps and this config? summary.json is the last thing
+    that a run writes."""
+    folder = Path(folder)
     try:
-        return int(json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))["steps"]) >= steps
+        if int(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"]) < steps:
+            return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    if (path := checkpoint.newest(folder)) is not None:
+        _compare(path, config, schedule)
+    return True
 
 
 def find(folder: Path, config: Mapping[str, Any], *, schedule: str = "constant") -> Path | None:
     """The checkpoint to go on from, after its config was compared with the present one; None: start from the beginning."""
     path = checkpoint.latest(folder)
     if path is not None:
-        free = (*FREE, "ppo.steps") if schedule == "constant" else FREE
-        changed = check_config(checkpoint.read_head(path)["config"], config, free)
+        changed = _compare(path, config, schedule)
         if changed and processes.start().is_main:
             _logger.warning("resume: changed since %s, as is allowed: %s", path.name, ", ".join(changed))
     return path
+
+
+def _compare(path: Path, config: Mapping[str, Any], schedule: str) -> list[str]:
+    free = (*FREE, "ppo.steps") if schedule == "constant" else FREE
+    return check_config(checkpoint.read_head(path)["config"], config, free)
 
 
 def check_config(saved: Mapping[str, Any], current: Mapping[str, Any], free: Sequence[str] = FREE) -> list[str]:

@@ -44,9 +44,13 @@ class RewardJob:
     """Train a reward model on preference pairs."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
+    """What it starts from: any language model, or a reward model; with model.peft an adapter learns."""
     prompts: TableSettings = field(default_factory=TableSettings)
+    """The pairs."""
     reward_model: RewardModelSettings = field(default_factory=RewardModelSettings)
+    """How it learns."""
     run: RunSettings = field(default_factory=RunSettings)
+    """Where it is written, and how it goes on."""
 
 
 def run_reward(job: RewardJob, resolved: str = "") -> Outcome:

@@ -58,6 +58,7 @@ def make_trainer(
     check_vocabulary(tokenizer, vocabulary_size(model))
     # Learned positions of an encoder count from the left edge, whatever side the tokenizer pads for a decoder.
     tokenizer.padding_side = "right"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return transformers.Seq2SeqTrainer(
         model=model,
         args=arguments,

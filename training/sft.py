@@ -51,9 +51,13 @@ class SFTJob:
     """Train a causal or encoder-decoder model on texts, prompts with completions, or conversations."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
+    """What is trained; with model.peft an adapter on it."""
     prompts: TableSettings = field(default_factory=TableSettings)
+    """What it learns from."""
     sft: SFTSettings = field(default_factory=SFTSettings)
+    """How it learns."""
     run: RunSettings = field(default_factory=RunSettings)
+    """Where it is written, and how it goes on."""
 
 
 def run_sft(job: SFTJob, resolved: str = "") -> Outcome:

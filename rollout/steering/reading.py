@@ -159,6 +159,7 @@ class Fields:
             return default
         if not value:
             self.problem(name, f"selects nothing (an empty list); write none, or positions; choices: {', '.join(words)}")
+            return "all"
         elif not negative and min(value) < 0:
             self.problem(name, f"steps count from 0 on, found {min(value)}; positions from the prompt's end go under prompt")
         return tuple(value)
@@ -204,7 +205,7 @@ class Fields:
             return None
         inner = Fields(value, ".".join(p for p in (self.path.removeprefix("steering"), name) if p), self.problems)
         sources = [k for k in VECTOR_SOURCES if inner.has(k)]
-        if len(sources) != 1:
+        if len(sources) != 1 and not set(inner.values) - set(VECTOR_KEYS):
             inner.problem("", f"expected one of {', '.join(VECTOR_SOURCES)}, found {sorted(value)!r}")
         if inner.has("init"):
             inner.choice("init", ("zeros", "normal"), "zeros")

@@ -383,7 +383,7 @@ def _where(fields: Fields | None, at: At) -> Where:
         tokens = inner.tokens("token_ids")
         places = inner.integers("positions", inner.raw("positions"), required="") if inner.has("positions") else ()
         inner.done()
-    if prompt in ("none", ()) and steps in ("none", ()):
+    if prompt == "none" and steps == "none":
         fields.problem("", "selects nothing (prompt and steps are both none); choose prompt or steps")
     fields.done()
     return Where(prompt, steps, ramp, tokens, places)

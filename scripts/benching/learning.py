@@ -4,9 +4,9 @@
     TRL 1.12 (a folder of ────┼─> trl_112.py    SEED ──┼─> learning.json, a table, learning.png
     its own, first on path)   └─> (defaults, tuned)  ──┘
 
-Every run is a process of its own with one thread; runs of one seed follow each other, so that a slow minute of the machine
-meets all of them. The reward is the mean over a step's rollouts, which are drawn at the setting's own temperature; the
-evaluations after steps 20 and 100 are drawn at temperature 1 for all.
+Every run is a process of its own with one thread. Seconds are its CPU seconds from the first rollouts' reward on (the wall's
+are kept beside them): another job on the machine does not change who wins. The reward is the mean over a step's rollouts,
+which are drawn at the setting's own temperature; the evaluations after steps 20 and 100 are at temperature 1 for all.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         by_seconds.plot(pace, middle, color=colour, linewidth=2, label=learner)
     by_samples.set_xlabel("samples")
     by_samples.set_ylabel("reward of a step's rollouts (optimum 1)")
-    by_seconds.set_xlabel("seconds since the first rollouts, one CPU thread")
+    by_seconds.set_xlabel("CPU seconds since the first rollouts, one thread")
     for axis in (by_samples, by_seconds):
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right", fontsize=9)

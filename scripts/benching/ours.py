@@ -1,11 +1,12 @@
-"""Child of the learning comparison: this project on randomwalks.  python -m scripts.benching.ours WORLD RUN SEED STEPS [FLAG ...]
+"""Child of the learning comparison: this project on randomwalks.
+
+    python -m scripts.benching.ours WORLD RUN SEED STEPS [FLAG ...]
 
 Prints one JSON line: rewards and seconds by step, and the evaluation at temperature 1 after the steps of task.SEEN.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def main(world: Path, run: Path, seed: int, steps: int, flags: list[str]) -> Non
             for name, value in own.items():
                 value.copy_(saved[f"actor.{name}"])
         evaluated[step] = evaluate(world, policy.tokenizer, model, seed)
-    print(json.dumps({"rewards": ledger.rewards, "seconds": ledger.seconds, "evaluated": evaluated}))
+    print(ledger.to_json(evaluated))
 
 
 if __name__ == "__main__":

@@ -18,22 +18,28 @@ ROLLOUTS, RESPONSE, SEEN = 128, 10, (20, 100)
 
 @dataclass
 class Ledger:
-    """The mean reward of every step's rollouts, and when it was known: seconds since the first step's."""
+    """The mean reward of every step's rollouts, and when it was known, counted from the first step's."""
 
-    began: float | None = None
+    began: tuple[float, float] | None = None
     held: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    """Of this process on its one thread: what else the machine does is not in it."""
+    wall: list[float] = field(default_factory=list)
 
     def add(self, scores: list[float]) -> None:
         """Scores of some rows; a step is known when ROLLOUTS are in."""
         self.held += scores
         while len(self.held) >= ROLLOUTS:
-            now = time.perf_counter()
+            now = (time.process_time(), time.perf_counter())
             self.began = self.began or now
             self.rewards.append(sum(self.held[:ROLLOUTS]) / ROLLOUTS)
-            self.seconds.append(now - self.began)
+            self.seconds.append(now[0] - self.began[0])
+            self.wall.append(now[1] - self.began[1])
             self.held = self.held[ROLLOUTS:]
+
+    def to_json(self, evaluated: dict[int, float]) -> str:
+        return json.dumps({"rewards": self.rewards, "seconds": self.seconds, "wall": self.wall, "evaluated": evaluated})
 
 
 def starts(world: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ of the walks in the tuned one); `tuned` is the best that was found for it: see L
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,7 +97,7 @@ def main(world: Path, run: Path, seed: int, steps: int, setting: str) -> None:
     for step, weights in kept.items():
         policy.load_state_dict(weights)
         evaluated[step] = evaluate(world, tokenizer, policy, seed)
-    print(json.dumps({"rewards": ledger.rewards, "seconds": ledger.seconds, "evaluated": evaluated}))
+    print(ledger.to_json(evaluated))
 
 
 if __name__ == "__main__":

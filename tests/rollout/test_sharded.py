@@ -28,7 +28,11 @@ def test_ranks_with_fewer_prompts_or_none(tmp_path: Path) -> None:
         subprocess.Popen([*command, str(rank), port, str(tmp_path / "out")], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    try:
+        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     found = [torch.load(tmp_path / f"out.{rank}") for rank in range(2)]
     for family in sharded.FAMILIES:

@@ -17,7 +17,8 @@ from scripts.worlds import summaries
 from tests.models import tiny, tiny_tokenizer
 
 ROWS = [
-    {"id": i, "article": f"the {a} was {b}. more.", "summary": f"{a} {b}"} for i, (a, b) in enumerate(zip("abcdef", "ghijkl"))
+    {"id": i, "article": f"the {a} was {b}. more.", "summary": f"{a} {b}"}
+    for i, (a, b) in enumerate(zip("abcdef", "ghijkl", strict=True))
 ]
 
 
@@ -116,7 +117,7 @@ def test_rouge_is_the_harmonic_mean_of_recall_and_precision():
     ]
     found = rouge(["the cat sat", "x"], ["the cat sat", "y"])
     assert found["rougeL"] == found["rouge1"] == found["rouge2"] == found["rougeLsum"] == 0.5
-    with pytest.raises(Problem, match="no column summary, reference, .* to compare with; the data has: title"):
+    with pytest.raises(Problem, match="no reference, a column named summary .* it has: title"):
         rouge_l(["p"], ["a"], title=["b"])
 
 

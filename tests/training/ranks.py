@@ -1,6 +1,6 @@
 """Run by test_ranks.py in one process and, by accelerate launch, in two: several tiny PPO runs, one after the other.
 
-    python tests/training/ranks.py FOLDER          leaves FOLDER/NAME/{metrics.jsonl, summary.json, model/}
+python tests/training/ranks.py FOLDER          leaves FOLDER/NAME/{metrics.jsonl, summary.json, model/}
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ JOBS = {
     # one prompt: the second rank samples nothing, and learns from a row or none of each minibatch
     "one_prompt": ("gpt2", None, {"n": 3}, {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1}),
 }
-SETTINGS = {"steps": 3, "rollouts_per_step": 16, "minibatches": 2, "epochs": 2, "micro_batch_size": 3, "learning_rate": 1e-3, "eval_prompts": 5}
+SETTINGS = {
+    "steps": 3,
+    "rollouts_per_step": 16,
+    "minibatches": 2,
+    "epochs": 2,
+    "micro_batch_size": 3,
+    "learning_rate": 1e-3,
+    "eval_prompts": 5,
+}
 
 
 def main(folder: Path) -> None:

@@ -130,7 +130,11 @@ def test_a_value_starts_from_a_language_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value, text", [("nowhere/at/all", "ppo.value: 'nowhere/at/all' is neither a folder"), ("seq2seq", "is a t5 model and the policy is causal")]
+    "value, text",
+    [
+        ("nowhere/at/all", "ppo.value: 'nowhere/at/all' is neither a folder"),
+        ("seq2seq", "is a t5 model and the policy is causal"),
+    ],
 )
 def test_a_value_folder_that_does_not_fit(value, text, tmp_path):
     if value == "seq2seq":

@@ -274,12 +274,16 @@ def test_a_changed_config_names_every_field_and_spares_the_harmless_ones():
     assert resume.check_config(saved, now, (*resume.FREE, "ppo.steps")) == ["run.dir", "ppo.steps"]
 
 
-def test_finished_is_what_the_summary_says(tmp_path):
-    assert not resume.finished(tmp_path, 3)
+def test_finished_is_what_the_summary_says_under_the_same_config(tmp_path):
+    assert not resume.finished(tmp_path, 3, {})
     (tmp_path / "summary.json").write_text("{")
-    assert not resume.finished(tmp_path, 3)
+    assert not resume.finished(tmp_path, 3, {})
     (tmp_path / "summary.json").write_text('{"steps": 3}')
-    assert resume.finished(tmp_path, 3) and not resume.finished(tmp_path, 4)
+    checkpoint.save(tmp_path, 3, make_state(), config={"ppo": {"steps": 3, "clip": 0.2}})
+    assert resume.finished(tmp_path, 3, {"ppo": {"steps": 3, "clip": 0.2}})
+    assert not resume.finished(tmp_path, 4, {"ppo": {"steps": 4, "clip": 0.2}})
+    with pytest.raises(Problem, match="ppo.clip: 0.3"):
+        resume.finished(tmp_path, 3, {"ppo": {"steps": 3, "clip": 0.3}})
 
 
 def test_sigterm_sets_a_flag_and_the_handler_goes_away():

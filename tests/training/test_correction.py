@@ -65,7 +65,9 @@ def test_each_type_by_hand(kind):
         assert weights[i, n:].eq(0).all()
     rows = [math.exp(sum(float(policy[i, t]) - float(behaviour[i, t]) for t in range(n))) for i, n in enumerate(lengths)]
     assert metrics["correction/ess"] == pytest.approx(sum(rows) ** 2 / sum(w * w for w in rows), rel=1e-4)
-    assert metrics["correction/ess_share_used"] == pytest.approx(sum(used) ** 2 / sum(w * w for w in used) / len(used), rel=1e-4)
+    assert metrics["correction/ess_share_used"] == pytest.approx(
+        sum(used) ** 2 / sum(w * w for w in used) / len(used), rel=1e-4
+    )
     assert metrics["correction/max"] == pytest.approx(largest, rel=1e-4)
     assert metrics["correction/share_outside"] == pytest.approx(outside / sum(lengths))
     kl = sum(float(behaviour[i, t] - policy[i, t]) for i, n in enumerate(lengths) for t in range(n))

@@ -97,9 +97,7 @@ def test_one_update_is_the_gradient_of_the_exact_objective_on_an_enumerated_poli
     (true,) = torch.autograd.grad(exact, logits)
     mask = torch.ones(5, 1, dtype=torch.bool)
     new = logits.log_softmax(0)[:, None]
-    sampled, _ = loss.policy_loss(
-        new, old[:, None], advantages[:, None], mask, old.exp()[:, None], clip_low=0.2, clip_high=0.2
-    )
+    sampled, _ = loss.policy_loss(new, old[:, None], advantages[:, None], mask, old.exp()[:, None], clip_low=0.2, clip_high=0.2)
     (found,) = torch.autograd.grad(sampled, logits)
     assert torch.allclose(found, true, atol=1e-14)
 

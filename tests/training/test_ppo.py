@@ -42,10 +42,11 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-KEYS = (
-    "step rollout/length_mean reward/mean reward/std kl/ref kl/coef ppo/ratio_first ppo/ratio_mean ppo/clip_fraction "
-    "ppo/approx_kl ppo/policy_loss value/loss value/explained_variance policy/entropy gap/max gap/mean time/learn_s memory/peak_mb"
-).split()
+KEYS = [
+    "step", "rollout/length_mean", "reward/mean", "reward/std", "kl/ref", "kl/coef", "ppo/ratio_first", "ppo/ratio_mean",
+    "ppo/clip_fraction", "ppo/approx_kl", "ppo/policy_loss", "value/loss", "value/explained_variance", "policy/entropy",
+    "gap/max", "gap/mean", "time/learn_s", "memory/peak_mb",
+]  # fmt: skip
 
 
 def test_a_run_leaves_its_files(tmp_path):
@@ -79,7 +80,16 @@ def test_samples_say_everything_per_token(tmp_path):
         n = len(row["response_ids"])
         assert row["response_tokens"] == [policy.tokenizer.decode([i]) for i in row["response_ids"]]
         assert policy.tokenizer.decode(row["prompt_ids"]) == row["prompt_text"]
-        for name in ("policy_logprobs", "behaviour_logprobs", "reference_logprobs", "values", "advantages", "rewards", "returns", "entropy"):
+        for name in (
+            "policy_logprobs",
+            "behaviour_logprobs",
+            "reference_logprobs",
+            "values",
+            "advantages",
+            "rewards",
+            "returns",
+            "entropy",
+        ):
             assert len(row[name]) == n and all(math.isfinite(x) for x in row[name]), name
         assert row["kl"] == pytest.approx(sum(row["policy_logprobs"]) - sum(row["reference_logprobs"]), abs=1e-4)
         assert row["reward"] == pytest.approx(sum(i % 4 == 3 for i in row["response_ids"]) / n)
@@ -128,20 +138,32 @@ def test_a_learning_rate_of_zero_changes_nothing(tmp_path, family):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("settings", [{}, {"credit": "rloo", "sampling": {"n": 4}}, {"value": "shared"}], ids=["gae", "rloo", "shared"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"credit": "rloo", "sampling": {"n": 4}}, {"value": "shared"}], ids=["gae", "rloo", "shared"]
+)
 def test_the_reward_rises(tmp_path, seed, settings):
     sampling = {"seed": seed, **settings.get("sampling", {})}
     rest = {name: value for name, value in settings.items() if name != "sampling"}
-    run(tmp_path / "run", sampling=sampling, steps=12, rollouts_per_step=32, epochs=4, eval_prompts=0, learning_rate=2e-3, kl_coef=0.01, **rest)
+    run(
+        tmp_path / "run",
+        sampling=sampling,
+        steps=12,
+        rollouts_per_step=32,
+        epochs=4,
+        eval_prompts=0,
+        learning_rate=2e-3,
+        kl_coef=0.01,
+        **rest,
+    )
     rewards = [row["reward/mean"] for row in lines(tmp_path / "run" / "metrics.jsonl")]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
 
 
 def test_the_kl_as_a_loss_holds_the_policy_back(tmp_path):
     distances = []
+    held = {"kl_as": "loss", "kl_estimator": "k3", "epochs": 4, "rollouts_per_step": 32, "learning_rate": 2e-3, "eval_prompts": 0}
     for coefficient in (0.0, 1.0):
-        run(tmp_path / f"run{coefficient}", steps=6, rollouts_per_step=32, epochs=4, kl_as="loss", kl_estimator="k3", kl_coef=coefficient,
-            eval_prompts=0, learning_rate=2e-3)  # fmt: skip
+        run(tmp_path / f"run{coefficient}", steps=6, kl_coef=coefficient, **held)
         distances.append(lines(tmp_path / f"run{coefficient}" / "metrics.jsonl")[-1]["kl/ref"])
     assert distances[1] < distances[0] / 3
 

@@ -18,8 +18,9 @@ from rollout.prompts import PromptBatch
 from rollout.run import RunSettings
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
+from rollout.steering import load_spec
 from tests.models import tiny, tiny_policy, tiny_tokenizer
-from tests.ppo_runs import job, lone_logprobs, prompts_of, share_of_threes
+from tests.ppo_runs import first_scored, job, lone_logprobs, prompts_of, share_of_threes
 from tests.rollout.test_adapters import KINDS, MAIN, WEIGHT, adapted
 from training.ppo import PPOSettings, train
 from training.setup import with_peft
@@ -120,3 +121,40 @@ def test_virtual_tokens_take_room_from_the_context():
     whole = tiny_policy("gpt2").context
     assert Policy.of(adapted("gpt2", "PROMPT_TUNING"), tiny_tokenizer()).context == whole - 3
     assert Policy.of(adapted("gpt2", "LORA"), tiny_tokenizer()).context == whole
+
+
+# -- encoder-decoders: steering in both stacks, LoRA beside it ---------------------------------------------------------
+
+
+def halved(model, stack: str):
+    """The definition: block 0 of that stack puts out half of what it did, at every position."""
+
+    def half(module, inputs, output):
+        return (output[0] / 2, *output[1:]) if isinstance(output, tuple) else output / 2
+
+    side = model.get_encoder() if stack == "encoder" else model.get_decoder()
+    blocks = side.block if hasattr(side, "block") else side.layers
+    blocks[0].register_forward_hook(half)
+    return model
+
+
+@pytest.mark.parametrize("peft", [None, {"peft_type": "LORA", "r": 2}])
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_steered_encoder_decoder_keeps_its_ratio_and_an_unsteered_reference(family, stack, peft):
+    where = {"prompt": "all", "steps": "none" if stack == "encoder" else "all"}
+    site = {"at": {"layers": [0], "stack": stack}, "op": {"type": "scale", "factor": 0.5}, "where": where}
+    spec = load_spec({"role": "policy", "sites": [site]})
+    parts, prompts, ppo = job(family, peft=peft, steering=spec, sampling={"temperature": 0.8})
+    scored = first_scored(parts, prompts, ppo)
+    rollout = scored.rollout
+    plain, steered = (Policy.of(model, tiny_tokenizer()) for model in (tiny(family), halved(tiny(family), stack)))
+    with torch.no_grad():
+        for i in range(len(rollout)):
+            length = int(rollout.lengths_B[i])
+            alone = lone_logprobs(steered, rollout, i).float()  # a fresh LoRA adds nothing
+            for found in (scored.old_logprobs_BR, rollout.policy_logprobs_BR, rollout.behaviour_logprobs_BR):
+                torch.testing.assert_close(found[i, :length], alone, atol=1e-5, rtol=0)
+            base = lone_logprobs(plain, rollout, i).float()
+            torch.testing.assert_close(scored.reference_logprobs_BR[i, :length], base, atol=1e-5, rtol=0)
+    assert (scored.old_logprobs_BR - scored.reference_logprobs_BR)[rollout.mask_BR].abs().max() > 0.01

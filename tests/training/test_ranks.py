@@ -26,7 +26,9 @@ def folders(tmp_path_factory):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/ddp.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name, command in {"one": [sys.executable, *script], "two": [*launch, *script]}.items():
-        done = subprocess.run([*command, str(out / name)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [*command, str(out / name)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     return out / "one", out / "two"
 

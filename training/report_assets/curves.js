@@ -88,8 +88,9 @@ function drawPanel(holder, title, series, target, weight) {
       if (value === null) { open = false; return; }
       path += `${open ? "L" : "M"}${x(one.steps[i]).toFixed(1)} ${y(value).toFixed(1)}`;
       open = true;
+      // A ring where no line would lead to or from: an evaluation every few steps.
+      if ((one.shown[i - 1] ?? null) === null && (one.shown[i + 1] ?? null) === null) path += "m-2.5 0a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0 -5 0";
     });
-    if (one.shown.filter(v => v !== null).length === 1) path += "h2";
     const curve = shape("path", {class: "curve", d: path, "data-label": one.label, "stroke-dasharray": one.dash});
     curve.style.stroke = one.colour;
     svg.append(curve);

@@ -18,7 +18,9 @@ function themeButton() {
 function table(head, rows) {
   const made = element("table", {class: "numbers"});
   made.append(element("thead", {}, element("tr", {}, ...head.map(text => element("th", {text})))));
-  for (const row of rows) made.append(element("tr", {}, ...row.map(value => element("td", {dir: "auto", text: visible(exact(value)).shown}))));
+  const cell = value => typeof value === "number" ? element("td", {class: "number", title: exact(value), text: short(value)})
+    : element("td", {dir: "auto", text: visible(exact(value)).shown});
+  for (const row of rows) made.append(element("tr", {}, ...row.map(cell)));
   return element("div", {class: "wide"}, made);
 }
 
