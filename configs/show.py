@@ -45,9 +45,10 @@ def to_yaml(job: Any) -> str:
 
 
 def docs(section: type) -> dict[str, str]:
-    """Name -> the docstring under the field, on one line."""
-    found = docstring_parser.parse_from_object(section)
-    return {param.arg_name: " ".join((param.description or "").split()) for param in found.params}
+    """Name -> the docstring under the field, on one line; those of the sections that it builds on, too."""
+    bases = [base for base in reversed(section.__mro__) if dataclasses.is_dataclass(base)]
+    params = [param for base in bases for param in docstring_parser.parse_from_object(base).params]
+    return {param.arg_name: " ".join((param.description or "").split()) for param in params}
 
 
 def default(spot: dataclasses.Field[Any]) -> Any:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -211,25 +212,34 @@ def load_classifier(
 
 @contextlib.contextmanager
 def _whole_weights() -> Iterator[None]:
-    """Under ZeRO-3 transformers would cut every model that it loads into shards; a reward model stays whole."""
+    """A reward model stays whole on every rank, whatever becomes of the policy.
+
+    Under ZeRO-3 transformers cuts every model that it loads into shards; under FSDP it may load weights on the first rank
+    alone, and leaves the others to be filled by a wrapping that a reward model never gets.
+    """
     from transformers.integrations import deepspeed
 
-    if not deepspeed.is_deepspeed_zero3_enabled():
-        yield
-        return
-    kept = deepspeed._hf_deepspeed_config_weak_ref()
-    deepspeed.unset_hf_deepspeed_config()
+    sharded = deepspeed._hf_deepspeed_config_weak_ref() if deepspeed.is_deepspeed_zero3_enabled() else None
+    efficient = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    if sharded is not None:
+        deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed.set_hf_deepspeed_config(kept)
+        if sharded is not None:
+            deepspeed.set_hf_deepspeed_config(sharded)
+        if efficient is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = efficient
 
 
 def _head_labels(adapter: str) -> int | None:
     """Labels of the head that is saved with the adapter; None where the adapter has no head of its own."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils.save_and_load import load_peft_weights
 
-    whole = [w for name, w in load_peft_weights(adapter, device="cpu").items() if w.dim() == 2 and "lora_" not in name]
+    added = tuple(prefix for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix)
+    weights = load_peft_weights(adapter, device="cpu").items()
+    whole = [w for name, w in weights if w.dim() == 2 and not any(prefix in name for prefix in added)]
     return min((int(w.shape[0]) for w in whole), default=None)
 
 

@@ -141,13 +141,14 @@ class FunctionReward:
     async def score_async(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
         if not len(rollout):
             return Scores(torch.zeros(0, device=rollout.device))
-        result = await self._attempt_async(rollout, texts)
-        if not isinstance(result, Failure):
-            return self._scores(result, rollout)
-        rows = [result]
-        if len(rollout) > 1:
-            singles = (self._attempt_async(rollout.select([i]), texts.select([i])) for i in range(len(rollout)))
-            rows = await asyncio.gather(*singles)
+        with _patience(self.where):
+            result = await self._attempt_async(rollout, texts)
+            if not isinstance(result, Failure):
+                return self._scores(result, rollout)
+            rows = [result]
+            if len(rollout) > 1:
+                singles = (self._attempt_async(rollout.select([i]), texts.select([i])) for i in range(len(rollout)))
+                rows = await asyncio.gather(*singles)
         return self._join(rows, result, rollout)
 
     async def _attempt_async(self, rollout: Rollout, texts: Texts) -> Any:

@@ -9,8 +9,10 @@ the threads of the process group. A signal would not do either: it cannot break 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -116,5 +118,13 @@ def serve(pipe: Connection, spec: str) -> None:
         pipe.send_bytes(answer)
 
 
+def die_with_parent() -> None:
+    """A function that hangs must not outlive a job that was killed and could not end it (Linux)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    die_with_parent()
     serve(Connection(int(sys.argv[1])), sys.argv[2])

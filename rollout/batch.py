@@ -165,7 +165,8 @@ class Rollout:
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.device)
             index = index if index.numel() else index.long()  # an empty list has no type of its own
-        return dataclasses.replace(self, **{name: value[index] for name, value in self.tensors().items()})
+        chosen: dict[str, Any] = {name: value[index] for name, value in self.tensors().items()}
+        return dataclasses.replace(self, **chosen)
 
     def trim(self) -> Rollout:
         """Without the columns in which no row has a token."""
@@ -190,7 +191,8 @@ class Rollout:
         return dataclasses.replace(self, **wide)
 
     def to(self, device: torch.device | str) -> Rollout:
-        return dataclasses.replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
+        return dataclasses.replace(self, **moved)
 
     @staticmethod
     def join(parts: Sequence[Rollout]) -> Rollout:

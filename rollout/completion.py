@@ -178,6 +178,8 @@ def complete(
 
     A completion is keyed by seed, `step` and its row (`rows`, else 0, 1, ...): another one of them gives another text. `on_token` as for Sampler.sample.
     """
+    if sampling.n != 1:
+        raise Problem(f"sampling.n: {sampling.n}, but a prompt has one completion; leave it at 1, or dump rollouts")
     prompts = [[int(token) for token in ids] for ids in prompt_ids]
     context = _context(policy, None) if context is None else context
     limit = sampling.max_new_tokens if limit is None else limit
@@ -193,7 +195,9 @@ def complete(
             done.update({row: Completed(prompts[row], [], "", STOP_REASONS[STOP_LENGTH], [], None, None) for row in group})
             continue
         sampler = Sampler(policy, dataclasses.replace(sampling, max_new_tokens=most), steering)
-        batch = PromptBatch.of_ids([prompts[row] for row in group], [rows[row] if rows else row for row in group], policy.tokenizer)
+        batch = PromptBatch.of_ids(
+            [prompts[row] for row in group], [rows[row] if rows else row for row in group], policy.tokenizer
+        )
         rollout, texts = sampler.sample(batch, step=step, on_token=on_token)
         numbers = _raw_logprobs(policy, rollout, sampling, steering) if logprobs else None
         for at, row in enumerate(group):

@@ -1,7 +1,7 @@
 """What a dump holds and whether it is whole, in one pass over its shards with flat memory (a bit per row is kept).
 
-    inspect(folder) -> Inspection      every checksum compared; rows counted, doubled and missing ones found
-    to_text(inspection, width)         a page for a person
+inspect(folder) -> Inspection      every checksum compared; rows counted, doubled and missing ones found
+to_text(inspection, width)         a page for a person
 """
 
 from __future__ import annotations
@@ -64,15 +64,12 @@ class Inspection:
     not_finite: int = 0
     """Tokens whose log-prob is NaN or infinite."""
     gap_sum: float = 0.0
+    gap_max: float = 0.0
     worst: list[Worst] = field(default_factory=list)
 
     @property
     def gap_mean(self) -> float:
         return self.gap_sum / self.tokens if self.tokens else 0.0
-
-    @property
-    def gap_max(self) -> float:
-        return self.worst[0].gap if self.worst else 0.0
 
     @property
     def whole(self) -> bool:
@@ -123,6 +120,7 @@ def _measure_gap(found: Inspection, rollout: Rollout, texts: Texts, keep: int) -
     gap_BR = torch.where(mask_BR & finite_BR, (behaviour_BR - policy_BR).abs(), 0.0)
     found.gap_sum += float(gap_BR.double().sum())
     gap_B, position_B = gap_BR.max(1)
+    found.gap_max = max(found.gap_max, float(gap_B.max()))
     for row in gap_B.topk(min(keep, len(rollout))).indices.tolist():
         at = int(position_B[row])
         if rollout.lengths_B[row]:

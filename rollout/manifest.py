@@ -1,11 +1,11 @@
 """manifest.json of a dump: what it was made from, how it is cut into shards, and which shards are whole.
 
-    Plan       prompts x samples, cut into shards of whole prompts: from data and settings alone, so any number of
-               processes, and a resumed job, cut alike
-    Record     one finished shard: rows, tokens, bytes, sha256. Written to records/NNNNN.json by the process that made
-               the shard, just after it; gathered into manifest.json at the end, when the folder `records` goes
-    start      a fresh manifest, or the one that is there compared field by field with what is asked for now
-    standing   which shards are whole, which are damaged and why
+Plan       prompts x samples, cut into shards of whole prompts: from data and settings alone, so any number of
+           processes, and a resumed job, cut alike
+Record     one finished shard: rows, tokens, bytes, sha256. Written to records/NNNNN.json by the process that made
+           the shard, just after it; gathered into manifest.json at the end, when the folder `records` goes
+start      a fresh manifest, or the one that is there compared field by field with what is asked for now
+standing   which shards are whole, which are damaged and why
 """
 
 from __future__ import annotations
@@ -102,7 +102,10 @@ class Record:
 
 
 def write_record(folder: Path, index: int, record: Record) -> None:
-    (folder / RECORDS).mkdir(exist_ok=True)
+    try:
+        (folder / RECORDS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise Problem(f"{folder / RECORDS}: cannot be made: {error.strerror}; free some space") from error
     write_json(folder / RECORDS / f"{index:05d}.json", dataclasses.asdict(record))
 
 
@@ -208,7 +211,9 @@ def start(
         found = load_manifest(folder)
         changed = list(_changes(found, fresh))
         if not changed and found["plan"] != fresh["plan"]:
-            changed = [f"run.save_every: this dump was begun with the shards {found['plan']}, and is now asked for {fresh['plan']}"]
+            changed = [
+                f"run.save_every: this dump was begun with the shards {found['plan']}, and is now asked for {fresh['plan']}"
+            ]
         if changed:
             remedy = "give the same settings, or start afresh with --run.overwrite true"
             raise Problem(*(f"{line}; {remedy}" for line in changed))

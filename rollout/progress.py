@@ -1,6 +1,6 @@
 """How far a long job is, how fast, how long it still takes: a line that rewrites itself on a terminal, else one now and then.
 
-    rollouts: 1,024 of 8,000 rows (13 %), 2,310 tokens/s, 1 min 40 s left
+rollouts: 1,024 of 8,000 rows (13 %), 2,310 tokens/s, 1 min 40 s left
 """
 
 from __future__ import annotations

@@ -99,9 +99,12 @@ class Session:
     def stream(self, one: Asked, step: int = 0) -> tuple[str, bool]:
         """Show a completion as it comes. Its text, and whether it was interrupted; with steering both, when they are there."""
         if self.steering:
+            text = ""
             with interruptible() as state:
-                self.show(one, self.answer([one], step)[0])
-            return "", state.interrupted
+                both = self.answer([one], step)[0]
+                self.show(one, both)
+                text = both[1].text
+            return text, state.interrupted
         sampling = self.job.sampling
         ends = [*self.policy.eos_ids, *sampling.stop_ids]
         live = Live(self.policy.tokenizer, lambda piece: say(self.paint(piece)), ends, sampling.stop)
@@ -213,7 +216,7 @@ class Session:
                     text, _ = self.stream(ask(self.policy, asked), step=turn)
                 except Problem as problem:
                     print("\n".join(problem.lines), file=sys.stderr)
-                    continue
+                    continue  # the dialog stands as it was
                 if is_chat:
                     dialog = [*asked, {"role": "assistant", "content": text}]
 

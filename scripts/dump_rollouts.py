@@ -56,7 +56,7 @@ def main(job: Job) -> None:
 
     def begin() -> dict[str, Any]:
         made_from = {
-            "model.path": model_fingerprint(policy.core),
+            "model.path": model_fingerprint(policy.model),
             "model.tokenizer": tokenizer_fingerprint(policy.tokenizer),
             "prompts.path": values_fingerprint(prompts.table[row] for row in range(len(prompts))),
             "steering": steering.label if steering else "",

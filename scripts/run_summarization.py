@@ -23,7 +23,7 @@ from rollout import processes
 from rollout.errors import Problem
 from rollout.policy import ModelSettings
 from rollout.tables import read_table
-from training import stage
+from training import stage, stage_models
 from training.rows import Row, check_values, missing_columns
 from training.seq2seq import decode, make_trainer, tokenise
 
@@ -155,14 +155,14 @@ def main(ours: SummarisationArguments, training: Any) -> None:
         rows["test"] = stage.on_every_process(lambda: read(ours, "test", ours.test_file, ours.max_predict_samples))
     transformers.set_seed(training.seed)
     settings = ModelSettings(path=ours.model_name_or_path, tokenizer=ours.tokenizer_name or "")
-    model = stage.load_trainable(settings, "policy", "seq2seq")
-    tokenizer = stage.load_tokenizer(settings)
+    model = stage_models.load_trainable(settings, "policy", "seq2seq")
+    tokenizer = stage_models.load_tokenizer(settings)
     folder = open_output(ours, training)
     longest = ours.val_max_target_length or ours.max_target_length
     training.generation_max_length = training.generation_max_length or longest
     training.generation_num_beams = ours.num_beams or training.generation_num_beams
     with stage.bars_on_main(processes.start().is_main):
-        context = stage.context_of(model)
+        context = stage_models.context_of(model)
         source = min(ours.max_source_length, context) if context else ours.max_source_length
         data = {
             part: tokenise(found, tokenizer, ours.source_prefix, source, ours.max_target_length if part == "train" else longest)

@@ -9,6 +9,7 @@ RUN/samples.jsonl   best, worst and random rows    RUN/summary.json   before, af
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from configs.reader import door, to_mapping
 from reward.base import build_reward
 from reward.parts import read_parts
 from rollout import processes
+from rollout.adapters import is_adapter_folder
 from rollout.policy import ModelSettings, load_policy
 from rollout.prompts import PromptSettings, load_prompts
 from rollout.run import RunSettings
@@ -51,7 +53,7 @@ class PPOJob:
 
 def main(job: PPOJob) -> None:
     torch.manual_seed(job.run.seed)  # fresh adapters
-    policy = with_peft(load_policy(job.model, processes.start().device), job.model.peft)
+    policy = with_peft(load_policy(learnable(job.model), processes.start().device), job.model.peft)
     heldout = load_prompts(job.heldout, policy, job.sampling.max_new_tokens) if job.heldout.path else None
     train(
         policy,
@@ -64,6 +66,12 @@ def main(job: PPOJob) -> None:
         heldout=heldout,
         config=to_mapping(job),
     )
+
+
+def learnable(model: ModelSettings) -> ModelSettings:
+    """Weights that learn are float32 unless asked otherwise: a bfloat16 step of 1e-5 is rounded away. Adapters are anyway."""
+    adapted = model.peft or model.adapter or is_adapter_folder(model.path)
+    return model if adapted or model.dtype != "auto" else dataclasses.replace(model, dtype="float32")
 
 
 if __name__ == "__main__":

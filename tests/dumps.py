@@ -1,7 +1,7 @@
 """Hand-made rollouts and dumps for the tests of what stores, inspects, scores and selects them. No model is needed.
 
-    made_rows(prompts, samples, seed)     ragged rows with empty and full responses, as the sampler would give them
-    made_dump(folder, ...)                a finished dump of such rows
+made_rows(prompts, samples, seed)     ragged rows with empty and full responses, as the sampler would give them
+made_dump(folder, ...)                a finished dump of such rows
 """
 
 from __future__ import annotations

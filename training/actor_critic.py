@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,11 +116,13 @@ class Reference:
 
     def __init__(self, policy: Policy, *, adapter_off: bool):
         self.policy, self.adapter_off = policy, adapter_off
+        self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        """The precision that the policy is run in."""
 
     def logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probs of the responses under the reference, unsteered, at the rollout's temperature."""
         off = adapters.off(self.policy.model) if self.adapter_off else contextlib.nullcontext()
-        with torch.no_grad(), unsteered(), off:
+        with torch.no_grad(), self.autocast(), unsteered(), off:
             return teacher_forced(self.policy, rollout, want_entropy=False).logprobs_BR
 
 

@@ -36,6 +36,7 @@ def examine(parts: Parts, heldout: Prompts, settings: PPOSettings) -> Scored | N
     if not rows:
         return None
     mine = share(rows, ours.rank, ours.world_size)
-    rollout, texts = parts.evaluation_sampler.sample(heldout.batch(mine or rows[:1]), step=parts.state.step)
+    with parts.state.accelerator.autocast():
+        rollout, texts = parts.evaluation_sampler.sample(heldout.batch(mine or rows[:1]), step=parts.state.step)
     everything = gather_scored(rollout, texts, parts.reward, real=bool(mine))
     return score(parts.actor_critic, parts.reference, *everything, settings)

@@ -1,13 +1,11 @@
 """The update of one step: epochs x minibatches, each accumulated over micro-batches and ranks into one optimizer step.
 
 minibatch (global) --> this rank's micro-batches: forward, losses as sums over one global count, backward
-                       no communication until the last one
-                   --> clip once --> optimizer step
+                   --> sum over ranks, clip once (gradients.py) --> optimizer step
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from rollout import processes
 from rollout.errors import Problem
 from training import kl, loss
 from training.experience import Experience, select
+from training.gradients import accumulating, finish
 from training.minibatch import micro_batches, minibatches, whole_lengths
 
 if TYPE_CHECKING:
@@ -50,7 +49,6 @@ def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, s
 def update(state: TrainState, experience: Experience, rows: list[int], settings: PPOSettings) -> dict[str, float]:
     """One optimizer step from the rows of one minibatch, on all ranks together."""
     ours = processes.start()
-    accelerator, model = state.accelerator, state.model
     lengths_B = experience.rollout.lengths_B[rows]
     counts = {"tokens": int(lengths_B.sum()), "rows": len(rows)}
     batches = micro_batches(
@@ -63,11 +61,9 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
     sums: dict[str, Tensor] = {}
     worst = torch.zeros((), device=ours.device)
     for i, picked in enumerate(batches):
-        waits = i + 1 < len(batches)
-        with accelerator.no_sync(model) if waits else contextlib.nullcontext():
+        with accumulating(state, last=i + 1 == len(batches)) as factor:
             total, metrics, error = micro_batch_loss(state, experience, picked, counts, settings)
-            # DDP and ZeRO divide the sum over ranks by their number; the losses are shares of one global sum.
-            accelerator.backward(total * ours.world_size)
+            state.accelerator.backward(total * factor)
         sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
         worst = torch.maximum(worst, error)
     names = sorted(sums)
@@ -75,9 +71,7 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
     found = dict(zip(names, summed.tolist(), strict=True))
     found["ppo/ratio_mean"] = 1.0 + found.pop("ppo/ratio_excess")
     found["ppo/ratio_error"] = float(worst)
-    bound = settings.max_grad_norm or math.inf
-    norm = accelerator.clip_grad_norm_([p for group in state.optimizer.param_groups for p in group["params"]], bound)
-    found["ppo/grad_norm"] = float(norm) if norm is not None else math.nan
+    found["ppo/grad_norm"] = finish(state, settings.max_grad_norm)
     check_finite(found, state.step)
     state.optimizer.step()
     state.optimizer.zero_grad()

@@ -16,10 +16,12 @@ from reward.base import metrics as reward_metrics
 from rollout.batch import STOP_REASONS
 from rollout.errors import Problem
 from training import kl
-from training.experience import Experience, Scored
+from training.experience import Experience, Scored, select
 
 if TYPE_CHECKING:
+    from training.actor_critic import ActorCritic
     from training.ppo import PPOSettings
+    from training.setup import Parts
 
 
 def mean(value_BR: Tensor, mask_BR: Tensor) -> float:
@@ -82,23 +84,37 @@ def check_gap(scored: Scored, tolerance: float, step: int) -> dict[str, float]:
     return {"gap/max": largest, "gap/mean": mean(gap_BR, rollout.mask_BR)}
 
 
-def gap_tolerance(settings: PPOSettings, dtype: torch.dtype) -> float:
+def gap_tolerance(settings: PPOSettings, dtype: torch.dtype, mixed_precision: str = "no") -> float:
     if settings.gap_tolerance is not None:
         return settings.gap_tolerance
-    return 1e-3 if dtype in (torch.float32, torch.float64) else 1.0
+    return 1e-3 if dtype in (torch.float32, torch.float64) and mixed_precision == "no" else 1.0
 
 
 # -- rows for samples.jsonl -------------------------------------------------------------------------------------------
 
 
 def sample_rows(
-    scored: Scored, experience: Experience, decode: Callable[[int], str], *, each: int, seed: int, step: int
+    scored: Scored, experience: Experience, parts: Parts, *, each: int, seed: int, step: int
 ) -> list[dict[str, Any]]:
-    """`each` best, worst and random rows with everything per token, for the table and the viewer."""
+    """`each` best, worst and random rows with everything per token, for the table and the viewer. On every rank alike."""
     order = torch.argsort(scored.scores.total_B, stable=True, descending=True).tolist()
     kinds = {"best": order[:each], "worst": order[::-1][:each]}
     kinds["random"] = random.Random(f"{seed}/{step}").sample(range(len(order)), min(each, len(order)))
-    return [{"kind": kind, **_row(scored, experience, decode, i)} for kind, rows in kinds.items() for i in rows]
+    ratios = {i: ratio(scored, parts.actor_critic, i) for i in sorted({i for rows in kinds.values() for i in rows})}
+    return [
+        {"kind": kind, **_row(scored, experience, parts.decode, i), "ratio": ratios[i]}
+        for kind, rows in kinds.items()
+        for i in rows
+    ]
+
+
+def ratio(scored: Scored, model: ActorCritic, i: int) -> list[float]:
+    """new / old of every token of a row, after all of the step's updates."""
+    part, columns = select(scored.rollout, scored.texts.columns, [i], model.device)
+    with torch.no_grad():
+        new_R = model(part, columns)["old"][0].float().cpu()
+    length = int(scored.rollout.lengths_B[i])
+    return [round(float(value), 6) for value in (new_R[:length] - scored.old_logprobs_BR[i, :length]).exp()]
 
 
 def _row(scored: Scored, experience: Experience, decode: Callable[[int], str], i: int) -> dict[str, Any]:

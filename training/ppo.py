@@ -13,6 +13,7 @@ above `gap_tolerance`. After the gathering in 2 every rank holds all rows, so ev
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import time
 from collections.abc import Mapping
@@ -159,6 +160,7 @@ def train(
 
     `config` is the resolved job, for the run's folder; `heldout` are the evaluation's prompts (default: the training's)."""
     check_job(policy, prompts, sampling, settings, steering)
+    settings = with_correction(settings, steering)
     ours = processes.start()
     folder = processes.on_main(lambda: open_folder(run))
     given = config or {}
@@ -171,7 +173,7 @@ def train(
     source: Any = stored or prompts
     sampler: Any = stored or parts.sampler
     count = settings.rollouts_per_step // (stored.samples if stored else sampling.n)
-    tolerance = gap_tolerance(settings, parts.actor_critic.dtype)
+    tolerance = gap_tolerance(settings, parts.actor_critic.dtype, state.accelerator.mixed_precision)
     log = open_log(folder, run, settings, state, config)
     examined = heldout if heldout is not None else prompts
     state.before = state.before or evaluate(parts, examined, settings)
@@ -185,7 +187,8 @@ def train(
             mine = share(list(zip(rows, occurrences(rows), strict=True)), ours.rank, ours.world_size)
             progress = parts.begin(settings.steps)
             batch = source.batch(*zip(*(mine or [(rows[0], 0)]), strict=True))
-            rollout, texts = sampler.sample(batch, step=state.step, progress=progress)
+            with state.accelerator.autocast():
+                rollout, texts = sampler.sample(batch, step=state.step, progress=progress)
             clock.lap("sample")
 
             # 2 score: the reward; from here on all rows on every rank; the forward passes before learning
@@ -212,7 +215,7 @@ def train(
             rate = metrics["rollout/tokens"] / clock.seconds()
             log.metrics(state.step, metrics | clock.laps | {"time/tokens_per_s": rate} | memory())
             kinds = dict(each=settings.samples, seed=run.seed, step=state.step)
-            log.samples(state.step, sample_rows(scored, experience, parts.decode, **kinds))
+            log.samples(state.step, sample_rows(scored, experience, parts, **kinds))
             log.progress(
                 state.step,
                 settings.steps,
@@ -234,6 +237,14 @@ def train(
     summary = summarise(folder, parts, evaluate(parts, examined, settings))
     processes.on_main(lambda: report([folder]))
     return summary
+
+
+def with_correction(settings: PPOSettings, steering: Any) -> PPOSettings:
+    """Steered exploration says itself how its rollouts are weighed, unless ppo.correction does."""
+    given = getattr(steering, "correction", None)
+    if settings.correction is not None or given is None:
+        return settings
+    return dataclasses.replace(settings, correction=Correction(given.type, given.high, given.low))
 
 
 class Clock:

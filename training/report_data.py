@@ -17,6 +17,7 @@ from training.log import METRICS, SAMPLES
 
 _HEADS = ("step", "row", "sample", "kind", "reward", "kl", "gap", "length")
 _TEXTS = ("prompt", "prompt_text", "completion", "prompt_ids", "prompt_tokens", "response_ids", "response_tokens")
+ROW_STRENGTH = "steering strength of the row"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,8 @@ def _row(line: Mapping[str, Any]) -> Row:
     policy, reference = quantities.get("policy_logprobs"), quantities.get("reference_logprobs")
     if policy and reference:
         quantities["reference gap"] = [_minus(a, b) for a, b in zip(policy, reference, strict=True)]
+    if line.get("steering"):
+        quantities[ROW_STRENGTH] = [line.get("strength")] * len(ids)
     facts = {key: value for key, value in line.items() if key not in _TEXTS and not isinstance(value, list)}
     facts.setdefault("length", len(ids))
     if "gap" in quantities:

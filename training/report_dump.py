@@ -13,7 +13,7 @@ from torch import Tensor
 from reward.selection import read_scores, score_files
 from rollout.batch import STOP_REASONS, Rollout, Texts
 from rollout.manifest import load_manifest, plan_of
-from training.report_data import Row, Run
+from training.report_data import ROW_STRENGTH, Row, Run
 
 BINS = 24
 """Bars of the histogram of lengths, at most."""
@@ -70,6 +70,7 @@ def _dumped(rollout: Rollout, texts: Texts, i: int, decode: Callable[[int], str]
         "strength": _floats(rollout.strength_B[i : i + 1])[0],
         **({"columns": {key: values[i] for key, values in texts.columns.items()}} if texts.columns else {}),
     }
+    steered = {ROW_STRENGTH: [facts["strength"]] * length} if rollout.steering else {}
     return Row(
         prompt_text=texts.prompt_texts[i],
         completion=texts.completions[i],
@@ -78,7 +79,7 @@ def _dumped(rollout: Rollout, texts: Texts, i: int, decode: Callable[[int], str]
         ids=ids,
         texts=[decode(token) for token in ids],
         facts=facts,
-        quantities={"policy_logprobs": policy, "behaviour_logprobs": behaviour, "gap": gap},
+        quantities={"policy_logprobs": policy, "behaviour_logprobs": behaviour, "gap": gap, **steered},
     )
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rollout import processes
+from rollout import adapters, processes
 from rollout.errors import Problem
 from rollout.policy import ModelSettings, check_vocabulary, vocabulary_size
 from rollout.run import RunSettings, write_json
 from training import rows as data
-from training import stage
+from training import stage, stage_models
 from training.rows import Row, TableSettings
 from training.stage import FitSettings, Outcome
 
@@ -64,6 +64,8 @@ def run_reward(job: RewardJob, resolved: str = "") -> Outcome:
 
 def read(settings: TableSettings, seed: int) -> tuple[list[Row], list[Row]]:
     """Checked training and held-out pairs: chosen, rejected and, where it stands apart, prompt."""
+    if settings.column:
+        raise Problem(f"prompts.column: {settings.column!r} has no effect on pairs; say what is what with prompts.columns")
     rows, held = data.read_rows(settings, _checked)
     return data.hold_out(rows, settings, seed, held)
 
@@ -93,18 +95,18 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path)
     if settings.center < 0:
         raise Problem(f"reward_model.center: {settings.center}; give 0 or more")
     transformers.set_seed(job.run.seed)
-    tokenizer = stage.load_tokenizer(job.model)
+    tokenizer = stage_models.load_tokenizer(job.model)
     if data.is_messages(rows[0]["chosen"]) and not tokenizer.chat_template:
         raise Problem("model.path: the pairs are conversations, but the tokenizer has no chat template; give texts, or add one")
     if tokenizer.eos_token is None:
         raise Problem("model.path: the tokenizer has no eos token, which marks a whole answer; set one and save the tokenizer")
-    model = stage.load_trainable(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
+    model = stage_models.load_trainable(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
     kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
-    if kind is not None and kind.value in stage.adapters.VIRTUAL_KINDS:
+    if kind is not None and kind.value in adapters.VIRTUAL_KINDS:
         raise Problem(f"model.peft.peft_type: {kind.value} cannot be merged into a reward model that loads alone; use LORA")
     stage.check_checkpointing(settings, model, "reward_model")
     check_vocabulary(tokenizer, vocabulary_size(model))
-    longest = job.prompts.max_tokens or stage.context_of(model)
+    longest = job.prompts.max_tokens or stage_models.context_of(model)
     arguments = trl.RewardConfig(
         **stage.trainer_arguments(settings, job.run, folder, bool(held)),
         max_length=longest,
@@ -123,7 +125,7 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path)
     for name, part, whole in (("training", trainer.train_dataset, rows), ("held-out", trainer.eval_dataset, held)):
         if whole and not len(part):
             raise Problem(f"prompts.max_tokens: every {name} pair is longer than {longest} tokens; raise it")
-    stage.train(trainer, job.run, folder)
+    log = stage.train(trainer, job.run, folder)
     metrics: dict[str, Any] = {
         "rows": len(trainer.train_dataset),
         "rows_heldout": len(trainer.eval_dataset) if held else 0,
@@ -139,9 +141,9 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path)
     metrics["seconds"] = round(time.monotonic() - began, 1)
 
     def base() -> Any:
-        return stage.load_base(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
+        return stage_models.load_base(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
 
-    return stage.finish(trainer, tokenizer, base, folder, metrics)
+    return stage.finish(trainer, tokenizer, base, folder, metrics, log)
 
 
 @torch.no_grad()

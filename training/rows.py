@@ -28,6 +28,8 @@ class TableSettings:
     """Split of a dataset with several; train where it is not given."""
     name: str = ""
     """Configuration of a hub dataset that has several."""
+    column: str = ""
+    """The column of plain texts, where it is not `text` (the supervised stage of causal models)."""
     columns: dict[str, str] = field(default_factory=dict)
     """What the data calls a column, {prompt: question, completion: answer}, where it is not the expected name."""
     limit: int = 0
@@ -52,7 +54,8 @@ def read_rows(settings: TableSettings, check: Callable[[list[Row], str], list[Ro
         rows = list(read_table(path, settings.split, settings.name))
         if not rows:
             raise Problem(f"{where}: {path} has no rows")
-        parts.append(check(rename(rows, settings.columns), where))
+        columns = {**settings.columns, **({"text": settings.column} if settings.column else {})}
+        parts.append(check(rename(rows, columns), where))
     return parts[0][: settings.limit] if settings.limit else parts[0], parts[1]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from reward.rouge import rouge
 from rollout.errors import Problem
 from rollout.policy import check_vocabulary, vocabulary_size
-from training import stage
+from training import stage, stage_models
 from training.rows import Row
 from training.stage import Outcome
 
@@ -121,10 +121,10 @@ def fit_encoder_decoder(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], f
     if sft.beams < 1 or (sft.beams > 1 and not sft.rouge):
         raise Problem(f"sft.beams: {sft.beams}; give at least 1, and more than one only with sft.rouge, which generates")
     transformers.set_seed(job.run.seed)
-    tokenizer = stage.load_tokenizer(job.model)
-    model = stage.load_trainable(job.model, "policy", "seq2seq")
+    tokenizer = stage_models.load_tokenizer(job.model)
+    model = stage_models.load_trainable(job.model, "policy", "seq2seq")
     stage.check_checkpointing(sft, model, "sft")
-    longest = job.prompts.max_tokens or stage.context_of(model) or 0
+    longest = job.prompts.max_tokens or stage_models.context_of(model) or 0
     training, held_out = (
         tokenise(part, tokenizer, sft.source_prefix, longest, sft.max_target_tokens) if part else None for part in (rows, held)
     )
@@ -137,9 +137,11 @@ def fit_encoder_decoder(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], f
     )
     began = time.monotonic()
     trainer = make_trainer(model, tokenizer, arguments, training, held_out, sft.rouge)
-    stage.train(trainer, job.run, folder)
+    log = stage.train(trainer, job.run, folder)
     measured = trainer.evaluate() if held else {}
     metrics = {"rows": len(rows), "rows_heldout": len(held), "heldout_loss": measured.get("eval_loss")}
     metrics |= {name: measured[f"eval_{name}"] for name in ("rouge1", "rouge2", "rougeL", "rougeLsum", "gen_len") if sft.rouge}
     metrics["seconds"] = round(time.monotonic() - began, 1)
-    return stage.finish(trainer, tokenizer, lambda: stage.load_base(job.model, "policy", "seq2seq"), folder, metrics)
+    return stage.finish(
+        trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "seq2seq"), folder, metrics, log
+    )

@@ -68,6 +68,8 @@ def prepare(
     actor_critic.to(accelerator.device)
     optimizer = torch.optim.AdamW(groups(actor_critic, settings), weight_decay=settings.weight_decay)
     model, optimizer = accelerator.prepare(actor_critic, optimizer)
+    if reference is not None:
+        reference.autocast = accelerator.autocast
     sampler = Sampler(policy, sampling, steering)
     examined = dataclasses.replace(sampling, n=1, seed=sampling.seed + _EVALUATION_SEED)
     # An evaluation is of what the run leaves behind: a plain model, or a model with its steering.

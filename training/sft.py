@@ -21,7 +21,7 @@ from rollout.heads import choose_head, load_config
 from rollout.policy import ModelSettings, check_vocabulary, vocabulary_size
 from rollout.run import RunSettings
 from training import rows as data
-from training import stage
+from training import stage, stage_models
 from training.rows import Row, TableSettings
 from training.stage import FitSettings, Outcome
 
@@ -76,13 +76,17 @@ def run_sft(job: SFTJob, resolved: str = "") -> Outcome:
 
 def read(settings: TableSettings, seed: int, kind: str, sft: SFTSettings) -> tuple[list[Row], list[Row]]:
     """Checked training and held-out rows, with no columns but those that are learned from."""
-    rows, held = data.read_rows(settings, lambda found, where: _checked(found, kind, sft, where))
+    if settings.column and kind == "seq2seq":
+        raise Problem(f"prompts.column: {settings.column!r}, but an encoder-decoder needs two; name them in prompts.columns")
+    rows, held = data.read_rows(settings, lambda found, where: _checked(found, kind, sft, where, bool(settings.column)))
     return data.hold_out(rows, settings, seed, held)
 
 
-def _checked(rows: list[Row], kind: str, sft: SFTSettings, where: str) -> list[Row]:
+def _checked(rows: list[Row], kind: str, sft: SFTSettings, where: str, text_asked: bool) -> list[Row]:
     shapes: dict[str, tuple[str, ...]] = {"prompt and completion": ("prompt", "completion")}
-    if kind == "causal":
+    if kind == "causal" and text_asked:
+        shapes = {"text": ("text",)}
+    elif kind == "causal":
         shapes |= {"messages": ("messages",), "text": ("text",)}
     names = next((names for names in shapes.values() if all(name in rows[0] for name in names)), None)
     if names is None:
@@ -102,7 +106,7 @@ def _checked(rows: list[Row], kind: str, sft: SFTSettings, where: str) -> list[R
 
 def _kind(settings: ModelSettings) -> str:
     """causal or seq2seq, without loading the weights."""
-    path = stage.base_path(settings)
+    path = stage_models.base_path(settings)
     return choose_head(load_config(path), "policy", settings.kind, path=path)
 
 
@@ -116,14 +120,14 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
         if getattr(sft, name):
             raise Problem(f"sft.{name}: {getattr(sft, name)!r}, but the model is causal; it is for encoder-decoders")
     transformers.set_seed(job.run.seed)
-    tokenizer = stage.load_tokenizer(job.model)
-    model = stage.load_trainable(job.model, "policy", "causal")
+    tokenizer = stage_models.load_tokenizer(job.model)
+    model = stage_models.load_trainable(job.model, "policy", "causal")
     stage.check_checkpointing(sft, model, "sft")
     check_vocabulary(tokenizer, vocabulary_size(model))
     _check_tokenizer(tokenizer, rows)
     arguments = trl.SFTConfig(
         **stage.trainer_arguments(sft, job.run, folder, bool(held)),
-        max_length=job.prompts.max_tokens or stage.context_of(model),
+        max_length=job.prompts.max_tokens or stage_models.context_of(model),
         completion_only_loss=sft.completion_only,
         assistant_only_loss=sft.assistant_only,
         packing=sft.packing,
@@ -140,7 +144,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
         )
     if not len(trainer.train_dataset):
         raise Problem(f"prompts.max_tokens: every row is cut before its completion at {arguments.max_length}; raise it")
-    stage.train(trainer, job.run, folder)
+    log = stage.train(trainer, job.run, folder)
     measured = trainer.evaluate() if held and len(trainer.eval_dataset) else {}
     metrics = {
         "rows": len(rows),
@@ -150,7 +154,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
         "heldout_token_accuracy": measured.get("eval_mean_token_accuracy"),
         "seconds": round(time.monotonic() - began, 1),
     }
-    return stage.finish(trainer, tokenizer, lambda: stage.load_base(job.model, "policy", "causal"), folder, metrics)
+    return stage.finish(trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "causal"), folder, metrics, log)
 
 
 def _check_tokenizer(tokenizer: Any, rows: Sequence[Row]) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from rollout import adapters, processes, virtual_tokens
+from rollout import processes
 from rollout.errors import Problem
-from rollout.heads import load_head
-from rollout.policy import ModelSettings
-from rollout.run import RunSettings, open_folder, versions, write_json, write_text, written_aside
+from rollout.run import RunSettings, open_folder, versions, write_json, write_text
+from training import stage_models
+from training.log import SAMPLES, RunLog
 
 Read = TypeVar("Read")
 
@@ -57,7 +56,7 @@ class FitSettings:
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     bf16: bool = False
-    """Mixed precision; the weights keep the dtype of model.dtype."""
+    """Mixed precision. The weights that learn are float32 unless model.dtype asks for another dtype."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     evaluate_every: int = 0
@@ -121,7 +120,7 @@ def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out
         "save_strategy": "steps" if run.save_every else "no",
         "save_steps": run.save_every or 500,
         "save_total_limit": run.keep,
-        "report_to": list(run.trackers) or "none",
+        "report_to": "none",  # trackers are told by the run's own log
         "seed": run.seed,
         "data_seed": run.seed,
         "remove_unused_columns": True,
@@ -168,59 +167,6 @@ def problems_of(name: str) -> Iterator[None]:
         raise Problem(f"{name}: {' '.join(str(error).split())}") from error
 
 
-def load_base(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> Any:
-    """The model of `settings` without any adapter."""
-    path = base_path(settings)
-    attn = None if settings.attn in ("", "auto") else settings.attn
-    # Weights that learn are float32 unless asked otherwise: a bfloat16 step of 1e-4 is mostly rounded away.
-    dtype = "float32" if settings.dtype == "auto" else settings.dtype
-    return load_head(path, role, head, dtype=dtype, attn=attn, **loading)
-
-
-def base_path(settings: ModelSettings) -> str:
-    """model.path, or the base of the adapter that lies there."""
-    if not settings.path:
-        raise Problem("model.path: missing; name a model folder or hub name, --model.path DIR")
-    if not adapters.is_adapter_folder(settings.path):
-        return settings.path
-    if settings.adapter:
-        raise Problem(f"model.path: {settings.path} is an adapter and model.adapter is set too; name the base in model.path")
-    return adapters.base_of(settings.path)
-
-
-def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> Any:
-    """The model of `settings` for a stage; its adapter, or a new one of model.peft, is then all that learns."""
-    adapter = settings.path if adapters.is_adapter_folder(settings.path) else settings.adapter
-    if adapter and settings.peft:
-        raise Problem("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
-    model = load_base(settings, role, head, **loading)
-    if adapter:
-        model = adapters.load(model, adapter, trainable=True)
-    if settings.peft:
-        model = adapters.add(model, settings.peft)
-    return model
-
-
-def context_of(model: Any) -> int | None:
-    """Most tokens of a row; None where nothing limits it."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit - virtual_tokens.count(model) if isinstance(limit, int) and limit > 0 else None
-
-
-def load_tokenizer(settings: ModelSettings) -> Any:
-    """The tokenizer beside the model, or model.tokenizer."""
-    import transformers
-
-    path = settings.tokenizer or settings.path
-    if not settings.tokenizer and adapters.is_adapter_folder(path) and not (Path(path) / "tokenizer_config.json").is_file():
-        path = adapters.base_of(path)
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Problem(f"model.path: no tokenizer in {path} ({what}); save one there or name it in model.tokenizer") from error
-
-
 def check_checkpointing(fit: FitSettings, model: Any, name: str) -> None:
     """Recomputed layers see no cache, so a prefix would silently not be there."""
     config = getattr(model, "active_peft_config", None)
@@ -228,55 +174,45 @@ def check_checkpointing(fit: FitSettings, model: Any, name: str) -> None:
         raise Problem(f"{name}.checkpointing: true, but PREFIX_TUNING lives in the cache, which recomputed layers do not see")
 
 
-def train(trainer: Any, run: RunSettings, folder: Path) -> None:
-    """Run the trainer, from the newest whole checkpoint where the run is resumed."""
+def train(trainer: Any, run: RunSettings, folder: Path) -> RunLog:
+    """Run the trainer, from the newest whole checkpoint where the run is resumed. Every log of it is told at once."""
+    import transformers
+
+    log = RunLog(folder, trackers=run.trackers)
+    log.rewind({})
+
+    class Telling(transformers.TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            for entry in state.log_history:  # what the checkpoint has of a run that is resumed
+                log.metrics(entry["step"], entry)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
+            log.metrics(state.global_step, logs or {})
+            loss = (logs or {}).get("loss", 0.0)
+            if not math.isfinite(loss):
+                raise Problem(f"step {state.global_step}: the loss is {loss}; lower the learning rate, or look at the data")
+
+    trainer.add_callback(Telling())
     start = newest_checkpoint(folder / "checkpoints") if run.resume else None
     trainer.train(resume_from_checkpoint=str(start) if start else None)
-    for entry in trainer.state.log_history:
-        if not math.isfinite(entry.get("loss", 0.0)):
-            raise Problem(f"step {entry['step']}: the loss is {entry['loss']}; lower the learning rate, or look at the data")
+    return log
 
 
-def finish(trainer: Any, tokenizer: Any, base: Callable[[], Any], folder: Path, metrics: dict[str, Any]) -> Outcome:
-    """Write the model, the log and the summary; every process calls it. `base` loads the model that an adapter sits on."""
+def finish(
+    trainer: Any, tokenizer: Any, base: Callable[[], Any], folder: Path, metrics: dict[str, Any], log: RunLog
+) -> Outcome:
+    """Write the model and the summary; every process calls it. `base` loads the model that an adapter sits on."""
+    log.close()
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what DeepSpeed or FSDP have spread
     world = processes.start().world_size
     if trainer.accelerator.is_main_process:
-        save_model(model, tokenizer, base, folder, state)
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in trainer.state.log_history]
-        write_text(folder / "metrics.jsonl", "".join(lines))
+        stage_models.save_model(model, tokenizer, base, folder, state)
         write_json(folder / "summary.json", {**metrics, "steps": trainer.state.global_step, "world_size": world})
+        if not (folder / SAMPLES).stat().st_size:
+            (folder / SAMPLES).unlink()
     processes.barrier()
     return Outcome(model=folder / "model", metrics=metrics)
-
-
-def save_model(model: Any, tokenizer: Any, base: Callable[[], Any], folder: Path, state: dict[str, Any]) -> None:
-    """RUN/model, merged where there is an adapter that can be; RUN/adapter; links in RUN to the model's files."""
-
-    def write(target: Path, save: Callable[[Path], Any]) -> None:
-        if target.exists():
-            shutil.rmtree(target)
-        with written_aside(target) as aside:
-            aside.mkdir()
-            save(aside)
-            tokenizer.save_pretrained(aside)
-
-    if hasattr(model, "peft_config"):
-        write(folder / "adapter", lambda aside: adapters.save(model, aside, state))
-        if model.active_peft_config.peft_type.value in adapters.VIRTUAL_KINDS:
-            write(folder / "model", lambda aside: adapters.save(model, aside, state))
-        else:
-            merged = adapters.merge(adapters.load(base(), folder / "adapter"))
-            write(folder / "model", lambda aside: merged.save_pretrained(aside))
-    else:
-        write(folder / "model", lambda aside: model.save_pretrained(aside, state_dict=state))
-    with contextlib.suppress(OSError):  # a file system without links: RUN/model is there all the same
-        for file in (folder / "model").iterdir():
-            link = folder / file.name
-            if link.is_symlink() or not link.exists():
-                link.unlink(missing_ok=True)
-                link.symlink_to(Path("model") / file.name)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -191,7 +191,7 @@ def load_spec(source: Mapping[str, Any] | str | Path | SteeringSpec) -> Steering
         return _read(source)
     path = Path(source)
     problems: list[str] = []
-    loaded = load_yaml(path, problems, "steering")
+    loaded: Mapping[str, Any] | None = load_yaml(path, problems, "steering")
     if problems or loaded is None:
         raise Problem(*problems)
     if set(loaded) == {"steering"} and isinstance(loaded["steering"], Mapping):

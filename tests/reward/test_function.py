@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -168,6 +172,28 @@ def test_hanging_dying_and_raising_under_a_time_limit(file, name, caplog):
         assert reward(*made(["a"])).total_B.tolist() == [totals[0]]  # and it goes on
     finally:
         reward.close()
+
+
+def test_a_hanging_worker_ends_with_the_job_that_was_killed(file, tmp_path):
+    """The job is killed while the function hangs in C code, where nothing but a signal reaches it."""
+    Path(file).write_text(
+        FILE.replace(
+            "def hangs_in_c(completions, **columns):",
+            "def hangs_in_c(completions, **columns):\n    print(os.getpid(), flush=True)",
+        )
+    )
+    job = f"""
+        from reward.base import build_reward
+        from tests.reward.rows import made
+        build_reward([{{"kind": "function", "function": "{file}:hangs_in_c", "timeout": 600.0}}])(*made(["a" * 60 + "b"]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(job)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
+    worker = psutil.Process(next(int(line) for line in process.stderr if line.strip().isdigit()))
+    process.kill()
+    process.wait()
+    gone, _ = psutil.wait_procs([worker], timeout=30)
+    assert gone == [worker]
 
 
 def test_a_hang_without_a_fallback_is_an_error(file):

@@ -7,6 +7,7 @@ score head by hand on the last hidden state (decoders), or the model's own poole
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from reward.base import build_reward
 from reward.reading import vocabulary_of
+from reward.texts import rollout_of
 from rollout import adapters
 from rollout.errors import Problem
 from tests.models import FAMILIES, tiny, tiny_tokenizer
@@ -41,8 +43,6 @@ def alone(model, ids: list[int]) -> torch.Tensor:
 
 def sampled(tokenizer, prompts, completions, ended=None):
     """Rows as a sampler of that tokenizer would give them: </s> where a row ended."""
-    from reward.texts import rollout_of
-
     ended = ended if ended is not None else [True] * len(prompts)
     responses = [tokenizer(text)["input_ids"] + [2] * stop for text, stop in zip(completions, ended, strict=True)]
     ids = [tokenizer(text)["input_ids"] for text in prompts]
@@ -87,8 +87,6 @@ def test_padding_side_and_pad_token_change_nothing(family, side, pad, tmp_path):
 
 
 def test_pad_and_eos_inside_a_text_are_real_tokens(tmp_path):
-    from reward.texts import rollout_of
-
     model, tokenizer = tiny_classifier("llama"), tiny_tokenizer()
     path = saved(model, tmp_path / "rm", tokenizer)
     responses = [[9, 0, 2, 11], [7, 0], [0], [12, 13, 14, 15, 0, 0]]
@@ -98,10 +96,38 @@ def test_pad_and_eos_inside_a_text_are_real_tokens(tmp_path):
     assert (got.total_B - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_rows_with_several_eos_share_no_batch_with_others(family, tmp_path):
+    """These models pool at the last </s>, and take only batches whose rows have equally many."""
+    model, tokenizer = tiny_classifier(family), tiny_tokenizer()
+    path = saved(model, tmp_path / "rm", tokenizer)
+    responses = [[9, 2, 11, 2], [7, 2], [2], [12, 13], [5, 2, 2]]
+    rollout = rollout_of(5, prompts=[[5, 6]] * 5, responses=responses)
+    rows = [[5, 6, *ids] if ids[-1] == 2 else [5, 6, *ids, 2] for ids in responses]
+    got = build_reward([{"kind": "model", "path": path}], tokenizer=tokenizer)(rollout, made([""] * 5)[1]).total_B
+    assert (got - torch.stack([alone(model, ids)[0] for ids in rows])).abs().max() < 1e-5
+
+
+def test_a_reward_model_stays_whole_where_policies_are_spread(tmp_path, monkeypatch):
+    from transformers.integrations import deepspeed
+
+    from reward.classifier import _whole_weights
+
+    spread = type("Zero3", (), {"is_zero3": lambda self: True})()  # what an engine's config says
+    monkeypatch.setattr(deepspeed, "is_accelerate_available", lambda: True)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    deepspeed.set_hf_deepspeed_config(spread)
+    try:
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        with _whole_weights():
+            assert not deepspeed.is_deepspeed_zero3_enabled() and "FSDP_CPU_RAM_EFFICIENT_LOADING" not in os.environ
+        assert deepspeed.is_deepspeed_zero3_enabled() and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+
+
 def test_ids_are_kept_where_the_vocabularies_are_equal_and_only_there(tmp_path):
     """The sampled ids spell the text otherwise than the tokenizer would: the two readings differ."""
-    from reward.texts import rollout_of
-
     model = tiny_classifier("gpt2", vocab_size=264)
     merging = tiny_tokenizer(264, kind="bytes")
     path = saved(model, tmp_path / "rm", merging)
@@ -377,8 +403,6 @@ def test_a_model_that_overflows_names_the_row(tmp_path):
 
 def test_encoder_decoder_rollouts_join_prompt_and_response(tmp_path):
     """The encoder's own </s> ends its input, not the text."""
-    from reward.texts import rollout_of
-
     model, tokenizer = tiny_classifier("bert"), tiny_tokenizer()
     path = saved(model, tmp_path / "rm", tokenizer)
     rollout = rollout_of(1, prompts=[[5, 6, 2]], responses=[[7, 8, 2]], start_ids=[0])

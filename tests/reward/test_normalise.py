@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +77,46 @@ def test_the_running_state_goes_through_a_checkpoint():
     assert build_reward(part()).state_dict() == {}
     with pytest.raises(Problem, match=r"the saved state and this job differ in the normalised part\(s\) len"):
         build_reward(part()).load_state_dict(first.state_dict())
+
+
+@pytest.mark.slow
+def test_running_counts_the_rows_of_all_ranks_and_a_rank_without_rows_keeps_step(tmp_path):
+    job = """
+        import json, sys
+        from pathlib import Path
+        from reward.base import build_reward
+        from rollout import processes
+        from tests.reward.rows import made
+
+        def lengths(completions, **columns):
+            return [float(len(text)) for text in completions]
+
+        me = processes.start()
+        assert me.world_size == 2
+        reward = build_reward([{"kind": "function", "function": lengths, "normalise": "running"}])
+        assert reward.is_collective
+        mine = [["a", "bbb"], ["cc"]] if me.rank == 0 else [["dddd"], []]
+        found = [reward(*made(texts)).total_B.tolist() for texts in mine]
+        Path(sys.argv[1], f"{me.rank}.json").write_text(json.dumps(found))
+        processes.close()
+    """
+    (tmp_path / "job.py").write_text(textwrap.dedent(job))
+    root = Path(__file__).parents[2]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml", "--main_process_port", "0"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(tmp_path / "job.py"), str(tmp_path)],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+
+    def scaled(value, seen):
+        mean = sum(seen) / len(seen)
+        return (value - mean) / math.sqrt(sum((v - mean) ** 2 for v in seen) / len(seen))
+
+    assert first[0] == pytest.approx([scaled(1, [1, 3, 4]), scaled(3, [1, 3, 4])], abs=1e-6)
+    assert second[0] == pytest.approx([scaled(4, [1, 3, 4])], abs=1e-6)
+    assert first[1] == pytest.approx([scaled(2, [1, 3, 4, 2])], abs=1e-6) and second[1] == []
 
 
 def test_running_statistics_do_not_lose_precision_far_from_zero():

@@ -227,6 +227,28 @@ def test_limits_and_bad_questions():
         }
 
 
+def test_requests_are_scored_one_after_the_other():
+    inside, another = threading.Semaphore(1), threading.Event()
+    overlaps: list[bool] = []
+
+    def watched(completions):
+        overlaps.append(not inside.acquire(blocking=False))
+        if overlaps[-1]:
+            another.set()
+        else:
+            another.wait(0.5)  # long enough for a second one to come in, if it may
+            inside.release()
+        return [1.0] * len(completions)
+
+    with served(make_app(build_reward([watched]), LIMITS, None)) as url:
+        asking = [threading.Thread(target=post, args=(url, {"completions": ["a"]})) for _ in range(2)]
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join()
+    assert overlaps == [False, False]
+
+
 def test_health_answers_while_a_request_is_scored():
     started, release = threading.Event(), threading.Event()
 

@@ -76,7 +76,9 @@ def law(logits: Sequence[float], seen: Sequence[int], settings: Any) -> list[flo
     return log_softmax(scores)
 
 
-def alone_logprobs(model: Any, prompt: Sequence[int], response: Sequence[int], settings: Any, start: Sequence[int] = ()) -> dict[str, list[float]]:
+def alone_logprobs(
+    model: Any, prompt: Sequence[int], response: Sequence[int], settings: Any, start: Sequence[int] = ()
+) -> dict[str, list[float]]:
     """behaviour, policy and entropy of every response token, for one row by itself."""
     temperature = 1.0 if settings.greedy else settings.temperature
     found: dict[str, list[float]] = {"behaviour": [], "policy": [], "entropy": []}

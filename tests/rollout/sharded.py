@@ -1,6 +1,6 @@
 """Run by test_sharded.py in two processes: weights spread over ranks, so that every forward pass is a collective call.
 
-    python tests/rollout/sharded.py RANK PORT OUT        rank 0 has three prompts, rank 1 one or none
+python tests/rollout/sharded.py RANK PORT OUT        rank 0 has three prompts, rank 1 one or none
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(rank: int, port: str, out: str) -> None:
     for family in FAMILIES:
         model = tiny(family)
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-        for layer in (model.decoder.block if family == "t5" else model.model.layers):
+        for layer in model.decoder.block if family == "t5" else model.model.layers:
             fully_shard(layer, mesh=mesh)
         policy = Policy.of(fully_shard(model, mesh=mesh), tiny_tokenizer())
         assert needs_sync(policy.model)

@@ -20,12 +20,28 @@ from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout import definitions
 from tests.rollout.definitions import alone_logits, real_prompt, real_response
 
-FAMILIES = ("gpt2", "llama", "opt", "bloom", "gpt_neox", "gemma2", "mistral", "cohere", "mamba", "recurrent_gemma", "t5", "bart", "mbart")
+FAMILIES = (
+    "gpt2",
+    "llama",
+    "opt",
+    "bloom",
+    "gpt_neox",
+    "gemma2",
+    "mistral",
+    "cohere",
+    "mamba",
+    "recurrent_gemma",
+    "t5",
+    "bart",
+    "mbart",
+)
 
 
 def rolled(policy: Policy, **settings: Any) -> Rollout:
     batch = PromptBatch.of_ids([[5, 6, 7], [9, 8, 7, 6, 5, 4, 10], [20], [2, 0, 33, 2]])
-    return Sampler(policy, Sampling(**{"max_new_tokens": 8, "temperature": 0.7, "stop_ids": [30, 31, 32, 33], **settings})).sample(batch)[0]
+    return Sampler(
+        policy, Sampling(**{"max_new_tokens": 8, "temperature": 0.7, "stop_ids": [30, 31, 32, 33], **settings})
+    ).sample(batch)[0]
 
 
 def test_pick_and_entropy_are_the_float64_loop() -> None:
@@ -147,7 +163,9 @@ def test_dropout_is_off_and_training_modes_come_back() -> None:
 @pytest.mark.parametrize("family", ("gpt2", "bart", "llama"))
 def test_no_dropout_keeps_gradient_checkpointing(family: str) -> None:
     """Checkpointed layers keep their training flag, and lose their dropout: same numbers, same gradients."""
-    rates = {"gpt2": {"resid_pdrop": 0.3, "attn_pdrop": 0.3}, "bart": {"dropout": 0.3, "attention_dropout": 0.3}, "llama": {}}[family]
+    rates = {"gpt2": {"resid_pdrop": 0.3, "attn_pdrop": 0.3}, "bart": {"dropout": 0.3, "attention_dropout": 0.3}, "llama": {}}[
+        family
+    ]
     policy = tiny_policy(family, **rates)
     rollout = rolled(policy)
     grads = []

@@ -25,7 +25,9 @@ def saved(folder: Path, family: str = "gpt2", tokenizer: bool = True, **override
     return str(folder)
 
 
-@pytest.mark.parametrize(("family", "kind", "start"), [("gpt2", "causal", ()), ("t5", "seq2seq", (0,)), ("mbart", "seq2seq", (2, 5))])
+@pytest.mark.parametrize(
+    ("family", "kind", "start"), [("gpt2", "causal", ()), ("t5", "seq2seq", (0,)), ("mbart", "seq2seq", (2, 5))]
+)
 def test_a_folder_loads_as_what_its_config_says(tmp_path: Path, family: str, kind: str, start: tuple[int, ...]) -> None:
     policy = load_policy(ModelSettings(path=saved(tmp_path, family)))
     assert (policy.kind, policy.start_ids, policy.pad_id, policy.eos_ids) == (kind, start, 0, (2,))
@@ -35,7 +37,14 @@ def test_a_folder_loads_as_what_its_config_says(tmp_path: Path, family: str, kin
 
 
 def test_contexts() -> None:
-    expected = {"gpt2": (128, None), "llama": (128, None), "bloom": (None, None), "t5": (None, None), "bart": (128, 128), "led": (128, 128)}
+    expected = {
+        "gpt2": (128, None),
+        "llama": (128, None),
+        "bloom": (None, None),
+        "t5": (None, None),
+        "bart": (128, 128),
+        "led": (128, 128),
+    }
     for family, contexts in expected.items():
         policy = tiny_policy(family)
         assert (policy.context, policy.decoder_context) == contexts, family

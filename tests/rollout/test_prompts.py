@@ -18,12 +18,19 @@ from rollout.policy import Policy
 from rollout.prompts import PromptBatch, Prompts, PromptSettings, load_prompts
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
-ROWS = [{"prompt": f"film {word}", "label": i, "note": None} for i, word in enumerate(["good", "bad", "a", "very long one", "x"])]
+ROWS = [
+    {"prompt": f"film {word}", "label": i, "note": None} for i, word in enumerate(["good", "bad", "a", "very long one", "x"])
+]
 TALK = [
     {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}], "label": 1},
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}], "label": 2},
+    {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+        "label": 2,
+    },
 ]
-TOOL = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {}}}}]
+TOOL = [
+    {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {}}}}
+]
 
 
 def chatty() -> Policy:
@@ -64,7 +71,9 @@ def test_conversations_go_through_the_chat_template_with_the_generation_prompt(t
     prompts = load_prompts(PromptSettings(path=write(tmp_path / name, TALK)), policy)
     batch = prompts.batch([0, 1])
     for ids, row in zip(batch.ids, TALK, strict=True):
-        template = policy.tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=True, return_dict=False)
+        template = policy.tokenizer.apply_chat_template(
+            row["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
         assert ids == template and ids.count(policy.tokenizer.bos_token_id) == 1
     assert batch.prompt_texts[0] == "<s>system:be kind</s>user:hi</s>assistant:"
     assert batch.prompts == [row["messages"] for row in TALK]
@@ -170,7 +179,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("settings", "rows", "message"), BAD)
-def test_bad_prompts_are_one_clear_line(tmp_path: Path, settings: dict[str, Any], rows: list[dict[str, Any]] | None, message: str) -> None:
+def test_bad_prompts_are_one_clear_line(
+    tmp_path: Path, settings: dict[str, Any], rows: list[dict[str, Any]] | None, message: str
+) -> None:
     path = write(tmp_path / "rows.jsonl", rows) if rows is not None else str(tmp_path / "nowhere.jsonl")
     with pytest.raises(Problem, match=message) as caught:
         load_prompts(PromptSettings(**{"path": path, **settings} if rows is not None else {"path": path}), tiny_policy("gpt2"))

@@ -52,7 +52,9 @@ def batch_of(prompts: list[list[int]] = PROMPTS, rows: list[int] | None = None) 
     return PromptBatch.of_ids(prompts, rows or [7 * i + 3 for i in range(len(prompts))])
 
 
-def sample(policy: Policy, prompts: list[list[int]] = PROMPTS, rows: list[int] | None = None, step: int = 0, **settings: Any) -> Any:
+def sample(
+    policy: Policy, prompts: list[list[int]] = PROMPTS, rows: list[int] | None = None, step: int = 0, **settings: Any
+) -> Any:
     return Sampler(policy, Sampling(**{"max_new_tokens": 10, **settings})).sample(batch_of(prompts, rows), step=step)[0]
 
 
@@ -164,7 +166,13 @@ def test_seed_step_row_and_sample_each_change_the_tokens() -> None:
 def test_dropping_ended_rows_and_sharing_a_prefill_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many stop ids end rows early; the same without either trick gives the same record."""
     policy = tiny_policy(family)
-    settings = {"n": 4, "max_new_tokens": 24, "stop_ids": list(range(30, 40)), "repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
+    settings = {
+        "n": 4,
+        "max_new_tokens": 24,
+        "stop_ids": list(range(30, 40)),
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 2,
+    }
     quick = sample(policy, **settings)
     assert len(set(quick.lengths_B.tolist())) > 4
     plain = Policy.of(policy.model, policy.tokenizer)
@@ -296,7 +304,10 @@ def test_steered_rows_record_both_laws(role: str, follows: bool) -> None:
     assert (rollout.response_BR == 9).sum() > 5  # it did steer
     for b in range(len(rollout)):
         response = real_response(rollout, b)
-        for strength, recorded in ((float(rollout.strength_B[b]), rollout.behaviour_logprobs_BR), (0.0, rollout.policy_logprobs_BR)):
+        for strength, recorded in (
+            (float(rollout.strength_B[b]), rollout.behaviour_logprobs_BR),
+            (0.0, rollout.policy_logprobs_BR),
+        ):
             if strength == 0.0 and role in ("policy", "trainable") and recorded is rollout.policy_logprobs_BR:
                 strength = float(rollout.strength_B[b])
             with torch.no_grad():

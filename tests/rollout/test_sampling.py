@@ -103,7 +103,13 @@ def test_uniforms_do_not_change_from_release_to_release() -> None:
     """Stored values: a dump that is resumed with a later version goes on with the same numbers."""
     found = uniforms(42, 3, torch.tensor([0, 1, 10**12]), torch.tensor([0, 5, 2]), torch.tensor([0, 191]))
     assert torch.allclose(found, torch.tensor(STORED, dtype=torch.float64), atol=0, rtol=0)
-    assert float(uniforms(-1, 0, torch.tensor([0]), torch.tensor([0]), 0)) == float(uniforms(2**64 - 1, 0, torch.tensor([0]), torch.tensor([0]), 0))
+    assert float(uniforms(-1, 0, torch.tensor([0]), torch.tensor([0]), 0)) == float(
+        uniforms(2**64 - 1, 0, torch.tensor([0]), torch.tensor([0]), 0)
+    )
 
 
-STORED = [[0.6697115871639002, 0.9137167119648674], [0.6032452862009363, 0.7357779993286058], [0.9278493298174532, 0.8022323875940313]]
+STORED = [
+    [0.6697115871639002, 0.9137167119648674],
+    [0.6032452862009363, 0.7357779993286058],
+    [0.9278493298174532, 0.8022323875940313],
+]

@@ -25,7 +25,9 @@ def test_ranks_with_fewer_prompts_or_none(tmp_path: Path) -> None:
     command = [sys.executable, "tests/rollout/sharded.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen([*command, str(rank), port, str(tmp_path / "out")], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), port, str(tmp_path / "out")], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     try:

@@ -56,7 +56,8 @@ def test_columns_are_the_documented_ones_for_pandas_and_datasets(tmp_path: Path)
     rollout, texts = made_rows(range(10))
     kinds = {
         "prompt_index": "int64", "sample_index": "int32", "prompt_ids": "list<int32>", "response_ids": "list<int32>",
-        "prompt_text": "string", "response_text": "string", "behaviour_logprobs": "list<float>", "policy_logprobs": "list<float>",
+        "prompt_text": "string", "response_text": "string", "behaviour_logprobs": "list<float>",
+        "policy_logprobs": "list<float>",
         "ended": "bool", "stop_reason": "string", "greedy": "bool", "policy_step": "int64", "steering": "string",
         "steering_strength": "float", "prompt": "string", "columns": "string",
     }  # fmt: skip
@@ -134,13 +135,19 @@ def test_manifest_says_what_is_there(tmp_path: Path) -> None:
     assert sum(kept["counts"]["stop_reasons"].values()) == 20
     for shard in kept["shards"]:
         assert hashlib.sha256((tmp_path / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", *(f"rollouts-0000{i}.parquet" for i in range(3))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "manifest.json",
+        *(f"rollouts-0000{i}.parquet" for i in range(3)),
+    ]
 
 
 # -- plans and resume ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompts,samples,batch,shard_rows", [(1, 1, 8, 0), (10, 3, 4, 0), (250, 8, 32, 0), (7, 2, 64, 5), (5000, 4, 32, 0), (9, 100, 8, 1)])
+@pytest.mark.parametrize(
+    "prompts,samples,batch,shard_rows",
+    [(1, 1, 8, 0), (10, 3, 4, 0), (250, 8, 32, 0), (7, 2, 64, 5), (5000, 4, 32, 0), (9, 100, 8, 1)],
+)
 def test_a_plan_holds_every_prompt_once(prompts: int, samples: int, batch: int, shard_rows: int) -> None:
     plan = Plan.of(prompts, samples, batch, shard_rows)
     calls = [prompt for index in range(len(plan)) for call in plan.calls(index) for prompt in call]
@@ -156,9 +163,17 @@ def test_default_shards_give_work_to_several_processes() -> None:
 
 def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
     plan = Plan.of(10, 2, 4, 8)
-    config = {"sampling": {"temperature": 0.7, "stop": ["a"]}, "run": {"dir": "a", "resume": False, "save_every": 8}, "verify": False}
+    config = {
+        "sampling": {"temperature": 0.7, "stop": ["a"]},
+        "run": {"dir": "a", "resume": False, "save_every": 8},
+        "verify": False,
+    }
     manifest.start(tmp_path, plan, config, {"model.path": "aa"})
-    other = {"sampling": {"temperature": 0.8, "stop": ["b"]}, "run": {"dir": "b", "resume": True, "save_every": 8}, "verify": True}
+    other = {
+        "sampling": {"temperature": 0.8, "stop": ["b"]},
+        "run": {"dir": "b", "resume": True, "save_every": 8},
+        "verify": True,
+    }
     with pytest.raises(Problem) as refused:
         manifest.start(tmp_path, plan, other, {"model.path": "bb"})
     assert [line.split(":")[0] for line in refused.value.lines] == ["sampling.stop", "sampling.temperature", "model.path"]
@@ -275,3 +290,22 @@ def test_progress_counts_what_this_run_did() -> None:
     assert lines[1] == "rollouts: 1,000 of 1,000 rows (100 %), 500 tokens/s, took 10 s"
     assert [duration(s) for s in (3, 60, 3599, 7260)] == ["3 s", "1 min 00 s", "59 min 59 s", "2 h 01 min"]
     assert not math.isnan(progress.tokens)
+
+
+def test_progress_on_a_terminal_is_one_line_no_wider_than_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    progress = Progress("rollouts", 1000, stream, clock=iter(range(100)).__next__)
+    for _ in range(10):
+        progress.add(100, 5000)
+    progress.close()
+    shown = stream.getvalue()
+    assert shown.count("\n") == 1 and shown.endswith("\n") and shown.count("\r") == 10
+    assert all(len(line) < 40 for line in shown.strip("\n").split("\r"))
+    Progress("rollouts", 10, None).add(10, 5)

@@ -38,7 +38,9 @@ def test_pieces_of_any_ids_join_to_their_text(kind: str, size: int, low: int) ->
     for seed in range(40):
         ids = torch.randint(low, size, (50,), generator=torch.Generator().manual_seed(seed)).tolist()
         whole = tokenizer.decode(ids, skip_special_tokens=True)
-        assert "".join(piece.text for piece in pieces_of(tokenizer, ids, [None] * 50)).replace("\ufffd", "") == whole.replace("\ufffd", "")
+        assert "".join(piece.text for piece in pieces_of(tokenizer, ids, [None] * 50)).replace("\ufffd", "") == whole.replace(
+            "\ufffd", ""
+        )
 
 
 def test_a_character_of_several_tokens_is_one_piece_with_the_lowest_log_prob() -> None:
@@ -90,11 +92,20 @@ def test_no_line_is_wider_than_the_window_and_no_character_is_lost(width: int, c
     assert all(width_of(plain(line)) <= max(width, len("right:")) for line in page)
     side_by_side = " | " in plain(page[0])
     assert side_by_side == (width >= 60)
-    left = [plain(line).split(" | ")[0].rstrip() for line in page[1:]] if side_by_side else [plain(line) for line in page[1 : len(lines) + 1]]
-    assert "".join(left).replace(" ", "")[:100] == text.replace("\n", "").replace(" ", "")[: min(100, len("".join(left).replace(" ", "")))]
+    left = (
+        [plain(line).split(" | ")[0].rstrip() for line in page[1:]]
+        if side_by_side
+        else [plain(line) for line in page[1 : len(lines) + 1]]
+    )
+    assert (
+        "".join(left).replace(" ", "")[:100]
+        == text.replace("\n", "").replace(" ", "")[: min(100, len("".join(left).replace(" ", "")))]
+    )
 
 
 def test_fixtures_are_what_they_say() -> None:
-    kinds: dict[str, Any] = {kind: tiny_tokenizer(size, kind=kind) for kind, size in (("char", 64), ("bytes", 270), ("pieces", 320))}
+    kinds: dict[str, Any] = {
+        kind: tiny_tokenizer(size, kind=kind) for kind, size in (("char", 64), ("bytes", 270), ("pieces", 320))
+    }
     assert kinds["bytes"].decode(kinds["bytes"]("日", add_special_tokens=False)["input_ids"]) == "日"
     assert kinds["pieces"].decode(kinds["pieces"]("日", add_special_tokens=False)["input_ids"]) == "日"

@@ -55,7 +55,9 @@ def test_each_known_mistake_is_named() -> None:
     assert verify(policy, recorded(policy, forward(policy, rollout, **good))).passed
     for name, wrong in {
         "positions": forward(policy, rollout, attention_mask=mask),
-        "padding": forward(policy, rollout, attention_mask=torch.ones_like(mask), position_ids=torch.arange(mask.shape[1])[None]),
+        "padding": forward(
+            policy, rollout, attention_mask=torch.ones_like(mask), position_ids=torch.arange(mask.shape[1])[None]
+        ),
         "alignment": forward(policy, rollout, shift=1, **good),
         "temperature": forward(policy, rollout, temperature=1.0, **good),
     }.items():
@@ -114,7 +116,10 @@ def test_weights_are_the_same_bits_afterwards() -> None:
         policy = Policy.of(tiny("llama").to(dtype), tiny_tokenizer())
         before = copy.deepcopy(policy.model.state_dict())
         verify(policy, recorded(policy))
-        assert all(torch.equal(before[name], value) and value.dtype == before[name].dtype for name, value in policy.model.state_dict().items())
+        assert all(
+            torch.equal(before[name], value) and value.dtype == before[name].dtype
+            for name, value in policy.model.state_dict().items()
+        )
 
 
 def test_an_empty_rollout_passes() -> None:

@@ -160,6 +160,7 @@ def test_bad_input_is_one_line(models_: Path, tmp_path: Path, capsys: pytest.Cap
         "model.path: missing": ["a"],
         "more than the 128 of the context": [*small, "a" * 200],
         "sampling.greedy": [*small, "a", "--sampling.temperature", "0"],
+        "sampling.n: 2": [*small, "a", "--sampling.n", "2"],
         "add --chat true": [*small, "a", "--system", "x"],
         "no chat template": ["--model.path", str(models_ / "plain"), "--chat", "a"],
     }.items():
@@ -231,7 +232,7 @@ def test_a_chat_with_interrupts(models_: Path) -> None:
     terminal = Terminal("--model.path", str(models_ / "long"), "--sampling.max_new_tokens", "6000", "--color", "never")
     terminal.until(lambda text: text.endswith("> "))
     terminal.type("hello\n")
-    terminal.until(lambda text: len(text.split("hello\n")[-1]) > 20)
+    terminal.until(lambda text: len(text.partition("hello\n")[2]) > 20)
     terminal.type("\x03")
     after = terminal.until(lambda text: text.endswith("\n> "))
     assert 20 < len(after) < 6000
@@ -240,7 +241,7 @@ def test_a_chat_with_interrupts(models_: Path) -> None:
     terminal.type("\x03")
     terminal.until(lambda text: text.endswith("\n> "))
     terminal.type("again\n")
-    terminal.until(lambda text: len(text.split("again\n")[-1]) > 20)
+    terminal.until(lambda text: len(text.partition("again\n")[2]) > 20)
     terminal.type("\x03")
     terminal.until(lambda text: text.endswith("\n> ") and "again" in text)
     terminal.type("\x04")

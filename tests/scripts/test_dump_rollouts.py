@@ -22,7 +22,10 @@ import transformers
 
 from configs.reader import door
 from rollout import store
+from rollout.logprobs import teacher_forced
 from rollout.manifest import load_manifest
+from rollout.policy import ModelSettings, load_policy
+from rollout.steering import Steering
 from scripts import inspect_rollouts
 from scripts.dump_rollouts import Job, main
 from tests.dumps import flip_bit, truncate
@@ -105,6 +108,39 @@ def test_the_manifest_says_what_the_dump_was_made_from(given: Path, tmp_path: Pa
     assert set(kept["fingerprints"]) == {"model.path", "model.tokenizer", "prompts.path", "steering"}
     assert {"torch", "transformers", "git"} <= set(kept["versions"])
     assert not list((tmp_path / "run").glob(".*")) and not (tmp_path / "run" / "records").exists()
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_what_is_read_back_can_be_scored_again(tmp_path: Path, family: str) -> None:
+    """For other rooms a dump is as good as the sampler: start ids, temperature, masks and steering travel with it."""
+    tiny(family).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "and another"}\n')
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0)).tolist()
+    site = {"name": "push", "at": {"layers": [1]}, "op": {"type": "add"}, "vector": vector, "strength": 1.5}
+    more = ("--sampling.n", "5", "--sampling.temperature", "0.8", "--steering", json.dumps({"sites": [site]}))
+    assert dump(flags(tmp_path, tmp_path / "run", *more)) == 0
+    policy = load_policy(ModelSettings(path=str(tmp_path / "model")))
+    steering = Steering(policy.model, {"sites": [site]}, policy.tokenizer)
+    [(rollout, texts)] = list(store.read_dump(tmp_path / "run"))
+    assert rollout.steering == steering.label and rollout.strength_B.tolist() == [1.5] * 10
+    assert rollout.temperature == 0.8 and rollout.start_ids == policy.start_ids and len(texts) == 10
+    with torch.no_grad():
+        forced = teacher_forced(policy, rollout, steering=steering)
+        plain = teacher_forced(policy, rollout)
+    assert torch.allclose(forced.logprobs_BR, rollout.policy_logprobs_BR, atol=2e-5)
+    assert not torch.allclose(plain.logprobs_BR, rollout.policy_logprobs_BR, atol=1e-2)
+
+
+def test_verify_says_how_far_the_numbers_are_off(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dump(flags(given, tmp_path / "run", *SMALL, "--verify", "true", "--sampling.top_p", "0.9")) == 0
+    assert re.search(
+        r"verify: 36 rows, \d+ tokens scored alone in float32: gap at most \S+ nats .* passed", capsys.readouterr().err
+    )
+    assert (
+        dump(flags(given, tmp_path / "run", *SMALL, "--verify", "true", "--sampling.top_p", "0.9", "--run.resume", "true")) == 0
+    )
+    assert "nothing was sampled, so nothing was checked" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [("--sampling.batch_size", "1"), ("--sampling.batch_size", "7"), ("--run.save_every", "1")])
@@ -251,7 +287,9 @@ def test_a_full_disk_is_one_clear_line_and_the_job_goes_on_after_space_is_made(g
         pytest.skip("no right to mount a file system")
     disk, run = tmp_path / "disk", tmp_path / "disk" / "run"
     disk.mkdir()
-    job = " ".join([sys.executable, "scripts/dump_rollouts.py", *flags(given, run, "--sampling.n", "8", "--run.resume", "true")])
+    job = " ".join(
+        [sys.executable, "scripts/dump_rollouts.py", *flags(given, run, "--sampling.n", "8", "--run.resume", "true")]
+    )
     script = f"""
         mount -t tmpfs -o size=600k tmpfs {disk} || exit 77
         dd if=/dev/zero of={disk}/ballast bs=1k count=300 status=none
@@ -279,7 +317,9 @@ def test_a_hundred_thousand_rows_in_flat_memory(given: Path, tmp_path: Path) -> 
     """Prints the rate beside plain `model.generate` of the same prompts, and the memory along the way, for LOG.md."""
     lines = (json.dumps({"prompt": f"say {i} " + "abc " * (i % 6)}) for i in range(12_500))
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    argv = flags(given, tmp_path / "run", "--sampling.n", "8", "--sampling.batch_size", "256", "--sampling.max_new_tokens", "16")
+    argv = flags(
+        given, tmp_path / "run", "--sampling.n", "8", "--sampling.batch_size", "256", "--sampling.max_new_tokens", "16"
+    )
     argv[argv.index("--prompts.path") + 1] = str(tmp_path / "prompts.jsonl")
     began = time.perf_counter()
     job = subprocess.Popen([sys.executable, "scripts/dump_rollouts.py", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Inspection through its door: what it counts against plain loops over the rows, and what it finds when rows or bytes are wrong."""
+"""Inspection through its door: its counts against plain loops over the rows, and what it finds where something is wrong."""
 
 from __future__ import annotations
 
@@ -47,7 +47,13 @@ def test_counts_are_those_of_a_plain_loop(tmp_path: Path, capsys: pytest.Capture
     worst = max(gaps, key=lambda key: gaps[key])
     assert found["gap"]["max"] == pytest.approx(gaps[worst], rel=1e-6)
     assert tuple(found["worst"][0][name] for name in ("prompt_index", "sample_index", "position")) == worst
-    assert found["scores"]["total"] == {"rows": 20, "mean": 4.75, "std": pytest.approx(2.88314, rel=1e-4), "min": 0.0, "max": 9.5}
+    assert found["scores"]["total"] == {
+        "rows": 20,
+        "mean": 4.75,
+        "std": pytest.approx(2.88314, rel=1e-4),
+        "min": 0.0,
+        "max": 9.5,
+    }
 
 
 def test_the_page_is_for_a_person(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

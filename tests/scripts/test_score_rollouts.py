@@ -151,6 +151,7 @@ def test_beside_the_dump(given, whole, tmp_path, capsys):
     assert sum(len(rollout) for rollout, _ in read_dump(tmp_path / "dump")) == 20
 
 
+@pytest.mark.slow
 def test_two_processes_killed_half_way_and_resumed_leave_the_same_table(given, whole, tmp_path):
     """The process that comes to a row kills itself with it unscored; resumed by two, then compared with one undisturbed."""
     argv = flags(given, tmp_path / "run", "--run.resume", "true")

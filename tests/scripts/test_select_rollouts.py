@@ -65,7 +65,9 @@ def test_rejection_keeps_all_at_or_above_the_threshold(dump: Path) -> None:
 def test_only_responses_that_ended(dump: Path) -> None:
     ended = made_rows(range(PROMPTS), SAMPLES)[0].ended_B.tolist()
     rows = select(dump, "--select.mode", "reject", "--select.threshold", "-1", "--select.ended", "true")
-    assert [(row["prompt_index"], row["sample_index"]) for row in rows] == [key for key, end in zip(KEYS, ended, strict=True) if end]
+    assert [(row["prompt_index"], row["sample_index"]) for row in rows] == [
+        key for key, end in zip(KEYS, ended, strict=True) if end
+    ]
 
 
 def test_pairs_are_best_against_worst_where_they_differ_enough(dump: Path) -> None:
@@ -74,7 +76,9 @@ def test_pairs_are_best_against_worst_where_they_differ_enough(dump: Path) -> No
     for prompt in range(PROMPTS):
         scores = [SCORE[prompt, s] for s in range(SAMPLES)]
         if max(scores) - min(scores) > 2.5:
-            wanted.append((prompt, f"answer {prompt}.{scores.index(max(scores))} 🙂", f"answer {prompt}.{scores.index(min(scores))} 🙂"))
+            wanted.append(
+                (prompt, f"answer {prompt}.{scores.index(max(scores))} 🙂", f"answer {prompt}.{scores.index(min(scores))} 🙂")
+            )
     assert [(row["prompt_index"], row["chosen"], row["rejected"]) for row in rows] == wanted
     assert all(row["chosen_score"] - row["rejected_score"] > 2.5 for row in rows)
 
@@ -86,7 +90,9 @@ def test_equal_responses_are_kept_once_and_never_paired(tmp_path: Path, monkeypa
 
     rows = made_rows
     monkeypatch.setattr(
-        tests.dumps, "made_rows", lambda *a, **k: (lambda r, t: (r, dataclasses.replace(t, completions=["same"] * len(t))))(*rows(*a, **k))
+        tests.dumps,
+        "made_rows",
+        lambda *a, **k: (lambda r, t: (r, dataclasses.replace(t, completions=["same"] * len(t))))(*rows(*a, **k)),
     )
     made_dump(tmp_path / "dump", PROMPTS, SAMPLES)
     write_scores(tmp_path / "dump", {key: {"total": score} for key, score in SCORE.items()})

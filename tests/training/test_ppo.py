@@ -161,7 +161,14 @@ def test_the_reward_rises(tmp_path, seed, settings):
 
 def test_the_kl_as_a_loss_holds_the_policy_back(tmp_path):
     distances = []
-    held = {"kl_as": "loss", "kl_estimator": "k3", "epochs": 4, "rollouts_per_step": 32, "learning_rate": 2e-3, "eval_prompts": 0}
+    held = {
+        "kl_as": "loss",
+        "kl_estimator": "k3",
+        "epochs": 4,
+        "rollouts_per_step": 32,
+        "learning_rate": 2e-3,
+        "eval_prompts": 0,
+    }
     for coefficient in (0.0, 1.0):
         run(tmp_path / f"run{coefficient}", steps=6, kl_coef=coefficient, **held)
         distances.append(lines(tmp_path / f"run{coefficient}" / "metrics.jsonl")[-1]["kl/ref"])

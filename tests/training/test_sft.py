@@ -164,7 +164,20 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path):
         [json.loads(line).get("loss") for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()][:6]
         for run in ("whole", "broken")
     ]
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] and None not in losses[0]
+
+
+def test_metrics_go_to_the_trackers_and_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
+    made = job(tmp_path, PAIRS, steps=2, log_every=1)
+    run_sft(dataclasses.replace(made, run=RunSettings(dir=str(tmp_path / "run"), trackers=["tensorboard"])))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    model = AutoModelForCausalLM.from_pretrained(made.model.path)
+    with torch.no_grad():
+        model.lm_head.weight[7, 0] = float("nan")
+    model.save_pretrained(made.model.path)
+    with pytest.raises(Problem, match="step 1: the loss is nan; lower the learning rate"):
+        run_sft(dataclasses.replace(made, run=RunSettings(dir=str(tmp_path / "nan"))))
+    assert not (tmp_path / "nan" / "model").exists()
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -259,6 +272,9 @@ def test_columns_are_renamed_and_a_wrong_name_is_told(tmp_path):
     made = job(tmp_path, rows, steps=1)
     named = dataclasses.replace(made.prompts, columns={"prompt": "question", "completion": "answer"})
     assert run_sft(dataclasses.replace(made, prompts=named)).metrics["rows"] == 4
+    text = dataclasses.replace(made.prompts, column="answer")
+    again = RunSettings(dir=str(tmp_path / "run"), overwrite=True)
+    assert run_sft(dataclasses.replace(made, prompts=text, run=again)).metrics["rows"] == 4
     wrong = dataclasses.replace(made.prompts, columns={"prompt": "questions", "completion": "answer"})
     with pytest.raises(Problem, match="columns.prompt: the data has no column 'questions'; it has: question, answer, id"):
         run_sft(dataclasses.replace(made, prompts=wrong))

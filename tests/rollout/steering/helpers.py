@@ -44,7 +44,12 @@ def parameters_of(kind: str) -> dict[str, Tensor]:
         return 0.3 * torch.randn(*shape, generator=g)
 
     basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=g))[0]
-    low = {"weight": draw(RANK, WIDTH), "bias": draw(RANK), "rotation": basis[:, :RANK].contiguous(), "projection": draw(RANK, WIDTH)}
+    low = {
+        "weight": draw(RANK, WIDTH),
+        "bias": draw(RANK),
+        "rotation": basis[:, :RANK].contiguous(),
+        "projection": draw(RANK, WIDTH),
+    }
     table: dict[str, dict[str, Tensor]] = {
         "rotated": {"rotation": basis}, "low_rank_rotated": {"weight": basis[:, :RANK].contiguous()},
         "pca": {"components": basis[:20].contiguous(), "mean": draw(WIDTH), "std": 0.5 + draw(WIDTH).abs()},
@@ -93,7 +98,9 @@ def policy(family: str) -> Policy:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    wrapped = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False))
+    wrapped = get_peft_model(
+        tiny("llama"), LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False)
+    )
     return Policy.of(wrapped.eval(), tiny_tokenizer())
 
 

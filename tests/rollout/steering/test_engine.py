@@ -63,7 +63,15 @@ def test_caches_agree(family: str, cache: str) -> None:
     assert torch.equal(ids, other_ids)
     torch.testing.assert_close(other, logits, atol=2e-5, rtol=0.0)
     with torch.no_grad():
-        plain = model.generate(IDS, attention_mask=MASK, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        plain = model.generate(
+            IDS,
+            attention_mask=MASK,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
     assert float((torch.stack(plain.logits, 1) - logits).abs().max()) > 1e-2
 
 
@@ -113,7 +121,9 @@ def test_hidden_states_show_the_steered_values(family: str) -> None:
             after = model(**given, output_hidden_states=True)[name]
     moved = after[1] - before[1]
     assert torch.equal(after[0], before[0])
-    torch.testing.assert_close(moved[0, -1] if family != "t5" else moved[0, 0], 2.0 * torch.tensor(vector()), atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(
+        moved[0, -1] if family != "t5" else moved[0, 0], 2.0 * torch.tensor(vector()), atol=1e-5, rtol=0.0
+    )
 
 
 def test_other_peoples_hooks_and_states_stay() -> None:
@@ -229,7 +239,13 @@ POINTS = [{"layers": [0]}, {"layers": [0], "component": "attn_output"}, {"layers
 @pytest.mark.parametrize("kind", ["add", "ablate", "rotate", "renormalise"])
 def test_gradients_by_finite_differences(at: dict[str, Any], kind: str) -> None:
     model = tiny("gpt2").double()  # Llama's norms are in float32 whatever the model's dtype
-    site = {"at": at, "op": {"type": kind}, "vector": vector(1, 8 if "head" in at else 32), "strength": 0.7, "where": {"prompt": "all"}}
+    site = {
+        "at": at,
+        "op": {"type": kind},
+        "vector": vector(1, 8 if "head" in at else 32),
+        "strength": 0.7,
+        "where": {"prompt": "all"},
+    }
     steering = Steering(model, {"sites": [site]})
     weight = model.transformer.h[0].attn.c_attn.weight
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
@@ -254,8 +270,17 @@ def test_gradients_by_finite_differences(at: dict[str, Any], kind: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("at", POINTS[:4], ids=["block", "attn", "mlp", "head"])
 def test_checkpointing_on_equals_off(at: dict[str, Any], family: str, late: bool, reentrant: bool) -> None:
-    model = tiny(family, **{"t5": {"dropout_rate": 0.0}, "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}.get(family, {}))
-    site = {"at": at, "op": {"type": "ablate"}, "vector": vector(1, 8 if "head" in at else 32), "strength": 0.7, "where": {"prompt": "all"}}
+    model = tiny(
+        family,
+        **{"t5": {"dropout_rate": 0.0}, "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}.get(family, {}),
+    )
+    site = {
+        "at": at,
+        "op": {"type": "ablate"},
+        "vector": vector(1, 8 if "head" in at else 32),
+        "strength": 0.7,
+        "where": {"prompt": "all"},
+    }
     steering = Steering(model, {"sites": [site]})
     given = {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}
     if family == "t5":
@@ -332,9 +357,15 @@ def test_a_model_compiled_after_is_steered() -> None:
 def test_rows_that_do_not_fit_are_an_error() -> None:
     model = tiny("llama")
     steering = Steering(model, {"sites": [BLOCK]})
-    with pytest.raises(Problem, match="called with 2 rows, and steering is active for 3"), steering.active(prompt_mask_BP=torch.ones(3, 5)):
+    with (
+        pytest.raises(Problem, match="called with 2 rows, and steering is active for 3"),
+        steering.active(prompt_mask_BP=torch.ones(3, 5)),
+    ):
         model(IDS)
-    with pytest.raises(Problem, match="columns of padding"), steering.active(prompt_mask_BP=torch.tensor([[0, 1, 1, 1, 1], [0, 0, 0, 1, 1]])):
+    with (
+        pytest.raises(Problem, match="columns of padding"),
+        steering.active(prompt_mask_BP=torch.tensor([[0, 1, 1, 1, 1], [0, 0, 0, 1, 1]])),
+    ):
         model(IDS, attention_mask=MASK)
 
 

@@ -24,7 +24,9 @@ WHERE_ONE = {"sources->base": ([[[1], [2]]], [[[3], [0]]])}
 
 @pytest.fixture(scope="module")
 def model() -> GPT2LMHeadModel:
-    config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=16, n_positions=16, bos_token_id=1, eos_token_id=None, pad_token_id=0)
+    config = GPT2Config(
+        n_embd=8, n_layer=2, n_head=2, vocab_size=16, n_positions=16, bos_token_id=1, eos_token_id=None, pad_token_id=0
+    )
     made = GPT2LMHeadModel(config).eval()
     made.load_state_dict({k.removeprefix("weight:"): v for k, v in GOLDEN.items() if k.startswith("weight:")})
     return made
@@ -76,7 +78,9 @@ def test_collect(model) -> None:
 
 
 def test_labels_and_use_cache(model) -> None:
-    result = intervene(model, [Intervention(FIRST), Intervention(SECOND)], BASE, [ONE, TWO], WHERE, labels=BASE["input_ids"], use_cache=False)
+    result = intervene(
+        model, [Intervention(FIRST), Intervention(SECOND)], BASE, [ONE, TWO], WHERE, labels=BASE["input_ids"], use_cache=False
+    )
     close(result.intervened_outputs.loss, "loss")
     assert result.intervened_outputs.past_key_values is None
     result.intervened_outputs.loss.backward()
@@ -120,9 +124,13 @@ def test_positions_count_real_tokens() -> None:
             base = padded()
             position_ids = (base["attention_mask"].cumsum(1) - 1).clamp_min(0)
             both = {"input_ids": source["input_ids"].expand(2, -1)}
-            batch = intervene(model, Intervention(FIRST), {**base, "position_ids": position_ids}, both, {"sources->base": ([2], [where])})
+            batch = intervene(
+                model, Intervention(FIRST), {**base, "position_ids": position_ids}, both, {"sources->base": ([2], [where])}
+            )
             one = intervene(model, Intervention(FIRST), alone, source, {"sources->base": ([2], [where])})
-            torch.testing.assert_close(batch.intervened_outputs.logits[0, -1], one.intervened_outputs.logits[0, -1], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                batch.intervened_outputs.logits[0, -1], one.intervened_outputs.logits[0, -1], atol=1e-5, rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize("many", [{"num_return_sequences": 2, "do_sample": True}, {"num_beams": 3, "num_return_sequences": 2}])
@@ -148,7 +156,10 @@ def test_multiplied_rows_keep_their_own_sources(many) -> None:
     assert float((both.scores[0][0] - both.scores[0][-1]).nan_to_num().abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize(("steps", "edited"), [("all", [0, 1, 2, 3]), ("generated_positions", [1, 2, 3]), ({"window": [1, 3]}, [1, 2]), ([0, 3], [0, 3])])
+@pytest.mark.parametrize(
+    ("steps", "edited"),
+    [("all", [0, 1, 2, 3]), ("generated_positions", [1, 2, 3]), ({"window": [1, 3]}, [1, 2]), ([0, 3], [0, 3])],
+)
 def test_steps_in_generate(steps, edited) -> None:
     """Each token's logits equal a plain forward with the block's output moved at exactly the chosen columns."""
     model, vector = tiny("llama"), torch.randn(32, generator=torch.Generator().manual_seed(1))
@@ -173,7 +184,10 @@ def test_default_in_generate_is_the_generated_positions() -> None:
     given = {"source_representations": vector, "max_new_tokens": 4, "do_sample": False}
     base = {"input_ids": torch.tensor([[5, 6, 7]])}
     default = intervene_generate(model, Intervention(FIRST, "add"), base, **given).intervened_outputs
-    assert torch.equal(default, intervene_generate(model, Intervention(FIRST, "add"), base, steps="generated_positions", **given).intervened_outputs)
+    assert torch.equal(
+        default,
+        intervene_generate(model, Intervention(FIRST, "add"), base, steps="generated_positions", **given).intervened_outputs,
+    )
 
 
 def test_own_function_and_strength_by_row() -> None:
@@ -181,7 +195,9 @@ def test_own_function_and_strength_by_row() -> None:
     base = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
     with torch.no_grad():
         plain = model(**base).logits
-        result = intervene(model, Intervention(FIRST, lambda h, s: h * 2.0), base, strength=torch.tensor([0.0, 1.0])).intervened_outputs.logits
+        result = intervene(
+            model, Intervention(FIRST, lambda h, s: h * 2.0), base, strength=torch.tensor([0.0, 1.0])
+        ).intervened_outputs.logits
     assert torch.equal(result[0], plain[0]), "strength 0 is plain"
     assert float((result[1] - plain[1]).abs().max()) > 1e-3
 
@@ -203,7 +219,9 @@ def test_leaves_the_model_as_it_was(model) -> None:
     model.train()
     before = [(p.requires_grad, p.clone()) for p in model.parameters()]
     intervene(model, Intervention(FIRST), BASE, ONE, WHERE_ONE)
-    assert model.training and all(p.requires_grad == r and torch.equal(p, old) for p, (r, old) in zip(model.parameters(), before, strict=True))
+    assert model.training and all(
+        p.requires_grad == r and torch.equal(p, old) for p, (r, old) in zip(model.parameters(), before, strict=True)
+    )
     model.eval()
     with unsteered():
         close(model(**BASE).logits, "original")
@@ -220,7 +238,10 @@ def test_leaves_the_model_as_it_was(model) -> None:
         (dict(interventions=Intervention(FIRST, "vanila"), base=BASE, sources=ONE), "no operation 'vanila'"),
         (dict(interventions=Intervention(FIRST), base=BASE, sources=ONE, mode="cereal"), "expected parallel or serial"),
         (dict(interventions=Intervention(FIRST, "add", {"strenth": 2}), base=BASE, sources=ONE), "takes strength, coordinates"),
-        (dict(interventions=Intervention({"layers": [0], "component": "block"}), base=BASE, sources=ONE), "expected one of block_output"),
+        (
+            dict(interventions=Intervention({"layers": [0], "component": "block"}), base=BASE, sources=ONE),
+            "expected one of block_output",
+        ),
     ],
 )
 def test_bad_input(model, arguments, words) -> None:

@@ -35,7 +35,9 @@ CASES = {
     "sigmoid_mask": lambda: op.sigmoid_mask(BASE, SOURCE, *g("mask"), 0.5),
     "sigmoid_mask_rotated": lambda: op.sigmoid_mask_rotated(BASE, SOURCE, *g("turned_rotation", "turned_mask"), 0.5),
     "pca": lambda: op.pca(BASE, SOURCE, *g("components", "mean", "std")),
-    "autoencoder_035": lambda: op.autoencoder(BASE, SOURCE, *g("encoder", "encoder_bias", "decoder", "decoder_bias"), [0, 3, 5]),
+    "autoencoder_035": lambda: op.autoencoder(
+        BASE, SOURCE, *g("encoder", "encoder_bias", "decoder", "decoder_bias"), [0, 3, 5]
+    ),
     "jumprelu": lambda: op.jumprelu(BASE, SOURCE, *g("jump_W_enc", "jump_b_enc", "jump_threshold", "jump_W_dec", "jump_b_dec")),
 }
 

@@ -26,7 +26,9 @@ def no_gradients():
 SETTINGS = Sampling(n=2, max_new_tokens=4, batch_size=4, seed=3)
 
 
-def sampled(family: str, spec: dict[str, Any], settings: Sampling = SETTINGS, ids: list[list[int]] | None = None, **columns: list[Any]):
+def sampled(
+    family: str, spec: dict[str, Any], settings: Sampling = SETTINGS, ids: list[list[int]] | None = None, **columns: list[Any]
+):
     steering = Steering(policy(family).model, spec, policy(family).tokenizer)
     batch = PromptBatch.of_ids(ids or prompts())
     batch = dataclasses.replace(batch, columns={**batch.columns, **columns})
@@ -46,7 +48,10 @@ def test_behaviour_is_the_teacher_forced_steered_pass(kind: str, family: str, tm
         assert torch.equal(rollout.policy_logprobs_BR, rollout.behaviour_logprobs_BR)
         for row in (0, 3):
             alone = teacher_forced(policy(family), rollout.select([row]).trim(), steering=steering)
-            assert float((alone.logprobs_BR - rollout.select([row]).trim().behaviour_logprobs_BR).abs().max()) < 1e-5, (scope, row)
+            assert float((alone.logprobs_BR - rollout.select([row]).trim().behaviour_logprobs_BR).abs().max()) < 1e-5, (
+                scope,
+                row,
+            )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
@@ -57,7 +62,9 @@ def test_positions_by_hand(family: str, scope: str) -> None:
     spec = {"sites": [{"at": {"layers": [0]}, "vector": vector(), "strength": strength, "where": where}]}
     model, core = policy(family), policy(family).core
     _, rollout, _ = sampled(family, spec)
-    block = {"gpt2": lambda: core.transformer.h[0], "llama": lambda: core.model.layers[0], "t5": lambda: core.decoder.block[0]}[family]()
+    block = {"gpt2": lambda: core.transformer.h[0], "llama": lambda: core.model.layers[0], "t5": lambda: core.decoder.block[0]}[
+        family
+    ]()
     for row in range(len(rollout)):
         prompt = rollout.prompt_BP[row][rollout.prompt_mask_BP[row]].tolist()
         response = rollout.response_BR[row][: rollout.lengths_B[row]].tolist()
@@ -66,7 +73,9 @@ def test_positions_by_hand(family: str, scope: str) -> None:
         moved = torch.zeros(1, len(tokens), 32)
         for r, token in enumerate(tokens):
             moved[0, r] = torch.tensor(vector()) * by_hand(scope, r, len(decoder), token, strength)
-        hook = block.register_forward_hook(lambda _, __, out, m=moved: (out[0] + m, *out[1:]) if isinstance(out, tuple) else out + m)
+        hook = block.register_forward_hook(
+            lambda _, __, out, m=moved: (out[0] + m, *out[1:]) if isinstance(out, tuple) else out + m
+        )
         try:
             with torch.no_grad():
                 if model.is_seq2seq:
@@ -155,7 +164,16 @@ def test_fraction_of_single_samples_is_right_on_average() -> None:
 
 
 def test_changing_one_row_changes_no_other() -> None:
-    spec = {"sites": [{"at": {"layers": [0]}, "vector": vector(), "where": {"prompt": {"column": "at"}, "steps": "all"}, "strength": {"column": "s"}}]}
+    spec = {
+        "sites": [
+            {
+                "at": {"layers": [0]},
+                "vector": vector(),
+                "where": {"prompt": {"column": "at"}, "steps": "all"},
+                "strength": {"column": "s"},
+            }
+        ]
+    }
     first = sampled("llama", spec, s=[1.0, 2.0, 3.0], at=[[0], [1], [2, 3]])[1]
     other = sampled("llama", spec, s=[1.0, -9.0, 3.0], at=[[0], [0, 2], [2, 3]])[1]
     for row in (0, 1, 4, 5):
@@ -206,7 +224,16 @@ def test_several_sites_gates_and_schedules_agree_between_passes() -> None:
 
 def test_decoding_goes_on_when_rows_leave() -> None:
     """Rows end at different lengths and are dropped; what is left keeps its own strengths."""
-    spec = {"sites": [{"at": {"layers": [0]}, "vector": vector(), "strength": {"dist": "uniform", "low": -4, "high": 4}, "where": {"ramp": {"over": 20}}}]}
+    spec = {
+        "sites": [
+            {
+                "at": {"layers": [0]},
+                "vector": vector(),
+                "strength": {"dist": "uniform", "low": -4, "high": 4},
+                "where": {"ramp": {"over": 20}},
+            }
+        ]
+    }
     settings = dataclasses.replace(SETTINGS, n=6, batch_size=18, max_new_tokens=24, stop_ids=list(range(20, 40)))
     steering, rollout, _ = sampled("llama", spec, settings)
     assert len(set(rollout.lengths_B.tolist())) > 4

@@ -122,7 +122,9 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "top", "line"), BAD, ids=[line.split(":")[0] + str(i) for i, (_, _, line) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("change", "top", "line"), BAD, ids=[line.split(":")[0] + str(i) for i, (_, _, line) in enumerate(BAD)]
+)
 def test_bad_input_is_one_clear_line(change: dict[str, Any], top: dict[str, Any], line: str) -> None:
     lines = wrong(change, **top)
     assert len(lines) == 1 and lines[0].startswith(line), lines
@@ -130,10 +132,23 @@ def test_bad_input_is_one_clear_line(change: dict[str, Any], top: dict[str, Any]
 
 def test_all_problems_are_told_together() -> None:
     with pytest.raises(Problem) as caught:
-        load_spec({"sites": [{"at": {"layers": [0]}, "vector": [1.0], "strength": "x"}, {"at": {"layers": []}, "vector": [1.0]}], "rol": 1})
+        load_spec(
+            {
+                "sites": [{"at": {"layers": [0]}, "vector": [1.0], "strength": "x"}, {"at": {"layers": []}, "vector": [1.0]}],
+                "rol": 1,
+            }
+        )
     assert [line.split(":")[0] for line in caught.value.lines] == ["sites[0].strength", "sites[1].at.layers", "rol"]
     with pytest.raises(Problem) as caught:
-        Steering(MODEL, {"sites": [{"name": "a", "at": {"layers": [5]}, "vector": vector()}, {"name": "b", "at": {"layers": [0]}, "vector": [1.0]}]})
+        Steering(
+            MODEL,
+            {
+                "sites": [
+                    {"name": "a", "at": {"layers": [5]}, "vector": vector()},
+                    {"name": "b", "at": {"layers": [0]}, "vector": [1.0]},
+                ]
+            },
+        )
     assert [line.split(":")[0] for line in caught.value.lines] == ["sites[0].at.layers", "sites[1].vector"]
 
 
@@ -152,7 +167,9 @@ def test_files_that_are_no_specs(text: str, tmp_path: Path) -> None:
 
 
 def test_columns_are_checked_when_the_rows_come() -> None:
-    steering = Steering(MODEL, {"sites": [{"name": "x", "at": {"layers": [0]}, "vector": vector(), "strength": {"column": "much"}}]})
+    steering = Steering(
+        MODEL, {"sites": [{"name": "x", "at": {"layers": [0]}, "vector": vector(), "strength": {"column": "much"}}]}
+    )
     rows = torch.arange(2)
     with pytest.raises(Problem, match="site 'x': strength: the data has no column 'much'; its columns: label"):
         steering.strengths(rows, rows, {"label": [1, 2]})

@@ -15,7 +15,27 @@ from rollout.steering.structure import locate, stacks, unwrap
 from tests.models import FAMILIES, tiny
 
 NOT_HERE = {"mamba", "mamba2", "recurrent_gemma", "rwkv", "jamba", "bamba", "lfm2", "prophetnet"}
-PRE_NORM = ["gpt2", "gpt_neo", "opt", "bloom", "mpt", "llama", "qwen2", "qwen3", "mistral", "gemma", "starcoder2", "t5", "mt5", "mixtral", "falcon_alibi", "gptj", "phi", "gpt_neox", "cohere"]
+PRE_NORM = [
+    "gpt2",
+    "gpt_neo",
+    "opt",
+    "bloom",
+    "mpt",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "starcoder2",
+    "t5",
+    "mt5",
+    "mixtral",
+    "falcon_alibi",
+    "gptj",
+    "phi",
+    "gpt_neox",
+    "cohere",
+]
 
 
 @pytest.mark.parametrize("family", PRE_NORM)
@@ -31,7 +51,11 @@ def test_block_output_is_input_plus_the_components(family: str) -> None:
     stack = "encoder" if "encoder" in found else "decoder"
     block = found[stack].blocks[0]
     handles = [block.register_forward_hook(keep("block_output"))]
-    handles.append(block.register_forward_pre_hook(lambda _, args, kwargs: seen.__setitem__("in", args[0] if args else kwargs["hidden_states"]), with_kwargs=True))
+    handles.append(
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.__setitem__("in", args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    )
     for name in ("attn_output", "mlp_output"):
         point = locate(model, At(layers=(0,), component=name, stack=stack))[0]
         handles.append(point.module.register_forward_hook(keep(name)))
@@ -40,7 +64,9 @@ def test_block_output_is_input_plus_the_components(family: str) -> None:
         model(ids, **({"decoder_input_ids": ids} if stack == "encoder" else {}))
     for handle in handles:
         handle.remove()
-    torch.testing.assert_close(seen["block_output"], seen["in"] + seen["attn_output"] + seen["mlp_output"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        seen["block_output"], seen["in"] + seen["attn_output"] + seen["mlp_output"], atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - NOT_HERE))
@@ -60,7 +86,9 @@ def test_a_head_is_what_its_values_make_it() -> None:
     """Ablating head 1 of a llama equals setting its columns of o_proj's weight to zero, at every position."""
     model = tiny("llama")
     ids = torch.tensor([[5, 6, 7, 8]])
-    steering = Steering(model, {"sites": [{"at": {"layers": [0], "head": 1}, "op": {"type": "zero"}, "where": {"prompt": "all"}}]})
+    steering = Steering(
+        model, {"sites": [{"at": {"layers": [0], "head": 1}, "op": {"type": "zero"}, "where": {"prompt": "all"}}]}
+    )
     with torch.no_grad():
         with steering.active():
             found = model(ids).logits
@@ -113,15 +141,27 @@ def test_ddp_and_lora_are_steered(tmp_path) -> None:
 def test_a_module_path_reaches_anything() -> None:
     model = tiny("llama")
     ids = torch.tensor([[5, 6, 7, 8]])
-    for path, io, width in (("model.embed_tokens", "output", 32), ("model.layers.1.mlp.gate_proj", "output", 64), ("model.layers.1.mlp.down_proj", "input", 64), ("model.norm", "output", 32), ("lm_head", "input", 32)):
-        spec = {"sites": [{"at": {"module": path, "io": io}, "vector": [0.5] * width, "where": {"prompt": [-1], "steps": "none"}}]}
+    for path, io, width in (
+        ("model.embed_tokens", "output", 32),
+        ("model.layers.1.mlp.gate_proj", "output", 64),
+        ("model.layers.1.mlp.down_proj", "input", 64),
+        ("model.norm", "output", 32),
+        ("lm_head", "input", 32),
+    ):
+        spec = {
+            "sites": [{"at": {"module": path, "io": io}, "vector": [0.5] * width, "where": {"prompt": [-1], "steps": "none"}}]
+        }
         steering = Steering(model, spec)
         with torch.no_grad(), steering.active(prompt_mask_BP=torch.ones(1, 4)):
             found = model(ids).logits
         moved = torch.zeros(1, 4, width)
         moved[:, -1] = 0.5
         module = dict(model.named_modules())[path]
-        handle = module.register_forward_hook(lambda _, __, out: out + moved) if io == "output" else module.register_forward_pre_hook(lambda _, args: (args[0] + moved,))
+        handle = (
+            module.register_forward_hook(lambda _, __, out: out + moved)
+            if io == "output"
+            else module.register_forward_pre_hook(lambda _, args: (args[0] + moved,))
+        )
         with torch.no_grad():
             torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
         handle.remove()

@@ -43,7 +43,9 @@ def test_written_and_read_back(ending: str, tmp_path: Path) -> None:
         with safe_open(file, "pt") as opened:
             notes = opened.metadata()
             assert set(opened.keys()) == {"0", "1"}
-        assert notes["method"] == "by hand" and notes["model"].startswith("llama:32:2:64:") and json.loads(notes["norm"])["1"] > 0
+        assert (
+            notes["method"] == "by hand" and notes["model"].startswith("llama:32:2:64:") and json.loads(notes["norm"])["1"] > 0
+        )
 
 
 def test_gguf_is_a_control_vector(tmp_path: Path) -> None:
@@ -59,8 +61,14 @@ def test_gguf_is_a_control_vector(tmp_path: Path) -> None:
 def test_pyvene_folders(tmp_path: Path) -> None:
     """As pyvene 0.1.8 saves them: config.json and intkey_*.bin; the rotation behind its parametrization."""
     (tmp_path / "config.json").write_text("{}")
-    torch.save({"source_representation": torch.tensor([vector(1)])}, tmp_path / "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin")
-    torch.save({"source_representation": torch.tensor([vector(2)])}, tmp_path / "intkey_layer_1_comp_block_output_unit_pos_nunit_1#0.bin")
+    torch.save(
+        {"source_representation": torch.tensor([vector(1)])},
+        tmp_path / "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin",
+    )
+    torch.save(
+        {"source_representation": torch.tensor([vector(2)])},
+        tmp_path / "intkey_layer_1_comp_block_output_unit_pos_nunit_1#0.bin",
+    )
     found = steered(tiny("llama"), tmp_path)
     torch.testing.assert_close(torch.stack(found), torch.tensor([vector(1), vector(2)]))
 
@@ -84,7 +92,10 @@ def test_pyvene_folders(tmp_path: Path) -> None:
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     model, file = tiny("llama"), tmp_path / "v.safetensors"
     for tensors, words in (
-        ({"0": torch.ones(16), "1": torch.ones(16)}, "is 16 wide, and the model's activation at layer 0 is 32 wide; it was made for another model"),
+        (
+            {"0": torch.ones(16), "1": torch.ones(16)},
+            "is 16 wide, and the model's activation at layer 0 is 32 wide; it was made for another model",
+        ),
         ({"0": torch.ones(32)}, "has no vector for layer 1; it holds layers [0]"),
         ({"0": torch.ones(32), "1": torch.full((32,), float("nan"))}, "holds NaN or infinity for layer 1"),
         ({"0": torch.ones(4, 32), "1": torch.ones(32)}, "holds a tensor of shape (4, 32) for layer 0"),
@@ -134,7 +145,9 @@ def test_activations_are_those_of_each_text_alone(family: str, position: str) ->
         start, rest = tokenizer(prompt)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
         with torch.no_grad():
             if family == "t5":
-                out = model(input_ids=torch.tensor([start]), decoder_input_ids=torch.tensor([[0, *rest]]), output_hidden_states=True)
+                out = model(
+                    input_ids=torch.tensor([start]), decoder_input_ids=torch.tensor([[0, *rest]]), output_hidden_states=True
+                )
                 begin = 1
             else:
                 out, begin = model(torch.tensor([start + rest]), output_hidden_states=True), len(start)
@@ -173,7 +186,15 @@ def test_mean_diff_in_a_spec(tmp_path: Path) -> None:
         Steering(model, {"sites": [{"at": {"layers": [1]}, "vector": {"mean_diff": str(file)}}]})
 
 
-@pytest.mark.parametrize(("text", "words"), [('{"positive": "a"}', "needs positive and negative"), ("{", "is not JSON"), ("", "holds no pairs"), ('{"positive": "a", "negative": 3}', "both text")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"positive": "a"}', "needs positive and negative"),
+        ("{", "is not JSON"),
+        ("", "holds no pairs"),
+        ('{"positive": "a", "negative": 3}', "both text"),
+    ],
+)
 def test_bad_pairs(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(Problem, match=words):
@@ -199,7 +220,14 @@ def test_the_kl_is_the_sum_over_the_vocabulary(family: str) -> None:
 def test_the_curve_and_the_strength_for_a_budget() -> None:
     policy = tiny_policy("llama")
     site = Site(name="x", at=At(layers=(0,)), vector={"values": vector()})
-    curve = effect_curve(policy, site, PromptBatch.of_ids([[5, 6], [7, 8, 9]]), Sampling(n=8, max_new_tokens=4), [1.0, 2.0], lambda rollout, _: rollout.lengths_B.float())
+    curve = effect_curve(
+        policy,
+        site,
+        PromptBatch.of_ids([[5, 6], [7, 8, 9]]),
+        Sampling(n=8, max_new_tokens=4),
+        [1.0, 2.0],
+        lambda rollout, _: rollout.lengths_B.float(),
+    )
     assert [p.strength for p in curve] == [0.0, 1.0, 2.0]
     assert curve[0].kl_per_sequence == 0.0 < curve[1].kl_per_sequence < curve[2].kl_per_sequence
     quadratic = [Point(s, 0.0, 0.0, 0.5 * s * s) for s in (0.0, 1.0, 3.0)]
@@ -212,9 +240,13 @@ def test_the_door(tmp_path: Path) -> None:
     """scripts/extract_steering.py: the file, the effect, and bad flags told in one line each with status 2."""
     tiny("llama").save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
-    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"prompt": p.prompt, "positive": p.positive, "negative": p.negative}) for p in PAIRS))
+    (tmp_path / "pairs.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": p.prompt, "positive": p.positive, "negative": p.negative}) for p in PAIRS)
+    )
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}"}) for i in range(4)))
-    (tmp_path / "measure.py").write_text("def count(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n")
+    (tmp_path / "measure.py").write_text(
+        "def count(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n"
+    )
     reward = json.dumps([{"name": "long", "kind": "function", "function": f"{tmp_path}/measure.py:count", "weight": 1.0}])
     root = Path(__file__).parents[3]
     command = [sys.executable, "scripts/extract_steering.py", "--config", "configs/steering.yaml", "--model.path", str(tmp_path / "m"),

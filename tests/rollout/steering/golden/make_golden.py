@@ -94,7 +94,9 @@ def operations() -> None:
 
 def calls() -> None:
     torch.manual_seed(1)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=16, n_positions=16, bos_token_id=1, eos_token_id=None)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=16, n_positions=16, bos_token_id=1, eos_token_id=None)
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.4)
@@ -121,7 +123,9 @@ def calls() -> None:
         parts = made({**first, "subspace_partition": [[0, 3], [3, 8]]}, types=pv.VanillaIntervention)
         out["subspaces"] = parts(base, [one], where_one, subspaces=[[[1], [1]]])[1].logits
         # Vanilla with other subspaces for other rows gives every row the union of them in pyvene; its low rank does not.
-        low = made({**first, "subspace_partition": [[0, 2], [2, 4]], "low_rank_dimension": 4}, types=pv.LowRankRotatedSpaceIntervention)
+        low = made(
+            {**first, "subspace_partition": [[0, 2], [2, 4]], "low_rank_dimension": 4}, types=pv.LowRankRotatedSpaceIntervention
+        )
         out["subspace_weight"] = next(iter(low.interventions.values())).rotate_layer.weight
         out["subspaces_by_row"] = low(base, [one], where_one, subspaces=[[[0], [1]]])[1].logits
         serial = made(first, second, mode="serial", types=pv.VanillaIntervention)

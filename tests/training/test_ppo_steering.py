@@ -1,0 +1,87 @@
+"""Steered PPO: the first ratio, the reference, what is trained and what is weighed, for every role."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rollout.errors import Problem
+from rollout.run import RunSettings
+from rollout.sampling import Sampling
+from rollout.steering import load_spec
+from tests.models import tiny_policy
+from tests.ppo_runs import LORA, first_scored, job, prompts_of, share_of_threes
+from training.actor_critic import Reference
+from training.experience import credit
+from training.learn import learn
+from training.ppo import PPOSettings, train, with_correction
+
+
+def spec(role: str, **more):
+    op = {"op": {"type": "loreft", "rank": 2}} if role == "trainable" else {"op": {"type": "noise"}, "strength": 0.6}
+    return load_spec({"role": role, "sites": [{"name": "here", "at": {"layers": [1]}, **op}], **more})
+
+
+CASES = [
+    ("policy", "llama", None, {}),
+    ("policy", "gpt2", LORA, {"fraction": 0.5}),
+    ("policy", "t5", None, {}),
+    ("trainable", "gpt2", None, {}),
+    ("trainable", "bart", None, {}),
+    ("behaviour", "llama", None, {"correction": {"type": "token_truncate"}}),
+    ("behaviour", "t5", LORA, {"correction": {"type": "sequence_mask", "high": 5.0}}),
+]
+
+
+@pytest.mark.parametrize("role, family, peft, more", CASES, ids=[f"{r}-{f}-{i}" for i, (r, f, _, _) in enumerate(CASES)])
+def test_the_first_ratio_is_one_and_the_reference_is_plain(role, family, peft, more):
+    steering = spec(role, **more)
+    parts, prompts, ppo = job(family, peft, steering=steering, sampling={"n": 4}, learning_rate=0.0, value_learning_rate=1e-3)
+    plain = tiny_policy(family)
+    scored = first_scored(parts, prompts, ppo)
+    rollout = scored.rollout
+    reference = Reference(plain, adapter_off=False).logprobs(rollout)
+    assert torch.allclose(scored.reference_logprobs_BR, reference, atol=1e-5)
+    assert (rollout.policy_logprobs_BR - scored.old_logprobs_BR).abs().max() < 1e-5  # sampler and trainer mean one law
+    steered = (rollout.behaviour_logprobs_BR - reference).abs().amax(1) > 1e-3
+    assert steered.any() == (role != "trainable")  # fresh learned vectors change nothing yet
+    if more.get("fraction"):
+        assert not steered.all()
+    experience, metrics = credit(scored, with_correction(ppo, steering), 0.1)
+    assert ("correction/ess" in metrics) == (role == "behaviour") == (experience.importance_BR is not None)
+    metrics = learn(parts.state, experience, ppo, seed=0)
+    assert metrics["ppo/ratio_first_error"] < 1e-5 and metrics["ppo/clip_fraction"] == 0
+
+
+def test_trainable_trains_the_vectors_alone_and_the_reference_is_no_copy():
+    parts, prompts, ppo = job("gpt2", steering=spec("trainable"), learning_rate=1e-2)
+    assert parts.reference.policy is parts.policy
+    before = {name: p.clone() for name, p in parts.actor_critic.named_parameters()}
+    learn(parts.state, credit(first_scored(parts, prompts, ppo), ppo, 0.1)[0], ppo, seed=0)
+    changed = {name.split(".")[0] for name, p in parts.actor_critic.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"vectors", "critic", "head"}
+
+
+def test_a_schedule_follows_the_steps(tmp_path):
+    schedule = {"over": "train_steps", "type": "linear", "from": 1.0, "to": 0.0, "until": 0.5}
+    sites = [{"at": {"layers": [1]}, "op": {"type": "noise"}, "strength": 2.0, "schedule": schedule}]
+    policy = tiny_policy("gpt2")
+    settings = PPOSettings(
+        steps=4, rollouts_per_step=8, minibatches=2, epochs=1, eval_prompts=0, learning_rate=1e-3, samples=1, credit="gae"
+    )
+    train(
+        policy, prompts_of(policy), share_of_threes, Sampling(max_new_tokens=5), settings, RunSettings(dir=str(tmp_path / "run")),
+        steering=load_spec({"role": "policy", "sites": sites}),
+    )  # fmt: skip
+    import json
+
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    strengths = {row["step"]: row["strength"] for row in rows}
+    assert [strengths[step] for step in (1, 2, 3, 4)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    assert all(row["steering"] for row in rows)
+
+
+def test_exploration_without_a_correction_is_refused():
+    policy = tiny_policy("gpt2")
+    with pytest.raises(Problem, match=r"steering.correction: missing"):
+        train(policy, prompts_of(policy), share_of_threes, Sampling(), PPOSettings(), RunSettings(), steering=spec("behaviour"))

@@ -1,0 +1,75 @@
+"""Gradients of a minibatch: accumulated over micro-batches, summed over ranks, clipped once.
+
+    micro-batch, micro-batch, ... --accumulating--> gradients of this rank --summed_over_ranks--> clipped --> optimizer step
+
+Replicas (DDP) are summed here, once, after the last micro-batch, and not by DDP's own hooks: those count a weight that the
+last micro-batch did not use (an expert, an encoder's global attention) as done, and its gradient would stay this rank's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rollout import processes
+
+if TYPE_CHECKING:
+    from training.state import TrainState
+
+_BUCKET = 32 * 2**20
+"""Numbers that are sent together."""
+
+
+@contextlib.contextmanager
+def accumulating(state: TrainState, *, last: bool) -> Iterator[float]:
+    """Around the forward and backward pass of a micro-batch; yields the factor that its loss is to have.
+
+    Losses are shares of one global sum. Engines that spread weights over ranks (ZeRO, FSDP) divide the sum by the number of
+    ranks, which the factor undoes."""
+    if isinstance(state.model, DistributedDataParallel):
+        with state.model.no_sync():
+            yield 1.0
+        return
+    with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
+        yield float(processes.start().world_size)
+
+
+def finish(state: TrainState, bound: float) -> float:
+    """Sum over ranks, clip to the bound (0 = none), and return the norm before clipping."""
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    if isinstance(state.model, DistributedDataParallel):
+        summed_over_ranks(parameters)
+    norm = state.accelerator.clip_grad_norm_(parameters, bound or math.inf)
+    return float(norm) if norm is not None else math.nan
+
+
+def summed_over_ranks(parameters: list[nn.Parameter]) -> None:
+    """Every gradient becomes its sum over ranks. A weight that no rank used keeps none, as in one process."""
+    device = parameters[0].device
+    used = processes.sum_(torch.tensor([float(p.grad is not None) for p in parameters], device=device))
+    bucket: list[Tensor] = []
+    for parameter, count in zip(parameters, used.tolist(), strict=True):
+        if not count:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if bucket and (
+            bucket[0].dtype != parameter.grad.dtype or sum(g.numel() for g in bucket) + parameter.numel() > _BUCKET
+        ):
+            _sum_together(bucket)
+            bucket = []
+        bucket.append(parameter.grad)
+    if bucket:
+        _sum_together(bucket)
+
+
+def _sum_together(gradients: list[Tensor]) -> None:
+    flat = processes.sum_(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
