@@ -13,6 +13,7 @@ nor sharing a prefill changes any of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from rollout.batch import STOP_LENGTH, STOP_USER
 from rollout.carried import can_pick, pick_rows, step_forward
 from rollout.errors import Problem
-from rollout.law import History, Law
+from rollout.law import Drawn, History, Law, Space
 from rollout.stops import Stops
 
 _KEEP_ABOVE = 0.9
@@ -51,16 +52,11 @@ class Stream:
         error messages. `live` follows dropped rows through its `select(index)`. `synced`: every rank runs as many steps.
         `on_token(t, rows, tokens, raw logits)` is told of every step, of the rows that had not ended before it.
         """
-        rows, width = uniforms_BR.shape
         self.law, self.stops, self.uniforms_BR, self.mask_BP = law, stops, uniforms_BR, mask_BP
         self.copies_B, self.names, self.live, self.synced, self.compact = copies_B, names, live, synced, compact
         self.on_token = on_token
-        device = uniforms_BR.device
-        self.tokens_BR = torch.zeros(rows, width, dtype=torch.int64, device=device)
-        self.behaviour_BR, self.policy_BR, self.entropy_BR = (torch.zeros(rows, width, device=device) for _ in range(3))
-        self.lengths_B = torch.full((rows,), width, dtype=torch.int64, device=device)
-        self.stop_B = torch.full((rows,), STOP_LENGTH, dtype=torch.int64, device=device)
-        self.steps = 0
+        self.rows = Rows.start(uniforms_BR)
+        """The record of every row, complete after the call."""
 
     def __call__(
         self,
@@ -75,67 +71,61 @@ class Stream:
         if len(logits_processor):  # what was declared: none, the law is applied here
             names = [type(processor).__name__ for processor in logits_processor]
             raise RuntimeError(f"generate was given logits processors that nobody declared: {names}")
-        rows, width = self.tokens_BR.shape
-        ids, history, alive_A = input_ids, None, torch.arange(rows, device=input_ids.device)
-        ended_A = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
-        logits_AV: Tensor
+        ids, alive, space, width = input_ids, self.rows, Space(), self.uniforms_BR.shape[1]
+        history: History | None = None
         for t in range(width):
             outputs, kwargs = step_forward(model, ids, kwargs, first=t == 0)
-            self.steps += 1
             logits_AV = outputs.logits[:, -1].to(ids.device)
             del outputs  # the prefill's logits may be wide
-            if t == 0 and self.copies_B is not None:
-                ids, logits_AV = ids[self.copies_B], logits_AV[self.copies_B]
-                kwargs = pick_rows(kwargs, self.copies_B, len(input_ids))
             if history is None:
+                if self.copies_B is not None:
+                    ids, logits_AV = ids[self.copies_B], logits_AV[self.copies_B]
+                    kwargs = pick_rows(kwargs, self.copies_B, len(input_ids))
                 history = History(ids, self.mask_BP, self.law)
-            drawn = self.law.draw(logits_AV, history, self.uniforms_BR[alive_A, t])
-            self._record(t, alive_A, ended_A, drawn)
+            drawn = self.law.draw(logits_AV, history, alive.uniforms[:, t], space)
             if self.on_token is not None:
-                self.on_token(t, alive_A[~ended_A], drawn.tokens_B[~ended_A], logits_AV[~ended_A])
+                going = ~alive.ended
+                self.on_token(t, alive.place[going], drawn.tokens_B[going], logits_AV[going])
             history.append(drawn.tokens_B)
             ids = torch.cat([ids, drawn.tokens_B[:, None]], dim=1)
-            stop_A = self._stopped(t, alive_A, ended_A, drawn.tokens_B)
-            now_A = ~ended_A & (stop_A != STOP_LENGTH)
-            self.lengths_B[alive_A[now_A]], self.stop_B[alive_A[now_A]] = t + 1, stop_A[now_A]
-            ended_A = ended_A | now_A
-            left = int((~ended_A).sum())
+            left = self._take(alive, t, drawn)
             if self._all_ended(left, ids.device) or t + 1 == width:
                 break
-            if self.compact and 0 < left < _KEEP_ABOVE * len(alive_A) and self._can_pick(kwargs):
-                index = (~ended_A).nonzero()[:, 0]
-                kwargs = pick_rows(kwargs, index, len(ids))
-                ids, alive_A, ended_A = ids[index], alive_A[index], ended_A[index]
+            if self.compact and 0 < left < _KEEP_ABOVE * len(ids) and self._can_pick(kwargs):
+                index = (~alive.ended).nonzero()[:, 0]
+                kwargs, ids = pick_rows(kwargs, index, len(ids)), ids[index]
+                self.rows.write(alive)
+                alive = alive.select(index)
                 history.select(index)
                 if self.live is not None:
                     self.live.select(index)
-        mask_BR = torch.arange(width, device=ids.device)[None] < self.lengths_B[:, None]
-        for name in ("tokens_BR", "behaviour_BR", "policy_BR", "entropy_BR"):
-            setattr(self, name, getattr(self, name).masked_fill(~mask_BR, 0))
+        self.rows.write(alive)
+        self.rows.finish(self.stops)
         return input_ids
 
-    def _record(self, t: int, alive_A: Tensor, ended_A: Tensor, drawn: Any) -> None:
-        bad_A = drawn.bad_B & ~ended_A
-        if bool(bad_A.any()):
-            row = int(alive_A[bad_A.nonzero()[0, 0]])
-            who = self.names[row] if self.names else f"row {row}"
+    def _take(self, alive: Rows, t: int, drawn: Drawn) -> int:
+        """Write step t down, and see which rows it ends; the number of rows that go on."""
+        alive.tokens[:, t], alive.entropy[:, t] = drawn.tokens_B, drawn.entropy_B
+        alive.behaviour[:, t], alive.policy[:, t] = drawn.behaviour_B, drawn.policy_B
+        alive.length += ~alive.ended
+        bad_A = drawn.bad_B & ~alive.ended
+        ended_A = alive.ended | self.stops.is_stop(drawn.tokens_B)
+        if self.stops.has_strings:
+            going = (~ended_A).nonzero()[:, 0]
+            hit = [self.stops.completes(ids) for ids in alive.tokens[going, : t + 1].tolist()]
+            by_string = going[torch.tensor(hit, dtype=torch.bool, device=going.device)]
+            alive.by_string[by_string] = True
+            ended_A[by_string] = True
+        alive.ended = ended_A
+        left, bad = torch.stack([(~ended_A).sum(), bad_A.sum()]).tolist()  # the step's one wait for the device
+        if bad:
+            place = int(alive.place[bad_A.nonzero()[0, 0]])
+            who = self.names[place] if self.names else f"row {place}"
             raise Problem(
                 f"sampling: the logits of {who} at token {t} hold no law (NaN, infinite, or every token banned); "
                 "check the model's weights and dtype, and the bans in the sampling settings"
             )
-        self.tokens_BR[alive_A, t] = drawn.tokens_B
-        self.behaviour_BR[alive_A, t] = drawn.behaviour_B
-        self.policy_BR[alive_A, t] = drawn.policy_B
-        self.entropy_BR[alive_A, t] = drawn.entropy_B
-
-    def _stopped(self, t: int, alive_A: Tensor, ended_A: Tensor, tokens_A: Tensor) -> Tensor:
-        stop_A = self.stops.by_id(tokens_A)
-        if self.stops.has_strings:
-            going = ((stop_A == STOP_LENGTH) & ~ended_A).nonzero()[:, 0]
-            texts = self.tokens_BR[alive_A[going], : t + 1].tolist()
-            hit = [self.stops.completes(ids) for ids in texts]
-            stop_A[going[torch.tensor(hit, dtype=torch.bool, device=going.device)]] = STOP_USER
-        return stop_A
+        return int(left)
 
     def _all_ended(self, left: int, device: torch.device) -> bool:
         """Under ZeRO-3 and FSDP every rank runs the forward passes of the longest one: each of them gathers weights."""
@@ -147,3 +137,52 @@ class Stream:
 
     def _can_pick(self, kwargs: dict[str, Any]) -> bool:
         return (self.live is None or hasattr(self.live, "select")) and can_pick(kwargs)
+
+
+@dataclass
+class Rows:
+    """What is written down of each row: (rows, steps) tensors and one entry per row."""
+
+    place: Tensor
+    """Where in the whole batch each of these rows is."""
+    uniforms: Tensor
+    tokens: Tensor
+    behaviour: Tensor
+    policy: Tensor
+    entropy: Tensor
+    length: Tensor
+    ended: Tensor
+    by_string: Tensor
+    stop: Tensor
+    """Why each row ended; known when all is done."""
+
+    @staticmethod
+    def start(uniforms_BR: Tensor) -> Rows:
+        rows, device = len(uniforms_BR), uniforms_BR.device
+        wide = {name: torch.zeros(uniforms_BR.shape, device=device) for name in ("behaviour", "policy", "entropy")}
+        return Rows(
+            place=torch.arange(rows, device=device),
+            uniforms=uniforms_BR,
+            tokens=torch.zeros(uniforms_BR.shape, dtype=torch.int64, device=device),
+            length=torch.zeros(rows, dtype=torch.int64, device=device),
+            stop=torch.full((rows,), STOP_LENGTH, device=device),
+            **{name: torch.zeros(rows, dtype=torch.bool, device=device) for name in ("ended", "by_string")},
+            **wide,
+        )
+
+    def select(self, index: Tensor) -> Rows:
+        return Rows(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+    def write(self, part: Rows) -> None:
+        """Put a part's rows back in their places."""
+        for field in fields(self):
+            if part is not self and field.name not in ("place", "uniforms"):
+                getattr(self, field.name)[part.place] = getattr(part, field.name)
+
+    def finish(self, stops: Stops) -> None:
+        """Nothing but zeros beyond each row's end, and the reason why it is there."""
+        beyond = torch.arange(self.tokens.shape[1], device=self.place.device)[None] >= self.length[:, None]
+        for name in ("tokens", "behaviour", "policy", "entropy"):
+            getattr(self, name).masked_fill_(beyond, 0)
+        last = self.tokens.gather(1, (self.length - 1)[:, None])[:, 0]
+        self.stop = torch.where(self.by_string, STOP_USER, torch.where(self.ended, stops.by_id(last), STOP_LENGTH))

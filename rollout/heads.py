@@ -8,6 +8,9 @@ would fill them with random numbers and only warn.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,28 +106,42 @@ def load_head(
     head = choose_head(config, role, head, fresh=fresh, field=field, path=path)
     extra = {"attn_implementation": attn} if attn else {}
     try:
-        model, info = HEADS[head].from_pretrained(
-            path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=fresh, **extra, **settings
-        )
+        with _unreported():
+            model, info = HEADS[head].from_pretrained(
+                path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **extra, **settings
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise Problem(f"{field}: {path!r} cannot be loaded as {head}: {_first_line(error)}") from error
     _check_complete(model, info, head, path, field, fresh)
     return model.eval()
 
 
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+    """Without transformers' table of missing weights: here a missing one is a Problem, or is meant to be new."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    quiet = logging.Filter()
+    quiet.filter = lambda record: "LOAD REPORT" not in record.getMessage()  # type: ignore[method-assign]
+    logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        logger.removeFilter(quiet)
+
+
 def _check_complete(model: PreTrainedModel, info: dict[str, Any], head: str, path: str, field: str, fresh: bool) -> None:
-    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
-    missing = sorted({*info["missing_keys"], *mismatched})
-    if fresh:
+    shapes = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    lacking = {"no weights for": set(info["missing_keys"]) - shapes, "weights of another shape for": shapes}
+    for what, names in lacking.items():
         # A classifier's pooler belongs to its head: checkpoints of language models do not have it.
         trunk = f"{model.base_model_prefix}."
-        missing = [key for key in missing if key.startswith(trunk) and ".pooler." not in f".{key}"]
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise Problem(
-            f"{field}: {path!r} was not saved with a {head} head: it has no weights for {shown}, "
-            "which would start as random numbers; name a checkpoint of that kind"
-        )
+        bad = sorted(key for key in names if not fresh or (key.startswith(trunk) and ".pooler." not in f".{key}"))
+        if bad:
+            shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+            raise Problem(
+                f"{field}: {path!r} was not saved with a {head} head: it has {what} {shown}, "
+                "which would start as random numbers; name a checkpoint of that kind"
+            )
 
 
 def _class_name(auto: Any, config: PretrainedConfig) -> str | None:

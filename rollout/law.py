@@ -10,12 +10,14 @@ draw needs is the one that the log-probs need.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rollout.errors import Problem
+from rollout.nucleus import nucleus
 from rollout.policy import Policy
 from rollout.sampling import Sampling
 
@@ -68,16 +70,11 @@ class Law:
         self.banned_always = [ids[0] for ids in banned if len(ids) == 1]
         self.banned_after = [ids for ids in banned if len(ids) > 1]
         self.looks_back = sampling.no_repeat_ngram_size > 0 or bool(self.banned_after)
+        self.penalises = sampling.repetition_penalty != 1 or self.looks_back or bool(self.banned_always)
 
-    def policy_scores(self, logits_BV: Tensor) -> Tensor:
-        """What the policy's law is the softmax of."""
-        logits = logits_BV.float()
-        return logits if self.sampling.policy_temperature == 1 else logits / self.sampling.policy_temperature
-
-    def behaviour_scores(self, logits_BV: Tensor, history: History) -> Tensor:
-        """What the behaviour's law is the softmax of, -inf for what cannot be drawn. The order of the processors is here."""
-        settings = self.sampling
-        scores = logits_BV.float()
+    def penalised(self, logits_BV: Tensor, history: History) -> Tensor:
+        """Penalties, then bans: what depends on the tokens so far. -inf for what is banned."""
+        settings, scores = self.sampling, logits_BV.float()
         if history.seen_BV is not None:
             penalty = settings.repetition_penalty
             scores = torch.where(history.seen_BV, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
@@ -87,85 +84,137 @@ class Law:
             scores = scores.index_fill(1, torch.tensor(self.banned_always, device=scores.device), _NEGATIVE)
         for ids in self.banned_after:
             scores = _ban_sequence(scores, history.tokens_BL, history.real_BL, ids)
-        if settings.greedy:
-            return scores
-        if settings.temperature != 1:
-            scores = scores / settings.temperature
-        if 0 < settings.top_k < scores.shape[1]:
-            kth = scores.topk(settings.top_k, dim=1).values[:, -1:]
-            scores = scores.masked_fill(scores < kth, _NEGATIVE)
-        if settings.top_p < 1:
-            scores = _nucleus(scores, settings.top_p)
-        if settings.min_p > 0:
-            floor = scores.amax(dim=1, keepdim=True) + torch.tensor(settings.min_p, dtype=torch.float64).log().float().to(
-                scores
-            )
-            scores = scores.masked_fill(scores < floor, _NEGATIVE)
         return scores
 
-    def draw(self, logits_BV: Tensor, history: History, uniform_B: Tensor) -> Drawn:
-        """A token per row from the behaviour's law, with both log-probs and the entropy of the policy's."""
-        policy_BV = self.policy_scores(logits_BV)
-        policy = Weights(policy_BV)
-        entropy_B = policy.entropy()
-        if self.sampling.is_plain:
-            tokens_B = policy.draw(uniform_B)
-            logprobs_B = policy.logprobs(policy_BV, tokens_B)
-            return Drawn(tokens_B, logprobs_B, logprobs_B, entropy_B, policy.bad_B)
-        scores_BV = self.behaviour_scores(logits_BV, history)
+    def truncate(self, weights: Weights) -> None:
+        """Top-k, then top-p of what is left, then min-p."""
+        settings = self.sampling
+        if 0 < settings.top_k < weights.shifted_BV.shape[1]:
+            kth_B1 = weights.shifted_BV.topk(settings.top_k, dim=1).values[:, -1:]
+            weights.keep(weights.shifted_BV >= kth_B1)
+        if settings.top_p < 1:
+            weights.keep(nucleus(weights, settings.top_p))
+        if settings.min_p > 0:
+            weights.keep(weights.shifted_BV >= math.log(settings.min_p))
+
+    def behaviour_scores(self, logits_BV: Tensor, history: History) -> Tensor:
+        """What the behaviour's law is the softmax of: -inf for what cannot be drawn."""
+        scores = self.penalised(logits_BV, history)
         if self.sampling.greedy:
-            best = scores_BV.max(dim=1)
-            logprobs_B = policy.logprobs(policy_BV, best.indices)
-            return Drawn(best.indices, logprobs_B, logprobs_B, entropy_B, policy.bad_B | ~best.values.isfinite())
-        behaviour = Weights(scores_BV)
+            return scores
+        if self.sampling.temperature != 1:
+            scores = scores / self.sampling.temperature
+        if not self.sampling.truncates:
+            return scores
+        weights = Weights(scores, Space())
+        self.truncate(weights)
+        return scores.masked_fill(weights.weights_BV == 0, _NEGATIVE)
+
+    def draw(self, logits_BV: Tensor, history: History, uniform_B: Tensor, space: Space) -> Drawn:
+        """A token per row from the behaviour's law, with both log-probs and the entropy of the policy's."""
+        settings = self.sampling
+        policy = Weights(_tempered(logits_BV, settings.policy_temperature, space, "policy"), space, "policy")
+        entropy_B, total_B, bad_B = policy.entropy(), policy.total_B, policy.bad_B
+        behaviour = policy
+        if settings.greedy:
+            best = self.penalised(logits_BV, history).max(dim=1)
+            logprobs_B = policy.logprobs(best.indices, total_B)
+            return Drawn(best.indices, logprobs_B, logprobs_B, entropy_B, bad_B | ~best.values.isfinite())
+        if self.penalises:
+            scores_BV = _tempered(self.penalised(logits_BV, history), settings.temperature, space, "behaviour")
+            behaviour = Weights(scores_BV, space, "behaviour")
+        if settings.truncates:
+            self.truncate(behaviour)
         tokens_B = behaviour.draw(uniform_B)
-        return Drawn(
-            tokens_B,
-            behaviour.logprobs(scores_BV, tokens_B),
-            policy.logprobs(policy_BV, tokens_B),
-            entropy_B,
-            policy.bad_B | behaviour.bad_B,
-        )
+        policy_B = policy.logprobs(tokens_B, total_B)
+        behaviour_B = policy_B if settings.is_plain else behaviour.logprobs(tokens_B, behaviour.total_B)
+        return Drawn(tokens_B, behaviour_B, policy_B, entropy_B, bad_B | behaviour.bad_B)
+
+
+class Space:
+    """Buffers that are used again at every step: fresh memory of this size costs more than the arithmetic done in it."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, int, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(rows, columns), zero when new; rows only ever get fewer."""
+        held = self.held.get((name, columns, dtype))
+        if held is None or len(held) < rows or held.device != device:
+            held = self.held[name, columns, dtype] = torch.zeros(rows, columns, dtype=dtype, device=device)
+        return held[:rows]
+
+    def like(self, name: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.get(name, tensor.shape[0], tensor.shape[1], tensor.device, dtype)
+
+
+def _tempered(logits_BV: Tensor, temperature: float, space: Space, name: str) -> Tensor:
+    """Float32 logits divided by the temperature."""
+    if temperature == 1 and logits_BV.dtype == torch.float32:
+        return logits_BV
+    scores_BV = space.like(f"{name} scores", logits_BV).copy_(logits_BV)
+    return scores_BV if temperature == 1 else scores_BV.div_(temperature)
 
 
 class Weights:
     """exp(scores - max) in blocks of 256 with their sums: everything that draws and normalises."""
 
-    def __init__(self, scores_BV: Tensor):
-        self.top_B1 = scores_BV.amax(dim=1, keepdim=True)
+    def __init__(self, scores_BV: Tensor, space: Space, name: str = ""):
         rows, size = scores_BV.shape
-        blocks = -(-size // _BLOCK)
-        self.shifted_BV = scores_BV - self.top_B1
-        if size % _BLOCK:
-            weights = self.shifted_BV.new_zeros(rows, blocks * _BLOCK)
-            torch.exp(self.shifted_BV, out=weights[:, :size])
-        else:
-            weights = self.shifted_BV.exp()
-        self.weights_BV = weights[:, :size]
-        self.blocks_BNK = weights.view(rows, blocks, _BLOCK)
-        self.cumulative_BN = self.blocks_BNK.sum(dim=2).double().cumsum(dim=1)
+        self.scores_BV, self.space, self.blocks = scores_BV, space, -(-size // _BLOCK)
+        self.top_B1 = scores_BV.amax(dim=1, keepdim=True)
+        # Scores of -inf become -1e4: their weight is 0 all the same, and 0 x -1e4 is a number.
+        shifted_BV = torch.sub(scores_BV, self.top_B1, out=space.like(f"{name} shifted", scores_BV))
+        self.shifted_BV = shifted_BV.clamp_(min=-1e4)
+        self.padded_BW = space.get(f"{name} weights", rows, self.blocks * _BLOCK, scores_BV.device)
+        self.weights_BV = self.padded_BW[:, :size]
+        torch.exp(self.shifted_BV, out=self.weights_BV)
+        self._sum()
+
+    def _sum(self) -> None:
+        self.cumulative_BN = _block_sums(self.padded_BW, self.blocks).cumsum(dim=1)
         self.total_B = self.cumulative_BN[:, -1]
-        self.bad_B = ~self.total_B.isfinite()  # NaN where a score is NaN or +inf, or where all are -inf
+        self.bad_B = ~(self.top_B1[:, 0].isfinite() & self.total_B.isfinite())  # NaN, +inf, or all of them -inf
+
+    def mass_of(self, mask_BV: Tensor) -> Tensor:
+        """Weight of the tokens of a mask."""
+        masses_BW = self.space.like("masses", self.padded_BW)
+        torch.where(mask_BV, self.weights_BV, self.weights_BV.new_zeros(()), out=masses_BW[:, : mask_BV.shape[1]])
+        return _block_sums(masses_BW, self.blocks).sum(dim=1)
+
+    def keep(self, keep_BV: Tensor) -> None:
+        """Weight 0 for all others."""
+        self.weights_BV.masked_fill_(~keep_BV, 0.0)
+        self._sum()
 
     def draw(self, uniform_B: Tensor) -> Tensor:
         """The first token at which the cumulative weight exceeds uniform x total; one of weight 0 is never it."""
         block_B1 = _exceed(self.cumulative_BN, uniform_B * self.total_B)
         before_B = self.cumulative_BN.gather(1, (block_B1 - 1).clamp(min=0))[:, 0].masked_fill(block_B1[:, 0] == 0, 0.0)
         inside_B = self.cumulative_BN.gather(1, block_B1)[:, 0] - before_B
-        chosen_BK = self.blocks_BNK.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(dim=1)
+        blocks_BNK = self.padded_BW.view(len(uniform_B), self.blocks, _BLOCK)
+        chosen_BK = blocks_BNK.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(dim=1)
         # The share of the block that is left, not the weight: the block's own sum was taken in float32.
         share_B = (uniform_B * self.total_B - before_B) / inside_B
         token_B1 = block_B1 * _BLOCK + _exceed(chosen_BK, share_B.clamp(0, 1) * chosen_BK[:, -1])
         return token_B1[:, 0].clamp(max=self.shifted_BV.shape[1] - 1)  # a row without a law (NaN) must still name a token
 
-    def logprobs(self, scores_BV: Tensor, tokens_B: Tensor) -> Tensor:
-        chosen_B = scores_BV.gather(1, tokens_B[:, None])[:, 0].double() - self.top_B1[:, 0].double()
-        return (chosen_B - self.total_B.log()).float()
+    def logprobs(self, tokens_B: Tensor, total_B: Tensor) -> Tensor:
+        """Log-probs where the weights had this total: before or after some were taken out."""
+        chosen_B = self.scores_BV.gather(1, tokens_B[:, None])[:, 0].double() - self.top_B1[:, 0].double()
+        return (chosen_B - total_B.log()).float()
 
     def entropy(self) -> Tensor:
-        """log Z - E[score]; scores of -inf have weight 0 and add nothing."""
-        products_B = torch.einsum("bv,bv->b", self.weights_BV, self.shifted_BV.clamp(min=-1e4))
-        return (self.total_B.log() - products_B.double() / self.total_B).float()
+        """log Z - E[score], of the law before anything was taken out of it."""
+        products_BW = self.space.like("masses", self.padded_BW)
+        torch.mul(self.weights_BV, self.shifted_BV, out=products_BW[:, : self.weights_BV.shape[1]])
+        expected_B = _block_sums(products_BW, self.blocks).sum(dim=1) / self.total_B
+        return (self.total_B.log() - expected_B).float()
+
+
+def _block_sums(padded_BW: Tensor, blocks: int) -> Tensor:
+    """Sums over blocks, in float32 inside a block and float64 from there on."""
+    return padded_BW.view(len(padded_BW), blocks, _BLOCK).sum(dim=2).double()
 
 
 def _exceed(cumulative_BN: Tensor, target_B: Tensor) -> Tensor:
@@ -173,33 +222,6 @@ def _exceed(cumulative_BN: Tensor, target_B: Tensor) -> Tensor:
     last_B = cumulative_BN[:, -1]
     target_B = torch.minimum(target_B, torch.nextafter(last_B, torch.zeros_like(last_B)))
     return torch.searchsorted(cumulative_BN, target_B[:, None], right=True).clamp(max=cumulative_BN.shape[1] - 1)
-
-
-def _nucleus(scores_BV: Tensor, top_p: float) -> Tensor:
-    """-inf outside the smallest set whose mass reaches p. Likeliest first, the lower id first among equals.
-
-    The likeliest few are looked at first, and more of them only while some row's do not reach p: a full sort of a large
-    vocabulary is by far the dearest step of the draw.
-    """
-    size = scores_BV.shape[1]
-    weights = Weights(scores_BV)
-    # A mass that equals p up to rounding reaches it (0.5 + 0.3 + 0.1 of p = 0.9).
-    goal_B1 = (top_p * (1 - 1e-7) * weights.total_B)[:, None]
-    count = min(256, size)
-    while True:
-        values_BK = scores_BV.topk(count, dim=1).values
-        mass_BK = (values_BK - weights.top_B1).double().exp().cumsum(dim=1)
-        if count == size or bool((mass_BK[:, -1:] >= goal_B1).all()):
-            break
-        count = min(count * 8, size)
-    needed_B1 = (mass_BK < goal_B1).sum(dim=1, keepdim=True).clamp(max=count - 1)
-    edge_B1 = values_BK.gather(1, needed_B1)
-    above_BV = scores_BV > edge_B1
-    tied_BV = scores_BV == edge_B1
-    room_B1 = needed_B1 + 1 - above_BV.sum(dim=1, keepdim=True)
-    if bool((tied_BV.sum(dim=1, keepdim=True) > room_B1).any()):
-        tied_BV &= tied_BV.cumsum(dim=1) <= room_B1
-    return scores_BV.masked_fill(~(above_BV | tied_BV), _NEGATIVE)
 
 
 def _ban_repeats(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, size: int) -> Tensor:

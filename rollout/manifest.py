@@ -227,14 +227,16 @@ def start(
 
 def _changes(found: Mapping[str, Any], fresh: Mapping[str, Any]) -> Iterator[str]:
     old, new = dict(_flat(found["config"])), dict(_flat(fresh["config"]))
+    sections: set[str] = set()
     for name in sorted(old.keys() | new.keys()):
         free = name.startswith(FREE) and name not in BOUND
         if not free and old.get(name) != new.get(name):
+            sections.add(name.split(".")[0])
             was, now = json.dumps(old.get(name)), json.dumps(new.get(name))
             yield f"{name}: this dump was begun with {was}, and is now asked to go on with {now}"
     for name in sorted(found["fingerprints"].keys() | fresh["fingerprints"].keys()):
         was, now = (kept["fingerprints"].get(name, "none") for kept in (found, fresh))
-        if was != now:
+        if was != now and name.split(".")[0] not in sections:  # a changed setting of it has been named already
             yield f"{name}: its content has changed since this dump was begun (fingerprint {was}, now {now})"
 
 

@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from rollout.batch import STOP_LENGTH, STOP_USER, Rollout
 from rollout.errors import Problem
 from rollout.habits import generate_arguments
-from rollout.law import History, Law, Weights
+from rollout.law import History, Law, Space, Weights
 from rollout.logprobs import encoder_input
 from rollout.policy import Policy, no_dropout
 from rollout.prompts import PromptBatch
@@ -131,4 +131,4 @@ class _Draws(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         uniform_B = self.uniforms_BR[:, self.step]
         self.step += 1
-        return Weights(args[0].log()).draw(uniform_B)[:, None]
+        return Weights(args[0].log(), Space()).draw(uniform_B)[:, None]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rollout import processes
-from rollout.batch import STOP_LENGTH, Rollout, Texts
+from rollout.batch import Rollout, Texts
 from rollout.decode import Stream
 from rollout.errors import Problem
 from rollout.habits import generate_arguments
@@ -177,19 +177,19 @@ class Sampler:
             policy.core.generate(
                 **generate_arguments(policy, ids_UP, mask_UP), generation_config=config, custom_generate=stream
             )
-        width = int(stream.lengths_B.max())
+        rows, width = stream.rows, int(stream.rows.length.max())
         rollout = Rollout(
             prompt_BP=prompt_BP,
             prompt_mask_BP=mask_BP,
-            response_BR=stream.tokens_BR[:, :width],
-            lengths_B=stream.lengths_B,
-            ended_B=stream.stop_B != STOP_LENGTH,
-            behaviour_logprobs_BR=stream.behaviour_BR[:, :width],
-            policy_logprobs_BR=stream.policy_BR[:, :width],
-            entropy_BR=stream.entropy_BR[:, :width],
+            response_BR=rows.tokens[:, :width],
+            lengths_B=rows.length,
+            ended_B=rows.ended,
+            behaviour_logprobs_BR=rows.behaviour[:, :width],
+            policy_logprobs_BR=rows.policy[:, :width],
+            entropy_BR=rows.entropy[:, :width],
             row_B=row_B,
             sample_B=sample_B,
-            stop_B=stream.stop_B,
+            stop_B=rows.stop,
             strength_B=strength_B,
             temperature=sampling.policy_temperature,
             policy_step=call.step,

@@ -56,6 +56,9 @@ class Stops:
     def to(self, device: torch.device) -> None:
         self.ids, self.codes = self.ids.to(device), self.codes.to(device)
 
+    def is_stop(self, tokens_B: Tensor) -> Tensor:
+        return (tokens_B[:, None] == self.ids).any(dim=1)
+
     def by_id(self, tokens_B: Tensor) -> Tensor:
         """STOP_EOS or STOP_USER for rows whose token is a stop id, else STOP_LENGTH (going on)."""
         if not len(self.ids):

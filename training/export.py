@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rollout import adapters, processes
 from rollout.run import write_json, written_aside
+from training import steered
 
 if TYPE_CHECKING:
     from training.ppo import PPOSettings
@@ -16,18 +17,21 @@ if TYPE_CHECKING:
 
 
 def save_model(folder: Path, parts: Parts, settings: PPOSettings) -> None:
-    """The policy in `folder`/model: the adapter alone where there is one, or the whole model with it merged in."""
+    """The policy in `folder`/model: the adapter alone where there is one, or the whole model with it merged in.
+
+    Steering is left away, kept beside it or folded into it, as its `on_deploy` says."""
 
     def save() -> None:
         with written_aside(folder / "model") as aside:
             aside.mkdir()
-            model = parts.policy.model
+            model = steered.to_save(parts)
             if not hasattr(model, "peft_config"):
                 model.save_pretrained(aside)
             elif settings.export_merged:
                 adapters.merge(copy.deepcopy(model)).save_pretrained(aside)
             else:
                 adapters.save(model, aside)
+            steered.save_beside(parts, aside)
             parts.policy.tokenizer.save_pretrained(aside)
 
     processes.on_main(save)

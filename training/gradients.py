@@ -59,9 +59,7 @@ def summed_over_ranks(parameters: list[nn.Parameter]) -> None:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if bucket and (
-            bucket[0].dtype != parameter.grad.dtype or sum(g.numel() for g in bucket) + parameter.numel() > _BUCKET
-        ):
+        if bucket and (bucket[0].dtype != parameter.grad.dtype or sum(g.numel() for g in bucket) + parameter.numel() > _BUCKET):
             _sum_together(bucket)
             bucket = []
         bucket.append(parameter.grad)

@@ -25,7 +25,7 @@ import torch
 from rollout import processes
 from rollout.errors import Problem
 from rollout.run import RunSettings, open_folder
-from training import checkpoint, resume
+from training import checkpoint, resume, steered
 from training.checks import check_job, settings_problems
 from training.correction import Correction
 from training.evaluate import evaluate
@@ -195,7 +195,7 @@ def train(
             everything = gather_scored(rollout, texts, reward, real=bool(mine))
             clock.lap("reward")
             scored = score(parts.actor_critic, parts.reference, *everything, settings)
-            metrics = rollout_metrics(scored) | check_gap(scored, tolerance, state.step)
+            metrics = rollout_metrics(scored) | check_gap(scored, tolerance, state.step) | steered.metrics(parts, scored)
             clock.lap("score")
 
             # 3 credit: rewards less KL, advantages, returns, importance weights
@@ -205,6 +205,7 @@ def train(
             # 4 learn: epochs x minibatches of the clipped loss; then the weight of the KL moves
             metrics |= learn(state, experience, settings, seed=run.seed)
             state.kl.update(metrics.get("kl/ref", 0.0), len(scored.rollout))
+            steered.budget(parts, metrics, state.step)
             clock.lap("learn")
 
             # 5 record: metrics, samples, evaluation, checkpoint

@@ -50,6 +50,9 @@ class Replay:
         self._check_source(manifest.get("fingerprints", {}), policy, steering.label if steering is not None else "")
         if settings.credit != "gae" and self.samples < 2:
             raise Problem(f"ppo.replay: {folder} has one sample per prompt; ppo.credit {settings.credit} compares several")
+        if settings.kl_target is not None:
+            told = "the KL of stored rows is not that of the policy, which draws others"
+            raise Problem(f"ppo.kl_target: {told}; leave it out with ppo.replay, ppo.kl_coef stays as it is")
         if settings.rollouts_per_step % self.samples:
             whole = settings.rollouts_per_step // self.samples * self.samples or self.samples
             told = f"{settings.rollouts_per_step} is no multiple of the {self.samples} samples per prompt of ppo.replay"

@@ -16,7 +16,7 @@ from rollout.policy import Policy
 from rollout.run import RunSettings, versions, write_text
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
-from training import checkpoint, resume
+from training import checkpoint, resume, steered
 from training.actor_critic import ActorCritic, Reference, build
 from training.kl import AdaptiveKL, FixedKL
 from training.log import RunLog
@@ -65,6 +65,7 @@ def prepare(
     set_seed(run.seed)  # every global generator: rewards may draw from them, and a resumed run goes on with them
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     actor_critic, reference, steering = build(policy, settings, steering_spec, seed=run.seed)
+    steered.check(steering, policy, settings.export_merged)
     actor_critic.to(accelerator.device)
     optimizer = torch.optim.AdamW(groups(actor_critic, settings), weight_decay=settings.weight_decay)
     model, optimizer = accelerator.prepare(actor_critic, optimizer)

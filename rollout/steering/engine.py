@@ -185,6 +185,8 @@ class Active:
                 "steering did not run: the model's forward passed its blocks without calling their hooks; a model compiled before "
                 "Steering was made ignores them, so make Steering first, or use the model as it was before torch.compile"
             )
+        if call is not None and self.steering.look is not None:
+            self.steering.look(self, call, stack)
 
     def _adopt(self, stack: str, arguments: Arguments, count: int, width: int, first: int) -> None:
         """Without a prompt mask: the first call's input is the prompt, and so is that of every call with a fresh cache."""
@@ -268,7 +270,7 @@ class SiteEdit:
         if number in call.selections:
             selection = call.selections[number]
         else:
-            selection = call.selections[number] = select(self.active, self.site, call)
+            selection = call.selections[number] = select(self.site, call)
         if selection is None:
             return hidden
         if selection.kept is not None:
@@ -321,7 +323,7 @@ class SiteEdit:
 # -- which positions, how strongly ---------------------------------------------------------------------------------------------
 
 
-def select(active: Active, site: BoundSite, call: Call) -> Selection | None:
+def select(site: BoundSite, call: Call) -> Selection | None:
     """The site's selection in this call; None = nothing here."""
     rows, where = call.rows, site.spec.where
     if not rows.any[site.index]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rollout.errors import Problem
 from rollout.steering import hooks, strengths
-from rollout.steering.engine import Active, Rows, SiteEdit, rows_of
+from rollout.steering.engine import Active, Call, Rows, SiteEdit, rows_of
 from rollout.steering.hooks import Frame
 from rollout.steering.sites import Binding, BoundGate, BoundSite, bind
 from rollout.steering.spec import SteeringSpec, load_spec
@@ -49,9 +49,8 @@ class Steering:
             raise Problem(*problems)
         self.progress = 0.0
         """Share of training done, for schedules: set by the training loop at each step."""
-        self.scale = 1.0
-        """A factor on every strength, kept by the KL budget."""
         self._asked: dict[int, float] = {}
+        self.look: Callable[[Active, Call, str], None] | None = None
         self._hash = self._digest()
         for stack in self.stacks.values():
             hooks.install_stack(stack.module)
@@ -61,6 +60,7 @@ class Steering:
             if site.gate is not None:
                 hooks.install(site.gate.point.module, "output")
         self._parameters = nn.ModuleDict()
+        self._parameters.register_buffer("scale", torch.ones((), dtype=torch.float64))
         for site in self.sites:
             if site.trained is not None:
                 self._parameters[f"site{site.index}"] = site.trained
@@ -94,6 +94,15 @@ class Steering:
     def parameters_module(self) -> nn.ModuleDict:
         """What role trainable trains, as a module for optimizer, DDP and checkpoint; empty for the other roles."""
         return self._parameters
+
+    @property
+    def scale(self) -> float:
+        """A factor on every strength, kept by the KL budget: a buffer, so that a checkpoint holds it."""
+        return float(self._parameters.scale)
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._parameters.scale.fill_(value)
 
     def points_in(self, stack: str) -> bool:
         return any(point.stack == stack for site in self.sites for point in site.points)
@@ -192,6 +201,15 @@ class Steering:
                 "steering did not run: no forward pass of the steered model was seen; "
                 "call the model that Steering was made for, and make Steering before torch.compile"
             )
+
+    @contextlib.contextmanager
+    def watched(self, look: Callable[[Active, Call, str], None]) -> Iterator[None]:
+        """Inside, `look(active, call, stack)` is shown every call when its stack has run: what was selected in it."""
+        before, self.look = self.look, look
+        try:
+            yield
+        finally:
+            self.look = before
 
     def _frame(self, active: Active) -> Frame:
         frame = Frame(hooks.current())

@@ -174,22 +174,23 @@ def test_hanging_dying_and_raising_under_a_time_limit(file, name, caplog):
         reward.close()
 
 
-def test_a_hanging_worker_ends_with_the_job_that_was_killed(file, tmp_path):
+def test_a_hanging_worker_ends_with_the_job_that_was_killed(tmp_path):
     """The job is killed while the function hangs in C code, where nothing but a signal reaches it."""
-    Path(file).write_text(
-        FILE.replace(
-            "def hangs_in_c(completions, **columns):",
-            "def hangs_in_c(completions, **columns):\n    print(os.getpid(), flush=True)",
-        )
+    (tmp_path / "mine.py").write_text(
+        "import os, re\n"
+        "def hangs(completions, **columns):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    return [float(bool(re.match('(a|aa)+$', text))) for text in completions]\n"
     )
     job = f"""
         from reward.base import build_reward
         from tests.reward.rows import made
-        build_reward([{{"kind": "function", "function": "{file}:hangs_in_c", "timeout": 600.0}}])(*made(["a" * 60 + "b"]))
+        build_reward([{{"kind": "function", "function": "{tmp_path}/mine.py:hangs", "timeout": 60.0}}])(*made(["a" * 60 + "b"]))
     """
     command = [sys.executable, "-c", textwrap.dedent(job)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
-    worker = psutil.Process(next(int(line) for line in process.stderr if line.strip().isdigit()))
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    worker = psutil.Process(int(process.stdout.readline()))
     process.kill()
     process.wait()
     gone, _ = psutil.wait_procs([worker], timeout=30)

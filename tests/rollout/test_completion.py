@@ -239,7 +239,7 @@ def test_steered_log_probs_are_those_of_the_steered_model() -> None:
     """A vector added to a block's output at every position, written out with a plain forward hook."""
     policy = tiny_policy("llama")
     vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    spec = {"sites": [{"name": "push", "at": {"layers": [0], "component": "block_output"}, "op": {"type": "add"}, 
+    spec = {"sites": [{"name": "push", "at": {"layers": [0], "component": "block_output"}, "op": {"type": "add"},
                        "vector": vector.tolist(),
                        "strength": 2.0, "where": {"prompt": "all", "steps": "all"}}]}  # fmt: skip
     steering = Steering(policy.model, spec, policy.tokenizer)

@@ -110,12 +110,13 @@ def test_a_head_that_the_role_cannot_use_is_refused_by_name(tmp_path, class_name
     assert line.startswith("part.path: ") and all(word in line for word in words), line
 
 
-def test_a_fresh_head_needs_a_whole_trunk(tmp_path):
+def test_a_fresh_head_needs_a_whole_trunk(tmp_path, caplog):
     path = saved(tmp_path, "GPT2LMHeadModel", transformers.GPT2Config(**GPT2))
     model = load_head(path, "reward", fresh=True, num_labels=1)
     assert model.score.weight.shape == (1, 8)
     trunk = transformers.GPT2LMHeadModel.from_pretrained(path).transformer.state_dict()
     assert all(torch.equal(value, trunk[name]) for name, value in model.transformer.state_dict().items())
+    assert "LOAD REPORT" not in caplog.text
     # A masked LM has no pooler: it is part of what a classifier learns afresh.
     load_head(saved(tmp_path, "BertForMaskedLM", transformers.BertConfig(**BERT)), "reward", fresh=True, num_labels=1)
     deeper = transformers.AutoConfig.from_pretrained(path)
@@ -124,6 +125,10 @@ def test_a_fresh_head_needs_a_whole_trunk(tmp_path):
     with pytest.raises(Problem, match="no weights for transformer.h.1"):
         load_head(path, "reward", fresh=True, num_labels=1)
     with pytest.raises(Problem, match="no weights for transformer.h.1"):
+        load_head(path, "policy")
+    deeper.n_layer, deeper.vocab_size = 1, 30
+    deeper.save_pretrained(path)
+    with pytest.raises(Problem, match="weights of another shape for transformer.wte.weight"):
         load_head(path, "policy")
 
 

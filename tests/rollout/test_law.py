@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from rollout.law import History, Law, Weights, _nucleus
+from rollout.law import History, Law, Space, Weights
+from rollout.nucleus import nucleus
 from rollout.sampling import Sampling, uniforms
 from tests.models import tiny_policy
 from tests.rollout.definitions import entropy, law, log_softmax
@@ -54,7 +55,7 @@ def test_counts_of_many_draws_pass_a_chi_square_test_against_the_recorded_law(po
     counts, recorded = torch.zeros(size), torch.full((size,), -math.inf)
     for part in rows.split(4000):
         uniform = uniforms(11, 2, part, part * 0, 5)
-        drawn = rule.draw(logits.expand(len(part), -1), history(rule, len(part)), uniform)
+        drawn = rule.draw(logits.expand(len(part), -1), history(rule, len(part)), uniform, Space())
         counts += torch.bincount(drawn.tokens_B, minlength=size)
         recorded[drawn.tokens_B] = drawn.behaviour_B
         assert not drawn.bad_B.any()
@@ -75,7 +76,7 @@ def test_scores_are_the_definition(policy: Any, name: str) -> None:
     rule = Law(settings, policy)
     logits = torch.randn(6, 64, generator=torch.Generator().manual_seed(4)) * 2
     scores = rule.behaviour_scores(logits, history(rule, 6)).double()
-    weights = Weights(rule.policy_scores(logits))
+    weights = Weights(logits / settings.temperature, Space())
     for row in range(6):
         expected = law(logits[row].double().tolist(), SEEN, settings)
         assert torch.allclose(scores[row].log_softmax(0), torch.tensor(expected, dtype=torch.float64), atol=1e-5)
@@ -87,13 +88,13 @@ def test_the_nucleus_of_the_textbook() -> None:
     """Of 0.5, 0.3, 0.1, 0.07, 0.03 with p = 0.9 the first three, whatever their order and temperature-free scale."""
     probabilities = torch.tensor([0.03, 0.3, 0.07, 0.5, 0.1])
     for shift in (0.0, 5.0, -30.0):
-        kept = _nucleus((probabilities.log() + shift)[None], 0.9)[0].isfinite()
+        kept = nucleus(Weights((probabilities.log() + shift)[None], Space()), 0.9)[0]
         assert kept.tolist() == [False, True, False, True, True]
 
 
 @pytest.mark.parametrize("p", (1e-6, 0.1, 0.25, 0.5, 0.75, 0.999999))
 def test_nuclei_of_ties_are_the_smallest_set_and_lower_ids_come_first(p: float) -> None:
-    kept = _nucleus(torch.zeros(2, 8), p)[0].isfinite()
+    kept = nucleus(Weights(torch.zeros(2, 8), Space()), p)[0]
     need = max(math.ceil(p * 8 - 1e-6), 1)
     assert kept.tolist() == [i < need for i in range(8)]
 
@@ -105,7 +106,7 @@ def test_nuclei_over_flat_and_peaked_laws(size: int) -> None:
     for scale in (0.01, 1.0, 8.0):
         scores = torch.randn(4, size, generator=generator) * scale
         for p in (0.3, 0.9, 0.999):
-            found = _nucleus(scores, p).isfinite()
+            found = nucleus(Weights(scores, Space()), p)
             for row in range(4):
                 mass, count = 0.0, 0
                 logs = log_softmax(scores[row].double().tolist())
@@ -126,7 +127,7 @@ def test_uniforms_at_the_edges_draw_the_first_and_last_possible_token() -> None:
     scores = torch.full((1, 1000), -math.inf)
     for token, weight in ((3, 1.0), (255, 2.0), (256, 1.0), (700, 4.0)):
         scores[0, token] = math.log(weight)
-    weights = Weights(scores.expand(10, -1))
+    weights = Weights(scores.expand(10, -1), Space())
     near = 1e-6  # the weights themselves are float32
     edges = [0.0, 0.125 - near, 0.125 + near, 0.375 - near, 0.375 + near, 0.5 - near, 0.5 + near, 0.9, 1 - 2.0**-53, 0.2]
     assert weights.draw(torch.tensor(edges, dtype=torch.float64)).tolist() == [3, 3, 255, 255, 256, 256, 700, 700, 700, 255]
@@ -135,9 +136,9 @@ def test_uniforms_at_the_edges_draw_the_first_and_last_possible_token() -> None:
 def test_a_law_of_one_token_always_draws_it() -> None:
     scores = torch.full((5, 64), -math.inf)
     scores[:, 63] = -800.0
-    weights = Weights(scores)
+    weights = Weights(scores, Space())
     assert weights.draw(torch.rand(5, dtype=torch.float64)).tolist() == [63] * 5
-    assert torch.equal(weights.logprobs(scores, torch.full((5,), 63)), torch.zeros(5))
+    assert torch.equal(weights.logprobs(torch.full((5,), 63), weights.total_B), torch.zeros(5))
     assert torch.equal(weights.entropy(), torch.zeros(5))
 
 
@@ -145,7 +146,8 @@ def test_very_unlikely_tokens_keep_exact_logprobs() -> None:
     scores = torch.zeros(1, 300)
     scores[0, 5] = -80.0
     expected = -80.0 - math.log(299 + math.exp(-80.0))
-    assert abs(float(Weights(scores).logprobs(scores, torch.tensor([5]))) - expected) < 1e-5
+    weights = Weights(scores, Space())
+    assert abs(float(weights.logprobs(torch.tensor([5]), weights.total_B)) - expected) < 1e-5
 
 
 def test_padding_is_not_seen_by_penalties_and_bans(policy: Any) -> None:

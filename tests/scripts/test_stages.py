@@ -85,6 +85,7 @@ def greedy(folder: Path, rows: list[dict]) -> float:
 
 
 @pytest.mark.proofs
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_supervision_beats_the_lead_and_ppo_beats_supervision_with_the_kl_held(tmp_path, seed):
     make_tiny.make("summaries", tmp_path, seed)

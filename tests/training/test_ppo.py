@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -204,9 +205,9 @@ def test_the_alarm_fires_when_dropout_is_on(tmp_path, monkeypatch):
 def test_the_alarm_fires_when_a_penalty_leaks(tmp_path, monkeypatch):
     real = law.Law.draw
 
-    def leaking(self, logits_BV, history, uniform_B):
-        drawn = real(self, logits_BV, history, uniform_B)
-        return law.Drawn(drawn.tokens_B, drawn.behaviour_B, drawn.behaviour_B, drawn.entropy_B, drawn.bad_B)
+    def leaking(*arguments, **settings):
+        drawn = real(*arguments, **settings)
+        return dataclasses.replace(drawn, policy_B=drawn.behaviour_B)
 
     monkeypatch.setattr(law.Law, "draw", leaking)
     with pytest.raises(Problem, match="a penalty or a temperature that one side lacks"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -69,12 +71,8 @@ def test_a_schedule_follows_the_steps(tmp_path):
     settings = PPOSettings(
         steps=4, rollouts_per_step=8, minibatches=2, epochs=1, eval_prompts=0, learning_rate=1e-3, samples=1, credit="gae"
     )
-    train(
-        policy, prompts_of(policy), share_of_threes, Sampling(max_new_tokens=5), settings, RunSettings(dir=str(tmp_path / "run")),
-        steering=load_spec({"role": "policy", "sites": sites}),
-    )  # fmt: skip
-    import json
-
+    folder, steering = RunSettings(dir=str(tmp_path / "run")), load_spec({"role": "policy", "sites": sites})
+    train(policy, prompts_of(policy), share_of_threes, Sampling(max_new_tokens=5), settings, folder, steering=steering)
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     strengths = {row["step"]: row["strength"] for row in rows}
     assert [strengths[step] for step in (1, 2, 3, 4)] == pytest.approx([2.0, 1.0, 0.0, 0.0])

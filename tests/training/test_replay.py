@@ -160,6 +160,7 @@ def test_greedy_rows_are_refused(tmp_path, policy):
     ("changes", "told"),
     [
         ({"rollouts_per_step": 9, "minibatches": 1}, "no multiple of the 2 samples"),
+        ({"kl_target": 1.0}, "KL of stored rows is not that of the policy"),
         ({"correction": None}, "ppo.correction: missing"),
         ({"replay": "nowhere"}, "nowhere is not a folder"),
     ],

@@ -1,0 +1,185 @@
+"""What a steered run leaves behind: nothing but the model (strip), the steering beside it (keep), or in it (fold).
+
+    save(steering, folder)     steering.yaml and its files: `load_spec(folder / "steering.yaml")` is what was trained
+    fold(steering, model)      an all-positions add becomes the bias of the linear layer that writes there
+    check_fold(steering)       says at once what cannot be folded
+
+Adding v to the output of a block is adding it to the output of the block's last matrix, wherever the block's residual
+stream is a plain sum; `fold` compares the folded model with the steered one before it is believed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rollout.errors import Problem
+from rollout.run import write_text
+from rollout.steering import learned
+from rollout.steering.hooks import unsteered
+from rollout.steering.sites import BoundSite
+from rollout.steering.spec import LEARNED, Site, Strength
+from rollout.steering.steering import Steering
+from rollout.steering.strengths import schedule_factor
+from rollout.steering.structure import Point, attention_of, matrix_widths, mlp_of
+from rollout.steering.vectors import save_vector
+
+_FLAGS = {"mlp": "mlp_bias", "attn": "attention_bias"}
+
+
+def save(steering: Steering, folder: Path) -> Path:
+    """The steering as it is now, with every number it needs, as `steering.yaml` and vector files in `folder`."""
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sites = []
+    for site in steering.sites:
+        spec = dataclasses.replace(site.spec, schedule=None, strength=_final(site.spec, steering.scale))
+        tensors = _tensors(site)
+        if tensors:
+            name = f"{_safe(site.name)}.safetensors"
+            notes = {"op": site.spec.op.type, "component": site.spec.at.module or site.spec.at.component, "made_by": f"role {steering.role}"}
+            save_vector(folder / name, tensors, notes, steering.model)
+            spec = dataclasses.replace(spec, vector={"file": name})
+        if site.gate is not None and spec.gate is not None:
+            name = f"{_safe(site.name)}.gate.safetensors"
+            held = site.gate.direction if site.gate.trained is None else site.gate.trained
+            save_vector(folder / name, {site.gate.point.layer or 0: held}, {"op": "gate"}, steering.model)
+            spec = dataclasses.replace(spec, gate=dataclasses.replace(spec.gate, vector={"file": name}))
+        sites.append(spec)
+    whole = dataclasses.replace(
+        steering.spec, sites=tuple(sites), role="policy", correction=None, kl_budget=None, on_deploy="keep", folder=str(folder)
+    )
+    path = folder / "steering.yaml"
+    write_text(path, yaml.safe_dump({"steering": whole.mapping()}, sort_keys=False, allow_unicode=True))
+    return path
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+
+
+def _final(site: Site, scale: float) -> Strength:
+    """The strength at the end of training: schedule and budget worked in."""
+    factor = schedule_factor(site.schedule, 1.0) * scale
+    s = site.strength
+    return dataclasses.replace(s, value=s.value * factor, low=s.low * factor, high=s.high * factor, mean=s.mean * factor, std=s.std * abs(factor))
+
+
+def _tensors(site: BoundSite) -> dict[int | str, Tensor]:
+    """The numbers of a site by layer: what the spec's `vector: {file: ...}` reads back."""
+    kind = site.spec.op.type
+    found: dict[int | str, Tensor] = {}
+    for at, point in enumerate(site.points):
+        like = torch.zeros(())
+        if kind in LEARNED:
+            names = learned.PARAMETERS[kind]
+            found.update({f"{point.layer}.{name}": t for name, t in zip(names, site.tensors(at, like), strict=True)})
+        elif site.vectors is not None:
+            found[point.layer if point.layer is not None else "vector"] = site.vector(at, like)
+    return found
+
+
+# -- folding ----------------------------------------------------------------------------------------------------------------
+
+
+def check_fold(steering: Steering) -> None:
+    """A line for every site that no bias can stand for."""
+    problems = []
+    if steering.spec.fraction < 1.0:
+        problems.append(f"on_deploy: fold steers every sample, and fraction is {steering.spec.fraction:g}; use keep, or fraction 1")
+    for site in steering.sites:
+        who, spec = f"on_deploy: fold needs an add at all positions with one strength, and site {site.name!r}", site.spec
+        if spec.op.type not in ("add", "subtract") or spec.op.coordinates is not None:
+            problems.append(f"{who} has op {spec.op.type}; use keep")
+        elif spec.where.prompt != "all" or spec.where.steps != "all" or spec.where.exclude_tokens or spec.where.exclude_positions or spec.where.ramp:
+            problems.append(f"{who} acts at some positions; write where: {{prompt: all, steps: all}}, or use keep")
+        elif spec.gate is not None or spec.strength.column or spec.strength.dist or spec.strength.norm_match:
+            problems.append(f"{who} differs between rows or tokens; use keep")
+        elif spec.at.head or spec.at.io == "input" or spec.at.component == "block_input":
+            problems.append(f"{who} acts on an input; use keep")
+    if problems:
+        raise Problem(*problems)
+
+
+def fold(steering: Steering, model: nn.Module) -> None:
+    """Write the steering into `model`, a copy of the steered model, as biases, and see that both give the same numbers."""
+    check_fold(steering)
+    with torch.no_grad():
+        for site in steering.sites:
+            strength = _final(site.spec, steering.scale).value * (-1.0 if site.spec.op.type == "subtract" else 1.0)
+            for at, point in enumerate(site.points):
+                twin = _twin(steering.model, model, point.module)
+                matrix = _writer(twin, point)
+                bias = _bias(model, matrix, site, point)
+                bias.add_((strength * site.vector(at, bias.float())).to(bias.dtype))
+        _compare(steering, model)
+
+
+def _twin(original: nn.Module, copied: nn.Module, module: nn.Module) -> nn.Module:
+    name = next(name for name, candidate in original.named_modules() if candidate is module)
+    return copied.get_submodule(name)
+
+
+def _writer(module: nn.Module, point: Point) -> nn.Module:
+    """The matrix whose output is added to the stream at this point."""
+    if matrix_widths(module) is not None:
+        return module
+    inside = mlp_of(module) or attention_of(module)
+    if inside is not None and matrix_widths(inside) is not None:
+        return inside
+    within = [m for m in (inside or module).modules() if matrix_widths(m) is not None and matrix_widths(m)[1] == point.width]  # type: ignore[index]
+    if not within:
+        raise Problem(f"on_deploy: fold found no linear layer that writes at layer {point.layer}; use keep")
+    return within[-1]
+
+
+def _bias(model: nn.Module, matrix: nn.Module, site: BoundSite, point: Point) -> Tensor:
+    """The matrix's bias; where the family has an option for biases it is switched on, with zeros everywhere else."""
+    if isinstance(getattr(matrix, "bias", None), Tensor):
+        return matrix.bias  # type: ignore[return-value]
+    name = next(name for name, candidate in model.named_modules() if candidate is matrix)
+    group = "attn" if "attn" in name or "attention" in name else "mlp"
+    flag = _FLAGS[group]
+    if not hasattr(model.config, flag):
+        raise Problem(
+            f"on_deploy: fold cannot write site {site.name!r}: {type(model).__name__} has no bias at {name} (layer {point.layer}) and no "
+            "option for one; use keep"
+        )
+    setattr(model.config, flag, True)
+    for path, module in model.named_modules():
+        inside = ("attn" in path or "attention" in path) if group == "attn" else "mlp" in path
+        if inside and isinstance(module, nn.Linear) and module.bias is None:
+            module.bias = nn.Parameter(torch.zeros(module.out_features, dtype=module.weight.dtype, device=module.weight.device))
+    return matrix.bias  # type: ignore[return-value]
+
+
+def _compare(steering: Steering, model: nn.Module) -> None:
+    """Folded against steered on a few tokens: what no bias can do shows here, not at the user's."""
+    device = next(model.parameters()).device
+    ids = torch.arange(3, 11, device=device)[None] % int(model.config.get_text_config().vocab_size)
+    given: dict[str, Any] = {"input_ids": ids}
+    if steering.is_encoder_decoder:
+        given["decoder_input_ids"] = ids[:, :4]
+    modes = [(m, m.training) for net in (steering.model, model) for m in net.modules()]
+    steering.model.eval()
+    model.eval()
+    strengths = {site.index: _final(site.spec, steering.scale).value for site in steering.sites}
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [setattr(m, "training", was) for m, was in modes])
+        with steering.active(progress=1.0):
+            steered = steering.model(**given).logits
+        with unsteered():
+            folded, plain = model(**given).logits, steering.model(**given).logits
+    moved, off = float((steered - plain).abs().max()), float((folded - steered).abs().max())
+    tolerance = 1e-4 if steered.dtype in (torch.float32, torch.float64) else 0.05
+    if off > tolerance * max(1.0, moved, float(steered.abs().max())):
+        raise Problem(
+            f"on_deploy: fold: the folded model is off by {off:.3g} (strengths {strengths}, effect {moved:.3g}): {type(model).__name__} does not "
+            "add its parts up plainly there; use keep"
+        )
