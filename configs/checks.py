@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import functools
 import math
+import re
 import typing
 from pathlib import Path as FilePath
 from typing import Any
@@ -118,7 +119,7 @@ def build(section: type, tree: dict[str, Any], problems: list[str], path: shape.
             buildable = buildable and values[spot.name] is not None
         elif given is not dataclasses.MISSING:
             values[spot.name] = given
-            judge_further(spot, given, problems)
+            judge_further(spot, spot_path, given, problems)
         elif needed and complete:
             buildable = False
             if not any(line.startswith(f"{shape.dotted(spot_path)}: ") for line in problems):
@@ -135,14 +136,20 @@ def build(section: type, tree: dict[str, Any], problems: list[str], path: shape.
         return None
 
 
-def judge_further(spot: dataclasses.Field[Any], value: Any, problems: list[str]) -> None:
-    """A field whose type says little (a free mapping) names who knows more: `metadata={"check": load_spec}`."""
+def judge_further(spot: dataclasses.Field[Any], path: shape.Path, value: Any, problems: list[str]) -> None:
+    """A field whose type says little (a free mapping) names who knows more: `metadata={"check": load_spec}`.
+
+    Who knows the inside of the mapping may not know where it stands: the path goes before lines that lack it.
+    """
     if value is None or "check" not in spot.metadata:
         return
     try:
         spot.metadata["check"](value)
     except Problem as problem:
-        problems += problem.lines
+        place = shape.dotted(path)
+        for line in problem.lines:
+            inside = re.match(r"[\w.\[\]]+: ", line)
+            problems.append(line if line.startswith(place) else f"{place}.{line}" if inside else f"{place}: {line}")
 
 
 def to_tree(pairs: list[tuple[shape.Path, Any]], base: shape.Path) -> dict[str, Any]:

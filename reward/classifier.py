@@ -43,7 +43,7 @@ class Classifier:
         self.takes = set(inspect.signature(self.core.forward).parameters)
         text = self.config.get_text_config()
         self.eos_id: int | None = _single(text.eos_token_id)
-        pad = _single(text.pad_token_id)
+        self.pad_id = pad = _single(text.pad_token_id)
         if pad is None:
             text.pad_token_id = 0  # without one transformers refuses batches; what it would do with it is not used
         self.fill_id = pad if pad is not None else 0
@@ -80,18 +80,27 @@ class Classifier:
 
     # -- scoring -------------------------------------------------------------------------------------------------
 
-    def per_row(self, rows: Sequences) -> Tensor:
-        """(B, labels) float32: each row's logits, at its last real token where the model scores every position."""
+    def per_row(self, rows: Sequences, before_pads: bool = False) -> Tensor:
+        """(B, labels) float32: each row's logits, at its last real token where the model scores every position.
+
+        `before_pads`: at the last token that is not the pad id, which is where transformers looks.
+        """
         if self.needs_eos and self.eos_id is not None:
             rows = _with_eos(rows, self.eos_id)
         found = torch.zeros(len(rows.ids), self.labels)
         for index in self._batches(rows):
             logits_BL, logits_BSL = self._forward(rows, index)
             if self.at_last and logits_BSL is not None:
-                last_B = torch.tensor([len(rows.ids[i]) - 1 for i in index], device=logits_BSL.device)
+                last_B = torch.tensor([self._last(rows.ids[i], before_pads) for i in index], device=logits_BSL.device)
                 logits_BL = logits_BSL[torch.arange(len(index), device=logits_BSL.device), last_B]
             found[index] = logits_BL.float().cpu()
         return found
+
+    def _last(self, ids: Sequence[int], before_pads: bool) -> int:
+        last = len(ids) - 1
+        while before_pads and last > 0 and ids[last] == self.pad_id:
+            last -= 1
+        return last
 
     def per_token(self, rows: Sequences) -> list[Tensor]:
         """(tokens of the row, labels) float32 for every row."""

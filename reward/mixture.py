@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,11 @@ class WeightedSum:
     def is_collective(self) -> bool:
         """Whether every rank must call, with no rows if it has none: a running normalisation counts over all ranks."""
         return any(part.shape is not None and part.shape.is_running for part in self.parts)
+
+    def still(self) -> WeightedSum:
+        """The same reward for looking at the policy: running normalisations stay where they are."""
+        parts = (replace(part, shape=None if part.shape is None else part.shape.still()) for part in self.parts)
+        return replace(self, parts=tuple(parts))
 
     def __call__(self, rollout: Rollout, texts: Texts) -> Scores:
         if len(rollout) != len(texts):

@@ -41,6 +41,9 @@ class ModelSettings:
     """Texts (not conversations): end rows that stopped by themselves with the model's eos, as trl's RewardTrainer does."""
     label: str | int | None = None
     """Which label is the score, by name or number; not needed where there is one."""
+    position: Literal["last", "last_not_pad"] = "last"
+    """Decoders: which token's state is scored. last_not_pad: the last that is not the pad id, where transformers looks; for
+    models trained with pad equal to eos, which were read one token before the eos."""
     output: Output = "logit"
     """probability and log_probability: of the label, by softmax (by sigmoid where there is one label)."""
     batch_size: int = 64
@@ -80,6 +83,9 @@ class ModelSettings:
     def build(self, where: str, around: Any) -> Part:
         paths = [self.path] if isinstance(self.path, str) else list(self.path)
         members = [load_member(self, path, "sequence_classification", where, around.device) for path in paths]
+        for member in members if self.position != "last" else ():
+            if not member.classifier.at_last or member.classifier.pad_id is None:
+                raise Problem(f"{where}.position: {self.position} is for decoders with a pad id; leave it out")
         reward = ModelReward(self, members, where)
         return Part("", where, 1.0, reward.score, content=lambda: content_of(members))
 
@@ -175,7 +181,9 @@ class ModelReward:
 
     def _member(self, member: Member, rollout: Rollout, texts: Texts, vocabulary: str | None) -> Tensor:
         rows = member.reader(rollout, texts, vocabulary)
-        return chosen(member.classifier.per_row(rows), member.label, self.settings.output)
+        return chosen(
+            member.classifier.per_row(rows, self.settings.position == "last_not_pad"), member.label, self.settings.output
+        )
 
     def _combined(self, found_MB: Tensor) -> Tensor:
         if self.settings.combine == "min":

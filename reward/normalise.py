@@ -3,7 +3,7 @@
     normalise: {mean: 0.3, std: 1.2}       (value - mean) / std with numbers in hand
     normalise: {reference: FILE}           the same, measured once on a file of reference prompts and completions
     normalise: running                     mean and std of all values so far, this call's included, over all ranks;
-                                           the state is part of the checkpoint
+                                           evaluation does not count; the state is part of the checkpoint
     clip: [-3, 3]                          after it
 
 Values that do not apply to a row (NaN) are left as they are and never measured.
@@ -105,6 +105,10 @@ class Shape:
     @property
     def is_running(self) -> bool:
         return self.running is not None
+
+    def still(self) -> Shape:
+        """The same for now, which nothing that is scored changes."""
+        return self if self.running is None else Shape(self.running.mean, self.running.std, self.clip)
 
     def __call__(self, values_B: Tensor) -> Tensor:
         mean, std = self.mean, self.std

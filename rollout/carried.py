@@ -23,7 +23,7 @@ def step_forward(model: Any, ids: Tensor, kwargs: dict[str, Any], first: bool) -
 
 
 def carries(kwargs: dict[str, Any]) -> bool:
-    """Whether anything of the past travels in the arguments. Some models keep it in themselves, where the last batch's lies too."""
+    """Whether anything of the past travels in the arguments; some models keep it in themselves instead."""
     return any(kwargs.get(name) is not None for name in (*_CACHES, "state"))
 
 

@@ -34,8 +34,9 @@ def nucleus(weights: Weights, top_p: float) -> Tensor:
     for _ in range(3):
         keep_BV = bucket_BV < edge_B[:, None]
         before_B = weights.mass_of(keep_BV)
-        inside = (bucket_BV == edge_B[:, None]).nonzero()
-        inside = inside[weights.weights_BV[inside[:, 0], inside[:, 1]] > 0].unbind(1)
+        row, column = (bucket_BV == edge_B[:, None]).nonzero(as_tuple=True)
+        left = weights.weights_BV[row, column] > 0
+        inside = (row[left], column[left])
         place, ranked = _rank(weights.shifted_BV[inside], inside[0], rows)
         reached_BC = before_B[:, None] + ranked.values.double().exp().cumsum(dim=1)
         # The buckets were summed in float32, one token after the other: the edge may be a bucket off.

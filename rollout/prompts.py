@@ -33,7 +33,8 @@ class PromptSettings:
     name: str = ""
     """Configuration of a hub dataset that has several."""
     column: str = ""
-    """The column with the prompt; where it is not given: prompt, messages, conversations, question, text, whichever is there first."""
+    """The column with the prompt; where it is not given the first of prompt, messages, conversations, question, query,
+    instruction and text that is there."""
     max_tokens: int = 0
     """Most tokens of a prompt; 0 = what the model's context leaves."""
     too_long: Literal["cut", "refuse"] = "cut"

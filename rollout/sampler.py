@@ -91,17 +91,18 @@ class Sampler:
             raise Problem(
                 f"sampling.max_new_tokens: {new} does not fit the decoder's context of {policy.decoder_context}; set less"
             )
+        size, context = policy.vocab_size, policy.context
+        room = context if policy.is_seq2seq or context is None else context - new
         for row, ids in zip(batch.rows, batch.ids, strict=True):
-            if not all(0 <= i < policy.vocab_size for i in ids):
-                worst = next(i for i in ids if not 0 <= i < policy.vocab_size)
-                raise Problem(f"prompts: row {row} holds the id {worst}, but ids go from 0 to {policy.vocab_size - 1}")
-            room = policy.context if policy.is_seq2seq or policy.context is None else policy.context - new
+            if min(ids) < 0 or max(ids) >= size:
+                worst = next(i for i in ids if not 0 <= i < size)
+                raise Problem(f"prompts: row {row} holds the id {worst}, but ids go from 0 to {size - 1}")
             if room is not None and len(ids) > room:
                 beside = "" if policy.is_seq2seq else f" with {new} new tokens"
+                or_less = "" if policy.is_seq2seq else " or sampling.max_new_tokens lower"
                 raise Problem(
-                    f"prompts: row {row} has {len(ids)} tokens, which{beside} do not fit the model's context of {policy.context}; "
-                    f"set prompts.max_tokens to {max(room, 0)}"
-                    + ("" if policy.is_seq2seq else " or sampling.max_new_tokens lower")
+                    f"prompts: row {row} has {len(ids)} tokens, which{beside} do not fit the model's context of {context}; "
+                    f"set prompts.max_tokens to {max(room, 0)}{or_less}"
                 )
 
     def _parts(self, batch: PromptBatch, order: list[tuple[int, int]], padding: bool) -> Iterator[list[int]]:

@@ -54,8 +54,9 @@ class Report:
     def lines(self) -> list[str]:
         """For the user: one line, and a second with the cause where something is wrong."""
         worst = f"row {self.worst_row} sample {self.worst_sample} token {self.worst_token}"
-        said = f"verify: {self.rows} rows, {self.tokens} tokens scored alone in float32: gap at most {self.largest:.2e} nats ({worst}), "
-        said += f"mean {self.mean:.2e}, tolerance {self.tolerance:.0e}: {'passed' if self.passed else 'FAILED'}"
+        said = f"verify: {self.rows} rows, {self.tokens} tokens scored alone in float32: "
+        said += f"gap at most {self.largest:.2e} nats ({worst}), mean {self.mean:.2e}, "
+        said += f"tolerance {self.tolerance:.0e}: {'passed' if self.passed else 'FAILED'}"
         return [said] if self.passed else [said, f"verify: most likely cause: {self.cause}"]
 
 
@@ -134,7 +135,7 @@ def _cause(policy: Policy, rollout: Rollout, alone_BR: Tensor, gap_BR: Tensor) -
 
     before = distance(recorded_BR, alone_BR)
     if before <= 1e-6:
-        return "behaviour: the law of the draw is another than these sampling settings say; give verify the settings that were used"
+        return "behaviour: the tokens come from another law than these sampling settings say; give verify those that were used"
     found = {}
     for text, score in _mistakes(policy, part).items():
         scores_BR = score()

@@ -48,7 +48,7 @@ class Part:
 
 def sites_only(spec: Any) -> None:
     if isinstance(spec, dict) and "sights" in spec:
-        raise Problem("steering.sights: unknown; did you mean sites?")
+        raise Problem("sights: unknown; did you mean sites?", "steering.role: missing", "nothing is steered")
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,13 @@ def test_a_folder_and_bytes_for_a_config(tmp_path):
 
 def test_free_mappings_are_judged_by_those_who_know_more():
     found = lines("--steering", "{sights: []}", "--sampling.top_k", "x")
-    assert [line.split(":")[0] for line in found] == ["sampling.top_k", "model.path", "steering.sights"]
+    assert [line.split(":")[0] for line in found] == [
+        "sampling.top_k",
+        "model.path",
+        "steering.sights",
+        "steering.role",
+        "steering",
+    ]
 
 
 def test_missing_settings_are_named_once():

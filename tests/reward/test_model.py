@@ -86,6 +86,23 @@ def test_padding_side_and_pad_token_change_nothing(family, side, pad, tmp_path):
         assert (reward(rollout, texts).total_B - expected).abs().max() < 1e-5
 
 
+def test_the_position_where_transformers_looks(tmp_path):
+    """Definition: transformers' own logits of the row alone, with pad equal to eos."""
+    model, tokenizer = tiny_classifier("llama", pad_token_id=2), tiny_tokenizer(pad="</s>")
+    path = saved(model, tmp_path / "rm", tokenizer)
+    rollout, texts, rows = sampled(tokenizer, ["say:", "x"], ["good film", "bad"], ended=[True, False])
+    with torch.no_grad():
+        expected = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in rows])
+    part = {"kind": "model", "path": path}
+    got = build_reward([{**part, "position": "last_not_pad"}], tokenizer=tokenizer)(rollout, texts).total_B
+    plain = build_reward([part], tokenizer=tokenizer)(rollout, texts).total_B
+    assert (got - expected).abs().max() < 1e-5
+    assert abs(plain[0] - expected[0]) > 1e-3 and abs(plain[1] - expected[1]) < 1e-5
+    saved(tiny_classifier("bert"), tmp_path / "encoder", tokenizer)
+    with pytest.raises(Problem, match="position: last_not_pad is for decoders"):
+        build_reward([{**part, "path": str(tmp_path / "encoder"), "position": "last_not_pad"}])
+
+
 def test_pad_and_eos_inside_a_text_are_real_tokens(tmp_path):
     model, tokenizer = tiny_classifier("llama"), tiny_tokenizer()
     path = saved(model, tmp_path / "rm", tokenizer)

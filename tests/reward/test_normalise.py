@@ -127,6 +127,16 @@ def test_running_statistics_do_not_lose_precision_far_from_zero():
     assert state.mean == pytest.approx(1e7 + 2.5) and state.std == pytest.approx(math.sqrt(35 / 12), rel=1e-9)
 
 
+def test_evaluation_uses_the_statistics_and_does_not_change_them():
+    reward = build_reward(part(normalise="running", clip=[-1.0, 0.9]))
+    assert reward.still()(*made(["abc"])).total_B.tolist() == [pytest.approx(0.9)]  # nothing seen yet: as it is, clipped
+    reward(*made(["a", "bbb"]))
+    before = reward.state_dict()
+    looked = reward.still()
+    assert looked(*made(["bb", "ccccc"])).total_B.tolist() == pytest.approx([0.0, 0.9]) and not looked.is_collective
+    assert reward.state_dict() == before
+
+
 def test_equal_values_are_centred_and_not_blown_up():
     assert build_reward(part(normalise="running"))(*made(["a", "b"])).total_B.tolist() == [0.0, 0.0]
 

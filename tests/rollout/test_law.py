@@ -26,7 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ngrams": {"no_repeat_ngram_size": 2},
     "bad words": {"bad_words_ids": [[3], [5, 6]]},
     "everything": {
-        "temperature": 0.8, "top_k": 30, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[9]],
+        "temperature": 0.8, "top_k": 30, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2, "bad_words_ids": [[9]],
     },
 }  # fmt: skip
 SEEN = [5, 6, 7, 5]

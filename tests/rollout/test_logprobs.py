@@ -1,4 +1,4 @@
-"""Logits and tokens lined up (exactness rows 5 to 8): pick, entropy, the teacher-forced pass, its hidden states, its gradients."""
+"""Logits and tokens lined up (exactness rows 5 to 8): pick, entropy, teacher-forced passes, hidden states, gradients."""
 
 from __future__ import annotations
 

@@ -195,7 +195,8 @@ def test_broken_files_name_the_line(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_text("no")
     (tmp_path / "rows.txt").write_text("a")
     for name, message in (
-        ("broken.jsonl", "line 2 is not JSON"), ("list.jsonl", "line 2 is a list"), ("ragged.csv", "line 3 has another number of fields"),
+        ("broken.jsonl", "line 2 is not JSON"), ("list.jsonl", "line 2 is a list"),
+        ("ragged.csv", "line 3 has another number of fields"),
         ("broken.parquet", "cannot be read as parquet"), ("rows.txt", "no ending that is known"),
     ):  # fmt: skip
         with pytest.raises(Problem, match=message):

@@ -84,7 +84,7 @@ def test_uniforms_are_uniform_and_independent_over_each_key() -> None:
         "seed": torch.cat([uniforms(k, 0, ones[:1], ones[:1], 0) for k in range(2000)]),
     }
     for name, values in series.items():
-        assert values.dtype == torch.float64 and 0 <= float(values.min()) and float(values.max()) < 1
+        assert values.dtype == torch.float64 and float(values.min()) >= 0 and float(values.max()) < 1
         assert stats.kstest(values.numpy(), "uniform").pvalue > 1e-3, name
         assert abs(float(torch.corrcoef(torch.stack([values[:-1], values[1:]]))[0, 1])) < 4 / len(values) ** 0.5, name
         assert len(values.unique()) == len(values), name

@@ -11,6 +11,7 @@ from pathlib import Path
 from rollout import processes
 from rollout.run import RunSettings
 from rollout.sampling import Sampling
+from rollout.steering import load_spec
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA, prompts_of, share_of_threes
 from training.correction import Correction
@@ -25,6 +26,13 @@ JOBS = {
     "corrected": ("bloom", None, {"top_p": 0.8}, {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1}),
     # one prompt: the second rank samples nothing, and learns from a row or none of each minibatch
     "one_prompt": ("gpt2", None, {"n": 3}, {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1}),
+    "steered": ("llama", None, {"n": 2}, {"value": "shared"}),
+    "vectors": ("gpt2", None, {}, {}),
+}
+SITE = {"at": {"layers": [1]}, "vector": [0.5 - i % 3 for i in range(32)], "strength": 2.0}
+STEERING = {
+    "steered": {"fraction": 0.5, "kl_budget": {"nats_per_sequence": 0.5}, "sites": [{**SITE, "schedule": {"until": 0.9}}]},
+    "vectors": {"role": "trainable", "sites": [{"at": {"layers": [0, 1]}, "op": {"type": "loreft", "rank": 2}}]},
 }
 SETTINGS = {
     "steps": 3,
@@ -48,6 +56,7 @@ def main(folder: Path) -> None:
             Sampling(**{"max_new_tokens": 8, "stop_ids": [11, 17, 23], **sampling}),
             PPOSettings(**{**SETTINGS, **settings}),
             RunSettings(dir=str(folder / name)),
+            steering=load_spec(STEERING[name]) if name in STEERING else None,
         )
     processes.close()
 

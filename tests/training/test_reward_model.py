@@ -129,7 +129,11 @@ def test_a_masked_language_model_can_become_a_reward_model(tmp_path):
     config = BertConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, pad_token_id=0
     )
-    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    torch.manual_seed(0)
+    bert = BertForMaskedLM(config)
+    for parameter in bert.parameters():  # wide weights: attention to padding would show
+        torch.nn.init.normal_(parameter, std=0.5)
+    bert.save_pretrained(tmp_path / "bert")
     tiny_tokenizer().save_pretrained(tmp_path / "bert")
     outcome = run_reward(job(tmp_path, pairs("implicit"), pairs("implicit"), model=str(tmp_path / "bert")))
     gaps = gaps_of(outcome.model, pairs("implicit"))
