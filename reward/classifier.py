@@ -27,7 +27,7 @@ from torch import Tensor
 from reward.reading import Sequences
 from rollout import adapters
 from rollout.errors import Problem
-from rollout.heads import load_head
+from rollout.heads import head_of, load_config, load_head
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +197,8 @@ def load_classifier(
     path: str, adapter: str, head: str, where: str, *, dtype: str, attn: str | None, fresh: bool, device: Any, batch_size: int
 ) -> Classifier:
     """The model of `path` with its adapter, in eval mode and without gradients."""
+    # Allowed to start anew is only a head that is not there: a reward model's own is always read.
+    fresh = fresh and head_of(load_config(path, f"{where}.path")) != head
     settings: dict[str, Any] = {}
     head_in_adapter = _head_labels(adapter) if adapter else None
     if head_in_adapter is not None:

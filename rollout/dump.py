@@ -76,8 +76,8 @@ def dump(
                 look_for_others()
         # Not a barrier: those time out, and shards may take hours. A process that dies takes its launcher's job along.
         while me.is_main and others:
-            look_for_others()
             time.sleep(LOOK_S)
+            look_for_others()
     finally:
         progress.close()
     if me.is_main:

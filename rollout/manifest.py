@@ -20,7 +20,7 @@ from typing import Any
 
 from rollout.errors import Problem
 from rollout.fingerprint import sha256_file
-from rollout.run import write_json
+from rollout.run import remove_left_behind, write_json
 
 MANIFEST, RECORDS, FORMAT = "manifest.json", "records", 1
 CALL_BATCHES = 4
@@ -205,8 +205,7 @@ def start(
         "counts": {},
         "shards": [],
     }
-    for left in folder.glob(".*.tmp"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    remove_left_behind(folder)
     if (folder / MANIFEST).exists():
         found = load_manifest(folder)
         changed = list(_changes(found, fresh))
@@ -250,7 +249,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def finish(folder: Path, manifest: Mapping[str, Any], **described: Any) -> dict[str, Any]:
     """Gather the records into the manifest, write it, remove the folder of records. Every shard must be recorded."""
-    plan, records = plan_of(manifest), records_of(folder, manifest)
+    plan, records = plan_of(manifest), records_of(folder, load_manifest(folder))
     shards = [records[index] for index in range(len(plan))]
     stops: dict[str, int] = {}
     for record in shards:

@@ -1,6 +1,6 @@
 """The smallest set of tokens whose mass reaches p, without sorting a vocabulary.
 
-    d = top - score       |0 . . . . . . . . . . . . 32|        2,048 buckets of equal width in score
+    d = top - score       |0 . . . . . . . . . . . . 32|        up to 2,048 buckets of equal width in score
     mass per bucket       |#####:::::....              |        summed up from the likeliest
     goal p                       ^                              the one bucket in which it is reached
     inside that bucket            sort a handful of tokens      likeliest first, the lower id first among equals
@@ -18,19 +18,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from rollout.law import Weights
 
-_BUCKETS, _RANGE = 2048, 32.0
-"""What is 32 nats below the top weighs 1e-14 of it: all of that shares the last bucket."""
+_MOST, _RANGE = 2048, 32.0
+"""Buckets; and how many nats below the top the last one begins: what is there weighs 1e-14 of the top."""
 
 
 def nucleus(weights: Weights, top_p: float) -> Tensor:
     """True for the tokens of the nucleus. Tokens of weight 0 (taken out before) are never in it."""
     # A mass that equals p up to float32's rounding reaches it: 0.5 + 0.3 + 0.1 of p = 0.9.
     goal_B = top_p * (1 - 1e-6) * weights.total_B
-    rows = len(goal_B)
-    depth_BV = torch.mul(weights.shifted_BV, -_BUCKETS / _RANGE, out=weights.space.like("depths", weights.shifted_BV))
-    bucket_BV = weights.space.like("buckets", depth_BV, torch.int64).copy_(depth_BV).clamp_(0, _BUCKETS - 1)
-    mass_BK = torch.zeros(rows, _BUCKETS, device=goal_B.device).scatter_add_(1, bucket_BV, weights.weights_BV)
-    edge_B = (mass_BK.double().cumsum(dim=1) < goal_B[:, None]).sum(dim=1).clamp(max=_BUCKETS - 1)
+    rows, buckets = len(goal_B), min(_MOST, weights.shifted_BV.shape[1] // 16 + 1)
+    depth_BV = torch.mul(weights.shifted_BV, -buckets / _RANGE, out=weights.space.like("depths", weights.shifted_BV))
+    bucket_BV = weights.space.like("buckets", depth_BV, torch.int64).copy_(depth_BV).clamp_(0, buckets - 1)
+    mass_BK = torch.zeros(rows, buckets, device=goal_B.device).scatter_add_(1, bucket_BV, weights.weights_BV)
+    edge_B = (mass_BK.double().cumsum(dim=1) < goal_B[:, None]).sum(dim=1).clamp(max=buckets - 1)
     for _ in range(3):
         keep_BV = bucket_BV < edge_B[:, None]
         before_B = weights.mass_of(keep_BV)
@@ -41,7 +41,7 @@ def nucleus(weights: Weights, top_p: float) -> Tensor:
         reached_BC = before_B[:, None] + ranked.values.double().exp().cumsum(dim=1)
         # The buckets were summed in float32, one token after the other: the edge may be a bucket off.
         back_B = (before_B >= goal_B) & (edge_B > 0)
-        on_B = ~back_B & (reached_BC[:, -1] < goal_B) & (edge_B < _BUCKETS - 1)
+        on_B = ~back_B & (reached_BC[:, -1] < goal_B) & (edge_B < buckets - 1)
         if not bool((back_B | on_B).any()):
             break
         edge_B = edge_B - back_B.long() + on_B.long()

@@ -5,6 +5,7 @@ A door calls `start()` first and `close()` last; in between any room may ask `st
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -52,10 +54,16 @@ def start() -> Processes:
 
 def _end_with_launcher() -> None:
     """Ask the kernel to end this process when its launcher is killed: orphans would go on writing beside a resumed job."""
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if not (by_torchrun or "ACCELERATE_MIXED_PRECISION" in os.environ) or sys.platform != "linux":
+        return
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    # Killed before the kernel was asked: whoever took this process in is not the Python program that starts workers.
+    with contextlib.suppress(OSError):
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        if by_torchrun and not any(word in parent for word in (b"python", b"torchrun", b"accelerate")):
+            raise Problem("the launcher of this process has gone; start the job again")
 
 
 def is_distributed() -> bool:

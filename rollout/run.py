@@ -67,8 +67,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it is flushed and renamed onto it, else removed.
 
     A folder that stands there is moved away first: a kill just then leaves none, and never half a one."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a job that was killed
-        _remove(left)
+    remove_left_behind(path.parent, f".{path.name}.*.tmp")
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     try:
@@ -84,6 +83,24 @@ def written_aside(path: Path) -> Iterator[Path]:
         if (reason := disk_trouble(error)) is not None:
             raise Problem(f"{path}: cannot be written: {reason}; free some space or name another folder") from error
         raise
+
+
+def remove_left_behind(folder: Path, pattern: str = ".*.tmp") -> None:
+    """What killed jobs left under temporary names. Those of a process that is alive are its own to rename or remove."""
+    for left in folder.glob(pattern):
+        number = re.search(r"\.(\d+)(\.old)?\.tmp$", left.name)
+        if number is None or int(number.group(1)) == os.getpid() or not _is_alive(int(number.group(1))):
+            _remove(left)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:

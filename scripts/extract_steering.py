@@ -85,7 +85,9 @@ def main(job: Job) -> None:
     pairs = read_pairs(Path(job.extract.pairs), "extract.pairs")
     kept = round(len(pairs) * job.extract.held_out)
     if len(pairs) - kept < 1:
-        raise Problem(f"extract.held_out: {job.extract.held_out:g} leaves none of {len(pairs)} pairs to make the vector from; set less")
+        raise Problem(
+            f"extract.held_out: {job.extract.held_out:g} leaves none of {len(pairs)} pairs to make the vector from; set less"
+        )
     used, held = pairs[: len(pairs) - kept], pairs[len(pairs) - kept :]
     model = unwrap(policy.model)
     at = At(layers=tuple(job.extract.layers) or "all", component=job.extract.component, stack=job.extract.stack)
@@ -96,7 +98,9 @@ def main(job: Job) -> None:
     vectors = directions(model, policy.tokenizer, used, points, job.extract.method, job.extract.position)
     for point, vector in zip(points, vectors, strict=True):
         if not bool(vector.any()):
-            raise Problem(f"extract.pairs: positive and negative texts give the same activations at layer {point.layer}; use other pairs")
+            raise Problem(
+                f"extract.pairs: positive and negative texts give the same activations at layer {point.layer}; use other pairs"
+            )
     if job.extract.normalise:
         vectors = [vector / vector.norm() for vector in vectors]
     shares = separations(policy, held, points, vectors, job.extract.position)
@@ -106,8 +110,8 @@ def main(job: Job) -> None:
     save_vector(out, {int(layer or 0): vector for layer, vector in zip(layers, vectors, strict=True)}, notes, model)
     print(f"{out}: {job.extract.method} of {len(used)} pairs at {job.extract.component}")
     print(f"{'layer':>6}{'norm':>10}" + (f"{'held-out separation':>22}" if held else ""))
-    for layer, vector, share in zip(layers, vectors, shares or [None] * len(layers), strict=True):
-        print(f"{layer:>6}{float(vector.norm()):>10.3f}" + (f"{share:>22.3f}" if share is not None else ""))
+    for number, (layer, vector) in enumerate(zip(layers, vectors, strict=True)):
+        print(f"{layer:>6}{float(vector.norm()):>10.3f}" + (f"{shares[number]:>22.3f}" if shares else ""))
     if job.prompts.path:
         best = layers[max(range(len(layers)), key=lambda i: shares[i])] if shares else layers[len(layers) // 2]
         chosen = tuple(job.effect.layers) or (int(best or 0),)
@@ -132,7 +136,9 @@ def check(job: Job) -> None:
         raise Problem(*problems)
 
 
-def separations(policy: Policy, held: Sequence[Pair], points: Any, vectors: Sequence[torch.Tensor], position: str) -> list[float]:
+def separations(
+    policy: Policy, held: Sequence[Pair], points: Any, vectors: Sequence[torch.Tensor], position: str
+) -> list[float]:
     """Per layer, the share of held-out pairs that the vector puts in the right order."""
     if not held:
         return []
@@ -156,7 +162,9 @@ def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...])
         vector={"file": str(out.resolve())},
         where=Where(prompt="all", steps="none") if job.extract.stack == "encoder" else Where(),
     )
-    curve = effect_curve(policy, site, batch, job.sampling, job.effect.strengths, lambda rollout, texts: reward(rollout, texts).total_B)
+    curve = effect_curve(
+        policy, site, batch, job.sampling, job.effect.strengths, lambda rollout, texts: reward(rollout, texts).total_B
+    )
     print(f"\nadded at layers {list(layers)}, {len(batch)} prompts, {job.sampling.n} samples each")
     print(table(curve, "reward"))
     strength = strength_for(curve, job.effect.kl_target)
@@ -166,7 +174,12 @@ def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...])
         print(f"strength for {job.effect.kl_target:g} nats per response: {strength:.3f}")
     write_json(
         out.with_name(out.name + ".effect.json"),
-        {"layers": list(layers), "curve": [asdict(point) for point in curve], "kl_target": job.effect.kl_target, "strength_for_target": strength},
+        {
+            "layers": list(layers),
+            "curve": [asdict(point) for point in curve],
+            "kl_target": job.effect.kl_target,
+            "strength_for_target": strength,
+        },
     )
 
 

@@ -33,7 +33,7 @@ SETTINGS = PPOSettings(
 )  # fmt: skip
 SAMPLING = Sampling(max_new_tokens=12, batch_size=64)
 REWARD = [{"name": "glad", "kind": "function", "function": "scripts/worlds/suppressed.py:glad"}]
-SWEEP = [
+SWEEP: list[dict[str, Any]] = [
     {"learning_rate": rate, "entropy_coef": entropy} for rate in (3e-4, 1e-3, 3e-3, 1e-2) for entropy in (0.0, 0.01)
 ]  # fmt: skip
 
@@ -63,14 +63,21 @@ class Arm:
 
 
 def arms(job: Job) -> list[Arm]:
-    site = {"name": "cheer", "at": {"layers": [1]}, "vector": {"file": f"{job.world}/cheer.safetensors"}, "strength": job.strength}
+    site = {
+        "name": "cheer",
+        "at": {"layers": [1]},
+        "vector": {"file": f"{job.world}/cheer.safetensors"},
+        "strength": job.strength,
+    }
     fade = {"schedule": {"type": "linear", "from": 1.0, "to": 0.0, "until": 0.7}}
     found = [Arm("plain", None, SETTINGS, job.seeds)]
     found.append(Arm("policy", {"role": "policy", "sites": [{**site, **fade}], "on_deploy": "strip"}, SETTINGS, job.seeds))
     learned = {**site, "vector": {"init": "zeros"}, "strength": 1.0}
     found.append(Arm("trainable", {"role": "trainable", "sites": [learned]}, replace(SETTINGS, learning_rate=1e-2), job.seeds))
     warm = {**site, "strength": job.strength}
-    found.append(Arm("trainable-from-vector", {"role": "trainable", "sites": [warm]}, replace(SETTINGS, learning_rate=1e-2), job.seeds))
+    found.append(
+        Arm("trainable-from-vector", {"role": "trainable", "sites": [warm]}, replace(SETTINGS, learning_rate=1e-2), job.seeds)
+    )
     for kind in CORRECTIONS:
         spec = {"role": "behaviour", "sites": [{**site, **fade}], "correction": {"type": kind, "high": 2.0}}
         found.append(Arm(f"behaviour-{kind}", spec, SETTINGS, job.seeds))
@@ -88,7 +95,8 @@ def run_arm(job: Job, arm: Arm, seed: int, folder: Path) -> None:
     """One PPO run, as scripts/train_ppo.py does it."""
     policy = load_policy(ModelSettings(path=f"{job.world}/base"), processes.start().device)
     prompts, held = (
-        load_prompts(PromptSettings(path=f"{job.world}/{name}.jsonl"), policy, SAMPLING.max_new_tokens) for name in ("prompts", "heldout")
+        load_prompts(PromptSettings(path=f"{job.world}/{name}.jsonl"), policy, SAMPLING.max_new_tokens)
+        for name in ("prompts", "heldout")
     )
     train(
         policy, prompts, build_reward(REWARD, policy=policy, device=policy.device), replace(SAMPLING, seed=seed), arm.settings,
@@ -113,12 +121,18 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    lines = ["| arm | final reward without steering, by seed | above 0.8 | KL per response, end | largest |", "|---|---|---|---|---|"]
+    lines = [
+        "| arm | final reward without steering, by seed | above 0.8 | KL per response, end | largest |",
+        "|---|---|---|---|---|",
+    ]
     for arm, runs in results.items():
         rewards = " ".join(f"{run['reward']:.2f}" for run in runs)
         above = f"{sum(run['reward'] > 0.8 for run in runs)} of {len(runs)}"
         kept = " (with its vector)" if arm.startswith("trainable") else ""
-        lines.append(f"| {arm}{kept} | {rewards} | {above} | {mean(r['kl'] for r in runs):.1f} | {max(r['kl_largest'] for r in runs):.1f} |")
+        lines.append(
+            f"| {arm}{kept} | {rewards} | {above} | {mean(r['kl'] for r in runs):.1f} | "
+            f"{max(r['kl_largest'] for r in runs):.1f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -135,8 +149,17 @@ def plot(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
     for number, (arm, runs) in enumerate((a, r) for a, r in results.items() if not a.startswith("plain-")):
         for seed, run in enumerate(runs):
             for axis, curve in zip(axes, ("curve", "kl_curve"), strict=True):
-                axis.plot(range(1, len(run[curve]) + 1), run[curve], color=f"C{number}", alpha=0.75, lw=1.2, label=arm if seed == 0 else None)
-    for axis, name in zip(axes, ("reward of the rollouts (steered while its strength lasts)", "KL per response to the start, nats"), strict=True):
+                axis.plot(
+                    range(1, len(run[curve]) + 1),
+                    run[curve],
+                    color=f"C{number}",
+                    alpha=0.75,
+                    lw=1.2,
+                    label=arm if seed == 0 else None,
+                )
+    for axis, name in zip(
+        axes, ("reward of the rollouts (steered while its strength lasts)", "KL per response to the start, nats"), strict=True
+    ):
         axis.set_xlabel("PPO step")
         axis.set_title(name, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)

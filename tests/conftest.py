@@ -16,6 +16,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 import shutil  # noqa: E402
+from collections import Counter  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -27,7 +28,21 @@ from scripts import make_tiny  # noqa: E402
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--few", type=int, metavar="N", help="of every parametrised test the first N cases only, for a quick look")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if few := config.getoption("--few"):
+        seen: Counter[str] = Counter()
+        left_out = []
+        for item in list(items):
+            name = item.nodeid.split("[")[0]
+            seen[name] += 1
+            if seen[name] > few:
+                items.remove(item)
+                left_out.append(item)
+        config.hook.pytest_deselected(items=left_out)
     if not any(shutil.which(name) for name in BROWSERS):
         for item in items:
             if item.get_closest_marker("browser"):

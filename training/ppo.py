@@ -14,19 +14,16 @@ above `gap_tolerance`. After the gathering in 2 every rank holds all rows, so ev
 from __future__ import annotations
 
 import dataclasses
-import resource
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
-
-import torch
 
 from rollout import processes
 from rollout.errors import Problem
 from rollout.run import RunSettings, open_folder
 from training import checkpoint, resume, steered
 from training.checks import check_job, settings_problems
+from training.clock import Clock
 from training.correction import Correction
 from training.evaluate import evaluate
 from training.experience import credit, gather_scored, score
@@ -34,7 +31,6 @@ from training.export import read_summary, save_model, summarise
 from training.learn import learn
 from training.log import tell
 from training.measure import check_gap, gap_tolerance, rollout_metrics, sample_rows
-from training.minibatch import occurrences, share
 from training.replay import Replay
 from training.report import report
 from training.setup import open_log, prepare
@@ -161,7 +157,6 @@ def train(
     `config` is the resolved job, for the run's folder; `heldout` are the evaluation's prompts (default: the training's)."""
     check_job(policy, prompts, sampling, settings, steering)
     settings = with_correction(settings, steering)
-    ours = processes.start()
     folder = processes.on_main(lambda: open_folder(run))
     given = config or {}
     if run.resume and processes.on_main(lambda: resume.finished(folder, settings.steps, given, schedule=settings.schedule)):
@@ -184,15 +179,11 @@ def train(
 
             # 1 sample: this rank's prompts, `sampling.n` rows each; or the stored rows of a dump
             rows = source.take(run.seed, state.prompt_position, count)
-            mine = share(list(zip(rows, occurrences(rows), strict=True)), ours.rank, ours.world_size)
-            progress = parts.begin(settings.steps)
-            batch = source.batch(*zip(*(mine or [(rows[0], 0)]), strict=True))
-            with state.accelerator.autocast():
-                rollout, texts = sampler.sample(batch, step=state.step, progress=progress)
+            rollout, texts, real = parts.draw(source, sampler, rows, progress=state.step / settings.steps)
             clock.lap("sample")
 
             # 2 score: the reward; from here on all rows on every rank; the forward passes before learning
-            everything = gather_scored(rollout, texts, reward, real=bool(mine))
+            everything = gather_scored(rollout, texts, reward, real=real)
             clock.lap("reward")
             scored = score(parts.actor_critic, parts.reference, *everything, settings)
             metrics = rollout_metrics(scored) | check_gap(scored, tolerance, state.step) | steered.metrics(parts, scored)
@@ -213,17 +204,12 @@ def train(
             if settings.eval_every and state.step % settings.eval_every == 0:
                 metrics |= evaluate(parts, examined, settings)
                 clock.lap("evaluate")
-            rate = metrics["rollout/tokens"] / clock.seconds()
-            log.metrics(state.step, metrics | clock.laps | {"time/tokens_per_s": rate} | memory())
-            kinds = dict(each=settings.samples, seed=run.seed, step=state.step)
-            log.samples(state.step, sample_rows(scored, experience, parts, **kinds))
-            log.progress(
-                state.step,
-                settings.steps,
-                reward=metrics["reward/mean"],
-                kl=metrics.get("kl/ref", 0.0),
-                tokens=int(metrics["rollout/tokens"]),
+            tokens, kl = metrics["rollout/tokens"], metrics.get("kl/ref", 0.0)
+            log.metrics(state.step, metrics | clock.metrics(tokens))
+            log.samples(
+                state.step, sample_rows(scored, experience, parts, each=settings.samples, seed=run.seed, step=state.step)
             )
+            log.progress(state.step, settings.steps, reward=metrics["reward/mean"], kl=kl, tokens=int(tokens))
             stopped = stopping()
             if stopped or state.step == settings.steps or state.step % (run.save_every or SAVE_EVERY) == 0:
                 checkpoint.save(folder, state.step, state, keep=run.keep, config=config, log=log.position())
@@ -246,26 +232,3 @@ def with_correction(settings: PPOSettings, steering: Any) -> PPOSettings:
     if settings.correction is not None or given is None:
         return settings
     return dataclasses.replace(settings, correction=Correction(given.type, given.high, given.low))
-
-
-class Clock:
-    """Seconds of each part of a step, as metrics."""
-
-    def __init__(self) -> None:
-        self.began = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[f"time/{name}_s"], self.last = now - self.last, now
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.began
-
-
-def memory() -> dict[str, float]:
-    """Peaks of this process so far, in MiB."""
-    found = {"memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    if torch.cuda.is_available():
-        found["memory/gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return found

@@ -73,6 +73,7 @@ def read(settings: TableSettings, seed: int) -> tuple[list[Row], list[Row]]:
 def _checked(rows: list[Row], where: str) -> list[Row]:
     if "chosen" not in rows[0] or "rejected" not in rows[0]:
         raise data.missing_columns(rows, "chosen and rejected (and prompt, unless both begin with it)", where)
+    rows = [_with_spoken_prompt(row) for row in rows]
     names = [name for name in ("chosen", "rejected", "prompt") if name in rows[0]]
     data.check_values(rows, names, where)
     data.raise_first(
@@ -84,6 +85,16 @@ def _checked(rows: list[Row], where: str) -> list[Row]:
     )
     kept = (*names, "margin", "tools", "chat_template_kwargs")
     return [{name: row[name] for name in kept if name in row} for row in rows]
+
+
+def _with_spoken_prompt(row: Row) -> Row:
+    """Beside conversations a prompt that is a text is a user's message; many tables have it a second time in both."""
+    prompt, chosen = row.get("prompt"), row.get("chosen")
+    if not isinstance(prompt, str) or not data.is_messages(chosen):
+        return row
+    if any(message.get("content") == prompt for message in chosen or ()):
+        return {name: value for name, value in row.items() if name != "prompt"}
+    return {**row, "prompt": [{"role": "user", "content": prompt}]}
 
 
 def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path) -> Outcome:

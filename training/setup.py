@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rollout import adapters, processes
+from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
 from rollout.policy import Policy
 from rollout.run import RunSettings, versions, write_text
@@ -20,6 +21,7 @@ from training import checkpoint, resume, steered
 from training.actor_critic import ActorCritic, Reference, build
 from training.kl import AdaptiveKL, FixedKL
 from training.log import RunLog
+from training.minibatch import occurrences, share
 from training.state import TrainState
 
 if TYPE_CHECKING:
@@ -42,12 +44,18 @@ class Parts:
     steering: Any
     state: TrainState
 
-    def begin(self, steps: int) -> float:
-        """Tell the steering's schedules how far the run is: the share of the steps that are done."""
-        progress = self.state.step / steps
+    def draw(self, prompts: Any, sampler: Any, rows: list[int], *, progress: float) -> tuple[Rollout, Texts, bool]:
+        """This rank's share of a step's prompts, `sampling.n` rows each. `progress` is what steering's schedules go by.
+
+        False where there are more ranks than prompts: the rows then only keep this rank in step with the others."""
+        ours = processes.start()
         if self.steering is not None:
             self.steering.progress = progress
-        return progress
+        mine = share(list(zip(rows, occurrences(rows), strict=True)), ours.rank, ours.world_size)
+        batch = prompts.batch(*zip(*(mine or [(rows[0], 0)]), strict=True))
+        with self.state.accelerator.autocast():
+            rollout, texts = sampler.sample(batch, step=self.state.step, progress=progress)
+        return rollout, texts, bool(mine)
 
     def decode(self, token: int) -> str:
         """One token as text, for tables and the viewer."""

@@ -1,8 +1,8 @@
 """Steering in a PPO step: what is logged of it, its KL budget, and what a run leaves of it.
 
-    metrics(...)   steering/*: strength, share of rows, reward with and without, edits per row, KL to the unsteered policy
-    budget(...)    the KL budget: rescale the strength of the next step, warn, or stop
-    to_save, save_beside   RUN/model: strip (a plain model), keep (steering.yaml beside it), fold (in its biases)
+metrics(...)   steering/*: strength, share of rows, reward with and without, edits per row, KL to the unsteered policy
+budget(...)    the KL budget: rescale the strength of the next step, warn, or stop
+to_save, save_beside   RUN/model: strip (a plain model), keep (steering.yaml beside it), fold (in its biases)
 """
 
 from __future__ import annotations
@@ -95,9 +95,14 @@ def check(steering: Steering | None, policy: Any, merges: bool) -> None:
     if steering is None or steering.spec.on_deploy != "fold":
         return
     if steering.role not in ("policy", "trainable"):
-        raise Problem(f"steering.on_deploy: fold leaves the steering in the model, and role {steering.role} leaves a plain one; use strip")
+        raise Problem(
+            f"steering.on_deploy: fold leaves the steering in the model, and role {steering.role} leaves a plain one; use strip"
+        )
     if hasattr(policy.model, "peft_config") and not merges:
-        raise Problem("steering.on_deploy: fold writes into the model, and the run saves an adapter alone; set ppo.export_merged true, or use keep")
+        raise Problem(
+            "steering.on_deploy: fold writes into the model, and the run saves an adapter alone; "
+            "set ppo.export_merged true, or use keep"
+        )
     check_fold(steering)
 
 

@@ -10,7 +10,6 @@ stream is a plain sum; `fold` compares the folded model with the steered one bef
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rollout import policy
 from rollout.errors import Problem
 from rollout.run import write_text
 from rollout.steering import learned
@@ -43,7 +43,11 @@ def save(steering: Steering, folder: Path) -> Path:
         tensors = _tensors(site)
         if tensors:
             name = f"{_safe(site.name)}.safetensors"
-            notes = {"op": site.spec.op.type, "component": site.spec.at.module or site.spec.at.component, "made_by": f"role {steering.role}"}
+            notes = {
+                "op": site.spec.op.type,
+                "component": site.spec.at.module or site.spec.at.component,
+                "made_by": f"role {steering.role}",
+            }
             save_vector(folder / name, tensors, notes, steering.model)
             spec = dataclasses.replace(spec, vector={"file": name})
         if site.gate is not None and spec.gate is not None:
@@ -68,7 +72,9 @@ def _final(site: Site, scale: float) -> Strength:
     """The strength at the end of training: schedule and budget worked in."""
     factor = schedule_factor(site.schedule, 1.0) * scale
     s = site.strength
-    return dataclasses.replace(s, value=s.value * factor, low=s.low * factor, high=s.high * factor, mean=s.mean * factor, std=s.std * abs(factor))
+    return dataclasses.replace(
+        s, value=s.value * factor, low=s.low * factor, high=s.high * factor, mean=s.mean * factor, std=s.std * abs(factor)
+    )
 
 
 def _tensors(site: BoundSite) -> dict[int | str, Tensor]:
@@ -92,12 +98,20 @@ def check_fold(steering: Steering) -> None:
     """A line for every site that no bias can stand for."""
     problems = []
     if steering.spec.fraction < 1.0:
-        problems.append(f"on_deploy: fold steers every sample, and fraction is {steering.spec.fraction:g}; use keep, or fraction 1")
+        problems.append(
+            f"on_deploy: fold steers every sample, and fraction is {steering.spec.fraction:g}; use keep, or fraction 1"
+        )
     for site in steering.sites:
         who, spec = f"on_deploy: fold needs an add at all positions with one strength, and site {site.name!r}", site.spec
         if spec.op.type not in ("add", "subtract") or spec.op.coordinates is not None:
             problems.append(f"{who} has op {spec.op.type}; use keep")
-        elif spec.where.prompt != "all" or spec.where.steps != "all" or spec.where.exclude_tokens or spec.where.exclude_positions or spec.where.ramp:
+        elif (
+            spec.where.prompt != "all"
+            or spec.where.steps != "all"
+            or spec.where.exclude_tokens
+            or spec.where.exclude_positions
+            or spec.where.ramp
+        ):
             problems.append(f"{who} acts at some positions; write where: {{prompt: all, steps: all}}, or use keep")
         elif spec.gate is not None or spec.strength.column or spec.strength.dist or spec.strength.norm_match:
             problems.append(f"{who} differs between rows or tokens; use keep")
@@ -148,8 +162,8 @@ def _bias(model: nn.Module, matrix: nn.Module, site: BoundSite, point: Point) ->
     flag = _FLAGS[group]
     if not hasattr(model.config, flag):
         raise Problem(
-            f"on_deploy: fold cannot write site {site.name!r}: {type(model).__name__} has no bias at {name} (layer {point.layer}) and no "
-            "option for one; use keep"
+            f"on_deploy: fold cannot write site {site.name!r}: {type(model).__name__} has no bias at {name} (layer {point.layer}) "
+            "and no option for one; use keep"
         )
     setattr(model.config, flag, True)
     for path, module in model.named_modules():
@@ -162,24 +176,23 @@ def _bias(model: nn.Module, matrix: nn.Module, site: BoundSite, point: Point) ->
 def _compare(steering: Steering, model: nn.Module) -> None:
     """Folded against steered on a few tokens: what no bias can do shows here, not at the user's."""
     device = next(model.parameters()).device
-    ids = torch.arange(3, 11, device=device)[None] % int(model.config.get_text_config().vocab_size)
+    ids = torch.arange(3, 11, device=device)[None] % policy.vocabulary_size(model)
     given: dict[str, Any] = {"input_ids": ids}
     if steering.is_encoder_decoder:
         given["decoder_input_ids"] = ids[:, :4]
     modes = [(m, m.training) for net in (steering.model, model) for m in net.modules()]
     steering.model.eval()
     model.eval()
-    strengths = {site.index: _final(site.spec, steering.scale).value for site in steering.sites}
-    with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [setattr(m, "training", was) for m, was in modes])
-        with steering.active(progress=1.0):
-            steered = steering.model(**given).logits
-        with unsteered():
-            folded, plain = model(**given).logits, steering.model(**given).logits
+    with steering.active(progress=1.0):
+        steered = steering.model(**given).logits
+    with unsteered():
+        folded, plain = model(**given).logits, steering.model(**given).logits
+    for module, was in modes:
+        module.training = was
     moved, off = float((steered - plain).abs().max()), float((folded - steered).abs().max())
     tolerance = 1e-4 if steered.dtype in (torch.float32, torch.float64) else 0.05
     if off > tolerance * max(1.0, moved, float(steered.abs().max())):
         raise Problem(
-            f"on_deploy: fold: the folded model is off by {off:.3g} (strengths {strengths}, effect {moved:.3g}): {type(model).__name__} does not "
-            "add its parts up plainly there; use keep"
+            f"on_deploy: fold: the folded model is off by {off:.3g} (the steering moves logits by {moved:.3g}): "
+            f"{type(model).__name__} does not add its parts up plainly there; use keep"
         )

@@ -79,7 +79,15 @@ def _whole(policy: Policy, rollout: Rollout) -> tuple[dict[str, Any], Tensor, in
 
 
 def effect_curve(
-    policy: Policy, site: Site, prompts: PromptBatch, sampling: Sampling, strengths: Sequence[float], measure: Measure, *, seed: int = 0, folder: str = ""
+    policy: Policy,
+    site: Site,
+    prompts: PromptBatch,
+    sampling: Sampling,
+    strengths: Sequence[float],
+    measure: Measure,
+    *,
+    seed: int = 0,
+    folder: str = "",
 ) -> list[Point]:
     """The site at each strength (0 is always measured first): same prompts, same random numbers."""
     found: list[Point] = []

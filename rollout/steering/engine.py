@@ -1,142 +1,28 @@
-"""Rows, calls and edits: what one active context holds, and what happens to an activation at a site.
+"""A Steering at work: calls noted, sites edited, edits counted.
 
-    Rows        per-row facts of the batch: prompt mask, strengths, positions, gates. Replaced, never changed, by select
-    Call        one forward pass of one stack: which columns it brings, which real tokens they are
-    Active      a Steering at work: makes a Call when a stack is entered, checks it when it is left
-    SiteEdit    one site at one layer, handed to the hook of its point
-
-Decoding one token at a time takes a short way: every row is then at the same response step, so whether and how much is
-edited is a matter of one integer, and the edit itself is kept from step to step.
+Active      one context: makes a Call when a stack is entered, checks it when it is left; `select` follows the batch
+SiteEdit    one site at one layer, handed to the hook of its point
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rollout.errors import Problem
-from rollout.steering import operations, positions
+from rollout.steering import operations
 from rollout.steering.hooks import Arguments, Frame
+from rollout.steering.rows import Call, Rows
+from rollout.steering.selection import Selection, select
 from rollout.steering.structure import Point
 
 if TYPE_CHECKING:
-    from rollout.steering.steering import BoundSite, Steering
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Where and how strongly a site edits in one call. `mask_BT1` None = everywhere."""
-
-    strength_BT1: Tensor
-    mask_BT1: Tensor | None
-    unit: bool
-    """Every selected strength is exactly 1."""
-    kept: dict[Any, Tensor] | None = None
-    """What may be kept from step to step, where the same selection holds again."""
-
-
-@dataclass(eq=False)
-class Rows:
-    """The rows of an active context. Gates are filled in by the pass that reads the prompt."""
-
-    prompt_mask_BP: Tensor
-    row_B: Tensor
-    sample_B: Tensor
-    strength_B: tuple[Tensor, ...]
-    """Per site."""
-    places_BK: tuple[Tensor | None, ...]
-    """Per site: positions from a data column."""
-    encoder_mask_BP: Tensor | None = None
-    gates: dict[int, Tensor] = field(default_factory=dict)
-    sums: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
-    """Gates under way: sum of activations over the prompt's columns so far, and how many columns."""
-
-    def __post_init__(self) -> None:
-        self.length_B = self.prompt_mask_BP.sum(1)
-        self.encoder_length_B = None if self.encoder_mask_BP is None else self.encoder_mask_BP.sum(1)
-        self.any = tuple(bool((s != 0).any()) for s in self.strength_B)
-        self.lead = int((self.prompt_mask_BP.cumsum(1) == 0).sum(1).min()) if len(self) else 0
-        """Columns of padding on the left that all rows share."""
-        self.kept: dict[Any, Any] = {}
-
-    def __len__(self) -> int:
-        return int(self.prompt_mask_BP.shape[0])
-
-    @property
-    def width(self) -> int:
-        return int(self.prompt_mask_BP.shape[1])
-
-    def select(self, index: Tensor) -> Rows:
-        """The rows of `index`, in its order, with repeats."""
-        index = index.to(self.row_B.device)
-
-        def pick(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[index]
-
-        return Rows(
-            self.prompt_mask_BP[index], self.row_B[index], self.sample_B[index],
-            tuple(s[index] for s in self.strength_B), tuple(pick(p) for p in self.places_BK), pick(self.encoder_mask_BP),
-            {k: v[index] for k, v in self.gates.items()}, {k: (v[index], n) for k, (v, n) in self.sums.items()},
-        )  # fmt: skip
-
-    def without(self, columns: int) -> Rows:
-        """The same rows where the caller left away that many columns of padding."""
-        if not columns:
-            return self
-        key = ("without", columns)
-        if key not in self.kept:
-            self.kept[key] = dataclasses.replace(self, prompt_mask_BP=self.prompt_mask_BP[:, columns:])
-        return self.kept[key]
-
-    def times(self, factor: int) -> Rows:
-        """Every row `factor` times in a row: beams, return sequences."""
-        if factor == 1:
-            return self
-        key = ("times", factor)
-        if key not in self.kept:
-            index = torch.arange(len(self), device=self.row_B.device).repeat_interleave(factor)
-            self.kept[key] = self.select(index)
-        return self.kept[key]
-
-
-class Call:
-    """One forward pass of one stack."""
-
-    __slots__ = ("_index", "encoder", "first", "ids", "rows", "selections", "tokens", "edits", "width")
-
-    def __init__(self, rows: Rows, first: int, width: int, ids: Tensor | None, encoder: bool):
-        self.rows, self.first, self.width, self.ids, self.encoder = rows, first, width, ids, encoder
-        self.edits = 0
-        self.selections: dict[int, Selection | None] = {}
-        self.tokens: dict[int, Tensor] = {}
-        """Token gates: open or not, per gate and position."""
-        self._index: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def mask_BP(self) -> Tensor:
-        return self.rows.encoder_mask_BP if self.encoder else self.rows.prompt_mask_BP  # type: ignore[return-value]
-
-    @property
-    def length_B(self) -> Tensor:
-        return self.rows.encoder_length_B if self.encoder else self.rows.length_B  # type: ignore[return-value]
-
-    @property
-    def step(self) -> int | None:
-        """The response step, where this call is one column of the response: the same for every row."""
-        if self.width != 1 or self.encoder or self.first < self.rows.width:
-            return None
-        return self.first - self.rows.width + 1
-
-    def index(self) -> tuple[Tensor, Tensor]:
-        """(real index, real) of this call's columns."""
-        if self._index is None:
-            self._index = positions.real_index(self.mask_BP, self.first, self.width)
-        return self._index
+    from rollout.steering.sites import BoundSite
+    from rollout.steering.steering import Steering
 
 
 class Active:
@@ -182,8 +68,8 @@ class Active:
         call = frame.calls.get((self, stack))
         if call is not None and not call.edits and self.steering.points_in(stack):
             raise Problem(
-                "steering did not run: the model's forward passed its blocks without calling their hooks; a model compiled before "
-                "Steering was made ignores them, so make Steering first, or use the model as it was before torch.compile"
+                "steering did not run: the model's forward passed its blocks without calling their hooks; a model compiled "
+                "before Steering was made ignores them, so make Steering first, or use the model as it was before torch.compile"
             )
         if call is not None and self.steering.look is not None:
             self.steering.look(self, call, stack)
@@ -205,7 +91,6 @@ class Active:
             self.rows = self._make(mask.new_ones((count, 1)), mask if stack == "encoder" else None)
         else:
             self.rows = self._make(mask, None)
-
 
     def collect(self, site: BoundSite, at: int, hidden: Tensor, call: Call) -> None:
         """Note what a collecting site sees at its positions."""
@@ -264,7 +149,9 @@ class SiteEdit:
     def __call__(self, frame: Frame, hidden: Tensor) -> Tensor:
         call: Call | None = frame.calls.get((self.active, self.point.stack))
         if call is None:
-            raise Problem(f"steering: site {self.site.name!r} was reached outside its model's forward; call the model, not the module")
+            raise Problem(
+                f"steering: site {self.site.name!r} was reached outside its model's forward; call the model, not the module"
+            )
         call.edits += 1
         number = self.site.index
         if number in call.selections:
@@ -318,85 +205,3 @@ class SiteEdit:
         if columns is not None:
             edited = hidden.index_copy(-1, columns, edited)
         return edited.reshape(shape)
-
-
-# -- which positions, how strongly ---------------------------------------------------------------------------------------------
-
-
-def select(site: BoundSite, call: Call) -> Selection | None:
-    """The site's selection in this call; None = nothing here."""
-    rows, where = call.rows, site.spec.where
-    if not rows.any[site.index]:
-        return None
-    step = call.step
-    if step is not None and site.same_for_all_rows:
-        factor = positions.ramp_factor(where.ramp, step) if positions.in_steps(where.steps, step) else 0.0
-        if factor == 0.0:
-            return None
-        key = (site.index, factor)
-        if key not in rows.kept:
-            rows.kept[key] = _one_column(site, rows, factor)
-        return rows.kept[key]
-    index_BT, real_BT = call.index()
-    last = 0 if call.encoder else call.first + call.width - rows.width
-    if where.prompt in ("none", ()) and last <= 0 and not (last == 0 and positions.in_steps(where.steps, 0)):
-        return None
-    step_BT = index_BT - (call.length_B[:, None] - 1)
-    mask_BT = positions.select_prompt(where.prompt, index_BT, call.length_B, rows.places_BK[site.index])
-    if not call.encoder:
-        mask_BT = mask_BT | positions.select_steps(where.steps, step_BT)
-    mask_BT = mask_BT & real_BT
-    if where.exclude_positions:
-        mask_BT = mask_BT & ~positions.select_listed(index_BT, call.length_B, where.exclude_positions)
-    if site.excluded_ids is not None:
-        if call.ids is None:
-            raise Problem(f"site {site.name!r}: exclude.token_ids needs token ids, and the model was called with embeddings")
-        mask_BT = mask_BT & ~torch.isin(call.ids, site.excluded_ids.to(call.ids.device))
-    strength_BT = rows.strength_B[site.index][:, None].expand(-1, call.width)
-    if where.ramp is not None:
-        strength_BT = strength_BT * positions.ramp_factors(where.ramp, step_BT)
-    if site.gate is not None:
-        strength_BT = strength_BT * site.gate.openness(call, site)
-    mask_BT = mask_BT & (strength_BT != 0)
-    return Selection(strength_BT[..., None], mask_BT[..., None], unit=False)
-
-
-def _one_column(site: BoundSite, rows: Rows, factor: float) -> Selection | None:
-    strength_B = rows.strength_B[site.index] * factor
-    if site.gate is not None:
-        strength_B = strength_B * site.gate.of_rows(rows, site)
-    plain = strength_B == 0
-    if bool(plain.all()) and not strength_B.requires_grad:
-        return None
-    mask = None if not bool(plain.any()) else ~plain[:, None, None]
-    return Selection(strength_B[:, None, None], mask, unit=bool((strength_B == 1).all()), kept={})
-
-
-def rows_of(
-    steering: Steering,
-    prompt_mask_BP: Tensor,
-    encoder_mask_BP: Tensor | None,
-    row_B: Tensor | None,
-    sample_B: Tensor | None,
-    strength_B: Sequence[Tensor],
-    columns: Mapping[str, Sequence[Any]],
-) -> Rows:
-    count, device = prompt_mask_BP.shape[0], prompt_mask_BP.device
-    row_B = torch.arange(count, device=device) if row_B is None else row_B.to(device)
-    sample_B = torch.zeros_like(row_B) if sample_B is None else sample_B.to(device)
-    lengths = (prompt_mask_BP if encoder_mask_BP is None else encoder_mask_BP).sum(1)
-    places: list[Tensor | None] = []
-    for site in steering.sites:
-        rule = site.spec.where.prompt
-        if isinstance(rule, dict) and "column" in rule:
-            from rollout.steering.strengths import column
-
-            values = column(columns, rule["column"], f"site {site.name!r}: where.prompt")
-            on_encoder = site.points[0].stack == "encoder"
-            places.append(positions.places_of(values, lengths if on_encoder else prompt_mask_BP.sum(1), rule["column"]))
-        else:
-            places.append(None)
-    return Rows(
-        prompt_mask_BP.bool(), row_B, sample_B, tuple(s.to(device) for s in strength_B), tuple(places),
-        None if encoder_mask_BP is None else encoder_mask_BP.bool(),
-    )  # fmt: skip

@@ -18,7 +18,9 @@ from torch import Tensor
 from rollout.batch import Rollout
 from rollout.logprobs import teacher_forced
 from rollout.policy import Policy
-from rollout.steering.engine import Active, Call
+from rollout.steering.engine import Active
+from rollout.steering.rows import Call, rows_of
+from rollout.steering.selection import select
 from rollout.steering.steering import Steering
 
 
@@ -49,7 +51,9 @@ def applied(
         teacher_forced(policy, rollout, steering=steering, columns={k: list(v) for k, v in (columns or {}).items()})
     width = rollout.sequences_BS.shape[1]
     stacks = {site.name: site.points[0].stack for site in steering.sites}
-    return {name: _aligned(value_BT, rollout, width) if stacks[name] != "encoder" else value_BT for name, value_BT in found.items()}
+    return {
+        name: _aligned(value_BT, rollout, width) if stacks[name] != "encoder" else value_BT for name, value_BT in found.items()
+    }
 
 
 def _aligned(value_BT: Tensor, rollout: Rollout, width: int) -> Tensor:
@@ -87,8 +91,6 @@ def table(
 
 def edits_per_row(steering: Steering, rollout: Rollout, columns: Mapping[str, Sequence[Any]] | None = None) -> Tensor | None:
     """(B,) real tokens at which at least one site edited, without a pass; None where a gate or encoder would have to run."""
-    from rollout.steering.engine import rows_of, select
-
     if steering.is_encoder_decoder or any(site.gate is not None for site in steering.sites):
         return None
     strengths = steering.site_strengths(

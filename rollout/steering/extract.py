@@ -47,13 +47,13 @@ def read_pairs(path: Path, who: str = "pairs") -> list[Pair]:
             found = json.loads(line)
         except json.JSONDecodeError as error:
             raise Problem(f"{who}: {path}:{number} is not JSON: {error.msg}") from error
-        texts = {k: found.get(k) for k in ("positive", "negative")} if isinstance(found, dict) else {}
-        if not texts or not all(isinstance(t, str) and t for t in texts.values()):
+        texts = [found.get(k) for k in ("positive", "negative")] if isinstance(found, dict) else []
+        if not texts or not all(isinstance(t, str) and t for t in texts):
             raise Problem(f"{who}: {path}:{number} needs positive and negative, both text; found {line[:80]!r}")
         prompt = found.get("prompt", "")
         if not isinstance(prompt, str):
             raise Problem(f"{who}: {path}:{number}: prompt must be text, found {prompt!r}")
-        pairs.append(Pair(texts["positive"], texts["negative"], prompt))
+        pairs.append(Pair(*map(str, texts), prompt))
     if not pairs:
         raise Problem(f"{who}: {path} holds no pairs")
     return pairs
@@ -70,7 +70,12 @@ def _ids(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], int]:
 
 
 def activations(
-    model: nn.Module, tokenizer: Any, texts: Sequence[tuple[str, str]], points: Sequence[Point], position: str = "last", batch: int = 16
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[tuple[str, str]],
+    points: Sequence[Point],
+    position: str = "last",
+    batch: int = 16,
 ) -> Tensor:
     """(texts, points, D) float32: what each (prompt, text) gives at each point, at its last token or over its tokens."""
     if tokenizer is None:
@@ -93,7 +98,9 @@ def activations(
     return torch.cat(found)
 
 
-def _causal(model: nn.Module, tokenizer: Any, texts: Sequence[tuple[str, str]], points: Sequence[Point], device: torch.device) -> Any:
+def _causal(
+    model: nn.Module, tokenizer: Any, texts: Sequence[tuple[str, str]], points: Sequence[Point], device: torch.device
+) -> Any:
     rows = [_ids(tokenizer, *pair) for pair in texts]
     width = max(len(ids) for ids, _ in rows)
     ids_BS = torch.zeros(len(rows), width, dtype=torch.int64, device=device)
@@ -111,7 +118,8 @@ def _encoder_decoder(
 ) -> Any:
     on_encoder = points[0].stack == "encoder"
     given, mask_BP, _ = _causal(model, tokenizer, [("", prompt or text) for prompt, text in texts], points, device)
-    start = int(model.config.decoder_start_token_id or 0)
+    config: Any = model.config
+    start = int(config.decoder_start_token_id or 0)
     rows = [[start, *(tokenizer(text, add_special_tokens=False)["input_ids"] if prompt else [])] for prompt, text in texts]
     width = max(map(len, rows))
     given["decoder_input_ids"] = torch.tensor([row + [start] * (width - len(row)) for row in rows], device=device)
@@ -124,7 +132,9 @@ def _encoder_decoder(
     return given, mask_BS, keep_BS
 
 
-def _pass(model: nn.Module, given: dict[str, Tensor], points: Sequence[Point], mask: Tensor, keep: Tensor, position: str) -> Tensor:
+def _pass(
+    model: nn.Module, given: dict[str, Tensor], points: Sequence[Point], mask: Tensor, keep: Tensor, position: str
+) -> Tensor:
     read: dict[int, Tensor] = {}
     frame = Frame(None)
     last = mask.long().cumsum(1).argmax(1)
@@ -189,7 +199,12 @@ def _probe(positive: Tensor, negative: Tensor, penalty: float = 1e-2, rounds: in
 
 
 def directions(
-    model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], points: Sequence[Point], method: str = "mean_diff", position: str = "last"
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    points: Sequence[Point],
+    method: str = "mean_diff",
+    position: str = "last",
 ) -> list[Tensor]:
     """One vector per point."""
     if method == "probe" and len(pairs) < 2:

@@ -151,8 +151,8 @@ def _fed(cache: Any, width: int, mask: Tensor | None) -> int:
     state = getattr(cache, "has_previous_state", None)
     if not before and callable(state) and state():
         raise Problem(
-            f"steering: {type(cache).__name__} holds a state from before steering was active, and neither it nor an attention mask "
-            "says how many tokens it has seen; start the sequence inside the context, or pass attention_mask"
+            f"steering: {type(cache).__name__} holds a state from before steering was active, and neither it nor an attention "
+            "mask says how many tokens it has seen; start the sequence inside the context, or pass attention_mask"
         )
     if before and callable(state) and not state():
         before = 0  # emptied since

@@ -57,7 +57,10 @@ def read_parameters(
     op: Op, tensors: Mapping[str, Tensor], layers: Sequence[int | None], widths: Sequence[int], who: str, path: str
 ) -> list[dict[str, Tensor]]:
     """Per layer, the operation's tensors out of a file: named `8.rotation`, or `rotation` for every layer."""
-    named = {".".join([*name.split(".")[:-1], _OTHER_NAMES.get(name.split(".")[-1], name.split(".")[-1])]): t for name, t in tensors.items()}
+    named = {
+        ".".join([*name.split(".")[:-1], _OTHER_NAMES.get(name.split(".")[-1], name.split(".")[-1])]): t
+        for name, t in tensors.items()
+    }
     found: list[dict[str, Tensor]] = []
     for layer, width in zip(layers, widths, strict=True):
         mine: dict[str, Tensor] = {}
@@ -65,7 +68,10 @@ def read_parameters(
         for name in PARAMETERS[op.type]:
             tensor = named.get(f"{layer}.{name}", named.get(name))
             if tensor is None:
-                raise Problem(f"{who}: {path} has no tensor {name!r} for layer {layer}; op {op.type} needs {', '.join(PARAMETERS[op.type])}")
+                raise Problem(
+                    f"{who}: {path} has no tensor {name!r} for layer {layer}; "
+                    f"op {op.type} needs {', '.join(PARAMETERS[op.type])}"
+                )
             if not mine and op.type in LEARNED:  # the file says the rank
                 sized = dataclasses.replace(op, rank=int(tensor.shape[0]))
             shape = _shapes(sized, width)[name]

@@ -200,9 +200,7 @@ def pca(
 ) -> Tensor:
     """((x - mean) / std) C^T, coordinates swapped, and back; what the components do not span is lost."""
     components, mean, std = wide(components_KD), wide(mean_D), wide(std_D)
-    mixed = _swap(
-        ((wide(base) - mean) / std) @ components.T, ((wide(source) - mean) / std) @ components.T, coordinates
-    )
+    mixed = _swap(((wide(base) - mean) / std) @ components.T, ((wide(source) - mean) / std) @ components.T, coordinates)
     return (mixed @ components * std + mean).to(base.dtype)
 
 
@@ -289,7 +287,9 @@ def noreft(
 ) -> Tensor:
     """h + (act(h W^T + b) - (h P^T + p)) P: LoReFT without the constraint on the space."""
     h, projection = wide(base), wide(projection_KD)
-    return (h + (act(h @ wide(weight_KD).T + wide(bias_K)) - (h @ projection.T + projection_bias_K)) @ projection).to(base.dtype)
+    return (h + (act(h @ wide(weight_KD).T + wide(bias_K)) - (h @ projection.T + projection_bias_K)) @ projection).to(
+        base.dtype
+    )
 
 
 def consreft(base: Tensor, source: Tensor | None, value_K: Tensor, rotation_DK: Tensor) -> Tensor:

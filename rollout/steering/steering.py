@@ -23,26 +23,32 @@ from torch import Tensor, nn
 
 from rollout.errors import Problem
 from rollout.steering import hooks, strengths
-from rollout.steering.engine import Active, Call, Rows, SiteEdit, rows_of
+from rollout.steering.bind import Binding, bind
+from rollout.steering.engine import Active, SiteEdit
+from rollout.steering.gates import BoundGate
 from rollout.steering.hooks import Frame
-from rollout.steering.sites import Binding, BoundGate, BoundSite, bind
-from rollout.steering.spec import SteeringSpec, load_spec
+from rollout.steering.parse import load_spec
+from rollout.steering.rows import Call, Rows, rows_of
+from rollout.steering.sites import BoundSite
+from rollout.steering.spec import SteeringSpec
 from rollout.steering.structure import stacks, unwrap
 
 
 class Steering:
     """A steering spec at work on one model. Everything is found and checked here, before any sampling."""
 
-    def __init__(self, model: nn.Module, spec: Mapping[str, Any] | str | Path | SteeringSpec, tokenizer: Any = None, seed: int = 0):
+    def __init__(
+        self, model: nn.Module, spec: Mapping[str, Any] | str | Path | SteeringSpec, tokenizer: Any = None, seed: int = 0
+    ):
         self.spec = load_spec(spec)
         self.model, self.seed = unwrap(model), seed
         self.stacks = stacks(self.model)
         binding = Binding(self.model, self.stacks, tokenizer, self.spec.folder, seed, self.role == "trainable")
         problems: list[str] = []
         self.sites: list[BoundSite] = []
-        for index, site in enumerate(self.spec.sites):
+        for index, wanted in enumerate(self.spec.sites):
             try:
-                self.sites.append(bind(site, index, binding))
+                self.sites.append(bind(wanted, index, binding))
             except Problem as problem:
                 problems.extend(problem.lines)
         if problems:
@@ -98,11 +104,11 @@ class Steering:
     @property
     def scale(self) -> float:
         """A factor on every strength, kept by the KL budget: a buffer, so that a checkpoint holds it."""
-        return float(self._parameters.scale)
+        return float(self._parameters.get_buffer("scale"))
 
     @scale.setter
     def scale(self, value: float) -> None:
-        self._parameters.scale.fill_(value)
+        self._parameters.get_buffer("scale").fill_(value)
 
     def points_in(self, stack: str) -> bool:
         return any(point.stack == stack for site in self.sites for point in site.points)

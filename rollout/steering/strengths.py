@@ -67,7 +67,9 @@ def site_strength(
         values = column(columns, strength.column, f"site {site.name!r}: strength")
         bad = next((v for v in values if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v)), None)
         if bad is not None:
-            raise Problem(f"column {strength.column!r}: expected a number per row (strength of site {site.name!r}), found {bad!r}")
+            raise Problem(
+                f"column {strength.column!r}: expected a number per row (strength of site {site.name!r}), found {bad!r}"
+            )
         return torch.tensor([float(v) for v in values], dtype=torch.float32, device=row_B.device) * strength.value
     if strength.dist:
         sample = sample_B if strength.per == "sample" else torch.zeros_like(sample_B)

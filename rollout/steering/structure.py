@@ -58,7 +58,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     for wrapper in (model, getattr(model, "module", None)):
         for name, config in (getattr(wrapper, "peft_config", None) or {}).items():
             if getattr(config, "num_virtual_tokens", None):
-                raise Problem(f"steering: adapter {name!r} prepends virtual tokens, and positions would be off; use LoRA, or merge it")
+                raise Problem(
+                    f"steering: adapter {name!r} prepends virtual tokens, and positions would be off; use LoRA, or merge it"
+                )
     return inner  # type: ignore[no-any-return]
 
 
@@ -97,7 +99,9 @@ def _stack(name: str, root: nn.Module, config: object) -> Stack:
         count = getattr(text, "num_decoder_layers", None) or getattr(text, "decoder_layers", None) or count
     found = list(_outermost_lists(root))
     if not found:
-        raise Problem(f"steering: found no list of blocks in {type(root).__name__}; name a module instead: at: {{module: PATH}}")
+        raise Problem(
+            f"steering: found no list of blocks in {type(root).__name__}; name a module instead: at: {{module: PATH}}"
+        )
     sized = [pair for pair in found if len(pair[1]) == count] or found
     owner, blocks = max(sized, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
     heads = getattr(text, "num_attention_heads", 0)
@@ -209,7 +213,9 @@ def _by_path(inner: nn.Module, found: dict[str, Stack], at: At) -> Point:
     if path is None:
         last = at.module.rsplit(".", 1)[-1]
         near = [name for name in modules if name.endswith(f".{last}")][:3]
-        hint = f"such modules: {', '.join(near)}" if near else f"its children: {', '.join(n for n, _ in inner.named_children())}"
+        hint = (
+            f"such modules: {', '.join(near)}" if near else f"its children: {', '.join(n for n, _ in inner.named_children())}"
+        )
         raise Problem(f"at.module: {type(inner).__name__} has no module {at.module!r}; {hint}")
     module = modules[path]
     home, layer = "", None
@@ -269,7 +275,9 @@ def locate(model: nn.Module, at: At, found: dict[str, Stack] | None = None) -> l
 def _heads(block: nn.Module, stack: Stack, layer: int, at: At) -> Point:
     projection = _projection(block, stack)
     if projection is None:
-        raise Problem(f"at.head: found no attention output projection in block {layer} ({type(block).__name__}); name the module")
+        raise Problem(
+            f"at.head: found no attention output projection in block {layer} ({type(block).__name__}); name the module"
+        )
     module, heads, size = projection
     bad = [head for head in at.head if not -heads <= head < heads]
     if bad:

@@ -25,7 +25,7 @@ from rollout.run import written_aside
 
 def fingerprint(model: nn.Module) -> str:
     """Tells one model's width, depth and kind from another's, and roughly its weights: written into vector files."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     parts = [getattr(config, "model_type", type(model).__name__)]
     parts += [str(getattr(text, name, "")) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
@@ -112,7 +112,12 @@ def _read_pyvene(folder: Path, who: str) -> dict[str, Tensor]:
 
 
 def per_layer(
-    tensors: Mapping[str, Tensor], layers: Sequence[int | None], widths: Sequence[int | None], who: str, path: Any, key: str = ""
+    tensors: Mapping[str, Tensor],
+    layers: Sequence[int | None],
+    widths: Sequence[int | None],
+    who: str,
+    path: Any,
+    key: str = "",
 ) -> list[Tensor]:
     """One vector per layer: the tensor named by its number, else the only one there is (or the one called `key`)."""
     if key and key not in tensors:
@@ -147,7 +152,9 @@ def per_layer(
 # -- writing --------------------------------------------------------------------------------------------------------------
 
 
-def save_vector(path: str | Path, tensors: Mapping[int | str, Tensor], metadata: Mapping[str, Any], model: nn.Module | None = None) -> Path:
+def save_vector(
+    path: str | Path, tensors: Mapping[int | str, Tensor], metadata: Mapping[str, Any], model: nn.Module | None = None
+) -> Path:
     """Write a vector file, safetensors or GGUF by its ending. Norms and the model's fingerprint go into the metadata."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +180,9 @@ def _write_gguf(target: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
 
     bad = [name for name, tensor in tensors.items() if not name.isdigit() or tensor.dim() != 1]
     if bad:
-        raise Problem(f"{target}: a GGUF control vector holds one vector per layer, found {bad[0]!r}; write .safetensors instead")
+        raise Problem(
+            f"{target}: a GGUF control vector holds one vector per layer, found {bad[0]!r}; write .safetensors instead"
+        )
     with written_aside(target) as aside:
         writer = gguf.GGUFWriter(str(aside), "controlvector")
         writer.add_string("controlvector.model_hint", notes.get("model", "").split(":")[0])

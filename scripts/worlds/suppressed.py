@@ -92,5 +92,9 @@ def build(folder: Path, seed: int) -> None:
     points = locate(model, At(layers="all"))
     vectors = directions(model, tokenizer, pairs, points, "mean_diff", "last")
     notes = {"method": "mean_diff", "position": "last", "component": "block_output", "pairs": len(pairs)}
-    save_vector(folder / "cheer.safetensors", {int(p.layer or 0): v for p, v in zip(points, vectors, strict=True)}, notes, model)
-    (folder / "facts.json").write_text(json.dumps({"glad_words": GLAD, "enough": ENOUGH, "words": WORDS}, indent=2) + "\n", encoding="utf-8")
+    save_vector(
+        folder / "cheer.safetensors", {int(p.layer or 0): v for p, v in zip(points, vectors, strict=True)}, notes, model
+    )
+    (folder / "facts.json").write_text(
+        json.dumps({"glad_words": GLAD, "enough": ENOUGH, "words": WORDS}, indent=2) + "\n", encoding="utf-8"
+    )

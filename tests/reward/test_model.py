@@ -250,7 +250,7 @@ def test_a_checkpoint_whose_head_is_not_the_configs(tmp_path):
     config = json.loads((path / "config.json").read_text())
     config["id2label"], config["label2id"] = {"0": "A"}, {"A": 0}
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Problem, match=r"reward\[0\].path: .*cannot be loaded as sequence_classification"):
+    with pytest.raises(Problem, match=r"reward\[0\].path: .*has weights of another shape for score.weight"):
         build_reward([{"kind": "model", "path": str(path)}])
 
 
@@ -262,6 +262,16 @@ def test_a_new_head_is_an_error_unless_allowed(family, tmp_path):
     rollout, texts = made(["good", "bad"])
     scores = build_reward([{"kind": "model", "path": path, "allow_new_head": True}])(rollout, texts)
     assert scores.total_B.isfinite().all()
+
+
+def test_a_head_that_is_there_is_read_though_a_new_one_is_allowed(tmp_path):
+    model, tokenizer = tiny_classifier("llama", labels=2), tiny_tokenizer()
+    path = saved(model, tmp_path / "rm", tokenizer)
+    rollout, texts, rows = sampled(tokenizer, ["say:"], ["good film"])
+    part = {"kind": "model", "path": path, "allow_new_head": True, "label": 1}
+    assert build_reward([part], tokenizer=tokenizer)(rollout, texts).total_B.item() == pytest.approx(
+        alone(model, rows[0])[1].item(), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])

@@ -199,8 +199,10 @@ def test_without_a_cache_the_record_is_the_same() -> None:
 HOSTILE = {
     "repetition_penalty": 3.0, "top_k": 2, "top_p": 0.3, "temperature": 5.0, "min_p": 0.5, "typical_p": 0.2,
     "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "suppress_tokens": [5, 6, 7, 8, 9, 10, 11, 12],
-    "begin_suppress_tokens": list(range(20, 60)), "forced_eos_token_id": 2, "min_length": 8, "min_new_tokens": 8, "num_beams": 3,
-    "bad_words_ids": [[13], [14, 15]], "no_repeat_ngram_size": 2, "guidance_scale": 2.0, "max_length": 4, "max_new_tokens": 3,
+    "begin_suppress_tokens": list(range(20, 60)), "forced_eos_token_id": 2, "min_length": 8, "min_new_tokens": 8,
+    "num_beams": 3,
+    "bad_words_ids": [[13], [14, 15]], "no_repeat_ngram_size": 2, "guidance_scale": 2.0, "max_length": 4,
+    "max_new_tokens": 3,
     "cache_implementation": "static", "num_return_sequences": 3, "do_sample": False, "length_penalty": 2.0,
     "renormalize_logits": True, "remove_invalid_values": True, "sequence_bias": [[[17], 9.0]], "use_cache": False,
     "encoder_repetition_penalty": 2.0, "encoder_no_repeat_ngram_size": 1, "exponential_decay_length_penalty": (2, 2.0),

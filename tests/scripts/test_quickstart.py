@@ -1,4 +1,4 @@
-"""The quickstart from end to end, with the world that the tests share and few steps of PPO: every stage, table, files, curve."""
+"""The quickstart from end to end, with the shared world and few steps of PPO: every stage, table, files, curve."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_quickstart_runs_every_stage_and_shows_what_changed(tiny_world, tmp_path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "reviews").symlink_to(tiny_world("reviews"), target_is_directory=True)
     command = [sys.executable, str(ROOT / "scripts/quickstart.py"), "--out", str(tmp_path), "--steps", "4"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ ")] == [
         f"scripts/{name}.py" for name in ("make_tiny", "train_sft", "train_reward", "train_ppo")

@@ -134,7 +134,7 @@ DEFECTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 def test_what_each_defect_costs(tmp_path):
     """A GPT-2 with dropout 0.1 and prompts of one to four tokens; the reward is the share of ids that leave 3 by 4."""
     assert loss is learn.loss
-    print("\ndefect                       reward of the last 5 of 40 steps by seed        mean  ratio_first  KL     gap max")
+    print("\ndefect                       reward of the last 5 of 25 steps by seed        mean  ratio_first  KL     gap max")
     means = {}
     for name, put_in in DEFECTS.items():
         ends, ratios, distances, gaps = [], [], [], []
@@ -142,10 +142,10 @@ def test_what_each_defect_costs(tmp_path):
             policy = tiny_policy("gpt2", seed, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
             folder = tmp_path / f"{name.replace(' ', '_')}-{seed}"
             settings = PPOSettings(
-                steps=40, rollouts_per_step=32, minibatches=2, micro_batch_size=4, learning_rate=1e-3, kl_coef=0.01,
+                steps=25, rollouts_per_step=32, minibatches=2, micro_batch_size=4, learning_rate=1e-3, kl_coef=0.01,
                 eval_prompts=0, samples=0, gap_tolerance=1e9,
             )  # fmt: skip
-            sampling = Sampling(max_new_tokens=16, stop_ids=[11, 17, 23], seed=seed)
+            sampling = Sampling(max_new_tokens=12, stop_ids=[12, 17, 24], seed=seed)
             with pytest.MonkeyPatch.context() as patch:
                 put_in(patch)
                 train(policy, prompts_of(policy), share_of_threes, sampling, settings, RunSettings(dir=str(folder), seed=seed))
@@ -160,4 +160,4 @@ def test_what_each_defect_costs(tmp_path):
             f"{fmean(distances):5.2f}  {max(gaps):.1e}",
             flush=True,
         )
-    assert means["none"] > 0.6
+    assert means["none"] > 0.45

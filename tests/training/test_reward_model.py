@@ -36,6 +36,16 @@ def pairs(shape: str, count: int = 12) -> list[dict]:
         rows.append(
             {
                 "explicit": {"prompt": prompt, "chosen": chosen, "rejected": rejected},
+                "text and talk": {
+                    "prompt": prompt,
+                    "chosen": said("assistant", chosen),
+                    "rejected": said("assistant", rejected),
+                },
+                "twice": {
+                    "prompt": prompt,
+                    "chosen": said("user", prompt) + said("assistant", chosen),
+                    "rejected": said("user", prompt) + said("assistant", rejected),
+                },
                 "implicit": {"chosen": prompt + chosen, "rejected": prompt + rejected},
                 "explicit talk": {
                     "prompt": said("user", prompt),
@@ -123,6 +133,14 @@ def test_preferences_are_learned_by_an_adapter_and_the_merged_model_loads_alone(
     assert not (tmp_path / "run" / "model" / "adapter_config.json").exists()
     trunk = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1).model.embed_tokens.weight
     assert torch.equal(AutoModelForSequenceClassification.from_pretrained(outcome.model).model.embed_tokens.weight, trunk)
+
+
+def test_a_text_prompt_beside_conversations_is_the_users_message_said_once(tmp_path):
+    found = [
+        run_reward(job(tmp_path, pairs(shape), pairs(shape), run=shape))
+        for shape in ("implicit talk", "text and talk", "twice")
+    ]
+    assert found[0].metrics["margin"] == found[1].metrics["margin"] == found[2].metrics["margin"]
 
 
 def test_a_masked_language_model_can_become_a_reward_model(tmp_path):

@@ -38,7 +38,14 @@ from training.ppo import PPOSettings, train
 def enumerated() -> tuple[Policy, Steering, Rollout, Tensor]:
     """Every response of three tokens to one prompt, with both laws, and a reward for each that has nothing smooth about it."""
     policy = Policy.of(tiny("llama", vocab_size=5, eos_token_id=None, scale=0.4), tiny_tokenizer(5))
-    steering = Steering(policy.model, {"role": "behaviour", "correction": {"type": "none"}, "sites": [{"at": {"layers": [0]}, "vector": vector(3), "strength": 0.8}]})
+    steering = Steering(
+        policy.model,
+        {
+            "role": "behaviour",
+            "correction": {"type": "none"},
+            "sites": [{"at": {"layers": [0]}, "vector": vector(3), "strength": 0.8}],
+        },
+    )
     responses = torch.cartesian_prod(*[torch.arange(5)] * 3)
     count = len(responses)
     zeros, whole = torch.zeros(count, 3), torch.full((count,), 3)
@@ -56,14 +63,19 @@ def gradient(policy: Policy, objective: Tensor) -> Tensor:
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(objective, weights, retain_graph=True)])
 
 
-@pytest.mark.parametrize(("kind", "exact"), [("sequence_truncate", True), ("sequence_mask", True), ("token_truncate", False), ("token_mask", False), ("none", False)])
+@pytest.mark.parametrize(
+    ("kind", "exact"),
+    [("sequence_truncate", True), ("sequence_mask", True), ("token_truncate", False), ("token_mask", False), ("none", False)],
+)
 def test_corrections_by_enumeration(kind: str, exact: bool) -> None:
     """E over mu of the weighed gradient, summed over all responses, against the gradient of the expected reward under pi."""
     policy, steering, rollout, reward_B = enumerated()
     with torch.no_grad():
         mu_BR = teacher_forced(policy, rollout, steering=steering).logprobs_BR
     pi_BR = teacher_forced(policy, rollout).logprobs_BR
-    assert float(mu_BR.sum(1).exp().sum()) == pytest.approx(1.0, abs=1e-5) and float(pi_BR.sum(1).exp().sum()) == pytest.approx(1.0, abs=1e-5)
+    assert float(mu_BR.sum(1).exp().sum()) == pytest.approx(1.0, abs=1e-5) and float(pi_BR.sum(1).exp().sum()) == pytest.approx(
+        1.0, abs=1e-5
+    )
     true = gradient(policy, (pi_BR.sum(1).exp() * reward_B).sum())
     weights_BR, metrics = importance_weights(pi_BR.detach(), mu_BR, rollout.mask_BR, Correction(kind, high=1e9))
     found = gradient(policy, (mu_BR.sum(1).exp()[:, None] * weights_BR * reward_B[:, None] * pi_BR).sum())
@@ -79,13 +91,18 @@ def test_corrections_by_enumeration(kind: str, exact: bool) -> None:
 def test_truncation_and_masking_lose_what_they_say() -> None:
     policy, steering, rollout, _ = enumerated()
     with torch.no_grad():
-        mu_BR, pi_BR = teacher_forced(policy, rollout, steering=steering).logprobs_BR, teacher_forced(policy, rollout).logprobs_BR
+        mu_BR, pi_BR = (
+            teacher_forced(policy, rollout, steering=steering).logprobs_BR,
+            teacher_forced(policy, rollout).logprobs_BR,
+        )
     ratio_B = (pi_BR - mu_BR).sum(1).exp()
     cut, told = importance_weights(pi_BR, mu_BR, rollout.mask_BR, Correction("sequence_truncate", high=1.5, low=0.5))
     assert torch.allclose(cut[:, 0], ratio_B.clamp(0.5, 1.5), atol=1e-5)
     masked, _ = importance_weights(pi_BR, mu_BR, rollout.mask_BR, Correction("sequence_mask", high=1.5, low=0.5))
     assert torch.allclose(masked[:, 0], torch.where((ratio_B > 1.5) | (ratio_B < 0.5), 0.0, ratio_B), atol=1e-5)
-    assert told["correction/share_outside"] == pytest.approx(float(((ratio_B > 1.5) | (ratio_B < 0.5)).double().mean()), abs=1e-6)
+    assert told["correction/share_outside"] == pytest.approx(
+        float(((ratio_B > 1.5) | (ratio_B < 0.5)).double().mean()), abs=1e-6
+    )
     assert told["correction/ess"] == pytest.approx(float(ratio_B.sum() ** 2 / (ratio_B**2).sum()), rel=1e-4)
 
 
@@ -95,7 +112,14 @@ SITE = {"name": "here", "at": {"layers": [0]}, "vector": vector(), "strength": 2
 
 
 def test_what_is_logged() -> None:
-    spec = load_spec({"role": "behaviour", "correction": {"type": "token_truncate"}, "fraction": 0.5, "sites": [{**SITE, "where": {"steps": {"window": [0, 3]}}}]})
+    spec = load_spec(
+        {
+            "role": "behaviour",
+            "correction": {"type": "token_truncate"},
+            "fraction": 0.5,
+            "sites": [{**SITE, "where": {"steps": {"window": [0, 3]}}}],
+        }
+    )
     parts, prompts, ppo = job("llama", steering=spec, sampling={"n": 4})
     scored = first_scored(parts, prompts, ppo)
     found = steered.metrics(parts, scored)
@@ -114,10 +138,22 @@ def test_what_is_logged() -> None:
 @pytest.mark.parametrize("role", ["policy", "trainable", "behaviour"])
 def test_the_budget_brings_the_kl_down(role: str, tmp_path: Path) -> None:
     sites = [{**SITE, "strength": 3.0}]
-    spec = {"role": role, "sites": sites, "kl_budget": {"nats_per_sequence": 0.5}} | ({"correction": {"type": "none"}} if role == "behaviour" else {})
+    spec = {"role": role, "sites": sites, "kl_budget": {"nats_per_sequence": 0.5}} | (
+        {"correction": {"type": "none"}} if role == "behaviour" else {}
+    )
     policy = tiny_policy("llama")
-    settings = PPOSettings(steps=12, rollouts_per_step=32, minibatches=1, epochs=1, eval_prompts=0, learning_rate=0.0, samples=0)
-    train(policy, prompts_of(policy), share_of_threes, Sampling(max_new_tokens=4), settings, RunSettings(dir=str(tmp_path / role)), steering=load_spec(spec))
+    settings = PPOSettings(
+        steps=12, rollouts_per_step=32, minibatches=1, epochs=1, eval_prompts=0, learning_rate=0.0, samples=0
+    )
+    train(
+        policy,
+        prompts_of(policy),
+        share_of_threes,
+        Sampling(max_new_tokens=4),
+        settings,
+        RunSettings(dir=str(tmp_path / role)),
+        steering=load_spec(spec),
+    )
     steps = [json.loads(line) for line in (tmp_path / role / "metrics.jsonl").read_text().splitlines()]
     assert steps[0]["steering/kl_sequence"] > 1.0 and steps[0]["steering/scale"] == 1.0
     late = [step["steering/kl_sequence"] for step in steps[-4:]]
@@ -129,7 +165,15 @@ def test_the_budget_may_stop_the_run(tmp_path: Path) -> None:
     spec = load_spec({"sites": [SITE], "kl_budget": {"nats_per_sequence": 0.01, "action": "error"}})
     policy = tiny_policy("llama")
     with pytest.raises(Problem, match=r"step 1: steered responses cost .* above steering.kl_budget 0.01"):
-        train(policy, prompts_of(policy), share_of_threes, Sampling(max_new_tokens=4), PPOSettings(steps=2, eval_prompts=0), RunSettings(dir=str(tmp_path / "r")), steering=spec)
+        train(
+            policy,
+            prompts_of(policy),
+            share_of_threes,
+            Sampling(max_new_tokens=4),
+            PPOSettings(steps=2, eval_prompts=0),
+            RunSettings(dir=str(tmp_path / "r")),
+            steering=spec,
+        )
 
 
 def test_explained_strengths_are_those_that_were_applied() -> None:
@@ -157,7 +201,11 @@ EVERYWHERE = {"prompt": "all", "steps": "all"}
 
 def completions(model: Any, steering: Steering | None = None) -> Tensor:
     policy = Policy.of(model, tiny_tokenizer())
-    return Sampler(policy, Sampling(max_new_tokens=8, seed=4), steering).sample(PromptBatch.of_ids([[5, 6, 7], [8, 9], [10, 11, 12, 13]]))[0].response_BR
+    return (
+        Sampler(policy, Sampling(max_new_tokens=8, seed=4), steering)
+        .sample(PromptBatch.of_ids([[5, 6, 7], [8, 9], [10, 11, 12, 13]]))[0]
+        .response_BR
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gpt_neox", "t5"])
@@ -166,17 +214,37 @@ def test_a_trained_vector_saved_loaded_and_folded_gives_the_same_completions(fam
         with pytest.raises(Problem, match="no option for one; use keep"):
             fold(Steering(tiny("t5"), {"sites": [{**SITE, "where": EVERYWHERE}]}), tiny("t5"))
         return
-    spec = load_spec({"role": "trainable", "sites": [{**SITE, "vector": {"init": "zeros"}, "where": EVERYWHERE}], "on_deploy": "fold"})
+    spec = load_spec(
+        {"role": "trainable", "sites": [{**SITE, "vector": {"init": "zeros"}, "where": EVERYWHERE}], "on_deploy": "fold"}
+    )
     policy = tiny_policy(family)
     plain = completions(policy.core)
-    settings = PPOSettings(steps=3, rollouts_per_step=16, minibatches=1, epochs=2, eval_prompts=0, learning_rate=0.3, samples=0, kl_coef=0.0)
+    settings = PPOSettings(
+        steps=3, rollouts_per_step=16, minibatches=1, epochs=2, eval_prompts=0, learning_rate=0.3, samples=0, kl_coef=0.0
+    )
     folder = tmp_path / "run"
-    train(policy, prompts_of(policy), share_of_threes, Sampling(max_new_tokens=6), settings, RunSettings(dir=str(folder)), steering=spec)
+    train(
+        policy,
+        prompts_of(policy),
+        share_of_threes,
+        Sampling(max_new_tokens=6),
+        settings,
+        RunSettings(dir=str(folder)),
+        steering=spec,
+    )
     folded = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     # The trained vector itself: train again the same way, keeping it.
     again = tiny_policy(family)
     kept = load_spec({**spec.mapping(), "on_deploy": "keep"})
-    train(again, prompts_of(again), share_of_threes, Sampling(max_new_tokens=6), settings, RunSettings(dir=str(tmp_path / "kept")), steering=kept)
+    train(
+        again,
+        prompts_of(again),
+        share_of_threes,
+        Sampling(max_new_tokens=6),
+        settings,
+        RunSettings(dir=str(tmp_path / "kept")),
+        steering=kept,
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "kept" / "model").eval()
     loaded = Steering(model, tmp_path / "kept" / "model" / "steering.yaml")
     assert loaded.role == "policy" and float(loaded.sites[0].vectors[0].abs().max()) > 0.1
@@ -188,10 +256,23 @@ def test_a_trained_vector_saved_loaded_and_folded_gives_the_same_completions(fam
 
 @pytest.mark.parametrize("kind", ["loreft", "adapter", "direft"])
 def test_a_trained_operation_saved_and_loaded(kind: str, tmp_path: Path) -> None:
-    spec = load_spec({"role": "trainable", "sites": [{"name": "r", "at": {"layers": [0, 1]}, "op": {"type": kind, "rank": 3}, "where": EVERYWHERE}]})
+    spec = load_spec(
+        {
+            "role": "trainable",
+            "sites": [{"name": "r", "at": {"layers": [0, 1]}, "op": {"type": kind, "rank": 3}, "where": EVERYWHERE}],
+        }
+    )
     policy = tiny_policy("llama")
     settings = PPOSettings(steps=2, rollouts_per_step=16, minibatches=1, epochs=2, eval_prompts=0, learning_rate=0.1, samples=0)
-    train(policy, prompts_of(policy), share_of_threes, Sampling(max_new_tokens=6), settings, RunSettings(dir=str(tmp_path / "run")), steering=spec)
+    train(
+        policy,
+        prompts_of(policy),
+        share_of_threes,
+        Sampling(max_new_tokens=6),
+        settings,
+        RunSettings(dir=str(tmp_path / "run")),
+        steering=spec,
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
     loaded = Steering(model, tmp_path / "run" / "model" / "steering.yaml")
     assert not torch.equal(completions(model, loaded), completions(model))
@@ -206,7 +287,15 @@ def test_strip_leaves_a_plain_model(tmp_path: Path) -> None:
     policy = tiny_policy("llama")
     spec = load_spec({"sites": [SITE], "on_deploy": "strip"})
     settings = PPOSettings(steps=1, rollouts_per_step=8, minibatches=1, epochs=1, eval_prompts=4, learning_rate=1e-3, samples=0)
-    train(policy, prompts_of(policy), share_of_threes, Sampling(max_new_tokens=4), settings, RunSettings(dir=str(tmp_path / "run")), steering=spec)
+    train(
+        policy,
+        prompts_of(policy),
+        share_of_threes,
+        Sampling(max_new_tokens=4),
+        settings,
+        RunSettings(dir=str(tmp_path / "run")),
+        steering=spec,
+    )
     assert not list((tmp_path / "run" / "model").glob("steering*"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert all(torch.equal(value, policy.core.state_dict()[name]) for name, value in model.state_dict().items())
@@ -242,7 +331,15 @@ def test_a_model_whose_parts_do_not_add_up_is_not_folded() -> None:
 def test_role_data_is_not_for_ppo() -> None:
     policy = tiny_policy("llama")
     with pytest.raises(Problem, match="role: data|data is for dumps"):
-        train(policy, prompts_of(policy), share_of_threes, Sampling(), PPOSettings(), RunSettings(), steering=load_spec({"role": "data", "sites": [SITE]}))
+        train(
+            policy,
+            prompts_of(policy),
+            share_of_threes,
+            Sampling(),
+            PPOSettings(),
+            RunSettings(),
+            steering=load_spec({"role": "data", "sites": [SITE]}),
+        )
 
 
 # -- resume --------------------------------------------------------------------------------------------------------------------
@@ -264,7 +361,15 @@ def test_a_resumed_run_is_the_undisturbed_one(role: str, tmp_path: Path) -> None
 
     def run(folder: str, reward: Any, resume: bool = False) -> None:
         policy = tiny_policy("llama")
-        train(policy, prompts_of(policy), reward, Sampling(max_new_tokens=5, n=2), settings, RunSettings(dir=str(tmp_path / folder), save_every=1, resume=resume), steering=spec)
+        train(
+            policy,
+            prompts_of(policy),
+            reward,
+            Sampling(max_new_tokens=5, n=2),
+            settings,
+            RunSettings(dir=str(tmp_path / folder), save_every=1, resume=resume),
+            steering=spec,
+        )
 
     def breaks(rollout: Rollout, texts: Any) -> Any:
         if rollout.policy_step == 2:
@@ -290,7 +395,9 @@ def test_the_vector_of_a_budget_is_what_the_curve_says() -> None:
     """law_distance (exact) agrees with the k1 estimate that the budget uses, in the mean."""
     policy = tiny_policy("llama")
     steering = Steering(policy.model, {"role": "data", "sites": [{**SITE, "strength": 1.0}]})
-    rollout, _ = Sampler(policy, Sampling(n=800, max_new_tokens=3, batch_size=800), steering).sample(PromptBatch.of_ids([[5, 6]]))
+    rollout, _ = Sampler(policy, Sampling(n=800, max_new_tokens=3, batch_size=800), steering).sample(
+        PromptBatch.of_ids([[5, 6]])
+    )
     exact = float(law_distance(policy, steering, rollout).sum(1).mean())
     drawn = (rollout.behaviour_logprobs_BR - rollout.policy_logprobs_BR).sum(1)
     assert abs(exact - float(drawn.mean())) < 4 * float(drawn.std()) / 800**0.5

@@ -1,0 +1,87 @@
+"""Gates: an earlier block's output says how open each row (or token) is for the sites that come after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rollout.errors import Problem
+from rollout.steering import operations
+from rollout.steering.hooks import Frame
+from rollout.steering.rows import Call, Rows
+from rollout.steering.spec import Gate
+from rollout.steering.structure import Point
+
+if TYPE_CHECKING:
+    from rollout.steering.engine import Active
+    from rollout.steering.sites import BoundSite
+
+
+@dataclass(eq=False)
+class BoundGate:
+    """Reads an earlier block's output and says how open each row (or token) is: 1 and 0, or between them for sigmoid."""
+
+    spec: Gate
+    index: int
+    point: Point
+    direction: Tensor
+    trained: nn.Parameter | None = None
+
+    def score(self, x: Tensor) -> Tensor:
+        """How open for activations x (..., D)."""
+        u = (self.direction if self.trained is None else self.trained).to(x.device)
+        h, u, along = operations._unit(x, u)
+        value = along[..., 0]
+        if self.spec.type != "projection":
+            value = value / h.norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)
+        if self.spec.type == "sigmoid":
+            return torch.sigmoid(self.spec.scale * (value - (self.spec.open_above or 0.0)))
+        opened = value > self.spec.open_above if self.spec.open_above is not None else value < self.spec.open_below  # type: ignore[operator]
+        return opened.to(torch.float32)
+
+    def read(self, active: Active, frame: Frame, hidden: Tensor) -> None:
+        """Called where the gate's block has run: note openness for the sites that come after."""
+        call: Call = frame.calls[active, self.point.stack]
+        if self.spec.on == "token":
+            call.tokens[self.index] = self.score(hidden)
+            return
+        rows, width = call.rows, int(call.mask_BP.shape[1])
+        if call.first >= width:
+            return
+        inside = call.mask_BP[:, call.first : call.first + call.width]
+        part = operations.wide(hidden[:, : inside.shape[1]])
+        ends = call.first + call.width >= width
+        if self.spec.on == "prompt_last":
+            if ends:
+                self._settle(rows, self.score(part[:, -1]))
+            return
+        total = torch.where(inside[..., None].to(part.device), part, torch.zeros_like(part)).sum(1)
+        if call.first:
+            before, columns = rows.sums.get(self.index, (total, -1))
+            if columns != call.first:
+                raise Problem("steering: a gate over the prompt's mean missed a part of the prompt; prefill it in order")
+            total = total + before
+        rows.sums[self.index] = (total, call.first + call.width)
+        if ends:
+            self._settle(rows, self.score(total / call.length_B.to(total.device)[:, None].clamp_min(1)))
+
+    def _settle(self, rows: Rows, open_B: Tensor) -> None:
+        rows.gates[self.index] = open_B
+        rows.kept.clear()
+
+    def of_rows(self, rows: Rows, site: BoundSite) -> Tensor:
+        if self.index not in rows.gates:
+            raise Problem(
+                f"site {site.name!r}: its gate is not known yet at this point (it reads the whole prompt first); "
+                "prefill the prompt in one piece, or use gate.on: token"
+            )
+        return rows.gates[self.index].to(rows.row_B.device)
+
+    def openness(self, call: Call, site: BoundSite) -> Tensor:
+        """(B, 1) or (B, T)."""
+        if self.spec.on == "token":
+            return call.tokens[self.index].to(call.rows.row_B.device)
+        return self.of_rows(call.rows, site)[:, None]

@@ -1,0 +1,81 @@
+"""Which positions of a call a site edits, and how strongly: the site's rules over real tokens.
+
+Decoding one token at a time takes a short way: every row is then at the same response step, so whether and how much is
+edited is a matter of one integer, and the selection is kept from step to step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rollout.errors import Problem
+from rollout.steering import positions
+from rollout.steering.rows import Call, Rows
+
+if TYPE_CHECKING:
+    from rollout.steering.sites import BoundSite
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Where and how strongly a site edits in one call. `mask_BT1` None = everywhere."""
+
+    strength_BT1: Tensor
+    mask_BT1: Tensor | None
+    unit: bool
+    """Every selected strength is exactly 1."""
+    kept: dict[Any, Tensor] | None = None
+    """What may be kept from step to step, where the same selection holds again."""
+
+
+def select(site: BoundSite, call: Call) -> Selection | None:
+    """The site's selection in this call; None = nothing here."""
+    rows, where = call.rows, site.spec.where
+    if not rows.any[site.index]:
+        return None
+    step = call.step
+    if step is not None and site.same_for_all_rows:
+        factor = positions.ramp_factor(where.ramp, step) if positions.in_steps(where.steps, step) else 0.0
+        if factor == 0.0:
+            return None
+        key = (site.index, factor)
+        if key not in rows.kept:
+            rows.kept[key] = _one_column(site, rows, factor)
+        return rows.kept[key]
+    index_BT, real_BT = call.index()
+    last = 0 if call.encoder else call.first + call.width - rows.width
+    if where.prompt in ("none", ()) and last <= 0 and not (last == 0 and positions.in_steps(where.steps, 0)):
+        return None
+    step_BT = index_BT - (call.length_B[:, None] - 1)
+    mask_BT = positions.select_prompt(where.prompt, index_BT, call.length_B, rows.places_BK[site.index])
+    if not call.encoder:
+        mask_BT = mask_BT | positions.select_steps(where.steps, step_BT)
+    mask_BT = mask_BT & real_BT
+    if where.exclude_positions:
+        mask_BT = mask_BT & ~positions.select_listed(index_BT, call.length_B, where.exclude_positions)
+    if site.excluded_ids is not None:
+        if call.ids is None:
+            raise Problem(f"site {site.name!r}: exclude.token_ids needs token ids, and the model was called with embeddings")
+        mask_BT = mask_BT & ~torch.isin(call.ids, site.excluded_ids.to(call.ids.device))
+    strength_BT = rows.strength_B[site.index][:, None].expand(-1, call.width)
+    if where.ramp is not None:
+        strength_BT = strength_BT * positions.ramp_factors(where.ramp, step_BT)
+    if site.gate is not None:
+        strength_BT = strength_BT * site.gate.openness(call, site)
+    mask_BT = mask_BT & (strength_BT != 0)
+    return Selection(strength_BT[..., None], mask_BT[..., None], unit=False)
+
+
+def _one_column(site: BoundSite, rows: Rows, factor: float) -> Selection | None:
+    strength_B = rows.strength_B[site.index] * factor
+    if site.gate is not None:
+        strength_B = strength_B * site.gate.of_rows(rows, site)
+    plain = strength_B == 0
+    if bool(plain.all()) and not strength_B.requires_grad:
+        return None
+    mask = None if not bool(plain.any()) else ~plain[:, None, None]
+    return Selection(strength_B[:, None, None], mask, unit=bool((strength_B == 1).all()), kept={})

@@ -1,0 +1,31 @@
+"""Seconds and memory of a step, as metrics."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+
+
+class Clock:
+    """Seconds of each part of a step."""
+
+    def __init__(self) -> None:
+        self.began = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"time/{name}_s"], self.last = now - self.last, now
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def metrics(self, tokens: float) -> dict[str, float]:
+        """The laps, tokens per second, and the peaks of this process's memory so far, in MiB."""
+        found = {**self.laps, "time/tokens_per_s": tokens / self.seconds()}
+        found["memory/peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if torch.cuda.is_available():
+            found["memory/gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        return found
