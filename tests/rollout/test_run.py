@@ -37,11 +37,11 @@ def test_what_goes_wrong_leaves_what_was_there(tmp_path, error):
 
 
 def test_what_a_killed_job_left_is_swept_by_the_next(tmp_path):
-    fill(tmp_path / ".model.77.tmp", "half")
-    (tmp_path / ".summary.json.77.tmp").write_text("another's")
+    fill(tmp_path / ".model.999999999.tmp", "half")
+    (tmp_path / ".summary.json.999999999.tmp").write_text("another's")
     with written_aside(tmp_path / "model") as aside:
         fill(aside, "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".summary.json.77.tmp", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".summary.json.999999999.tmp", "model"]
 
 
 def test_a_folder_that_holds_something_is_not_written_into_unasked(tmp_path):

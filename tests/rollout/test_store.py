@@ -187,10 +187,13 @@ def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_start_clears_what_a_kill_left_and_refuses_shards_without_a_manifest(tmp_path: Path) -> None:
-    (tmp_path / ".rollouts-00000.parquet.77.tmp").write_text("half")
-    (tmp_path / ".tokenizer.77.tmp").mkdir()
+    (tmp_path / ".rollouts-00000.parquet.999999999.tmp").write_text("half")
+    (tmp_path / ".tokenizer.999999999.tmp").mkdir()
+    alive = tmp_path / f".rollouts-00001.parquet.{os.getppid()}.tmp"
+    alive.write_text("another process is writing this")
     manifest.start(tmp_path, Plan.of(1, 1, 1), {}, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "manifest.json"]
+    alive.unlink()
     (tmp_path / "manifest.json").rename(tmp_path / "rollouts-00000.parquet")
     with pytest.raises(Problem, match="no manifest.json"):
         manifest.start(tmp_path, Plan.of(1, 1, 1), {}, {})
