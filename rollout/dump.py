@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from rollout import processes
 from rollout.batch import Rollout, Texts
-from rollout.manifest import drop_record, finish, plan_of, read_record, standing
+from rollout.manifest import drop_record, finish, load_manifest, plan_of, read_record, standing
 from rollout.progress import Progress
 from rollout.store import make_shard
 
@@ -78,6 +78,8 @@ def dump(
         while me.is_main and others:
             time.sleep(LOOK_S)
             look_for_others()
+            if not begun["finished"] and load_manifest(folder)["finished"]:
+                others.clear()  # what an orphan of a killed launcher finished holds the same rows
     finally:
         progress.close()
     if me.is_main:

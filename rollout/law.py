@@ -91,11 +91,11 @@ class Law:
         settings = self.sampling
         if 0 < settings.top_k < weights.shifted_BV.shape[1]:
             kth_B1 = weights.shifted_BV.topk(settings.top_k, dim=1).values[:, -1:]
-            weights.keep(weights.shifted_BV >= kth_B1)
+            weights.keep(weights.at_least(kth_B1))
         if settings.top_p < 1:
             weights.keep(nucleus(weights, settings.top_p))
         if settings.min_p > 0:
-            weights.keep(weights.shifted_BV >= math.log(settings.min_p))
+            weights.keep(weights.at_least(torch.full_like(weights.top_B1, math.log(settings.min_p))))
 
     def behaviour_scores(self, logits_BV: Tensor, history: History) -> Tensor:
         """What the behaviour's law is the softmax of: -inf for what cannot be drawn."""
@@ -184,8 +184,12 @@ class Weights:
 
     def keep(self, keep_BV: Tensor) -> None:
         """Weight 0 for all others."""
-        self.weights_BV.masked_fill_(~keep_BV, 0.0)
+        torch.where(keep_BV, self.weights_BV, self.weights_BV.new_zeros(()), out=self.weights_BV)
         self._sum()
+
+    def at_least(self, floor_B1: Tensor) -> Tensor:
+        """True for scores no further below the top than the floor."""
+        return torch.ge(self.shifted_BV, floor_B1, out=self.space.like("kept", self.shifted_BV, torch.bool))
 
     def draw(self, uniform_B: Tensor) -> Tensor:
         """The first token at which the cumulative weight exceeds uniform x total; one of weight 0 is never it."""

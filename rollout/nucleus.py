@@ -32,9 +32,10 @@ def nucleus(weights: Weights, top_p: float) -> Tensor:
     mass_BK = torch.zeros(rows, buckets, device=goal_B.device).scatter_add_(1, bucket_BV, weights.weights_BV)
     edge_B = (mass_BK.double().cumsum(dim=1) < goal_B[:, None]).sum(dim=1).clamp(max=buckets - 1)
     for _ in range(3):
-        keep_BV = bucket_BV < edge_B[:, None]
+        keep_BV = torch.lt(bucket_BV, edge_B[:, None], out=weights.space.like("kept", bucket_BV, torch.bool))
         before_B = weights.mass_of(keep_BV)
-        row, column = (bucket_BV == edge_B[:, None]).nonzero(as_tuple=True)
+        edge_BV = torch.eq(bucket_BV, edge_B[:, None], out=weights.space.like("edge", bucket_BV, torch.bool))
+        row, column = edge_BV.nonzero(as_tuple=True)
         left = weights.weights_BV[row, column] > 0
         inside = (row[left], column[left])
         place, ranked = _rank(weights.shifted_BV[inside], inside[0], rows)

@@ -179,10 +179,12 @@ def main(ours: SummarisationArguments, training: Any) -> None:
         if training.do_eval:
             keep(trainer, "eval", {**trainer.evaluate(), "eval_samples": len(rows["validation"])})
         if training.do_predict:
+            trainer.compute_metrics.rows = len(data["test"])
             found = trainer.predict(data["test"], metric_key_prefix="predict")
             keep(trainer, "predict", {**found.metrics, "predict_samples": len(rows["test"])})
             if trainer.is_world_process_zero():
-                texts = "".join(text.replace("\n", " ") + "\n" for text in decode(tokenizer, found.predictions))
+                written = decode(tokenizer, found.predictions)[: len(data["test"])]
+                texts = "".join(text.replace("\n", " ") + "\n" for text in written)
                 (folder / "generated_predictions.txt").write_text(texts, encoding="utf-8")
 
 

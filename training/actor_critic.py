@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from rollout import adapters
 from rollout.batch import Rollout
+from rollout.errors import Problem
 from rollout.logprobs import Forced, teacher_forced
-from rollout.policy import Policy
+from rollout.policy import Policy, no_dropout
 from rollout.steering import Steering, SteeringSpec, unsteered
 from training import critic
 
@@ -52,6 +53,22 @@ class ActorCritic(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype that the policy computes in."""
         return next(p.dtype for p in self.actor.parameters() if p.is_floating_point())
+
+    @contextlib.contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Around a forward and backward pass that keeps few activations and computes the others again.
+
+        Layers look at their training flag before they do so; it is on in here only, for decoding with a cache needs it off,
+        and their dropout is off until the backward pass has run."""
+        cores = [policy.core for policy in (self.policy, self.trunk) if policy is not None]
+        layers = [module for core in cores for module in core.modules() if getattr(module, "gradient_checkpointing", False)]
+        with contextlib.ExitStack() as stack:
+            for layer in layers:
+                layer.training = True
+                stack.callback(setattr, layer, "training", False)
+            for core in cores if layers else ():
+                stack.enter_context(no_dropout(core))
+            yield
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """All that changes the policy: weights or adapters, and trained steering."""
@@ -103,6 +120,19 @@ class ActorCritic(nn.Module):
             steering=self.steering if steers else None,
             columns=columns,
         )
+
+
+def checkpoint_activations(actor_critic: ActorCritic) -> None:
+    """Let actor and critic compute activations again in the backward pass, inside `recomputing`."""
+    for policy in (actor_critic.policy, actor_critic.trunk):
+        if policy is not None:
+            core = policy.core
+            if not getattr(core, "supports_gradient_checkpointing", False):
+                raise Problem(f"ppo.checkpointing: {type(core).__name__} cannot recompute its activations; leave it out")
+            # renamed in transformers 5.2x
+            enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)
+            enable()
+            core.eval()
 
 
 def widened(rollout: Rollout) -> Rollout:

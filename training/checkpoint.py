@@ -84,7 +84,10 @@ def _write(path: Path, head: dict[str, Any], tree: dict[str, Any], keep: int) ->
             name: {"bytes": (aside / name).stat().st_size, "sha256": sha256_file(aside / name)} for name in (_TENSORS, _STATE)
         }
         (aside / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": head["step"], "files": files}), encoding="utf-8")
-    for old in _steps(path.parent)[max(keep, 1) :]:
+    steps = _steps(path.parent)
+    at = steps.index(path)
+    # Newer ones are damaged, else the run had gone on from there: they must not count among those that are kept.
+    for old in [*steps[:at], *steps[at + max(keep, 1) :]]:
         _remove(old)
 
 

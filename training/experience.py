@@ -104,7 +104,7 @@ def score(
     """The forward passes of all rows before learning: old log-probs, values, reference. Each rank takes its share.
 
     The policy's pass is taken as the update takes it, in grad mode: some kernels round otherwise without, and the first
-    ratio would be off 1 by that. (Not where weights are spread over ranks: their engines follow passes in grad mode.)"""
+    ratio would be off 1 by that. (Not where weights are spread over ranks, whose engines follow passes in grad mode, nor where memory is short.)"""
     ours = processes.start()
     rows, width = rollout.response_BR.shape
     # Zeros where another rank has the row, so that the sum over ranks is the row itself.
@@ -114,11 +114,11 @@ def score(
     batches = micro_batches(
         list(range(rows)), whole_lengths(rollout), size=settings.micro_batch_size, rank=ours.rank, world_size=ours.world_size
     )
-    spread = needs_sync(model.actor)
+    keeps_graph = not (needs_sync(model.actor) or settings.checkpointing)
     for picked in batches:
         part, columns = select(rollout, texts.columns, picked or [0], model.device)
         began = time.perf_counter()
-        with torch.set_grad_enabled(not spread):
+        with torch.set_grad_enabled(keeps_graph):
             graph = model(part, columns, entropy=True, after=settings.bootstrap_cut)
         passed = {name: value.detach() for name, value in graph.items()}
         del graph

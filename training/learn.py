@@ -58,10 +58,11 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
         rank=ours.rank,
         world_size=ours.world_size,
     )
+    module = state.accelerator.unwrap_model(state.model)
     sums: dict[str, Tensor] = {}
     worst = torch.zeros((), device=ours.device)
     for i, picked in enumerate(batches):
-        with accumulating(state, last=i + 1 == len(batches)) as factor:
+        with accumulating(state, last=i + 1 == len(batches)) as factor, module.recomputing():
             total, metrics, error = micro_batch_loss(state, experience, picked, counts, settings)
             state.accelerator.backward(total * factor)
         sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}

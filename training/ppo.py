@@ -59,6 +59,8 @@ class PPOSettings:
     """Parts of a step's rollouts; one optimizer step for each, in every epoch."""
     micro_batch_size: int = 16
     """Rows in one forward pass: memory only, the gradient is the same for every value."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time, the same gradient."""
     learning_rate: float = 1e-5
     """Of the policy; 0 is legal and leaves it as it is."""
     value_learning_rate: float | None = None

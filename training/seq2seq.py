@@ -7,7 +7,7 @@ held-out rows: loss; with generation also ROUGE and the mean length of what was 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ def make_trainer(
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED),
         compute_loss_func=None if arguments.label_smoothing_factor else token_mean,
-        compute_metrics=generation_metrics(tokenizer, scale) if generates else None,
+        compute_metrics=GenerationMetrics(tokenizer, scale, len(held_out or ())) if generates else None,
     )
 
 
@@ -83,16 +83,21 @@ def token_mean(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | 
     return total / (num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum())
 
 
-def generation_metrics(tokenizer: Any, scale: float = 1) -> Callable[[Any], dict[str, float]]:
-    """ROUGE and mean length of generated ids against label ids."""
+class GenerationMetrics:
+    """ROUGE and mean length of generated ids against label ids, of the first `rows` rows.
 
-    def measure(result: Any) -> dict[str, float]:
-        texts = decode(tokenizer, result.predictions), decode(tokenizer, result.label_ids)
-        special = [token for token in (tokenizer.pad_token_id, IGNORED) if token is not None]
-        written = ~np.isin(_ids(result.predictions), special)
-        return {**{kind: scale * value for kind, value in rouge(*texts).items()}, "gen_len": float(written.sum(1).mean())}
+    With several processes the last batches are filled up with rows from the beginning, and Seq2SeqTrainer keeps those.
+    """
 
-    return measure
+    def __init__(self, tokenizer: Any, scale: float, rows: int):
+        self.tokenizer, self.scale, self.rows = tokenizer, scale, rows
+
+    def __call__(self, result: Any) -> dict[str, float]:
+        predicted, references = (_ids(found)[: self.rows] for found in (result.predictions, result.label_ids))
+        found = rouge(decode(self.tokenizer, predicted), decode(self.tokenizer, references))
+        special = [token for token in (self.tokenizer.pad_token_id, IGNORED) if token is not None]
+        length = float((~np.isin(predicted, special)).sum(1).mean())
+        return {**{kind: self.scale * value for kind, value in found.items()}, "gen_len": length}
 
 
 def decode(tokenizer: Any, ids: Any) -> list[str]:

@@ -18,7 +18,7 @@ from rollout.run import RunSettings, versions, write_text
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
 from training import checkpoint, resume, steered
-from training.actor_critic import ActorCritic, Reference, build
+from training.actor_critic import ActorCritic, Reference, build, checkpoint_activations
 from training.kl import AdaptiveKL, FixedKL
 from training.log import RunLog
 from training.minibatch import occurrences, share
@@ -74,6 +74,8 @@ def prepare(
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     actor_critic, reference, steering = build(policy, settings, steering_spec, seed=run.seed)
     steered.check(steering, policy, settings.export_merged)
+    if settings.checkpointing:
+        checkpoint_activations(actor_critic)
     actor_critic.to(accelerator.device)
     optimizer = torch.optim.AdamW(groups(actor_critic, settings), weight_decay=settings.weight_decay)
     model, optimizer = accelerator.prepare(actor_critic, optimizer)
@@ -96,7 +98,9 @@ def prepare(
         sampler=sampler,
         evaluation_sampler=Sampler(policy, examined, steering if kept else None),
         steering=steering,
-        state=TrainState(model=model, optimizer=optimizer, accelerator=accelerator, kl=controller, reward=reward),
+        state=TrainState(
+            model=model, optimizer=optimizer, accelerator=accelerator, kl=controller, reward=reward, steering=steering
+        ),
     )
 
 

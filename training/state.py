@@ -1,7 +1,7 @@
 """TrainState: everything that a later training step depends on, in one place, so that a checkpoint can hold all of it.
 
     tensors   model (the prepared ActorCritic: policy, value, trained steering), optimizer    -> safetensors
-    numbers   step, prompt position, KL controller, reward statistics, running totals         -> JSON
+    numbers   step, prompt position, KL controller, reward statistics, steering's scale, totals -> JSON
 
 The learning-rate schedule, the sampling, the order of the prompts and the minibatches are functions of (seed, step), so
 they have no state of their own. Nothing in a step draws from a global random number generator.
@@ -32,6 +32,8 @@ class TrainState:
     kl: FixedKL | AdaptiveKL
     reward: Any
     """The reward; where it keeps statistics it has state_dict() and load_state_dict(mapping of JSON values)."""
+    steering: Any = None
+    """The job's steering: its KL budget moves `scale` from step to step."""
     step: int = 0
     """Steps completed; the next one has this index."""
     prompt_position: int = 0
@@ -70,6 +72,7 @@ class TrainState:
             "prompt_position": self.prompt_position,
             "kl": self.kl.state_dict(),
             "reward": reward,
+            "steering": {} if self.steering is None else {"scale": self.steering.scale},
             "totals": dict(self.totals),
             "before": dict(self.before),
         }
@@ -80,5 +83,7 @@ class TrainState:
         self.kl.load_state_dict(numbers["kl"])
         if hasattr(self.reward, "load_state_dict"):
             self.reward.load_state_dict(numbers["reward"])
+        if self.steering is not None:
+            self.steering.scale = float(numbers["steering"]["scale"])
         self.totals = dict(numbers["totals"])
         self.before = dict(numbers["before"])

@@ -84,7 +84,8 @@ def budget(parts: Parts, found: dict[str, float], step: int) -> None:
         factor = _STEP[1] if spent <= 0 else (limit.nats_per_sequence / spent) ** 0.5
         steering.scale = min(1.0, steering.scale * min(max(factor, _STEP[0]), _STEP[1]))
     elif spent > limit.nats_per_sequence:
-        said = f"step {step + 1}: steered responses cost {spent:.2f} nats of KL, above steering.kl_budget {limit.nats_per_sequence:g}"
+        allowed = f"above steering.kl_budget {limit.nats_per_sequence:g}"
+        said = f"step {step + 1}: steered responses cost {spent:.2f} nats of KL, {allowed}"
         if limit.action == "error":
             raise Problem(f"{said}; lower the strength, steer fewer steps, or set kl_budget.action to rescale")
         logger.warning("%s", said)

@@ -162,8 +162,8 @@ def _bias(model: nn.Module, matrix: nn.Module, site: BoundSite, point: Point) ->
     flag = _FLAGS[group]
     if not hasattr(model.config, flag):
         raise Problem(
-            f"on_deploy: fold cannot write site {site.name!r}: {type(model).__name__} has no bias at {name} (layer {point.layer}) "
-            "and no option for one; use keep"
+            f"on_deploy: fold cannot write site {site.name!r}: {type(model).__name__} has no bias at {name} "
+            f"(layer {point.layer}) and no option for one; use keep"
         )
     setattr(model.config, flag, True)
     for path, module in model.named_modules():

@@ -53,7 +53,7 @@ def read_pairs(path: Path, who: str = "pairs") -> list[Pair]:
         prompt = found.get("prompt", "")
         if not isinstance(prompt, str):
             raise Problem(f"{who}: {path}:{number}: prompt must be text, found {prompt!r}")
-        pairs.append(Pair(*map(str, texts), prompt))
+        pairs.append(Pair(str(texts[0]), str(texts[1]), prompt))
     if not pairs:
         raise Problem(f"{who}: {path} holds no pairs")
     return pairs

@@ -99,6 +99,25 @@ def test_prediction_writes_its_texts_and_all_results(job, tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists(), "nothing was trained"
 
 
+@pytest.mark.slow
+def test_two_processes_write_every_row_once(job, tmp_path):
+    """Five rows in batches of two on two processes: the last batches are filled up, and what fills them must not count."""
+    flags = ["--do_eval", "--do_predict", "--predict_with_generate", "--max_target_length", "6"]
+    flags += ["--max_predict_samples", "5", "--max_eval_samples", "3", "--per_device_eval_batch_size", "2"]
+    job(*flags)
+    alone = [(tmp_path / "out" / "generated_predictions.txt").read_text(), results(tmp_path, "all")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
+    command += ["--main_process_port", "0", "scripts/run_summarization.py", "--model_name_or_path", str(tmp_path / "t5")]
+    command += [f"--{part}_file={tmp_path / 'rows.jsonl'}" for part in ("validation", "test")]
+    command += ["--text_column", "article", "--summary_column", "summary", "--output_dir", str(tmp_path / "out"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "generated_predictions.txt").read_text() == alone[0]
+    found = results(tmp_path, "all")
+    for name in ("eval_rougeL", "eval_gen_len", "predict_rouge1", "predict_gen_len"):
+        assert found[name] == pytest.approx(alone[1][name])
+
+
 def test_the_first_two_columns_and_incomplete_rows(job, tmp_path, caplog):
     rows = [{"text": "a b c", "short": "a"}, {"text": "d", "short": ""}, {"text": "e f", "short": "f"}]
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -131,6 +131,42 @@ def test_the_last_k_are_kept_and_nothing_half_done_stays(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
 
 
+def test_a_damaged_newer_one_does_not_push_out_whole_ones(tmp_path):
+    state = make_state()
+    for step in (10, 20, 30):
+        path = checkpoint.save(tmp_path, step, state, keep=3)
+    flip(path / "tensors.safetensors")
+    assert checkpoint.latest(tmp_path).name == "step-000020"
+    checkpoint.save(tmp_path, 24, state, keep=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000024"]
+
+
+def test_what_moves_from_step_to_step_is_in_the_numbers(tmp_path):
+    """A reward's statistics, the KL controller and the scale that a KL budget gives steering."""
+
+    class Counting:
+        count = 0
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, saved):
+            self.count = saved["count"]
+
+    def make():
+        state = make_state()
+        state.reward, state.steering = Counting(), SimpleNamespace(scale=1.0)
+        return state
+
+    state, other = make(), make()
+    state.reward.count, state.steering.scale, state.prompt_position = 7, 1 / 3, 11
+    state.totals, state.before = {"tokens": 5.0}, {"eval/reward": 0.1}
+    state.kl.update(9.0, 2)
+    checkpoint.load(checkpoint.save(tmp_path, 4, state), other)
+    assert other.numbers() == state.numbers()
+    assert (other.reward.count, other.steering.scale, other.prompt_position) == (7, 1 / 3, 11)
+
+
 def test_a_fresh_folder_has_no_checkpoint(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     (tmp_path / "checkpoints" / ".step-000001.1.tmp").mkdir(parents=True)

@@ -1,0 +1,37 @@
+"""The headline by hand (`make proofs`): plain PPO never finds the suppressed style, annealed steering leaves it in a plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rollout.policy import ModelSettings, load_policy
+from rollout.prompts import PromptSettings, load_prompts
+from rollout.run import RunSettings
+from rollout.sampler import Sampler
+from rollout.sampling import Sampling
+from scripts import prove_steering
+from scripts.worlds.suppressed import glad
+
+
+@pytest.mark.proofs
+def test_the_policy_never_earns_the_reward_by_itself(tiny_world):
+    world = tiny_world("suppressed")
+    policy = load_policy(ModelSettings(path=str(world / "base")))
+    prompts = load_prompts(PromptSettings(path=str(world / "prompts.jsonl")), policy, 12)
+    settings = Sampling(n=6250, max_new_tokens=12, batch_size=2000, seed=11)
+    _, texts = Sampler(policy, settings).sample(prompts.batch(list(range(16))))
+    assert len(texts) == 100_000 and sum(glad(texts.prompts, texts.completions)) == 0
+
+
+@pytest.mark.proofs
+def test_annealed_steering_finds_what_plain_ppo_does_not(tiny_world, tmp_path: Path):
+    world = tiny_world("suppressed")
+    arms = ["plain", "policy"]
+    job = prove_steering.Job(world=str(world), arms=arms, sweep_seeds=0, run=RunSettings(dir=str(tmp_path / "runs")))
+    prove_steering.main(job)
+    for arm in prove_steering.arms(job):
+        for seed in range(5):
+            final = prove_steering.outcome(tmp_path / "runs" / f"{arm.name}-{seed}")["reward"]
+            assert final < 0.05 if arm.name == "plain" else final > 0.8, (arm.name, seed, final)
