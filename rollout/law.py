@@ -42,22 +42,14 @@ class History:
     def __init__(self, tokens_BL: Tensor, real_BL: Tensor, law: Law):
         self.law = law
         self.tokens_BL, self.real_BL = tokens_BL, real_BL
-        self.seen_BV: Tensor | None = None
-        if law.sampling.repetition_penalty != 1:
-            seen = torch.zeros(len(tokens_BL), law.vocab_size, dtype=torch.int32, device=tokens_BL.device)
-            self.seen_BV = seen.scatter_add_(1, tokens_BL, real_BL.int()) > 0
 
     def append(self, tokens_B: Tensor) -> None:
         if self.law.looks_back:
             self.tokens_BL = torch.cat([self.tokens_BL, tokens_B[:, None]], dim=1)
             self.real_BL = torch.cat([self.real_BL, torch.ones_like(self.real_BL[:, :1])], dim=1)
-        if self.seen_BV is not None:
-            self.seen_BV.scatter_(1, tokens_B[:, None], True)
 
     def select(self, index: Tensor) -> None:
         self.tokens_BL, self.real_BL = self.tokens_BL[index], self.real_BL[index]
-        if self.seen_BV is not None:
-            self.seen_BV = self.seen_BV[index]
 
 
 class Law:
@@ -69,21 +61,21 @@ class Law:
         banned = _banned_sequences(sampling, policy)
         self.banned_always = [ids[0] for ids in banned if len(ids) == 1]
         self.banned_after = [ids for ids in banned if len(ids) > 1]
-        self.looks_back = sampling.no_repeat_ngram_size > 0 or bool(self.banned_after)
-        self.penalises = sampling.repetition_penalty != 1 or self.looks_back or bool(self.banned_always)
+        self.looks_back = sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size > 0 or bool(self.banned_after)
+        self.penalises = self.looks_back or bool(self.banned_always)
 
-    def penalised(self, logits_BV: Tensor, history: History) -> Tensor:
+    def penalised(self, logits_BV: Tensor, history: History, space: Space) -> Tensor:
         """Penalties, then bans: what depends on the tokens so far. -inf for what is banned."""
-        settings, scores = self.sampling, logits_BV.float()
-        if history.seen_BV is not None:
-            penalty = settings.repetition_penalty
-            scores = torch.where(history.seen_BV, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+        settings, tokens_BL, real_BL = self.sampling, history.tokens_BL, history.real_BL
+        scores = space.like("penalised", logits_BV).copy_(logits_BV)
+        if settings.repetition_penalty != 1:
+            _penalise(scores, tokens_BL, real_BL, settings.repetition_penalty)
         if settings.no_repeat_ngram_size:
-            scores = _ban_repeats(scores, history.tokens_BL, history.real_BL, settings.no_repeat_ngram_size)
+            _ban_repeats(scores, tokens_BL, real_BL, settings.no_repeat_ngram_size)
         if self.banned_always:
-            scores = scores.index_fill(1, torch.tensor(self.banned_always, device=scores.device), _NEGATIVE)
+            scores[:, self.banned_always] = _NEGATIVE
         for ids in self.banned_after:
-            scores = _ban_sequence(scores, history.tokens_BL, history.real_BL, ids)
+            _ban_sequence(scores, tokens_BL, real_BL, ids)
         return scores
 
     def truncate(self, weights: Weights) -> None:
@@ -99,11 +91,10 @@ class Law:
 
     def behaviour_scores(self, logits_BV: Tensor, history: History) -> Tensor:
         """What the behaviour's law is the softmax of: -inf for what cannot be drawn."""
-        scores = self.penalised(logits_BV, history)
+        scores = self.penalised(logits_BV, history, Space())
         if self.sampling.greedy:
             return scores
-        if self.sampling.temperature != 1:
-            scores = scores / self.sampling.temperature
+        scores = scores / self.sampling.temperature
         if not self.sampling.truncates:
             return scores
         weights = Weights(scores, Space())
@@ -113,16 +104,15 @@ class Law:
     def draw(self, logits_BV: Tensor, history: History, uniform_B: Tensor, space: Space) -> Drawn:
         """A token per row from the behaviour's law, with both log-probs and the entropy of the policy's."""
         settings = self.sampling
-        policy = Weights(_tempered(logits_BV, settings.policy_temperature, space, "policy"), space, "policy")
+        policy = Weights(_tempered(logits_BV, settings.policy_temperature, space), space, "policy")
         entropy_B, total_B, bad_B = policy.entropy(), policy.total_B, policy.bad_B
         behaviour = policy
         if settings.greedy:
-            best = self.penalised(logits_BV, history).max(dim=1)
+            best = self.penalised(logits_BV, history, space).max(dim=1)
             logprobs_B = policy.logprobs(best.indices, total_B)
             return Drawn(best.indices, logprobs_B, logprobs_B, entropy_B, bad_B | ~best.values.isfinite())
         if self.penalises:
-            scores_BV = _tempered(self.penalised(logits_BV, history), settings.temperature, space, "behaviour")
-            behaviour = Weights(scores_BV, space, "behaviour")
+            behaviour = Weights(self.penalised(logits_BV, history, space).div_(settings.temperature), space, "behaviour")
         if settings.truncates:
             self.truncate(behaviour)
         tokens_B = behaviour.draw(uniform_B)
@@ -148,11 +138,11 @@ class Space:
         return self.get(name, tensor.shape[0], tensor.shape[1], tensor.device, dtype)
 
 
-def _tempered(logits_BV: Tensor, temperature: float, space: Space, name: str) -> Tensor:
+def _tempered(logits_BV: Tensor, temperature: float, space: Space) -> Tensor:
     """Float32 logits divided by the temperature."""
     if temperature == 1 and logits_BV.dtype == torch.float32:
         return logits_BV
-    scores_BV = space.like(f"{name} scores", logits_BV).copy_(logits_BV)
+    scores_BV = space.like("tempered", logits_BV).copy_(logits_BV)
     return scores_BV if temperature == 1 else scores_BV.div_(temperature)
 
 
@@ -179,12 +169,12 @@ class Weights:
     def mass_of(self, mask_BV: Tensor) -> Tensor:
         """Weight of the tokens of a mask."""
         masses_BW = self.space.like("masses", self.padded_BW)
-        torch.where(mask_BV, self.weights_BV, self.weights_BV.new_zeros(()), out=masses_BW[:, : mask_BV.shape[1]])
+        torch.mul(self.weights_BV, mask_BV, out=masses_BW[:, : mask_BV.shape[1]])
         return _block_sums(masses_BW, self.blocks).sum(dim=1)
 
     def keep(self, keep_BV: Tensor) -> None:
         """Weight 0 for all others."""
-        torch.where(keep_BV, self.weights_BV, self.weights_BV.new_zeros(()), out=self.weights_BV)
+        self.weights_BV.mul_(keep_BV)  # all finite, and a third of the time that `where` takes
         self._sum()
 
     def at_least(self, floor_B1: Tensor) -> Tensor:
@@ -228,29 +218,35 @@ def _exceed(cumulative_BN: Tensor, target_B: Tensor) -> Tensor:
     return torch.searchsorted(cumulative_BN, target_B[:, None], right=True).clamp(max=cumulative_BN.shape[1] - 1)
 
 
-def _ban_repeats(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, size: int) -> Tensor:
-    """-inf for tokens that would complete an n-gram which the row's real tokens hold already."""
+def _penalise(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, penalty: float) -> None:
+    """Scores of the row's real tokens times the penalty where negative, divided by it elsewhere: each once, in place."""
+    last_B1 = tokens_BL[:, -1:]  # padding is on the left: it gives way to a token that is penalised anyway
+    seen_BL = torch.where(real_BL, tokens_BL, last_B1)
+    found_BL = scores_BV.gather(1, seen_BL)
+    scores_BV.scatter_(1, seen_BL, torch.where(found_BL < 0, found_BL * penalty, found_BL / penalty))
+
+
+def _ban_repeats(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, size: int) -> None:
+    """-inf for tokens that would complete an n-gram which the row's real tokens hold already, in place."""
     length = tokens_BL.shape[1]
     if length < size:
-        return scores_BV
+        return
     windows = tokens_BL.unfold(1, size, 1)
     tail = tokens_BL[:, length - size + 1 :]
     hit = real_BL[:, : length - size + 1] & (windows[:, :, :-1] == tail[:, None]).all(dim=2)
     hit &= real_BL[:, length - size + 1 :].all(dim=1)[:, None]
-    counts = torch.zeros(scores_BV.shape, dtype=torch.int32, device=scores_BV.device)
-    return scores_BV.masked_fill(counts.scatter_add_(1, windows[:, :, -1], hit.int()) > 0, _NEGATIVE)
+    row, place = hit.nonzero(as_tuple=True)
+    scores_BV[row, windows[row, place, size - 1]] = _NEGATIVE
 
 
-def _ban_sequence(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, ids: tuple[int, ...]) -> Tensor:
-    """-inf for the last id where the row's real tokens end in the ids before it."""
+def _ban_sequence(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, ids: tuple[int, ...]) -> None:
+    """-inf for the last id where the row's real tokens end in the ids before it, in place."""
     before = ids[:-1]
     if tokens_BL.shape[1] < len(before):
-        return scores_BV
+        return
     tail = tokens_BL[:, -len(before) :] == torch.tensor(before, device=tokens_BL.device)
     hit_B = (tail & real_BL[:, -len(before) :]).all(dim=1)
-    scores_BV = scores_BV.clone()
-    scores_BV[:, ids[-1]] = scores_BV[:, ids[-1]].masked_fill(hit_B, _NEGATIVE)
-    return scores_BV
+    scores_BV[:, ids[-1]].masked_fill_(hit_B, _NEGATIVE)
 
 
 def _banned_sequences(sampling: Sampling, policy: Policy) -> list[tuple[int, ...]]:

@@ -76,7 +76,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         if path.is_dir() and aside.is_dir():
             os.replace(path, old)
         os.replace(aside, path)
-        _flush(path.parent)
+        flush(path.parent)
         _remove(old)
     except BaseException as error:
         _remove(aside)
@@ -124,10 +124,10 @@ def sync(path: Path) -> None:
     if path.is_dir():
         for entry in path.iterdir():
             sync(entry)
-    _flush(path)
+    flush(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """One file's content, or which names a folder has: what other processes write into it meanwhile is theirs to flush."""
     handle = os.open(path, os.O_RDONLY)
     try:

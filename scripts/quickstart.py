@@ -10,6 +10,8 @@ Each stage is a command that is shown, and that can be run again by itself. No n
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import shlex
@@ -18,6 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +28,7 @@ from configs.reader import door
 from rollout.errors import Problem
 from rollout.policy import ModelSettings, load_policy
 from rollout.prompts import PromptSettings, load_prompts
+from rollout.run import versions, write_json
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
 from scripts.worlds.reviews import kindness
@@ -37,7 +41,7 @@ class QuickstartJob:
     """Make the embedded default, run every stage on it, and show what PPO changed."""
 
     out: str = "runs/quickstart"
-    """Where everything is written. Stages that are there already are made anew; the embedded default is kept."""
+    """Where everything is written. A stage that is there already, made by the same code and command, is kept."""
     seed: int = 0
     """Of the stages and of the sampling."""
     steps: int | None = None
@@ -50,18 +54,18 @@ def main(job: QuickstartJob) -> None:
     began = time.perf_counter()
     out = Path(job.out)
     world = out / "tiny" / "reviews"
-    stage("make_tiny.py", "--out", str(out / "tiny"), "--worlds", "reviews")
+    stage(None, "make_tiny.py", "--out", str(out / "tiny"), "--worlds", "reviews")
     stage(
-        "train_sft.py", "--config", "configs/sft.yaml", "--model.path", str(world / "base"),
+        out / "sft", "train_sft.py", "--config", "configs/sft.yaml", "--model.path", str(world / "base"),
         "--prompts.path", str(world / "sft.jsonl"), *fresh(out / "sft", job.seed),
     )  # fmt: skip
     stage(
-        "train_reward.py", "--config", "configs/reward.yaml", "--model.path", str(out / "sft" / "model"),
+        out / "reward", "train_reward.py", "--config", "configs/reward.yaml", "--model.path", str(out / "sft" / "model"),
         "--prompts.path", str(world / "preferences.jsonl"), *fresh(out / "reward", job.seed),
     )  # fmt: skip
     reward = [{"name": "kindness", "kind": "model", "path": str(out / "reward" / "model"), "output": "probability"}]
     stage(
-        "train_ppo.py", "--config", "configs/quickstart.yaml", "--model.path", str(out / "sft" / "model"),
+        out / "ppo", "train_ppo.py", "--config", "configs/quickstart.yaml", "--model.path", str(out / "sft" / "model"),
         "--prompts.path", str(world / "prompts.jsonl"), "--heldout.path", str(world / "heldout.jsonl"),
         "--reward", json.dumps(reward), "--sampling.seed", str(job.seed), *fresh(out / "ppo", job.seed),
         *([] if job.steps is None else ["--ppo.steps", str(job.steps)]),
@@ -75,14 +79,34 @@ def fresh(folder: Path, seed: int) -> list[str]:
     return ["--run.dir", str(folder), "--run.overwrite", "true", "--run.seed", str(seed)]
 
 
-def stage(script: str, *arguments: str) -> None:
-    """Run a door as its own process, from the checkout's root, and show the command."""
+def stage(folder: Path | None, script: str, *arguments: str) -> None:
+    """Run a door as its own process, from the checkout's root, and show the command; not again what is there already."""
     print(f"\n$ python scripts/{shlex.join([script, *arguments])}", flush=True)
+    made_by: dict[str, Any] = {"script": script, "arguments": list(arguments), "code": code_hash(), "versions": versions()}
+    del made_by["versions"]["git"]  # the commit alone changes nothing
+    note = folder.parent / f".{folder.name}.made.json" if folder is not None else None
+    if folder is not None and note is not None:
+        if note.exists() and (folder / "summary.json").exists() and json.loads(note.read_text(encoding="utf-8")) == made_by:
+            print(f"{folder}: there already")
+            return
+        note.unlink(missing_ok=True)
     quiet = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}  # a bar is hundreds of lines in a file
     command = [sys.executable, str(ROOT / "scripts" / script), *absolute(arguments)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet})
     if done.returncode:
         raise Problem(f"quickstart: {script} ended with status {done.returncode}; its message stands above")
+    if note is not None:
+        write_json(note, made_by)
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of all that a stage's outcome may depend on in this checkout."""
+    found = hashlib.sha256()
+    for room in ("rollout", "reward", "training", "configs", "scripts"):
+        for path in sorted([*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.yaml")]):
+            found.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def absolute(arguments: tuple[str, ...]) -> list[str]:

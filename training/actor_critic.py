@@ -102,7 +102,8 @@ class ActorCritic(nn.Module):
             forced = teacher_forced(self.trunk, asked, want_hidden=True, want_logprobs=False)
         assert forced.hidden_BRD is not None
         hidden_BRD = forced.hidden_BRD.detach() if detach_value and self.trunk is None else forced.hidden_BRD
-        values_BR = self.head(hidden_BRD.to(self.head.weight.dtype))[..., 0]
+        with torch.autocast(hidden_BRD.device.type, enabled=False):  # a value is a number to regress on, not a law
+            values_BR = self.head(hidden_BRD.to(self.head.weight.dtype))[..., 0]
         found["values"] = torch.where(mask_BR, values_BR[:, :width], 0.0)
         if asked is not rollout:
             found["after"] = values_BR.gather(1, rollout.lengths_B[:, None])

@@ -31,7 +31,7 @@ from torch import Tensor
 from rollout import processes
 from rollout.errors import Problem
 from rollout.fingerprint import sha256_file
-from rollout.run import sync, written_aside
+from rollout.run import flush, written_aside
 
 if TYPE_CHECKING:
     from training.state import TrainState
@@ -264,5 +264,5 @@ def _remove(path: Path) -> None:
     """Rename first: a kill half-way through leaves no half checkpoint under a final name."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     os.replace(path, aside)
-    sync(path.parent)
+    flush(path.parent)
     shutil.rmtree(aside, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from rollout.errors import Problem
@@ -53,3 +55,15 @@ def test_a_folder_that_holds_something_is_not_written_into_unasked(tmp_path):
     assert open_folder(RunSettings(dir=str(tmp_path / "run"), resume=True)) and (tmp_path / "run" / "mine.txt").exists()
     open_folder(RunSettings(dir=str(tmp_path / "run"), overwrite=True))
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_what_other_processes_write_into_the_folder_meanwhile_is_theirs(tmp_path, monkeypatch):
+    """Their temporary files come and go: a rename must not look at them (nor flush every older file once more)."""
+    (tmp_path / "older.parquet").write_text("finished")
+    opened: list[str] = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest, **more: (opened.append(str(path)), real(path, *rest, **more))[1])
+    with written_aside(tmp_path / "new.parquet") as aside:
+        aside.write_text("new")
+        (tmp_path / ".another.parquet.1.tmp").symlink_to(tmp_path / "gone")  # opening it fails, as if it had just been renamed
+    assert (tmp_path / "new.parquet").read_text() == "new" and str(tmp_path / "older.parquet") not in opened

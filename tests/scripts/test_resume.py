@@ -13,6 +13,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from rollout.fingerprint import sha256_file
 from tests.models import tiny, tiny_tokenizer
@@ -90,7 +92,9 @@ def measured(run):
 
 
 def weights(run):
-    return {path.name: sha256_file(path) for folder in ("model",) for path in (run / folder).glob("*.safetensors")}
+    """Every tensor of the model by file and name. Not the files' bytes: the order of their metadata is left to chance."""
+    files = sorted((run / "model").glob("*.safetensors"))
+    return {f"{path.name}/{name}": value.numpy().tobytes() for path in files for name, value in load_file(path).items()}
 
 
 def last_tensors(run):
@@ -209,6 +213,25 @@ def test_with_an_adapter_only_it_is_saved_and_the_run_is_the_same(job, tmp_path,
         policy = [name for name in file.keys() if name.startswith(("weights/actor", "weights/critic"))]  # noqa: SIM118
     assert any("lora_" in name for name in policy)
     assert all("lora_" in name or "inv_freq" in name for name in policy), policy
+
+
+@pytest.mark.proofs
+def test_steering_under_a_kl_budget_goes_on_with_its_scale(job, tmp_path):
+    vector = {"0": torch.randn(32, generator=torch.Generator().manual_seed(0))}
+    save_file(vector, job / "vector.safetensors")
+    site = {"name": "push", "at": {"layers": [0]}, "op": {"type": "add"}, "vector": {"file": str(job / "vector.safetensors")}}
+    spec = {
+        "role": "policy",
+        "sites": [site | {"strength": 0.5}],
+        "kl_budget": {"nats_per_sequence": 0.05, "action": "rescale"},
+    }
+    flags = ("--steering", json.dumps(spec))
+    finish(*command(job, tmp_path / "whole", *flags, steps=10))
+    process = start(*command(job, tmp_path / "run", *flags, steps=10))
+    kill_at(process, tmp_path / "run", size(tmp_path / "whole") * 0.7)
+    finish(*command(job, tmp_path / "run", *flags, "--run.resume", "true", steps=10))
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert lines(tmp_path / "run")[-1]["steering/scale"] < 1
 
 
 @pytest.mark.slow

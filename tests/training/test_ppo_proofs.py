@@ -60,7 +60,18 @@ def test_reviews_become_kind_in_five_of_five_seeds(tiny_world, tmp_path):
 @pytest.mark.proofs
 def test_the_adaptive_weight_holds_the_kl_in_five_of_five_seeds(tiny_world, tmp_path):
     target, steps = 2.5, 36
-    flags = ["--ppo.steps", str(steps), "--ppo.kl_target", str(target), "--ppo.kl_coef", "0.1", "--ppo.kl_horizon", "250"]
+    flags = [
+        "--ppo.steps",
+        str(steps),
+        "--ppo.kl_target",
+        str(target),
+        "--ppo.kl_coef",
+        "0.1",
+        "--ppo.kl_horizon",
+        "250",
+        "--ppo.epochs",
+        "2",
+    ]
     print(f"\nseed  KL per response over the last third (target {target}): mean, least, most   reward  weight at the end")
     for seed in SEEDS:
         summary, rows = reviews(tiny_world("reviews"), tmp_path / str(seed), seed, *flags, "--ppo.schedule", "constant")
