@@ -1,6 +1,6 @@
 """How a model takes padding and caching: seen on the model itself with a few short forward passes, not read off its name.
 
-alone       a b c d e            what every other way is compared with
+alone       a b c d e            what every other way is compared with; explicit positions begin where the model's own do
 padded      . . . a b c d e      in a batch with a longer row: the same, or this model must not be padded (states that
                                  run through padding, positions it counts itself): rows of one length go together then
 shorter     a b c d              the same, or the model looks ahead and has no law of the next token
@@ -36,6 +36,8 @@ class Habits:
     """Rows can be taken out of the cache, or repeated in it."""
     pads_in_text: bool
     """A pad token that was drawn is a token like any other; False where the model counts positions by comparing with it."""
+    first: int = 0
+    """Number of a row's first position: 0, but for models like RoBERTa, which count from behind their pad id."""
 
 
 def forward_arguments(core: Any) -> frozenset[str]:
@@ -43,42 +45,50 @@ def forward_arguments(core: Any) -> frozenset[str]:
     return frozenset(inspect.signature(core.forward).parameters)
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Position of every token, counting real ones only; padding on the left gets 0."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
+def positions(mask: Tensor, first: int = 0) -> Tensor:
+    """Position of every token, counting real ones only; padding on the left gets the first one's."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0) + first
 
 
 def observe(policy: Policy) -> Habits:
     """Run the passes of this file's head on `policy`'s model. Call without dropout and without gradients."""
     short, long = _lengths(policy)
     rows = [_row(policy, 3, short), _row(policy, 5, long)]
-    alone = [_logits(policy, row) for row in rows]
+    first = _first_position(policy, rows[0])
+    alone = [_logits(policy, row, first=first) for row in rows]
     padding = True
     if long > short:
         fill = torch.full((1, long - short), policy.pad_id, device=policy.device)
         sides = [rows[0], fill] if policy.is_seq2seq else [fill, rows[0]]
         real = torch.cat([torch.full_like(side, side is rows[0], dtype=torch.bool) for side in sides], dim=1)
-        both = _logits(policy, torch.cat([torch.cat(sides, dim=1), rows[1]]), torch.cat([real, torch.ones_like(real)]))
+        ids, mask = torch.cat([torch.cat(sides, dim=1), rows[1]]), torch.cat([real, torch.ones_like(real)])
+        both = _logits(policy, ids, mask, first=first)
         padding = all(_same(both[k : k + 1, -2:], alone[k][:, -2:]) for k in range(2))
     if short > 1:
         cut = rows[0] if policy.is_seq2seq else rows[0][:, :-1]
-        before = _logits(policy, cut, decoder=rows[0][:, :1])
+        before = _logits(policy, cut, decoder=rows[0][:, :1], first=first)
         if not _same(before, alone[0][:, :-1]):
             raise Problem(
                 f"model: {type(policy.core).__name__} looks ahead: its logits change with the tokens after them, so they are "
                 "no law of the next token; load a causal decoder (for BERT-like models, a checkpoint with is_decoder: true)"
             )
     if not policy.is_seq2seq and short < 4:
-        return Habits(padding=padding, caching=True, picking=True, pads_in_text=True)
+        return Habits(padding=padding, caching=True, picking=True, pads_in_text=True, first=first)
     both = torch.cat([row[:, :short] for row in rows])
     # A prompt of one token is decoded too: what a model keeps in itself from the last batch shows there.
     prompts = [both] if policy.is_seq2seq else [both[:, : short - _STEPS], both[:, :1]]
     text = both[:, -_STEPS:]
     padded = torch.cat([torch.full_like(text[:, :1], policy.pad_id), text[:, 1:]], dim=1)
     for pick in (True, False):
-        if all(_decodes(policy, prompt, text, pick) for prompt in prompts):
-            return Habits(padding=padding, caching=True, picking=pick, pads_in_text=_decodes(policy, prompts[0], padded, pick))
-    return Habits(padding=padding, caching=False, picking=True, pads_in_text=True)
+        if all(_decodes(policy, prompt, text, first, pick) for prompt in prompts):
+            plain = _decodes(policy, prompts[0], padded, first, pick)
+            return Habits(padding=padding, caching=True, picking=pick, pads_in_text=plain, first=first)
+    if not all(_decodes(policy, prompt, text, first, pick=True, cache=False) for prompt in prompts):
+        raise Problem(
+            f"model: {type(policy.core).__name__} gives other logits when it decodes token by token than in one pass over the "
+            "whole row, with its cache and without; it cannot be sampled exactly, use another implementation of the model"
+        )
+    return Habits(padding=padding, caching=False, picking=True, pads_in_text=True, first=first)
 
 
 _STEPS = 2
@@ -98,6 +108,22 @@ def _row(policy: Policy, start: int, length: int) -> Tensor:
     return torch.tensor([[ids[(7 * k + start) % len(ids)] for k in range(length)]], device=policy.device)
 
 
+def _first_position(policy: Policy, row: Tensor) -> int:
+    """The number that explicit position ids begin with, so that they are what the model counts by itself."""
+    if policy.is_seq2seq or "position_ids" not in forward_arguments(policy.core):
+        return 0
+    own = _logits(policy, row, first=None)
+    pad = getattr(policy.core.config, "pad_token_id", None)
+    guesses = [0, *([pad + 1] if isinstance(pad, int) else []), 1, 2]
+    found = next((first for first in dict.fromkeys(guesses) if _same(_logits(policy, row, first=first), own)), None)
+    if found is None:
+        raise Problem(
+            f"model: {type(policy.core).__name__} counts positions in a way that explicit position ids do not give; padded rows "
+            "would not be what they are alone, use another implementation of the model"
+        )
+    return found
+
+
 def _same(logits: Tensor, expected: Tensor) -> bool:
     """Equal up to rounding, measured against how much the logits vary."""
     eps = torch.finfo(expected.dtype).eps
@@ -111,16 +137,22 @@ def _same(logits: Tensor, expected: Tensor) -> bool:
     return bool((logits[finite] - expected[finite]).pow(2).mean().sqrt() <= max(10 * eps, 2e-5) * scale)
 
 
-def _decodes(policy: Policy, prompt: Tensor, tail: Tensor, pick: bool) -> bool:
-    """Whether feeding `tail` token by token with the cache gives the logits of one pass over each row by itself."""
+def _decodes(policy: Policy, prompt: Tensor, tail: Tensor, first: int, pick: bool, cache: bool = True) -> bool:
+    """Whether feeding `tail` token by token gives the logits of one pass over each row by itself."""
     whole = prompt if policy.is_seq2seq else torch.cat([prompt, tail], dim=1)
-    expected = torch.cat([_logits(policy, whole[k : k + 1], decoder=tail[k : k + 1]) for k in range(len(whole))])
-    config = ClosedGenerationConfig.of(policy, max_new_tokens=tail.shape[1] + 1)
+    alone = [_logits(policy, whole[k : k + 1], decoder=tail[k : k + 1], first=first) for k in range(len(whole))]
+    expected = torch.cat(alone)[:, -tail.shape[1] - 1 :]
+    config = ClosedGenerationConfig.of(policy, max_new_tokens=tail.shape[1] + 1, use_cache=cache)
     for _ in range(2):  # the second finds what the first may have left in the model itself
         follow = _Follow(tail, pick)
-        inputs = generate_arguments(policy, prompt, torch.ones_like(prompt, dtype=torch.bool))
-        policy.core.generate(**inputs, generation_config=config, custom_generate=follow)
-    return bool(follow.seen) and _same(torch.cat(follow.seen, dim=1), expected[follow.order, -tail.shape[1] - 1 :])
+        inputs = generate_arguments(policy, prompt, torch.ones_like(prompt, dtype=torch.bool), first)
+        try:
+            policy.core.generate(**inputs, generation_config=config, custom_generate=follow)
+        except (RuntimeError, ValueError, IndexError, AttributeError, NotImplementedError):
+            if not cache:
+                raise
+            return False  # a cache that cannot do this (its rows picked, say) shows it by an error
+    return bool(follow.seen) and _same(torch.cat(follow.seen, dim=1), expected[follow.order])
 
 
 class _Follow:
@@ -145,7 +177,7 @@ class _Follow:
         for step in range(self.tail.shape[1] + 1):
             outputs, kwargs = step_forward(model, ids, kwargs, first=step == 0)
             logits = outputs.logits[:, -1:]
-            if not carries(kwargs) or (self.pick and not can_pick(kwargs)):
+            if kwargs.get("use_cache") and (not carries(kwargs) or (self.pick and not can_pick(kwargs))):
                 return ids  # nothing seen: this way of decoding is not there
             if step == 0 and self.pick:
                 index = torch.tensor(self.order, device=ids.device)
@@ -156,7 +188,7 @@ class _Follow:
         return ids
 
 
-def generate_arguments(policy: Policy, prompt_BP: Tensor, mask_BP: Tensor) -> dict[str, Any]:
+def generate_arguments(policy: Policy, prompt_BP: Tensor, mask_BP: Tensor, first: int) -> dict[str, Any]:
     """What generate is given besides its config: ids and explicit mask and positions, by the names that the model takes."""
     takes = forward_arguments(policy.core)
     given: dict[str, Any] = {"input_ids": prompt_BP, **policy.extra}
@@ -166,12 +198,17 @@ def generate_arguments(policy: Policy, prompt_BP: Tensor, mask_BP: Tensor) -> di
         start = torch.tensor(policy.start_ids, device=prompt_BP.device)
         given["decoder_input_ids"] = start[None].expand(len(prompt_BP), -1)
     elif "position_ids" in takes:
-        given["position_ids"] = positions(mask_BP)
+        given["position_ids"] = positions(mask_BP, first)
     return given
 
 
-def _logits(policy: Policy, ids: Tensor, mask: Tensor | None = None, decoder: Tensor | None = None) -> Tensor:
-    """Logits of one plain pass: of `ids`, or of a decoder that is fed `decoder` (or the first of `ids`) after its start."""
+def _logits(
+    policy: Policy, ids: Tensor, mask: Tensor | None = None, decoder: Tensor | None = None, first: int | None = 0
+) -> Tensor:
+    """Logits of one plain pass: of `ids`, or of a decoder that is fed `decoder` (or the first of `ids`) after its start.
+
+    Without a `first` position the model counts positions itself.
+    """
     takes = forward_arguments(policy.core)
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     given: dict[str, Any] = {"input_ids": ids, **policy.extra}
@@ -180,8 +217,8 @@ def _logits(policy: Policy, ids: Tensor, mask: Tensor | None = None, decoder: Te
     if policy.is_seq2seq:
         start = torch.tensor(policy.start_ids, device=ids.device)[None].expand(len(ids), -1)
         given["decoder_input_ids"] = torch.cat([start, ids[:, :_STEPS] if decoder is None else decoder], dim=1)
-    elif "position_ids" in takes:
-        given["position_ids"] = positions(mask)
+    elif "position_ids" in takes and first is not None:
+        given["position_ids"] = positions(mask, first)
     if "use_cache" in takes:
         given["use_cache"] = False
     logits: Tensor = policy.core(**given).logits

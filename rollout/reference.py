@@ -52,7 +52,7 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
     )
     with no_dropout(policy.core), torch.no_grad(), _Draws(uniforms_BR):
         output = policy.core.generate(
-            **generate_arguments(policy, ids, mask),
+            **generate_arguments(policy, ids, mask, policy.habits.first),
             generation_config=config,
             logits_processor=LogitsProcessorList([_LawProcessor(law, real)]),
             stopping_criteria=StoppingCriteriaList([_StopCriteria(stops, start.shape[1])] if stops.has_strings else []),
@@ -60,10 +60,8 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
     width = start.shape[1]
     assert torch.equal(output.sequences[:, :width], start)  # the structure is certain: start, then what was drawn
     response_BR = output.sequences[:, width:]
-    scores_BRV = torch.stack(output.scores, dim=1).double()
-    logits_BRV = torch.stack(output.logits, dim=1).double() / sampling.policy_temperature
-    policy_BR = torch.log_softmax(logits_BRV, dim=-1).gather(-1, response_BR[..., None])[..., 0].float()
-    behaviour_BR = torch.log_softmax(scores_BRV, dim=-1).gather(-1, response_BR[..., None])[..., 0].float()
+    policy_BR = _gathered(torch.stack(output.logits, dim=1), response_BR, sampling.policy_temperature)
+    behaviour_BR = _gathered(torch.stack(output.scores, dim=1), response_BR, 1.0)
     lengths, reasons = zip(*(_end(stops, row) for row in response_BR.tolist()), strict=True)
     lengths_B, stop_B = torch.tensor(lengths, device=device), torch.tensor(reasons, device=device)
     mask_BR = torch.arange(response_BR.shape[1], device=device)[None] < lengths_B[:, None]
@@ -84,6 +82,15 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
         greedy=sampling.greedy,
     )
     return rollout, output
+
+
+def _gathered(scores_BRV: Tensor, tokens_BR: Tensor, temperature: float) -> Tensor:
+    """Log-probs of the tokens, in float64, a row at a time."""
+    found = []
+    for scores_RV, tokens_R in zip(scores_BRV, tokens_BR, strict=True):
+        logprobs_RV = torch.log_softmax(scores_RV.double() / temperature, dim=-1)
+        found.append(logprobs_RV.gather(-1, tokens_R[:, None])[:, 0].float())
+    return torch.stack(found)
 
 
 def _end(stops: Stops, ids: list[int]) -> tuple[int, int]:

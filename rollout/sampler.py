@@ -176,7 +176,9 @@ class Sampler:
         config = ClosedGenerationConfig.of(policy, max_new_tokens=sampling.max_new_tokens, use_cache=caching)
         with stack:
             policy.core.generate(
-                **generate_arguments(policy, ids_UP, mask_UP), generation_config=config, custom_generate=stream
+                **generate_arguments(policy, ids_UP, mask_UP, policy.habits.first),
+                generation_config=config,
+                custom_generate=stream,
             )
         rows, width = stream.rows, int(stream.rows.length.max())
         rollout = Rollout(

@@ -97,13 +97,13 @@ class Session:
         return [list(pair) for pair in zip(*found, strict=True)]
 
     def stream(self, one: Asked, step: int = 0) -> tuple[str, bool]:
-        """Show a completion as it comes. Its text, and whether it was interrupted; with steering both, when they are there."""
-        if self.steering:
+        """Show a completion as it comes (JSON, and two side by side, when whole). Its text, and whether it was interrupted."""
+        if self.steering or self.job.json:
             text = ""
             with interruptible() as state:
-                both = self.answer([one], step)[0]
-                self.show(one, both)
-                text = both[1].text
+                found = self.answer([one], step)[0]
+                self.show(one, found)
+                text = found[-1].text
             return text, state.interrupted
         sampling = self.job.sampling
         ends = [*self.policy.eos_ids, *sampling.stop_ids]
@@ -143,8 +143,8 @@ class Session:
         """A line per token, and the report."""
         if self.colour:
             say(legend() + "\n")
-        for piece, token in zip(self.tokens(done), done.logprobs or [], strict=True):
-            say(f"{token:10.4f}  {piece!r}\n")
+        for token, logprob in zip(self.tokens(done), done.logprobs or [], strict=True):
+            say(f"{logprob:10.4f}  {token!r}\n")
         say("\n".join(self.confidence(done).lines()) + "\n")
 
     def confidence(self, done: Completed) -> Confidence:

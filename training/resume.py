@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
     import torch
 
     received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    ours = threading.current_thread() is threading.main_thread()  # Python lets no other thread handle signals
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number)) if ours else None
 
     def stop() -> bool:
         flag = torch.tensor([len(received)], device=processes.start().device)
@@ -98,4 +100,5 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if ours:
+            signal.signal(signal.SIGTERM, before)

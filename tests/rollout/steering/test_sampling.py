@@ -134,6 +134,17 @@ def test_some_rows_at_zero_are_bitwise_plain() -> None:
     assert bool(((forced.logprobs_BR - plain.logprobs_BR).abs().amax(1)[2:] > 1e-3).all())
 
 
+def test_what_an_edit_gives_where_it_does_not_apply_never_shows(tmp_path: Path) -> None:
+    """An edit that is NaN at strength 0, on rows and at positions that are not selected: masking by multiplication shows it."""
+    (tmp_path / "own.py").write_text("def divide(base, source, strength):\n    return base / (strength > 0)\n")
+    op = {"type": "function", "function": f"{tmp_path}/own.py:divide"}
+    spec = {"sites": [{"at": {"layers": [0]}, "op": op, "strength": {"column": "s"}, "where": {"steps": [1], "prompt": [0]}}]}
+    steering, rollout, _ = sampled("llama", spec, s=[0.0, 1.0, 0.0])
+    plain = teacher_forced(policy("llama"), rollout)
+    forced = teacher_forced(policy("llama"), rollout, steering=steering)
+    assert torch.equal(forced.logprobs_BR, plain.logprobs_BR) and bool(torch.isfinite(rollout.behaviour_logprobs_BR).all())
+
+
 def test_samples_keep_their_own_strengths() -> None:
     """n samples of a prompt at n strengths: each row's numbers are those of its own strength, alone."""
     spec = {"sites": [{"at": {"layers": [0]}, "vector": vector(), "strength": {"dist": "uniform", "low": -3, "high": 3}}]}
