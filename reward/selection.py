@@ -122,7 +122,9 @@ def selected(folder: Path, scores: Path, selection: Selection) -> Iterator[dict[
     plan = plan_of(load_manifest(folder))
     columns = read_scores(scores, plan)
     if not columns:
-        raise Problem(f"{scores}: no scores-*.parquet; score the dump with score_rollouts.py, or name its scores with --scores DIR")
+        raise Problem(
+            f"{scores}: no scores-*.parquet; score the dump with score_rollouts.py, or name its scores with --scores DIR"
+        )
     if selection.score not in columns:
         raise Problem(f"select.score: {selection.score!r} is no column of the scores; there are {', '.join(columns)}")
     score_PN = columns[selection.score].reshape(plan.prompts, plan.samples)

@@ -118,8 +118,8 @@ def _first_position(policy: Policy, row: Tensor) -> int:
     found = next((first for first in dict.fromkeys(guesses) if _same(_logits(policy, row, first=first), own)), None)
     if found is None:
         raise Problem(
-            f"model: {type(policy.core).__name__} counts positions in a way that explicit position ids do not give; padded rows "
-            "would not be what they are alone, use another implementation of the model"
+            f"model: {type(policy.core).__name__} counts positions in a way that explicit position ids do not give; padded "
+            "rows would not be what they are alone, use another implementation of the model"
         )
     return found
 

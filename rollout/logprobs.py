@@ -194,9 +194,8 @@ def forward_inputs(policy: Policy, rollout: Rollout) -> dict[str, Any]:
             given["attention_mask"] = mask_BS.long()
         if "position_ids" in takes:
             position_BS = positions(mask_BS, policy.habits.first)
-            given["position_ids"] = (
-                position_BS if policy.context is None else position_BS.clamp(max=policy.context + policy.habits.first - 1)
-            )
+            # Only columns beyond a row's end can lie past the context.
+            given["position_ids"] = position_BS if policy.context is None else position_BS.clamp(max=policy.context - 1)
     if "logits_to_keep" in takes:
         given["logits_to_keep"] = rollout.response_width
     return given

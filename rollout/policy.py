@@ -126,6 +126,11 @@ class Policy:
         with no_dropout(self.core), torch.no_grad():
             return observe(self)
 
+    @property
+    def room(self) -> int | None:
+        """Tokens that a row may have: the context, but for models that begin to count positions later."""
+        return None if self.context is None else self.context - self.habits.first
+
     def with_model(self, model: Any) -> Policy:
         """The same policy around another wrapper of its model."""
         return dataclasses.replace(self, model=model)

@@ -203,12 +203,10 @@ def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int =
         what = f"{settings.column!r} is not a column" if settings.column else "none of the usual columns is there"
         raise Problem(f"prompts.column: {what}; {settings.path} has: {', '.join(names)}")
     room = None
-    if policy.context is not None:
-        room = policy.context if policy.is_seq2seq else policy.context - max_new_tokens
+    if (context := policy.room) is not None:
+        room = context if policy.is_seq2seq else context - max_new_tokens
         if room < 1:
-            raise Problem(
-                f"sampling.max_new_tokens: {max_new_tokens} leaves no room for a prompt in a context of {policy.context}"
-            )
+            raise Problem(f"sampling.max_new_tokens: {max_new_tokens} leaves no room for a prompt in a context of {context}")
     return Prompts(table, column, policy, settings, room).check()
 
 

@@ -57,16 +57,14 @@ class Sampler:
         `progress` (0 to 1 over a run) is what a steering schedule reads, the steering's own where it is not given. Every rank
         calls this equally often.
         """
-        self.check(batch)
-        habits = self.policy.habits  # here, where every rank comes: seeing them takes forward passes
-        n = self.sampling.n
-        order = [(i, j) for i in range(len(batch)) for j in range(n)]
-        parts = list(self._parts(batch, order, habits.padding))
         rollouts: list[Rollout] = []
-        call = _Call(step, progress, needs_sync(self.policy.model), on_token)
-        count = _most(len(parts), self.policy.device) if call.synced else len(parts)
         with no_dropout(self.policy.core), torch.no_grad(), _gathered(self.policy.model):
-            for k in range(count):
+            self.check(batch)
+            habits = self.policy.habits  # here, where every rank comes: seeing them takes forward passes
+            order = [(i, j) for i in range(len(batch)) for j in range(self.sampling.n)]
+            parts = list(self._parts(batch, order, habits.padding))
+            call = _Call(step, progress, needs_sync(self.policy.model), on_token)
+            for k in range(_most(len(parts), self.policy.device) if call.synced else len(parts)):
                 if k < len(parts):
                     rollouts.append(self._part(batch, [order[at] for at in parts[k]], call))
                 else:  # a rank that is done takes part in the others' collective calls
@@ -91,7 +89,7 @@ class Sampler:
             raise Problem(
                 f"sampling.max_new_tokens: {new} does not fit the decoder's context of {policy.decoder_context}; set less"
             )
-        size, context = policy.vocab_size, policy.context
+        size, context = policy.vocab_size, policy.room
         room = context if policy.is_seq2seq or context is None else context - new
         for row, ids in zip(batch.rows, batch.ids, strict=True):
             if min(ids) < 0 or max(ids) >= size:

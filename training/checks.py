@@ -105,7 +105,8 @@ def law_problems(sampling: Sampling, ppo: PPOSettings, steering: Any = None) -> 
         return ["sampling.greedy: greedy rollouts have no law to weigh by, so PPO cannot learn from them; set it to false"]
     if steering is not None and steering.role == "data":
         return [
-            "steering.role: data is for dumps that the supervised stage clones; PPO learns with role policy, trainable or behaviour"
+            "steering.role: data is for dumps that the supervised stage clones; PPO learns with role policy, trainable or "
+            "behaviour"
         ]
     behaviour = steering is not None and steering.role == "behaviour"
     if behaviour and sampling.truncates:

@@ -104,7 +104,8 @@ def score(
     """The forward passes of all rows before learning: old log-probs, values, reference. Each rank takes its share.
 
     The policy's pass is taken as the update takes it, in grad mode: some kernels round otherwise without, and the first
-    ratio would be off 1 by that. (Not where weights are spread over ranks, whose engines follow passes in grad mode, nor where memory is short.)"""
+    ratio would be off 1 by that. (Not where weights are spread over ranks, whose engines follow passes in grad mode, nor
+    where memory is short.)"""
     ours = processes.start()
     rows, width = rollout.response_BR.shape
     # Zeros where another rank has the row, so that the sum over ranks is the row itself.

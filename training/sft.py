@@ -116,8 +116,8 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
     import trl
 
     sft = job.sft
-    for name in ("source_prefix", "max_target_tokens", "rouge"):
-        if getattr(sft, name):
+    for name, unset in {"source_prefix": "", "max_target_tokens": 0, "rouge": False, "beams": 1}.items():
+        if getattr(sft, name) != unset:
             raise Problem(f"sft.{name}: {getattr(sft, name)!r}, but the model is causal; it is for encoder-decoders")
     transformers.set_seed(job.run.seed)
     tokenizer = stage_models.load_tokenizer(job.model)

@@ -141,40 +141,34 @@ class Collected:
 class SiteEdit:
     """One site at one of its layers: what the hook of that point calls."""
 
-    __slots__ = ("active", "at", "point", "site")
+    __slots__ = ("active", "at", "key", "number", "plain_add", "point", "site")
 
     def __init__(self, active: Active, site: BoundSite, at: int, point: Point):
         self.active, self.site, self.at, self.point = active, site, at, point
+        self.key, self.number = (active, point.stack), site.index
+        self.plain_add = site.additive and site.trained is None and point.columns is None
+        """The edit is one addition of a fixed vector: it can be scaled before, and kept."""
 
     def __call__(self, frame: Frame, hidden: Tensor) -> Tensor:
-        call: Call | None = frame.calls.get((self.active, self.point.stack))
+        call: Call | None = frame.calls.get(self.key)
         if call is None:
             raise Problem(
                 f"steering: site {self.site.name!r} was reached outside its model's forward; call the model, not the module"
             )
         call.edits += 1
-        number = self.site.index
-        if number in call.selections:
-            selection = call.selections[number]
+        if self.number in call.selections:
+            selection = call.selections[self.number]
         else:
-            selection = call.selections[number] = select(self.site, call)
+            selection = call.selections[self.number] = select(self.site, call)
         if selection is None:
             return hidden
-        if selection.kept is not None:
-            return self._kept(selection, call, hidden)
-        return self._general(selection, call, hidden)
-
-    def _kept(self, selection: Selection, call: Call, hidden: Tensor) -> Tensor:
-        """One response column. Adding a fixed vector is one addition of what was scaled before."""
-        site = self.site
-        if not site.additive or site.trained is not None or self.point.columns is not None or hidden.dim() != 3:
+        if selection.kept is None or not self.plain_add or hidden.dim() != 3:
             return self._general(selection, call, hidden)
-        key = (self.at, hidden.dtype, hidden.device)
-        moved = selection.kept.get(key)  # type: ignore[union-attr]
-        if moved is None:
-            vector = site.vector(self.at, hidden)
+        moved = selection.kept.get(self.at)
+        if moved is None or moved.dtype != hidden.dtype or moved.device != hidden.device:
+            vector = self.site.vector(self.at, hidden)
             moved = (selection.strength_BT1.to(hidden.device) * vector).to(hidden.dtype)
-            selection.kept[key] = moved  # type: ignore[index]
+            selection.kept[self.at] = moved
         edited = hidden + moved
         if selection.mask_BT1 is not None:
             edited = torch.where(selection.mask_BT1.to(hidden.device), edited, hidden)

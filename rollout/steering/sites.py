@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,12 +44,12 @@ class BoundSite:
     def name(self) -> str:
         return self.spec.name
 
-    @property
+    @cached_property
     def additive(self) -> bool:
         """Plainly h + a v: the edit can be scaled once and kept."""
         return self.spec.op.type == "add" and not self.spec.strength.norm_match and self.spec.op.coordinates is None
 
-    @property
+    @cached_property
     def same_for_all_rows(self) -> bool:
         """In a response column, every row is selected alike (strengths may differ)."""
         where = self.spec.where

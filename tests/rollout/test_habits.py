@@ -8,8 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rollout.errors import Problem
 from rollout.habits import Habits
+from rollout.logprobs import teacher_forced
 from rollout.policy import Policy
+from rollout.prompts import PromptBatch
+from rollout.sampler import Sampler
+from rollout.sampling import Sampling
 from tests.models import tiny, tiny_policy, tiny_tokenizer
+from tests.rollout.definitions import worst_gap
 
 ORDINARY = Habits(padding=True, caching=True, picking=True, pads_in_text=True)
 EXPECTED = {
@@ -67,3 +72,23 @@ def test_modes_are_put_back() -> None:
     model.train()
     _ = Policy.of(model, tiny_tokenizer()).habits
     assert all(module.training for module in model.modules())
+
+
+def test_roberta_like_models_count_from_behind_their_pad() -> None:
+    """Explicit positions begin where the model's own do, and the context is as much shorter."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.for_model(
+        "xlm-roberta", vocab_size=64, is_decoder=True, max_position_embeddings=34, pad_token_id=1, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    policy = Policy.of(model, tiny_tokenizer())
+    assert policy.habits.first == 2 and policy.room == 32
+    settings = Sampling(max_new_tokens=20)
+    rollout, _ = Sampler(policy, settings).sample(PromptBatch.of_ids([[5, 6, 7], [8] * 12]))
+    assert not (rollout.response_BR == 1).any()
+    assert worst_gap(model, rollout, settings) < 1e-5
+    assert (teacher_forced(policy, rollout).logprobs_BR - rollout.policy_logprobs_BR).abs().max() < 1e-5
+    with pytest.raises(Problem, match="do not fit the model's context of 32"):
+        Sampler(policy, settings).sample(PromptBatch.of_ids([[8] * 13]))
