@@ -176,7 +176,8 @@ def complete(
 ) -> list[Completed]:
     """One completion per prompt. `limit` is sampling.max_new_tokens unless given (0: nothing is sampled, echo alone).
 
-    A completion is keyed by seed, `step` and its row (`rows`, else 0, 1, ...): another one of them gives another text. `on_token` as for Sampler.sample.
+    A completion is keyed by seed, `step` and its row (`rows`, else 0, 1, ...): another one of them gives another text.
+    `on_token` as for Sampler.sample.
     """
     if sampling.n != 1:
         raise Problem(f"sampling.n: {sampling.n}, but a prompt has one completion; leave it at 1, or dump rollouts")

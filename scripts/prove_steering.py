@@ -29,7 +29,7 @@ from training.ppo import PPOSettings, train
 
 SETTINGS = PPOSettings(
     steps=60, rollouts_per_step=64, epochs=4, minibatches=2, micro_batch_size=64, learning_rate=1e-3, kl_coef=0.002,
-    value="shared", reference="copy", eval_prompts=64, samples=1,
+    value="shared", eval_prompts=64, samples=1,
 )  # fmt: skip
 SAMPLING = Sampling(max_new_tokens=12, batch_size=64)
 REWARD = [{"name": "glad", "kind": "function", "function": "scripts/worlds/suppressed.py:glad"}]

@@ -155,7 +155,7 @@ def test_other_doors_name_what_is_missing(script, capfd, monkeypatch, tmp_path):
     module = importlib.import_module(f"scripts.{script}")
     nowhere, run = str(tmp_path / "nowhere"), ["--run.dir", str(tmp_path / "run")]
     argv = {
-        "score_rollouts": ["--dump.dir", nowhere, "--reward", "[{kind: length}]", *run],
+        "score_rollouts": ["--dump.dir", nowhere, "--reward", "[{kind: repetition}]", *run],
         "train_sft": ["--model.path", nowhere, "--prompts.path", nowhere, *run],
         "train_reward": ["--model.path", nowhere, "--prompts.path", nowhere, *run],
         "select_rollouts": [nowhere, "--out", str(tmp_path / "out.jsonl")],
