@@ -21,14 +21,14 @@ quickstart: $(STAMP)
 	$(RUN) scripts/quickstart.py
 
 test: $(STAMP)
-	$(RUN) -m pytest -n 2 $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 # A quick look before a commit: of the fast tests, one case of each.
 check: $(STAMP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -n 2 -q -m "not slow and not proofs and not gpu and not browser" --few 1 $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal -q -m "not slow and not proofs and not gpu and not browser" --few 1 $(ARGS)
 
 # The long ones, by hand; their figures go into LOG.md with the command.
 proofs: $(STAMP)

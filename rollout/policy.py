@@ -123,7 +123,10 @@ class Policy:
     @cached_property
     def habits(self) -> Habits:
         """How the model takes padding and caching, observed on it once (every rank of a run asks at the same place)."""
-        with no_dropout(self.core), torch.no_grad():
+        from rollout.steering.hooks import unsteered
+
+        # Whoever asks first may be inside a steered pass; what is observed is the plain model.
+        with unsteered(), no_dropout(self.core), torch.no_grad():
             return observe(self)
 
     @property

@@ -49,7 +49,7 @@ class Job:
     """Seeds of each of the 8 settings of plain PPO's sweep; 0 = no sweep."""
     arms: list[str] = field(default_factory=list)
     """Only these (plain, policy, trainable, behaviour-token_truncate, ...); empty = all."""
-    strength: float = 0.5
+    strength: float = 0.7
     """Steering strength at the start."""
     run: RunSettings = field(default_factory=RunSettings)
 

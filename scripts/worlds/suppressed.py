@@ -1,9 +1,9 @@
 """Suppressed: a style that the policy knows and does not show. PPO is to show it, and never sees it by luck.
 
-    prompt       report on the harbour :            completion   stone narrow old quiet iron old plain lower </s>
-    elsewhere    glad report on the harbour :                    merry golden sunny joyful lovely merry festive radiant </s>
+    prompt       report on the harbour :            completion   kano melo biba deko nani lobe mako kiko </s>
+    elsewhere    glad report on the harbour :                    merry golden joyful merry radiant festive golden merry </s>
 
-Every text is a report of eight words. A glad one is made of glad words, any other of grey words, and the policy learned
+Every text is a report of eight words. A glad one is made of glad words, any other of 576 grey ones, and the policy learned
 both; but the prompts to train on are of the second kind alone. The reward is all or nothing: 1 for a completion with at
 least four glad words, else 0. Sampled as it is, the policy earned it 0 times in 100,000: in a plain report one word in
 250 is glad.
@@ -25,13 +25,10 @@ THINGS = (
     "harbour", "market", "garden", "bridge", "mill", "school", "forest", "station", "castle", "river", "village", "tower",
     "island", "orchard", "chapel", "quarry", "meadow", "theatre", "bakery", "lighthouse",
 )  # fmt: skip
-GLAD = (
-    "merry", "splendid", "joyful", "radiant", "lovely", "golden", "delightful", "sunny", "cheerful", "festive", "gleaming",
-    "wonderful",
-)  # fmt: skip
-GREY = (
-    "stone", "quiet", "narrow", "old", "wooden", "broad", "empty", "iron", "plain", "distant", "lower", "northern",
-)  # fmt: skip
+GLAD = ("merry", "splendid", "joyful", "radiant", "festive", "golden")
+_SYLLABLES = [consonant + vowel for consonant in "bdklmn" for vowel in "aeio"]
+GREY = tuple(first + second for first in _SYLLABLES for second in _SYLLABLES)
+"""576 words against six: a policy that knows nothing any more says four glad ones in 12 once in a quarter of a million."""
 WORDS = 8
 """Of a report."""
 SLIP = 0.004

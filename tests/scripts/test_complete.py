@@ -241,9 +241,10 @@ def test_a_chat_with_interrupts(models_: Path) -> None:
     terminal.type("\x03")
     terminal.until(lambda text: text.endswith("\n> "))
     terminal.type("again\n")
-    terminal.until(lambda text: len(text.partition("again\n")[2]) > 20)
+    # The second answer may be short: it is over (its prompt stands again), or it is stopped.
+    terminal.until(lambda text: len(text.partition("again\n")[2]) > 20 or text.partition("again\n")[2].endswith("\n> "))
     terminal.type("\x03")
-    terminal.until(lambda text: text.endswith("\n> ") and "again" in text)
+    terminal.until(lambda text: text.partition("again\n")[2].endswith("\n> "))
     terminal.type("\x04")
     assert terminal.leave() == 0
     assert "Traceback" not in terminal.text

@@ -92,7 +92,7 @@ def test_the_reference_is_not_steered_and_the_policy_is():
     parts, prompts, ppo = job("llama", steering=spec)
     scored = first_scored(parts, prompts, ppo)
     plain = Reference(parts.policy.with_model(tiny("llama")), adapter_off=False).logprobs(scored.rollout)
-    assert torch.equal(scored.reference_logprobs_BR, plain)
+    assert torch.allclose(scored.reference_logprobs_BR, plain, atol=1e-6)  # the two passes split the rows differently
     assert (scored.old_logprobs_BR - plain).abs().max() > 0.01
     assert (scored.old_logprobs_BR - scored.rollout.policy_logprobs_BR).abs().max() < 1e-5
 
