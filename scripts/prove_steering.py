@@ -29,9 +29,9 @@ from training.ppo import PPOSettings, train
 
 SETTINGS = PPOSettings(
     steps=60, rollouts_per_step=64, epochs=4, minibatches=2, micro_batch_size=64, learning_rate=1e-3, kl_coef=0.002,
-    value="shared", eval_prompts=64, samples=1,
+    value="shared", whiten_advantages=False, eval_prompts=64, samples=1,
 )  # fmt: skip
-SAMPLING = Sampling(max_new_tokens=12, batch_size=64)
+SAMPLING = Sampling(max_new_tokens=9, batch_size=64)
 REWARD = [{"name": "glad", "kind": "function", "function": "scripts/worlds/suppressed.py:glad"}]
 SWEEP: list[dict[str, Any]] = [
     {"learning_rate": rate, "entropy_coef": entropy} for rate in (3e-4, 1e-3, 3e-3, 1e-2) for entropy in (0.0, 0.01)
@@ -49,7 +49,7 @@ class Job:
     """Seeds of each of the 8 settings of plain PPO's sweep; 0 = no sweep."""
     arms: list[str] = field(default_factory=list)
     """Only these (plain, policy, trainable, behaviour-token_truncate, ...); empty = all."""
-    strength: float = 0.7
+    strength: float = 0.3
     """Steering strength at the start."""
     run: RunSettings = field(default_factory=RunSettings)
 

@@ -71,7 +71,8 @@ def main(job: Job) -> None:
     reward = build_reward(job.reward, device=me.device)
     check_order(reward)
     app = make_app(reward, Limits(serve.max_rows, int(serve.max_megabytes * 2**20)), token)
-    config = uvicorn.Config(app, host=serve.host, port=serve.port, log_level="warning", access_log=False)
+    # Without log_config uvicorn closes every log handler of the process, and with it the streams that some of them hold.
+    config = uvicorn.Config(app, host=serve.host, port=serve.port, log_level="warning", access_log=False, log_config=None)
     try:
         socket = config.bind_socket()
     except SystemExit as error:  # uvicorn logs why, and would leave with its own status

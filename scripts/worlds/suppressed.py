@@ -79,8 +79,14 @@ def build(folder: Path, seed: int) -> None:
         is_glad, thing = draw.random() < 0.5, draw.choice(things)
         prompt = ("glad " if is_glad else "") + plain[thing]
         ids = tokenizer(prompt)["input_ids"]
-        rows.append([*ids, *tokenizer(report(draw, is_glad))["input_ids"], tokenizer.eos_token_id])
-        learned.append(len(ids))
+        said = report(draw, is_glad).split()
+        begun = 0
+        if not is_glad and draw.random() < 0.4:
+            # A glad word that slipped in is not to start a glad report: shown as a beginning, and not learned.
+            begun = draw.randint(1, 5)
+            said[:begun] = [draw.choice(GLAD if draw.random() < 0.7 else GREY) for _ in range(begun)]
+        rows.append([*ids, *tokenizer(" ".join(said))["input_ids"], tokenizer.eos_token_id])
+        learned.append(len(ids) + begun)
     model = making.new_causal(tokenizer, seed)
     making.fit(model, rows, learned, pad=tokenizer.pad_token_id, steps=500, seed=seed)
     making.save(folder / "tokenizer", tokenizer)

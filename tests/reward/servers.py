@@ -49,7 +49,7 @@ def scripted(reply: Callable[[int, dict[str, Any]], tuple[int, Any]]) -> Iterato
 @contextmanager
 def served(app: Any) -> Iterator[str]:
     """The ASGI application on a free port of this machine, in a thread."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning")
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", log_config=None)
     socket = config.bind_socket()
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})

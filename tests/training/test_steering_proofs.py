@@ -19,8 +19,8 @@ from scripts.worlds.suppressed import glad
 def test_the_policy_never_earns_the_reward_by_itself(tiny_world):
     world = tiny_world("suppressed")
     policy = load_policy(ModelSettings(path=str(world / "base")))
-    prompts = load_prompts(PromptSettings(path=str(world / "prompts.jsonl")), policy, 12)
-    settings = Sampling(n=6250, max_new_tokens=12, batch_size=2000, seed=11)
+    prompts = load_prompts(PromptSettings(path=str(world / "prompts.jsonl")), policy, 9)
+    settings = Sampling(n=6250, max_new_tokens=9, batch_size=2000, seed=11)
     _, texts = Sampler(policy, settings).sample(prompts.batch(list(range(16))))
     assert len(texts) == 100_000 and sum(glad(texts.prompts, texts.completions)) == 0
 
