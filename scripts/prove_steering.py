@@ -91,19 +91,20 @@ def arms(job: Job) -> list[Arm]:
     return [arm for arm in found if not job.arms or arm.name in job.arms]
 
 
-def run_arm(job: Job, arm: Arm, seed: int, folder: Path) -> None:
-    """One PPO run, as scripts/train_ppo.py does it."""
+def run_arm(job: Job, arm: Arm, seed: int, folder: Path) -> bool:
+    """One PPO run, as scripts/train_ppo.py does it; False where it was stopped on its way."""
     policy = load_policy(ModelSettings(path=f"{job.world}/base"), processes.start().device)
     prompts, held = (
         load_prompts(PromptSettings(path=f"{job.world}/{name}.jsonl"), policy, SAMPLING.max_new_tokens)
         for name in ("prompts", "heldout")
     )
-    train(
+    summary = train(
         policy, prompts, build_reward(REWARD, policy=policy, device=policy.device), replace(SAMPLING, seed=seed), arm.settings,
         RunSettings(dir=str(folder), overwrite=True, seed=seed, keep=1),
         steering=load_spec(arm.steering) if arm.steering else None, heldout=held,
         config={"arm": arm.name, "ppo": asdict(arm.settings), "steering": arm.steering},
     )  # fmt: skip
+    return bool(summary)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -179,8 +180,8 @@ def main(job: Job) -> None:
     for arm in arms(job):
         for seed in range(arm.seeds):
             place = folder / f"{arm.name}-{seed}"
-            if not (place / "summary.json").exists():
-                run_arm(job, arm, seed, place)
+            if not (place / "summary.json").exists() and not run_arm(job, arm, seed, place):
+                return  # told to stop: what is done is there for the next time
             results.setdefault(arm.name, []).append(outcome(place))
             print(f"{arm.name} seed {seed}: {results[arm.name][-1]['reward']:.3f}", flush=True)
     write_text(folder / "table.md", table(results))
