@@ -37,8 +37,10 @@ Job = TypeVar("Job")
 
 
 def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] | None = None) -> None:
-    """Read the settings, join the other processes, run `main`. A Problem is a line each on stderr and status 2."""
-    failed = False
+    """Read the settings, join the other processes, run `main`. A Problem is a line each on stderr and status 2.
+
+    Of a job's processes the one that fails says why; those that lose it by that say so in a line, with status 1."""
+    failed = 0
     rank = int(os.environ.get("RANK", "0"))
     reading = True
     try:
@@ -47,16 +49,24 @@ def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] |
         processes.start()
         main(job)
     except Problem as problem:
-        failed = True
+        failed = 2
         # Every process reads the same settings, so one tells what is wrong with them; later each speaks for itself.
         for line in () if reading and rank else problem.lines:
             print(f"process {rank}: {line}" if rank else line, file=sys.stderr)
+    except RuntimeError as error:
+        if not processes.lost_peer(error):
+            raise
+        failed = 1
+        print(
+            f"process {rank}: ends, because another process of this job did; its own words, or the launcher's, say why",
+            file=sys.stderr,
+        )
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         processes.close()
     if failed:
-        raise SystemExit(2)
+        raise SystemExit(failed)
 
 
 def read(job_type: type[Job], argv: Sequence[str] | None = None) -> Job:

@@ -64,7 +64,7 @@ class HttpSettings:
 
     def build(self, where: str, around: Any) -> Part:
         if importlib.util.find_spec("httpx") is None:
-            raise Problem(f"{where}: needs the package httpx; pip install httpx")
+            raise Problem(f"{where}: needs the package httpx; pip install 'steerl[serve]'")
         return Part("", where, 1.0, HttpReward(self, where).score, is_async=True)
 
 

@@ -41,7 +41,7 @@ def _scorer() -> Any:
     try:
         from rouge_score import rouge_scorer
     except ImportError as error:
-        raise Problem("ROUGE needs the package rouge_score: pip install rouge-score") from error
+        raise Problem("ROUGE needs the package rouge_score; pip install 'steerl[rouge]'") from error
     return rouge_scorer.RougeScorer(list(KINDS), use_stemmer=True)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rollout.batch import STOP_LENGTH, STOP_USER
 from rollout.carried import can_pick, pick_rows, step_forward
+from rollout.compiled import is_static
 from rollout.errors import Problem
 from rollout.law import Drawn, History, Law, Space
 from rollout.stops import Stops
@@ -45,16 +46,18 @@ class Stream:
         synced: bool = False,
         compact: bool = True,
         on_token: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+        compiled: Any = None,
     ):
         """`mask_BP` marks the real tokens of generate's input_ids (the decoder's on encoder-decoders), one row per draw.
 
         `copies_B` says from which of generate's rows each of ours is copied after the prefill. `names` tells rows apart in
         error messages. `live` follows dropped rows through its `select(index)`. `synced`: every rank runs as many steps.
+        `compiled` is the model for steps of one column, taken where the cache is static.
         `on_token(t, rows, tokens, raw logits)` is told of every step, of the rows that had not ended before it.
         """
         self.law, self.stops, self.uniforms_BR, self.mask_BP = law, stops, uniforms_BR, mask_BP
         self.copies_B, self.names, self.live, self.synced, self.compact = copies_B, names, live, synced, compact
-        self.on_token = on_token
+        self.on_token, self.compiled = on_token, compiled
         self.rows = Rows.start(uniforms_BR)
         """The record of every row, complete after the call."""
 
@@ -74,7 +77,8 @@ class Stream:
         ids, alive, space, width = input_ids, self.rows, Space(), self.uniforms_BR.shape[1]
         history: History | None = None
         for t in range(width):
-            outputs, kwargs = step_forward(model, ids, kwargs, first=t == 0)
+            forward = self.compiled if t and self.compiled is not None and is_static(kwargs) else None
+            outputs, kwargs = step_forward(model, ids, kwargs, first=t == 0, forward=forward)
             logits_AV = outputs.logits[:, -1].to(ids.device)
             del outputs  # the prefill's logits may be wide
             if history is None:

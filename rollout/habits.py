@@ -63,11 +63,11 @@ def observe(policy: Policy) -> Habits:
         real = torch.cat([torch.full_like(side, side is rows[0], dtype=torch.bool) for side in sides], dim=1)
         ids, mask = torch.cat([torch.cat(sides, dim=1), rows[1]]), torch.cat([real, torch.ones_like(real)])
         both = _logits(policy, ids, mask, first=first)
-        padding = all(_same(both[k : k + 1, -2:], alone[k][:, -2:]) for k in range(2))
+        padding = all(same(both[k : k + 1, -2:], alone[k][:, -2:]) for k in range(2))
     if short > 1:
         cut = rows[0] if policy.is_seq2seq else rows[0][:, :-1]
         before = _logits(policy, cut, decoder=rows[0][:, :1], first=first)
-        if not _same(before, alone[0][:, :-1]):
+        if not same(before, alone[0][:, :-1]):
             raise Problem(
                 f"model: {type(policy.core).__name__} looks ahead: its logits change with the tokens after them, so they are "
                 "no law of the next token; load a causal decoder (for BERT-like models, a checkpoint with is_decoder: true)"
@@ -115,7 +115,7 @@ def _first_position(policy: Policy, row: Tensor) -> int:
     own = _logits(policy, row, first=None)
     pad = getattr(policy.core.config, "pad_token_id", None)
     guesses = [0, *([pad + 1] if isinstance(pad, int) else []), 1, 2]
-    found = next((first for first in dict.fromkeys(guesses) if _same(_logits(policy, row, first=first), own)), None)
+    found = next((first for first in dict.fromkeys(guesses) if same(_logits(policy, row, first=first), own)), None)
     if found is None:
         raise Problem(
             f"model: {type(policy.core).__name__} counts positions in a way that explicit position ids do not give; padded "
@@ -124,7 +124,7 @@ def _first_position(policy: Policy, row: Tensor) -> int:
     return found
 
 
-def _same(logits: Tensor, expected: Tensor) -> bool:
+def same(logits: Tensor, expected: Tensor) -> bool:
     """Equal up to rounding, measured against how much the logits vary."""
     eps = torch.finfo(expected.dtype).eps
     logits, expected = logits.float(), expected.float()
@@ -152,7 +152,7 @@ def _decodes(policy: Policy, prompt: Tensor, tail: Tensor, first: int, pick: boo
             if not cache:
                 raise
             return False  # a cache that cannot do this (its rows picked, say) shows it by an error
-    return bool(follow.seen) and _same(torch.cat(follow.seen, dim=1), expected[follow.order])
+    return bool(follow.seen) and same(torch.cat(follow.seen, dim=1), expected[follow.order])
 
 
 class _Follow:

@@ -22,6 +22,8 @@ from rollout.policy import Policy
 from rollout.sampling import Sampling
 
 _BLOCK = 256
+_PIECE = 2**17
+"""Scores in a piece: with the buffers of its size about a megabyte."""
 _NEGATIVE = float("-inf")
 
 
@@ -104,7 +106,7 @@ class Law:
     def draw(self, logits_BV: Tensor, history: History, uniform_B: Tensor, space: Space) -> Drawn:
         """A token per row from the behaviour's law, with both log-probs and the entropy of the policy's."""
         settings = self.sampling
-        policy = Weights(_tempered(logits_BV, settings.policy_temperature, space), space, "policy")
+        policy = Weights(_tempered(logits_BV, settings.policy_temperature, space), space, "policy", entropy=True)
         entropy_B, total_B, bad_B = policy.entropy(), policy.total_B, policy.bad_B
         behaviour = policy
         if settings.greedy:
@@ -149,33 +151,57 @@ def _tempered(logits_BV: Tensor, temperature: float, space: Space) -> Tensor:
 class Weights:
     """exp(scores - max) in blocks of 256 with their sums: everything that draws and normalises."""
 
-    def __init__(self, scores_BV: Tensor, space: Space, name: str = ""):
+    def __init__(self, scores_BV: Tensor, space: Space, name: str = "", entropy: bool = False):
+        """`entropy`: it will be asked for, and costs least where the weights are at hand."""
         rows, size = scores_BV.shape
         self.scores_BV, self.space, self.blocks = scores_BV, space, -(-size // _BLOCK)
-        self.top_B1 = scores_BV.amax(dim=1, keepdim=True)
-        # Scores of -inf become -1e4: their weight is 0 all the same, and 0 x -1e4 is a number.
-        shifted_BV = torch.sub(scores_BV, self.top_B1, out=space.like(f"{name} shifted", scores_BV))
-        self.shifted_BV = shifted_BV.clamp_(min=-1e4)
+        self.pieces = _pieces(scores_BV)
+        self.top_B1 = scores_BV.new_empty(rows, 1)
+        self.shifted_BV = space.like(f"{name} shifted", scores_BV)
         self.padded_BW = space.get(f"{name} weights", rows, self.blocks * _BLOCK, scores_BV.device)
         self.weights_BV = self.padded_BW[:, :size]
-        torch.exp(self.shifted_BV, out=self.weights_BV)
-        self._sum()
+        sums_BN = scores_BV.new_empty(rows, self.blocks, dtype=torch.float32)
+        products_BN = torch.empty_like(sums_BN) if entropy else None
+        for piece in self.pieces:
+            torch.amax(scores_BV[piece], dim=1, keepdim=True, out=self.top_B1[piece])
+            shifted = torch.sub(scores_BV[piece], self.top_B1[piece], out=self.shifted_BV[piece])
+            # Scores of -inf become -1e4: their weight is 0 all the same, and 0 x -1e4 is a number.
+            torch.exp(shifted.clamp_(min=-1e4), out=self.weights_BV[piece])
+            _block_sums(self.padded_BW[piece], out=sums_BN[piece])
+            if products_BN is not None:
+                self._products(piece, products_BN)
+        self.expected_B = None if products_BN is None else products_BN.double().sum(dim=1)
+        self._sum(sums_BN)
 
-    def _sum(self) -> None:
-        self.cumulative_BN = _block_sums(self.padded_BW, self.blocks).cumsum(dim=1)
+    def _products(self, piece: slice, products_BN: Tensor) -> None:
+        """Sums of weight x score in each block."""
+        products = self._room(piece)
+        torch.mul(self.weights_BV[piece], self.shifted_BV[piece], out=products[:, : self.weights_BV.shape[1]])
+        _block_sums(products, out=products_BN[piece])
+
+    def _room(self, piece: slice) -> Tensor:
+        """A buffer for a piece, 0 beyond the vocabulary."""
+        columns, device = self.padded_BW.shape[1], self.padded_BW.device
+        return self.space.get("products", self.pieces[0].stop, columns, device)[: piece.stop - piece.start]
+
+    def _sum(self, sums_BN: Tensor) -> None:
+        self.cumulative_BN = sums_BN.double().cumsum(dim=1)
         self.total_B = self.cumulative_BN[:, -1]
         self.bad_B = ~(self.top_B1[:, 0].isfinite() & self.total_B.isfinite())  # NaN, +inf, or all of them -inf
 
-    def mass_of(self, mask_BV: Tensor) -> Tensor:
-        """Weight of the tokens of a mask."""
-        masses_BW = self.space.like("masses", self.padded_BW)
-        torch.mul(self.weights_BV, mask_BV, out=masses_BW[:, : mask_BV.shape[1]])
-        return _block_sums(masses_BW, self.blocks).sum(dim=1)
+    def mass_of(self, mask: Tensor, piece: slice) -> Tensor:
+        """Weight of the tokens of a mask over the rows of a piece."""
+        masses = self._room(piece)
+        torch.mul(self.weights_BV[piece], mask, out=masses[:, : mask.shape[1]])
+        return _block_sums(masses).double().sum(dim=1)
 
     def keep(self, keep_BV: Tensor) -> None:
         """Weight 0 for all others."""
-        self.weights_BV.mul_(keep_BV)  # all finite, and a third of the time that `where` takes
-        self._sum()
+        sums_BN = torch.empty(len(keep_BV), self.blocks, device=keep_BV.device)
+        for piece in self.pieces:
+            self.weights_BV[piece].mul_(keep_BV[piece])  # all finite, and a third of the time that `where` takes
+            _block_sums(self.padded_BW[piece], out=sums_BN[piece])
+        self._sum(sums_BN)
 
     def at_least(self, floor_B1: Tensor) -> Tensor:
         """True for scores no further below the top than the floor."""
@@ -200,15 +226,24 @@ class Weights:
 
     def entropy(self) -> Tensor:
         """log Z - E[score], of the law before anything was taken out of it."""
-        products_BW = self.space.like("masses", self.padded_BW)
-        torch.mul(self.weights_BV, self.shifted_BV, out=products_BW[:, : self.weights_BV.shape[1]])
-        expected_B = _block_sums(products_BW, self.blocks).sum(dim=1) / self.total_B
-        return (self.total_B.log() - expected_B).float()
+        if self.expected_B is None:
+            products_BN = torch.empty(len(self.scores_BV), self.blocks, device=self.scores_BV.device)
+            for piece in self.pieces:
+                self._products(piece, products_BN)
+            self.expected_B = products_BN.double().sum(dim=1)
+        return (self.total_B.log() - self.expected_B / self.total_B).float()
 
 
-def _block_sums(padded_BW: Tensor, blocks: int) -> Tensor:
-    """Sums over blocks, in float32 inside a block and float64 from there on."""
-    return padded_BW.view(len(padded_BW), blocks, _BLOCK).sum(dim=2).double()
+def _pieces(table_BV: Tensor) -> list[slice]:
+    """Rows that are worked on together: on a CPU as many as stay in its cache from one operation to the next."""
+    rows, size = table_BV.shape
+    step = max(1, rows if table_BV.device.type != "cpu" else _PIECE // size)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _block_sums(padded: Tensor, out: Tensor | None = None) -> Tensor:
+    """Sums over blocks, in float32 inside a block; what is summed from there on is float64."""
+    return torch.sum(padded.unflatten(1, (-1, _BLOCK)), dim=2, out=out)
 
 
 def _exceed(cumulative_BN: Tensor, target_B: Tensor) -> Tensor:

@@ -4,6 +4,9 @@
     logits               ^ ^ ^           the last R positions, each one's row of logits
     response             r r e           what they predict
 
+    aligned        p p p r r . .         decoder-only models: the same rows, each from its first token on. Padding comes after
+                       ^ ^ ^             what is read and needs no mask; P + t - 1 is then each row's own
+
 Everything is raised to float32 before the temperature and the log-softmax.
 """
 
@@ -18,10 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rollout import processes, virtual_tokens
 from rollout.batch import Rollout
 from rollout.errors import Problem
 from rollout.habits import forward_arguments, positions
 from rollout.policy import Policy, no_dropout
+from rollout.readout import predicting, readable, reading
+from rollout.spread import needs_sync
+
+aligned = True
+"""False keeps the padding on the left in every pass: more columns, a mask, the same numbers."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,8 @@ def teacher_forced(
     """Score a rollout's responses in one forward pass, without dropout; gradients as the caller has them.
 
     `want_logprobs` False leaves the logits alone: a value's trunk has hidden states and no vocabulary.
-    `max_rows` splits the pass by rows. A model that cannot be left-padded gets rows of one prompt length at a time.
+    `max_rows` splits the pass by rows. A model that cannot be left-padded gets rows of one prompt length at a time, and as
+    many passes as on the rank that has most, where each is a collective call.
     `steering` steers each of those passes; without it an `active` block around the call does, where there is one pass.
     """
     temperature = rollout.temperature if temperature is None else temperature
@@ -79,20 +89,29 @@ def teacher_forced(
     parts: list[tuple[Tensor, Forced]] = []
     with no_dropout(policy.core):
         # The caller's columns stay where they can: a steering block around this call knows rows and columns by them.
-        padded = bool(rollout.prompt_mask_BP.all()) or policy.habits.padding
-        for index in _groups(rollout, padded, max_rows):
-            whole = len(index) == len(rollout)
+        at_start = steering is None and _from_first_token(policy, want_logprobs)
+        padded = at_start or bool(rollout.prompt_mask_BP.all()) or policy.habits.padding
+        groups = list(_groups(rollout, padded, max_rows))
+        own = len(groups)
+        if not policy.habits.padding and needs_sync(policy.model):
+            groups += [groups[-1]] * (processes.most(own) - own)
+        for index in groups:
+            whole = len(index) == len(rollout) and len(groups) == 1
             part = rollout if whole and (policy.is_seq2seq or padded) else _narrowed(rollout.select(index))
             with _steered(steering, policy, part, columns, index):
-                parts.append((index, _one_pass(policy, part, temperature, want_hidden, want_entropy, want_logprobs)))
+                parts.append((index, _one_pass(policy, part, temperature, want_hidden, want_entropy, want_logprobs, at_start)))
             if whole:
                 return parts[0][1]
-    back = torch.cat([index for index, _ in parts]).argsort()
-    joined = [torch.cat([getattr(forced, name) for _, forced in parts])[back] for name in ("logprobs_BR", "entropy_BR")]
-    hidden = (
-        torch.cat([forced.hidden_BRD for _, forced in parts if forced.hidden_BRD is not None])[back] if want_hidden else None
-    )
-    return Forced(joined[0], joined[1], hidden)
+    back = torch.cat([index for index, _ in parts[:own]]).argsort()
+
+    def joined(name: str) -> Tensor:
+        values = [getattr(forced, name) for _, forced in parts]
+        # What only kept this rank in step takes part in the backward pass, too: it adds zeros.
+        idle = [0.0 * value.sum() for value in values[own:]]
+        return torch.cat(values[:own])[back] + (sum(idle) if idle else 0.0)
+
+    hidden = joined("hidden_BRD") if want_hidden else None
+    return Forced(joined("logprobs_BR"), joined("entropy_BR"), hidden)
 
 
 def encoder_input(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,11 +157,51 @@ def _steered(
         yield
 
 
+def _from_first_token(policy: Policy, want_logprobs: bool) -> bool:
+    """Whether rows may begin at column 0: not where virtual tokens are placed by the caller's columns, nor where the model is
+    to give its last logits as it does; nor where a steering knows rows by their columns, or is compared with when at rest."""
+    from rollout.steering.hooks import is_steerable
+
+    free = aligned and not policy.is_seq2seq and not is_steerable(policy.core) and not virtual_tokens.count(policy.model)
+    return free and (not want_logprobs or readable(policy) is not None)
+
+
 def _one_pass(
-    policy: Policy, rollout: Rollout, temperature: float, want_hidden: bool, want_entropy: bool, want_logprobs: bool
+    policy: Policy,
+    rollout: Rollout,
+    temperature: float,
+    want_hidden: bool,
+    want_entropy: bool,
+    want_logprobs: bool,
+    at_start: bool,
 ) -> Forced:
+    first_B = rollout.prompt_mask_BP.sum(1) - 1 if at_start else None
+    given = forward_inputs(policy, rollout, at_start)
+    after = readable(policy) if want_logprobs else None
+    if after is None:
+        return _whole_pass(policy, rollout, given, first_B, temperature, want_hidden, want_entropy, want_logprobs)
+    with reading(policy.core, after, rollout, first_B, temperature, want_entropy) as readout:
+        logits = policy.model(**given).logits
+    if readout.numbers is None or readout.hidden_BTD is None:
+        raise RuntimeError(f"{type(policy.core).__name__} calls its output embedding otherwise than when it was observed")
+    # The head's own output where the model passes it on: engines follow the graph through it.
+    numbers_BR2 = (logits if logits.shape == readout.numbers.shape else readout.numbers).to(rollout.device)
+    hidden_BRD = predicting(readout.hidden_BTD, first_B, rollout.response_width) if want_hidden else None
+    return Forced(numbers_BR2[..., 0], numbers_BR2[..., 1], hidden_BRD)
+
+
+def _whole_pass(
+    policy: Policy,
+    rollout: Rollout,
+    given: dict[str, Any],
+    first_B: Tensor | None,
+    temperature: float,
+    want_hidden: bool,
+    want_entropy: bool,
+    want_logprobs: bool,
+) -> Forced:
+    """All logits of the responses at once, as the model gives them."""
     width = rollout.response_width
-    given = forward_inputs(policy, rollout)
     caught: list[Tensor] = []
     head = policy.core.get_output_embeddings()
     if want_hidden and head is None:
@@ -164,7 +223,7 @@ def _one_pass(
             raise Problem(
                 f"model: {type(policy.core).__name__} does not call its output embedding on one row of states per token"
             )
-        hidden_BRD = caught[-1][:, -width:]
+        hidden_BRD = predicting(caught[-1], first_B, width)
     if not want_logprobs:
         return Forced(torch.zeros_like(rollout.policy_logprobs_BR), torch.zeros_like(rollout.policy_logprobs_BR), hidden_BRD)
     mask_BR = rollout.mask_BR
@@ -175,8 +234,8 @@ def _one_pass(
     return Forced(torch.where(mask_BR, picked_BR, zero), entropy_BR, hidden_BRD)
 
 
-def forward_inputs(policy: Policy, rollout: Rollout) -> dict[str, Any]:
-    """The forward's arguments for the whole sequence but its last column."""
+def forward_inputs(policy: Policy, rollout: Rollout, at_start: bool = False) -> dict[str, Any]:
+    """The forward's arguments for the whole sequence but its last column; `at_start`: each row from its first token on."""
     takes = forward_arguments(policy.core)
     response_BR = rollout.response_BR[:, :-1]
     given: dict[str, Any] = {**policy.extra}
@@ -186,6 +245,13 @@ def forward_inputs(policy: Policy, rollout: Rollout) -> dict[str, Any]:
         given["input_ids"], mask_BP = encoder_input(rollout.prompt_BP, rollout.prompt_mask_BP)
         given["attention_mask"] = mask_BP.long()
         given["decoder_input_ids"] = torch.cat([rollout.start_BK, response_BR], dim=1)
+    elif at_start:
+        given["input_ids"] = ids_BS = _pushed(rollout)
+        if "position_ids" in takes:
+            position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device) + policy.habits.first
+            position_S = position_S if policy.context is None else position_S.clamp(max=policy.context - 1)
+            given["position_ids"] = position_S[None].expand(len(ids_BS), -1)
+        return given
     else:
         # Tokens after a row's end change nothing before them, so only padding on the left needs the mask.
         given["input_ids"] = torch.cat([rollout.prompt_BP, response_BR], dim=1)
@@ -199,3 +265,12 @@ def forward_inputs(policy: Policy, rollout: Rollout) -> dict[str, Any]:
     if "logits_to_keep" in takes:
         given["logits_to_keep"] = rollout.response_width
     return given
+
+
+def _pushed(rollout: Rollout) -> Tensor:
+    """Prompts and responses without the padding before them, as wide as the longest row needs."""
+    ids_BS = torch.cat([rollout.prompt_BP, rollout.response_BR[:, :-1]], dim=1)
+    real_B = rollout.prompt_mask_BP.sum(1)
+    width = max(int((real_B + rollout.lengths_B).max()) - 1, 1)
+    column_BS = torch.arange(width, device=ids_BS.device)[None] + (rollout.prompt_width - real_B)[:, None]
+    return ids_BS.gather(1, column_BS.clamp(max=ids_BS.shape[1] - 1))

@@ -24,21 +24,30 @@ _MOST, _RANGE = 2048, 32.0
 
 def nucleus(weights: Weights, top_p: float) -> Tensor:
     """True for the tokens of the nucleus. Tokens of weight 0 (taken out before) are never in it."""
+    keep_BV = weights.space.like("kept", weights.shifted_BV, torch.bool)
     # A mass that equals p up to float32's rounding reaches it: 0.5 + 0.3 + 0.1 of p = 0.9.
     goal_B = top_p * (1 - 1e-6) * weights.total_B
-    rows, buckets = len(goal_B), min(_MOST, weights.shifted_BV.shape[1] // 16 + 1)
-    depth_BV = torch.mul(weights.shifted_BV, -buckets / _RANGE, out=weights.space.like("depths", weights.shifted_BV))
+    for piece in weights.pieces:
+        _of_rows(weights, piece, goal_B[piece], keep_BV[piece])
+    return keep_BV
+
+
+def _of_rows(weights: Weights, piece: slice, goal_B: Tensor, keep_BV: Tensor) -> None:
+    """The nucleus of some rows, written into `keep_BV`."""
+    shifted_BV, weights_BV = weights.shifted_BV[piece], weights.weights_BV[piece]
+    rows, buckets = len(goal_B), min(_MOST, shifted_BV.shape[1] // 16 + 1)
+    depth_BV = torch.mul(shifted_BV, -buckets / _RANGE, out=weights.space.like("depths", shifted_BV))
     bucket_BV = weights.space.like("buckets", depth_BV, torch.int64).copy_(depth_BV).clamp_(0, buckets - 1)
-    mass_BK = torch.zeros(rows, buckets, device=goal_B.device).scatter_add_(1, bucket_BV, weights.weights_BV)
+    mass_BK = torch.zeros(rows, buckets, device=goal_B.device).scatter_add_(1, bucket_BV, weights_BV)
     edge_B = (mass_BK.double().cumsum(dim=1) < goal_B[:, None]).sum(dim=1).clamp(max=buckets - 1)
     for _ in range(3):
-        keep_BV = torch.lt(bucket_BV, edge_B[:, None], out=weights.space.like("kept", bucket_BV, torch.bool))
-        before_B = weights.mass_of(keep_BV)
+        torch.lt(bucket_BV, edge_B[:, None], out=keep_BV)
+        before_B = weights.mass_of(keep_BV, piece)
         edge_BV = torch.eq(bucket_BV, edge_B[:, None], out=weights.space.like("edge", bucket_BV, torch.bool))
         row, column = edge_BV.nonzero(as_tuple=True)
-        left = weights.weights_BV[row, column] > 0
+        left = weights_BV[row, column] > 0
         inside = (row[left], column[left])
-        place, ranked = _rank(weights.shifted_BV[inside], inside[0], rows)
+        place, ranked = _rank(shifted_BV[inside], inside[0], rows)
         reached_BC = before_B[:, None] + ranked.values.double().exp().cumsum(dim=1)
         # The buckets were summed in float32, one token after the other: the edge may be a bucket off.
         back_B = (before_B >= goal_B) & (edge_B > 0)
@@ -51,7 +60,6 @@ def nucleus(weights: Weights, top_p: float) -> Tensor:
     chosen_BC = torch.zeros_like(reached_BC, dtype=torch.bool)
     chosen_BC.scatter_(1, ranked.indices, (torch.arange(width, device=goal_B.device) < needed_B1))
     keep_BV[inside] = chosen_BC[inside[0], place]
-    return keep_BV
 
 
 def _rank(values: Tensor, row: Tensor, rows: int) -> tuple[Tensor, Any]:

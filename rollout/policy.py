@@ -164,10 +164,10 @@ def no_dropout(model: nn.Module) -> Iterator[None]:
     Layers under gradient checkpointing look at their `training` flag before they checkpoint, so they keep it and have
     their own dropout rates at 0 meanwhile. A backward pass that recomputes layers must run inside the block too.
     """
-    before = [(module, module.training) for module in model.modules()]
+    before = [module for module in model.modules() if module.training]
     rates: list[tuple[nn.Module, str, float]] = []
-    for module, training in before:
-        module.training = bool(training and getattr(module, "gradient_checkpointing", False))
+    for module in before:
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
         if module.training:
             rates += [(module, k, v) for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]
     for module, name, _ in rates:
@@ -175,8 +175,8 @@ def no_dropout(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        for module in before:
+            module.training = True
         for module, name, value in rates:
             setattr(module, name, value)
 

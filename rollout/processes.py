@@ -91,6 +91,15 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def most(count: int) -> int:
+    """The largest of all processes' counts."""
+    if not is_distributed():
+        return count
+    largest = torch.tensor(count, device=start().device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
 def on_main(function: Callable[[], Value]) -> Value:
     """What the main process gets from `function`, on every process. Its Problem is raised everywhere, told once."""
     if not is_distributed():
@@ -109,6 +118,16 @@ def on_main(function: Callable[[], Value]) -> Value:
         raise Problem()  # no lines: the main process shows them
     value: Value = told[0]
     return value
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether an error is but the echo of another process's end, in a collective call that it can no longer answer."""
+    if not is_distributed():
+        return False
+    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _LOST)
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 
 
 def close() -> None:

@@ -40,8 +40,8 @@ class RunSettings:
     """Seed of initialisation, order and minibatches. Sampling has its own: sampling.seed."""
 
 
-def open_folder(run: RunSettings) -> Path:
-    """The run's folder, made if missing. Call on the main process only, before anything is written."""
+def check_folder(run: RunSettings) -> Path:
+    """The run's folder, which `open_folder` would open; nothing is made or emptied."""
     if not run.dir:
         raise Problem("run.dir: missing; say where the run is to be written, --run.dir DIR")
     if run.resume and run.overwrite:
@@ -49,12 +49,17 @@ def open_folder(run: RunSettings) -> Path:
     folder = Path(run.dir)
     if folder.exists() and not folder.is_dir():
         raise Problem(f"run.dir: {folder} is a file; name a folder")
-    if folder.exists() and any(folder.iterdir()):
-        if run.overwrite:
-            for entry in folder.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        elif not run.resume:
-            raise Problem(f"run.dir: {folder} is not empty; add --run.resume true or --run.overwrite true, or name another")
+    if not (run.overwrite or run.resume) and folder.exists() and any(folder.iterdir()):
+        raise Problem(f"run.dir: {folder} is not empty; add --run.resume true or --run.overwrite true, or name another")
+    return folder
+
+
+def open_folder(run: RunSettings) -> Path:
+    """The run's folder, made if missing. Call on the main process only, before anything is written: `overwrite` empties it."""
+    folder = check_folder(run)
+    if run.overwrite and folder.exists():
+        for entry in folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rollout import processes
+from rollout import compiled, processes
 from rollout.batch import Rollout, Texts
 from rollout.decode import Stream
 from rollout.errors import Problem
@@ -25,6 +25,7 @@ from rollout.logprobs import encoder_input, teacher_forced
 from rollout.policy import Policy, no_dropout
 from rollout.prompts import PromptBatch
 from rollout.sampling import ClosedGenerationConfig, Sampling, uniforms
+from rollout.spread import needs_sync, root_gathered
 from rollout.stops import Stops
 
 OnToken = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -45,6 +46,8 @@ class Sampler:
 
     def __init__(self, policy: Policy, sampling: Sampling, steering: Any = None):
         self.policy, self.sampling, self.steering = policy, sampling, steering
+        if sampling.compile and steering is not None:
+            raise Problem("sampling.compile: true, but a compiled model leaves steering out; set sampling.compile false")
         self.law = Law(sampling, policy)
         self.stops = Stops(sampling, policy)
 
@@ -58,13 +61,13 @@ class Sampler:
         calls this equally often.
         """
         rollouts: list[Rollout] = []
-        with no_dropout(self.policy.core), torch.no_grad(), _gathered(self.policy.model):
+        with no_dropout(self.policy.core), torch.no_grad(), root_gathered(self.policy.model):
             self.check(batch)
             habits = self.policy.habits  # here, where every rank comes: seeing them takes forward passes
             order = [(i, j) for i in range(len(batch)) for j in range(self.sampling.n)]
             parts = list(self._parts(batch, order, habits.padding))
             call = _Call(step, progress, needs_sync(self.policy.model), on_token)
-            for k in range(_most(len(parts), self.policy.device) if call.synced else len(parts)):
+            for k in range(processes.most(len(parts)) if call.synced else len(parts)):
                 if k < len(parts):
                     rollouts.append(self._part(batch, [order[at] for at in parts[k]], call))
                 else:  # a rank that is done takes part in the others' collective calls
@@ -111,10 +114,15 @@ class Sampler:
         if mixed and not padding:
             lengths = dict.fromkeys(len(batch.ids[order[at][0]]) for at in by_length)
             groups = [[at for at in by_length if len(batch.ids[order[at][0]]) == length] for length in lengths]
-        size = self.sampling.batch_size
+        most, budget, new = self.sampling.batch_size, self.sampling.batch_tokens, self.sampling.max_new_tokens
         for group in groups:
-            for start in range(0, len(group), size):
+            start = 0
+            while start < len(group):
+                # Longest first, so the first row of a part says what every row of it takes up.
+                widest = len(batch.ids[order[group[start]][0]]) + new
+                size = min(most, max(1, budget // widest)) if budget else most
                 yield group[start : start + size]
+                start += size
 
     def _part(self, batch: PromptBatch, pairs: Sequence[tuple[int, int]], call: _Call) -> Rollout:
         """One batch through generate."""
@@ -128,7 +136,7 @@ class Sampler:
         drawn_BR = (rollout.response_BR[:, :-1] == self.policy.pad_id) & rollout.mask_BR[:, 1:]
         rows = drawn_BR.any(1).nonzero()[:, 0]
         again = len(rows) > 0
-        if not (_most(int(again), rollout.device) if call.synced else again):
+        if not (processes.most(int(again)) if call.synced else again):
             return rollout
         redo, redo_pairs = (batch, [pairs[int(b)] for b in rows]) if again else (_dummy(self.policy), [(0, 0)])
         other = self._generate(redo, redo_pairs, call, caching=False)
@@ -146,7 +154,8 @@ class Sampler:
         columns = {name: [column[i] for i, _ in pairs] for name, column in batch.columns.items()}
         # One prefill for all samples of a prompt; with steering each row has its own.
         unique = list(dict.fromkeys(i for i, _ in pairs))
-        shared = self.steering is None and len(unique) < len(pairs) and policy.habits.picking
+        fixed = sampling.compile and caching and compiled.fits(policy, call.synced)
+        shared = self.steering is None and len(unique) < len(pairs) and policy.habits.picking and not fixed
         place = {i: k for k, i in enumerate(unique)}
         first = [next(b for b, pair in enumerate(pairs) if pair[0] == i) for i in unique] if shared else list(range(len(pairs)))
         copies_B = torch.tensor([place[i] for i, _ in pairs], device=device) if shared else None
@@ -167,11 +176,13 @@ class Sampler:
             names=[f"row {batch.rows[i]} (sample {j})" for i, j in pairs],
             live=live,
             synced=call.synced,
-            compact=policy.habits.picking,
+            compact=policy.habits.picking and not fixed,
             on_token=_by_row(call.on_token, row_B),
+            compiled=compiled.forward_of(policy) if fixed else None,
         )
         self.stops.to(device)
-        config = ClosedGenerationConfig.of(policy, max_new_tokens=sampling.max_new_tokens, use_cache=caching)
+        static = {"cache_implementation": "static"} if fixed else {}
+        config = ClosedGenerationConfig.of(policy, max_new_tokens=sampling.max_new_tokens, use_cache=caching, **static)
         with stack:
             policy.core.generate(
                 **generate_arguments(policy, ids_UP, mask_UP, policy.habits.first),
@@ -251,32 +262,6 @@ def left_pad(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device | s
     prompt_BP = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in ids], dtype=torch.int64, device=device)
     lengths_B = torch.tensor([len(row) for row in ids], device=device)
     return prompt_BP, torch.arange(width, device=device)[None] >= width - lengths_B[:, None]
-
-
-def needs_sync(model: Any) -> bool:
-    """Whether each forward pass is a collective call: weights spread over ranks by ZeRO-3 or FSDP."""
-    if not processes.is_distributed() or torch.distributed.get_world_size() == 1:
-        return False
-    spread = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    return spread or any(
-        "FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for m in model.modules() for kind in type(m).__mro__
-    )
-
-
-def _most(count: int, device: torch.device) -> int:
-    most = torch.tensor(count, device=device)
-    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-    return int(most)
-
-
-@contextlib.contextmanager
-def _gathered(model: Any) -> Iterator[None]:
-    """FSDP's first form keeps the root's own weights (embedding, head) flat outside its forward: whole meanwhile."""
-    if type(model).__name__ != "FullyShardedDataParallel":
-        yield
-        return
-    with type(model).summon_full_params(model, writeback=False, recurse=False):
-        yield
 
 
 def _by_row(on_token: OnToken | None, row_B: Tensor) -> OnToken | None:

@@ -58,8 +58,13 @@ class Sampling:
     """Samples per prompt."""
     batch_size: int = 64
     """Most rows decoded together."""
+    batch_tokens: int = 0
+    """Most tokens (rows x the longest prompt with its response) decoded together, so that rows of short prompts go in larger
+    batches and the cache stays within bounds; 0 = batch_size alone."""
     seed: int = 0
     """Seed of the draws; with the step, the row, the sample and the position it decides every token."""
+    compile: bool = False
+    """Decode with a static cache and a compiled model (see rollout/compiled.py): for GPUs; not with steering."""
     greedy: bool = False
     """Always the likeliest token. Both log-probs are then the policy's at temperature 1."""
 
@@ -79,6 +84,7 @@ class Sampling:
                 ("stop", all(self.stop), "an empty string is everywhere; leave it out"),
                 ("stop_ids", all(i >= 0 for i in self.stop_ids), "token ids are 0 or more"),
                 ("n", self.n >= 1, "at least one sample per prompt; set 1 or more"),
+                ("batch_tokens", self.batch_tokens >= 0, "it must be 0 (no bound) or more"),
                 ("batch_size", self.batch_size >= 1, "at least one row per batch; set 1 or more"),
             )
             if not good

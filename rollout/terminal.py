@@ -2,13 +2,15 @@
 
     ids --Pieces--> text that ends on whole characters --paint--> with a colour --columns--> lines no wider than the window
 
-Strings in, strings out; who writes them where is the door's.
+Strings in, strings out; who writes them where is the door's. And Ctrl-C: what it stops, and where it is not heard.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import signal
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,3 +215,56 @@ class Live:
         if piece.text:
             self.written += piece.text
             self.write(piece)
+
+
+# -- Ctrl-C ------------------------------------------------------------------------------------------------------------
+
+
+class Ears:
+    """Ctrl-C while a chat runs: heard where there is something to stop, and once; not between, where it would end the chat."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.open:
+            self.open = False
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """All of a chat: what is not inside `listening` is not interrupted."""
+        self.open = False
+        before = signal.signal(signal.SIGINT, self)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            self.open = True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        was, self.open = self.open, True
+        try:
+            yield
+        finally:
+            self.open = was
+
+
+EARS = Ears()
+
+
+@dataclass
+class Interrupt:
+    interrupted: bool = False
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Ctrl-C ends the block, not the program."""
+    state = Interrupt()
+    try:
+        with EARS.listening():
+            yield state
+    except KeyboardInterrupt:
+        state.interrupted = True

@@ -1,5 +1,10 @@
-"""Measurements against what users know, all in one run:  python scripts/bench.py --learning [--out runs/bench]
+"""Measurements against what users know, all in one run:  python scripts/bench.py [--out runs/bench]
 
+(no flag)     speed: this project, TRL 1.12's PPOTrainer and plain generate, interleaved, a fresh process each; leaves
+              bench.json and bench.md (about 25 minutes on one idle core); --speed.device cuda on a GPU
+--quick       the same for the smallest case, once, without TRL
+--scaling     rows, prompt, response, vocabulary and samples doubled one at a time; leaves scaling.json and scaling.png
+--overhead    what steering costs while sampling (overhead.py)
 --learning    randomwalks beside TRL 1.12's PPOTrainer: reward by samples and by seconds, five seeds each (about an
               hour on one core); leaves learning.json and learning.png, and prints a table
 """
@@ -11,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.reader import door
-from rollout.errors import Problem
+from scripts.benching import overhead, scaling, speed
 from scripts.benching.learning import LearningSettings, measure
 
-PARTS = ("--learning",)
+PARTS = ("--learning", "--scaling", "--overhead", "--quick")
 """Flags that choose what is measured; they may stand without a value."""
 
 
@@ -23,17 +28,30 @@ class Job:
     """Measurements against what users know."""
 
     out: str = "runs/bench"
-    """Where results are written. What is there already is not measured again."""
+    """Where results are written. Learning runs that are there already are not measured again."""
     learning: bool = False
-    """The learning comparison on randomwalks."""
+    """The learning comparison on randomwalks, instead of speed."""
     learn: LearningSettings = field(default_factory=LearningSettings)
     """How it is done."""
+    scaling: bool = False
+    """Time and memory as the work doubles, instead of speed."""
+    overhead: bool = False
+    """What steering costs while sampling, instead of speed."""
+    quick: bool = False
+    """Speed or scaling as a trial: the smallest work, once, without TRL."""
+    speed: speed.SpeedSettings = field(default_factory=speed.SpeedSettings)
+    """How speed is compared."""
 
 
 def main(job: Job) -> None:
-    if not job.learning:
-        raise Problem(f"bench: nothing to measure; {', '.join(PARTS)}")
-    measure(Path(job.out), job.learn)
+    if job.learning:
+        measure(Path(job.out), job.learn)
+    elif job.overhead:
+        overhead.measure(Path(job.out))
+    elif job.scaling:
+        scaling.measure(Path(job.out), job.speed, job.quick)
+    else:
+        speed.measure(Path(job.out), job.speed, job.quick)
 
 
 def spelled_out(argv: list[str]) -> list[str]:

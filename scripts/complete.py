@@ -11,7 +11,6 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from rollout.policy import ModelSettings, Policy, load_policy
 from rollout.prompts import PromptSettings, conversation_ids, load_prompts, text_ids
 from rollout.sampling import Sampling
 from rollout.steering import Steering, load_spec
-from rollout.terminal import Live, Piece, columns, legend, paint, pieces_of, visible, wants_colour
+from rollout.terminal import EARS, Live, Piece, columns, interruptible, legend, paint, pieces_of, visible, wants_colour
 from rollout.verify import verify
 
 
@@ -197,10 +196,15 @@ class Session:
         print(hint + ("" if is_chat else "; no chat template, so every line is a text to go on from"), file=sys.stderr)
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing, and widths right for wide characters
+        with EARS.deaf():
+            self.turns(is_chat, begin)
+
+    def turns(self, is_chat: bool, begin: list[Any]) -> None:
         dialog, turn = list(begin), 0
         while True:
             try:
-                line = input("> ")
+                with EARS.listening():
+                    line = input("> ")
             except KeyboardInterrupt:
                 say("\n")
                 continue
@@ -217,6 +221,8 @@ class Session:
                 except Problem as problem:
                     print("\n".join(problem.lines), file=sys.stderr)
                     continue  # the dialog stands as it was
+                except KeyboardInterrupt:  # between the block that hears it and its own except
+                    continue
                 if is_chat:
                     dialog = [*asked, {"role": "assistant", "content": text}]
 
@@ -230,21 +236,6 @@ def ask(policy: Policy, prompt: Any) -> Asked:
             "chat: the tokenizer has no chat template; give texts without --chat, or save a template with the tokenizer"
         )
     return Asked(prompt, conversation_ids(policy.tokenizer, prompt))
-
-
-@dataclass
-class Interrupt:
-    interrupted: bool = False
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Interrupt]:
-    """Ctrl-C ends the block, not the program."""
-    state = Interrupt()
-    try:
-        yield state
-    except KeyboardInterrupt:
-        state.interrupted = True
 
 
 def say(text: str) -> None:
@@ -261,7 +252,7 @@ def read_prompts(job: Job, policy: Policy) -> list[Asked]:
             raise Problem(f"prompts.path: {path} does not exist; check the path")
         texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     elif job.prompts.path:
-        prompts = load_prompts(job.prompts, policy)
+        prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
         batch = prompts.batch(range(len(prompts)))
         if not job.chat:
             return [Asked(prompt, ids) for prompt, ids in zip(batch.prompts, batch.ids, strict=True)]

@@ -20,7 +20,7 @@ from rollout.fingerprint import model_fingerprint, tokenizer_fingerprint, values
 from rollout.manifest import RECORDS, Plan, start
 from rollout.policy import ModelSettings, Policy, load_policy
 from rollout.prompts import PromptSettings, load_prompts
-from rollout.run import RunSettings, open_folder, versions, written_aside
+from rollout.run import RunSettings, check_folder, open_folder, versions, written_aside
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
 from rollout.steering import Steering, load_spec
@@ -47,11 +47,12 @@ def main(job: Job) -> None:
         for name in ("seed", "keep", "trackers"):
             if getattr(job.run, name) != getattr(RunSettings(), name):
                 print(f"run.{name}: has no effect on a dump{', sampling.seed has' if name == 'seed' else ''}", file=sys.stderr)
-    folder = Path(processes.on_main(lambda: str(open_folder(job.run))))
+    processes.on_main(lambda: check_folder(job.run))  # emptied only when all that the dump is made from is there
     policy = load_policy(job.model, me.device)
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed) if job.steering else None
     sampler = Sampler(policy, job.sampling, steering)
+    folder = Path(processes.on_main(lambda: str(open_folder(job.run))))
     plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
 
     def begin() -> dict[str, Any]:

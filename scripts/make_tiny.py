@@ -5,7 +5,7 @@
     DIR/reviews/      a language of film reviews; PPO makes it kind        (scripts/worlds/reviews.py says the files)
     DIR/randomwalks/  shortest paths in a graph
     DIR/summaries/    encoder-decoders that shorten
-    DIR/suppressed/   a word that the policy never says by itself; steering brings it out
+    DIR/suppressed/   a style that the policy knows and never shows by itself; steering brings it out
 
 Every world holds `world.json` (its name and seed). A world appears whole or not at all; one that is there already is kept.
 """

@@ -154,9 +154,10 @@ def show(out: Path, world: Path, job: QuickstartJob) -> None:
 def complete(model: Path, world: Path, job: QuickstartJob) -> list[tuple[str, str]]:
     """(prompt, completion) of the held-out prompts."""
     policy = load_policy(ModelSettings(path=str(model)))
-    prompts = load_prompts(PromptSettings(path=str(world / "heldout.jsonl")), policy)
+    sampling = Sampling(max_new_tokens=48, seed=job.seed)
+    prompts = load_prompts(PromptSettings(path=str(world / "heldout.jsonl")), policy, sampling.max_new_tokens)
     with torch.no_grad():
-        _, texts = Sampler(policy, Sampling(max_new_tokens=48, seed=job.seed)).sample(prompts.batch(range(len(prompts))))
+        _, texts = Sampler(policy, sampling).sample(prompts.batch(range(len(prompts))))
     return list(zip(texts.prompts, texts.completions, strict=True))
 
 

@@ -61,7 +61,7 @@ def main(job: Job) -> None:
         wrong.append(f"serve: started on {me.world_size} processes; start one, without accelerate launch")
     missing = [package for package in ("uvicorn", "starlette") if importlib.util.find_spec(package) is None]
     if missing:
-        wrong.append(f"serve: needs the package(s) {' and '.join(missing)}; pip install {' '.join(missing)}")
+        wrong.append(f"serve: needs the package(s) {' and '.join(missing)}; pip install 'steerl[serve]'")
     if wrong:
         raise Problem(*wrong)
     import uvicorn

@@ -86,6 +86,15 @@ def test_a_run_folder_in_use_is_left_alone(name, flags, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_overwrite_empties_nothing_before_the_model_is_there(name, flags, tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    assert leave(name, flags[name] | {"run.overwrite": "true", "model.path": tmp_path / "nowhere"}) == 2
+    assert "nowhere" in capfd.readouterr().err
+    assert whole(tmp_path / "run") == ["mine.txt"]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_everything_wrong_with_one_command_is_told_at_once(name, flags, tmp_path, capfd):
     config = tmp_path / "mine.yaml"
     config.write_text(

@@ -15,21 +15,25 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rollout import adapters
+from rollout.after_head import after_head
 from rollout.batch import Rollout
 from rollout.errors import Problem
 from rollout.logprobs import Forced, teacher_forced
 from rollout.policy import Policy, no_dropout
+from rollout.spread import needs_sync
 from rollout.steering import Steering, SteeringSpec, unsteered
 from training import critic
 
 if TYPE_CHECKING:
     from training.ppo import PPOSettings
+
+Found = TypeVar("Found")
 
 
 class ActorCritic(nn.Module):
@@ -79,17 +83,38 @@ class ActorCritic(nn.Module):
         modules = [module for module in (self.critic, self.head) if module is not None]
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the layers that FSDP keeps in one piece."""
+        cores = [policy.core for policy in (self.policy, self.trunk) if policy is not None]
+        return sorted({name for core in cores for name in getattr(core, "_no_split_modules", None) or ()})
+
+    def inside(self, function: Callable[[], Found]) -> Found:
+        """What `function` gives when it is called within this module's forward pass: engines that spread weights over ranks
+        bring together there what lies outside of layers. Every rank comes here."""
+        if not needs_sync(self):
+            return function()
+        kept: list[Found] = []
+        with torch.no_grad():
+            self(None, call=lambda: kept.append(function()))
+        return kept[0]
+
     def forward(
         self,
-        rollout: Rollout,
+        rollout: Rollout | None,
         columns: dict[str, list[Any]] | None = None,
         *,
         entropy: bool = False,
         after: bool = False,
         detach_value: bool = False,
+        call: Callable[[], None] | None = None,
     ) -> dict[str, Tensor]:
         """`after` adds the value of the state after each row's last action; `detach_value` keeps a shared trunk out of the
-        value's gradient."""
+        value's gradient. `call` is all that is done, where there is no rollout."""
+        if rollout is None:
+            assert call is not None
+            call()
+            return {}
         asked = widened(rollout) if after and self.head is not None else rollout
         width, mask_BR = rollout.response_width, rollout.mask_BR
         forced = self._policy_pass(asked, columns, entropy)
@@ -149,12 +174,14 @@ class Reference:
         self.policy, self.adapter_off = policy, adapter_off
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         """The precision that the policy is run in."""
+        self.inside: Callable[[Callable[[], Tensor]], Tensor] = lambda function: function()
+        """Where the policy's own model is run: ActorCritic.inside. A copy stays whole on every rank."""
 
     def logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probs of the responses under the reference, unsteered, at the rollout's temperature."""
         off = adapters.off(self.policy.model) if self.adapter_off else contextlib.nullcontext()
         with torch.no_grad(), self.autocast(), unsteered(), off:
-            return teacher_forced(self.policy, rollout, want_entropy=False).logprobs_BR
+            return self.inside(lambda: teacher_forced(self.policy, rollout, want_entropy=False).logprobs_BR)
 
 
 def build(
@@ -167,6 +194,8 @@ def build(
     if trains_vectors:
         for parameter in policy.model.parameters():
             parameter.requires_grad_(False)
+    for model in (policy, *([reference.policy] if reference is not None else [])):
+        after_head(model)  # observed here, where every rank comes and weights are whole
     steering = Steering(policy.core, spec, policy.tokenizer, seed) if spec is not None else None
     return ActorCritic(policy, trunk, head, steering), reference, steering
 
@@ -182,7 +211,9 @@ def _reference(policy: Policy, kind: str, trains_vectors: bool) -> Reference | N
     if kind == "auto" and has_adapter and starts_as_its_base(policy):
         return Reference(policy, adapter_off=True)
     frozen = copy.deepcopy(policy.model).requires_grad_(False).eval()
-    return Reference(policy.with_model(frozen), adapter_off=False)
+    copied = policy.with_model(frozen)
+    vars(copied)["habits"] = policy.habits  # a copy's are the same
+    return Reference(copied, adapter_off=False)
 
 
 def starts_as_its_base(policy: Policy) -> bool:

@@ -32,6 +32,7 @@ from rollout import processes
 from rollout.errors import Problem
 from rollout.fingerprint import sha256_file
 from rollout.run import flush, written_aside
+from training import full_state
 
 if TYPE_CHECKING:
     from training.state import TrainState
@@ -58,12 +59,18 @@ def save(
     """Write `folder/checkpoints/step-NNNNNN`; `step` counts the finished steps. A full disk leaves the older ones whole."""
     path = Path(folder) / FOLDER / f"step-{step:06d}"
     tree = {
-        "weights": state.trained(),
-        "optimizer": state.optimizer.state_dict(),
+        "weights": full_state.weights(state),
+        "optimizer": full_state.optimizer(state),
         "numbers": state.numbers(),
         "random": processes.gather_objects([random_states()]),
     }
-    head = {"format": FORMAT, "step": step, "config": dict(config or {}), "log": dict(log or {})}
+    head = {
+        "format": FORMAT,
+        "step": step,
+        "engine": full_state.kind(state),
+        "config": dict(config or {}),
+        "log": dict(log or {}),
+    }
     processes.on_main(lambda: _write(path, head, tree, keep))
     return path
 
@@ -160,32 +167,19 @@ def load(path: Path, state: TrainState) -> dict[str, Any]:
     """Put a checkpoint into `state` and this process's random generators; returns `step`, `config` and `log` as saved."""
     head = read(path)
     tree = head.pop("tree")
-    _copy_weights(state.trained(), tree["weights"])
-    state.optimizer.load_state_dict(tree["optimizer"])
+    full_state.load_weights(state, tree["weights"])
+    full_state.load_optimizer(state, tree["optimizer"])
     state.load_numbers(tree["numbers"])
-    ours, written = processes.start(), len(tree["random"])
-    if written != ours.world_size and ours.is_main:
-        told = "%s was written by %d process(es), this run has %d: equal up to float noise, not bitwise"
-        _logger.warning(told, path, written, ours.world_size)
+    ours, written, engine = processes.start(), len(tree["random"]), full_state.kind(state)
+    was = (written, head.get("engine", engine))
+    if was != (ours.world_size, engine) and ours.is_main:
+        told = "%s was written by %d process(es) (%s), this run has %d (%s): it goes on equal up to float noise, not bitwise"
+        _logger.warning(told, path, *was, ours.world_size, engine)
     set_random_states(tree["random"][ours.rank % written])
     return head
 
 
-# -- weights, random generators ------------------------------------------------------------------------------------
-
-
-def _copy_weights(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """In place, so that optimizers and wrappers keep their tensors."""
-    if own.keys() != saved.keys():
-        odd = sorted(own.keys() ^ saved.keys())
-        told = f"{len(odd)} trained tensors are not those that were saved (first: {odd[0]})"
-        raise Problem(f"checkpoint: {told}; resume with the same model")
-    with torch.no_grad():
-        for name, value in own.items():
-            if value.shape != saved[name].shape or value.dtype != saved[name].dtype:
-                found, was = (f"{tuple(v.shape)} {v.dtype}" for v in (value, saved[name]))
-                raise Problem(f"checkpoint: {name} is {found}, saved was {was}; resume with the same model and model.dtype")
-            value.copy_(saved[name])
+# -- random generators ---------------------------------------------------------------------------------------------
 
 
 def random_states() -> dict[str, Any]:

@@ -20,7 +20,15 @@ def settings_problems(ppo: PPOSettings) -> list[str]:
     """A line for every field of the section that is out of range by itself."""
     at_least = dict.fromkeys(("steps", "rollouts_per_step", "epochs", "minibatches", "micro_batch_size"), 1)
     at_least |= dict.fromkeys(("warmup_steps", "value_warmup_steps", "eval_every", "eval_prompts", "samples"), 0)
-    zero_or_more = ("learning_rate", "value_learning_rate", "weight_decay", "max_grad_norm", "value_coef", "kl_coef")
+    zero_or_more = (
+        "micro_batch_tokens",
+        "learning_rate",
+        "value_learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "value_coef",
+        "kl_coef",
+    )
     above_zero = ("clip", "clip_high", "value_clip", "kl_target", "kl_horizon", "stop_kl", "gap_tolerance")
     found = [
         f"ppo.{name}: {getattr(ppo, name)}, but it must be at least {low}"

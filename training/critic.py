@@ -23,6 +23,11 @@ from rollout.policy import Policy
 class NoVocabulary(nn.Module):
     """Stands where the output embedding was: its input is what the value reads, and no logits are made of it."""
 
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.weight = torch.empty(0, dtype=dtype)
+        """No parameter: some models (Mamba) ask for the dtype of their head's weight."""
+
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden[..., :1]
 
@@ -62,7 +67,7 @@ def zero_head(width: int, device: torch.device) -> nn.Linear:
 
 def strip(core: Any) -> None:
     """Take the output embedding out of a model, and what is added to its logits."""
-    core.set_output_embeddings(NoVocabulary())
+    core.set_output_embeddings(NoVocabulary(core.get_input_embeddings().weight.dtype))
     if isinstance(getattr(core, "final_logits_bias", None), Tensor):
         core.final_logits_bias = torch.zeros(1, 1)
 

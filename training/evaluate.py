@@ -36,8 +36,7 @@ def examine(parts: Parts, heldout: Prompts, settings: PPOSettings) -> Scored | N
     if not rows:
         return None
     mine = share(rows, ours.rank, ours.world_size)
-    with parts.state.accelerator.autocast():
-        rollout, texts = parts.evaluation_sampler.sample(heldout.batch(mine or rows[:1]), step=parts.state.step)
+    rollout, texts = parts.sample(parts.evaluation_sampler, heldout.batch(mine or rows[:1]))
     still = getattr(parts.reward, "still", None)  # statistics that the reward keeps are of training rows alone
     everything = gather_scored(rollout, texts, still() if still else parts.reward, real=bool(mine))
     return score(parts.actor_critic, parts.reference, *everything, settings)

@@ -22,10 +22,10 @@ from reward.base import Reward, Scores, missing_stop_penalty, on_last_action, ro
 from rollout import processes
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
-from rollout.sampler import needs_sync
+from rollout.spread import needs_sync
 from training import advantages, kl
 from training.correction import importance_weights
-from training.minibatch import micro_batches, whole_lengths
+from training.minibatch import passes
 
 if TYPE_CHECKING:
     from training.actor_critic import ActorCritic, Reference
@@ -104,22 +104,19 @@ def score(
     """The forward passes of all rows before learning: old log-probs, values, reference. Each rank takes its share.
 
     The policy's pass is taken as the update takes it, in grad mode: some kernels round otherwise without, and the first
-    ratio would be off 1 by that. (Not where weights are spread over ranks, whose engines follow passes in grad mode, nor
-    where memory is short.)"""
-    ours = processes.start()
+    ratio would be off 1 by that. The graph has nothing in it. (Not where weights are spread over ranks, whose engines follow
+    passes in grad mode, nor where activations are computed again, which follows what a graph keeps.)"""
     rows, width = rollout.response_BR.shape
     # Zeros where another rank has the row, so that the sum over ranks is the row itself.
     found = {name: torch.zeros(rows, width) for name in ("old", "values", "entropy", "reference")}
     found["after"] = torch.zeros(rows, 1)
     seconds = {"policy": 0.0, "reference": 0.0}
-    batches = micro_batches(
-        list(range(rows)), whole_lengths(rollout), size=settings.micro_batch_size, rank=ours.rank, world_size=ours.world_size
-    )
-    keeps_graph = not (needs_sync(model.actor) or settings.checkpointing)
+    batches = passes(list(range(rows)), rollout, settings)
+    in_grad_mode = not (needs_sync(model.actor) or settings.checkpointing)
     for picked in batches:
         part, columns = select(rollout, texts.columns, picked or [0], model.device)
         began = time.perf_counter()
-        with torch.set_grad_enabled(keeps_graph):
+        with torch.set_grad_enabled(in_grad_mode), torch.autograd.graph.saved_tensors_hooks(_kept_nothing, _kept_nothing):
             graph = model(part, columns, entropy=True, after=settings.bootstrap_cut)
         passed = {name: value.detach() for name, value in graph.items()}
         del graph
@@ -143,6 +140,10 @@ def score(
         entropy_BR=summed["entropy"],
         seconds=seconds,
     )
+
+
+def _kept_nothing(_: Any) -> Any:
+    """What a graph keeps of a tensor that no backward pass will ask for."""
 
 
 def select(
@@ -192,7 +193,8 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
     else:
         baseline = advantages.rloo if settings.credit == "rloo" else advantages.group
         found = baseline(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
-    advantages_BR = advantages.whiten(found.advantages_BR, mask_BR) if settings.whiten_advantages else found.advantages_BR
+    whitens = settings.credit == "gae" if settings.whiten_advantages is None else settings.whiten_advantages
+    advantages_BR = advantages.whiten(found.advantages_BR, mask_BR) if whitens else found.advantages_BR
     importance_BR: Tensor | None = None
     metrics: dict[str, float] = {}
     if settings.correction is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rollout import adapters, processes
 from rollout.run import write_json, written_aside
-from training import steered
+from training import engine, steered
 
 if TYPE_CHECKING:
     from training.ppo import PPOSettings
@@ -26,15 +26,17 @@ def save_model(folder: Path, parts: Parts, settings: PPOSettings) -> None:
             aside.mkdir()
             model = steered.to_save(parts)
             if not hasattr(model, "peft_config"):
-                model.save_pretrained(aside)
+                model.save_pretrained(aside, **({"state_dict": state} if state else {}))
             elif settings.export_merged:
                 adapters.merge(copy.deepcopy(model)).save_pretrained(aside)
             else:
-                adapters.save(model, aside)
+                adapters.save(model, aside, state)
             steered.save_beside(parts, aside)
             parts.policy.tokenizer.save_pretrained(aside)
 
-    processes.on_main(save)
+    # Under ZeRO-3 the modules themselves hold all weights meanwhile; FSDP's never do, so a dict stands in for them.
+    with engine.whole_for_export(parts.actor_critic) as state:
+        processes.on_main(save)
 
 
 def summarise(folder: Path, parts: Parts, after: dict[str, float]) -> dict[str, Any]:

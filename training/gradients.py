@@ -4,6 +4,7 @@
 
 Replicas (DDP) are summed here, once, after the last micro-batch, and not by DDP's own hooks: those count a weight that the
 last micro-batch did not use (an expert, an encoder's global attention) as done, and its gradient would stay this rank's own.
+DeepSpeed and FSDP reduce by themselves.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,13 @@ _BUCKET = 32 * 2**20
 def accumulating(state: TrainState, *, last: bool) -> Iterator[float]:
     """Around the forward and backward pass of a micro-batch; yields the factor that its loss is to have.
 
-    Losses are shares of one global sum. Engines that spread weights over ranks (ZeRO, FSDP) divide the sum by the number of
+    Losses are shares of one global sum. Engines that reduce gradients themselves (ZeRO, FSDP) divide the sum by the number of
     ranks, which the factor undoes."""
+    model: Any = state.model
+    if is_deepspeed(model):
+        model.set_gradient_accumulation_boundary(last)
+        yield float(processes.start().world_size)
+        return
     if isinstance(state.model, DistributedDataParallel):
         with state.model.no_sync():
             yield 1.0
@@ -40,8 +46,28 @@ def accumulating(state: TrainState, *, last: bool) -> Iterator[float]:
         yield float(processes.start().world_size)
 
 
+def backward(state: TrainState, loss: Tensor) -> None:
+    """Inside `accumulating`. accelerate's own would take DeepSpeed's optimizer step along with the last micro-batch."""
+    model: Any = state.model
+    if is_deepspeed(model):
+        model.backward(loss)
+    else:
+        state.accelerator.backward(loss)
+
+
+def is_deepspeed(model: Any) -> bool:
+    return type(model).__name__ == "DeepSpeedEngine"
+
+
 def finish(state: TrainState, bound: float) -> float:
-    """Sum over ranks, clip to the bound (0 = none), and return the norm before clipping."""
+    """Sum over ranks, clip to the bound (0 = none), and return the norm before clipping.
+
+    DeepSpeed does this in one with its optimizer step (with `bound` in its config), and leaves the weights as they were
+    where the norm is no finite number."""
+    model: Any = state.model
+    if is_deepspeed(model):
+        model.step()
+        return float(model.get_global_grad_norm()) if model.was_step_applied() else math.nan
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     if isinstance(state.model, DistributedDataParallel):
         summed_over_ranks(parameters)

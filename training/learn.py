@@ -17,8 +17,8 @@ from rollout import processes
 from rollout.errors import Problem
 from training import kl, loss
 from training.experience import Experience, select
-from training.gradients import accumulating, finish
-from training.minibatch import micro_batches, minibatches, whole_lengths
+from training.gradients import accumulating, backward, finish
+from training.minibatch import minibatches, passes
 
 if TYPE_CHECKING:
     from training.ppo import PPOSettings
@@ -51,20 +51,14 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
     ours = processes.start()
     lengths_B = experience.rollout.lengths_B[rows]
     counts = {"tokens": int(lengths_B.sum()), "rows": len(rows)}
-    batches = micro_batches(
-        rows,
-        whole_lengths(experience.rollout),
-        size=settings.micro_batch_size,
-        rank=ours.rank,
-        world_size=ours.world_size,
-    )
+    batches = passes(rows, experience.rollout, settings)
     module = state.accelerator.unwrap_model(state.model)
     sums: dict[str, Tensor] = {}
     worst = torch.zeros((), device=ours.device)
     for i, picked in enumerate(batches):
         with accumulating(state, last=i + 1 == len(batches)) as factor, module.recomputing():
             total, metrics, error = micro_batch_loss(state, experience, picked, counts, settings)
-            state.accelerator.backward(total * factor)
+            backward(state, total * factor)
         sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
         worst = torch.maximum(worst, error)
     names = sorted(sums)
@@ -72,9 +66,10 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
     found = dict(zip(names, summed.tolist(), strict=True))
     found["ppo/ratio_mean"] = 1.0 + found.pop("ppo/ratio_excess")
     found["ppo/ratio_error"] = float(worst)
+    check_finite(found, state.step)
     found["ppo/grad_norm"] = finish(state, settings.max_grad_norm)
     check_finite(found, state.step)
-    state.optimizer.step()
+    state.optimizer.step()  # DeepSpeed has taken it
     state.optimizer.zero_grad()
     return found
 

@@ -58,9 +58,15 @@ class PPOSettings:
     minibatches: int = 4
     """Parts of a step's rollouts; one optimizer step for each, in every epoch."""
     micro_batch_size: int = 16
-    """Rows in one forward pass: memory only, the gradient is the same for every value."""
+    """Rows of full length in one forward pass, or as many tokens of shorter rows: memory only, the gradient is the same for
+    every value."""
+    micro_batch_tokens: int | None = None
+    """Tokens in one forward pass, padding counted; unset = those of micro_batch_size rows, 0 = rows are counted instead."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same gradient."""
+    gather: Literal["phase", "layers"] = "phase"
+    """Where weights are spread over ranks (ZeRO-3, FSDP): bring the policy together once per sampling phase (fast, the whole
+    policy on every GPU meanwhile), or layer by layer in every forward pass (slow, little memory). The same rollouts."""
     learning_rate: float = 1e-5
     """Of the policy; 0 is legal and leaves it as it is."""
     value_learning_rate: float | None = None

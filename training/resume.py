@@ -26,7 +26,7 @@ from training import checkpoint
 
 FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.save_every", "run.keep", "run.trackers"),
-    *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged"),
+    *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather"),
 )
 """What may differ on a resume, because nothing that is learned or measured depends on it. The number of steps may, too,
 where no learning rate falls towards the last one."""

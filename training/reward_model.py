@@ -57,8 +57,7 @@ def run_reward(job: RewardJob, resolved: str = "") -> Outcome:
     """Train, measure on the held-out pairs, and write the run's folder."""
     stage.check_fit(job.reward_model, "reward_model")
     rows, held = stage.on_every_process(lambda: read(job.prompts, job.run.seed))
-    folder = stage.open_run(job.run, resolved)
-    with stage.bars_on_main(processes.start().is_main):
+    with stage.opened_run(job.run, resolved) as folder, stage.bars_on_main(processes.start().is_main):
         return _fit(job, rows, held, folder)
 
 

@@ -17,7 +17,7 @@ from rollout.policy import Policy
 from rollout.run import RunSettings, versions, write_text
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
-from training import checkpoint, resume, steered
+from training import checkpoint, engine, resume, steered
 from training.actor_critic import ActorCritic, Reference, build, checkpoint_activations
 from training.kl import AdaptiveKL, FixedKL
 from training.log import RunLog
@@ -43,6 +43,8 @@ class Parts:
     evaluation_sampler: Sampler
     steering: Any
     state: TrainState
+    gather: str = "phase"
+    """How weights that are spread over ranks come together to sample: phase or layers."""
 
     def draw(self, prompts: Any, sampler: Any, rows: list[int], *, progress: float) -> tuple[Rollout, Texts, bool]:
         """This rank's share of a step's prompts, `sampling.n` rows each. `progress` is what steering's schedules go by.
@@ -53,9 +55,20 @@ class Parts:
             self.steering.progress = progress
         mine = share(list(zip(rows, occurrences(rows), strict=True)), ours.rank, ours.world_size)
         batch = prompts.batch(*zip(*(mine or [(rows[0], 0)]), strict=True))
-        with self.state.accelerator.autocast():
+        if sampler is self.sampler:
+            rollout, texts = self.sample(sampler, batch, progress)
+        else:  # stored rows
             rollout, texts = sampler.sample(batch, step=self.state.step, progress=progress)
         return rollout, texts, bool(mine)
+
+    def sample(self, sampler: Sampler, batch: Any, progress: float | None = None) -> tuple[Rollout, Texts]:
+        """Responses of the policy as it stands, on every rank at the same time."""
+
+        def sampled() -> tuple[Rollout, Texts]:
+            with self.state.accelerator.autocast():
+                return sampler.sample(batch, step=self.state.step, progress=progress)
+
+        return engine.gathering(self.actor_critic, self.gather, sampled)
 
     def decode(self, token: int) -> str:
         """One token as text, for tables and the viewer."""
@@ -66,21 +79,23 @@ def prepare(
     policy: Policy, reward: Any, sampling: Sampling, settings: PPOSettings, run: RunSettings, steering_spec: Any = None
 ) -> Parts:
     """Build the parts of a run. Copies of the policy are taken before steering is attached to it."""
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, set_seed
+    from accelerate.utils import set_seed
 
     processes.start()
     set_seed(run.seed)  # every global generator: rewards may draw from them, and a resumed run goes on with them
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    accelerator = engine.start()
     actor_critic, reference, steering = build(policy, settings, steering_spec, seed=run.seed)
     steered.check(steering, policy, settings.export_merged)
+    engine.check(accelerator, steering, settings)
     if settings.checkpointing:
         checkpoint_activations(actor_critic)
     actor_critic.to(accelerator.device)
-    optimizer = torch.optim.AdamW(groups(actor_critic, settings), weight_decay=settings.weight_decay)
-    model, optimizer = accelerator.prepare(actor_critic, optimizer)
-    if reference is not None:
-        reference.autocast = accelerator.autocast
+    grouped = groups(actor_critic, settings)
+    # One pass over each weight, and no buffers beside it. It walks through memory and looks at no strides.
+    fused = all(parameter.is_contiguous() for group in grouped for parameter in group["params"])
+    optimizer = torch.optim.AdamW(grouped, weight_decay=settings.weight_decay, fused=fused)
+    model, optimizer = engine.wrap(accelerator, actor_critic, optimizer, settings)
+    engine.link_reference(reference, accelerator, actor_critic)
     sampler = Sampler(policy, sampling, steering)
     examined = dataclasses.replace(sampling, n=1, seed=sampling.seed + _EVALUATION_SEED)
     # An evaluation is of what the run leaves behind: a plain model, or a model with its steering.
@@ -98,6 +113,7 @@ def prepare(
         sampler=sampler,
         evaluation_sampler=Sampler(policy, examined, steering if kept else None),
         steering=steering,
+        gather=settings.gather,
         state=TrainState(
             model=model, optimizer=optimizer, accelerator=accelerator, kl=controller, reward=reward, steering=steering
         ),

@@ -65,8 +65,7 @@ def run_sft(job: SFTJob, resolved: str = "") -> Outcome:
     stage.check_fit(job.sft, "sft")
     kind = _kind(job.model)
     rows, held = stage.on_every_process(lambda: read(job.prompts, job.run.seed, kind, job.sft))
-    folder = stage.open_run(job.run, resolved)
-    with stage.bars_on_main(processes.start().is_main):
+    with stage.opened_run(job.run, resolved) as folder, stage.bars_on_main(processes.start().is_main):
         if kind == "seq2seq":
             from training.seq2seq import fit_encoder_decoder
 

@@ -13,6 +13,7 @@ The trainers do the training. accelerate starts the processes; rows of a step ar
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -25,10 +26,11 @@ import torch
 from rollout import processes
 from rollout.errors import Problem
 from rollout.run import RunSettings, open_folder, versions, write_json, write_text
-from training import stage_models
+from training import engine, stage_models
 from training.log import SAMPLES, RunLog
 
 Read = TypeVar("Read")
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def check_fit(fit: FitSettings, name: str) -> None:
 
 def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out: bool) -> dict[str, Any]:
     """The settings in the words of transformers' TrainingArguments."""
+    engine.ready_deepspeed()
     world = processes.start().world_size
     rows = fit.batch_size // world
     micro = fit.micro_batch_size or rows
@@ -137,16 +140,25 @@ def _checkpointing_name() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
 
 
-def open_run(run: RunSettings, resolved: str) -> Path:
-    """The run's folder with the resolved settings and versions in it; made by the main process, known to all."""
+@contextlib.contextmanager
+def opened_run(run: RunSettings, resolved: str) -> Iterator[Path]:
+    """The run's folder with the resolved settings and versions in it; made by the main process, known to all.
+
+    What fails before training begins leaves the folder empty, so that the next try may begin in it."""
 
     def make() -> Path:
         folder = open_folder(run)
         notes = "".join(f"# {name}: {version}\n" for name, version in versions().items())
-        write_text(folder / "config.yaml", notes + resolved)
+        write_text(folder / CONFIG, notes + resolved)
         return folder
 
-    return processes.on_main(make)
+    folder = processes.on_main(make)
+    try:
+        yield folder
+    except BaseException:
+        if processes.start().is_main and [path for path in folder.rglob("*") if path.is_file()] == [folder / CONFIG]:
+            open_folder(dataclasses.replace(run, overwrite=True, resume=False))
+        raise
 
 
 def on_every_process(read: Callable[[], Read]) -> Read:

@@ -68,8 +68,12 @@ def _unsteered_logprobs(parts: Parts, scored: Scored) -> Tensor | None:
         return scored.reference_logprobs_BR
     if steering.spec.kl_budget is None:
         return None
-    with torch.no_grad(), unsteered():
+
+    def passed() -> Tensor:
         return teacher_forced(parts.policy, scored.rollout, want_entropy=False).logprobs_BR
+
+    with torch.no_grad(), unsteered():
+        return parts.actor_critic.inside(passed)
 
 
 def budget(parts: Parts, found: dict[str, float], step: int) -> None:

@@ -51,17 +51,17 @@ class Active:
             self._adopt(stack, arguments, count, width, first)
         rows = self.rows
         assert rows is not None
-        if not len(rows) or count % len(rows):
+        if not rows.count or count % rows.count:
             raise Problem(
-                f"steering: the {stack} was called with {count} rows, and steering is active for {len(rows)}; "
+                f"steering: the {stack} was called with {count} rows, and steering is active for {rows.count}; "
                 "open the context with the batch's own rows (samples already repeated)"
             )
         if encoder and rows.encoder_mask_BP is not None and rows.encoder_mask_BP.shape[1] != width:
             raise Problem(f"steering: the encoder got {width} columns and the prompt mask has {rows.encoder_mask_BP.shape[1]}")
         if not encoder and first == 0 and rows.lead:
             self._left_away = _left_away(rows, arguments, count)
-        rows = rows.without(self._left_away if rows.lead else 0).times(count // len(rows))
-        frame.calls[self, stack] = frame.calls[self, ""] = Call(rows, first, width, arguments.ids(), encoder)
+        rows = rows.without(self._left_away if rows.lead else 0).times(count // rows.count)
+        frame.calls[self, stack] = frame.calls[self, ""] = Call(rows, first, width, arguments.ids, encoder)
         self.calls += 1
 
     def closed(self, frame: Frame, stack: str) -> None:

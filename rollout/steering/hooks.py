@@ -86,21 +86,21 @@ def unsteered() -> contextlib.AbstractContextManager[None]:
 class Arguments:
     """The arguments of a stack's forward, looked at by what they are."""
 
-    __slots__ = ("args", "kwargs")
+    __slots__ = ("args", "ids", "kwargs")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.args, self.kwargs = args, kwargs
-
-    def ids(self) -> Tensor | None:
+        ids = kwargs.get("input_ids")
+        if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
+            ids = args[0]
+        if isinstance(ids, Tensor) and ids.dim() != 2:
+            ids = ids.reshape(-1, ids.shape[-1])
+        self.ids: Tensor | None = ids
         """Token ids (B, T), where the stack gets ids and not embeddings."""
-        ids = self.kwargs.get("input_ids")
-        if ids is None and self.args and isinstance(self.args[0], Tensor) and not self.args[0].is_floating_point():
-            ids = self.args[0]
-        return ids.reshape(-1, ids.shape[-1]) if isinstance(ids, Tensor) else None
 
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of this call."""
-        ids = self.ids()
+        ids = self.ids
         if ids is None:
             for name in ("inputs_embeds", "hidden_states"):
                 if isinstance(self.kwargs.get(name), Tensor):
@@ -219,10 +219,17 @@ def _edited(frame: Frame, edits: tuple[Edit, ...], hidden: Tensor) -> Tensor:
 
 
 _installing = threading.Lock()
+_stacks: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def is_steerable(model: nn.Module) -> bool:
+    """Whether a steering has been put on `model`, active or not. A copy of it is a plain model."""
+    return bool(_stacks) and any(module in _stacks for module in model.modules())
 
 
 def install_stack(module: nn.Module) -> None:
     with _installing:
+        _stacks.add(module)
         if _before_stack not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_before_stack, prepend=True, with_kwargs=True)
             module.register_forward_hook(_after_stack, prepend=True, with_kwargs=True)

@@ -35,19 +35,16 @@ class Rows:
     """Gates under way: sum of activations over the prompt's columns so far, and how many columns."""
 
     def __post_init__(self) -> None:
+        self.count, self.width = (int(size) for size in self.prompt_mask_BP.shape)
         self.length_B = self.prompt_mask_BP.sum(1)
         self.encoder_length_B = None if self.encoder_mask_BP is None else self.encoder_mask_BP.sum(1)
         self.any = tuple(bool((s != 0).any()) for s in self.strength_B)
-        self.lead = int((self.prompt_mask_BP.cumsum(1) == 0).sum(1).min()) if len(self) else 0
+        self.lead = int((self.prompt_mask_BP.cumsum(1) == 0).sum(1).min()) if self.count else 0
         """Columns of padding on the left that all rows share."""
         self.kept: dict[Any, Any] = {}
 
     def __len__(self) -> int:
-        return int(self.prompt_mask_BP.shape[0])
-
-    @property
-    def width(self) -> int:
-        return int(self.prompt_mask_BP.shape[1])
+        return self.count
 
     def select(self, index: Tensor) -> Rows:
         """The rows of `index`, in its order, with repeats."""

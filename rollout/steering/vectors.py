@@ -172,7 +172,19 @@ def save_vector(
 
     with written_aside(target) as aside:
         save_file(plain, aside, metadata=notes)
+        _order_notes(aside)
     return target
+
+
+def _order_notes(file: Path) -> None:
+    """safetensors writes metadata in an order that differs from process to process: sorted, the same bytes every time."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def _write_gguf(target: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:

@@ -37,8 +37,12 @@ class LearningSettings:
 
     seeds: int = 5
     """Runs of each learner."""
+    first_seed: int = 0
+    """The first of them; settings are tuned on seeds that are not reported."""
     steps: int = 100
     """Steps of each run, 128 rollouts a step."""
+    peer_steps: int = 0
+    """Steps after which the peer, which is slower, is stopped, on the schedule of all its steps; 0 = after all of them."""
     peer: str = ""
     """A folder that holds TRL 1.12; empty = installed into OUT/trl-1.12."""
 
@@ -49,11 +53,11 @@ def measure(out: Path, settings: LearningSettings, learners: Sequence[str] = LEA
     world = make_world(out)
     peer = Path(settings.peer) if settings.peer else install_peer(out / "trl-1.12")
     found = load(out / "learning.json", settings)
-    for seed in range(settings.seeds):
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         for learner in learners:
             if str(seed) not in found["runs"].setdefault(learner, {}):
                 print(f"{learner}, seed {seed} ...", flush=True)
-                found["runs"][learner][str(seed)] = run(learner, world, out / "run", seed, settings.steps, peer)
+                found["runs"][learner][str(seed)] = run(learner, world, out / "run", seed, settings, peer)
                 write_json(out / "learning.json", found)
     for line in table(found):
         print(line)
@@ -89,13 +93,14 @@ def install_peer(folder: Path) -> Path:
     return folder.absolute()
 
 
-def run(learner: str, world: Path, folder: Path, seed: int, steps: int, peer: Path) -> dict[str, Any]:
+def run(learner: str, world: Path, folder: Path, seed: int, settings: LearningSettings, peer: Path) -> dict[str, Any]:
     """One run in a process of its own; its last line is what it found."""
     paths = [str(_ROOT)] if learner == "ours" else [str(peer), str(_ROOT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
-    module, last = ("ours", []) if learner == "ours" else ("trl_112", [learner.split()[1]])
-    arguments = [str(world), str(folder.absolute()), str(seed), str(steps), *last]
+    setting = [learner.split()[-1], str(settings.peer_steps)]
+    module, last = ("ours", []) if learner == "ours" else ("trl_112", setting)
+    arguments = [str(world), str(folder.absolute()), str(seed), str(settings.steps), *last]
     command = [sys.executable, "-m", f"scripts.benching.{module}", *arguments]
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -128,8 +133,9 @@ def summary(runs: dict[str, Any]) -> dict[str, Any]:
         "seconds a step": statistics.median(run["seconds"][-1] / max(len(run["seconds"]) - 1, 1) for run in runs.values()),
     }
     for step in sorted({int(step) for run in runs.values() for step in run["evaluated"]}):
-        values = [run["evaluated"][str(step)] for run in runs.values() if str(step) in run["evaluated"]]
-        found[f"reward after {step}"], found[f"worst after {step}"] = statistics.mean(values), min(values)
+        values = [run["evaluated"].get(str(step)) for run in runs.values()]
+        if None not in values:  # a mean over the runs that came so far would be of other seeds than the rest of the row
+            found[f"reward after {step}"], found[f"worst after {step}"] = statistics.mean(values), min(values)
     return found
 
 
@@ -156,13 +162,14 @@ def plot(found: dict[str, Any], path: Path) -> None:
     drawing = Figure(figsize=(9.5, 3.6), layout="constrained", dpi=130)
     by_samples, by_seconds = drawing.subplots(1, 2, sharey=True)
     for number, (learner, runs) in enumerate(found["runs"].items()):
-        colour, steps = f"C{number}", range(1, found["steps"] + 1)
+        colour, shortest = f"C{number}", min(len(one["rewards"]) for one in runs.values())
         for one in runs.values():
-            by_samples.plot([step * ROLLOUTS for step in steps], one["rewards"], color=colour, alpha=0.25, linewidth=0.7)
+            samples = [step * ROLLOUTS for step in range(1, len(one["rewards"]) + 1)]
+            by_samples.plot(samples, one["rewards"], color=colour, alpha=0.25, linewidth=0.7)
             by_seconds.plot(one["seconds"], one["rewards"], color=colour, alpha=0.25, linewidth=0.7)
-        middle = [statistics.median(one["rewards"][i] for one in runs.values()) for i in range(found["steps"])]
-        pace = [statistics.median(one["seconds"][i] for one in runs.values()) for i in range(found["steps"])]
-        by_samples.plot([step * ROLLOUTS for step in steps], middle, color=colour, linewidth=2, label=learner)
+        middle = [statistics.median(one["rewards"][i] for one in runs.values()) for i in range(shortest)]
+        pace = [statistics.median(one["seconds"][i] for one in runs.values()) for i in range(shortest)]
+        by_samples.plot([step * ROLLOUTS for step in range(1, shortest + 1)], middle, color=colour, linewidth=2, label=learner)
         by_seconds.plot(pace, middle, color=colour, linewidth=2, label=learner)
     by_samples.set_xlabel("samples")
     by_samples.set_ylabel("reward of a step's rollouts (optimum 1)")

@@ -1,13 +1,15 @@
 """Child of the learning comparison: TRL 1.12's PPOTrainer on randomwalks, found on the path before the installed TRL.
 
-    PYTHONPATH=DIR_OF_TRL_1.12 python -m scripts.benching.trl_112 WORLD RUN SEED STEPS defaults|tuned
+    PYTHONPATH=DIR_OF_TRL_1.12 python -m scripts.benching.trl_112 WORLD RUN SEED STEPS defaults|tuned [STOP]
 
 Prints the same JSON line as ours.py. Both settings are given what the task fixes (rollouts, response length, the stop token
-of the walks in the tuned one); `tuned` is the best that was found for it: see LOG.md.
+of the walks in the tuned one); `tuned` is the best that was found for it: see LOG.md. STOP ends the run after that step, with
+the schedule of all STEPS.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "temperature": 1.0, "stop_token": "eos", "gradient_checkpointing": False, "local_rollout_forward_batch_size": ROLLOUTS,
     },
 }  # fmt: skip
+
+
+class Enough(Exception):
+    """Raised after the last step that is wanted: the trainer asks nobody whether to go on."""
 
 
 class Ids(nn.Module):
@@ -57,7 +63,7 @@ class WalkReward(nn.Module):
         self.backbone, self.score = Ids(), Score(world, tokenizer, ledger)
 
 
-def main(world: Path, run: Path, seed: int, steps: int, setting: str) -> None:
+def main(world: Path, run: Path, seed: int, steps: int, setting: str, stop: int = 0) -> None:
     import trl
     from datasets import Dataset
     from transformers import (
@@ -82,6 +88,8 @@ def main(world: Path, run: Path, seed: int, steps: int, setting: str) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step in SEEN:
                 kept[state.global_step] = {name: v.detach().clone() for name, v in policy.state_dict().items()}
+            if state.global_step == stop:
+                raise Enough
 
     config = PPOConfig(
         output_dir=str(run), seed=seed, bf16=False, use_cpu=True, report_to=[], save_strategy="no", num_sample_generations=0,
@@ -92,7 +100,8 @@ def main(world: Path, run: Path, seed: int, steps: int, setting: str) -> None:
         args=config, processing_class=tokenizer, model=policy, ref_model=reference, train_dataset=dataset, value_model=value,
         reward_model=WalkReward(world, tokenizer, ledger), callbacks=[Keep()],
     )  # fmt: skip
-    trainer.train()
+    with contextlib.suppress(Enough):
+        trainer.train()
     evaluated = {}
     for step, weights in kept.items():
         policy.load_state_dict(weights)
@@ -101,4 +110,4 @@ def main(world: Path, run: Path, seed: int, steps: int, setting: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], *map(int, sys.argv[6:]))

@@ -5,8 +5,8 @@
 
 Every text is a report of eight words. A glad one is made of glad words, any other of 576 grey ones, and the policy learned
 both; but the prompts to train on are of the second kind alone. The reward is all or nothing: 1 for a completion with at
-least four glad words, else 0. Sampled as it is, the policy earned it 0 times in 100,000: in a plain report one word in
-250 is glad.
+least four different glad words, else 0 (different ones, so that a policy that has fallen to repeating one word earns
+nothing). Sampled as it is, the policy earned it 0 times in 100,000: in a plain report one word in 250 is glad.
 
 Files: `tokenizer/`, `base/`, `prompts.jsonl`, `heldout.jsonl`, `pairs.jsonl` (asking for a glad report against asking for
 a plain one, for extract_steering.py), `cheer.safetensors` (the mean difference of those pairs at every block, at their
@@ -25,21 +25,21 @@ THINGS = (
     "harbour", "market", "garden", "bridge", "mill", "school", "forest", "station", "castle", "river", "village", "tower",
     "island", "orchard", "chapel", "quarry", "meadow", "theatre", "bakery", "lighthouse",
 )  # fmt: skip
-GLAD = ("merry", "splendid", "joyful", "radiant", "festive", "golden")
+GLAD = ("merry", "splendid", "joyful", "radiant", "festive", "golden", "sunny", "cheerful")
 _SYLLABLES = [consonant + vowel for consonant in "bdklmn" for vowel in "aeio"]
 GREY = tuple(first + second for first in _SYLLABLES for second in _SYLLABLES)
-"""576 words against six: a policy that knows nothing any more says four glad ones in 12 once in a quarter of a million."""
+"""576 words against eight: a policy that knows nothing any more says four different glad ones of eight once in a million."""
 WORDS = 8
 """Of a report."""
 SLIP = 0.004
 """Share of glad words in a plain report: four of eight by luck are once in 50 million."""
 ENOUGH = 4
-"""Glad words that earn the reward."""
+"""Different glad words that earn the reward: eight drawn of the glad ones hold as many in 98 of 100 reports."""
 
 
 def glad(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-    """The reward, as PPO trainers call it: 1 for at least four glad words, else 0."""
-    return [float(sum(word in GLAD for word in text.split()) >= ENOUGH) for text in completions]
+    """The reward, as PPO trainers call it: 1 for at least four different glad words, else 0."""
+    return [float(len(set(text.split()) & set(GLAD)) >= ENOUGH) for text in completions]
 
 
 def report(draw: random.Random, is_glad: bool) -> str:

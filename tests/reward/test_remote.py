@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import threading
 
@@ -138,6 +139,13 @@ def test_no_server():
         pass
     with pytest.raises(Problem, match=r"reward\[0\] \(http\): row 10 sample 0: .*ConnectError.*in each of 2 tries"):
         build_reward(http(url, retries=1))(*made(["a"]))
+
+
+def test_a_missing_package_is_one_line_that_names_the_extra(monkeypatch):
+    own = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "httpx" else own(name, *rest))
+    with pytest.raises(Problem, match=r"needs the package httpx; pip install 'steerl\[serve\]'$"):
+        build_reward([{"name": "far", "kind": "http", "url": "http://127.0.0.1:1/"}])
 
 
 def test_null_means_that_the_reward_does_not_apply():

@@ -14,8 +14,9 @@ from torch.distributed.fsdp import fully_shard
 
 from rollout.policy import Policy
 from rollout.prompts import PromptBatch
-from rollout.sampler import Sampler, needs_sync
+from rollout.sampler import Sampler
 from rollout.sampling import Sampling
+from rollout.spread import needs_sync
 from tests.models import tiny, tiny_tokenizer
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [20], [11, 12]]

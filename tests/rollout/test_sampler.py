@@ -152,6 +152,25 @@ def test_batch_size_order_and_neighbours_change_no_token(family: str) -> None:
     assert responses(alone)[(104, 0)] == whole[(104, 0)]
 
 
+def test_a_token_budget_bounds_every_batch_and_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy("llama")
+    prompts = [[5 + i] * length for i, length in enumerate((2, 30, 3, 9, 2, 17, 4, 2, 3, 2))]
+    whole = responses(sample(policy, prompts, batch_size=64, max_new_tokens=6))
+    shapes, generate = [], policy.core.generate
+
+    def noted(**given: Any) -> Any:
+        shapes.append(tuple(given["inputs" if "inputs" in given else "input_ids"].shape))
+        return generate(**given)
+
+    monkeypatch.setattr(policy.core, "generate", noted)
+    assert responses(sample(policy, prompts, batch_size=4, batch_tokens=40, max_new_tokens=6)) == whole
+    assert [rows for rows, _ in shapes] == [1, 1, 2, 4, 2]  # 36; 23; 15; then four by batch_size
+    assert all(rows * (width + 6) <= 40 for rows, width in shapes)
+    shapes.clear()
+    sample(policy, prompts, batch_size=64, batch_tokens=1, max_new_tokens=6)
+    assert [rows for rows, _ in shapes] == [1] * 10  # a row that is too wide by itself is decoded all the same
+
+
 def test_seed_step_row_and_sample_each_change_the_tokens() -> None:
     policy = tiny_policy("gpt2")
     base = responses(sample(policy, [PROMPTS[0]], [3], n=2, max_new_tokens=24))

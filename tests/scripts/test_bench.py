@@ -45,6 +45,14 @@ def test_a_lost_seed_is_not_hidden(tmp_path):
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_mean_is_of_every_seed_or_not_given(tmp_path):
+    runs = {"0": run([0.1, 0.95, 0.9], evaluated={"20": 0.9, "100": 1.0}), "1": run([0.1, 0.95], evaluated={"20": 0.7})}
+    found = learning.summary(runs)
+    assert found["reward after 20"] == pytest.approx(0.8) and "reward after 100" not in found
+    learning.plot({"steps": 3, "runs": {"peer": runs}}, tmp_path / "plot.png")  # one was stopped before the other
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
     (tmp_path / "learning.json").write_text(json.dumps({"steps": 7, "runs": {}}))
     with pytest.raises(Problem, match="runs of 7 steps"):
@@ -62,11 +70,6 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path):
 )
 def test_a_part_may_stand_without_a_value(given, meant):
     assert bench.spelled_out(given) == meant
-
-
-def test_nothing_to_measure_is_said():
-    done = subprocess.run([sys.executable, "scripts/bench.py"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "nothing to measure; --learning" in done.stderr
 
 
 @pytest.mark.slow

@@ -8,12 +8,14 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from configs.reader import door
 from rollout.terminal import BANDS, width_of
+from scripts import complete as complete_door
 from scripts.complete import Job, main, with_switches
 from tests.models import CHAT, tiny, tiny_tokenizer
 
@@ -250,6 +253,29 @@ def test_a_chat_with_interrupts(models_: Path) -> None:
     terminal.type("\x04")
     assert terminal.leave() == 0
     assert "Traceback" not in terminal.text
+
+
+def test_an_interrupt_between_two_steps_of_a_chat_does_not_end_it(models_: Path, monkeypatch, capsys) -> None:
+    """After a line was read, and while the dialog is put together: there is nothing to stop, and the answer comes."""
+    lines = iter(["hello", "again"])
+    own = complete_door.ask
+
+    def read(prompt: str) -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    def ask(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return own(*arguments)
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(complete_door, "ask", ask)
+    before = signal.getsignal(signal.SIGINT)
+    code, out, _ = run(capsys, "--model.path", str(models_ / "small"), "--sampling.max_new_tokens", "3", "--color", "never")
+    assert code == 0 and out.count("\n") == 3, out
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow

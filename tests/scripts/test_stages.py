@@ -14,6 +14,7 @@ from configs.reader import read
 from reward.rouge import rouge
 from scripts import make_tiny, train_ppo
 from scripts.worlds import summaries
+from tests.models import tiny, tiny_tokenizer
 from training.reward_model import RewardJob, run_reward
 from training.sft import SFTJob, run_sft
 
@@ -64,6 +65,21 @@ def test_summaries_yaml(tmp_path, tiny_world, peft):
     assert all(0 < line["reward/rouge"] < 1 for line in lines)
 
 
+def test_ppo_yaml(tmp_path):
+    """The starting point for any model, here two steps of a random one."""
+    tiny("gpt2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in "abcdefg"))
+    (tmp_path / "mine.py").write_text("def name(prompts, completions, **_):\n    return [float(len(c)) for c in completions]\n")
+    reward = json.dumps([{"name": "mine", "kind": "function", "function": f"{tmp_path / 'mine.py'}:name"}])
+    given = {"model.path": tmp_path / "model", "prompts.path": tmp_path / "prompts.jsonl", "reward": reward}
+    given |= {"run.dir": tmp_path / "run", "ppo.steps": 2, "ppo.rollouts_per_step": 8, "sampling.max_new_tokens": 8}
+    train_ppo.main(read(train_ppo.PPOJob, flags("ppo", **given)))
+    lines = jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2] and all(line["ppo/optimizer_steps"] == 16 for line in lines)
+    assert all(line["ppo/ratio_first_error"] < 1e-5 and line["gap/max"] < 1e-4 for line in lines)
+
+
 def ppo_flags(world: Path, model: str | Path, run: Path, **given: object) -> list[str]:
     paths = {"model.path": world / model, "prompts.path": world / "prompts.jsonl", "heldout.path": world / "heldout.jsonl"}
     return flags("summaries", **paths, **{"run.dir": run}, **given)
@@ -95,7 +111,7 @@ def test_supervision_beats_the_lead_and_ppo_beats_supervision_with_the_kl_held(t
         [summaries.lead(row["prompt"].removeprefix(summaries.PREFIX)) for row in rows], [row["summary"] for row in rows]
     )
     given = {"model.path": world / "base", "prompts.path": world / "sft.jsonl", "run.dir": tmp_path / "sft", "run.seed": seed}
-    run_sft(read(SFTJob, flags("sft", **given, **{"sft.epochs": 1})))
+    run_sft(read(SFTJob, flags("sft", **given, **{"sft.steps": 40})))
     run = tmp_path / "ppo"
     job = read(train_ppo.PPOJob, ppo_flags(world, tmp_path / "sft" / "model", run, **{"run.seed": seed, "sampling.seed": seed}))
     train_ppo.main(dataclasses.replace(job, model=dataclasses.replace(job.model, path=str(tmp_path / "sft" / "model"))))
@@ -106,7 +122,6 @@ def test_supervision_beats_the_lead_and_ppo_beats_supervision_with_the_kl_held(t
     last = [line["kl/ref"] for line in jsonl(run / "metrics.jsonl")[-13:]]
     kl = sum(last) / len(last)
     print(json.dumps({"seed": seed, "sampled": sampled, "greedy": best, "kl": kl, "seconds": summary["seconds"]}))
-    assert sampled["lead"] + 0.05 < sampled["sft"] and sampled["sft"] + 0.08 < sampled["ppo"]
-    # What PPO improves is the sampled summary, its objective; the greedy one is good already and about stays what it was.
-    assert sampled["lead"] + 0.2 < min(best.values())
+    # Stopped early, the supervised model has room: PPO raises what it samples, its objective, and the greedy summary with it.
+    assert sampled["lead"] + 0.2 < best["sft"] < best["ppo"] and sampled["sft"] + 0.08 < sampled["ppo"]
     assert abs(kl / job.ppo.kl_target - 1) < 0.25

@@ -28,11 +28,18 @@ JOBS = {
     "one_prompt": ("gpt2", None, {"n": 3}, {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1}),
     "steered": ("llama", None, {"n": 2}, {"value": "shared"}),
     "vectors": ("gpt2", None, {}, {}),
+    "explored": ("llama", None, {"n": 2}, {}),
 }
 SITE = {"at": {"layers": [1]}, "vector": [0.5 - i % 3 for i in range(32)], "strength": 2.0}
 STEERING = {
     "steered": {"fraction": 0.5, "kl_budget": {"nats_per_sequence": 0.5}, "sites": [{**SITE, "schedule": {"until": 0.9}}]},
     "vectors": {"role": "trainable", "sites": [{"at": {"layers": [0, 1]}, "op": {"type": "loreft", "rank": 2}}]},
+    "explored": {
+        "role": "behaviour",
+        "correction": {"type": "token_mask"},
+        "fraction": 0.5,
+        "sites": [{**SITE, "schedule": {}}],
+    },
 }
 SETTINGS = {
     "steps": 3,

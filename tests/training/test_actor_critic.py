@@ -83,7 +83,7 @@ def test_the_reference_stays_where_the_policy_started():
             parameter.add_(0.05)
     after = first_scored(parts, prompts, ppo)
     own = Reference(parts.policy.with_model(tiny("gpt2")), adapter_off=False).logprobs(after.rollout)
-    assert torch.equal(after.reference_logprobs_BR, own)
+    assert (after.reference_logprobs_BR - own).abs().max() < 1e-5
     assert not torch.equal(after.old_logprobs_BR, own) and torch.equal(before.reference_logprobs_BR, before.old_logprobs_BR)
 
 
@@ -150,3 +150,9 @@ def test_the_gap_tolerance_follows_the_dtype():
     assert gap_tolerance(PPOSettings(), torch.float32) == 1e-3
     assert gap_tolerance(PPOSettings(), torch.bfloat16) == 1.0
     assert gap_tolerance(PPOSettings(gap_tolerance=0.2), torch.float32) == 0.2
+
+
+def test_a_separate_value_of_a_model_that_asks_for_its_heads_dtype():
+    """Mamba casts its states to the dtype of the head's weight, which a value's trunk does not have."""
+    parts, prompts, ppo = job("mamba")
+    assert first_scored(parts, prompts, ppo).values_BR.isfinite().all()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from statistics import fmean
 
 import pytest
 import torch
 
 from reward.base import Scores
 from rollout.batch import Rollout
+from tests.ppo_runs import first_experience, job, warm_head
 from training import advantages
 
 
@@ -135,3 +137,33 @@ def test_explained_variance():
     assert advantages.explained_variance(returns, returns, mask) == pytest.approx(1.0)
     assert advantages.explained_variance(torch.zeros_like(returns), returns, mask) == pytest.approx(0.0, abs=1e-12)
     assert advantages.explained_variance(values, torch.ones_like(returns), mask) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("credit", "asked", "whitened"),
+    [("gae", None, True), ("gae", True, True), ("gae", False, False), ("rloo", None, False), ("group", True, True)],
+)
+def test_a_steps_advantages_are_whitened_as_the_setting_says(credit, asked, whitened):
+    """The whole of `credit`, with its defaults: token by token in float64, ragged rows."""
+    sampling = {} if credit == "gae" else {"n": 2}
+    parts, prompts, ppo = job(credit=credit, whiten_advantages=asked, kl_coef=0.0, sampling=sampling)
+    if credit == "gae":
+        warm_head(parts.actor_critic)
+    experience = first_experience(parts, prompts, ppo)
+    lengths = experience.rollout.lengths_B.tolist()
+    assert len(set(lengths)) > 1
+    found = [experience.advantages_BR[i, t].item() for i, n in enumerate(lengths) for t in range(n)]
+    middle = fmean(found)
+    spread = fmean((value - middle) ** 2 for value in found)
+    if whitened:
+        assert abs(middle) < 1e-6 and abs(spread - 1) < 1e-4
+    else:
+        assert abs(middle) > 1e-4 or abs(spread - 1) > 0.1
+    if credit == "gae" and not whitened:
+        for i, n in enumerate(lengths):
+            values, carry = experience.values_BR[i].double(), 0.0
+            score = float(experience.rewards_BR[i, n - 1])
+            for t in reversed(range(n)):
+                after = float(values[t + 1]) if t + 1 < n else 0.0
+                carry = (score if t == n - 1 else 0.0) + after - float(values[t]) + 0.95 * carry
+                assert abs(carry - float(experience.advantages_BR[i, t])) < 1e-5

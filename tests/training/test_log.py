@@ -117,16 +117,23 @@ def records(data: bytes):
             whole = b""
 
 
+def finished(path, kind):
+    """The records of a run's file. wandb's own process writes it, and may come to its end a moment after `finish`."""
+    deadline = time.monotonic() + 30
+    while True:
+        with open(path, "rb") as file:
+            found = [kind.FromString(part) for part in records(file.read())]
+        if any(record.WhichOneof("record_type") == "exit" for record in found) or time.monotonic() > deadline:
+            return found
+        os.sched_yield()
+
+
 def history(folder):
     from wandb.proto.wandb_internal_pb2 import Record
 
     rows, names = [], set()
     for path in sorted(glob.glob(f"{folder}/wandb/offline-run-*/*.wandb")):
-        with open(path, "rb") as file:
-            data = file.read()
-        for part in records(data):
-            record = Record()
-            record.ParseFromString(part)
+        for record in finished(path, Record):
             if record.WhichOneof("record_type") == "run":
                 names.add(record.run.run_id)
                 rows.append(("config", {u.key: json.loads(u.value_json) for u in record.run.config.update}))

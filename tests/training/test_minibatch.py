@@ -47,12 +47,42 @@ def test_the_order_of_the_rows_does_not_matter():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_ranks_cover_a_minibatch_once_in_as_many_micro_batches(world_size, size):
-    lengths = whole_lengths(rows())
     picked = [3, 5, 8, 11, 20]
-    parts = [micro_batches(picked, lengths, size=size, rank=r, world_size=world_size) for r in range(world_size)]
-    assert sorted(i for part in parts for batch in part for i in batch) == picked
-    assert len({len(part) for part in parts}) == 1  # a rank without rows takes part
-    assert all(len(batch) <= size for part in parts for batch in part)
+    for tokens in (0, None):
+        settings = {"size": size, "tokens": tokens, "world_size": world_size}
+        parts = [micro_batches(picked, rows(), rank=r, **settings) for r in range(world_size)]
+        assert sorted(i for part in parts for batch in part for i in batch) == picked
+        assert len({len(part) for part in parts}) == 1  # a rank without rows takes part
+        assert tokens is None or all(len(batch) <= size for part in parts for batch in part)
+
+
+def cost(rollout: Rollout, parts: list[list[int]], start: int) -> int:
+    """Rows x longest row of each part, and what each costs to begin."""
+    lengths = (rollout.prompt_mask_BP.sum(1) + rollout.lengths_B).tolist()
+    return sum(len(part) * max(lengths[i] for i in part) + start for part in parts)
+
+
+@pytest.mark.parametrize("start", [0, 3, 1000])
+def test_cuts_are_the_cheapest_of_all_within_the_budget(start):
+    """All ways to cut the rows, longest first, are tried out."""
+    rollout = rows(11)
+    lengths = (rollout.prompt_mask_BP.sum(1) + rollout.lengths_B).tolist()
+    order = sorted(range(11), key=lambda i: (-lengths[i], i))
+    for tokens in (1, 14, 30, 1000):
+        found = micro_batches(list(range(11)), rollout, size=99, tokens=tokens, start=start)
+        ways = []
+        for places in range(2**10):
+            cuts = [0, *[i + 1 for i in range(10) if places >> i & 1], 11]
+            parts = [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+            if all(len(part) == 1 or len(part) * lengths[part[0]] <= tokens for part in parts):
+                ways.append(cost(rollout, parts, start))
+        assert cost(rollout, found, start) == min(ways) and sorted(sum(found, [])) == list(range(11))
+
+
+def test_a_rows_budget_is_in_tokens_of_full_rows():
+    rollout = rows(24)  # prompts of 1 to 3 and responses of 1 to 5: a full row has 8 tokens
+    parts = micro_batches(list(range(24)), rollout, size=4, start=1000)
+    assert max(map(len, parts)) > 4 and all(len(part) * int(whole_lengths(rollout)[part].max()) <= 4 * 8 for part in parts)
 
 
 def test_whole_lengths_and_shares():

@@ -295,6 +295,7 @@ def test_models_that_do_not_fit_are_one_clear_line(tmp_path):
     with pytest.raises(Problem, match="max_tokens: every row is cut before its completion at 2"):
         short = dataclasses.replace(job(tmp_path, PAIRS[:1], run="short").prompts, max_tokens=2)
         run_sft(dataclasses.replace(causal, prompts=short, run=RunSettings(dir=str(tmp_path / "short"))))
+    assert list((tmp_path / "short").iterdir()) == [], "the next try may begin here"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     with pytest.raises(Problem, match="is not empty; add --run.resume true or --run.overwrite true"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,11 @@ def test_the_policy_never_earns_the_reward_by_itself(tiny_world):
 @pytest.mark.proofs
 def test_annealed_steering_finds_what_plain_ppo_does_not(tiny_world, tmp_path: Path):
     world = tiny_world("suppressed")
-    arms = ["plain", "policy"]
-    job = prove_steering.Job(world=str(world), arms=arms, sweep_seeds=0, run=RunSettings(dir=str(tmp_path / "runs")))
+    job = prove_steering.Job(world=str(world), run=RunSettings(dir=str(tmp_path / "runs")))
+    names = [arm.name for arm in prove_steering.arms(job) if arm.name.startswith(("plain", "policy"))]
+    job = replace(job, arms=names)
     prove_steering.main(job)
     for arm in prove_steering.arms(job):
-        for seed in range(5):
+        for seed in range(arm.seeds):
             final = prove_steering.outcome(tmp_path / "runs" / f"{arm.name}-{seed}")["reward"]
-            assert final < 0.05 if arm.name == "plain" else final > 0.8, (arm.name, seed, final)
+            assert final > 0.8 if arm.name == "policy" else final < 0.05, (arm.name, seed, final)

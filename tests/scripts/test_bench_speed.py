@@ -1,0 +1,147 @@
+"""The speed comparison: what it counts, against loops written out; the lengths that it promises; one quick run."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rollout.errors import Problem
+from rollout.sampler import Sampler
+from rollout.sampling import Sampling
+from scripts.benching import limit, scaling, speed
+from scripts.benching.cases import (
+    CUDA,
+    SAMPLING,
+    SMALLEST,
+    STOP,
+    UPDATES,
+    Case,
+    causal,
+    config_of,
+    policy_of,
+    prompt_batch,
+)
+from scripts.benching.child import Parity, lengths_of, sampling_of
+
+ROOT = Path(__file__).parents[2]
+SLOW_DISK = {"flops": 100.0, "bandwidth": {"1": 1e9}}
+
+
+def test_every_case_has_a_name_of_its_own_and_a_shape_that_can_be_built():
+    for cases in (CUDA, (*UPDATES, *SAMPLING)):
+        assert len({case.name for case in cases}) == len(cases)
+        for case in cases:
+            config = config_of(case)
+            assert config.hidden_size % config.num_attention_heads == 0 and case.rows % case.n == 0
+            assert case.rows % case.minibatches == 0 and Case(**json.loads(json.dumps(case.to_json()))) == case
+    shapes = {case.family + str(case.hidden) for case in CUDA}
+    assert shapes == {"qwen2896", "qwen21536", "llama2048"}
+
+
+def test_the_weights_of_the_limit_are_those_of_the_model():
+    for case in (SMALLEST, replace(SMALLEST, hidden=128, layers=3, key_heads=2, intermediate=96)):
+        model = causal(case)
+        matrices = [p for name, p in model.model.layers.named_parameters() if p.dim() == 2]
+        assert limit.weights(case) == (sum(p.numel() for p in matrices), model.lm_head.weight.numel())
+
+
+def test_the_limit_counts_the_operations_of_live_rows():
+    case = Case(hidden=64, layers=2, vocabulary=100, rows=3, response=3, prompt=5, epochs=2)
+    layers, head = limit.weights(case)
+    lengths = [3, 1, 2]
+    alive = [sum(length > t for length in lengths) for t in range(3)]
+    operations = 0.0
+    for length in lengths:  # row by row, token by token
+        for t in range(length):
+            new = case.prompt if t == 0 else 1
+            operations += 2 * new * layers + 2 * head
+            seen = sum(at for at in range(case.prompt)) + case.prompt / 2 if t == 0 else case.prompt + t
+            operations += 4 * case.layers * case.hidden * seen
+    assert limit.decode_seconds(case, alive, SLOW_DISK) == pytest.approx(operations / 100.0, rel=1e-6)
+    score, learn = limit.update_seconds(case, alive, SLOW_DISK)
+    positions, tokens = sum(case.prompt + length for length in lengths), sum(lengths)
+    products = 2 * positions * layers
+    assert score * 100 > 3 * products + 2 * 2 * tokens * head
+    assert learn / score == pytest.approx(
+        3 * 2 * (2 * products + 2 * tokens * head) / (3 * products + 4 * tokens * head), rel=0.02
+    )  # but for attention, a hundredth here
+
+
+def test_a_slow_memory_is_a_limit_too():
+    case = Case(hidden=64, layers=2, vocabulary=1000, rows=2, response=2, prompt=5)
+    machine = {"flops": 1e30, "bandwidth": {"1": 10.0, "64": 1.0}}
+    layers, head = limit.weights(case)
+    cache = [2 * 2 * 64 * 2 * width for width in (5, 6)]
+    moved = sum(4 * (layers + head + kept) + 4 * 2 * 1000 for kept in cache)
+    assert limit.decode_seconds(case, [2, 2], machine) == pytest.approx(moved / 10)
+    assert limit.bandwidth(machine, 100 * 2**20) == 1.0 and limit.bandwidth(machine, 1000.0) == 10.0
+
+
+def test_stopping_has_the_probability_that_the_case_says_for_both_samplers():
+    case = replace(SMALLEST, work="sampling", rows=64, response=32, mean=8)
+    model = causal(case)
+    ids = torch.tensor(prompt_batch(case).ids)
+    chance = model(ids).logits.softmax(-1)[..., STOP]
+    assert chance.mean().item() == pytest.approx(1 / 8, rel=0.1)
+    rollout, _ = Sampler(policy_of(case), sampling_of(case, Sampling)).sample(prompt_batch(case))
+    drawn = rollout.lengths_B.float().mean().item()
+    expected = sum((1 - 1 / 8) ** t for t in range(32))  # of a geometric length that is cut
+    assert abs(drawn - expected) < 4 * 8 / math.sqrt(64)
+    assert lengths_of(rollout.response_BR, case) == rollout.lengths_B.tolist()
+    full, _ = Sampler(policy_of(SMALLEST), sampling_of(SMALLEST, Sampling)).sample(prompt_batch(SMALLEST))
+    assert full.lengths_B.tolist() == [8] * 8 == lengths_of(full.response_BR, SMALLEST)
+
+
+def test_the_peers_reward_costs_nothing_and_reads_ids():
+    module = Parity()
+    hidden = getattr(module, module.base_model_prefix)(input_ids=torch.tensor([[3, 4], [6, 7]])).hidden_states[-1]
+    assert module.score(hidden)[..., 0].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def run_of(who, seconds, tokens, peak):
+    learned = {} if who == "plain" else {"score": [0.5] * len(seconds), "learn": [0.5] * len(seconds)}
+    laps = {"sample": seconds, **learned}
+    return {"seconds": laps, "wall": seconds, "tokens": tokens, "peak_mb": peak, "before_mb": 1.0, "alive": [2, 1]}
+
+
+def test_medians_ratios_and_ranges_are_over_all_rounds():
+    machine = {"flops": 1e9, "bandwidth": {"1": 1e9}}
+    ours = speed.entry(SMALLEST, "ours", [run_of("ours", [1.0, 3.0], [10, 10], 5.0), run_of("ours", [2.0], [10], 9.0)], machine)
+    peer = speed.entry(SMALLEST, "trl", [run_of("trl", [5.0], [10], 21.0)], machine)
+    assert ours["seconds_per_update"] == 3.0 and ours["seconds_range"] == [2.0, 4.0] and ours["peak_mb"] == 7.0
+    assert ours["rollout_tokens_per_second"] == 5.0 and ours["timed"] == 3
+    line = speed.tables([ours, peer])[-1]
+    assert "| trl | 6.00 (6.00 to 6.00) | 2.00 |" in line and "| 21 | 3.00 |" in line
+
+
+def test_a_case_that_is_not_there_is_named():
+    with pytest.raises(Problem, match="no case has 'V7'"):
+        speed.chosen(speed.SpeedSettings(only="V7"), quick=False)
+    assert len(speed.chosen(speed.SpeedSettings(device="cuda"), quick=False)) == len(CUDA)
+
+
+def test_the_slope_of_a_linear_cost_is_one():
+    def point(work, seconds):
+        return {"work": {"a": work}, "seconds": {"a": seconds}, "growth_mb": 1.0, "case": {"rows": 1}}
+
+    assert scaling.slope([point(1, 2), point(2, 4), point(4, 16)]) == pytest.approx([1.0, 2.0])
+    assert all(len({case.name + str(case.prompt) for case in cases}) == 4 for cases in scaling.DOUBLED.values())
+
+
+@pytest.mark.slow
+def test_a_quick_run_leaves_its_files(tmp_path):
+    command = [sys.executable, "scripts/bench.py", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "bench.json").read_text())
+    asked = {"case", "implementation", "seconds_per_update", "rollout_tokens_per_second", "peak_mb"}
+    assert [one["implementation"] for one in found] == ["ours", "ours", "plain"] and all(asked <= set(one) for one in found)
+    assert all(0 < share < 1.5 for one in found for share in one["share_of_limit"].values())
+    assert (tmp_path / "bench.md").read_text() in done.stdout + "\n" and not (tmp_path / "run").exists()

@@ -1,0 +1,81 @@
+"""A rank that fails or is killed: the job ends, its reason stands there once, nobody is left, the last checkpoint is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import tiny, tiny_tokenizer
+from training import checkpoint
+
+ROOT = Path(__file__).parents[2]
+REWARD = """
+import os, signal
+
+calls = 0
+
+def fail(prompts, completions, **columns):
+    global calls
+    calls += 1
+    if calls >= 4 and os.environ["RANK"] == "1":  # the evaluation, two steps, and this
+        if os.environ["HOW"] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ["HOW"] == "defect":
+            from training import experience
+            experience.check_scores = lambda scores, rollout: [][0]
+            return [0.0] * len(completions)
+        raise KeyError("no such word")
+    return [len(text) / 10 for text in completions]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "how"),
+    [
+        ("ddp", "user's fault"),
+        ("zero3", "killed"),
+        pytest.param("zero3", "defect", marks=pytest.mark.proofs),
+        pytest.param("ddp", "killed", marks=pytest.mark.proofs),
+    ],
+)
+def test_a_failing_rank_ends_the_job_and_says_why_once(engine: str, how: str, tmp_path: Path) -> None:
+    tiny("gpt2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in "abcdefg"))
+    (tmp_path / "reward.py").write_text(REWARD)
+    reward = [{"name": "length", "kind": "function", "function": f"{tmp_path / 'reward.py'}:fail"}]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", f"configs/accelerate/{engine}.yaml", "scripts/train_ppo.py"]
+    command += ["--model.path", str(tmp_path / "model"), "--prompts.path", str(tmp_path / "prompts.jsonl")]
+    command += ["--reward", json.dumps(reward), "--sampling.max_new_tokens", "5", "--ppo.steps", "9"]
+    command += ["--ppo.rollouts_per_step", "8", "--ppo.minibatches", "2", "--ppo.eval_prompts", "2"]
+    command += ["--run.save_every", "1", "--run.dir", str(tmp_path / "run")]
+    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "HOW": how}, capture_output=True, text=True, timeout=300)
+    assert ended.returncode != 0
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(path)]
+    assert not left
+    # What comes after it is the launcher's: accelerate shows how its own call failed, and a table of ranks and exit codes.
+    ours = ended.stderr.split("torch/distributed/elastic")[0]
+    assert ours.count("process 0: ends, because another process") == 1
+    reasons = {"user's fault": "process 1: reward[0] (length)", "defect": "IndexError: list index out of range"}
+    if how == "killed":
+        assert "Traceback" not in ours and ended.stderr.count("(SIGKILL) received") == 1
+    else:
+        assert ended.stderr.count(reasons[how]) == 1
+        assert ours.count("Traceback (most recent call last)") == (how == "defect")
+    last = checkpoint.newest(tmp_path / "run")
+    done = 3 if how == "defect" else 2  # its third scores had been checked before they broke the check
+    assert last is not None and last.name == f"step-{done:06d}" and checkpoint.damaged(last) is None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it ended just now
+        return b""
