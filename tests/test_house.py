@@ -255,6 +255,9 @@ CHEAPER = {
     "train_ppo": "--ppo.steps 2 --ppo.rollouts_per_step 16 --ppo.eval_prompts 4",
     "train_sft": "--sft.steps 2",
     "train_reward": "--reward_model.steps 2",
+    # whole experiments: their own tests run them small
+    "prove_steering": "--print_config",
+    "bench": "--print_config",
 }
 
 
@@ -288,8 +291,9 @@ def run_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run(tiny_world, tmp_path, monkeypatch, capfd):
     """One after the other, as they stand, in an empty folder that sees this checkout's doors; make only says what it would."""
-    (tmp_path / "runs" / "tiny").mkdir(parents=True)
-    (tmp_path / "runs" / "tiny" / "reviews").symlink_to(tiny_world("reviews"))
+    for folder, world in (("runs/tiny", "reviews"), ("tiny", "suppressed")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / world).symlink_to(tiny_world(world))
     for name in ("scripts", "configs", "Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
