@@ -135,7 +135,7 @@ def test_the_slope_of_a_linear_cost_is_one():
     assert all(len({case.name + str(case.prompt) for case in cases}) == 4 for cases in scaling.DOUBLED.values())
 
 
-@pytest.mark.slow
+@pytest.mark.proofs
 def test_a_quick_run_leaves_its_files(tmp_path):
     command = [sys.executable, "scripts/bench.py", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -185,10 +185,16 @@ class Terminal:
             environment.pop(name, None)
         self.process = subprocess.Popen(
             [sys.executable, "scripts/complete.py", *argv], stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, cwd=ROOT,
-            env=environment, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env=environment, start_new_session=True, preexec_fn=self.own_terminal,
         )  # fmt: skip
         os.close(slave)
         self.seen = b""
+
+    @staticmethod
+    def own_terminal() -> None:
+        """As a shell starts a program: Ctrl-C is heard, though whoever runs these tests in the background ignores it."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     @property
     def text(self) -> str:
