@@ -27,15 +27,16 @@ def needs_sync(model: Any) -> bool:
 
 
 def is_spread(model: Any) -> bool:
-    """Whether the weights of `model` lie in parts on several ranks."""
-    if not processes.is_distributed() or torch.distributed.get_world_size() == 1:
+    """Whether the weights of `model` lie in parts, as an engine keeps them: with one rank too, all parts on that one."""
+    if not processes.is_distributed():
         return False
-    return _by_deepspeed(model) or any(
+    return by_zero3(model) or any(
         "FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for m in model.modules() for kind in type(m).__mro__
     )
 
 
-def _by_deepspeed(model: nn.Module) -> bool:
+def by_zero3(model: nn.Module) -> bool:
+    """Whether its weights carry the marks of DeepSpeed's ZeRO-3."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
@@ -48,7 +49,6 @@ def whole(*models: nn.Module) -> Iterator[None]:
     if not spread or _held.get():
         yield
         return
-    token = None
     with contextlib.ExitStack() as stack:
         zero = [parameter for model in spread for parameter in model.parameters() if hasattr(parameter, "ds_id")]
         if zero:
@@ -56,12 +56,8 @@ def whole(*models: nn.Module) -> Iterator[None]:
         for module in (module for model in spread for module in model.modules()):
             if hasattr(module, "unshard") and hasattr(module, "set_reshard_after_forward"):
                 stack.enter_context(_whole_fsdp2(module))
-        try:
-            token = _held.set(True)
-            yield
-        finally:
-            if token is not None:
-                _held.reset(token)
+        stack.callback(_held.reset, _held.set(True))
+        yield
 
 
 @contextlib.contextmanager

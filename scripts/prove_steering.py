@@ -88,9 +88,8 @@ def arms(job: Job) -> list[Arm]:
     found.append(Arm("policy", {"role": "policy", "sites": [{**site, **fade}], "on_deploy": "strip"}, SETTINGS, job.seeds))
     learned = {**site, "vector": {"init": "zeros"}, "strength": 1.0}
     found.append(Arm("trainable", {"role": "trainable", "sites": [learned]}, replace(SETTINGS, learning_rate=1e-2), job.seeds))
-    warm = {**site, "strength": job.strength}
     found.append(
-        Arm("trainable-from-vector", {"role": "trainable", "sites": [warm]}, replace(SETTINGS, learning_rate=1e-2), job.seeds)
+        Arm("trainable-from-vector", {"role": "trainable", "sites": [site]}, replace(SETTINGS, learning_rate=1e-2), job.seeds)
     )
     for kind in CORRECTIONS:
         spec = {"role": "behaviour", "sites": [{**site, **fade}], "correction": {"type": kind, "high": 2.0}}

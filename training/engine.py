@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rollout import processes
 from rollout.errors import Problem
-from rollout.spread import is_spread, whole
+from rollout.spread import by_zero3, is_spread, whole
 
 if TYPE_CHECKING:
     from training.actor_critic import ActorCritic, Reference
@@ -156,7 +156,7 @@ def link_reference(reference: Reference | None, accelerator: Any, actor_critic: 
 @contextlib.contextmanager
 def whole_for_export(actor_critic: ActorCritic) -> Iterator[dict[str, Tensor]]:
     """Inside, the main process can save the policy: its modules hold all weights, or (FSDP) a dict that is yielded does."""
-    with whole(*_policy_modules(actor_critic)) if _by_zero3(actor_critic) else contextlib.nullcontext():
+    with whole(*_policy_modules(actor_critic)) if by_zero3(actor_critic) else contextlib.nullcontext():
         yield _gathered_state(actor_critic.actor)
 
 
@@ -176,10 +176,6 @@ def _policy_modules(actor_critic: ActorCritic) -> list[nn.Module]:
     return [module for module in (actor_critic.actor, actor_critic.vectors) if module is not None]
 
 
-def _by_zero3(actor_critic: ActorCritic) -> bool:
-    return is_spread(actor_critic) and any(hasattr(parameter, "ds_id") for parameter in actor_critic.parameters())
-
-
 def gathering(actor_critic: ActorCritic, how: str, function: Callable[[], Found]) -> Found:
     """What `function` gives, which samples from the policy, with the policy's weights together on every rank or layer by layer
     (`how`: phase or layers)."""
@@ -192,6 +188,6 @@ def gathering(actor_critic: ActorCritic, how: str, function: Callable[[], Found]
 
     if how == "layers":
         return actor_critic.inside(function)
-    if _by_zero3(actor_critic):
+    if by_zero3(actor_critic):
         return within()
     return actor_critic.inside(within)

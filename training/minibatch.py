@@ -70,8 +70,8 @@ def micro_batches(
 
     A micro-batch has at most `tokens` tokens, padding counted; None = those of `size` rows of the rollout's full length,
     0 = any number, and `size` rows. Cuts are where rows x longest row, and `start` tokens for each pass, are fewest."""
-    prompts, responses = rollout.prompt_mask_BP.sum(1).tolist(), rollout.lengths_B.tolist()
-    longest_first = sorted(rows, key=lambda i: (-prompts[i] - responses[i], i))
+    prompts, responses, both = (n.tolist() for n in (rollout.prompt_mask_BP.sum(1), rollout.lengths_B, whole_lengths(rollout)))
+    longest_first = sorted(rows, key=lambda i: (-both[i], i))
     # Every round deals one row to each rank. Cuts are between rounds, so that all ranks cut alike.
     rounds = [longest_first[i : i + world_size] for i in range(0, len(longest_first), world_size)]
     if tokens == 0:
@@ -80,9 +80,7 @@ def micro_batches(
         # An encoder's input and a decoder's rows are padded apart.
         apart = rollout.is_encoder_decoder
         sizes = [
-            (max(prompts[i] for i in dealt), max(responses[i] for i in dealt))
-            if apart
-            else (max(prompts[i] + responses[i] for i in dealt), 0)
+            (max(prompts[i] for i in dealt), max(responses[i] for i in dealt)) if apart else (max(both[i] for i in dealt), 0)
             for dealt in rounds
         ]
         widest = max(prompts) + max(responses)

@@ -3,7 +3,7 @@
 stands      weights, value, reference, optimizer states
 load        the same before an engine spreads them, in the precision that they were loaded in
 sample      + weights brought together + KV cache + the logits of a step of decoding
-score       + activations and logits of a micro-batch, with the graph as the update has it
+score       + what a forward pass of a micro-batch takes at most, and logits: no graph is kept
 learn       + gradients + activations and logits of a micro-batch
 update      + gradients + what the optimizer works with
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from rollout.head_rows import CHUNK
-from training.plan_passes import Blueprint, Counts, Pass, cache_bytes, count, plain_pass, training_pass
+from training.plan_passes import Blueprint, Counts, Pass, cache_bytes, count, layers_of, plain_pass, training_pass
 
 if TYPE_CHECKING:
     from rollout.sampling import Sampling
@@ -141,7 +141,8 @@ def memory(work: Work, engine: Engine, ranks: int, *, device: Literal["cuda", "c
     cache = cache_bytes(in_half(work.policy, work.precision), batch, work.prompt, work.response)
     gathered = policy * (1 - 1 / size.spread) if work.ppo.gather == "phase" else min(live, policy * (1 - 1 / size.spread))
     casts = counts[0].half_bytes if cast and engine == "ddp" else 0.0
-    sample = gathered + cache * (1 + 1 / layers(work.policy)) + decoding_logits(work, counts[0].vocabulary, batch) + casts
+    laws = decoding_logits(work, counts[0].vocabulary, batch)
+    sample = gathered + cache * (1 + 1 / layers_of(work.policy.config)) + laws + casts
 
     parts = {
         "weights": policy / size.spread,
@@ -151,7 +152,7 @@ def memory(work: Work, engine: Engine, ranks: int, *, device: Literal["cuda", "c
         "value": value / size.spread,
         "cache": cache,
         "activations": activations,
-        "logits": max(logits, decoding_logits(work, counts[0].vocabulary, batch)),
+        "logits": max(logits, laws),
         "engine": live + size.buckets,
     }
     phases = {
@@ -162,10 +163,6 @@ def memory(work: Work, engine: Engine, ranks: int, *, device: Literal["cuda", "c
         "update": stands + size.buckets + size.gradients,
     }
     return Memory(parts, phases)
-
-
-def layers(blueprint: Blueprint) -> int:
-    return int(blueprint.config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def stored_bytes(counts: list[Counts]) -> float:
@@ -186,8 +183,6 @@ class _Sizes:
     buckets: float
     spread: float
     """Over how many ranks the weights lie."""
-    gradient_width: float
-    """Bytes of a gradient's number."""
 
 
 def _sizes(work: Work, engine: Engine, ranks: int, counts: list[Counts]) -> _Sizes:
@@ -210,7 +205,6 @@ def _sizes(work: Work, engine: Engine, ranks: int, counts: list[Counts]) -> _Siz
         # DDP holds buckets as large as all gradients, whether it reduces or not.
         buckets={"ddp": gradients if ranks > 1 else 0.0, "fsdp2": 0.0}.get(engine, bucket),
         spread=ranks if engine in ("zero3", "fsdp2") else 1,
-        gradient_width=width,
     )
 
 
@@ -227,7 +221,7 @@ def _live(work: Work, engine: Engine, weights: float) -> float:
         counts = count(work.policy)
         width = 2.0 if work.precision == "bf16" else 4.0
         ends = counts.vocabulary * counts.width * (2 if counts.head else 1)
-        return width * (ends + 2 * (counts.all - ends) / layers(work.policy))
+        return width * (ends + 2 * (counts.all - ends) / layers_of(work.policy.config))
     return 0.0
 
 

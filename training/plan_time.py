@@ -14,8 +14,8 @@ import math
 from dataclasses import dataclass
 
 from training.plan_hardware import Machines
-from training.plan_memory import Engine, Work, chunks, in_half, layers
-from training.plan_passes import cache_bytes, count, plain_pass, training_pass
+from training.plan_memory import Engine, Work, chunks, in_half
+from training.plan_passes import cache_bytes, count, layers_of, plain_pass, training_pass
 
 _LAUNCHES = 36
 """Kernels that an eager layer starts in one step of decoding."""
@@ -74,7 +74,7 @@ def _sample(work: Work, machines: Machines, shares: Shares) -> float:
     step = max(
         (read + half + logits) / (machines.bandwidth * shares.decode),
         together * (tokens + 2 * counts.vocabulary * counts.width) / (machines.operations * shares.train),
-        0.0 if work.sampling.compile else _LAUNCHES * layers(work.policy) * shares.launch_us * 1e-6,
+        0.0 if work.sampling.compile else _LAUNCHES * layers_of(work.policy.config) * shares.launch_us * 1e-6,
     )
     prompts = together / work.sampling.n
     prefill = prompts * work.prompt * tokens / (machines.operations * shares.train)

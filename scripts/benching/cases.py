@@ -67,6 +67,20 @@ class Case:
         kind = small if self.family == "llama" and self.dtype == "float32" else f"{self.family} {small} {self.dtype}"
         return f"{self.work} {kind} V{self.vocabulary:,} B{self.rows} R{self.response} {lengths}{shared}{law}"
 
+    @property
+    def query_heads(self) -> int:
+        return self.heads or max(4, self.hidden // 32)
+
+    @property
+    def inner(self) -> int:
+        """Width of the feed-forward part."""
+        return self.intermediate or 4 * self.hidden
+
+    @property
+    def key_width(self) -> float:
+        """Of a token's keys in one layer, and of its values."""
+        return self.hidden * (self.key_heads or self.query_heads) / self.query_heads
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -118,11 +132,11 @@ CUDA = tuple(
 def config_of(case: Case) -> Any:
     from transformers import LlamaConfig, Qwen2Config
 
-    heads = case.heads or max(4, case.hidden // 32)
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[case.family]
     return kind(
-        vocab_size=case.vocabulary, hidden_size=case.hidden, num_hidden_layers=case.layers, num_attention_heads=heads,
-        num_key_value_heads=case.key_heads or heads, intermediate_size=case.intermediate or 4 * case.hidden,
+        vocab_size=case.vocabulary, hidden_size=case.hidden, num_hidden_layers=case.layers,
+        num_attention_heads=case.query_heads,
+        num_key_value_heads=case.key_heads or case.query_heads, intermediate_size=case.inner,
         max_position_embeddings=case.prompt + case.response + 8, tie_word_embeddings=case.tied, num_labels=1,
         pad_token_id=PAD, bos_token_id=None, eos_token_id=STOP,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from scripts.benching import limit
 from scripts.benching.cases import LAWS, PAD, STOP, Case, causal, classifier, policy_of, prompt_batch, prompt_ids, tokenizer_of
+from scripts.benching.trl_112 import Ids
 
 TINY_STEP = 1e-6
 """Learning rate: the work is whole, and the lengths stay what the case says."""
@@ -174,15 +175,6 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
     ppo.train(policy, prompts, reward, sampling_of(case, Sampling), settings, run)
     meter.laps = meter.laps[: times + 1]
     return meter
-
-
-class Ids(nn.Module):
-    """A backbone whose last hidden state is the ids themselves."""
-
-    def forward(self, input_ids: Tensor, **_: Any) -> Any:
-        from types import SimpleNamespace
-
-        return SimpleNamespace(hidden_states=[input_ids.unsqueeze(-1)])
 
 
 class Parity(nn.Module):

@@ -95,16 +95,22 @@ def install_peer(folder: Path) -> Path:
 
 def run(learner: str, world: Path, folder: Path, seed: int, settings: LearningSettings, peer: Path) -> dict[str, Any]:
     """One run in a process of its own; its last line is what it found."""
-    paths = [str(_ROOT)] if learner == "ours" else [str(peer), str(_ROOT)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
     setting = [learner.split()[-1], str(settings.peer_steps)]
     module, last = ("ours", []) if learner == "ours" else ("trl_112", setting)
     arguments = [str(world), str(folder.absolute()), str(seed), str(settings.steps), *last]
+    return said_by(module, arguments, None if learner == "ours" else peer, f"{learner}, seed {seed}")
+
+
+def said_by(module: str, arguments: Sequence[str], peer: Path | None, name: str, **extra: str) -> dict[str, Any]:
+    """What the last line of a child says: a module of this folder in a process of its own, with one thread, and with the
+    peer's TRL first on its path. `extra` goes into its environment."""
+    paths = [*([str(peer)] if peer is not None else []), str(_ROOT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false", **extra}
     command = [sys.executable, "-m", f"scripts.benching.{module}", *arguments]
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise Problem(f"bench: {learner}, seed {seed} failed:", *done.stderr.strip().splitlines()[-5:])
+        raise Problem(f"bench: {name} failed:", *done.stderr.strip().splitlines()[-5:])
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 

@@ -82,27 +82,23 @@ def _fastest(work: Callable[[], Any], device: str, rounds: int) -> float:
 
 def weights(case: Case) -> tuple[float, float]:
     """Weights of the layers, and of the head. The embedding is looked up, not multiplied."""
-    heads = case.heads or max(4, case.hidden // 32)
-    keys = case.hidden * (case.key_heads or heads) / heads
-    layer = 2 * case.hidden**2 + 2 * case.hidden * keys + 3 * case.hidden * (case.intermediate or 4 * case.hidden)
+    layer = 2 * case.hidden**2 + 2 * case.hidden * case.key_width + 3 * case.hidden * case.inner
     return case.layers * layer, float(case.hidden * case.vocabulary)
 
 
 def decode_seconds(case: Case, alive: Sequence[int], machine: dict[str, Any]) -> float:
     """The prefill (once for a prompt's samples), and a step for every further token; `alive`: rows at each step."""
     layers, head = weights(case)
-    heads = case.heads or max(4, case.hidden // 32)
-    keys = case.hidden * (case.key_heads or heads) / heads
     size, total = _BYTES[case.dtype], 0.0
     for t, rows in enumerate(alive):
         read = case.prompt + t
         if t == 0:
             prompts = rows / case.n
             operations = 2 * prompts * (case.prompt * layers + head) + _attention(case, prompts, case.prompt)
-            cache = 2 * case.layers * keys * prompts * case.prompt
+            cache = 2 * case.layers * case.key_width * prompts * case.prompt
         else:
             operations = 2 * rows * (layers + head) + 4 * case.layers * case.hidden * rows * read
-            cache = 2 * case.layers * keys * rows * read
+            cache = 2 * case.layers * case.key_width * rows * read
         moved = size * (layers + head + cache) + 4 * rows * case.vocabulary
         total += max(moved / bandwidth(machine, moved), operations / machine["flops"])
     return total

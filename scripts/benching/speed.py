@@ -10,11 +10,8 @@ all rounds, with the least and the most. What was measured in this folder before
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +22,8 @@ from rollout.run import versions, write_json, write_text
 from scripts.benching import limit
 from scripts.benching.cases import CUDA, SAMPLING, SMALLEST, UPDATES, Case
 from scripts.benching.child import PEER_SETTINGS
-from scripts.benching.learning import PEER, install_peer
+from scripts.benching.learning import PEER, install_peer, said_by
 
-_ROOT = Path(__file__).parents[2]
 _TIMED = ("sample", "score", "learn", "reward", "rest")
 
 
@@ -102,19 +98,14 @@ def implementations(case: Case, peer: Path | None) -> list[str]:
 
 def child(arguments: Sequence[str], peer: Path | None, times: int, out: Path) -> dict[str, Any]:
     """One process; its last line is what it found."""
-    peers = [str(peer)] if peer is not None and arguments[-1] == "trl" else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONPATH": os.pathsep.join([*peers, str(_ROOT)]), "TOKENIZERS_PARALLELISM": "false"}
-    if "bfloat16" in arguments[0]:
-        environment["ACCELERATE_MIXED_PRECISION"] = "no"  # the weights are in bfloat16 themselves
     run = out.absolute() / "run"
-    command = [sys.executable, "-m", "scripts.benching.child", *arguments, str(times), str(run)]
-    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
-    shutil.rmtree(run, ignore_errors=True)
-    if done.returncode:
-        raise Problem(f"bench: {' '.join(arguments)[-200:]} failed:", *done.stderr.strip().splitlines()[-5:])
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    # In bfloat16 the weights are so themselves.
+    extra = {"ACCELERATE_MIXED_PRECISION": "no"} if "bfloat16" in arguments[0] else {}
+    first = peer if arguments[-1] == "trl" else None
+    try:
+        return said_by("child", [*arguments, str(times), str(run)], first, " ".join(arguments)[-200:], **extra)
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
 
 
 # -- what it says -----------------------------------------------------------------------------------------------------
