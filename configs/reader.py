@@ -64,9 +64,11 @@ def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] |
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
-        processes.close()
+        of_several = processes.close()
     if failed:
         raise SystemExit(failed)
+    if of_several:
+        processes.end()
 
 
 def read(job_type: type[Job], argv: Sequence[str] | None = None) -> Job:

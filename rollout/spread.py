@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import nn
 
 from rollout import processes

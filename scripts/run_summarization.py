@@ -205,9 +205,11 @@ def door(argv: Sequence[str] | None = None) -> None:
         for line in problem.lines:
             print(line, file=sys.stderr)
     finally:
-        processes.close()
+        of_several = processes.close()
     if failed:
         raise SystemExit(2)
+    if of_several:
+        processes.end()
 
 
 if __name__ == "__main__":

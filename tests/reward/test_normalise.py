@@ -98,7 +98,8 @@ def test_running_counts_the_rows_of_all_ranks_and_a_rank_without_rows_keeps_step
         mine = [["a", "bbb"], ["cc"]] if me.rank == 0 else [["dddd"], []]
         found = [reward(*made(texts)).total_B.tolist() for texts in mine]
         Path(sys.argv[1], f"{me.rank}.json").write_text(json.dumps(found))
-        processes.close()
+        if processes.close():
+            processes.end()
     """
     (tmp_path / "job.py").write_text(textwrap.dedent(job))
     root = Path(__file__).parents[2]

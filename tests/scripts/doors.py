@@ -46,7 +46,8 @@ def main(folder: Path) -> None:
         models_stay_whole()  # each door has a process to itself; here the trainers' engine would cut the next door's model
         processes.barrier()
     assert (type_of_engine() == "DEEPSPEED") == (os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
-    processes.close()
+    if processes.close():
+        processes.end()
 
 
 def type_of_engine() -> str:

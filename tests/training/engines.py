@@ -142,7 +142,8 @@ def main(out: Path, walks: Path, names: list[str]) -> None:
         if name in RESUMED:
             processes.on_main(lambda name=name: cut(out / name, out / f"{name}.again"))
             run(JOBS[name], out, f"{name}.again", walks, resume=True)
-    processes.close()
+    if processes.close():
+        processes.end()
 
 
 def fully_sharded(accelerator: Any, actor_critic: Any, optimizer: Any, settings: Any) -> tuple[Any, Any]:

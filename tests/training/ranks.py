@@ -65,7 +65,8 @@ def main(folder: Path) -> None:
             RunSettings(dir=str(folder / name)),
             steering=load_spec(STEERING[name]) if name in STEERING else None,
         )
-    processes.close()
+    if processes.close():
+        processes.end()
 
 
 if __name__ == "__main__":
