@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from rollout.errors import Problem
 
-Edit = Callable[["Frame", Tensor], Tensor]
-"""Takes the activation at its point and gives back the edited one (the same object where nothing is edited)."""
+Edit = Callable[[Any, Tensor], Tensor]
+"""Takes the frame (none in a graph) and the activation at its point, and gives back the edited one (the same object where
+nothing is edited)."""
 
 
 class Reader(Protocol):
@@ -161,6 +162,8 @@ def _fed(cache: Any, width: int, mask: Tensor | None) -> int:
 
 
 def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling() and getattr(module, "_steering_fixed", None) is not None:
+        return
     if module.training and torch.is_grad_enabled():
         _carry_frames(module)
     frame = _FRAME.get()
@@ -170,10 +173,13 @@ def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _after_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    frame = _FRAME.get()
-    if frame is None or id(module) not in frame.stacks:
+    if torch.compiler.is_compiling() and getattr(module, "_steering_fixed", None) is not None:
         return
-    for reader, stack in frame.stacks[id(module)]:
+    frame = _FRAME.get()
+    readers = None if frame is None else frame.stacks.get(id(module))
+    if frame is None or readers is None:
+        return
+    for reader, stack in readers:
         reader.closed(frame, stack)
     made = output.get("cache_params", output.get("past_key_values")) if isinstance(output, dict) else None
     if made is not None and "Linear" in type(next(iter(getattr(made, "layers", ())), None)).__name__:
@@ -183,12 +189,17 @@ def _after_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _after_module(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if torch.compiler.is_compiling() and (fixed := getattr(module, "_steering_fixed", None)) is not None:
+        return _put(None, fixed["output"], output) if "output" in fixed else None
     frame = _FRAME.get()
     if frame is None:
         return None
     edits = frame.points.get((id(module), "output"))
-    if edits is None:
-        return None
+    return None if edits is None else _put(frame, edits, output)
+
+
+def _put(frame: Frame | None, edits: tuple[Edit, ...], output: Any) -> Any:
+    """A module's output with its activation edited."""
     if isinstance(output, Tensor):
         return _edited(frame, edits, output)
     if isinstance(output, dict):
@@ -200,19 +211,24 @@ def _after_module(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 
 def _before_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling() and (fixed := getattr(module, "_steering_fixed", None)) is not None:
+        return _put_in(None, fixed["input"], args, kwargs) if "input" in fixed else None
     frame = _FRAME.get()
     if frame is None:
         return None
     edits = frame.points.get((id(module), "input"))
-    if edits is None:
-        return None
+    return None if edits is None else _put_in(frame, edits, args, kwargs)
+
+
+def _put_in(frame: Frame | None, edits: tuple[Edit, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A module's arguments with the activation among them edited."""
     if args:
         return (_edited(frame, edits, args[0]), *args[1:]), kwargs
     name = "hidden_states" if "hidden_states" in kwargs else next(n for n, v in kwargs.items() if isinstance(v, Tensor))
     return args, {**kwargs, name: _edited(frame, edits, kwargs[name])}
 
 
-def _edited(frame: Frame, edits: tuple[Edit, ...], hidden: Tensor) -> Tensor:
+def _edited(frame: Frame | None, edits: tuple[Edit, ...], hidden: Tensor) -> Tensor:
     for edit in edits:
         hidden = edit(frame, hidden)
     return hidden
@@ -242,6 +258,41 @@ def install(module: nn.Module, io: str) -> None:
             module.register_forward_hook(_after_module, prepend=True)
         if io == "input" and _before_module not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_before_module, prepend=True, with_kwargs=True)
+
+
+# -- inside a graph ---------------------------------------------------------------------------------------------------------
+
+
+def hooked(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that carry hooks of this file."""
+    return [
+        m
+        for m in model.modules()
+        if any(hook in _OURS for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    ]
+
+
+def only_ours(model: nn.Module) -> bool:
+    """Whether nobody else has hooks on `model`."""
+    return all(hook in _OURS for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+
+
+_OURS = (_before_stack, _after_stack, _after_module, _before_module)
+
+
+@contextlib.contextmanager
+def fixed(modules: list[nn.Module], edits: dict[nn.Module, dict[str, tuple[Edit, ...]]]) -> Iterator[None]:
+    """Inside, a graph of the model is made with these edits and none of a frame; one that was made is run."""
+    for module in modules:
+        module.__dict__["_steering_fixed"] = edits.get(module, _NO_EDITS)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("_steering_fixed", None)
+
+
+_NO_EDITS: dict[str, tuple[Edit, ...]] = {}
 
 
 # -- gradient checkpointing -------------------------------------------------------------------------------------------------

@@ -82,10 +82,12 @@ class Rows:
 class Call:
     """One forward pass of one stack."""
 
-    __slots__ = ("_index", "encoder", "first", "ids", "rows", "selections", "tokens", "edits", "width")
+    __slots__ = ("_index", "encoder", "first", "ids", "rows", "selections", "step", "tokens", "edits", "width")
 
     def __init__(self, rows: Rows, first: int, width: int, ids: Tensor | None, encoder: bool):
         self.rows, self.first, self.width, self.ids, self.encoder = rows, first, width, ids, encoder
+        self.step = first - rows.width + 1 if width == 1 and first >= rows.width and not encoder else None
+        """The response step, where this call is one column of the response: the same for every row."""
         self.edits = 0
         self.selections: dict[int, Selection | None] = {}
         self.tokens: dict[int, Tensor] = {}
@@ -99,13 +101,6 @@ class Call:
     @property
     def length_B(self) -> Tensor:
         return self.rows.encoder_length_B if self.encoder else self.rows.length_B  # type: ignore[return-value]
-
-    @property
-    def step(self) -> int | None:
-        """The response step, where this call is one column of the response: the same for every row."""
-        if self.width != 1 or self.encoder or self.first < self.rows.width:
-            return None
-        return self.first - self.rows.width + 1
 
     def index(self) -> tuple[Tensor, Tensor]:
         """(real index, real) of this call's columns."""

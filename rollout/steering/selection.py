@@ -39,13 +39,16 @@ def select(site: BoundSite, call: Call) -> Selection | None:
         return None
     step = call.step
     if step is not None and site.same_for_all_rows:
-        factor = positions.ramp_factor(where.ramp, step) if positions.in_steps(where.steps, step) else 0.0
-        if factor == 0.0:
-            return None
+        factor = 1.0
+        if not site.steady:
+            factor = positions.ramp_factor(where.ramp, step) if positions.in_steps(where.steps, step) else 0.0
+            if factor == 0.0:
+                return None
         key = (site.index, factor)
-        if key not in rows.kept:
-            rows.kept[key] = _one_column(site, rows, factor)
-        return rows.kept[key]
+        try:
+            return rows.kept[key]
+        except KeyError:
+            return rows.kept.setdefault(key, _one_column(site, rows, factor))
     index_BT, real_BT = call.index()
     last = 0 if call.encoder else call.first + call.width - rows.width
     if where.prompt in ("none", ()) and last <= 0 and not (last == 0 and positions.in_steps(where.steps, 0)):

@@ -14,6 +14,7 @@ from rollout.errors import Problem
 from rollout.steering import learned, operations, strengths
 from rollout.steering.engine import Active, Call
 from rollout.steering.gates import BoundGate
+from rollout.steering.rows import Rows
 from rollout.steering.spec import LEARNED, Site
 from rollout.steering.structure import Point
 
@@ -56,6 +57,11 @@ class BoundSite:
         token_gate = self.gate is not None and self.gate.spec.on == "token"
         return not (where.exclude_tokens or where.exclude_positions or token_gate or isinstance(where.prompt, tuple))
 
+    @cached_property
+    def steady(self) -> bool:
+        """Every response column is edited alike."""
+        return self.same_for_all_rows and self.spec.where.steps == "all" and self.spec.where.ramp is None
+
     def vector(self, at: int, like: Tensor) -> Tensor:
         """The site's vector at a point, float32 on the activation's device."""
         if self.trained is not None:
@@ -97,10 +103,7 @@ class BoundSite:
         op = self.spec.op
         if op.type == "noise":
             assert index_BT is not None
-            rows = call.rows
-            drawn = strengths.keyed_normals(
-                self.seed, 4096 + 64 * self.index + at, active.policy_step, rows.row_B, rows.sample_B, index_BT, base.shape[-1]
-            )
+            drawn = self.drawn(at, active.policy_step, call.rows, index_BT, base.shape[-1])
             return operations.noise(base, drawn.to(base.device), strength, op.coordinates)
         if op.type == "function":
             assert self.function is not None
@@ -122,6 +125,11 @@ class BoundSite:
         return {"ablate": operations.ablate, "rotate": operations.rotate, "renormalise": operations.renormalise}[op.type](
             base, source, strength
         )
+
+    def drawn(self, at: int, policy_step: int, rows: Rows, index_BT: Tensor, width: int) -> Tensor:
+        """The noise at a point, a function of row, sample and real position."""
+        stream = 4096 + 64 * self.index + at
+        return strengths.keyed_normals(self.seed, stream, policy_step, rows.row_B, rows.sample_B, index_BT, width)
 
     def _whole(self, at: int, base: Tensor) -> Tensor:
         """Operations at full strength."""
