@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from rollout.steering.gates import BoundGate
 from rollout.steering.sites import BoundSite
 from rollout.steering.spec import DIRECTION, LEARNED, SPACE, At, Site
 from rollout.steering.structure import Point, Stack, locate
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,12 @@ def bind(site: Site, index: int, to: Binding) -> BoundSite:
         vectors_found = read_vectors(site.vector, points, f"{who}.vector", to, site)
         for layer, vector in zip((p.layer for p in points), vectors_found, strict=True):
             needs_length = op.type in DIRECTION or op.type in ("add", "subtract")
-            if needs_length and not to.trainable and not bool(vector.any()):
-                raise Problem(f"{who}.vector: all zeros at layer {layer}; it would change nothing")
+            if not needs_length or to.trainable or bool(vector.any()):
+                continue
+            told = f"{who}.vector: all zeros at layer {layer}; it would change nothing"
+            if op.type in DIRECTION or "file" not in site.vector:
+                raise Problem(told)
+            logger.warning("%s", told)  # a file may be what a training left that never moved this one
     _check_coordinates(site, points, who, to)
     parameters, trained = _parameters(site, points, who, to), None
     if to.trainable and (op.type in LEARNED or vectors_found is not None):

@@ -48,6 +48,16 @@ def test_written_and_read_back(ending: str, tmp_path: Path) -> None:
         )
 
 
+def test_a_file_s_layer_of_zeros_is_told_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A training may leave one that never moved; as a direction it would still be nonsense."""
+    model = tiny("llama")
+    file = save_vector(tmp_path / "v.safetensors", {0: torch.tensor(vector(1)), 1: torch.zeros(32)}, {}, model)
+    assert not steered(model, file)[1].any()
+    assert "sites[0].vector: all zeros at layer 1; it would change nothing" in caplog.text
+    with pytest.raises(Problem, match="all zeros at layer 1"):
+        Steering(model, {"sites": [{"at": {"layers": [0, 1]}, "op": {"type": "ablate"}, "vector": {"file": str(file)}}]})
+
+
 def test_gguf_is_a_control_vector(tmp_path: Path) -> None:
     import gguf
 
