@@ -5,6 +5,8 @@ padded      . . . a b c d e      in a batch with a longer row: the same, or this
                                  run through padding, positions it counts itself): rows of one length go together then
 shorter     a b c d              the same, or the model looks ahead and has no law of the next token
 cached      a b c | d | e        the same, or its cache is not used; with the rows picked after the prefill, or not picked
+
+Rows are some tokens long, and longer than a window of attention where that is short: what a model does beyond it is seen too.
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ def observe(policy: Policy) -> Habits:
     both = torch.cat([row[:, :short] for row in rows])
     # A prompt of one token is decoded too: what a model keeps in itself from the last batch shows there.
     prompts = [both] if policy.is_seq2seq else [both[:, : short - _STEPS], both[:, :1]]
+    if not policy.is_seq2seq and 1 < (window := _window(policy)) < short:
+        prompts.append(both[:, : window - 1])  # which is passed while decoding
     text = both[:, -_STEPS:]
     padded = torch.cat([torch.full_like(text[:, :1], policy.pad_id), text[:, 1:]], dim=1)
     for pick in (True, False):
@@ -93,13 +97,23 @@ def observe(policy: Policy) -> Habits:
 
 _STEPS = 2
 """Tokens that are fed one by one."""
+_SHORT_WINDOW = 64
 
 
 def _lengths(policy: Policy) -> tuple[int, int]:
     """Tokens of the short and the long row, within the model's context."""
     limits = [limit for limit in (policy.context, policy.decoder_context) if limit is not None]
-    room = min(limits) - len(policy.start_ids) - _STEPS if limits else 8
-    return max(min(5, room), 1), max(min(8, room), 1)
+    short = max(5, _window(policy) + _STEPS + 1)
+    room = min(limits) - len(policy.start_ids) - _STEPS if limits else short + 3
+    return max(min(short, room), 1), max(min(short + 3, room), 1)
+
+
+def _window(policy: Policy) -> int:
+    """The widest of the windows, chunks and choices of tokens that attention is said to have, of those that are short; or 0."""
+    said = policy.core.config.get_text_config(decoder=True).to_dict()
+    named = [value for name, value in said.items() if any(word in name for word in ("window", "chunk", "topk"))]
+    short = [value for value in named if isinstance(value, int) and value <= _SHORT_WINDOW]
+    return max(short, default=0)
 
 
 def _row(policy: Policy, start: int, length: int) -> Tensor:

@@ -92,3 +92,15 @@ def test_roberta_like_models_count_from_behind_their_pad() -> None:
     assert (teacher_forced(policy, rollout).logprobs_BR - rollout.policy_logprobs_BR).abs().max() < 1e-5
     with pytest.raises(Problem, match="do not fit the model's context of 32"):
         Sampler(policy, settings).sample(PromptBatch.of_ids([[8] * 13]))
+
+
+def test_a_cache_that_is_wrong_beyond_a_short_window_is_not_used() -> None:
+    """Moshi's own, where the prompt is longer than its window: seen with rows that are longer than it."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8, "ffn_dim": 64}
+    config = AutoConfig.for_model("moshi", vocab_size=64, sliding_window=6, max_position_embeddings=128, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    policy, settings = Policy.of(model, tiny_tokenizer()), Sampling(max_new_tokens=6)
+    rollout, _ = Sampler(policy, settings).sample(PromptBatch.of_ids([[5, 6, 7], list(range(8, 18))]))
+    assert worst_gap(model, rollout, settings) < 1e-5
