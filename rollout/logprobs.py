@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -181,7 +182,7 @@ def _one_pass(
     if after is None:
         return _whole_pass(policy, rollout, given, first_B, temperature, want_hidden, want_entropy, want_logprobs)
     with reading(policy.core, after, rollout, first_B, temperature, want_entropy) as readout:
-        logits = policy.model(**given).logits
+        logits = _logits(policy, given)
     if readout.numbers is None or readout.hidden_BTD is None:
         raise RuntimeError(f"{type(policy.core).__name__} calls its output embedding otherwise than when it was observed")
     # The head's own output where the model passes it on: engines follow the graph through it.
@@ -208,7 +209,7 @@ def _whole_pass(
         raise Problem(f"model: {type(policy.core).__name__} has no output embedding, so a value cannot read its input")
     hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0])) if want_hidden else None
     try:
-        logits = policy.model(**given).logits
+        logits = _logits(policy, given)
     finally:
         if hook is not None:
             hook.remove()
@@ -232,6 +233,22 @@ def _whole_pass(
     zero = torch.zeros((), device=rollout.device)
     entropy_BR = torch.where(mask_BR, _entropy(logprobs_BRV), zero) if want_entropy else torch.zeros_like(picked_BR)
     return Forced(torch.where(mask_BR, picked_BR, zero), entropy_BR, hidden_BRD)
+
+
+def _logits(policy: Policy, given: dict[str, Any]) -> Any:
+    """One pass. A mask is left away where nothing that is read could see padding: transformers need not warn of it."""
+    _WARNS.addFilter(_is_news)
+    try:
+        return policy.model(**given).logits
+    finally:
+        _WARNS.removeFilter(_is_news)
+
+
+_WARNS = logging.getLogger("transformers.modeling_utils")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "recommend passing in an `attention_mask`" not in record.getMessage()
 
 
 def forward_inputs(policy: Policy, rollout: Rollout, at_start: bool = False) -> dict[str, Any]:

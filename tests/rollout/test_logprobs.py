@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -196,3 +197,28 @@ def test_an_empty_rollout_scores_to_nothing() -> None:
     policy = tiny_policy("gpt2")
     empty = rolled(policy).select([])
     assert teacher_forced(policy, empty).logprobs_BR.shape[0] == 0
+
+
+def test_a_mask_that_is_not_needed_is_not_warned_of() -> None:
+    """Rows begin at column 0 and have padding behind them: transformers would say that a mask is missing."""
+    from transformers.utils import logging as theirs
+
+    policy, seen, handler = tiny_policy("gpt2"), [], logging.Handler()
+    policy.core.config.pad_token_id = policy.pad_id
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    ending = Sampling(max_new_tokens=8, stop_ids=list(range(3, 24)), n=8)
+    rollout, _ = Sampler(policy, ending).sample(PromptBatch.of_ids([[5, 6, 7], [8]]))
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        theirs.warning_once.cache_clear()
+        teacher_forced(policy, rollout)
+        assert seen == []
+        theirs.warning_once.cache_clear()
+        policy.core(input_ids=torch.tensor([[policy.pad_id, 5, 6]]))  # somebody else's pass
+        assert len(seen) == 1
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
