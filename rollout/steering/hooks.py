@@ -41,12 +41,14 @@ class Reader(Protocol):
 class Frame:
     """What is active in this context: edits by point, readers by stack, and the current call of each reader."""
 
-    __slots__ = ("calls", "points", "stacks")
+    __slots__ = ("calls", "entered", "points", "stacks")
 
     def __init__(self, outer: Frame | None):
         self.points: dict[tuple[int, str], tuple[Edit, ...]] = dict(outer.points) if outer else {}
         self.stacks: dict[int, tuple[tuple[Reader, str], ...]] = dict(outer.stacks) if outer else {}
         self.calls: dict[Any, Any] = dict(outer.calls) if outer else {}
+        self.entered: set[int] | None = None
+        """Stacks that the model's pass under way has entered; None outside."""
 
     def add(self, module: nn.Module, io: str, edit: Edit) -> None:
         key = (id(module), io)
@@ -167,9 +169,31 @@ def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if module.training and torch.is_grad_enabled():
         _carry_frames(module)
     frame = _FRAME.get()
-    if frame is not None:
-        for reader, stack in frame.stacks.get(id(module), ()):
-            reader.opened(frame, stack, Arguments(args, kwargs))
+    if frame is None or (readers := frame.stacks.get(id(module))) is None:
+        return
+    if frame.entered is not None:
+        if id(module) in frame.entered:
+            raise Problem(
+                f"steering: {type(module).__name__} is run several times in one pass of the model (recurrent depth), so what a "
+                "call is to the sequence cannot be told; such models are not steered"
+            )
+        frame.entered.add(id(module))
+    for reader, stack in readers:
+        reader.opened(frame, stack, Arguments(args, kwargs))
+
+
+def _before_model(module: nn.Module, args: tuple[Any, ...]) -> None:
+    if torch.compiler.is_compiling() and getattr(module, "_steering_fixed", None) is not None:
+        return
+    if (frame := _FRAME.get()) is not None and frame.stacks:
+        frame.entered = set()
+
+
+def _after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if torch.compiler.is_compiling() and getattr(module, "_steering_fixed", None) is not None:
+        return
+    if (frame := _FRAME.get()) is not None:
+        frame.entered = None
 
 
 def _after_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -251,6 +275,14 @@ def install_stack(module: nn.Module) -> None:
             module.register_forward_hook(_after_stack, prepend=True, with_kwargs=True)
 
 
+def install_model(module: nn.Module) -> None:
+    """Watch a model around its stacks: in one pass each of them runs once."""
+    with _installing:
+        if module not in _stacks and _before_model not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_before_model, prepend=True)
+            module.register_forward_hook(_after_model, prepend=True, always_call=True)
+
+
 def install(module: nn.Module, io: str) -> None:
     """Put the hook of a point in place, once and in front: what others see is the edited activation."""
     with _installing:
@@ -277,7 +309,7 @@ def only_ours(model: nn.Module) -> bool:
     return all(hook in _OURS for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
 
 
-_OURS = (_before_stack, _after_stack, _after_module, _before_module)
+_OURS = (_before_model, _after_model, _before_stack, _after_stack, _after_module, _before_module)
 
 
 @contextlib.contextmanager

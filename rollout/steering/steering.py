@@ -60,6 +60,8 @@ class Steering:
         self._hash = self._digest()
         for stack in self.stacks.values():
             hooks.install_stack(stack.module)
+        for outer in (self.model, getattr(self.model, "base_model", self.model)):  # some heads call the second, some its stack
+            hooks.install_model(outer)  # type: ignore[arg-type]
         for site in self.sites:
             for point in site.points:
                 hooks.install(point.module, point.io)

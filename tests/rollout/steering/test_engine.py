@@ -325,6 +325,23 @@ def test_no_pass_is_an_error() -> None:
         other(IDS)
 
 
+def test_blocks_that_are_run_again_within_one_pass_are_refused() -> None:
+    """A recurrent depth: what the cache holds then is no longer where the call is in the sequence."""
+    model = tiny("opt")
+    steering = Steering(model, {"sites": [BLOCK]})
+    with torch.no_grad(), steering.active():
+        model(IDS)
+        model(IDS)
+        model.model(IDS)
+        model.model.decoder(IDS)
+    once = model.forward
+    model.forward = lambda *args, **kwargs: (once(*args, **kwargs), once(*args, **kwargs))[1]
+    with torch.no_grad(), pytest.raises(Problem, match="OPTDecoder is run several times in one pass"), steering.active():
+        model(IDS)
+    with torch.no_grad():
+        model(IDS)
+
+
 def test_a_model_compiled_before_is_an_error() -> None:
     """Hooks that come after the first compiled call are ignored by torch.compile: said, not silently plain."""
     torch._dynamo.reset()
