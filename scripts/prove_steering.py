@@ -18,8 +18,6 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from safetensors.torch import load_file
-
 from configs.reader import door
 from reward.base import build_reward
 from rollout import processes
@@ -131,9 +129,7 @@ def measure(job: Job, arm: Arm, seed: int, folder: Path) -> None:
     spec = folder / "model" / "steering.yaml"
     if spec.exists() != arm.name.startswith("trainable"):
         raise Problem(f"{folder}: expected {'a' if arm.name.startswith('trainable') else 'no'} steering.yaml beside the model")
-    # A vector that has never moved from zero is refused by name, and steers nothing.
-    moved = spec.exists() and bool(load_file(folder / "model" / "cheer.safetensors")["1"].any())
-    steering = Steering(policy.core, spec, policy.tokenizer) if moved else None
+    steering = Steering(policy.core, spec, policy.tokenizer) if spec.exists() else None
     settings = replace(SAMPLING, n=FINAL // len(held), batch_size=FINAL, seed=10_000 + seed)
     rollout, texts = Sampler(policy, settings, steering).sample(held.batch(list(range(len(held)))))
     base, _ = loaded(job, f"{job.world}/base", "heldout")
