@@ -48,7 +48,7 @@ SMALL = {
     "samples": 1,
 }
 JOBS: dict[str, dict[str, Any]] = {
-    "walks": {"family": "randomwalks", "ppo": {"steps": 10, "rollouts_per_step": 32, "micro_batch_size": 8, "kl_coef": 0.03}},
+    "walks": {"family": "randomwalks", "ppo": {"steps": 10, "rollouts_per_step": 32, "micro_batch_size": 3, "kl_coef": 0.03}},
     # one prompt of three samples: the second rank samples nothing, and learns from a row or none of each minibatch
     "one_prompt": {
         "family": "gpt2",
@@ -58,7 +58,8 @@ JOBS: dict[str, dict[str, Any]] = {
     # a model that takes no padding: rows go by prompt length, and ranks have as many passes as the other only by waiting
     "unpadded": {"family": "recurrent_gemma", "ppo": {"steps": 2, "gather": "layers", "micro_batch_size": 3}},
     "lora_shared": {"family": "t5", "peft": LORA, "ppo": {"steps": 4, "value": "shared", "kl_target": 0.5, "kl_horizon": 50.0}},
-    "full": {"family": "gpt2", "ppo": {"steps": 4, "schedule": "linear", "whiten_rewards": True}},
+    # gradients of several micro-batches of one or two rows each
+    "full": {"family": "gpt2", "ppo": {"steps": 4, "schedule": "linear", "whiten_rewards": True, "micro_batch_size": 1}},
     "pushed": {"family": "llama", "peft": LORA, "steering": PUSHED, "ppo": {"steps": 2}},
     "learned": {"family": "llama", "peft": LORA, "steering": LEARNED, "ppo": {"steps": 2, "gather": "layers"}},
 }
