@@ -27,6 +27,8 @@ class NoVocabulary(nn.Module):
         super().__init__()
         self.weight = torch.empty(0, dtype=dtype)
         """No parameter: some models (Mamba) ask for the dtype of their head's weight."""
+        self.bias = None
+        """BERT and its kin take over the bias of what they are given."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden[..., :1]

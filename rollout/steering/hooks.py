@@ -280,7 +280,7 @@ def install_model(module: nn.Module) -> None:
     with _installing:
         if module not in _stacks and _before_model not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_before_model, prepend=True)
-            module.register_forward_hook(_after_model, prepend=True, always_call=True)
+            module.register_forward_hook(_after_model, prepend=True)
 
 
 def install(module: nn.Module, io: str) -> None:

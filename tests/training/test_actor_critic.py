@@ -6,11 +6,14 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rollout.errors import Problem
+from rollout.policy import Policy
 from rollout.steering import load_spec
-from tests.models import tiny
+from tests.models import tiny, tiny_tokenizer
 from tests.ppo_runs import LORA, first_scored, job, lone_logprobs, lone_values, warm_head
+from training import critic
 from training.actor_critic import Reference
 from training.measure import gap_tolerance
 
@@ -156,3 +159,15 @@ def test_a_separate_value_of_a_model_that_asks_for_its_heads_dtype():
     """Mamba casts its states to the dtype of the head's weight, which a value's trunk does not have."""
     parts, prompts, ppo = job("mamba")
     assert first_scored(parts, prompts, ppo).values_BR.isfinite().all()
+
+
+def test_a_separate_value_of_a_model_that_takes_over_its_heads_bias():
+    """BERT, as a decoder: the trunk's pass runs without a head, and the policy's own stays."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", vocab_size=64, is_decoder=True, **sizes)).eval()
+    policy = Policy.of(model, tiny_tokenizer())
+    trunk, head = critic.build(policy, "separate")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert trunk.core(input_ids=ids).logits.shape == (1, 3, 1) and model(input_ids=ids).logits.shape == (1, 3, 64)
+    assert head.in_features == 32 and policy.core.get_output_embeddings().bias.shape == (64,)
