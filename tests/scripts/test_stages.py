@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -111,17 +110,18 @@ def test_supervision_beats_the_lead_and_ppo_beats_supervision_with_the_kl_held(t
         [summaries.lead(row["prompt"].removeprefix(summaries.PREFIX)) for row in rows], [row["summary"] for row in rows]
     )
     given = {"model.path": world / "base", "prompts.path": world / "sft.jsonl", "run.dir": tmp_path / "sft", "run.seed": seed}
-    run_sft(read(SFTJob, flags("sft", **given, **{"sft.steps": 40})))
-    run = tmp_path / "ppo"
-    job = read(train_ppo.PPOJob, ppo_flags(world, tmp_path / "sft" / "model", run, **{"run.seed": seed, "sampling.seed": seed}))
-    train_ppo.main(dataclasses.replace(job, model=dataclasses.replace(job.model, path=str(tmp_path / "sft" / "model"))))
+    run_sft(read(SFTJob, flags("sft", **given, **{"sft.steps": 60})))
+    run, taught = tmp_path / "ppo", tmp_path / "sft" / "model"
+    job = read(train_ppo.PPOJob, ppo_flags(world, taught, run, **{"run.seed": seed, "sampling.seed": seed}))
+    train_ppo.main(job)
     summary = json.loads((run / "summary.json").read_text())
     # Sampled as in training, at temperature 1; greedy decoding beside it.
     sampled = {"lead": lead["rougeL"], "sft": summary["reward_before"], "ppo": summary["reward_after"]}
-    best = {"sft": greedy(tmp_path / "sft" / "model", rows), "ppo": greedy(run / "model", rows)}
-    last = [line["kl/ref"] for line in jsonl(run / "metrics.jsonl")[-13:]]
+    best = {"sft": greedy(taught, rows), "ppo": greedy(run / "model", rows)}
+    last = [line["kl/ref"] for line in jsonl(run / "metrics.jsonl")[-(job.ppo.steps // 3) :]]
     kl = sum(last) / len(last)
-    print(json.dumps({"seed": seed, "sampled": sampled, "greedy": best, "kl": kl, "seconds": summary["seconds"]}))
+    print(json.dumps({"seed": seed, "sampled": sampled, "greedy": best, "kl": [min(last), kl, max(last)]}))
     # Stopped early, the supervised model has room: PPO raises what it samples, its objective, and the greedy summary with it.
-    assert sampled["lead"] + 0.2 < best["sft"] < best["ppo"] and sampled["sft"] + 0.08 < sampled["ppo"]
-    assert abs(kl / job.ppo.kl_target - 1) < 0.25
+    assert sampled["lead"] + 0.3 < best["sft"] and best["sft"] + 0.01 < best["ppo"]
+    assert sampled["sft"] + 0.15 < sampled["ppo"]
+    assert abs(kl / job.ppo.kl_target - 1) < 0.15
