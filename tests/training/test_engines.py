@@ -46,7 +46,11 @@ def config_of(engine: str, folder: Path) -> Path:
     shipped = CONFIGS / f"{engine.partition(' ')[0]}.yaml"
     if shipped.stem != "zero3":
         return shipped
-    stage: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    stage: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
     if ranks(engine) == 1:  # and let go of every weight at once, as with a model too large to be kept
         stage |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     deepspeed = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": stage}
