@@ -12,13 +12,11 @@ from torch import Tensor
 _CACHES = ("past_key_values", "cache_params", "past_buckets_states", "mems")
 
 
-def step_forward(
-    model: Any, ids: Tensor, kwargs: dict[str, Any], first: bool, forward: Any = None
-) -> tuple[Any, dict[str, Any]]:
-    """One forward pass, through `forward` if given; the caches' names and shapes stay the model's own business."""
+def step_forward(model: Any, ids: Tensor, kwargs: dict[str, Any], first: bool) -> tuple[Any, dict[str, Any]]:
+    """One forward pass; the caches' names and shapes stay the model's own business."""
     columns = None if first or not kwargs.get("use_cache") else 1
     inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=columns, is_first_iteration=first, **kwargs)
-    outputs = (forward or model)(**inputs, return_dict=True)
+    outputs = model(**inputs, return_dict=True)
     return outputs, model._update_model_kwargs_for_generation(
         outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder
     )

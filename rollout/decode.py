@@ -14,17 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rollout.batch import STOP_LENGTH, STOP_USER
 from rollout.carried import can_pick, pick_rows, step_forward
-from rollout.compiled import is_static
 from rollout.errors import Problem
 from rollout.law import Drawn, History, Law, Space
 from rollout.stops import Stops
+
+if TYPE_CHECKING:
+    from rollout.compiled import Run
 
 _KEEP_ABOVE = 0.9
 """Ended rows are dropped when less than this share is alive; each drop copies the cache once."""
@@ -46,13 +48,13 @@ class Stream:
         synced: bool = False,
         compact: bool = True,
         on_token: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
-        compiled: Any = None,
+        compiled: Run | None = None,
     ):
         """`mask_BP` marks the real tokens of generate's input_ids (the decoder's on encoder-decoders), one row per draw.
 
         `copies_B` says from which of generate's rows each of ours is copied after the prefill. `names` tells rows apart in
         error messages. `live` follows dropped rows through its `select(index)`. `synced`: every rank runs as many steps.
-        `compiled` is the model for steps of one column, taken where the cache is static.
+        `compiled` takes every step but the first, where it is given, and says when rows leave.
         `on_token(t, rows, tokens, raw logits)` is told of every step, of the rows that had not ended before it.
         """
         self.law, self.stops, self.uniforms_BR, self.mask_BP = law, stops, uniforms_BR, mask_BP
@@ -77,10 +79,12 @@ class Stream:
         ids, alive, space, width = input_ids, self.rows, Space(), self.uniforms_BR.shape[1]
         history: History | None = None
         for t in range(width):
-            forward = self.compiled if t and self.compiled is not None and is_static(kwargs) else None
-            outputs, kwargs = step_forward(model, ids, kwargs, first=t == 0, forward=forward)
-            logits_AV = outputs.logits[:, -1].to(ids.device)
-            del outputs  # the prefill's logits may be wide
+            if t and self.compiled is not None:
+                logits_AV = self.compiled(ids, kwargs)
+            else:
+                outputs, kwargs = step_forward(model, ids, kwargs, first=t == 0)
+                logits_AV = outputs.logits[:, -1].to(ids.device)
+                del outputs  # the prefill's logits may be wide
             if history is None:
                 if self.copies_B is not None:
                     ids, logits_AV = ids[self.copies_B], logits_AV[self.copies_B]
@@ -95,9 +99,11 @@ class Stream:
             left = self._take(alive, t, drawn)
             if self._all_ended(left, ids.device) or t + 1 == width:
                 break
-            if self.compact and 0 < left < _KEEP_ABOVE * len(ids) and self._can_pick(kwargs):
-                index = (~alive.ended).nonzero()[:, 0]
-                kwargs, ids = pick_rows(kwargs, index, len(ids)), ids[index]
+            index = self._going_on(alive, left, kwargs)
+            if index is not None:
+                if self.compiled is None:
+                    kwargs = pick_rows(kwargs, index, len(ids))
+                ids = ids[index]
                 self.rows.write(alive)
                 alive = alive.select(index)
                 history.select(index)
@@ -106,6 +112,14 @@ class Stream:
         self.rows.write(alive)
         self.rows.finish(self.stops)
         return input_ids
+
+    def _going_on(self, alive: Rows, left: int, kwargs: dict[str, Any]) -> Tensor | None:
+        """Which rows are decoded further; None = all of them."""
+        if not (self.compact and 0 < left < _KEEP_ABOVE * len(alive.ended) and self._can_pick(kwargs)):
+            return None
+        if self.compiled is not None:
+            return self.compiled.fewer(alive.ended, left)
+        return (~alive.ended).nonzero()[:, 0]
 
     def _take(self, alive: Rows, t: int, drawn: Drawn) -> int:
         """Write step t down, and see which rows it ends; the number of rows that go on."""

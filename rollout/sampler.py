@@ -46,8 +46,6 @@ class Sampler:
 
     def __init__(self, policy: Policy, sampling: Sampling, steering: Any = None):
         self.policy, self.sampling, self.steering = policy, sampling, steering
-        if sampling.compile and steering is not None:
-            raise Problem("sampling.compile: true, but a compiled model leaves steering out; set sampling.compile false")
         self.law = Law(sampling, policy)
         self.stops = Stops(sampling, policy)
 
@@ -154,8 +152,8 @@ class Sampler:
         columns = {name: [column[i] for i, _ in pairs] for name, column in batch.columns.items()}
         # One prefill for all samples of a prompt; with steering each row has its own.
         unique = list(dict.fromkeys(i for i, _ in pairs))
-        fixed = sampling.compile and caching and compiled.fits(policy, call.synced)
-        shared = self.steering is None and len(unique) < len(pairs) and policy.habits.picking and not fixed
+        fixed = sampling.compile and caching and compiled.fits(policy, call.synced, self.steering)
+        shared = self.steering is None and len(unique) < len(pairs) and policy.habits.picking
         place = {i: k for k, i in enumerate(unique)}
         first = [next(b for b, pair in enumerate(pairs) if pair[0] == i) for i in unique] if shared else list(range(len(pairs)))
         copies_B = torch.tensor([place[i] for i, _ in pairs], device=device) if shared else None
@@ -176,14 +174,16 @@ class Sampler:
             names=[f"row {batch.rows[i]} (sample {j})" for i, j in pairs],
             live=live,
             synced=call.synced,
-            compact=policy.habits.picking and not fixed,
+            compact=policy.habits.picking,
             on_token=_by_row(call.on_token, row_B),
-            compiled=compiled.forward_of(policy) if fixed else None,
         )
         self.stops.to(device)
-        static = {"cache_implementation": "static"} if fixed else {}
-        config = ClosedGenerationConfig.of(policy, max_new_tokens=sampling.max_new_tokens, use_cache=caching, **static)
+        config = ClosedGenerationConfig.of(policy, max_new_tokens=sampling.max_new_tokens, use_cache=caching)
         with stack:
+            if fixed:
+                columns_of_all = prompt_BP.shape[1] + sampling.max_new_tokens
+                run = compiled.running(policy, len(pairs), columns_of_all, self.steering, live)
+                stream.compiled = stack.enter_context(run)
             policy.core.generate(
                 **generate_arguments(policy, ids_UP, mask_UP, policy.habits.first),
                 generation_config=config,

@@ -64,7 +64,8 @@ class Sampling:
     seed: int = 0
     """Seed of the draws; with the step, the row, the sample and the position it decides every token."""
     compile: bool = False
-    """Decode with a static cache and a compiled model (see rollout/compiled.py): for GPUs; not with steering."""
+    """Decode through a compiled step over a static cache, steered or not (see rollout/compiled.py); each shape (rows, 64
+    columns) is compiled once, and the cache stays allocated. For many batches of like shapes, on GPUs above all."""
     greedy: bool = False
     """Always the likeliest token. Both log-probs are then the policy's at temperature 1."""
 

@@ -2,20 +2,21 @@
 
 Active      one context: makes a Call when a stack is entered, checks it when it is left; `select` follows the batch
 SiteEdit    one site at one layer, handed to the hook of its point
+Kept        what it comes to where every decode step is edited alike: one tensor to add, until the rows change
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rollout.errors import Problem
 from rollout.steering import operations
-from rollout.steering.hooks import Arguments, Frame
+from rollout.steering.hooks import Arguments, Edit, Frame
 from rollout.steering.rows import Call, Rows
 from rollout.steering.selection import Selection, select
 from rollout.steering.structure import Point
@@ -35,6 +36,9 @@ class Active:
         self.calls = 0
         self.collected: dict[str, list[Collected]] = {}
         """By site: what `collect` sites read, one record per layer and call."""
+        self._may_be_steady = all(site.steady and site.plain_add and site.gate is None for site in steering.sites)
+        self._steady_for: tuple[Rows | None, tuple[int, int], int] = (None, (0, 0), 0)
+        """Of the frame's steady edits: our rows then, the shape of a call's ids, and columns of the prompt."""
 
     def select(self, index: Tensor | Sequence[int]) -> None:
         """Keep the rows of `index`, in its order and with repeats, as the decode loop did with its cache."""
@@ -73,6 +77,43 @@ class Active:
             )
         if call is not None and self.steering.look is not None:
             self.steering.look(self, call, stack)
+        elif call is not None and call.step is not None and self._may_be_steady:
+            frame.steady = self._steady(frame, call)
+
+    def _steady(self, frame: Frame, call: Call) -> dict[int, tuple[Edit, ...]] | None:
+        """What the edits of this decode step come to, if the next ones are like it; None where they need to be asked."""
+        found: dict[int, tuple[Edit, ...]] = {}
+        for (module, io), edits in frame.points.items():
+            for edit in edits:
+                if not isinstance(edit, SiteEdit) or edit.active is not self or io != "output":
+                    return None  # somebody else acts in this frame too, or before a module
+                selection = call.selections.get(edit.number)
+                if selection is None:
+                    continue
+                moved = None if selection.kept is None else selection.kept.get(edit.at)
+                if moved is None:
+                    return None
+                mask = selection.mask_BT1
+                found[module] = (*found.get(module, ()), Kept(moved, None if mask is None else mask.to(moved.device)))
+        self._steady_for = (self.rows, (call.rows.count, 1), call.rows.width)
+        return found
+
+    def goes_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """One more column of the rows that the steady edits were made for."""
+        rows, shape, width = self._steady_for
+        ids, cache = kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values")
+        if cache is None or ids is None or ids.shape != shape or self.rows is not rows or self.steering.look is not None:
+            self._may_be_steady &= "cache_params" not in kwargs
+            return False
+        try:
+            seen = cache.get_seq_length()
+        except (AttributeError, ValueError):  # tuples, and states without a length: their calls are counted
+            self._may_be_steady = False
+            return False
+        if seen < width:
+            return False
+        self.calls += 1
+        return True
 
     def _adopt(self, stack: str, arguments: Arguments, count: int, width: int, first: int) -> None:
         """Without a prompt mask: the first call's input is the prompt, and so is that of every call with a fresh cache."""
@@ -138,6 +179,19 @@ class Collected:
     values_ND: Tensor
 
 
+class Kept:
+    """An addition that holds from step to step."""
+
+    __slots__ = ("mask_B11", "moved_B1D")
+
+    def __init__(self, moved_B1D: Tensor, mask_B11: Tensor | None):
+        self.moved_B1D, self.mask_B11 = moved_B1D, mask_B11
+
+    def __call__(self, frame: Any, hidden: Tensor) -> Tensor:
+        edited = hidden + self.moved_B1D
+        return edited if self.mask_B11 is None else torch.where(self.mask_B11, edited, hidden)
+
+
 class SiteEdit:
     """One site at one of its layers: what the hook of that point calls."""
 
@@ -146,8 +200,7 @@ class SiteEdit:
     def __init__(self, active: Active, site: BoundSite, at: int, point: Point):
         self.active, self.site, self.at, self.point = active, site, at, point
         self.key, self.number = (active, point.stack), site.index
-        self.plain_add = site.additive and site.trained is None and point.columns is None
-        """The edit is one addition of a fixed vector: it can be scaled before, and kept."""
+        self.plain_add = site.plain_add and point.columns is None
 
     def __call__(self, frame: Frame, hidden: Tensor) -> Tensor:
         call: Call | None = frame.calls.get(self.key)

@@ -96,7 +96,7 @@ class FixedSteering:
     def fill(self, active: Active, ids: Tensor) -> None:
         """Before a step that feeds the last of `ids`: what each site does in it, as the plain path finds it."""
         rows = active.rows
-        assert rows is not None and not rows.lead, "the sampler gives whole prompt masks"
+        assert rows is not None and not active._left_away, "the sampler gives whole prompt masks"
         call = Call(rows, ids.shape[1] - 1, 1, ids[:, -1:], encoder=False)
         for fixed, site in zip(self.sites, active.steering.sites, strict=True):
             call.selections[site.index] = selection = select(site, call)

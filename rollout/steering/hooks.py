@@ -37,11 +37,15 @@ class Reader(Protocol):
 
     def closed(self, frame: Frame, stack: str) -> None: ...
 
+    def goes_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call with these arguments is one that the frame's steady edits were made for."""
+        ...
+
 
 class Frame:
     """What is active in this context: edits by point, readers by stack, and the current call of each reader."""
 
-    __slots__ = ("calls", "entered", "points", "stacks")
+    __slots__ = ("calls", "entered", "points", "stacks", "steady")
 
     def __init__(self, outer: Frame | None):
         self.points: dict[tuple[int, str], tuple[Edit, ...]] = dict(outer.points) if outer else {}
@@ -49,6 +53,8 @@ class Frame:
         self.calls: dict[Any, Any] = dict(outer.calls) if outer else {}
         self.entered: set[int] | None = None
         """Stacks that the model's pass under way has entered; None outside."""
+        self.steady: dict[int, tuple[Edit, ...]] | None = None
+        """Decoding where every step is edited alike: all that is to be done, by the module whose output it is done to."""
 
     def add(self, module: nn.Module, io: str, edit: Edit) -> None:
         key = (id(module), io)
@@ -62,6 +68,7 @@ class Frame:
         return Frame(self)
 
 
+_is_compiling = torch.compiler.is_compiling
 _FRAME: ContextVar[Frame | None] = ContextVar("steering_frame", default=None)
 
 
@@ -164,7 +171,7 @@ def _fed(cache: Any, width: int, mask: Tensor | None) -> int:
 
 
 def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if torch.compiler.is_compiling() and getattr(module, "_steering_fixed", None) is not None:
+    if _is_compiling() and getattr(module, "_steering_fixed", None) is not None:
         return
     if module.training and torch.is_grad_enabled():
         _carry_frames(module)
@@ -178,30 +185,34 @@ def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
                 "call is to the sequence cannot be told; such models are not steered"
             )
         frame.entered.add(id(module))
+    if frame.steady is not None:
+        if len(readers) == 1 and readers[0][0].goes_on(args, kwargs):
+            return
+        frame.steady = None
     for reader, stack in readers:
         reader.opened(frame, stack, Arguments(args, kwargs))
 
 
 def _before_model(module: nn.Module, args: tuple[Any, ...]) -> None:
-    if torch.compiler.is_compiling() and getattr(module, "_steering_fixed", None) is not None:
+    if _is_compiling() and getattr(module, "_steering_fixed", None) is not None:
         return
     if (frame := _FRAME.get()) is not None and frame.stacks:
         frame.entered = set()
 
 
 def _after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if torch.compiler.is_compiling() and getattr(module, "_steering_fixed", None) is not None:
+    if _is_compiling() and getattr(module, "_steering_fixed", None) is not None:
         return
     if (frame := _FRAME.get()) is not None:
         frame.entered = None
 
 
 def _after_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    if torch.compiler.is_compiling() and getattr(module, "_steering_fixed", None) is not None:
+    if _is_compiling() and getattr(module, "_steering_fixed", None) is not None:
         return
     frame = _FRAME.get()
     readers = None if frame is None else frame.stacks.get(id(module))
-    if frame is None or readers is None:
+    if frame is None or readers is None or frame.steady is not None:
         return
     for reader, stack in readers:
         reader.closed(frame, stack)
@@ -213,12 +224,12 @@ def _after_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _after_module(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    if torch.compiler.is_compiling() and (fixed := getattr(module, "_steering_fixed", None)) is not None:
+    if _is_compiling() and (fixed := getattr(module, "_steering_fixed", None)) is not None:
         return _put(None, fixed["output"], output) if "output" in fixed else None
     frame = _FRAME.get()
     if frame is None:
         return None
-    edits = frame.points.get((id(module), "output"))
+    edits = frame.points.get((id(module), "output")) if frame.steady is None else frame.steady.get(id(module))
     return None if edits is None else _put(frame, edits, output)
 
 
@@ -235,7 +246,7 @@ def _put(frame: Frame | None, edits: tuple[Edit, ...], output: Any) -> Any:
 
 
 def _before_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if torch.compiler.is_compiling() and (fixed := getattr(module, "_steering_fixed", None)) is not None:
+    if _is_compiling() and (fixed := getattr(module, "_steering_fixed", None)) is not None:
         return _put_in(None, fixed["input"], args, kwargs) if "input" in fixed else None
     frame = _FRAME.get()
     if frame is None:

@@ -37,6 +37,9 @@ class Pass:
     def closed(self, frame: Frame, stack: str) -> None:
         self.ran += 1
 
+    def goes_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return False
+
 
 def _columns(units: Tensor, index_BT: Tensor, real_BT: Tensor) -> Tensor:
     """Column of each (row, unit) in this call, -1 where it is not in it."""

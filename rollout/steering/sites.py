@@ -51,6 +51,11 @@ class BoundSite:
         return self.spec.op.type == "add" and not self.spec.strength.norm_match and self.spec.op.coordinates is None
 
     @cached_property
+    def plain_add(self) -> bool:
+        """One addition of a fixed vector: it can be scaled before, and kept from step to step."""
+        return self.additive and self.trained is None
+
+    @cached_property
     def same_for_all_rows(self) -> bool:
         """In a response column, every row is selected alike (strengths may differ)."""
         where = self.spec.where

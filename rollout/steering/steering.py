@@ -60,8 +60,10 @@ class Steering:
         self._hash = self._digest()
         for stack in self.stacks.values():
             hooks.install_stack(stack.module)
-        for outer in (self.model, getattr(self.model, "base_model", self.model)):  # some heads call the second, some its stack
-            hooks.install_model(outer)  # type: ignore[arg-type]
+        base: Any = getattr(self.model, "base_model", self.model)
+        if all(stack.module is not base for stack in self.stacks.values()):  # a stack lies deeper, and may be run again
+            for outer in (self.model, base):  # some heads call the second, some its stack
+                hooks.install_model(outer)
         for site in self.sites:
             for point in site.points:
                 hooks.install(point.module, point.io)

@@ -80,6 +80,7 @@ def test_roberta_like_models_count_from_behind_their_pad() -> None:
     config = AutoConfig.for_model(
         "xlm-roberta", vocab_size=64, is_decoder=True, max_position_embeddings=34, pad_token_id=1, **sizes
     )
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -98,6 +99,7 @@ def test_a_cache_that_is_wrong_beyond_a_short_window_is_not_used() -> None:
     """Moshi's own, where the prompt is longer than its window: seen with rows that are longer than it."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8, "ffn_dim": 64}
     config = AutoConfig.for_model("moshi", vocab_size=64, sliding_window=6, max_position_embeddings=128, **sizes)
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from rollout.errors import Problem
-from rollout.steering import Steering, unsteered
+from rollout.steering import Steering, engine, unsteered
 from rollout.steering.hooks import current
 from tests.models import FAMILIES, tiny
 from tests.rollout.steering.helpers import vector
@@ -323,6 +324,64 @@ def test_no_pass_is_an_error() -> None:
     steering = Steering(model, {"sites": [BLOCK]})
     with pytest.raises(Problem, match="steering did not run"), steering.active():
         other(IDS)
+
+
+def decoded(model: Any, steering: Steering) -> list[Tensor]:
+    """Logits of a padded prompt and of steps after it, with rows that leave, and another sequence of one column."""
+    strength_B = torch.tensor([2.0, 0.0, 1.0])
+    mask = torch.cat([MASK, MASK[:1]]).bool()
+    seen: list[Tensor] = []
+
+    def call(ids: Tensor, **given: Any) -> Any:
+        out = model(input_ids=ids, use_cache=True, **given)
+        seen.append(out.logits[:, -1])
+        return out.past_key_values
+
+    with torch.no_grad(), steering.active(prompt_mask_BP=mask, strength_B=strength_B) as active:
+        cache = call(
+            torch.cat([IDS, IDS[:1]]), attention_mask=mask.long(), position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)
+        )
+        for _ in range(3):
+            cache = call(torch.tensor([[5], [6], [7]]), past_key_values=cache)
+        cache.reorder_cache(torch.tensor([2, 1]))
+        active.select([2, 1])
+        for _ in range(3):
+            cache = call(torch.tensor([[8], [9]]), past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        active.select([1, 0])
+        for _ in range(2):
+            cache = call(torch.tensor([[8], [9]]), past_key_values=cache)
+        call(torch.tensor([[8], [9]]), past_key_values=DynamicCache(config=model.config))
+    with torch.no_grad(), steering.active():
+        for first in (5, 6):  # a prompt of one token, and then another
+            cache = call(torch.tensor([[first]]), past_key_values=DynamicCache(config=model.config))
+            for _ in range(2):
+                cache = call(torch.tensor([[7]]), past_key_values=cache)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_steady_decoding_is_the_asked_one_bit_for_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every step is edited alike the edits are kept, until rows or the sequence change; others are asked each time."""
+    model, kept = tiny(family), engine.Kept.__call__
+    used: list[int] = []
+    monkeypatch.setattr(engine.Kept, "__call__", lambda self, frame, hidden: (used.append(1), kept(self, frame, hidden))[1])
+    for where, steady in (
+        ({}, True),
+        ({"prompt": "none"}, True),
+        ({"steps": {"window": [2, 4]}}, False),
+        ({"ramp": {"over": 3}}, False),
+    ):
+        sites = [{**BLOCK, "name": "a", "where": where}, {**BLOCK, "name": "b", "at": {"layers": [0, 1]}, "vector": vector(1)}]
+        used.clear()
+        found = decoded(model, Steering(model, {"sites": sites}))
+        assert len(used) == (3 * 7 if steady else 0)
+        with monkeypatch.context() as asking:
+            asking.setattr(engine.Active, "goes_on", lambda self, args, kwargs: False)
+            used.clear()
+            for one, other in zip(found, decoded(model, Steering(model, {"sites": sites})), strict=True):
+                assert torch.equal(one, other)
+            assert not used
 
 
 def test_blocks_that_are_run_again_within_one_pass_are_refused() -> None:
