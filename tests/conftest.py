@@ -48,6 +48,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("browser"):
                 item.add_marker(pytest.mark.skip(reason="no chromium on the path"))
 
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items[:] = in_two_halves(items)
+
+
+def in_two_halves(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Two workers begin with a half each and steal from the other's end: in both, files with slow tests come first, so that
+    what is shared at the end is quick."""
+    files: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.nodeid.split("::")[0], []).append(item)
+    slow = {name: sum(item.get_closest_marker("slow") is not None for item in found) for name, found in files.items()}
+    halves: tuple[list[pytest.Item], list[pytest.Item]] = ([], [])
+    shares = [0, 0]
+    for name in sorted((name for name in files if slow[name]), key=lambda name: (-slow[name], name)):
+        least = shares.index(min(shares))
+        halves[least].extend(files[name])
+        shares[least] += slow[name]
+    for name in sorted((name for name in files if not slow[name]), key=lambda name: (-len(files[name]), name)):
+        min(halves, key=len).extend(files[name])
+    return [*halves[0], *halves[1]]
+
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:

@@ -25,7 +25,7 @@ from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.steering.helpers import OPERATIONS, SCOPES, policy, site, vector
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [5, 6, 7], [13]]
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("gpt2", "qwen2", "gemma3", "mixtral", "gpt_neox")]
+SLOW = [pytest.param(family, marks=pytest.mark.proofs) for family in ("gpt2", "qwen2", "gemma3", "mixtral", "gpt_neox")]
 """A graph takes a second or two to make."""
 TWO_SITES: dict[str, Any] = {
     "sites": [
@@ -277,7 +277,7 @@ def test_roles_that_record_the_plain_policy():
     assert not torch.equal(fixed.policy_logprobs_BR, fixed.behaviour_logprobs_BR)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.proofs)])
 def test_a_graph_holds_no_tensor_of_another_device(family, tmp_path, monkeypatch):
     """One on the CPU among those of a GPU, and no CUDA graph is made. The meta device stands for the GPU."""
     elsewhere: list[str] = []

@@ -33,7 +33,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.proofs
 def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
     """Made by a process of its own, with another hash seed and two OpenMP threads."""
     environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"}

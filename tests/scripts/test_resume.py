@@ -198,7 +198,8 @@ def test_a_full_disk_while_saving_is_one_line_and_the_run_goes_on_later(job, who
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", [pytest.param("separate", marks=pytest.mark.proofs), "shared"])
+@pytest.mark.proofs
+@pytest.mark.parametrize("value", ["separate", "shared"])
 def test_with_an_adapter_only_it_is_saved_and_the_run_is_the_same(job, tmp_path, value):
     peft = json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1})
     flags = ("--model.peft", peft, "--ppo.value", value)

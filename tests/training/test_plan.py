@@ -393,7 +393,8 @@ ADAPTER = {"peft_type": "LORA", "r": 8}
 @pytest.mark.parametrize(
     "asked",
     [
-        {"prompt": 8, "response": 8, "ppo": {"value": "shared"}},  # mostly gradients and optimizer states
+        # mostly gradients and optimizer states
+        pytest.param({"prompt": 8, "response": 8, "ppo": {"value": "shared"}}, marks=pytest.mark.proofs),
         {"rows": 8, "peft": ADAPTER, "prompt": 48, "response": 48, "ppo": {"value": "shared"}},  # mostly activations
     ],
 )
