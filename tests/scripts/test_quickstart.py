@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.proofs
 @pytest.mark.timeout(900)
 def test_the_quickstart_runs_every_stage_and_shows_what_changed(tiny_world, tmp_path):
     (tmp_path / "tiny").mkdir()
