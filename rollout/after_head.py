@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rollout.habits import forward_arguments, same
+from rollout.habits import pass_arguments, probe_row, same
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -91,7 +91,8 @@ def _observe(policy: Policy, core: Any, head: nn.Module) -> AfterHead | None:
 
     hook = head.register_forward_hook(watch)
     try:
-        logits = core(**_probe(policy, core)).logits
+        row = probe_row(policy, 0, 2)
+        logits = core(**pass_arguments(policy, row, decoder=row[:, :0], first=None)).logits
     finally:
         hook.remove()
     done = getattr(logits, "done", None)
@@ -117,18 +118,6 @@ def _named(value: Tensor, buffers: dict[int, str], vocabulary: int) -> _Named | 
     """A tensor that an operation takes beside the logits: a buffer that is one row or one number, or nothing we know."""
     name = buffers.get(id(value))
     return _Named(name) if name is not None and value.numel() in (1, vocabulary) and value.dim() <= 2 else None
-
-
-def _probe(policy: Policy, core: Any) -> dict[str, Any]:
-    """A pass over one row of two tokens."""
-    ids = [i for i in range(policy.vocab_size) if i not in (policy.pad_id, *policy.eos_ids)] or [0]
-    row = torch.tensor([[ids[0], ids[-1]]], device=policy.device)
-    given: dict[str, Any] = {"input_ids": row, **policy.extra}
-    if policy.is_seq2seq:
-        given["decoder_input_ids"] = torch.tensor([policy.start_ids], device=policy.device)
-    if "use_cache" in forward_arguments(core):
-        given["use_cache"] = False
-    return given
 
 
 class _Watched(Tensor):

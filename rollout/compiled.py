@@ -99,11 +99,11 @@ _TOLD: set[str] = set()
 
 def _agrees(policy: Policy) -> bool:
     """Whether steps over a static cache, after a padded prompt, give the logits of a pass over each row by itself."""
-    short, long = habits._lengths(policy)
+    short, long = habits.probe_lengths(policy)
     if short < 4:
         return False
     first, device = policy.habits.first, policy.device
-    rows = [habits._row(policy, 3, short), habits._row(policy, 5, long)]
+    rows = [habits.probe_row(policy, 3, short), habits.probe_row(policy, 5, long)]
     tail = torch.cat([row[:, -2:] for row in rows])
     fill = torch.full((1, long - short), policy.pad_id, device=device)
     prompt = torch.cat([torch.cat([fill, rows[0][:, :-2]], dim=1), rows[1][:, :-2]])
@@ -128,7 +128,7 @@ def _agrees(policy: Policy) -> bool:
         )
     except (RuntimeError, ValueError, IndexError, AttributeError, NotImplementedError):
         return False  # what cannot be moved or masked so shows it by an error
-    expected = torch.cat([habits._logits(policy, row, first=first)[:, -2:] for row in rows])
+    expected = torch.cat([habits.pass_logits(policy, row, first=first)[:, -2:] for row in rows])
     return habits.same(torch.stack(seen, dim=1), expected)
 
 

@@ -54,21 +54,21 @@ def positions(mask: Tensor, first: int = 0) -> Tensor:
 
 def observe(policy: Policy) -> Habits:
     """Run the passes of this file's head on `policy`'s model. Call without dropout and without gradients."""
-    short, long = _lengths(policy)
-    rows = [_row(policy, 3, short), _row(policy, 5, long)]
+    short, long = probe_lengths(policy)
+    rows = [probe_row(policy, 3, short), probe_row(policy, 5, long)]
     first = _first_position(policy, rows[0])
-    alone = [_logits(policy, row, first=first) for row in rows]
+    alone = [pass_logits(policy, row, first=first) for row in rows]
     padding = True
     if long > short:
         fill = torch.full((1, long - short), policy.pad_id, device=policy.device)
         sides = [rows[0], fill] if policy.is_seq2seq else [fill, rows[0]]
         real = torch.cat([torch.full_like(side, side is rows[0], dtype=torch.bool) for side in sides], dim=1)
         ids, mask = torch.cat([torch.cat(sides, dim=1), rows[1]]), torch.cat([real, torch.ones_like(real)])
-        both = _logits(policy, ids, mask, first=first)
+        both = pass_logits(policy, ids, mask, first=first)
         padding = all(same(both[k : k + 1, -2:], alone[k][:, -2:]) for k in range(2))
     if short > 1:
         cut = rows[0] if policy.is_seq2seq else rows[0][:, :-1]
-        before = _logits(policy, cut, decoder=rows[0][:, :1], first=first)
+        before = pass_logits(policy, cut, decoder=rows[0][:, :1], first=first)
         if not same(before, alone[0][:, :-1]):
             raise Problem(
                 f"model: {type(policy.core).__name__} looks ahead: its logits change with the tokens after them, so they are "
@@ -100,7 +100,7 @@ _STEPS = 2
 _SHORT_WINDOW = 64
 
 
-def _lengths(policy: Policy) -> tuple[int, int]:
+def probe_lengths(policy: Policy) -> tuple[int, int]:
     """Tokens of the short and the long row, within the model's context."""
     limits = [limit for limit in (policy.context, policy.decoder_context) if limit is not None]
     short = max(5, _window(policy) + _STEPS + 1)
@@ -116,7 +116,7 @@ def _window(policy: Policy) -> int:
     return max(short, default=0)
 
 
-def _row(policy: Policy, start: int, length: int) -> Tensor:
+def probe_row(policy: Policy, start: int, length: int) -> Tensor:
     """A row of ordinary tokens."""
     ids = [i for i in range(policy.vocab_size) if i not in (policy.pad_id, *policy.eos_ids)] or [0]
     return torch.tensor([[ids[(7 * k + start) % len(ids)] for k in range(length)]], device=policy.device)
@@ -126,10 +126,10 @@ def _first_position(policy: Policy, row: Tensor) -> int:
     """The number that explicit position ids begin with, so that they are what the model counts by itself."""
     if policy.is_seq2seq or "position_ids" not in forward_arguments(policy.core):
         return 0
-    own = _logits(policy, row, first=None)
+    own = pass_logits(policy, row, first=None)
     pad = getattr(policy.core.config, "pad_token_id", None)
     guesses = [0, *([pad + 1] if isinstance(pad, int) else []), 1, 2]
-    found = next((first for first in dict.fromkeys(guesses) if same(_logits(policy, row, first=first), own)), None)
+    found = next((first for first in dict.fromkeys(guesses) if same(pass_logits(policy, row, first=first), own)), None)
     if found is None:
         raise Problem(
             f"model: {type(policy.core).__name__} counts positions in a way that explicit position ids do not give; padded "
@@ -154,7 +154,7 @@ def same(logits: Tensor, expected: Tensor) -> bool:
 def _decodes(policy: Policy, prompt: Tensor, tail: Tensor, first: int, pick: bool, cache: bool = True) -> bool:
     """Whether feeding `tail` token by token gives the logits of one pass over each row by itself."""
     whole = prompt if policy.is_seq2seq else torch.cat([prompt, tail], dim=1)
-    alone = [_logits(policy, whole[k : k + 1], decoder=tail[k : k + 1], first=first) for k in range(len(whole))]
+    alone = [pass_logits(policy, whole[k : k + 1], decoder=tail[k : k + 1], first=first) for k in range(len(whole))]
     expected = torch.cat(alone)[:, -tail.shape[1] - 1 :]
     config = ClosedGenerationConfig.of(policy, max_new_tokens=tail.shape[1] + 1, use_cache=cache)
     for _ in range(2):  # the second finds what the first may have left in the model itself
@@ -216,10 +216,10 @@ def generate_arguments(policy: Policy, prompt_BP: Tensor, mask_BP: Tensor, first
     return given
 
 
-def _logits(
+def pass_arguments(
     policy: Policy, ids: Tensor, mask: Tensor | None = None, decoder: Tensor | None = None, first: int | None = 0
-) -> Tensor:
-    """Logits of one plain pass: of `ids`, or of a decoder that is fed `decoder` (or the first of `ids`) after its start.
+) -> dict[str, Any]:
+    """What one plain pass is given: of `ids`, or of a decoder that is fed `decoder` (or the first of `ids`) after its start.
 
     Without a `first` position the model counts positions itself.
     """
@@ -235,5 +235,10 @@ def _logits(
         given["position_ids"] = positions(mask, first)
     if "use_cache" in takes:
         given["use_cache"] = False
-    logits: Tensor = policy.core(**given).logits
+    return given
+
+
+def pass_logits(policy: Policy, ids: Tensor, mask: Tensor | None = None, **given: Any) -> Tensor:
+    """The logits of such a pass."""
+    logits: Tensor = policy.core(**pass_arguments(policy, ids, mask, **given)).logits
     return logits

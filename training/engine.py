@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rollout import processes
 from rollout.errors import Problem
 from rollout.spread import by_zero3, is_spread, whole
+from training import full_state
 
 if TYPE_CHECKING:
     from training.actor_critic import ActorCritic, Reference
@@ -164,12 +165,8 @@ def _gathered_state(model: Any) -> dict[str, Tensor]:
     """FSDP's weights whole by name, on every rank at the same time, kept by the main one; empty for other engines."""
     if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return {}
-    found = {}
-    for name, value in model.state_dict().items():
-        full = value.full_tensor() if hasattr(value, "full_tensor") else value
-        if processes.start().is_main:
-            found[name] = full.cpu()
-    return found
+    found = {name: full_state.gathered(value) for name, value in model.state_dict().items()}
+    return found if processes.start().is_main else {}
 
 
 def _policy_modules(actor_critic: ActorCritic) -> list[nn.Module]:

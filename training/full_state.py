@@ -32,7 +32,7 @@ def weights(state: TrainState) -> dict[str, Tensor]:
     """What is trained, and buffers, by name."""
     zero = is_deepspeed(state.model)
     return {
-        name: _kept(_master(value)) if zero and value.requires_grad else _gathered(value)
+        name: _kept(_master(value)) if zero and value.requires_grad else gathered(value)
         for name, value in state.trained().items()
     }
 
@@ -44,7 +44,7 @@ def optimizer(state: TrainState) -> dict[str, Any]:
         return {
             **found,
             "state": {
-                index: {name: _gathered(value) for name, value in moments.items()} for index, moments in found["state"].items()
+                index: {name: gathered(value) for name, value in moments.items()} for index, moments in found["state"].items()
             },
         }
     zero = _zero(state)
@@ -128,7 +128,7 @@ def _load_plain(state: TrainState, saved: Mapping[str, Any]) -> None:
 # -- one value -------------------------------------------------------------------------------------------------------
 
 
-def _gathered(value: Any) -> Any:
+def gathered(value: Any) -> Any:
     """A value as it is, or whole where FSDP has spread it."""
     return _kept(value.full_tensor()) if hasattr(value, "full_tensor") else value
 

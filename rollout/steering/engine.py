@@ -90,11 +90,10 @@ class Active:
                 selection = call.selections.get(edit.number)
                 if selection is None:
                     continue
-                moved = None if selection.kept is None else selection.kept.get(edit.at)
-                if moved is None:
+                kept = None if selection.kept is None else selection.kept.get(edit.at)
+                if kept is None:
                     return None
-                mask = selection.mask_BT1
-                found[module] = (*found.get(module, ()), Kept(moved, None if mask is None else mask.to(moved.device)))
+                found[module] = (*found.get(module, ()), kept)
         self._steady_for = (self.rows, (call.rows.count, 1), call.rows.width)
         return found
 
@@ -217,15 +216,12 @@ class SiteEdit:
             return hidden
         if selection.kept is None or not self.plain_add or hidden.dim() != 3:
             return self._general(selection, call, hidden)
-        moved = selection.kept.get(self.at)
-        if moved is None or moved.dtype != hidden.dtype or moved.device != hidden.device:
-            vector = self.site.vector(self.at, hidden)
+        kept = selection.kept.get(self.at)
+        if kept is None or kept.moved_B1D.dtype != hidden.dtype or kept.moved_B1D.device != hidden.device:
+            vector, mask = self.site.vector(self.at, hidden), selection.mask_BT1
             moved = (selection.strength_BT1.to(hidden.device) * vector).to(hidden.dtype)
-            selection.kept[self.at] = moved
-        edited = hidden + moved
-        if selection.mask_BT1 is not None:
-            edited = torch.where(selection.mask_BT1.to(hidden.device), edited, hidden)
-        return edited
+            kept = selection.kept[self.at] = Kept(moved, None if mask is None else mask.to(hidden.device))
+        return kept(frame, hidden)
 
     def _general(self, selection: Selection, call: Call, hidden: Tensor) -> Tensor:
         shape = hidden.shape

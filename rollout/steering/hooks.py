@@ -170,8 +170,13 @@ def _fed(cache: Any, width: int, mask: Tensor | None) -> int:
     return before
 
 
+def _in_graph(module: nn.Module) -> dict[str, tuple[Edit, ...]] | None:
+    """While a graph is made for `fixed`: the edits that it is to have at this module, and no frame is asked."""
+    return getattr(module, "_steering_fixed", None) if _is_compiling() else None
+
+
 def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if _is_compiling() and getattr(module, "_steering_fixed", None) is not None:
+    if _in_graph(module) is not None:
         return
     if module.training and torch.is_grad_enabled():
         _carry_frames(module)
@@ -194,21 +199,21 @@ def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _before_model(module: nn.Module, args: tuple[Any, ...]) -> None:
-    if _is_compiling() and getattr(module, "_steering_fixed", None) is not None:
+    if _in_graph(module) is not None:
         return
     if (frame := _FRAME.get()) is not None and frame.stacks:
         frame.entered = set()
 
 
 def _after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if _is_compiling() and getattr(module, "_steering_fixed", None) is not None:
+    if _in_graph(module) is not None:
         return
     if (frame := _FRAME.get()) is not None:
         frame.entered = None
 
 
 def _after_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    if _is_compiling() and getattr(module, "_steering_fixed", None) is not None:
+    if _in_graph(module) is not None:
         return
     frame = _FRAME.get()
     readers = None if frame is None else frame.stacks.get(id(module))
@@ -224,7 +229,7 @@ def _after_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _after_module(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    if _is_compiling() and (fixed := getattr(module, "_steering_fixed", None)) is not None:
+    if (fixed := _in_graph(module)) is not None:
         return _put(None, fixed["output"], output) if "output" in fixed else None
     frame = _FRAME.get()
     if frame is None:
@@ -246,7 +251,7 @@ def _put(frame: Frame | None, edits: tuple[Edit, ...], output: Any) -> Any:
 
 
 def _before_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if _is_compiling() and (fixed := getattr(module, "_steering_fixed", None)) is not None:
+    if (fixed := _in_graph(module)) is not None:
         return _put_in(None, fixed["input"], args, kwargs) if "input" in fixed else None
     frame = _FRAME.get()
     if frame is None:

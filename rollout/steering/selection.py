@@ -7,7 +7,7 @@ edited is a matter of one integer, and the selection is kept from step to step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from rollout.steering import positions
 from rollout.steering.rows import Call, Rows
 
 if TYPE_CHECKING:
+    from rollout.steering.engine import Kept
     from rollout.steering.sites import BoundSite
 
 
@@ -28,8 +29,8 @@ class Selection:
     mask_BT1: Tensor | None
     unit: bool
     """Every selected strength is exactly 1."""
-    kept: dict[Any, Tensor] | None = None
-    """What may be kept from step to step, where the same selection holds again."""
+    kept: dict[int, Kept] | None = None
+    """By point, the addition that it comes to: kept from step to step, where the same selection holds again."""
 
 
 def select(site: BoundSite, call: Call) -> Selection | None:

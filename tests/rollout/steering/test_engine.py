@@ -365,7 +365,13 @@ def test_steady_decoding_is_the_asked_one_bit_for_bit(family: str, monkeypatch: 
     """Where every step is edited alike the edits are kept, until rows or the sequence change; others are asked each time."""
     model, kept = tiny(family), engine.Kept.__call__
     used: list[int] = []
-    monkeypatch.setattr(engine.Kept, "__call__", lambda self, frame, hidden: (used.append(1), kept(self, frame, hidden))[1])
+
+    def noted(self: Any, frame: Any, hidden: Tensor) -> Tensor:
+        if frame.steady is not None:  # kept from an earlier step, and no rule was asked
+            used.append(1)
+        return kept(self, frame, hidden)
+
+    monkeypatch.setattr(engine.Kept, "__call__", noted)
     for where, steady in (
         ({}, True),
         ({"prompt": "none"}, True),
