@@ -53,7 +53,7 @@ def importance_weights(
     else:
         used_BR = torch.where(outside_BR, 0.0, plain_BR)
     used_BR = torch.where(mask_BR, used_BR, 0.0)
-    used = used_BR[mask_BR] if not by_row else used_BR[:, 0]
+    used = used_BR[mask_BR] if not by_row else used_BR.amax(1)
     metrics = {
         "correction/ess": _effective(log_row_B),
         "correction/ess_share_used": float(used.sum().square() / (used.square().sum().clamp(min=1e-300) * max(len(used), 1))),

@@ -49,8 +49,7 @@ def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, s
 def update(state: TrainState, experience: Experience, rows: list[int], settings: PPOSettings) -> dict[str, float]:
     """One optimizer step from the rows of one minibatch, on all ranks together."""
     ours = processes.start()
-    lengths_B = experience.rollout.lengths_B[rows]
-    counts = {"tokens": int(lengths_B.sum()), "rows": len(rows)}
+    counts = {"tokens": int(experience.rollout.mask_BR[rows].sum()), "rows": len(rows)}
     batches = passes(rows, experience.rollout, settings)
     module = state.accelerator.unwrap_model(state.model)
     sums: dict[str, Tensor] = {}
