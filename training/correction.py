@@ -8,7 +8,9 @@ exploration, older weights, another engine) are weighed by pi_old / mu:
     *_truncate   weights above `high` become `high`, below `low` become `low`
     *_mask       weights above `high` or below `low` become 0
 
-The effective sample size falls about as exp(-2 x KL(mu || pi_old) per sequence).
+They weigh the policy loss (and with it a KL in the reward), the KL as a loss, and the KL to the reference that is logged and
+held. What the sampler never draws (top-p, top-k) no weight brings back. Entropy, value loss, clip fraction and approx_kl stay
+means over the tokens as drawn. The effective sample size falls about as exp(-2 x KL(mu || pi_old) per sequence).
 """
 
 from __future__ import annotations
