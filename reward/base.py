@@ -83,9 +83,9 @@ class Reward(Protocol):
 
 def on_last_action(values_B: Tensor, rollout: Rollout) -> Tensor:
     """(B, R) with `values_B` on each row's last action (the stop token, or the last token of a cut row), 0 elsewhere."""
-    steps_R = torch.arange(rollout.response_width, device=rollout.device)
-    here_BR = (steps_R[None] == rollout.last_B[:, None]) & rollout.mask_BR
-    return torch.where(here_BR, values_B.to(rollout.device)[:, None], 0.0)
+    mask_BR = rollout.mask_BR
+    left_BR = mask_BR.flip(1).cumsum(1).flip(1)
+    return torch.where(mask_BR & (left_BR == 1), values_B.to(rollout.device)[:, None], 0.0)
 
 
 def missing_stop_penalty(ended_B: Tensor, penalty: float) -> Tensor:

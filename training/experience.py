@@ -173,6 +173,14 @@ def _join_scores(parts: list[Scores], rollout: Rollout) -> Scores:
 # -- 3 credit --------------------------------------------------------------------------------------------------------
 
 
+def importance(scored: Scored, settings: PPOSettings) -> tuple[Tensor | None, dict[str, float]]:
+    """pi_old / mu of every token or row as `ppo.correction` says, and its metrics; None where the two are one law."""
+    if settings.correction is None:
+        return None, {}
+    rollout = scored.rollout
+    return importance_weights(scored.old_logprobs_BR, rollout.behaviour_logprobs_BR, rollout.mask_BR, settings.correction)
+
+
 def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Experience, dict[str, float]]:
     """Per-token rewards, advantages and returns of all rows, and what they say."""
     rollout, mask_BR = scored.rollout, scored.rollout.mask_BR
@@ -195,12 +203,7 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
         found = baseline(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
     whitens = settings.credit == "gae" if settings.whiten_advantages is None else settings.whiten_advantages
     advantages_BR = advantages.whiten(found.advantages_BR, mask_BR) if whitens else found.advantages_BR
-    importance_BR: Tensor | None = None
-    metrics: dict[str, float] = {}
-    if settings.correction is not None:
-        importance_BR, metrics = importance_weights(
-            scored.old_logprobs_BR, rollout.behaviour_logprobs_BR, mask_BR, settings.correction
-        )
+    importance_BR, metrics = importance(scored, settings)
     metrics["value/explained_variance"] = advantages.explained_variance(scored.values_BR, found.returns_BR, mask_BR)
     experience = Experience(
         rollout=rollout,

@@ -29,7 +29,7 @@ def mean(value_BR: Tensor, mask_BR: Tensor) -> float:
 
 
 def rollout_metrics(scored: Scored) -> dict[str, float]:
-    """Rewards, lengths and the KL to the reference (k1, summed over a response, mean over rows)."""
+    """Rewards, lengths and entropy."""
     rollout = scored.rollout
     found = {
         "rollout/rows": float(len(rollout)),
@@ -40,20 +40,35 @@ def rollout_metrics(scored: Scored) -> dict[str, float]:
         "policy/entropy": mean(scored.entropy_BR, rollout.mask_BR),
     }
     found |= reward_metrics([scored.scores])
-    found |= {f"time/{name}_pass_s": value for name, value in scored.seconds.items()}
-    if scored.reference_logprobs_BR is not None:
-        found["kl/ref"] = float(kl_per_response(scored).mean())
-        k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")
-        found["kl/ref_k3_token"] = mean(k3_BR, rollout.mask_BR)
-    return found
+    return found | {f"time/{name}_pass_s": value for name, value in scored.seconds.items()}
 
 
-def kl_per_response(scored: Scored) -> Tensor:
-    """k1 summed over each response, in float64; zeros without a reference."""
+def kl_metrics(scored: Scored, importance_BR: Tensor | None = None) -> dict[str, float]:
+    """The policy's KL to the reference: k1 summed over a response, mean over rows; k3 per token.
+
+    Rows of another law than the policy's count by their importance weights, which share out 1 whatever bounds them."""
+    if scored.reference_logprobs_BR is None:
+        return {}
+    mask_BR, k1_B = scored.rollout.mask_BR, kl_per_response(scored, importance_BR)
+    k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")
+    if importance_BR is None:
+        return {"kl/ref": float(k1_B.mean()), "kl/ref_k3_token": mean(k3_BR, mask_BR)}
+    weights_BR = importance_BR.double()
+    rows_B = weights_BR.sum(1) / mask_BR.sum(1).clamp(min=1)
+    least = torch.finfo(torch.float64).tiny  # a step whose weights are all 0 says nothing
+    return {
+        "kl/ref": float(k1_B.sum() / rows_B.sum().clamp(min=least)),
+        "kl/ref_k3_token": float((k3_BR * weights_BR)[mask_BR].sum() / weights_BR[mask_BR].sum().clamp(min=least)),
+    }
+
+
+def kl_per_response(scored: Scored, importance_BR: Tensor | None = None) -> Tensor:
+    """k1 summed over each response, in float64, each token by its weight; zeros without a reference."""
     if scored.reference_logprobs_BR is None:
         return torch.zeros(len(scored.rollout), dtype=torch.float64)
     k1_BR = kl.estimate(scored.old_logprobs_BR.double(), scored.reference_logprobs_BR.double())
-    return torch.where(scored.rollout.mask_BR, k1_BR, 0.0).sum(1)
+    weighed_BR = k1_BR if importance_BR is None else k1_BR * importance_BR
+    return torch.where(scored.rollout.mask_BR, weighed_BR, 0.0).sum(1)
 
 
 # -- the gap between the sampler and the trainer ----------------------------------------------------------------------
