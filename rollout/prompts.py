@@ -19,7 +19,7 @@ import torch
 
 from rollout.errors import Problem
 from rollout.policy import Policy
-from rollout.tables import read_table
+from rollout.tables import columns_of, read_table
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ class Prompts:
         self.table, self.column, self.policy, self.settings = table, column, policy, settings
         limits = [limit for limit in (settings.max_tokens, room) if limit]
         self.most = min(limits) if limits else None
+        self.others = [name for name in columns_of(table) if name != column]
+        """The data set's other columns: every batch has them all, with None where a row lacks one."""
 
     def __len__(self) -> int:
         return min(len(self.table), self.settings.limit) if self.settings.limit else len(self.table)
@@ -116,13 +118,12 @@ class Prompts:
                 raise Problem(f"prompts: row {row} is asked for, but there are {len(self)} rows")
         records = [self.table[int(row)] for row in rows]
         ids = [self._fit(int(row), self._ids(int(row), record)) for row, record in zip(rows, records, strict=True)]
-        names = [name for name in (records[0] if records else ()) if name != self.column]
         return PromptBatch(
             ids=ids,
             rows=[int(row) for row in rows],
             prompts=[record[self.column] for record in records],
             prompt_texts=[self.policy.tokenizer.decode(prompt) for prompt in ids],
-            columns={name: [record.get(name) for record in records] for name in names},
+            columns={name: [record.get(name) for record in records] for name in self.others},
             occurrences=None if occurrences is None else list(occurrences),
         )
 
@@ -197,7 +198,7 @@ def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int =
     table = read_table(settings.path, settings.split, settings.name)
     if not len(table):
         raise Problem(f"prompts.path: {settings.path} has no rows")
-    names = list(table[0])
+    names = columns_of(table)
     column = settings.column or next((name for name in _COLUMNS if name in names), "")
     if column not in names:
         what = f"{settings.column!r} is not a column" if settings.column else "none of the usual columns is there"
