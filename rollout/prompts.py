@@ -9,7 +9,6 @@ from a position, and processes share a list of positions without losing or repea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,7 +18,8 @@ import torch
 
 from rollout.errors import Problem
 from rollout.policy import Policy
-from rollout.tables import read_table
+from rollout.spelling import check_messages, conversation_ids, text_ids
+from rollout.tables import columns_of, read_table
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ class Prompts:
         self.table, self.column, self.policy, self.settings = table, column, policy, settings
         limits = [limit for limit in (settings.max_tokens, room) if limit]
         self.most = min(limits) if limits else None
+        self.others = [name for name in columns_of(table) if name != column]
+        """The data set's other columns: every batch has them all, with None where a row lacks one."""
 
     def __len__(self) -> int:
         return min(len(self.table), self.settings.limit) if self.settings.limit else len(self.table)
@@ -116,13 +118,12 @@ class Prompts:
                 raise Problem(f"prompts: row {row} is asked for, but there are {len(self)} rows")
         records = [self.table[int(row)] for row in rows]
         ids = [self._fit(int(row), self._ids(int(row), record)) for row, record in zip(rows, records, strict=True)]
-        names = [name for name in (records[0] if records else ()) if name != self.column]
         return PromptBatch(
             ids=ids,
             rows=[int(row) for row in rows],
             prompts=[record[self.column] for record in records],
             prompt_texts=[self.policy.tokenizer.decode(prompt) for prompt in ids],
-            columns={name: [record.get(name) for record in records] for name in names},
+            columns={name: [record.get(name) for record in records] for name in self.others},
             occurrences=None if occurrences is None else list(occurrences),
         )
 
@@ -143,7 +144,7 @@ class Prompts:
             try:
                 record = self.table[row]
                 self._check_value(row, record.get(self.column))
-                if self.settings.too_long == "refuse" and self.most:
+                if isinstance(record.get(self.column), list) or (self.settings.too_long == "refuse" and self.most):
                     self._fit(row, self._ids(row, record))
             except Problem as problem:
                 problems += problem.lines
@@ -158,10 +159,7 @@ class Prompts:
         if value is None or (isinstance(value, (str, list)) and not len(value)):
             raise Problem(f"{where}: the column {self.column!r} is empty; give every row a prompt, or leave the row out")
         if isinstance(value, list):
-            if not all(isinstance(message, dict) and "role" in message for message in value):
-                raise Problem(
-                    f"{where}: a conversation is a list of messages with a role and a content, found {str(value)[:80]}"
-                )
+            check_messages(value, where)
             if not getattr(self.policy.tokenizer, "chat_template", None):
                 raise Problem(
                     f"prompts.path: {self.settings.path or 'the prompts'} holds conversations, but the tokenizer has no chat "
@@ -176,7 +174,8 @@ class Prompts:
         value, tokenizer = record.get(self.column), self.policy.tokenizer
         self._check_value(row, value)
         if isinstance(value, list):
-            return conversation_ids(tokenizer, value, record.get("tools"), record.get("chat_template_kwargs"))
+            where = f"prompts.path: row {row} of {self.settings.path or 'the prompts'}"
+            return conversation_ids(tokenizer, value, record.get("tools"), record.get("chat_template_kwargs"), where=where)
         return text_ids(self.policy, str(value))
 
     def _fit(self, row: int, ids: list[int]) -> list[int]:
@@ -197,7 +196,7 @@ def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int =
     table = read_table(settings.path, settings.split, settings.name)
     if not len(table):
         raise Problem(f"prompts.path: {settings.path} has no rows")
-    names = list(table[0])
+    names = columns_of(table)
     column = settings.column or next((name for name in _COLUMNS if name in names), "")
     if column not in names:
         what = f"{settings.column!r} is not a column" if settings.column else "none of the usual columns is there"
@@ -211,27 +210,6 @@ def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int =
 
 
 _COLUMNS = ("prompt", "messages", "conversations", "question", "query", "instruction", "text")
-
-
-def text_ids(policy: Policy, text: str) -> list[int]:
-    """A text as the tokenizer sees it. A decoder-only model goes on from it, so an end token that was added is taken off."""
-    ids = [int(i) for i in policy.tokenizer(text)["input_ids"]]
-    if not policy.is_seq2seq and len(ids) > 1:
-        plain = [int(i) for i in policy.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        added = ids[len(ids) - len(plain) :] != plain
-        if added and ids[-1] in (*policy.eos_ids, policy.tokenizer.eos_token_id, policy.tokenizer.sep_token_id):
-            ids = ids[:-1]
-    return ids
-
-
-def conversation_ids(tokenizer: Any, messages: list[Any], tools: Any = None, extra: Any = None) -> list[int]:
-    """A conversation through the chat template, with the generation prompt. The template says what begins it: no second bos."""
-    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
-    extra = json.loads(extra) if isinstance(extra, str) and extra else extra or {}
-    ids = tokenizer.apply_chat_template(
-        messages, tools=tools or None, add_generation_prompt=True, tokenize=True, return_dict=False, **extra
-    )
-    return [int(i) for i in ids]
 
 
 @lru_cache(maxsize=4)

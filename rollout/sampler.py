@@ -78,9 +78,9 @@ class Sampler:
 
     def texts(self, batch: PromptBatch, rollout: Rollout) -> Texts:
         """What the rows say: n rows of each prompt of the batch, as `sample` orders them."""
-        lengths = rollout.lengths_B.tolist()
-        completions = [self.stops.text(ids[:length]) for ids, length in zip(rollout.response_BR.tolist(), lengths, strict=True)]
         many = batch.select([i for i in range(len(batch)) for _ in range(self.sampling.n)])
+        rows = zip(rollout.response_BR.tolist(), rollout.lengths_B.tolist(), many.ids, strict=True)
+        completions = [self.stops.text(ids[:length], prompt) for ids, length, prompt in rows]
         return Texts(prompts=many.prompts, prompt_texts=many.prompt_texts, completions=completions, columns=many.columns)
 
     def check(self, batch: PromptBatch) -> None:
@@ -171,6 +171,7 @@ class Sampler:
             if policy.is_seq2seq
             else mask_BP,
             copies_B=copies_B,
+            before=[self.stops.before(batch.ids[i]) for i, _ in pairs],
             names=[f"row {batch.rows[i]} (sample {j})" for i, j in pairs],
             live=live,
             synced=call.synced,

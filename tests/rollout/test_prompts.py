@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ import pyarrow.parquet
 import pytest
 from tokenizers import processors
 
+from reward.base import build_reward
 from rollout.errors import Problem
 from rollout.policy import Policy
 from rollout.prompts import PromptBatch, Prompts, PromptSettings, load_prompts
+from rollout.sampler import Sampler
+from rollout.sampling import Sampling
+from rollout.store import from_table, to_table
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
 ROWS = [
@@ -220,3 +225,38 @@ def test_negative_limits_are_told() -> None:
 
 def test_prompts_take_any_sequence_of_rows() -> None:
     assert Prompts(ROWS, "prompt", tiny_policy("gpt2"), PromptSettings()).batch([4]).prompts == ["film x"]
+
+
+RAGGED: list[dict[str, Any]] = [
+    {"prompt": "a", "level": 1},
+    {"prompt": "b", "answer": "b", "level": 2},
+    {"answer": "c", "prompt": "c"},
+    {"prompt": "d", "note": {"by": "x"}},
+]
+
+
+@pytest.mark.parametrize("name", ("rows.jsonl", "rows.json", "rows.parquet", "folder"))
+def test_columns_are_those_of_the_data_set_whatever_row_comes_first(tmp_path: Path, name: str) -> None:
+    rows = [{key: row.get(key) for key in ("prompt", "level", "answer", "note")} for row in RAGGED]
+    path = write(tmp_path / name, rows if name in ("rows.parquet", "folder") else RAGGED)
+    prompts = load_prompts(PromptSettings(path=path), tiny_policy("gpt2"))
+    for size in (1, 2, 4):
+        for index in itertools.permutations(range(4), size):
+            columns = prompts.batch(index).columns
+            assert columns == {key: [RAGGED[i].get(key) for i in index] for key in ("level", "answer", "note")}
+            assert list(columns) == ["level", "answer", "note"]
+
+
+def test_a_reward_and_a_dump_say_the_same_of_a_row_in_every_order(tmp_path: Path) -> None:
+    prompts = load_prompts(PromptSettings(path=write(tmp_path / "rows.jsonl", RAGGED)), policy := tiny_policy("gpt2"))
+    sampler = Sampler(policy, Sampling(max_new_tokens=2))
+    kept, scored = [], []
+    for index in itertools.permutations(range(4)):
+        rollout, texts = sampler.sample(prompts.batch(index))
+        back = next(from_table(to_table(rollout, texts)))[1]
+        kept.append({row: {key: values[at] for key, values in back.columns.items()} for at, row in enumerate(index)})
+        exact, asked = build_reward([{"kind": "exact"}]), build_reward([lambda prompts, answer=None, **_: map(bool, answer)])
+        scored.append([dict(zip(index, found(rollout, texts).total_B.tolist(), strict=True)) for found in (exact, asked)])
+    assert all(found == kept[0] for found in kept) and all(found == scored[0] for found in scored)
+    assert kept[0] == {row: {key: RAGGED[row].get(key) for key in ("level", "answer", "note")} for row in range(4)}
+    assert scored[0][1] == {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0}
