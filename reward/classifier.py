@@ -10,6 +10,7 @@ themselves. How a model takes padding is seen on the model, with a few short row
     no eos       refused? it pools at the last eos (T5, Bart): rows end with one, batches hold rows with equally many
     last         logits = head at the last token? then the position is ours to choose
     padded       a padded row scores as alone? if not, only rows of one length share a batch
+    company      is it the same beside a row that ends the context? if not, rows on both sides of a length are kept apart
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from reward.reading import Sequences
-from rollout import adapters
+from rollout import adapters, habits
 from rollout.errors import Problem
 from rollout.heads import head_of, load_config, load_head
 
@@ -51,6 +52,8 @@ class Classifier:
         self.needs_eos = self.pads = False
         self.at_last = self.is_per_token
         self.pads = True
+        self.boundary: int | None = None
+        """Rows of more tokens than this are scored otherwise, and so is what shares their batch."""
         self._observe()
 
     @property
@@ -116,7 +119,9 @@ class Classifier:
 
         def kind(index: int) -> tuple[int, ...]:
             ids = rows.ids[index]
-            return (ids.count(self.eos_id) if self.needs_eos else 0, 0 if self.pads else len(ids))  # type: ignore[arg-type]
+            is_long = self.boundary is not None and len(ids) > self.boundary
+            ends = ids.count(self.eos_id) if self.needs_eos else 0  # type: ignore[arg-type]
+            return (ends, int(is_long) if self.pads else len(ids))
 
         order = sorted(range(len(rows.ids)), key=lambda i: (kind(i), -len(rows.ids[i]), i))
         batch: list[int] = []
@@ -186,6 +191,16 @@ class Classifier:
         together = self.per_token(rows)[1] if self.is_per_token else self.per_row(rows)[1]
         alone = self.per_token(Sequences([short]))[0] if self.is_per_token else self.per_row(Sequences([short]))[0]
         slack = 1e-4 if next(self.core.parameters()).dtype == torch.float32 else 5e-2
+        if "position_ids" in self.takes and "attention_mask" in self.takes:
+            row = torch.tensor([[plain[(7 * k + 3) % len(plain)] for k in range(habits.SPREAD)]] * 2, device=self.device)
+
+            def company(position_2T: Tensor) -> Tensor:
+                with torch.no_grad():
+                    states = self.core.base_model(row, attention_mask=torch.ones_like(row), position_ids=position_2T)[0]
+                return states[0]  # type: ignore[no-any-return]
+
+            config = self.config.get_text_config()
+            self.boundary = habits.boundary(company, config, self.context, 0, self.device)
         if len(long) > len(short) and not torch.allclose(together, alone, rtol=slack, atol=slack):
             self.pads = False
             logger.info(

@@ -189,7 +189,7 @@ def complete(
         _check_prompt(policy, row, ids, context)
     if echo and policy.is_seq2seq:
         raise Problem("echo: an encoder-decoder does not predict its prompt, so there is nothing to echo; leave it out")
-    room = [limit if context is None else min(limit, context - (0 if policy.is_seq2seq else len(ids))) for ids in prompts]
+    room = [_room(policy, len(ids), limit, context) for ids in prompts]
     done: dict[int, Completed] = {}
     for most in sorted(set(room), reverse=True):
         group = [row for row, own in enumerate(room) if own == most]
@@ -267,6 +267,13 @@ def _context(policy: Policy, asked: int | None) -> int | None:
             f"max_seq_len: {asked}; give 1 to {own if own is not None else 'any number'}, what the model's context holds"
         )
     return asked
+
+
+def _room(policy: Policy, length: int, limit: int, context: int | None) -> int:
+    """Tokens that a completion may have: what the context leaves, or the length beyond which the model has another law."""
+    used, switch = 0 if policy.is_seq2seq else length, policy.habits.boundary
+    ends = [end for end in (context, switch) if end is not None and not (end == switch and policy.habits.is_long(length))]
+    return min([limit, *(end - used for end in ends)])
 
 
 def _raw_logprobs(policy: Policy, rollout: Rollout, sampling: Sampling, steering: Any) -> torch.Tensor:
