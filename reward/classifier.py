@@ -28,7 +28,7 @@ from torch import Tensor
 from reward.reading import Sequences
 from rollout import adapters, habits
 from rollout.errors import Problem
-from rollout.heads import head_of, load_config, load_head
+from rollout.heads import NoHead, head_of, load_config, load_head
 
 logger = logging.getLogger(__name__)
 
@@ -179,10 +179,10 @@ class Classifier:
         short = [plain[(5 * k + 1) % len(plain)] for k in range(max(width // 3, 1))]
         try:
             self._forward(Sequences([long]), [0])
-        except (ValueError, RuntimeError, IndexError) as error:
-            if "eos" not in str(error) or self.eos_id is None:
+        except (ValueError, RuntimeError, IndexError):
+            if self.eos_id is None:
                 raise
-            self.needs_eos = True
+            self.needs_eos = True  # or it fails with an eos, too: below, with its own words
             long, short = [*long[:-1], self.eos_id], [*short[: max(len(short) - 1, 0)], self.eos_id]
         logits, every = self._forward(Sequences([long]), [0])
         if not self.is_per_token:
@@ -226,8 +226,8 @@ def load_classifier(
                 path, "reward", head, dtype=dtype, attn=attn, fresh=fresh or head_in_adapter is not None,
                 field=f"{where}.path", **settings,
             )  # fmt: skip
-        except Problem as problem:
-            if fresh or "has no weights for" not in str(problem):
+        except NoHead as problem:
+            if fresh:  # it is the trunk that lacks weights
                 raise
             raise Problem(f"{problem}, or set allow_new_head: true") from problem
         if adapter:

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from rollout.confidence import raw_logprob
+from rollout.errors import visible
 from rollout.spelling import UNKNOWN, Speller
 
 RESET = "\x1b[0m"
@@ -93,18 +94,6 @@ def pieces_of(tokenizer: Any, ids: Sequence[int], logprobs: Sequence[float | Non
     stream = Pieces(tokenizer, before)
     found = [stream.add(token, logprob) for token, logprob in zip(ids, logprobs, strict=True)]
     return [piece for piece in (*found, stream.rest()) if piece is not None]
-
-
-def visible(text: str) -> str:
-    """Control characters as pictures: what a model writes must not steer the terminal. Line ends and tabs stay."""
-    return "".join(
-        c if c in "\n\t" or not unicodedata.category(c).startswith("C") or c == "\u200d" else _picture(c) for c in text
-    )
-
-
-def _picture(character: str) -> str:
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else UNKNOWN
 
 
 def paint(piece: Piece, colour: bool, raw: bool = False) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from reward.base import Reward, Scores, missing_stop_penalty, on_last_action, row_name
+from reward.base import Reward, Scores, joined_extra, joined_metrics, missing_stop_penalty, on_last_action, row_name
 from rollout import processes
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
@@ -167,6 +167,8 @@ def _join_scores(parts: list[Scores], rollout: Rollout) -> Scores:
         tokens_BR,
         {name: max(part.seconds.get(name, 0.0) for part in parts) for name in seconds},
         {name: sum(part.fallbacks.get(name, 0) for part in parts) for name in fallbacks},
+        joined_metrics([part.metrics for part in parts]),
+        joined_extra([part.extra for part in parts], [len(part) for part in parts]),
     )
 
 

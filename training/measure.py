@@ -149,6 +149,7 @@ def _row(scored: Scored, experience: Experience, decode: Callable[[int], str], i
         "completion": texts.completions[i],
         "reward": float(scored.scores.total_B[i]),
         "parts": {name: float(values[i]) for name, values in scored.scores.parts.items()},
+        **{f"extra/{name}": values[i] for name, values in scored.scores.extra.items()},
         "kl": float(kl_per_response(scored)[i]),
         "ended": bool(rollout.ended_B[i]),
         "stop_reason": STOP_REASONS[int(rollout.stop_B[i])],

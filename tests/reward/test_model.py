@@ -264,6 +264,27 @@ def test_a_new_head_is_an_error_unless_allowed(family, tmp_path):
     assert scores.total_B.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["model", "process"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "meta", "no such"])
+def test_a_device_that_is_not_there_is_one_line(kind, device, tmp_path):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    path = saved(tiny_classifier("gpt2", per_token=kind == "process"), tmp_path / "rm", tiny_tokenizer())
+    with pytest.raises(Problem) as told:
+        build_reward([{"kind": kind, "path": path, "device": device}])
+    (line,) = told.value.lines
+    assert line.startswith(f"reward[0].device: '{device}' cannot be used: ") and line.endswith("; leave it out, or say cpu")
+    assert "\n" not in line
+
+
+def test_a_folder_whose_name_says_what_our_messages_say_gets_no_false_remedy(tmp_path):
+    path = tmp_path / "has no weights for"
+    path.mkdir()
+    with pytest.raises(Problem) as told:
+        build_reward([{"kind": "model", "path": str(path)}])
+    assert "allow_new_head" not in str(told.value)
+
+
 def test_a_head_that_is_there_is_read_though_a_new_one_is_allowed(tmp_path):
     model, tokenizer = tiny_classifier("llama", labels=2), tiny_tokenizer()
     path = saved(model, tmp_path / "rm", tokenizer)
