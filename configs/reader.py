@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 from configs import checks, shape, show
 from configs.shape import Path, dotted
+
 from rollout import processes
 from rollout.errors import Problem
 from rollout.yaml_files import load_text, load_yaml

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.reader import door
+
 from rollout import processes
 from rollout.batch import Rollout, Texts
 from rollout.dump import dump, left_to_do

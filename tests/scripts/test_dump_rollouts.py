@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from configs.reader import door
+
 import numpy as np
 import pandas
 import psutil
@@ -20,7 +22,6 @@ import pytest
 import torch
 import transformers
 
-from configs.reader import door
 from rollout import store
 from rollout.logprobs import teacher_forced
 from rollout.manifest import load_manifest
