@@ -6,17 +6,19 @@ Everything here reads the rows of all ranks, so it is global, and the same on ev
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from reward.base import metrics as reward_metrics
+from rollout import processes
 from rollout.batch import STOP_REASONS
 from rollout.errors import Problem
 from training import kl
 from training.experience import Experience, Scored, select
+from training.minibatch import share
 
 if TYPE_CHECKING:
     from training.actor_critic import ActorCritic
@@ -46,6 +48,13 @@ def rollout_metrics(scored: Scored) -> dict[str, float]:
         k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")
         found["kl/ref_k3_token"] = mean(k3_BR, rollout.mask_BR)
     return found
+
+
+def cut_prompts(source: Any, rows: Sequence[int]) -> dict[str, float]:
+    """How many of the step's prompts were cut, over all ranks: each knows of those that it read itself."""
+    me = processes.start()
+    count = sum(row in source.cut for row in share(rows, me.rank, me.world_size))
+    return {"rollout/cut_prompts": float(processes.sum_(torch.tensor(count, device=me.device)))}
 
 
 def kl_per_response(scored: Scored) -> Tensor:
