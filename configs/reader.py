@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 from configs import checks, shape, show
 from configs.shape import Path, dotted
+
 from rollout import processes
 from rollout.errors import Problem, visible
 from rollout.yaml_files import load_text, load_yaml

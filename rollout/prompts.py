@@ -9,17 +9,23 @@ from a position, and processes share a list of positions without losing or repea
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
 
+from rollout import processes
 from rollout.errors import Problem
 from rollout.policy import Policy
 from rollout.spelling import check_messages, conversation_ids, text_ids
 from rollout.tables import columns_of, read_table
+
+LOOKED_AT = 1000
+"""Prompts that are made into tokens before any work begins: cut ones are counted, and a template may refuse them."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class PromptSettings:
     max_tokens: int = 0
     """Most tokens of a prompt; 0 = what the model's context leaves."""
     too_long: Literal["cut", "refuse"] = "cut"
-    """cut keeps a longer prompt's last tokens; refuse ends the job."""
+    """cut keeps a longer prompt's last tokens, and the bos before them where the tokenizer puts one; refuse ends the job."""
     limit: int = 0
     """Only the first rows; 0 = all."""
 
@@ -107,6 +113,8 @@ class Prompts:
         self.most = min(limits) if limits else None
         self.others = [name for name in columns_of(table) if name != column]
         """The data set's other columns: every batch has them all, with None where a row lacks one."""
+        self.cut: dict[int, int] = {}
+        """Dataset row -> its tokens before it was cut, of every row that this process has cut so far."""
 
     def __len__(self) -> int:
         return min(len(self.table), self.settings.limit) if self.settings.limit else len(self.table)
@@ -144,15 +152,28 @@ class Prompts:
             try:
                 record = self.table[row]
                 self._check_value(row, record.get(self.column))
-                if isinstance(record.get(self.column), list) or (self.settings.too_long == "refuse" and self.most):
-                    self._fit(row, self._ids(row, record))
+                # A template may refuse what it is given, whatever its length.
+                looks = row < LOOKED_AT and (self.most or isinstance(record.get(self.column), list))
+                if looks or (self.most and self.settings.too_long == "refuse"):
+                    self._fit(row, self._ids(row, record), told=True)
             except Problem as problem:
                 problems += problem.lines
             if len(problems) >= 5:
                 break
         if problems:
             raise Problem(*dict.fromkeys(problems))
+        if self.cut:
+            looked = "" if len(self) <= LOOKED_AT else "first "
+            self._tell(f"{len(self.cut):,} of the {looked}{min(len(self), LOOKED_AT):,} prompts", max(self.cut.values()))
         return self
+
+    def _tell(self, which: str, longest: int) -> None:
+        if processes.start().is_main:
+            logger.warning(
+                "prompts: %s of %s have more than the %s tokens that prompts.max_tokens or the model's context leave (up to "
+                "%s); they are cut to their last ones (prompts.too_long refuse ends the job instead)",
+                *(which, self.settings.path or "the job", f"{self.most:,}", f"{longest:,}"),
+            )
 
     def _check_value(self, row: int, value: Any) -> None:
         where = f"prompts.path: row {row} of {self.settings.path or 'the prompts'}"
@@ -178,7 +199,7 @@ class Prompts:
             return conversation_ids(tokenizer, value, record.get("tools"), record.get("chat_template_kwargs"), where=where)
         return text_ids(self.policy, str(value))
 
-    def _fit(self, row: int, ids: list[int]) -> list[int]:
+    def _fit(self, row: int, ids: list[int], told: bool = False) -> list[int]:
         if self.most is None or len(ids) <= self.most:
             return ids
         if self.settings.too_long == "refuse":
@@ -186,7 +207,20 @@ class Prompts:
                 f"prompts: row {row} has {len(ids)} tokens, more than the {self.most} that prompts.max_tokens or the model's "
                 "context leave; cut it (prompts.too_long cut) or leave it out"
             )
-        return ids[-self.most :]
+        if not (told or self.cut):
+            self._tell(f"row {row} and maybe others", len(ids))
+        self.cut[row] = len(ids)
+        bos = [self.policy.tokenizer.bos_token_id]
+        first = next((begun for begun in (self._first, bos) if begun and ids[: len(begun)] == begun), [])
+        first = first if len(first) < self.most else []
+        return [*first, *ids[len(ids) - self.most + len(first) :]]
+
+    @cached_property
+    def _first(self) -> list[int]:
+        """What the tokenizer puts before every text (bos, [CLS], a language): a model has seen no text without it."""
+        ids, plain = (self.policy.tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+        at = next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)
+        return [int(i) for i in ids[:at]]
 
 
 def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int = 0) -> Prompts:

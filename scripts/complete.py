@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.reader import door
+
 from rollout import processes
 from rollout.completion import Completed, check_dialog, complete
 from rollout.confidence import Confidence, confidence

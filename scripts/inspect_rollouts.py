@@ -8,9 +8,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from configs.reader import door
+
 import numpy as np
 
-from configs.reader import door
 from reward.selection import read_scores, score_files
 from rollout.errors import visible
 from rollout.inspection import inspect, to_json, to_text

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import configs  # noqa: F401  # the environment that torch is loaded in
+
 from rollout import processes
 from rollout.errors import Problem
 from rollout.policy import ModelSettings

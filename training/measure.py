@@ -6,17 +6,19 @@ Everything here reads the rows of all ranks, so it is global, and the same on ev
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from reward.base import metrics as reward_metrics
+from rollout import processes
 from rollout.batch import STOP_REASONS
 from rollout.errors import Problem
 from training import kl
 from training.experience import Experience, Scored, select
+from training.minibatch import share
 
 if TYPE_CHECKING:
     from training.actor_critic import ActorCritic
@@ -60,6 +62,13 @@ def kl_metrics(scored: Scored, importance_BR: Tensor | None = None) -> dict[str,
         "kl/ref": float(k1_B.sum() / rows_B.sum().clamp(min=least)),
         "kl/ref_k3_token": float((k3_BR * weights_BR)[mask_BR].sum() / weights_BR[mask_BR].sum().clamp(min=least)),
     }
+
+
+def cut_prompts(source: Any, rows: Sequence[int]) -> dict[str, float]:
+    """How many of the step's prompts were cut, over all ranks: each knows of those that it read itself."""
+    me = processes.start()
+    count = sum(row in source.cut for row in share(rows, me.rank, me.world_size))
+    return {"rollout/cut_prompts": float(processes.sum_(torch.tensor(count, device=me.device)))}
 
 
 def kl_per_response(scored: Scored, importance_BR: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ from training.experience import credit, gather_scored, score
 from training.export import read_summary, save_model, summarise
 from training.learn import learn
 from training.log import tell
-from training.measure import check_gap, gap_tolerance, kl_metrics, rollout_metrics, sample_rows
+from training.measure import check_gap, cut_prompts, gap_tolerance, kl_metrics, rollout_metrics, sample_rows
 from training.replay import Replay
 from training.report import report
 from training.setup import open_log, prepare
@@ -196,6 +196,7 @@ def train(
             clock.lap("reward")
             scored = score(parts.actor_critic, parts.reference, *everything, settings)
             metrics = rollout_metrics(scored) | check_gap(scored, tolerance, state.step) | steered.metrics(parts, scored)
+            metrics |= cut_prompts(source, rows)
             clock.lap("score")
 
             # 3 credit: rewards less KL, advantages, returns, importance weights

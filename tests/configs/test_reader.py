@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from configs.reader import door, read, to_yaml
+
 import pytest
 import yaml
 
-from configs.reader import door, read, to_yaml
 from rollout.errors import Problem
 
 

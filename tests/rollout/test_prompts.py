@@ -137,6 +137,64 @@ def test_long_prompts_are_cut_on_the_left_or_refused(tmp_path: Path) -> None:
         load_prompts(PromptSettings(path=long), policy, max_new_tokens=128)
 
 
+def beginning(tokenizer: Any, template: str) -> Any:
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "kept"),
+    [
+        ("gpt2", "$A", lambda text: text[-6:]),
+        ("gpt2", "<s> $A", lambda text: [1, *text[-5:]]),
+        ("gpt2", "<s> $A </s>", lambda text: [1, *text[-5:]]),
+        ("t5", "$A </s>", lambda text: [*text[-5:], 2]),
+        ("bart", "<s> $A </s>", lambda text: [1, *text[-4:], 2]),
+    ],
+)
+def test_a_cut_prompt_keeps_what_the_tokenizer_puts_around_it(tmp_path: Path, family: str, template: str, kept: Any) -> None:
+    policy = Policy.of(tiny(family), beginning(tiny_tokenizer(), template))
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    batch = load_prompts(PromptSettings(path=path, max_tokens=6), policy).batch([3])
+    text = policy.tokenizer("film very long one", add_special_tokens=False)["input_ids"]
+    assert batch.ids == [kept(text)]
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "$A"])
+def test_a_cut_conversation_keeps_its_bos(tmp_path: Path, template: str) -> None:
+    policy = Policy.of(tiny("gpt2"), beginning(tiny_tokenizer(chat=True), template))
+    path = write(tmp_path / "talk.jsonl", TALK)
+    batch = load_prompts(PromptSettings(path=path, max_tokens=14), policy).batch([0])
+    whole = policy.tokenizer.apply_chat_template(
+        TALK[0]["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert batch.ids == [[1, *whole[-13:]]]
+
+
+def test_how_many_prompts_are_cut_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy = tiny_policy("gpt2")
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    prompts = load_prompts(PromptSettings(path=path, max_tokens=8), policy)
+    prompts.batch([0, 3, 3, 4])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"prompts: 2 of the 5 prompts of {path} have more than the 8 tokens that prompts.max_tokens or the model's context "
+        "leave (up to 18); they are cut to their last ones (prompts.too_long refuse ends the job instead)"
+    ]
+    assert prompts.cut == {0: 9, 3: 18}
+    caplog.clear()
+    short = [{"prompt": "a"}] * 1000
+    path = write(tmp_path / "late.jsonl", [*short, {"prompt": "b" * 20}, {"prompt": "b" * 30}])
+    late = load_prompts(PromptSettings(path=path, max_tokens=8), policy)
+    assert not caplog.records, "nobody has seen a long one yet"
+    late.batch([1001, 0, 1000])
+    assert len(caplog.records) == 1 and "row 1001 and maybe others" in caplog.text and "(up to 30)" in caplog.text
+    caplog.clear()
+    load_prompts(PromptSettings(path=path), policy).batch([1000])
+    assert not caplog.records, "all fit"
+
+
 def test_the_order_is_reproducible_resumable_and_every_epoch_has_every_row_once(tmp_path: Path) -> None:
     prompts = load_prompts(PromptSettings(path=write(tmp_path / "rows.jsonl", ROWS)), tiny_policy("gpt2"))
     whole = prompts.take(7, 0, 23)

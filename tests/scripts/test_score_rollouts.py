@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from configs.reader import door
+
 import datasets
 import pandas
 import pytest
 import torch
 
-from configs.reader import door
 from reward.base import build_reward
 from rollout.manifest import load_manifest
 from rollout.store import read_dump
