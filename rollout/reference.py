@@ -65,8 +65,8 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
     policy_BR = _gathered(torch.stack(output.logits, dim=1), response_BR, sampling.policy_temperature)
     behaviour_BR = _gathered(torch.stack(output.scores, dim=1), response_BR, 1.0)
     ends = (_end(stops, row, said) for row, said in zip(response_BR.tolist(), before, strict=True))
-    lengths, reasons = zip(*ends, strict=True)
-    lengths_B, stop_B = torch.tensor(lengths, device=device), torch.tensor(reasons, device=device)
+    taken, reasons = zip(*ends, strict=True)
+    lengths_B, stop_B = torch.tensor(taken, device=device), torch.tensor(reasons, device=device)
     mask_BR = torch.arange(response_BR.shape[1], device=device)[None] < lengths_B[:, None]
     rollout = Rollout(
         prompt_BP=prompt_BP,

@@ -313,7 +313,8 @@ def test_a_reward_and_a_dump_say_the_same_of_a_row_in_every_order(tmp_path: Path
         rollout, texts = sampler.sample(prompts.batch(index))
         back = next(from_table(to_table(rollout, texts)))[1]
         kept.append({row: {key: values[at] for key, values in back.columns.items()} for at, row in enumerate(index)})
-        exact, asked = build_reward([{"kind": "exact"}]), build_reward([lambda prompts, answer=None, **_: map(bool, answer)])
+        every_row = lambda prompts, **_: [0.0] * len(prompts)  # noqa: E731  a row to which no part applies is refused
+        exact, asked = build_reward([{"kind": "exact"}, every_row]), build_reward([lambda answer, **_: map(bool, answer)])
         scored.append([dict(zip(index, found(rollout, texts).total_B.tolist(), strict=True)) for found in (exact, asked)])
     assert all(found == kept[0] for found in kept) and all(found == scored[0] for found in scored)
     assert kept[0] == {row: {key: RAGGED[row].get(key) for key in ("level", "answer", "note")} for row in range(4)}
