@@ -241,4 +241,4 @@ def with_correction(settings: PPOSettings, steering: Any) -> PPOSettings:
     given = getattr(steering, "correction", None)
     if settings.correction is not None or given is None:
         return settings
-    return dataclasses.replace(settings, correction=Correction(given.type, given.high, given.low))
+    return dataclasses.replace(settings, correction=given)

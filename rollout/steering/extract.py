@@ -75,7 +75,7 @@ def activations(
     tokenizer: Any,
     texts: Sequence[tuple[str, str]],
     points: Sequence[Point],
-    position: str = "last",
+    position: str,
     batch: int = 16,
 ) -> Tensor:
     """(texts, points, D) float32: what each (prompt, text) gives at each point, at its last token or over its tokens."""
@@ -211,8 +211,8 @@ def directions(
     tokenizer: Any,
     pairs: Sequence[Pair],
     points: Sequence[Point],
-    method: str = "mean_diff",
-    position: str = "last",
+    method: str,
+    position: str,
 ) -> list[Tensor]:
     """One vector per point."""
     if method == "probe" and len(pairs) < 2:
