@@ -100,20 +100,21 @@ class Stops:
         return text[: min(cuts)] if cuts else text
 
     def _in_tail(self, ids: list[int], stops: list[str], skip: bool, before: Sequence[int]) -> bool:
-        """Look in the text of the last tokens, going back until it is surely long enough and cleanly cut."""
+        """Look in the text of the last tokens, of so many that enough of it lies before the last one, and is cleanly cut."""
         longest = max(map(len, stops))
         width = longest + 8
-        while True:
-            whole = width >= len(ids)
-            text = self.speller.after(before if whole else (), ids if whole else ids[-width:], skip)
+        while width < len(ids):
+            earlier, text = (self.speller.after((), part, skip) for part in (ids[-width:-1], ids[-width:]))
             # The first token's text may lack its blank, or half a character: at the start of a window that proves nothing.
             # A trailing half character is the row's own; any other sign of one means the window may have cut it.
             clean = UNKNOWN not in text[: -1 if text.endswith(UNKNOWN) else None]
-            if whole or (clean and len(text) >= 2 * longest + 16):
-                return any(stop in (text if whole else text[-longest - 16 :]) for stop in stops) and (
-                    whole or any(stop in self.speller.after(before, ids, skip) for stop in stops)
-                )
+            if clean and len(earlier) >= 2 * longest + 16:
+                if not any(stop in text for stop in stops):
+                    return False
+                break
             width *= 4
+        text = self.speller.after(before, ids, skip)
+        return any(stop in text for stop in stops)
 
 
 def can_spell(tokenizer: Any, text: str) -> bool:
