@@ -20,6 +20,8 @@ from rollout.errors import Problem
 from rollout.policy import Policy
 
 UNKNOWN = "\ufffd"
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns of a conversation's row that the chat template is given, beside the messages."""
 _OURS = (
     "conversation", "messages", "tools", "tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length",
     "return_assistant_tokens_mask", "tokenizer_kwargs",
