@@ -275,6 +275,7 @@ def test_broken_files_name_the_line(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_text("no")
     (tmp_path / "rows.txt").write_text("a")
     (tmp_path / "open.csv").write_text('prompt,label\na,1\n"b\nc,2\nd,3\n')
+    (tmp_path / "swallowed.csv").write_text('prompt\na\n"b\nc\nd\n')
     (tmp_path / "shut.csv").write_text('prompt,label\n"a\nb",1\n"c,2\nd,"e",3\n')
     (tmp_path / "wide.csv").write_text("prompt,label\n" + "a" * 140_000 + ",1\n")
     (tmp_path / "twice.csv").write_text("prompt,label,prompt\na,1,b\n")
@@ -283,6 +284,7 @@ def test_broken_files_name_the_line(tmp_path: Path) -> None:
     for name, message in (
         ("broken.jsonl", "line 2 is not JSON"), ("list.jsonl", "line 2 is a list"),
         ("open.csv", "line 3 cannot be read as CSV: a quote that is opened there is never closed"),
+        ("swallowed.csv", "line 3 cannot be read as CSV: a quote that is opened there is never closed"),
         ("shut.csv", "line 4 cannot be read as CSV"), ("wide.csv", "line 2 cannot be read as CSV: field larger than"),
         ("twice.csv", "two columns named 'prompt'"),
         ("twice.jsonl", "line 2 cannot be read: the key 'prompt' is there twice"),
