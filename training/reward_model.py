@@ -75,7 +75,7 @@ def _checked(rows: list[Row], where: str) -> list[Row]:
     if "chosen" not in there or "rejected" not in there:
         raise data.missing_columns(rows, "chosen and rejected (and prompt, unless both begin with it)", where)
     rows = [_with_spoken_prompt(row) for row in rows]
-    names = [name for name in ("chosen", "rejected", "prompt") if name in columns_of(rows)]
+    names: list[str] = [name for name in ("chosen", "rejected", "prompt") if name in columns_of(rows)]
     talks = data.check_values(rows, names, where)
     data.raise_first(
         [
@@ -95,7 +95,7 @@ def _with_spoken_prompt(row: Row) -> Row:
     """Beside conversations a prompt that is a text is a user's message; many tables have it a second time in both.
 
     It then stands before both answers, in every row alike: some of a table's rows may hold it already."""
-    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen") or [], row.get("rejected") or []
     if not isinstance(prompt, str) or not data.is_messages(chosen) or not data.is_messages(rejected):
         return row
     others = {name: value for name, value in row.items() if name != "prompt"}

@@ -95,7 +95,7 @@ def check_values(rows: Sequence[Row], names: Sequence[str], where: str = "prompt
         return False
     talks = is_messages(rows[0].get(names[0]))
     wanted = "a list of messages ({role, content})" if talks else "a text"
-    problems = []
+    problems: list[str] = []
     for number, row in enumerate(rows, 1):
         for name in names:
             value = row.get(name)
