@@ -13,6 +13,7 @@ from torch import Tensor
 from reward.selection import read_scores, score_files
 from rollout.batch import STOP_REASONS, Rollout, Texts
 from rollout.manifest import load_manifest, plan_of
+from rollout.spelling import Speller
 from training.report_data import ROW_STRENGTH, Row, Run
 
 BINS = 24
@@ -103,15 +104,7 @@ def _decoder(folder: Path) -> Callable[[int], str]:
         return str
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    known: dict[int, str] = {}
-
-    def decode(token: int) -> str:
-        if token not in known:
-            known[token] = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        return known[token]
-
-    return decode
+    return Speller(AutoTokenizer.from_pretrained(folder)).token
 
 
 def _histogram(title: str, lengths: Counter[int]) -> dict[str, Any]:

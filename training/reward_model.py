@@ -21,6 +21,7 @@ from rollout import adapters, processes
 from rollout.errors import Problem
 from rollout.policy import ModelSettings, check_vocabulary, vocabulary_size
 from rollout.run import RunSettings, write_json
+from rollout.tables import columns_of
 from training import rows as data
 from training import stage, stage_models
 from training.rows import Row, TableSettings
@@ -70,11 +71,12 @@ def read(settings: TableSettings, seed: int) -> tuple[list[Row], list[Row]]:
 
 
 def _checked(rows: list[Row], where: str) -> list[Row]:
-    if "chosen" not in rows[0] or "rejected" not in rows[0]:
+    there = columns_of(rows)
+    if "chosen" not in there or "rejected" not in there:
         raise data.missing_columns(rows, "chosen and rejected (and prompt, unless both begin with it)", where)
     rows = [_with_spoken_prompt(row) for row in rows]
-    names = [name for name in ("chosen", "rejected", "prompt") if name in rows[0]]
-    data.check_values(rows, names, where)
+    names: list[str] = [name for name in ("chosen", "rejected", "prompt") if name in columns_of(rows)]
+    talks = data.check_values(rows, names, where)
     data.raise_first(
         [
             f"{where}: row {number}: chosen equals rejected, which says nothing about either; remove the row"
@@ -82,18 +84,25 @@ def _checked(rows: list[Row], where: str) -> list[Row]:
             if row["chosen"] == row["rejected"]
         ]
     )
-    kept = (*names, "margin", "tools", "chat_template_kwargs")
-    return [{name: row[name] for name in kept if name in row} for row in rows]
+    if "margin" in there:
+        names.append("margin")
+        short = [number for number, row in enumerate(rows, 1) if not isinstance(row.get("margin"), int | float)]
+        data.raise_first([f"{where}: row {number}: margin is no number; give every pair one, or none" for number in short])
+    return data.with_template(rows, names, where) if talks else [{name: row[name] for name in names} for row in rows]
 
 
 def _with_spoken_prompt(row: Row) -> Row:
-    """Beside conversations a prompt that is a text is a user's message; many tables have it a second time in both."""
-    prompt, chosen = row.get("prompt"), row.get("chosen")
-    if not isinstance(prompt, str) or not data.is_messages(chosen):
+    """Beside conversations a prompt that is a text is a user's message; many tables have it a second time in both.
+
+    It then stands before both answers, in every row alike: some of a table's rows may hold it already."""
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen") or [], row.get("rejected") or []
+    if not isinstance(prompt, str) or not data.is_messages(chosen) or not data.is_messages(rejected):
         return row
-    if any(message.get("content") == prompt for message in chosen or ()):
-        return {name: value for name, value in row.items() if name != "prompt"}
-    return {**row, "prompt": [{"role": "user", "content": prompt}]}
+    others = {name: value for name, value in row.items() if name != "prompt"}
+    if any(message.get("content") == prompt for message in chosen):
+        return others
+    asked = {"role": "user", "content": prompt}
+    return {**others, "chosen": [asked, *chosen], "rejected": [asked, *rejected]}
 
 
 def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path) -> Outcome:
@@ -108,6 +117,8 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path)
     tokenizer = stage_models.load_tokenizer(job.model)
     if data.is_messages(rows[0]["chosen"]) and not tokenizer.chat_template:
         raise Problem("model.path: the pairs are conversations, but the tokenizer has no chat template; give texts, or add one")
+    if data.is_messages(rows[0]["chosen"]):
+        data.check_template(tokenizer, rows, [("prompt", "chosen"), ("prompt", "rejected")])
     if tokenizer.eos_token is None:
         raise Problem("model.path: the tokenizer has no eos token, which marks a whole answer; set one and save the tokenizer")
     model = stage_models.load_trainable(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from rollout.policy import Policy
 from rollout.run import RunSettings, versions, write_text
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
+from rollout.spelling import Speller
 from training import checkpoint, engine, resume, steered
 from training.actor_critic import ActorCritic, Reference, build, checkpoint_activations
 from training.kl import AdaptiveKL, FixedKL
@@ -70,9 +72,10 @@ class Parts:
 
         return engine.gathering(self.actor_critic, self.gather, sampled)
 
-    def decode(self, token: int) -> str:
+    @cached_property
+    def decode(self) -> Callable[[int], str]:
         """One token as text, for tables and the viewer."""
-        return str(self.policy.tokenizer.decode([token]))
+        return Speller(self.policy.tokenizer).token
 
 
 def prepare(

@@ -20,6 +20,7 @@ from rollout.errors import Problem
 from rollout.heads import choose_head, load_config
 from rollout.policy import ModelSettings, check_vocabulary, vocabulary_size
 from rollout.run import RunSettings
+from rollout.tables import columns_of
 from training import rows as data
 from training import stage, stage_models
 from training.rows import Row, TableSettings
@@ -87,20 +88,22 @@ def _checked(rows: list[Row], kind: str, sft: SFTSettings, where: str, text_aske
         shapes = {"text": ("text",)}
     elif kind == "causal":
         shapes |= {"messages": ("messages",), "text": ("text",)}
-    names = next((names for names in shapes.values() if all(name in rows[0] for name in names)), None)
+    there = columns_of(rows)
+    names = next((names for names in shapes.values() if all(name in there for name in names)), None)
     if names is None:
         raise data.missing_columns(rows, " or ".join(shapes), where)
     talks = data.check_values(rows, names, where)
     if talks and kind == "seq2seq":
         raise Problem(f"{where}: the prompts are conversations, but the model is an encoder-decoder; give texts")
     if names == ("messages",) and not talks:
-        raise Problem(f"{where}: row 1: messages is {type(rows[0]['messages']).__name__}, expected a list of {{role, content}}")
+        raise Problem(
+            f"{where}: row 1: messages is {type(rows[0].get('messages')).__name__}, expected a list of {{role, content}}"
+        )
     if sft.completion_only and "completion" not in names:
         raise Problem(f"sft.completion_only: true, but the rows have {names[0]} and no completion")
     if sft.assistant_only and not talks:
         raise Problem("sft.assistant_only: true, but the rows are texts, not conversations")
-    kept = (*names, "tools", "chat_template_kwargs") if talks else names
-    return [{name: row[name] for name in kept if name in row} for row in rows]
+    return data.with_template(rows, names, where) if talks else [{name: row[name] for name in names} for row in rows]
 
 
 def _kind(settings: ModelSettings) -> str:
@@ -160,5 +163,7 @@ def _check_tokenizer(tokenizer: Any, rows: Sequence[Row]) -> None:
     talks = any(data.is_messages(value) for value in rows[0].values())
     if talks and not tokenizer.chat_template:
         raise Problem("model.path: the rows are conversations, but the tokenizer has no chat template; give texts, or add one")
+    if talks:
+        data.check_template(tokenizer, rows, [("prompt", "completion", "messages")])
     if tokenizer.eos_token is None:
         raise Problem("model.path: the tokenizer has no eos token, so no text would ever end; set one and save the tokenizer")

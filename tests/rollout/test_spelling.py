@@ -127,6 +127,18 @@ def test_texts_of_byte_level_tokenizers_are_what_they_were(kind: str, size: int)
             assert stops.text(response, prompt) == tokenizer.decode(response, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_one_by_one_join_to_the_text(kind: str) -> None:
+    """What tables and the viewer show: no word runs into the next."""
+    tokenizer = KINDS[kind][0]()
+    speller, special = Speller(tokenizer), set(SPECIAL)
+    for entry, i in tokenizer.get_vocab().items():
+        if entry in special:
+            assert entry in speller.token(i)
+        elif not entry.startswith("<0x"):
+            assert speller.token(i) == KINDS[kind][1]([entry])
+
+
 def test_an_encoder_decoder_begins_a_text_of_its_own() -> None:
     tokenizer = metaspace("always")
     stops = Stops(Sampling(), Policy.of(tiny("t5", vocab_size=len(tokenizer)), tokenizer))

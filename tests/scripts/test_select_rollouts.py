@@ -120,6 +120,36 @@ def test_datasets_reads_the_file_and_conversations_stay_conversations(tmp_path: 
     assert [message["role"] for message in row["chosen"] + row["rejected"]] == ["assistant", "assistant"]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_turn_that_the_prompt_began_is_whole_in_what_later_stages_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    import dataclasses
+
+    import pyarrow.parquet
+
+    import tests.dumps
+
+    rows, ask, tools = made_rows, {"role": "user", "content": "q"}, [{"name": "look"}]
+
+    def begun(*a: Any, **k: Any) -> Any:
+        rollout, texts = rows(*a, **k)
+        prompts = [[ask, {"role": "assistant", "content": "well "}] if row % 2 else [ask] for row in rollout.row_B.tolist()]
+        return rollout, dataclasses.replace(texts, prompts=prompts, columns={"tools": [tools] * len(texts)})
+
+    monkeypatch.setattr(tests.dumps, "made_rows", begun)
+    made_dump(tmp_path / "dump", PROMPTS, SAMPLES)
+    write_scores(tmp_path / "dump", {key: {"total": score} for key, score in SCORE.items()})
+    out = tmp_path / f"out.{suffix}"
+    door(main, Job, [str(tmp_path / "dump"), "--out", str(out)])
+    found = [json.loads(line) for line in out.read_text().splitlines()] if suffix == "jsonl" else None
+    for row in found or pyarrow.parquet.read_table(out).to_pylist():
+        before = "well " if row["prompt_index"] % 2 else ""
+        answer = f"answer {row['prompt_index']}.{row['sample_index']} 🙂"
+        assert row["prompt"] == [ask] and row["completion"] == [{"role": "assistant", "content": before + answer}]
+        assert json.loads(row["tools"]) == tools
+
+
 def test_bad_input_is_one_line(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = [str(dump), "--out", str(tmp_path / "a.jsonl")]
     assert "--out FILE.jsonl" in refused(capsys, str(dump), "--out", "a.txt")

@@ -24,6 +24,7 @@ PAIRS = [
     {"prompt": p, "completion": c} for p, c in [("the film ", "was good"), ("a", " b"), ("say it: ", "no."), ("x ", "long end")]
 ]
 TALKS = [[{"role": "user", "content": p}] for p in ("hi", "say a", "what", "why")]
+TOOLS = [{"type": "function", "function": {"name": "look"}}]
 ANSWERS = [[{"role": "assistant", "content": c}] for c in ("hello", "a", "no", "so it is")]
 
 
@@ -72,7 +73,7 @@ def mean_loss(model, rows: list[tuple[list[int], list[int]]]) -> float:
 # -- the loss ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", ["pairs", "texts", "whole pairs", "talks", "messages"])
+@pytest.mark.parametrize("shape", ["pairs", "texts", "whole pairs", "talks", "messages", "tools of some"])
 def test_the_measured_loss_is_that_of_the_learned_tokens(tmp_path, shape):
     tokenizer = tiny_tokenizer(chat=True)
     ids, end = tokenizer.encode, tokenizer.eos_token_id
@@ -96,6 +97,14 @@ def test_the_measured_loss_is_that_of_the_learned_tokens(tmp_path, shape):
         "talks": (
             [{"prompt": a, "completion": b} for a, b in zip(TALKS, ANSWERS, strict=True)],
             [(g := spoken(a, add_generation_prompt=True), spoken(w)[len(g) :]) for a, w in zip(TALKS, both, strict=True)],
+            {},
+        ),
+        "tools of some": (  # the first row has none; they come as a list and as JSON text
+            [{"messages": both[0]}, {"messages": both[1], "tools": TOOLS}, {"messages": both[2], "tools": json.dumps(TOOLS)}],
+            [
+                (spoken(w, tools=tools)[:1], spoken(w, tools=tools)[1:])
+                for w, tools in zip(both[:3], [None, TOOLS, TOOLS], strict=True)
+            ],
             {},
         ),
         "messages": ([{"messages": w} for w in both], [(spoken(w)[:1], spoken(w)[1:]) for w in both], {}),
@@ -245,6 +254,21 @@ def test_two_processes_leave_one_model(tmp_path):
         ),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], {}, ["row 2: completion is missing, expected a text"]),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 7}], {}, ["row 2: completion is int '7'"]),
+        (
+            [{"messages": TALKS[0]}, {"messages": [{"role": "user"}]}],
+            {},
+            ["row 2: messages: message 0 (user) has no content"],
+        ),
+        (
+            [{"messages": TALKS[0]}, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}],
+            {},
+            ["row 2: message 0 (user) has a list of parts as content, which the chat template does not read"],
+        ),
+        (
+            [{"messages": TALKS[0]}, {"messages": TALKS[1], "chat_template_kwargs": "x"}],
+            {},
+            ["row 2: chat_template_kwargs: not JSON"],
+        ),
         ([{"messages": "hello"}], {}, ["row 1: messages is str, expected a list"]),
         ([], {}, ["has no rows"]),
         (PAIRS, {"batch_size": 0}, ["sft.batch_size: 0"]),
