@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rollout import virtual_tokens
 from rollout.errors import Problem
@@ -131,6 +131,10 @@ def load(
         what = f"it has no weights for {missing[0]}" if missing else f"the base has no place for {unexpected[0]}"
         raise Problem(f"{field}: {folder} does not fit this base: {what}; load it on the base it was trained on")
     switch(adapted, name, trainable=trainable)
+    generation = getattr(adapted.get_base_model(), "generation_config", None)
+    if generation is not None and (Path(folder) / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(str(folder)).eos_token_id
+        generation.eos_token_id = generation.eos_token_id if ends is None else ends
     return adapted.eval()
 
 
@@ -173,6 +177,9 @@ def save(model: PeftModel, folder: str | Path, state: Mapping[str, torch.Tensor]
         for entry in nested.iterdir():
             shutil.move(str(entry), str(Path(folder) / entry.name))
         nested.rmdir()
+    # What ends a response: a stage may have taught another token than the base's.
+    if (generation := getattr(model.get_base_model(), "generation_config", None)) is not None:
+        GenerationConfig(eos_token_id=generation.eos_token_id).save_pretrained(str(folder))
 
 
 def is_adapter_folder(path: str | Path) -> bool:

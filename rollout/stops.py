@@ -6,17 +6,22 @@ it; its text ends before it. A few tokens are decoded per step: the tail in whic
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rollout import processes
 from rollout.batch import STOP_EOS, STOP_LENGTH, STOP_USER
 from rollout.errors import Problem
 from rollout.policy import Policy
 from rollout.sampling import Sampling
 from rollout.spelling import UNKNOWN, Speller
+
+logger = logging.getLogger(__name__)
 
 
 class Stops:
@@ -115,6 +120,36 @@ class Stops:
             width *= 4
         text = self.speller.after(before, ids, skip)
         return any(stop in text for stop in stops)
+
+
+def turn_end(tokenizer: Any, messages: list[Any], **template: Any) -> int | None:
+    """The token that the chat template puts after an assistant's turn in a conversation like this; None where it is none.
+
+    Found by rendering: what follows two answers that have nothing in common."""
+    spoken = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    before = messages[: spoken[-1]] if spoken else messages
+    texts = [
+        tokenizer.apply_chat_template([*before, {"role": "assistant", "content": said}], tokenize=False, **template)
+        for said in ("a", "b")
+    ]
+    after = os.path.commonprefix([text[::-1] for text in texts])[::-1]
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((int(i) for i in tokenizer.encode(after, add_special_tokens=False) if i in marks), None)
+
+
+def warn_endless(policy: Policy, sampling: Sampling, prompt: Any = None) -> None:
+    """Say so where nothing ends a response, or not what the chat template puts at the end of one. `prompt`: any of them."""
+    if sampling.stop or not processes.start().is_main:
+        return
+    ends = [*policy.eos_ids, *sampling.stop_ids]
+    remedy = "set sampling.stop_ids or sampling.stop, or eos_token_id in the checkpoint's generation config"
+    if not ends:
+        logger.warning("model: no eos token, so every response runs to sampling.max_new_tokens; %s", remedy)
+    elif isinstance(prompt, list) and (end := turn_end(policy.tokenizer, prompt)) is not None and end not in ends:
+        logger.warning(
+            "model: its chat template ends a turn with %s (id %d), which does not end a response; %s",
+            *(policy.tokenizer.convert_ids_to_tokens(end), end, remedy),
+        )
 
 
 def can_spell(tokenizer: Any, text: str) -> bool:

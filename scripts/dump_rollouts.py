@@ -25,6 +25,7 @@ from rollout.run import RunSettings, check_folder, open_folder, versions, writte
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
 from rollout.steering import Steering, load_spec
+from rollout.stops import warn_endless
 from rollout.verify import Report, verify
 
 
@@ -53,6 +54,7 @@ def main(job: Job) -> None:
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed) if job.steering else None
     sampler = Sampler(policy, job.sampling, steering)
+    warn_endless(policy, job.sampling, prompts.table[0][prompts.column])
     folder = Path(processes.on_main(lambda: str(open_folder(job.run))))
     plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
 

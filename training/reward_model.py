@@ -146,6 +146,7 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path)
     for name, part, whole in (("training", trainer.train_dataset, rows), ("held-out", trainer.eval_dataset, held)):
         if whole and not len(part):
             raise Problem(f"prompts.max_tokens: every {name} pair is longer than {longest} tokens; raise it")
+    stage.tell_cut(len(rows) - len(trainer.train_dataset), len(rows), longest, "left out")
     log = stage.train(trainer, job.run, folder)
     metrics: dict[str, Any] = {
         "rows": len(trainer.train_dataset),

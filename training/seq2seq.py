@@ -41,10 +41,13 @@ def tokenise(rows: Sequence[Row], tokenizer: Any, prefix: str = "", longest: int
         targets = tokenizer(text_target=batch["completion"], truncation=bool(longest_target), max_length=longest_target or None)
         # A tokenizer that ends no text by itself would teach a model that never stops.
         labels = [ids if tokenizer.eos_token_id in ids else [*ids, tokenizer.eos_token_id] for ids in targets["input_ids"]]
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+        over = [bool(one.overflowing) for one in encoded.encodings or ()] or [False] * len(labels)  # slow tokenizers do not say
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels, "over": over}
 
     whole = datasets.Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
-    return whole.map(cut, batched=True, remove_columns=["prompt", "completion"], desc="Tokenizing")
+    found = whole.map(cut, batched=True, remove_columns=["prompt", "completion"], desc="Tokenizing")
+    stage.tell_cut(sum(found["over"]), len(found), longest)
+    return found.remove_columns("over")
 
 
 def make_trainer(

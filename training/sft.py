@@ -20,9 +20,11 @@ from rollout.errors import Problem
 from rollout.heads import choose_head, load_config
 from rollout.policy import ModelSettings, check_vocabulary, vocabulary_size
 from rollout.run import RunSettings
+from rollout.stops import turn_end
 from rollout.tables import columns_of
 from training import rows as data
 from training import stage, stage_models
+from training.log import tell
 from training.rows import Row, TableSettings
 from training.stage import FitSettings, Outcome
 
@@ -146,17 +148,38 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
         )
     if not len(trainer.train_dataset):
         raise Problem(f"prompts.max_tokens: every row is cut before its completion at {arguments.max_length}; raise it")
+    whole, end = _ends(tokenizer, rows[0])
+    # TRL has cut them already; one that only fills its place has its end in it.
+    full = [] if sft.packing else [ids for ids in trainer.train_dataset["input_ids"] if len(ids) == arguments.max_length]
+    cut = len(rows) - len(trainer.train_dataset) + sum(ids[-1] not in whole for ids in full) if not sft.packing else 0
+    stage.tell_cut(cut, len(rows), arguments.max_length)
     log = stage.train(trainer, job.run, folder)
+    stage_models.stop_at(model, end)  # now: the trainer has put the tokenizer's own eos there
     measured = trainer.evaluate() if held and len(trainer.eval_dataset) else {}
     metrics = {
         "rows": len(rows),
         "rows_heldout": len(held),
+        "rows_cut": cut,
         "rows_cut_whole": len(rows) - len(trainer.train_dataset) if not sft.packing else 0,
         "heldout_loss": measured.get("eval_loss"),
         "heldout_token_accuracy": measured.get("eval_mean_token_accuracy"),
         "seconds": round(time.monotonic() - began, 1),
     }
     return stage.finish(trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "causal"), folder, metrics, log)
+
+
+def _ends(tokenizer: Any, row: Row) -> tuple[set[int], int | None]:
+    """(ids that a whole row may end with, the token after an assistant's turn where the row is a conversation)."""
+    messages = next(([*row.get("prompt", []), *value] for value in reversed(row.values()) if data.is_messages(value)), None)
+    if messages is None:
+        return {tokenizer.eos_token_id}, None
+    template = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    end = turn_end(tokenizer, messages, **template)
+    if end is None:
+        tell(
+            "model.path: its chat template ends a turn with no token of its own, so the model learns no end; mend the template"
+        )
+    return {tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template)[-1], end}, end
 
 
 def _check_tokenizer(tokenizer: Any, rows: Sequence[Row]) -> None:

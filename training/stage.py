@@ -27,7 +27,7 @@ from rollout import processes
 from rollout.errors import Problem
 from rollout.run import RunSettings, open_folder, versions, write_json, write_text
 from training import engine, stage_models
-from training.log import SAMPLES, RunLog
+from training.log import SAMPLES, RunLog, tell
 
 Read = TypeVar("Read")
 CONFIG = "config.yaml"
@@ -234,6 +234,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
         with contextlib.suppress(OSError, ValueError):
             found.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
     return max(found)[1] if found else None
+
+
+def tell_cut(count: int, rows: int, longest: int | None, done: str = "cut at their end") -> None:
+    """How many rows are too long, and what becomes of them; nothing where all fit."""
+    if count:
+        tell(
+            f"prompts: {count:,} of {rows:,} rows have more than the {longest:,} tokens that prompts.max_tokens or the model's "
+            f"context leave; they are {done}"
+        )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 from rollout import adapters, virtual_tokens
 from rollout.errors import Problem
 from rollout.heads import load_head
-from rollout.policy import ModelSettings
+from rollout.policy import ModelSettings, ids_of, unwrap
 from rollout.run import written_aside
 
 
@@ -56,6 +56,14 @@ def context_of(model: Any) -> int | None:
     """Most tokens of a row; None where nothing limits it."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit - virtual_tokens.count(model) if isinstance(limit, int) and limit > 0 else None
+
+
+def stop_at(model: Any, token: int | None) -> None:
+    """Let generation end at `token`, too, beside what ends it already."""
+    generation = unwrap(model).generation_config
+    ends = ids_of(generation.eos_token_id)
+    if token is not None and token not in ends:
+        generation.eos_token_id = [*ends, token] if ends else token
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:

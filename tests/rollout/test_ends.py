@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -17,7 +18,7 @@ from rollout.prompts import PromptBatch
 from rollout.reference import reference_generate
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
-from rollout.stops import Stops, can_spell
+from rollout.stops import Stops, can_spell, turn_end, warn_endless
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.definitions import real_response, worst_gap
 
@@ -306,3 +307,48 @@ def test_what_a_tokenizer_can_spell(kind: str, text: str, good: bool) -> None:
 def test_stop_ids_out_of_range() -> None:
     with pytest.raises(Problem, match=r"sampling.stop_ids: 64 is out of range; ids go from 0 to 63"):
         Sampler(tiny_policy("gpt2"), Sampling(stop_ids=[64]))
+
+
+# -- templates that end a turn with a token of their own ---------------------------------------------------------------
+
+MARKED = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ASKED = [{"role": "user", "content": "hi"}]
+
+
+def marked_policy(template: str = MARKED) -> Policy:
+    tokenizer = tiny_tokenizer(chat=template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return Policy.of(tiny("gpt2", vocab_size=80), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "token"),
+    [
+        (MARKED, "<|im_end|>"),
+        ("{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}", "</s>"),
+        ("<s>{% for m in messages %}{{ m.content }}\n{% endfor %}", None),
+        ("{% for m in messages %}<|im_start|>{{ m.content }}{{ ' ' if loop.last else '' }}{% endfor %}", None),
+    ],
+)
+@pytest.mark.parametrize("talk", [ASKED, [*ASKED, {"role": "assistant", "content": "<s>b"}]])
+def test_the_token_at_the_end_of_a_turn_is_found_by_rendering(template: str, token: str | None, talk: list) -> None:
+    tokenizer = marked_policy(template).tokenizer
+    assert turn_end(tokenizer, talk) == (None if token is None else tokenizer.convert_tokens_to_ids(token))
+
+
+@pytest.mark.parametrize(
+    ("settings", "eos", "prompt", "words"),
+    [
+        ({}, (), "hi", "no eos token, so every response runs to sampling.max_new_tokens; set sampling.stop_ids"),
+        ({"stop_ids": [5]}, (), "hi", None),
+        ({"stop": ["."]}, (), "hi", None),
+        ({}, (2,), "hi", None),
+        ({}, (2,), ASKED, "ends a turn with <|im_end|>"),
+        ({}, (2, 65), ASKED, None),
+        ({"stop": ["<|im_end|>"]}, (2,), ASKED, None),
+    ],
+)
+def test_what_never_ends_is_told(settings: dict, eos: tuple, prompt: Any, words: str | None, caplog: Any) -> None:
+    policy = dataclasses.replace(marked_policy(), eos_ids=eos)
+    warn_endless(policy, Sampling(**settings), prompt)
+    assert len(caplog.records) == (words is not None) and (words or "") in caplog.text

@@ -336,3 +336,40 @@ def test_the_held_out_share_is_drawn_by_the_seed_and_never_learned(tmp_path):
     assert hold_out(rows, settings, 0, []) == (train, held) != hold_out(rows, settings, 1, [])
     with pytest.raises(Problem, match="leaves none to learn from"):
         hold_out(rows[:1], settings, 0, [])
+
+
+@pytest.mark.parametrize("peft", [None, {"peft_type": "LORA", "r": 2}, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}])
+def test_what_is_taught_to_end_turns_ends_them_in_what_is_left(tmp_path, peft):
+    """A template that ends turns with a token which is not the checkpoint's eos: every folder that is left stops there."""
+    made = job(tmp_path, [{"prompt": a, "completion": b} for a, b in zip(TALKS, ANSWERS, strict=True)], peft=peft)
+    tokenizer = tiny_tokenizer(
+        chat="{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.save_pretrained(made.model.path)
+    tiny("llama", scale=0.05, vocab_size=80).save_pretrained(made.model.path)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert load_policy(made.model).eos_ids == (tokenizer.eos_token_id,)
+    outcome = run_sft(made)
+    for folder in [outcome.model, *([tmp_path / "run" / "adapter"] if peft else [])]:
+        policy = load_policy(ModelSettings(path=str(folder)))
+        assert policy.eos_ids == (tokenizer.eos_token_id, end), folder
+
+
+def test_rows_that_are_cut_are_counted_and_told(tmp_path, capsys):
+    def short(made: SFTJob, tokens: int) -> SFTJob:
+        return dataclasses.replace(made, prompts=dataclasses.replace(made.prompts, max_tokens=tokens))
+
+    # with their end 4, 5, 6 and 9 tokens: one fits exactly, two are cut
+    texts = [{"text": "a" * (n - 1)} for n in (4, 5, 6, 9)]
+    outcome = run_sft(short(job(tmp_path, texts), 5))
+    assert outcome.metrics["rows_cut"] == 2
+    assert "prompts: 2 of 4 rows have more than the 5 tokens" in capsys.readouterr().err
+    talks = [{"messages": [*a, *b]} for a, b in zip(TALKS, ANSWERS, strict=True)]
+    lengths = [len(tiny_tokenizer(chat=True).apply_chat_template(row["messages"], return_dict=False)) for row in talks]
+    outcome = run_sft(short(job(tmp_path, talks, run="talks"), sorted(lengths)[1]))
+    assert outcome.metrics["rows_cut"] == 2
+    run_sft(short(job(tmp_path, PAIRS, "t5", run="shorter", source_prefix="s"), 6))
+    said = capsys.readouterr().err
+    assert f"prompts: {sum(len(row['prompt']) > 5 for row in PAIRS)} of 4 rows have more than the 6 tokens" in said
