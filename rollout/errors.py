@@ -13,3 +13,10 @@ class Problem(ValueError):
     def __init__(self, *lines: str):
         self.lines = tuple(lines)
         super().__init__("\n".join(lines))
+
+
+class Stopped(Exception):
+    """A signal ended the job early, with all that was done saved. Doors say so and leave with status 75."""
+
+    status = 75
+    """EX_TEMPFAIL: not done, try again."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rollout import processes
@@ -23,7 +22,7 @@ from rollout.run import RunSettings
 from training import rows as data
 from training import stage, stage_models
 from training.rows import Row, TableSettings
-from training.stage import FitSettings, Outcome
+from training.stage import FitSettings, Outcome, StageRun
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,12 @@ def run_sft(job: SFTJob, resolved: str = "") -> Outcome:
     stage.check_fit(job.sft, "sft")
     kind = _kind(job.model)
     rows, held = stage.on_every_process(lambda: read(job.prompts, job.run.seed, kind, job.sft))
-    with stage.opened_run(job.run, resolved) as folder, stage.bars_on_main(processes.start().is_main):
+    with stage.opened_run(job, resolved, rows, held) as where, stage.bars_on_main(processes.start().is_main):
         if kind == "seq2seq":
             from training.seq2seq import fit_encoder_decoder
 
-            return fit_encoder_decoder(job, rows, held, folder)
-        return _fit_causal(job, rows, held, folder)
+            return fit_encoder_decoder(job, rows, held, where)
+        return _fit_causal(job, rows, held, where)
 
 
 def read(settings: TableSettings, seed: int, kind: str, sft: SFTSettings) -> tuple[list[Row], list[Row]]:
@@ -109,7 +108,7 @@ def _kind(settings: ModelSettings) -> str:
     return choose_head(load_config(path), "policy", settings.kind, path=path)
 
 
-def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: Path) -> Outcome:
+def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
     import datasets
     import transformers
     import trl
@@ -125,7 +124,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
     check_vocabulary(tokenizer, vocabulary_size(model))
     _check_tokenizer(tokenizer, rows)
     arguments = trl.SFTConfig(
-        **stage.trainer_arguments(sft, job.run, folder, bool(held)),
+        **stage.trainer_arguments(sft, job.run, where.folder, bool(held)),
         max_length=job.prompts.max_tokens or stage_models.context_of(model),
         completion_only_loss=sft.completion_only,
         assistant_only_loss=sft.assistant_only,
@@ -143,7 +142,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
         )
     if not len(trainer.train_dataset):
         raise Problem(f"prompts.max_tokens: every row is cut before its completion at {arguments.max_length}; raise it")
-    log = stage.train(trainer, job.run, folder)
+    log = stage.train(trainer, where)
     measured = trainer.evaluate() if held and len(trainer.eval_dataset) else {}
     metrics = {
         "rows": len(rows),
@@ -153,7 +152,9 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
         "heldout_token_accuracy": measured.get("eval_mean_token_accuracy"),
         "seconds": round(time.monotonic() - began, 1),
     }
-    return stage.finish(trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "causal"), folder, metrics, log)
+    return stage.finish(
+        trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "causal"), where.folder, metrics, log
+    )
 
 
 def _check_tokenizer(tokenizer: Any, rows: Sequence[Row]) -> None:
