@@ -215,6 +215,7 @@ def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, fie
         with warnings.catch_warnings():
             # GPT-2 keeps its weights transposed: peft sees it, sets the flag that says so, and warns that it did.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
             if adapted:
                 model.add_adapter(name, config)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rollout import heads, processes
+from rollout import processes
 from rollout.errors import Problem, Stopped
 from rollout.policy import ModelSettings
 from rollout.run import RunSettings, begin, is_run, opened, write_text
@@ -192,14 +192,14 @@ def work(
         )
         processes.on_main(lambda: begin(folder, run))
         if training.do_train:
+            stage.save_any_generation_config(trainer)
             trainer.add_callback(stage.stopping(stop))
             with stage.full_disk_told(folder):
                 trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
                 if trainer.state.global_step < trainer.state.max_steps:
                     at = f"checkpoint-{trainer.state.global_step}"
                     raise Stopped(f"stopped early and saved; --resume_from_checkpoint {folder / at} goes on")
-                with heads.savable(trainer.accelerator.unwrap_model(trainer.model)):
-                    trainer.save_model(str(folder))
+                trainer.save_model(str(folder))
             keep(trainer, "train", {**trained.metrics, "train_samples": len(rows["train"])})
             trainer.save_state()
         if training.do_eval:

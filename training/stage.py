@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from rollout import processes
 from rollout.errors import Problem, Stopped
 from rollout.fingerprint import tokenizer_fingerprint, values_fingerprint, weights_fingerprint
+from rollout.heads import savable
 from rollout.run import RunSettings, begin, disk_trouble, opened, versions, write_json, write_text
 from training import engine, resume, stage_models
 from training.log import SAMPLES, RunLog
@@ -204,6 +205,7 @@ def train(trainer: Any, where: StageRun) -> RunLog:
     start = processes.on_main(lambda: _begin(trainer, where))
     log = RunLog(folder, trackers=run.trackers)
     log.rewind({})
+    save_any_generation_config(trainer)
     trainer.add_callback(telling(log))
     trainer.add_callback(stopping(where.stop))
     with full_disk_told(folder):
@@ -239,6 +241,17 @@ def _begin(trainer: Any, where: StageRun) -> str | None:
     write_text(folder / CONFIG, notes + where.resolved)
     write_json(folder / BEGUN, {"config": where.config, "made_from": content})
     return str(start) if start else None
+
+
+def save_any_generation_config(trainer: Any) -> None:
+    """Checkpoints too are saved without what has no effect in it."""
+    save_model = trainer.save_model
+
+    def save(*given: Any, **named: Any) -> None:
+        with savable(trainer.accelerator.unwrap_model(trainer.model)):
+            save_model(*given, **named)
+
+    trainer.save_model = save
 
 
 def telling(log: RunLog) -> Any:
