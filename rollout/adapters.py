@@ -217,18 +217,21 @@ def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, fie
     if config.is_prompt_learning and config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), "classifier", "score"]
     path = getattr(base, "name_or_path", "") or None
-    config.base_model_name_or_path = str(Path(path).resolve()) if path and Path(path).is_dir() else path
+    config.base_model_name_or_path = path = str(Path(path).resolve()) if path and Path(path).is_dir() else path
     try:
         with warnings.catch_warnings():
             # GPT-2 keeps its weights transposed: peft sees it, sets the flag that says so, and warns that it did.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
             if adapted:
                 model.add_adapter(name, config)
                 return model
             if config.is_prompt_learning:
                 return virtual_tokens.install(peft.PeftModel(model, config, adapter_name=name), field)
-            return peft.get_peft_model(model, config, adapter_name=name)
+            found = peft.get_peft_model(model, config, adapter_name=name)
+            found.peft_config[name].base_model_name_or_path = path  # peft has put the path back as it was given
+            return found
     except (ValueError, TypeError, RuntimeError, KeyError, ImportError, AttributeError) as error:
         if isinstance(error, Problem):
             raise

@@ -27,3 +27,10 @@ def visible(text: str) -> str:
 def _picture(character: str) -> str:
     code = ord(character)
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+
+class Stopped(Exception):
+    """A signal ended the job early, with all that was done saved. Doors say so and leave with status 75."""
+
+    status = 75
+    """EX_TEMPFAIL: not done, try again."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from rollout.tables import columns_of
 from training import rows as data
 from training import stage, stage_models
 from training.rows import Row, TableSettings
-from training.stage import FitSettings, Outcome
+from training.stage import FitSettings, Outcome, StageRun
 
 BINS = 10
 
@@ -58,8 +57,8 @@ def run_reward(job: RewardJob, resolved: str = "") -> Outcome:
     """Train, measure on the held-out pairs, and write the run's folder."""
     stage.check_fit(job.reward_model, "reward_model")
     rows, held = stage.on_every_process(lambda: read(job.prompts, job.run.seed))
-    with stage.opened_run(job.run, resolved) as folder, stage.bars_on_main(processes.start().is_main):
-        return _fit(job, rows, held, folder)
+    with stage.opened_run(job, resolved, rows, held) as where, stage.bars_on_main(processes.start().is_main):
+        return _fit(job, rows, held, where)
 
 
 def read(settings: TableSettings, seed: int) -> tuple[list[Row], list[Row]]:
@@ -105,7 +104,7 @@ def _with_spoken_prompt(row: Row) -> Row:
     return {**others, "chosen": [asked, *chosen], "rejected": [asked, *rejected]}
 
 
-def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path) -> Outcome:
+def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
     import datasets
     import transformers
     import trl
@@ -129,7 +128,7 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path)
     check_vocabulary(tokenizer, vocabulary_size(model))
     longest = job.prompts.max_tokens or stage_models.context_of(model)
     arguments = trl.RewardConfig(
-        **stage.trainer_arguments(settings, job.run, folder, bool(held)),
+        **stage.trainer_arguments(settings, job.run, where.folder, bool(held)),
         max_length=longest,
         center_rewards_coefficient=settings.center or None,
         disable_dropout=not settings.dropout,
@@ -147,7 +146,7 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path)
         if whole and not len(part):
             raise Problem(f"prompts.max_tokens: every {name} pair is longer than {longest} tokens; raise it")
     stage.tell_cut(len(rows) - len(trainer.train_dataset), len(rows), longest, "left out")
-    log = stage.train(trainer, job.run, folder)
+    log = stage.train(trainer, where)
     metrics: dict[str, Any] = {
         "rows": len(trainer.train_dataset),
         "rows_heldout": len(trainer.eval_dataset) if held else 0,
@@ -159,13 +158,13 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path)
         metrics |= {"accuracy": measured["accuracy"], "margin": measured["margin"], "score_mean": float(scores_B2.mean())}
         metrics |= {"score_std": float(scores_B2.std(correction=0)), "calibration_error": measured["calibration_error"]}
         if trainer.accelerator.is_main_process:
-            write_json(folder / "calibration.json", measured)
+            write_json(where.folder / "calibration.json", measured)
     metrics["seconds"] = round(time.monotonic() - began, 1)
 
     def base() -> Any:
         return stage_models.load_base(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
 
-    return stage.finish(trainer, tokenizer, base, folder, metrics, log)
+    return stage.finish(trainer, tokenizer, base, where.folder, metrics, log)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from rollout.errors import Problem
 from rollout.policy import check_vocabulary, vocabulary_size
 from training import stage, stage_models
 from training.rows import Row
-from training.stage import Outcome
+from training.stage import Outcome, StageRun
 
 if TYPE_CHECKING:
     from training.sft import SFTJob
@@ -114,7 +113,7 @@ def _ids(found: Any) -> np.ndarray:
     return np.asarray(found[0] if isinstance(found, tuple) else found)
 
 
-def fit_encoder_decoder(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: Path) -> Outcome:
+def fit_encoder_decoder(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
     """The supervised stage of train_sft.py for an encoder-decoder."""
     import transformers
 
@@ -138,18 +137,18 @@ def fit_encoder_decoder(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], f
     )
     target = sft.max_target_tokens or max(len(row["labels"]) for part in (training, held_out) if part for row in part)
     arguments = transformers.Seq2SeqTrainingArguments(
-        **stage.trainer_arguments(sft, job.run, folder, bool(held)),
+        **stage.trainer_arguments(sft, job.run, where.folder, bool(held)),
         predict_with_generate=sft.rouge,
         generation_max_length=target + 1,
         generation_num_beams=sft.beams,
     )
     began = time.monotonic()
     trainer = make_trainer(model, tokenizer, arguments, training, held_out, sft.rouge)
-    log = stage.train(trainer, job.run, folder)
+    log = stage.train(trainer, where)
     measured = trainer.evaluate() if held else {}
     metrics = {"rows": len(rows), "rows_heldout": len(held), "heldout_loss": measured.get("eval_loss")}
     metrics |= {name: measured[f"eval_{name}"] for name in ("rouge1", "rouge2", "rougeL", "rougeLsum", "gen_len") if sft.rouge}
     metrics["seconds"] = round(time.monotonic() - began, 1)
     return stage.finish(
-        trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "seq2seq"), folder, metrics, log
+        trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "seq2seq"), where.folder, metrics, log
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rollout import processes
@@ -26,7 +25,7 @@ from training import rows as data
 from training import stage, stage_models
 from training.log import tell
 from training.rows import Row, TableSettings
-from training.stage import FitSettings, Outcome
+from training.stage import FitSettings, Outcome, StageRun
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,12 @@ def run_sft(job: SFTJob, resolved: str = "") -> Outcome:
     stage.check_fit(job.sft, "sft")
     kind = _kind(job.model)
     rows, held = stage.on_every_process(lambda: read(job.prompts, job.run.seed, kind, job.sft))
-    with stage.opened_run(job.run, resolved) as folder, stage.bars_on_main(processes.start().is_main):
+    with stage.opened_run(job, resolved, rows, held) as where, stage.bars_on_main(processes.start().is_main):
         if kind == "seq2seq":
             from training.seq2seq import fit_encoder_decoder
 
-            return fit_encoder_decoder(job, rows, held, folder)
-        return _fit_causal(job, rows, held, folder)
+            return fit_encoder_decoder(job, rows, held, where)
+        return _fit_causal(job, rows, held, where)
 
 
 def read(settings: TableSettings, seed: int, kind: str, sft: SFTSettings) -> tuple[list[Row], list[Row]]:
@@ -114,7 +113,7 @@ def _kind(settings: ModelSettings) -> str:
     return choose_head(load_config(path), "policy", settings.kind, path=path)
 
 
-def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: Path) -> Outcome:
+def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
     import datasets
     import transformers
     import trl
@@ -130,7 +129,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
     check_vocabulary(tokenizer, vocabulary_size(model))
     _check_tokenizer(tokenizer, rows)
     arguments = trl.SFTConfig(
-        **stage.trainer_arguments(sft, job.run, folder, bool(held)),
+        **stage.trainer_arguments(sft, job.run, where.folder, bool(held)),
         max_length=job.prompts.max_tokens or stage_models.context_of(model),
         completion_only_loss=sft.completion_only,
         assistant_only_loss=sft.assistant_only,
@@ -153,7 +152,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
     full = [] if sft.packing else [ids for ids in trainer.train_dataset["input_ids"] if len(ids) == arguments.max_length]
     cut = len(rows) - len(trainer.train_dataset) + sum(ids[-1] not in whole for ids in full) if not sft.packing else 0
     stage.tell_cut(cut, len(rows), arguments.max_length)
-    log = stage.train(trainer, job.run, folder)
+    log = stage.train(trainer, where)
     stage_models.stop_at(model, end)  # now: the trainer has put the tokenizer's own eos there
     measured = trainer.evaluate() if held and len(trainer.eval_dataset) else {}
     metrics = {
@@ -165,7 +164,9 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
         "heldout_token_accuracy": measured.get("eval_mean_token_accuracy"),
         "seconds": round(time.monotonic() - began, 1),
     }
-    return stage.finish(trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "causal"), folder, metrics, log)
+    return stage.finish(
+        trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "causal"), where.folder, metrics, log
+    )
 
 
 def _ends(tokenizer: Any, row: Row) -> tuple[set[int], int | None]:

@@ -131,7 +131,14 @@ def one(seed: int, base: Path, scratch: Path) -> dict[str, object]:
     fault = judge(case, status, out, err, folder, before)
     told = err.decode(errors="replace")[-400:]
     seconds = round(time.monotonic() - start, 2)
-    return {"seed": seed, "case": f"{case.command}: {case.what}"[:300], "status": status, "fault": fault, "said": told, "s": seconds}
+    return {
+        "seed": seed,
+        "case": f"{case.command}: {case.what}"[:300],
+        "status": status,
+        "fault": fault,
+        "said": told,
+        "s": seconds,
+    }
 
 
 def main(folder: Path, first: int, last: int) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from rollout.errors import Problem
+from rollout.errors import Problem, Stopped
 from rollout.policy import ModelSettings, load_policy
 from rollout.run import RunSettings
 from tests.models import tiny, tiny_tokenizer
@@ -176,6 +179,71 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path):
     assert losses[0] == losses[1] and None not in losses[0]
 
 
+def interrupted(monkeypatch, at: int) -> None:
+    """Ctrl-C in the midst of step `at` of the next trainer."""
+    steps, step = [0], transformers.Trainer.training_step
+
+    def signalled(*given, **named):
+        steps[0] += 1
+        if steps[0] == at:
+            signal.raise_signal(signal.SIGINT)
+        return step(*given, **named)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", signalled)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_the_run_goes_on_as_if_undisturbed(tmp_path, monkeypatch):
+    whole = job(tmp_path, PAIRS * 4, run="whole", steps=5, log_every=1)
+    run_sft(whole)
+    with monkeypatch.context() as patched:
+        interrupted(patched, 2)
+        with pytest.raises(Stopped, match="stopped after step 2 of 5 and saved"):
+            run_sft(dataclasses.replace(whole, run=RunSettings(dir=str(tmp_path / "run"))))
+    assert not (tmp_path / "run" / "model").exists()
+    run_sft(dataclasses.replace(whole, run=RunSettings(dir=str(tmp_path / "run"), resume=True)))
+    for name in ("model/model.safetensors",):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_other_data_weights_and_settings_are_told_on_a_resume(tmp_path, monkeypatch, caplog):
+    made = job(tmp_path, PAIRS * 4, steps=4, log_every=1, schedule="constant", warmup=0.0)
+    with monkeypatch.context() as patched:
+        interrupted(patched, 2)
+        with pytest.raises(Stopped):
+            run_sft(made)
+    resumed = dataclasses.replace(made, run=RunSettings(dir=str(tmp_path / "run"), resume=True))
+    table(tmp_path, PAIRS * 5)
+    tiny("llama", 1, scale=0.05).save_pretrained(made.model.path)
+    with pytest.raises(Problem) as caught:
+        run_sft(dataclasses.replace(resumed, sft=dataclasses.replace(made.sft, learning_rate=1e-3, log_every=2)))
+    assert [line.split(":")[0] for line in caught.value.lines] == ["sft.learning_rate", "model.path", "prompts.path"]
+    allowed = dataclasses.replace(resumed, run=dataclasses.replace(resumed.run, allow_changes=True))
+    run_sft(dataclasses.replace(allowed, sft=dataclasses.replace(made.sft, learning_rate=0.0)))
+    assert "sft.learning_rate: 0.0, but the run to resume has 0.01" in caplog.text
+    saved = [load_file(tmp_path / "run" / part / "model.safetensors") for part in ("checkpoints/checkpoint-2", "model")]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0]), "the lower rate is the one that counts"
+    assert "# from checkpoint-2: sft.learning_rate: 0.0" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_loses_no_training(tmp_path):
+    made = job(tmp_path, PAIRS, steps=1)
+    config = json.loads((Path(made.model.path) / "generation_config.json").read_text())
+    unused = {"temperature": 0.9, "top_p": 0.6, "top_k": 7}  # without do_sample, as in Llama-2-chat's
+    (Path(made.model.path) / "generation_config.json").write_text(json.dumps({**config, **unused, "eos_token_id": 3}))
+    run_sft(dataclasses.replace(made, run=RunSettings(dir=str(tmp_path / "run"), save_every=1)))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").save_pretrained(tmp_path / "again")
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_line(tmp_path, monkeypatch):
+    def full(*given, **named):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    made = job(tmp_path, PAIRS, steps=1)
+    with pytest.raises(Problem, match="run: cannot be written: No space left on device; free some space"):
+        run_sft(dataclasses.replace(made, run=RunSettings(dir=str(tmp_path / "run"), save_every=1)))
+
+
 def test_metrics_go_to_the_trackers_and_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     made = job(tmp_path, PAIRS, steps=2, log_every=1)
     run_sft(dataclasses.replace(made, run=RunSettings(dir=str(tmp_path / "run"), trackers=["tensorboard"])))
@@ -319,7 +387,7 @@ def test_models_that_do_not_fit_are_one_clear_line(tmp_path):
     with pytest.raises(Problem, match="max_tokens: every row is cut before its completion at 2"):
         short = dataclasses.replace(job(tmp_path, PAIRS[:1], run="short").prompts, max_tokens=2)
         run_sft(dataclasses.replace(causal, prompts=short, run=RunSettings(dir=str(tmp_path / "short"))))
-    assert list((tmp_path / "short").iterdir()) == [], "the next try may begin here"
+    assert not (tmp_path / "short").exists(), "nothing was begun, nothing is left"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     with pytest.raises(Problem, match="is not empty; add --run.resume true or --run.overwrite true"):
