@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rollout.errors import Problem
+from rollout.errors import Problem, one_line
 
 
 def read_table(path: str, split: str = "", name: str = "", field: str = "prompts") -> Sequence[dict[str, Any]]:
@@ -53,8 +53,8 @@ def _read_jsonl(file: Path, field: str) -> list[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise Problem(f"{field}.path: {file} line {number} is not JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise Problem(f"{field}.path: {file} line {number} is not JSON: {one_line(error)}") from error
             if not isinstance(row, dict):
                 raise Problem(f"{field}.path: {file} line {number} is a {type(row).__name__}; every line must be an object")
             rows.append(row)
@@ -64,7 +64,7 @@ def _read_jsonl(file: Path, field: str) -> list[dict[str, Any]]:
 def _read_json(file: Path, field: str) -> list[dict[str, Any]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return _read_jsonl(file, field)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise Problem(f"{field}.path: {file} must hold a list of objects")

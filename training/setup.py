@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from rollout import adapters, processes
 from rollout.batch import Rollout, Texts
@@ -17,6 +18,7 @@ from rollout.policy import Policy
 from rollout.run import RunSettings, versions, write_text
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
+from rollout.yaml_files import Dumper
 from training import checkpoint, engine, resume, steered
 from training.actor_critic import ActorCritic, Reference, build, checkpoint_activations
 from training.kl import AdaptiveKL, FixedKL
@@ -154,7 +156,5 @@ def open_log(
 
 def _describe(folder: Path, config: Mapping[str, Any]) -> None:
     """config.yaml, which --config reads back; the versions stand in it as comments."""
-    import yaml
-
     notes = "".join(f"# {name}: {version}\n" for name, version in versions().items())
-    write_text(folder / "config.yaml", notes + yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    write_text(folder / "config.yaml", notes + yaml.dump(dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True))

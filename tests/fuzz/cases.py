@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import shape
-from tests.fuzz.world import CLEAN, COMMANDS, LENGTH, OUT, PPO, PROMPTS, SAMPLE, SPEC
+from tests.fuzz.world import CLEAN, COMMANDS, OUT
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,97 @@ def make(seed: int, folder: Path) -> Case:
 # -- hostile values ----------------------------------------------------------------------------------------------------
 
 ESCAPE, LONE, LONG = "\x1b]0;pwned\x07\x1b[2J\x1b[31m", "\ud800", "n" * 300
-NUMBERS = [-1, 0, 2**31, 2**63, -(2**63) - 1, 10**15, 10**400, 1e300, -1e300, 1e-320, float("inf"), float("-inf"), float("nan"), 0.5]
-OTHERS = ["", " ", "x", "..", "/", LONG, ESCAPE, LONE, "\x00", "\u202e", "🙂", "a\nb", True, False, None, [], {}, [[]], {"a": 1}, [None]]
+NUMBERS = [
+    -1,
+    0,
+    2**31,
+    2**63,
+    -(2**63) - 1,
+    10**15,
+    10**400,
+    1e300,
+    -1e300,
+    1e-320,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    0.5,
+]
+OTHERS = [
+    "",
+    " ",
+    "x",
+    "..",
+    "/",
+    LONG,
+    ESCAPE,
+    LONE,
+    "\x00",
+    "\u202e",
+    "🙂",
+    "a\nb",
+    True,
+    False,
+    None,
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    [None],
+]
 TEXTS = [
-    *["5", "-1", "0", "1:30", "0777", "1_000", "0x1F", "1e5", "1e400", ".inf", "-.inf", ".nan", "inf", "nan", "2026-01-01", "~", ""],
-    *["null", "yes", "on", "[", "{", "]", "[[[[]]]]", "{a: {b: {c: 1}}}", "*a", "&a [*a]", "!!python/object:os.system", "!x y", "-"],
-    *["%", "@", "`", "'", '"', "\t", "a: b: c", str(2**63), "9" * 400, str(10**15), "1e300", "-1e300", ESCAPE, LONE, "\x00", LONG],
+    *[
+        "5",
+        "-1",
+        "0",
+        "1:30",
+        "0777",
+        "1_000",
+        "0x1F",
+        "1e5",
+        "1e400",
+        ".inf",
+        "-.inf",
+        ".nan",
+        "inf",
+        "nan",
+        "2026-01-01",
+        "~",
+        "",
+    ],
+    *[
+        "null",
+        "yes",
+        "on",
+        "[",
+        "{",
+        "]",
+        "[[[[]]]]",
+        "{a: {b: {c: 1}}}",
+        "*a",
+        "&a [*a]",
+        "!!python/object:os.system",
+        "!x y",
+        "-",
+    ],
+    *[
+        "%",
+        "@",
+        "`",
+        "'",
+        '"',
+        "\t",
+        "a: b: c",
+        str(2**63),
+        "9" * 400,
+        str(10**15),
+        "1e300",
+        "-1e300",
+        ESCAPE,
+        LONE,
+        "\x00",
+        LONG,
+    ],
 ]
 
 
@@ -210,7 +295,16 @@ PROMPT_FILES: list[tuple[str, bytes]] = [
     ("p.jsonl", dumps({"prompt": [{"role": "user"}]})),
     ("p.jsonl", dumps({"prompt": [{"role": 5, "content": {"a": 1}}, {"content": "x"}]})),
     ("p.jsonl", dumps({"prompt": [{"role": "user", "content": LONE}]})),
-    ("p.jsonl", dumps({"prompt": [{"role": "tool", "content": [{"type": "text", "text": "a"}]}], "tools": "{", "chat_template_kwargs": "[1]"})),
+    (
+        "p.jsonl",
+        dumps(
+            {
+                "prompt": [{"role": "tool", "content": [{"type": "text", "text": "a"}]}],
+                "tools": "{",
+                "chat_template_kwargs": "[1]",
+            }
+        ),
+    ),
     ("p.jsonl", dumps({"prompt": [{"role": "user", "content": "a"}], "tools": 5, "chat_template_kwargs": {"tokenize": False}})),
     ("p.json", b"[" * 100_000),
     ("p.json", b'[{"prompt": "a"}, 5]'),
@@ -253,7 +347,9 @@ def prompts(draw: random.Random, folder: Path) -> Case:
             (folder / name).write_bytes(damaged_bytes(draw, (folder / name).read_bytes()))
         said = f"{name} {columns}"
     else:
-        name = {"train_sft": "sft.jsonl", "train_reward": "pairs.jsonl", "extract_steering": "steer.jsonl"}.get(command, "prompts.jsonl")
+        name = {"train_sft": "sft.jsonl", "train_reward": "pairs.jsonl", "extract_steering": "steer.jsonl"}.get(
+            command, "prompts.jsonl"
+        )
         said = damage(draw, folder / name)
     return Case(command, [*argv, flags[command], name], said)
 
@@ -264,7 +360,15 @@ def _model(draw: random.Random, folder: Path) -> str:
     if kind < 0.45:
         file = folder / "config.json"
         tree = json.loads(file.read_text())
-        keys = ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "model_type", "rope_parameters", "dtype")
+        keys = (
+            "num_hidden_layers",
+            "hidden_size",
+            "vocab_size",
+            "num_attention_heads",
+            "model_type",
+            "rope_parameters",
+            "dtype",
+        )
         key = draw.choice([*keys, *tree])
         tree[key] = draw.choice([value(draw), draw.choice([-1, 0, 1, 3, "1", 1.5, "gpt2", 10**12])])
         file.write_bytes(dumps(tree))

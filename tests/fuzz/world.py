@@ -1,7 +1,7 @@
 """What hostile cases begin from: one folder with everything that the commands read, tiny, and the clean job of every command.
 
-    make(folder)                 model/, a reward model, prompts, pairs, a dump with scores, a run with a checkpoint, vectors
-    CLEAN[command]               the flags with which `command` works in a copy of that folder
+make(folder)                 model/, a reward model, prompts, pairs, a dump with scores, a run with a checkpoint, vectors
+CLEAN[command]               the flags with which `command` works in a copy of that folder
 """
 
 from __future__ import annotations
@@ -36,7 +36,18 @@ SAMPLE = ["--model.path", "model", "--sampling.max_new_tokens", "4"]
 PROMPTS = ["--prompts.path", "prompts.jsonl"]
 OUT = ["--run.dir", "out"]
 SPEC = "{sites: [{at: {layers: [0]}, op: {type: add}, vector: {file: vector.safetensors}}]}"
-PPO = ["--ppo.steps", "1", "--ppo.rollouts_per_step", "4", "--ppo.minibatches", "1", "--ppo.epochs", "1", "--ppo.eval_prompts", "0"]
+PPO = [
+    "--ppo.steps",
+    "1",
+    "--ppo.rollouts_per_step",
+    "4",
+    "--ppo.minibatches",
+    "1",
+    "--ppo.epochs",
+    "1",
+    "--ppo.eval_prompts",
+    "0",
+]
 
 COMMANDS: dict[str, tuple[Any, type]] = {
     "train_ppo": (train_ppo.main, train_ppo.PPOJob),
@@ -84,7 +95,9 @@ def make(folder: Path) -> None:
         tokenizer.save_pretrained(name)
     lines("prompts.jsonl", [{"prompt": text, "answer": text} for text in ("ab", "c d", "efg", "h", "ij", "k")])
     lines("sft.jsonl", [{"prompt": "ab", "completion": "cd"}, {"prompt": "e", "completion": "fgh"}] * 4)
-    lines("pairs.jsonl", [{"prompt": "ab", "chosen": "cd", "rejected": "ef"}, {"prompt": "g", "chosen": "h", "rejected": "i"}] * 4)
+    lines(
+        "pairs.jsonl", [{"prompt": "ab", "chosen": "cd", "rejected": "ef"}, {"prompt": "g", "chosen": "h", "rejected": "i"}] * 4
+    )
     lines("steer.jsonl", [{"positive": f"a{c}", "negative": f"{c}b"} for c in "cdefghij"])
     vectors = {layer: torch.randn(32, generator=torch.Generator().manual_seed(layer)) for layer in (0, 1)}
     save_vector("vector.safetensors", vectors, {}, model)
