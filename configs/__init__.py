@@ -1,4 +1,4 @@
-"""Settings: YAML of the shipped jobs, and the reader. Imported by scripts alone, and by them first.
+"""Settings: YAML of the shipped jobs, and the reader. Imported by scripts alone, by them first (pyproject.toml sorts it so).
 
 What has to be in the environment before torch and deepspeed are imported is set here, for the doors only.
 """

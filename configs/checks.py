@@ -16,6 +16,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from configs import shape
+
 from rollout.errors import Problem
 from rollout.yaml_files import load_text, load_yaml
 

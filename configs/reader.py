@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,8 +31,9 @@ from typing import Any, TypeVar
 
 from configs import checks, shape, show
 from configs.shape import Path, dotted
+
 from rollout import processes
-from rollout.errors import Problem
+from rollout.errors import Problem, visible
 from rollout.yaml_files import load_text, load_yaml
 
 Job = TypeVar("Job")
@@ -42,6 +44,7 @@ def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] |
 
     Of a job's processes the one that fails says why; those that lose it by that say so in a line, with status 1."""
     failed = 0
+    logging.setLogRecordFactory(_Record)
     rank = int(os.environ.get("RANK", "0"))
     reading = True
     try:
@@ -77,6 +80,13 @@ def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] |
         raise SystemExit(failed)
     if of_several:
         processes.end()
+
+
+class _Record(logging.LogRecord):
+    """What any library logs while a door runs may quote a stranger's words: they must not steer the terminal."""
+
+    def getMessage(self) -> str:
+        return visible(super().getMessage())
 
 
 def read(job_type: type[Job], argv: Sequence[str] | None = None) -> Job:

@@ -9,10 +9,11 @@ import textwrap
 from pathlib import Path as FilePath
 from typing import Any
 
+from configs import shape
+
 import docstring_parser
 import yaml
 
-from configs import shape
 from rollout import yaml_files
 
 WIDTH = 110

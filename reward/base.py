@@ -6,14 +6,15 @@
 
 A reward is anything callable `reward(rollout, texts) -> Scores`. A part that does not apply to a row (a function gave
 None) is NaN in `parts`, adds nothing to that row's total and is left out of the part's mean; a row to which no part
-applies has total 0 and is warned about.
+applies is refused by name.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rollout.batch import Rollout, Texts
-from rollout.errors import Problem
+from rollout.errors import Problem, visible
 
 if TYPE_CHECKING:
     from reward.mixture import WeightedSum
@@ -43,11 +44,15 @@ class Scores:
     """Time that each part took."""
     fallbacks: dict[str, int] = field(default_factory=dict)
     """Rows of each part that raised, hung or gave no number and got the part's `fallback` instead."""
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """`<part>/<name>`: numbers that functions gave to `log_metric`; their mean over all rows and ranks is logged."""
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    """`<part>/<column>`: what functions gave to `log_extra`, a value per row; None where there is none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "total_B", _column("total_B", self.total_B, None))
         rows = len(self.total_B)
-        object.__setattr__(self, "parts", {str(n): _column(f"parts[{n!r}]", v, rows) for n, v in self.parts.items()})
+        object.__setattr__(self, "parts", {visible(str(n)): _column(f"parts[{n!r}]", v, rows) for n, v in self.parts.items()})
         if self.tokens_BR is not None:
             tokens = self.tokens_BR
             if not isinstance(tokens, Tensor) or tokens.dim() != 2 or len(tokens) != rows:
@@ -71,6 +76,8 @@ class Scores:
             None if self.tokens_BR is None else self.tokens_BR.to(device),
             self.seconds,
             self.fallbacks,
+            self.metrics,
+            self.extra,
         )
 
 
@@ -83,9 +90,9 @@ class Reward(Protocol):
 
 def on_last_action(values_B: Tensor, rollout: Rollout) -> Tensor:
     """(B, R) with `values_B` on each row's last action (the stop token, or the last token of a cut row), 0 elsewhere."""
-    steps_R = torch.arange(rollout.response_width, device=rollout.device)
-    here_BR = (steps_R[None] == rollout.last_B[:, None]) & rollout.mask_BR
-    return torch.where(here_BR, values_B.to(rollout.device)[:, None], 0.0)
+    mask_BR = rollout.mask_BR
+    left_BR = mask_BR.flip(1).cumsum(1).flip(1)
+    return torch.where(mask_BR & (left_BR == 1), values_B.to(rollout.device)[:, None], 0.0)
 
 
 def missing_stop_penalty(ended_B: Tensor, penalty: float) -> Tensor:
@@ -123,13 +130,14 @@ class Failure:
 def settle(values: Sequence[Any], rollout: Rollout, where: str, fallback: float | None) -> Scores:
     """One number per row out of what was handed in: a number; None (does not apply); a Failure or no number (fallback)."""
     if len(values) != len(rollout):
-        raise Problem(f"{where}: gave {len(values)} scores for {len(rollout)} rows; give one per row")
+        found = f"{len(values)} scores" if len(values) < len(rollout) else "more scores than one per row"
+        raise Problem(f"{where}: gave {found} for {len(rollout)} rows; give one per row")
     settled: list[float] = []
     failed: list[str] = []
     for index, value in enumerate(values):
         number, reason = _number(value)
         if reason:
-            failed.append(f"{row_name(rollout, index)}: {reason}")
+            failed.append(f"{row_name(rollout, index)}: {visible(reason)}")
             number = math.nan if fallback is None else fallback
         settled.append(number)
     if failed and fallback is None:
@@ -149,14 +157,21 @@ def _number(value: Any) -> tuple[float, str]:
     if value is None:
         return math.nan, ""
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-        return math.nan, f"gave {value!r:.60}, not a number"
+        return math.nan, f"gave {brief(value)}, not a number"
     try:
         number = float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+    except Exception:  # noqa: BLE001  an object of the user's own may raise anything
         return math.nan, f"gave {type(value).__name__}, not one number"
     if not abs(number) <= torch.finfo(torch.float32).max:  # NaN too
         return math.nan, f"gave {number}"
     return number, ""
+
+
+def brief(value: Any) -> str:
+    """A value in a few words, however large it is or deep."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    return short.repr(value)
 
 
 # -- from settings to a reward ------------------------------------------------------------------------------------------
@@ -191,9 +206,29 @@ def metrics(scores: Sequence[Scores]) -> dict[str, float]:
             logged[f"reward/{name}_not_applicable"] = float(skipped)
     for name in dict.fromkeys(name for s in scores for name in s.fallbacks):
         logged[f"reward/{name}_fallbacks"] = float(sum(s.fallbacks.get(name, 0) for s in scores))
+    logged |= mean_metrics(joined_metrics([s.metrics for s in scores]), "reward")
     for name in dict.fromkeys(name for s in scores for name in s.seconds):
         logged[f"time/reward_{name}_s"] = max(s.seconds.get(name, 0.0) for s in scores)
     return logged
+
+
+def joined_metrics(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    """All numbers that were logged under each name."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: [value for part in parts for value in part.get(name, [])] for name in names}
+
+
+def joined_extra(parts: Sequence[Mapping[str, list[Any]]], rows: Sequence[int]) -> dict[str, list[Any]]:
+    """The columns one after the other; None for the rows of a part that has not logged it."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {
+        name: [value for part, count in zip(parts, rows, strict=True) for value in part.get(name, [None] * count)]
+        for name in names
+    }
+
+
+def mean_metrics(logged: Mapping[str, list[float]], room: str) -> dict[str, float]:
+    return {f"{room}/{name}": math.fsum(values) / len(values) for name, values in logged.items() if values}
 
 
 def _moments(name: str, values: Tensor, mean: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ themselves. How a model takes padding is seen on the model, with a few short row
     no eos       refused? it pools at the last eos (T5, Bart): rows end with one, batches hold rows with equally many
     last         logits = head at the last token? then the position is ours to choose
     padded       a padded row scores as alone? if not, only rows of one length share a batch
+    company      is it the same beside a row that ends the context? if not, rows on both sides of a length are kept apart
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import torch
 from torch import Tensor
 
 from reward.reading import Sequences
-from rollout import adapters
+from rollout import adapters, habits
 from rollout.errors import Problem
-from rollout.heads import head_of, load_config, load_head
+from rollout.heads import NoHead, head_of, load_config, load_head
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class Classifier:
         self.needs_eos = self.pads = False
         self.at_last = self.is_per_token
         self.pads = True
+        self.boundary: int | None = None
+        """Rows of more tokens than this are scored otherwise, and so is what shares their batch."""
         self._observe()
 
     @property
@@ -116,7 +119,9 @@ class Classifier:
 
         def kind(index: int) -> tuple[int, ...]:
             ids = rows.ids[index]
-            return (ids.count(self.eos_id) if self.needs_eos else 0, 0 if self.pads else len(ids))  # type: ignore[arg-type]
+            is_long = self.boundary is not None and len(ids) > self.boundary
+            ends = ids.count(self.eos_id) if self.needs_eos else 0  # type: ignore[arg-type]
+            return (ends, int(is_long) if self.pads else len(ids))
 
         order = sorted(range(len(rows.ids)), key=lambda i: (kind(i), -len(rows.ids[i]), i))
         batch: list[int] = []
@@ -174,10 +179,10 @@ class Classifier:
         short = [plain[(5 * k + 1) % len(plain)] for k in range(max(width // 3, 1))]
         try:
             self._forward(Sequences([long]), [0])
-        except (ValueError, RuntimeError, IndexError) as error:
-            if "eos" not in str(error) or self.eos_id is None:
+        except (ValueError, RuntimeError, IndexError):
+            if self.eos_id is None:
                 raise
-            self.needs_eos = True
+            self.needs_eos = True  # or it fails with an eos, too: below, with its own words
             long, short = [*long[:-1], self.eos_id], [*short[: max(len(short) - 1, 0)], self.eos_id]
         logits, every = self._forward(Sequences([long]), [0])
         if not self.is_per_token:
@@ -186,6 +191,16 @@ class Classifier:
         together = self.per_token(rows)[1] if self.is_per_token else self.per_row(rows)[1]
         alone = self.per_token(Sequences([short]))[0] if self.is_per_token else self.per_row(Sequences([short]))[0]
         slack = 1e-4 if next(self.core.parameters()).dtype == torch.float32 else 5e-2
+        if "position_ids" in self.takes and "attention_mask" in self.takes:
+            row = torch.tensor([[plain[(7 * k + 3) % len(plain)] for k in range(habits.SPREAD)]] * 2, device=self.device)
+
+            def company(position_2T: Tensor) -> Tensor:
+                with torch.no_grad():
+                    states = self.core.base_model(row, attention_mask=torch.ones_like(row), position_ids=position_2T)[0]
+                return states[0]  # type: ignore[no-any-return]
+
+            config = self.config.get_text_config()
+            self.boundary = habits.boundary(company, config, self.context, 0, self.device)
         if len(long) > len(short) and not torch.allclose(together, alone, rtol=slack, atol=slack):
             self.pads = False
             logger.info(
@@ -211,8 +226,8 @@ def load_classifier(
                 path, "reward", head, dtype=dtype, attn=attn, fresh=fresh or head_in_adapter is not None,
                 field=f"{where}.path", **settings,
             )  # fmt: skip
-        except Problem as problem:
-            if fresh or "has no weights for" not in str(problem):
+        except NoHead as problem:
+            if fresh:  # it is the trunk that lacks weights
                 raise
             raise Problem(f"{problem}, or set allow_new_head: true") from problem
         if adapter:

@@ -4,7 +4,9 @@
     name(rollout, texts) -> Scores (or one number per row)       this package's own; may give a reward per token
 
 Either may be asynchronous. A function gets the columns it names, and everything if it takes **kwargs. Where the
-prompts are conversations, completions are `[{"role": "assistant", "content": ...}]`.
+prompts are conversations, completions are `[{"role": "assistant", "content": ...}]`. As TRL's, it may ask for
+`log_metric(name, number)`, whose mean over all calls and ranks is the metric reward/<part>/<name>, and for
+`log_extra(column, values)`, one value per row, which rows of samples.jsonl show as extra/<part>/<column>.
 
     in this process (the default) ---- raises? rows one by one, to name the row ---- fallback, or a Problem
     `timeout` set: a process of its own, killed when the time is over ---- rows one by one, each with that time
@@ -20,14 +22,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from reward.base import Failure, Scores, on_last_action, settle
-from reward.loading import load_function, said
+from reward.base import Failure, Scores, joined_extra, joined_metrics, on_last_action, settle
+from reward.loading import LOGS, Told, load_function, said
 from reward.mixture import Part
 from reward.worker import Overdue, Worker, WorkerFailed
 from rollout.batch import Rollout, Texts
@@ -80,7 +82,8 @@ class FunctionReward:
     def __init__(self, function: Callable[..., Any], settings: FunctionSettings, where: str):
         self.where, self.settings = where, settings
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-        self.is_native, self.takes = _reads(function)
+        self.reads = Reads.of(function)
+        self._check_arguments()
         self.function = functools.partial(function, **(settings.arguments or {}))
         self.worker: Worker | None = None
         if settings.timeout is not None and not self.is_async:
@@ -88,7 +91,24 @@ class FunctionReward:
                 raise Problem(
                     f"{where}.timeout: needs the function by name (file.py:name), to load it in a process that can be killed"
                 )
-            self.worker = Worker(settings.function, settings.arguments or {})
+            self.worker = Worker(settings.function, settings.arguments or {}, where)
+
+    @property
+    def name(self) -> str:
+        function = self.settings.function
+        return function if isinstance(function, str) else getattr(function, "__name__", type(function).__name__)
+
+    def _check_arguments(self) -> None:
+        given, reads = self.settings.arguments or {}, self.reads
+        field = f"{self.where}.arguments"
+        unknown = [name for name in given if reads.takes is not None and name not in reads.takes]
+        if unknown:
+            raise Problem(
+                f"{field}: {self.name} takes no {unknown[0]!r}; it takes: {', '.join(reads.takes or ()) or 'nothing'}"
+            )
+        lacking = [name for name in reads.needs if reads.is_native and name not in given]
+        if lacking:
+            raise Problem(f"{field}: {self.name} needs {lacking[0]!r} beside rollout and texts; give it here")
 
     def close(self) -> None:
         if self.worker is not None:
@@ -118,22 +138,22 @@ class FunctionReward:
             )
         return self._join(rows, result, rollout)
 
-    def _attempt(self, rollout: Rollout, texts: Texts) -> Any:
+    def _attempt(self, rollout: Rollout, texts: Texts) -> Told | Failure:
         """What the function gives, or the Failure that it raised or took too long."""
-        arguments = self._arguments(rollout, texts)
+        arguments, told = self._arguments(rollout, texts), Told(len(rollout))
         try:
             if self.worker is not None:
-                return self.worker.call(arguments, self.settings.timeout)
-            result = self.function(**arguments)
+                return self.worker.call(arguments, told, self.logs, self.settings.timeout)
+            result = self.function(**arguments, **told.log(self.logs))
             if inspect.isawaitable(result):  # a plain function around an asynchronous one
                 with ThreadPoolExecutor(max_workers=1) as thread:
                     result = thread.submit(asyncio.run, _awaited(result)).result()
-            return result
+            return told.take(result)
         except (Overdue, WorkerFailed) as error:
             return Failure(str(error))
         except Problem:
             raise
-        except Exception as error:  # noqa: BLE001  the user's own code may raise anything; the row is named and settled, never hidden
+        except (Exception, SystemExit) as error:  # noqa: BLE001  the user's own code may raise anything; the row is named and settled, never hidden
             return Failure(said(error))
 
     # -- asynchronous ----------------------------------------------------------------------------------------------
@@ -145,41 +165,57 @@ class FunctionReward:
             result = await self._attempt_async(rollout, texts)
             if not isinstance(result, Failure):
                 return self._scores(result, rollout)
-            rows = [result]
+            rows: Sequence[Told | Failure] = [result]
             if len(rollout) > 1:
                 singles = (self._attempt_async(rollout.select([i]), texts.select([i])) for i in range(len(rollout)))
                 rows = await asyncio.gather(*singles)
         return self._join(rows, result, rollout)
 
-    async def _attempt_async(self, rollout: Rollout, texts: Texts) -> Any:
+    async def _attempt_async(self, rollout: Rollout, texts: Texts) -> Told | Failure:
         try:
-            return await asyncio.wait_for(self.function(**self._arguments(rollout, texts)), self.settings.timeout)
+            return await asyncio.wait_for(self._called(rollout, texts), self.settings.timeout)
         except TimeoutError:
             return Failure(f"not done after {self.settings.timeout} s")
+
+    async def _called(self, rollout: Rollout, texts: Texts) -> Told | Failure:
+        arguments, told = self._arguments(rollout, texts), Told(len(rollout))
+        try:
+            return told.take(await self.function(**arguments, **told.log(self.logs)))
         except Problem:
             raise
-        except Exception as error:  # noqa: BLE001  as above
+        except (Exception, SystemExit) as error:  # noqa: BLE001  as above, and within: SystemExit would end the event loop
             return Failure(said(error))
 
     # -- what goes in, what comes out -------------------------------------------------------------------------------
 
+    @property
+    def logs(self) -> list[str]:
+        """Which of TRL's two logging functions the function is given."""
+        given = self.settings.arguments or {}
+        return [name for name in LOGS if (self.reads.takes is None or name in self.reads.takes) and name not in given]
+
     def _arguments(self, rollout: Rollout, texts: Texts) -> dict[str, Any]:
-        if self.is_native:
+        if self.reads.is_native:
             return {"rollout": rollout, "texts": texts}
-        offered = trl_arguments(rollout, texts)
-        if self.takes is None:
-            return offered
-        absent = [
-            name for name, needed in self.takes.items() if needed and name not in offered and name not in self.function.keywords
-        ]
+        given = {*LOGS, *(self.settings.arguments or {})}
+        offered = {name: value for name, value in trl_arguments(rollout, texts).items() if name not in given}
+        absent = [name for name in self.reads.needs if name not in offered and name not in given]
         if absent:
             columns = ", ".join(texts.columns) or "none"
             raise Problem(
-                f"{self.where}: the function asks for {absent[0]!r}, which is no column of the data (columns: {columns})"
+                f"{self.where}: {self.name} asks for {absent[0]!r}, which is no column of the data (columns: {columns})"
             )
-        return {name: value for name, value in offered.items() if name in self.takes}
+        return {name: value for name, value in offered.items() if self.reads.takes is None or name in self.reads.takes}
 
-    def _scores(self, result: Any, rollout: Rollout) -> Scores:
+    def _scores(self, told: Told, rollout: Rollout) -> Scores:
+        for column, values in told.extra.items():
+            if len(values) != len(rollout):
+                found = f"{len(values)} values" if len(values) <= len(rollout) else "more values than rows"
+                raise Problem(f"{self.where}: log_extra({column!r}) got {found} for {len(rollout)} rows; give one per row")
+        scores = self._settled(told.result, rollout)
+        return replace(scores, metrics={**scores.metrics, **told.metrics}, extra={**scores.extra, **told.extra})
+
+    def _settled(self, result: Any, rollout: Rollout) -> Scores:
         if not isinstance(result, Scores):
             return settle(_listed(result, self.where), rollout, self.where, self.settings.fallback)
         totals_B = result.total_B
@@ -196,7 +232,7 @@ class FunctionReward:
         if tokens_BR is not None and settled.fallbacks:
             failed_B = ~totals_B.isfinite()
             tokens_BR = torch.where(failed_B[:, None], on_last_action(settled.total_B, rollout), tokens_BR)
-        return Scores(settled.total_B, result.parts, tokens_BR, result.seconds, settled.fallbacks)
+        return replace(result, total_B=settled.total_B, tokens_BR=tokens_BR, fallbacks=settled.fallbacks)
 
     def _join(self, rows: Sequence[Any], whole: Failure, rollout: Rollout) -> Scores:
         """The scores of rows that were tried one by one, after the call with all of them failed."""
@@ -208,12 +244,21 @@ class FunctionReward:
             found = row if isinstance(row, Failure) else self._scores(row, rollout.select([index]))
             values.append(found if isinstance(found, Failure) else None if found.total_B.isnan() else found.total_B.item())
             dense.append(None if isinstance(found, Failure) else found.tokens_BR)
-        settled = settle(values, rollout, self.where, self.settings.fallback)
+        settled = replace(settle(values, rollout, self.where, self.settings.fallback), **_logs_of(rows))
         if all(tokens is None for tokens in dense):
             return settled
         last_BR = on_last_action(settled.total_B, rollout)
         tokens_BR = torch.cat([last_BR[i : i + 1] if tokens is None else tokens for i, tokens in enumerate(dense)])
-        return Scores(settled.total_B, {}, tokens_BR, {}, settled.fallbacks)
+        return replace(settled, tokens_BR=tokens_BR)
+
+
+def _logs_of(rows: Sequence[Told | Failure]) -> dict[str, Any]:
+    """What was logged by calls with one row each, in the order of the rows."""
+    told = [row if isinstance(row, Told) else Told(1) for row in rows]
+    return {
+        "metrics": joined_metrics([one.metrics for one in told]),
+        "extra": joined_extra([one.extra for one in told], [1] * len(told)),
+    }
 
 
 def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, Any]:
@@ -240,24 +285,35 @@ def is_conversation(prompt: Any) -> bool:
     )
 
 
-def _reads(function: Callable[..., Any]) -> tuple[bool, dict[str, bool] | None]:
-    """(takes rollout and texts; what else it takes and whether it must have it, None = everything)."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        return False, None
-    if [p.name for p in parameters[:2]] == ["rollout", "texts"]:
-        return True, None
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return False, None
-    return False, {p.name: p.default is p.empty for p in parameters if p.kind is not p.VAR_POSITIONAL}
+@dataclass(frozen=True)
+class Reads:
+    """What a function can be called with."""
+
+    is_native: bool
+    """It takes rollout and texts; the other names are arguments beside them."""
+    needs: tuple[str, ...] = ()
+    """What it must be given."""
+    takes: tuple[str, ...] | None = None
+    """All that it may be given; None: everything."""
+
+    @staticmethod
+    def of(function: Callable[..., Any]) -> Reads:
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):
+            return Reads(False)
+        is_native = [p.name for p in parameters[:2]] == ["rollout", "texts"]
+        named = [p for p in parameters[2 if is_native else 0 :] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        needs = tuple(p.name for p in named if p.default is p.empty)
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters) and not is_native
+        return Reads(is_native, needs, None if open_ended else tuple(p.name for p in named))
 
 
 def _listed(result: Any, where: str) -> list[Any]:
     """A list of what a function gave: a list, a tensor, an array."""
     if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
         raise Problem(f"{where}: gave {type(result).__name__}; give a list with one number per row")
-    if isinstance(result, torch.Tensor) and result.dim() == 0:
+    if not getattr(result, "ndim", 1):
         raise Problem(f"{where}: gave a single number; give a list with one number per row")
     return list(result)
 

@@ -1,4 +1,5 @@
-"""Finding a user's function by `file.py:name` or `module:name`. Light on purpose: worker processes import it."""
+"""Finding a user's function by `file.py:name` or `module:name`, and calling it. Light on purpose: worker processes import
+it."""
 
 from __future__ import annotations
 
@@ -6,13 +7,46 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import sys
 import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rollout.errors import Problem
+from rollout.errors import Problem, visible
+
+LOGS = ("log_metric", "log_extra")
+"""What TRL hands to functions that want to log."""
+
+
+@dataclass
+class Told:
+    """What a function gave for some rows, and what it logged meanwhile."""
+
+    rows: int
+    result: Any = None
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(visible(str(name)), []).append(float(value))
+
+    def log_extra(self, column: str, values: Iterable[Any]) -> None:
+        plain = (value if isinstance(value, str | int | float | None) else str(value) for value in values)
+        self.extra.setdefault(visible(str(column)), []).extend(itertools.islice(plain, self.rows + 1))
+
+    def log(self, names: Sequence[str]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+    def take(self, result: Any) -> Told:
+        """Keep a result; of a list, a tensor or what may never end (a generator) no more than shows that it is too much."""
+        if not isinstance(result, str | bytes | dict) and hasattr(result, "__iter__") and getattr(result, "ndim", True):
+            result = list(itertools.islice(result, self.rows + 1))
+        self.result = result
+        return self
 
 
 def load_function(spec: str, where: str) -> Any:
@@ -26,7 +60,7 @@ def load_function(spec: str, where: str) -> Any:
         if error.name != source.split(".")[0] and error.name != source:
             raise Problem(f"{where}.function: {source} cannot be imported: {said(error)}") from error
         raise Problem(f"{where}.function: there is no module {source!r}; a file's name ends in .py, file.py:name") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Problem(f"{where}.function: {source} cannot be imported: {said(error)}") from error
     found: Any = module
     for attribute in name.split("."):

@@ -8,7 +8,6 @@ rollout, texts --+--> part 1 --> finite? --> normalise --> clip --> parts["1"] -
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,8 +21,6 @@ from reward.base import Scores, on_last_action, row_name
 from reward.normalise import Shape
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,8 @@ class WeightedSum:
     parts: tuple[Part, ...]
     vocabulary: str | None = None
     """Which vocabulary the rollout's ids belong to (`reward.reading.vocabulary_of`); None where that is not known."""
+    leaves_out: bool = False
+    """The total of a row to which no part applies is NaN, not an error: the asker of a server may have other parts."""
 
     @property
     def is_collective(self) -> bool:
@@ -88,6 +87,8 @@ class WeightedSum:
         parts: dict[str, Tensor] = {}
         seconds: dict[str, float] = {}
         fallbacks: dict[str, int] = {}
+        metrics: dict[str, list[float]] = {}
+        extra: dict[str, list[Any]] = {}
         for part in self.parts:
             scores, seconds[part.name] = found[part.name]
             _check(part, scores, rollout)
@@ -99,17 +100,24 @@ class WeightedSum:
             parts |= {f"{part.name}.{inner}": values for inner, values in scores.parts.items()}
             if sum(scores.fallbacks.values()):
                 fallbacks[part.name] = sum(scores.fallbacks.values())
+            metrics |= {f"{part.name}/{name}": values for name, values in scores.metrics.items()}
+            extra |= {f"{part.name}/{column}": values for column, values in scores.extra.items()}
             applies_B |= ~values_B.isnan()
             if scores.tokens_BR is None:
                 sequence_B = sequence_B + part.weight * values_B.double().nan_to_num(nan=0.0)
             else:
                 weighted_BR = part.weight * scores.per_token(rollout).double()
                 dense_BR = weighted_BR if dense_BR is None else dense_BR + weighted_BR
-        _warn_of_lonely_rows(applies_B, rollout)
-        if dense_BR is None:
-            return Scores(sequence_B.float(), parts, None, seconds, fallbacks)
-        tokens_BR = dense_BR + on_last_action(sequence_B, rollout)
-        return Scores((sequence_B + dense_BR.sum(1)).float(), parts, tokens_BR.float(), seconds, fallbacks)
+        tokens_BR = None if dense_BR is None else (dense_BR + on_last_action(sequence_B, rollout)).float()
+        total_B = (sequence_B if dense_BR is None else sequence_B + dense_BR.sum(1)).float()
+        bad = torch.nonzero(~total_B.isfinite()).flatten().tolist()
+        if bad:
+            raise Problem(
+                f"reward: {row_name(rollout, bad[0])} has the total {total_B[bad[0]].item()}; weights or values are too large"
+            )
+        if not self.leaves_out:
+            _refuse_lonely_rows(applies_B, rollout)
+        return Scores(total_B.where(applies_B, torch.nan), parts, tokens_BR, seconds, fallbacks, metrics, extra)
 
     # -- what a checkpoint keeps, and the end -----------------------------------------------------------------------
 
@@ -160,8 +168,11 @@ def _check(part: Part, scores: Scores, rollout: Rollout) -> None:
         raise Problem(f"{part.where}: {row_name(rollout, bad[0])} has a reward per token that is not finite")
 
 
-def _warn_of_lonely_rows(applies_B: Tensor, rollout: Rollout) -> None:
+def _refuse_lonely_rows(applies_B: Tensor, rollout: Rollout) -> None:
     lonely = torch.nonzero(~applies_B).flatten().tolist()
     if lonely:
-        names = ", ".join(row_name(rollout, index) for index in lonely[:3])
-        logger.warning("reward: no part applies to %d of %d rows, which get 0: %s", len(lonely), len(rollout), names)
+        names = ", ".join(row_name(rollout, index) for index in lonely[:3]) + (", ..." if len(lonely) > 3 else "")
+        raise Problem(
+            f"reward: no part applies to {len(lonely)} of {len(rollout)} rows ({names}): each gave None there; "
+            "leave such rows out of the data, or add a part that scores every row"
+        )

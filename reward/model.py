@@ -103,7 +103,7 @@ def load_member(settings: Any, path: str, head: str, where: str, device: Any) ->
     """`settings`: those of a model or process part."""
     field = where.split(" ")[0]
     folder, adapter = folders_of(path)
-    device = settings.device or device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(settings.device or device or ("cuda" if torch.cuda.is_available() else "cpu"), field)
     classifier = load_classifier(
         folder, adapter, head, field, dtype=settings.dtype, attn=settings.attn, fresh=settings.allow_new_head, device=device,
         batch_size=settings.batch_size,
@@ -123,6 +123,18 @@ def load_member(settings: Any, path: str, head: str, where: str, device: Any) ->
         size=classifier.embedding_size,
     )
     return Member(classifier, reader, label)
+
+
+def usable_device(name: Any, field: str) -> torch.device:
+    """The device, which this machine has."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        no_cuda = str(name).startswith("cuda") and not torch.cuda.is_available()
+        why = "this machine has no CUDA" if no_cuda else (str(error) or type(error).__name__).splitlines()[0]
+        raise Problem(f"{field}.device: {str(name)!r} cannot be used: {why:.200}; leave it out, or say cpu") from error
+    return device
 
 
 def content_of(members: Sequence[Member]) -> str:

@@ -166,8 +166,9 @@ def _read_entry(part: Any, where: str, problems: list[str]) -> Entry | None:
 
 def _check_common(common: Common, where: str, problems: list[str]) -> None:
     name = common.name
-    if name is not None and (not name.strip() or "/" in name or name in TAKEN):
-        problems.append(f"{where}.name: {name!r} cannot be a part's name; not empty, no slash, none of {', '.join(TAKEN)}")
+    if name is not None and (not name.strip() or "/" in name or name in TAKEN or not name.isprintable()):
+        rules = f"not empty, no slash, no control character, none of {', '.join(TAKEN)}"
+        problems.append(f"{where}.name: {name!r} cannot be a part's name; {rules}")
     problems += [f"{where}.{line}" for line in check_shape(common.normalise, common.clip)]
 
 

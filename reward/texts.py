@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
-from rollout.tables import read_table
+from rollout.tables import columns_of, read_table
 
 _COMPLETIONS = ("completion", "response", "answer", "text")
 
@@ -56,17 +57,20 @@ class TextTable:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
+    def others(self) -> list[str]:
+        """The data set's columns that are neither prompt nor completion: every batch has them all."""
+        return [name for name in columns_of(self.rows) if name not in (self.messages, self.prompt, self.completion)]
+
     def batch(self, index: range) -> tuple[Rollout, Texts]:
         """These rows; `row_B` is their place in the dataset."""
         records = [self.rows[i] for i in index]
         pairs = [self._pair(i, record) for i, record in zip(index, records, strict=True)]
-        names = dict.fromkeys(name for record in records for name in record)
-        others = [name for name in names if name not in (self.messages, self.prompt, self.completion)]
         texts = Texts(
             prompts=[prompt for prompt, _ in pairs],
             prompt_texts=[prompt if isinstance(prompt, str) else _plain(prompt) for prompt, _ in pairs],
             completions=[completion for _, completion in pairs],
-            columns={name: [record.get(name) for record in records] for name in others},
+            columns={name: [record.get(name) for record in records] for name in self.others},
         )
         return rollout_of(len(texts), row=list(index)), texts
 
@@ -94,7 +98,7 @@ def load_texts(settings: TextSettings, field: str) -> TextTable:
     rows = read_table(settings.path, settings.split, settings.name, field)
     if not len(rows):
         raise Problem(f"{field}.path: {settings.path} has no rows")
-    names = list(rows[0])
+    names = columns_of(rows)
     for spot in ("messages", "prompt", "completion"):
         column = getattr(settings, spot)
         if column and column not in names:

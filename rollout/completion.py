@@ -23,9 +23,10 @@ from rollout.confidence import prompt_logprobs
 from rollout.errors import Problem
 from rollout.logprobs import teacher_forced
 from rollout.policy import Policy
-from rollout.prompts import PromptBatch, conversation_ids, text_ids
+from rollout.prompts import PromptBatch
 from rollout.sampler import OnToken, Sampler
 from rollout.sampling import Sampling
+from rollout.spelling import conversation_ids, text_ids
 from rollout.stops import Stops
 
 
@@ -188,7 +189,7 @@ def complete(
         _check_prompt(policy, row, ids, context)
     if echo and policy.is_seq2seq:
         raise Problem("echo: an encoder-decoder does not predict its prompt, so there is nothing to echo; leave it out")
-    room = [limit if context is None else min(limit, context - (0 if policy.is_seq2seq else len(ids))) for ids in prompts]
+    room = [_room(policy, len(ids), limit, context) for ids in prompts]
     done: dict[int, Completed] = {}
     for most in sorted(set(room), reverse=True):
         group = [row for row, own in enumerate(room) if own == most]
@@ -203,7 +204,7 @@ def complete(
         numbers = _raw_logprobs(policy, rollout, sampling, steering) if logprobs else None
         for at, row in enumerate(group):
             one = rollout.select([at])
-            ids = _shown_ids(sampler.stops, one, texts.completions[at])
+            ids = _shown_ids(sampler.stops, one, texts.completions[at], prompts[row])
             own = None if numbers is None else numbers[at, : len(ids)].tolist()
             reason = STOP_REASONS[int(one.stop_B[0])]
             done[row] = Completed(prompts[row], ids, texts.completions[at], reason, own, None, one)
@@ -268,6 +269,13 @@ def _context(policy: Policy, asked: int | None) -> int | None:
     return asked
 
 
+def _room(policy: Policy, length: int, limit: int, context: int | None) -> int:
+    """Tokens that a completion may have: what the context leaves, or the length beyond which the model has another law."""
+    used, switch = 0 if policy.is_seq2seq else length, policy.habits.boundary
+    ends = [end for end in (context, switch) if end is not None and not (end == switch and policy.habits.is_long(length))]
+    return min([limit, *(end - used for end in ends)])
+
+
 def _raw_logprobs(policy: Policy, rollout: Rollout, sampling: Sampling, steering: Any) -> torch.Tensor:
     if steering is None and sampling.policy_temperature == 1:
         return rollout.policy_logprobs_BR
@@ -278,7 +286,7 @@ def _raw_logprobs(policy: Policy, rollout: Rollout, sampling: Sampling, steering
     return forced.logprobs_BR
 
 
-def _shown_ids(stops: Stops, row: Rollout, text: str) -> list[int]:
+def _shown_ids(stops: Stops, row: Rollout, text: str, prompt_ids: list[int]) -> list[int]:
     """A row's ids without its stop token, and without those that only belong to a matched stop string."""
     ids: list[int] = row.response_BR[0, : int(row.lengths_B[0])].tolist()
     stop = int(row.stop_B[0])
@@ -286,16 +294,11 @@ def _shown_ids(stops: Stops, row: Rollout, text: str) -> list[int]:
         return ids[:-1]
     if stop == STOP_LENGTH:
         return ids
-    return next((ids[:n] for n in range(len(ids)) if stops.text(ids[:n]).startswith(text)), ids)
+    return next((ids[:n] for n in range(len(ids)) if stops.text(ids[:n], prompt_ids).startswith(text)), ids)
 
 
 def _text(policy: Policy, done: Completed, echo: bool) -> str:
-    if not echo:
-        return done.text
-    # Decoded in one go, so that the seam is spelled right; the last token may hold the beginning of a stop string.
-    whole: str = policy.tokenizer.decode([*done.prompt_ids, *done.ids], skip_special_tokens=True)
-    beyond = len(policy.tokenizer.decode(done.ids, skip_special_tokens=True)) - len(done.text)
-    return whole[: len(whole) - max(beyond, 0)]
+    return str(policy.tokenizer.decode(done.prompt_ids, skip_special_tokens=True)) + done.text if echo else done.text
 
 
 def _numbers(policy: Policy, done: Completed, echo: bool) -> dict[str, Any]:

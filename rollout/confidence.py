@@ -21,8 +21,8 @@ from rollout.batch import Rollout
 from rollout.errors import Problem
 from rollout.logprobs import pick, teacher_forced
 from rollout.policy import Policy
-from rollout.prompts import text_ids
 from rollout.sampler import left_pad
+from rollout.spelling import text_ids
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Stream:
         uniforms_BR: Tensor,
         mask_BP: Tensor,
         copies_B: Tensor | None = None,
+        before: list[list[int]] | None = None,
         names: list[str] | None = None,
         live: Any = None,
         synced: bool = False,
@@ -52,12 +53,14 @@ class Stream:
     ):
         """`mask_BP` marks the real tokens of generate's input_ids (the decoder's on encoder-decoders), one row per draw.
 
+        `before`: what `stops` needs of each row's prompt.
         `copies_B` says from which of generate's rows each of ours is copied after the prefill. `names` tells rows apart in
         error messages. `live` follows dropped rows through its `select(index)`. `synced`: every rank runs as many steps.
         `compiled` takes every step but the first, where it is given, and says when rows leave.
         `on_token(t, rows, tokens, raw logits)` is told of every step, of the rows that had not ended before it.
         """
         self.law, self.stops, self.uniforms_BR, self.mask_BP = law, stops, uniforms_BR, mask_BP
+        self.before = before or [[]] * len(uniforms_BR)
         self.copies_B, self.names, self.live, self.synced, self.compact = copies_B, names, live, synced, compact
         self.on_token, self.compiled = on_token, compiled
         self.rows = Rows.start(uniforms_BR)
@@ -130,7 +133,8 @@ class Stream:
         ended_A = alive.ended | self.stops.is_stop(drawn.tokens_B)
         if self.stops.has_strings:
             going = (~ended_A).nonzero()[:, 0]
-            hit = [self.stops.completes(ids) for ids in alive.tokens[going, : t + 1].tolist()]
+            rows = zip(alive.tokens[going, : t + 1].tolist(), alive.place[going].tolist(), strict=True)
+            hit = [self.stops.completes(ids, self.before[place]) for ids, place in rows]
             by_string = going[torch.tensor(hit, dtype=torch.bool, device=going.device)]
             alive.by_string[by_string] = True
             ended_A[by_string] = True

@@ -9,7 +9,7 @@ Who makes which shard is not recorded and does not matter: what a shard holds de
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -50,9 +50,13 @@ def dump(
     work: Work,
     sample: Callable[[range], tuple[Rollout, Texts]],
     stream: TextIO | None = None,
+    *,
+    cut: Collection[int] = (),
     **described: Any,
 ) -> None:
-    """Make the shards of `work`. On the main process: show the progress of all on `stream`, and finish the manifest."""
+    """Make the shards of `work`. On the main process: show the progress of all on `stream`, and finish the manifest.
+
+    `cut` holds the prompts that `sample` has cut so far."""
     plan, me = plan_of(begun), processes.start()
     rows = {index: len(plan.shard(index)) * plan.samples for index in work.todo}
     mine, others = work.todo[me.rank :: me.world_size], set(work.todo) - set(work.todo[me.rank :: me.world_size])
@@ -71,7 +75,7 @@ def dump(
 
     try:
         for index in mine:
-            make_shard(folder, plan, index, counted)
+            make_shard(folder, plan, index, counted, cut)
             if me.is_main:
                 look_for_others()
         # Not a barrier: those time out, and shards may take hours. A process that dies takes its launcher's job along.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import unicodedata
 from types import TracebackType
 
 
@@ -15,8 +16,20 @@ class Problem(ValueError):
     """Bad input: one clear line for the user. Several problems found together are raised once, a line each."""
 
     def __init__(self, *lines: str):
-        self.lines = tuple(lines)
-        super().__init__("\n".join(lines))
+        self.lines = tuple(map(visible, lines))
+        super().__init__("\n".join(self.lines))
+
+
+def visible(text: str) -> str:
+    """Control characters as pictures: what others wrote must not steer the terminal. Line ends and tabs stay."""
+    return "".join(
+        c if c in "\n\t" or not unicodedata.category(c).startswith("C") or c == "\u200d" else _picture(c) for c in text
+    )
+
+
+def _picture(character: str) -> str:
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
 class reading:

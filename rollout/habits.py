@@ -5,13 +5,18 @@ padded      . . . a b c d e      in a batch with a longer row: the same, or this
                                  run through padding, positions it counts itself): rows of one length go together then
 shorter     a b c d              the same, or the model looks ahead and has no law of the next token
 cached      a b c | d | e        the same, or its cache is not used; with the rows picked after the prefill, or not picked
+company     a b c d e            beside a row at the end of the context: the same, or rows of more tokens than some number have
+            . . . . . . . y z    a law of their own (longrope), and only rows of one side go together
+crowded     a a a | a | a        where the config names a capacity: the same, or the cache is used up to that many tokens only
 
 Rows are some tokens long, and longer than a window of attention where that is short: what a model does beyond it is seen too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +45,18 @@ class Habits:
     """A pad token that was drawn is a token like any other; False where the model counts positions by comparing with it."""
     first: int = 0
     """Number of a row's first position: 0, but for models like RoBERTa, which count from behind their pad id."""
+    boundary: int | None = None
+    """Rows of more tokens than this have another law than shorter ones, and so has whatever shares their pass."""
+    cached: int | None = None
+    """Most tokens of a row for which the cache may be used; None = any. Experts of a bounded capacity drop what is more."""
+
+    def caches(self, tokens: int) -> bool:
+        """Whether rows of so many tokens (the decoder's, on encoder-decoders) are decoded with the cache."""
+        return self.caching and (self.cached is None or tokens <= self.cached)
+
+    def is_long(self, tokens: int) -> bool:
+        """Whether a row of so many tokens is on the far side of the boundary."""
+        return self.boundary is not None and tokens > self.boundary
 
 
 def forward_arguments(core: Any) -> frozenset[str]:
@@ -54,6 +71,22 @@ def positions(mask: Tensor, first: int = 0) -> Tensor:
 
 def observe(policy: Policy) -> Habits:
     """Run the passes of this file's head on `policy`'s model. Call without dropout and without gradients."""
+    seen = _observe(policy)
+    crowded = _crowded(policy, seen.first) if seen.caching else None
+    if crowded is not None:  # padding may take up what rows beside it have room for
+        seen = dataclasses.replace(seen, cached=crowded, padding=seen.padding and policy.is_seq2seq)
+    if policy.is_seq2seq or "position_ids" not in forward_arguments(policy.core):
+        return seen
+    row = probe_row(policy, 3, SPREAD).expand(2, -1)
+
+    def company(position_2T: Tensor) -> Tensor:
+        return pass_logits(policy, row, position_ids=position_2T)[0]
+
+    config = policy.core.config.get_text_config(decoder=True)
+    return dataclasses.replace(seen, boundary=boundary(company, config, policy.context, seen.first, policy.device))
+
+
+def _observe(policy: Policy) -> Habits:
     short, long = probe_lengths(policy)
     rows = [probe_row(policy, 3, short), probe_row(policy, 5, long)]
     first = _first_position(policy, rows[0])
@@ -95,6 +128,69 @@ def observe(policy: Policy) -> Habits:
     return Habits(padding=padding, caching=False, picking=True, pads_in_text=True, first=first)
 
 
+SPREAD = 8
+"""Tokens of a row whose positions are spread over many."""
+_NEAR = 32
+
+
+def boundary(
+    company: Callable[[Tensor], Tensor], config: Any, context: int | None, first: int, device: torch.device
+) -> int | None:
+    """Most tokens of a row that has the law of short rows; None where rows of every length have the same one.
+
+    `company(positions)` gives the logits of the first of two rows. Its positions are spread over a length, the other row ends
+    there too, or at the end of the context: what changes the first row then is the longest position of the pass.
+    """
+    if context is None or context - first < 2 * SPREAD:
+        return None
+    end = context - first
+
+    def changes(tokens: int, other: int) -> bool:
+        spread = torch.linspace(0, tokens - 1, SPREAD, device=device).long() + first
+        near, far = torch.stack([spread, spread]), torch.stack([spread, spread + (other - tokens)])
+        return not same(company(far), company(near))
+
+    said = _numbers(config.to_dict(), "original_max_position")
+    tries = dict.fromkeys(n for n in (*said, min(_NEAR, end // 2), SPREAD) if SPREAD <= n < end)
+    low = max((n for n in tries if changes(n, end)), default=None)
+    if low is None:
+        return None
+    high = low + 1 if low + 1 == end or not changes(low + 1, end) else end
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if changes(middle, end) else (low, middle)
+    if low >= 2 * SPREAD and changes(low // 2, low):
+        raise Problem(
+            "model: its law changes with every longer row of a pass (dynamic scaling of positions), so that no row would be "
+            f"what it is alone; set max_position_embeddings in its config.json to the {low} tokens it was trained with, or less"
+        )
+    return low
+
+
+def _numbers(config: Any, *words: str) -> list[int]:
+    """The whole numbers of a config, at any depth, whose names hold one of these words."""
+    found: list[int] = []
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found += _numbers(value, *words)
+        elif isinstance(value, int) and not isinstance(value, bool) and any(word in str(name) for word in words):
+            found.append(value)
+    return found
+
+
+def _crowded(policy: Policy, first: int) -> int | None:
+    """The capacity that the config names, where the cache does not keep it; tokens that are all alike want the same expert."""
+    config = policy.core.config.get_text_config(decoder=True).to_dict()
+    capacity = max(_numbers(config, "expert_capacity"), default=None)
+    limit = policy.decoder_context if policy.is_seq2seq else policy.context
+    if capacity is None or (limit is not None and capacity + _STEPS + len(policy.start_ids) > limit):
+        return None
+    row = probe_row(policy, 3, 1)
+    prompt = torch.cat([row, probe_row(policy, 5, 1)])
+    tail = prompt.expand(-1, capacity + _STEPS)
+    return None if _decodes(policy, prompt, tail, first, pick=False) else capacity
+
+
 _STEPS = 2
 """Tokens that are fed one by one."""
 _SHORT_WINDOW = 64
@@ -111,9 +207,8 @@ def probe_lengths(policy: Policy) -> tuple[int, int]:
 def _window(policy: Policy) -> int:
     """The widest of the windows, chunks and choices of tokens that attention is said to have, of those that are short; or 0."""
     said = policy.core.config.get_text_config(decoder=True).to_dict()
-    named = [value for name, value in said.items() if any(word in name for word in ("window", "chunk", "topk"))]
-    short = [value for value in named if isinstance(value, int) and value <= _SHORT_WINDOW]
-    return max(short, default=0)
+    named = _numbers(said, "window", "chunk", "topk", "floor_scale")
+    return max((value for value in named if value <= _SHORT_WINDOW), default=0)
 
 
 def probe_row(policy: Policy, start: int, length: int) -> Tensor:
@@ -217,7 +312,12 @@ def generate_arguments(policy: Policy, prompt_BP: Tensor, mask_BP: Tensor, first
 
 
 def pass_arguments(
-    policy: Policy, ids: Tensor, mask: Tensor | None = None, decoder: Tensor | None = None, first: int | None = 0
+    policy: Policy,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    decoder: Tensor | None = None,
+    first: int | None = 0,
+    position_ids: Tensor | None = None,
 ) -> dict[str, Any]:
     """What one plain pass is given: of `ids`, or of a decoder that is fed `decoder` (or the first of `ids`) after its start.
 
@@ -232,7 +332,7 @@ def pass_arguments(
         start = torch.tensor(policy.start_ids, device=ids.device)[None].expand(len(ids), -1)
         given["decoder_input_ids"] = torch.cat([start, ids[:, :_STEPS] if decoder is None else decoder], dim=1)
     elif "position_ids" in takes and first is not None:
-        given["position_ids"] = positions(mask, first)
+        given["position_ids"] = positions(mask, first) if position_ids is None else position_ids
     if "use_cache" in takes:
         given["use_cache"] = False
     return given

@@ -85,6 +85,10 @@ def head_of(config: PretrainedConfig) -> str | None:
     return None
 
 
+class NoHead(Problem):
+    """The checkpoint lacks weights that the head needs."""
+
+
 def heads_for(config: PretrainedConfig) -> list[str]:
     """The heads that this architecture has."""
     return [head for head, auto in HEADS.items() if _class_name(auto, config)]
@@ -162,7 +166,8 @@ def _check_complete(model: PreTrainedModel, info: dict[str, Any], head: str, pat
         bad = sorted(key for key in names if not fresh or (key.startswith(trunk) and ".pooler." not in f".{key}"))
         if bad:
             shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-            raise Problem(
+            kind = NoHead if what == "no weights for" else Problem
+            raise kind(
                 f"{field}: {path!r} was not saved with a {head} head: it has {what} {shown}, "
                 "which would start as random numbers; name a checkpoint of that kind"
             )

@@ -92,9 +92,9 @@ def teacher_forced(
         # The caller's columns stay where they can: a steering block around this call knows rows and columns by them.
         at_start = steering is None and _from_first_token(policy, want_logprobs)
         padded = at_start or bool(rollout.prompt_mask_BP.all()) or policy.habits.padding
-        groups = list(_groups(rollout, padded, max_rows))
+        groups = list(_groups(policy, rollout, padded, max_rows))
         own = len(groups)
-        if not policy.habits.padding and needs_sync(policy.model):
+        if (not policy.habits.padding or policy.habits.boundary is not None) and needs_sync(policy.model):
             groups += [groups[-1]] * (processes.most(own) - own)
         for index in groups:
             whole = len(index) == len(rollout) and len(groups) == 1
@@ -121,11 +121,16 @@ def encoder_input(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
     return prompt_BP.gather(1, order), mask_BP.gather(1, order)
 
 
-def _groups(rollout: Rollout, padded: bool, max_rows: int | None) -> Iterator[Tensor]:
-    """Rows that go through one pass together: all, or those of one prompt length where the model takes no padding."""
+def _groups(policy: Policy, rollout: Rollout, padded: bool, max_rows: int | None) -> Iterator[Tensor]:
+    """Rows that go through one pass together: all, but for one prompt length where the model takes no padding, and for one
+    side of the length at which its law changes."""
     rows = torch.arange(len(rollout), device=rollout.device)
     lengths_B = rollout.prompt_mask_BP.sum(1)
-    for group in [rows] if padded else [rows[lengths_B == length] for length in lengths_B.unique()]:
+    kind_B = torch.zeros_like(lengths_B) if padded else 2 * lengths_B
+    if policy.habits.boundary is not None:
+        kind_B = kind_B + (lengths_B + rollout.lengths_B - 1 > policy.habits.boundary)
+    for kind in kind_B.unique():
+        group = rows[kind_B == kind]
         yield from group.split(max_rows or len(group))
 
 
@@ -266,8 +271,7 @@ def forward_inputs(policy: Policy, rollout: Rollout, at_start: bool = False) -> 
         given["input_ids"] = ids_BS = _pushed(rollout)
         if "position_ids" in takes:
             position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device) + policy.habits.first
-            position_S = position_S if policy.context is None else position_S.clamp(max=policy.context - 1)
-            given["position_ids"] = position_S[None].expand(len(ids_BS), -1)
+            given["position_ids"] = _within(policy, rollout, position_S)[None].expand(len(ids_BS), -1)
         return given
     else:
         # Tokens after a row's end change nothing before them, so only padding on the left needs the mask.
@@ -276,12 +280,18 @@ def forward_inputs(policy: Policy, rollout: Rollout, at_start: bool = False) -> 
         if "attention_mask" in takes and not bool(mask_BS.all()):
             given["attention_mask"] = mask_BS.long()
         if "position_ids" in takes:
-            position_BS = positions(mask_BS, policy.habits.first)
-            # Only columns beyond a row's end can lie past the context.
-            given["position_ids"] = position_BS if policy.context is None else position_BS.clamp(max=policy.context - 1)
+            given["position_ids"] = _within(policy, rollout, positions(mask_BS, policy.habits.first))
     if "logits_to_keep" in takes:
         given["logits_to_keep"] = rollout.response_width
     return given
+
+
+def _within(policy: Policy, rollout: Rollout, position: Tensor) -> Tensor:
+    """No position past the context, nor past the longest row's where that has a say: only columns beyond a row's end are."""
+    if policy.habits.boundary is not None:
+        longest = int((rollout.prompt_mask_BP.sum(1) + rollout.lengths_B).max()) - 1
+        position = position.clamp(max=policy.habits.first + max(longest, 1) - 1)
+    return position if policy.context is None else position.clamp(max=policy.context - 1)
 
 
 def _pushed(rollout: Rollout) -> Tensor:

@@ -90,6 +90,8 @@ class Record:
     """Response tokens."""
     stops: dict[str, int] = field(default_factory=dict)
     """Rows by stop reason."""
+    cut_prompts: int = 0
+    """Prompts that were longer than they may be."""
     bytes: int
     sha256: str
 
@@ -275,6 +277,7 @@ def finish(folder: Path, manifest: Mapping[str, Any], **described: Any) -> dict[
         "rows": sum(record.rows for record in shards),
         "prompts": plan.prompts,
         "tokens": sum(record.tokens for record in shards),
+        "cut_prompts": sum(record.cut_prompts for record in shards),
         "stop_reasons": dict(sorted(stops.items())),
     }
     done = {**manifest, **described, "finished": True, "counts": counts}

@@ -9,17 +9,23 @@ from a position, and processes share a list of positions without losing or repea
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
 
+from rollout import processes
 from rollout.errors import Problem
 from rollout.policy import Policy
-from rollout.tables import read_table
+from rollout.spelling import check_messages, conversation_ids, text_ids
+from rollout.tables import columns_of, read_table
+
+LOOKED_AT = 1000
+"""Prompts that are made into tokens before any work begins: cut ones are counted, and a template may refuse them."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class PromptSettings:
     max_tokens: int = 0
     """Most tokens of a prompt; 0 = what the model's context leaves."""
     too_long: Literal["cut", "refuse"] = "cut"
-    """cut keeps a longer prompt's last tokens; refuse ends the job."""
+    """cut keeps a longer prompt's last tokens, and the bos before them where the tokenizer puts one; refuse ends the job."""
     limit: int = 0
     """Only the first rows; 0 = all."""
 
@@ -105,6 +111,10 @@ class Prompts:
         self.table, self.column, self.policy, self.settings = table, column, policy, settings
         limits = [limit for limit in (settings.max_tokens, room) if limit]
         self.most = min(limits) if limits else None
+        self.others = [name for name in columns_of(table) if name != column]
+        """The data set's other columns: every batch has them all, with None where a row lacks one."""
+        self.cut: dict[int, int] = {}
+        """Dataset row -> its tokens before it was cut, of every row that this process has cut so far."""
 
     def __len__(self) -> int:
         return min(len(self.table), self.settings.limit) if self.settings.limit else len(self.table)
@@ -116,13 +126,12 @@ class Prompts:
                 raise Problem(f"prompts: row {row} is asked for, but there are {len(self)} rows")
         records = [self.table[int(row)] for row in rows]
         ids = [self._fit(int(row), self._ids(int(row), record)) for row, record in zip(rows, records, strict=True)]
-        names = [name for name in (records[0] if records else ()) if name != self.column]
         return PromptBatch(
             ids=ids,
             rows=[int(row) for row in rows],
             prompts=[record[self.column] for record in records],
             prompt_texts=[self.policy.tokenizer.decode(prompt) for prompt in ids],
-            columns={name: [record.get(name) for record in records] for name in names},
+            columns={name: [record.get(name) for record in records] for name in self.others},
             occurrences=None if occurrences is None else list(occurrences),
         )
 
@@ -143,25 +152,35 @@ class Prompts:
             try:
                 record = self.table[row]
                 self._check_value(row, record.get(self.column))
-                if self.settings.too_long == "refuse" and self.most:
-                    self._fit(row, self._ids(row, record))
+                # A template may refuse what it is given, whatever its length.
+                looks = row < LOOKED_AT and (self.most or isinstance(record.get(self.column), list))
+                if looks or (self.most and self.settings.too_long == "refuse"):
+                    self._fit(row, self._ids(row, record), told=True)
             except Problem as problem:
                 problems += problem.lines
             if len(problems) >= 5:
                 break
         if problems:
             raise Problem(*dict.fromkeys(problems))
+        if self.cut:
+            looked = "" if len(self) <= LOOKED_AT else "first "
+            self._tell(f"{len(self.cut):,} of the {looked}{min(len(self), LOOKED_AT):,} prompts", max(self.cut.values()))
         return self
+
+    def _tell(self, which: str, longest: int) -> None:
+        if processes.start().is_main:
+            logger.warning(
+                "prompts: %s of %s have more than the %s tokens that prompts.max_tokens or the model's context leave (up to "
+                "%s); they are cut to their last ones (prompts.too_long refuse ends the job instead)",
+                *(which, self.settings.path or "the job", f"{self.most:,}", f"{longest:,}"),
+            )
 
     def _check_value(self, row: int, value: Any) -> None:
         where = f"prompts.path: row {row} of {self.settings.path or 'the prompts'}"
         if value is None or (isinstance(value, (str, list)) and not len(value)):
             raise Problem(f"{where}: the column {self.column!r} is empty; give every row a prompt, or leave the row out")
         if isinstance(value, list):
-            if not all(isinstance(message, dict) and "role" in message for message in value):
-                raise Problem(
-                    f"{where}: a conversation is a list of messages with a role and a content, found {str(value)[:80]}"
-                )
+            check_messages(value, where)
             if not getattr(self.policy.tokenizer, "chat_template", None):
                 raise Problem(
                     f"prompts.path: {self.settings.path or 'the prompts'} holds conversations, but the tokenizer has no chat "
@@ -176,10 +195,11 @@ class Prompts:
         value, tokenizer = record.get(self.column), self.policy.tokenizer
         self._check_value(row, value)
         if isinstance(value, list):
-            return conversation_ids(tokenizer, value, record.get("tools"), record.get("chat_template_kwargs"))
+            where = f"prompts.path: row {row} of {self.settings.path or 'the prompts'}"
+            return conversation_ids(tokenizer, value, record.get("tools"), record.get("chat_template_kwargs"), where=where)
         return text_ids(self.policy, str(value))
 
-    def _fit(self, row: int, ids: list[int]) -> list[int]:
+    def _fit(self, row: int, ids: list[int], told: bool = False) -> list[int]:
         if self.most is None or len(ids) <= self.most:
             return ids
         if self.settings.too_long == "refuse":
@@ -187,7 +207,20 @@ class Prompts:
                 f"prompts: row {row} has {len(ids)} tokens, more than the {self.most} that prompts.max_tokens or the model's "
                 "context leave; cut it (prompts.too_long cut) or leave it out"
             )
-        return ids[-self.most :]
+        if not (told or self.cut):
+            self._tell(f"row {row} and maybe others", len(ids))
+        self.cut[row] = len(ids)
+        bos = [self.policy.tokenizer.bos_token_id]
+        first = next((begun for begun in (self._first, bos) if begun and ids[: len(begun)] == begun), [])
+        first = first if len(first) < self.most else []
+        return [*first, *ids[len(ids) - self.most + len(first) :]]
+
+    @cached_property
+    def _first(self) -> list[int]:
+        """What the tokenizer puts before every text (bos, [CLS], a language): a model has seen no text without it."""
+        ids, plain = (self.policy.tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+        at = next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)
+        return [int(i) for i in ids[:at]]
 
 
 def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int = 0) -> Prompts:
@@ -197,7 +230,7 @@ def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int =
     table = read_table(settings.path, settings.split, settings.name)
     if not len(table):
         raise Problem(f"prompts.path: {settings.path} has no rows")
-    names = list(table[0])
+    names = columns_of(table)
     column = settings.column or next((name for name in _COLUMNS if name in names), "")
     if column not in names:
         what = f"{settings.column!r} is not a column" if settings.column else "none of the usual columns is there"
@@ -211,27 +244,6 @@ def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int =
 
 
 _COLUMNS = ("prompt", "messages", "conversations", "question", "query", "instruction", "text")
-
-
-def text_ids(policy: Policy, text: str) -> list[int]:
-    """A text as the tokenizer sees it. A decoder-only model goes on from it, so an end token that was added is taken off."""
-    ids = [int(i) for i in policy.tokenizer(text)["input_ids"]]
-    if not policy.is_seq2seq and len(ids) > 1:
-        plain = [int(i) for i in policy.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        added = ids[len(ids) - len(plain) :] != plain
-        if added and ids[-1] in (*policy.eos_ids, policy.tokenizer.eos_token_id, policy.tokenizer.sep_token_id):
-            ids = ids[:-1]
-    return ids
-
-
-def conversation_ids(tokenizer: Any, messages: list[Any], tools: Any = None, extra: Any = None) -> list[int]:
-    """A conversation through the chat template, with the generation prompt. The template says what begins it: no second bos."""
-    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
-    extra = json.loads(extra) if isinstance(extra, str) and extra else extra or {}
-    ids = tokenizer.apply_chat_template(
-        messages, tools=tools or None, add_generation_prompt=True, tokenize=True, return_dict=False, **extra
-    )
-    return [int(i) for i in ids]
 
 
 @lru_cache(maxsize=4)

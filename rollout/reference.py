@@ -34,8 +34,10 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
     row_B = torch.tensor([batch.rows[i] for i, _ in pairs], device=device)
     sample_B = torch.tensor([j for _, j in pairs], device=device)
     prompt_BP, mask_BP = left_pad([batch.ids[i] for i, _ in pairs], policy.pad_id, device)
+    before = [stops.before(batch.ids[i]) for i, _ in pairs]
     ids, mask = encoder_input(prompt_BP, mask_BP) if policy.is_seq2seq else (prompt_BP, mask_BP)
-    if len({len(row) for row in batch.ids}) > 1 and not policy.habits.padding:
+    habits, lengths = policy.habits, {len(row) for row in batch.ids}
+    if len(lengths) > 1 and not (habits.padding and len({habits.is_long(length) for length in lengths}) == 1):
         raise Problem(f"prompts: {type(policy.core).__name__} takes no padding; give the reference path prompts of one length")
     start = torch.tensor(policy.start_ids, device=device)[None].expand(len(pairs), -1) if policy.is_seq2seq else prompt_BP
     real = torch.ones_like(start, dtype=torch.bool) if policy.is_seq2seq else mask_BP
@@ -45,7 +47,7 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
         max_new_tokens=sampling.max_new_tokens,
         do_sample=not sampling.greedy,
         eos_token_id=stops.all_ids or None,
-        use_cache=policy.habits.caching,
+        use_cache=habits.caches((len(policy.start_ids) or max(lengths)) + sampling.max_new_tokens),
         return_dict_in_generate=True,
         output_scores=True,
         output_logits=True,
@@ -55,15 +57,16 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
             **generate_arguments(policy, ids, mask, policy.habits.first),
             generation_config=config,
             logits_processor=LogitsProcessorList([_LawProcessor(law, real)]),
-            stopping_criteria=StoppingCriteriaList([_StopCriteria(stops, start.shape[1])] if stops.has_strings else []),
+            stopping_criteria=StoppingCriteriaList([_StopCriteria(stops, start.shape[1], before)] if stops.has_strings else []),
         )
     width = start.shape[1]
     assert torch.equal(output.sequences[:, :width], start)  # the structure is certain: start, then what was drawn
     response_BR = output.sequences[:, width:]
     policy_BR = _gathered(torch.stack(output.logits, dim=1), response_BR, sampling.policy_temperature)
     behaviour_BR = _gathered(torch.stack(output.scores, dim=1), response_BR, 1.0)
-    lengths, reasons = zip(*(_end(stops, row) for row in response_BR.tolist()), strict=True)
-    lengths_B, stop_B = torch.tensor(lengths, device=device), torch.tensor(reasons, device=device)
+    ends = (_end(stops, row, said) for row, said in zip(response_BR.tolist(), before, strict=True))
+    taken, reasons = zip(*ends, strict=True)
+    lengths_B, stop_B = torch.tensor(taken, device=device), torch.tensor(reasons, device=device)
     mask_BR = torch.arange(response_BR.shape[1], device=device)[None] < lengths_B[:, None]
     rollout = Rollout(
         prompt_BP=prompt_BP,
@@ -93,11 +96,11 @@ def _gathered(scores_BRV: Tensor, tokens_BR: Tensor, temperature: float) -> Tens
     return torch.stack(found)
 
 
-def _end(stops: Stops, ids: list[int]) -> tuple[int, int]:
+def _end(stops: Stops, ids: list[int], before: list[int]) -> tuple[int, int]:
     """(actions, reason) of a row: the first stop id or completed stop string."""
     codes = stops.by_id(torch.tensor(ids, device=stops.ids.device)).tolist()
     by_id = next((t + 1 for t, code in enumerate(codes) if code != STOP_LENGTH), None)
-    by_string = stops.first(ids if by_id is None else ids[: by_id - 1])
+    by_string = stops.first(ids if by_id is None else ids[: by_id - 1], before)
     if by_string is not None:
         return by_string, STOP_USER
     return (len(ids), STOP_LENGTH) if by_id is None else (by_id, codes[by_id - 1])
@@ -118,12 +121,13 @@ class _LawProcessor(LogitsProcessor):
 
 
 class _StopCriteria(StoppingCriteria):
-    def __init__(self, stops: Stops, width: int):
-        self.stops, self.width = stops, width
+    def __init__(self, stops: Stops, width: int, before: list[list[int]]):
+        self.stops, self.width, self.before = stops, width, before
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        rows = input_ids[:, self.width :].tolist()
-        return torch.tensor([self.stops.completes(ids) for ids in rows], dtype=torch.bool, device=input_ids.device)
+        rows = zip(input_ids[:, self.width :].tolist(), self.before, strict=True)
+        hits = [self.stops.completes(ids, said) for ids, said in rows]
+        return torch.tensor(hits, dtype=torch.bool, device=input_ids.device)
 
 
 class _Draws(TorchFunctionMode):

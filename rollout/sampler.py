@@ -19,7 +19,7 @@ from rollout import compiled, processes
 from rollout.batch import Rollout, Texts
 from rollout.decode import Stream
 from rollout.errors import Problem
-from rollout.habits import generate_arguments
+from rollout.habits import Habits, generate_arguments
 from rollout.law import Law
 from rollout.logprobs import encoder_input, teacher_forced
 from rollout.policy import Policy, no_dropout
@@ -63,7 +63,7 @@ class Sampler:
             self.check(batch)
             habits = self.policy.habits  # here, where every rank comes: seeing them takes forward passes
             order = [(i, j) for i in range(len(batch)) for j in range(self.sampling.n)]
-            parts = list(self._parts(batch, order, habits.padding))
+            parts = list(self._parts(batch, order, habits))
             call = _Call(step, progress, needs_sync(self.policy.model), on_token)
             for k in range(processes.most(len(parts)) if call.synced else len(parts)):
                 if k < len(parts):
@@ -78,9 +78,9 @@ class Sampler:
 
     def texts(self, batch: PromptBatch, rollout: Rollout) -> Texts:
         """What the rows say: n rows of each prompt of the batch, as `sample` orders them."""
-        lengths = rollout.lengths_B.tolist()
-        completions = [self.stops.text(ids[:length]) for ids, length in zip(rollout.response_BR.tolist(), lengths, strict=True)]
         many = batch.select([i for i in range(len(batch)) for _ in range(self.sampling.n)])
+        rows = zip(rollout.response_BR.tolist(), rollout.lengths_B.tolist(), many.ids, strict=True)
+        completions = [self.stops.text(ids[:length], prompt) for ids, length, prompt in rows]
         return Texts(prompts=many.prompts, prompt_texts=many.prompt_texts, completions=completions, columns=many.columns)
 
     def check(self, batch: PromptBatch) -> None:
@@ -103,17 +103,24 @@ class Sampler:
                     f"prompts: row {row} has {len(ids)} tokens, which{beside} do not fit the model's context of {context}; "
                     f"set prompts.max_tokens to {max(room, 0)}{or_less}"
                 )
+            if policy.habits.is_long(len(ids) + new) and not policy.habits.is_long(len(ids)):
+                switch = policy.habits.boundary or 0
+                prompt, left = max(switch - new, 0), max(switch - len(ids), 0)
+                raise Problem(
+                    f"prompts: row {row} has {len(ids)} tokens, and {new} new ones take it past the {switch} where "
+                    f"{type(policy.core).__name__} changes its law for the whole row, with what was drawn before; "
+                    f"set prompts.max_tokens to {prompt} or sampling.max_new_tokens to {left}"
+                )
 
-    def _parts(self, batch: PromptBatch, order: list[tuple[int, int]], padding: bool) -> Iterator[list[int]]:
+    def _parts(self, batch: PromptBatch, order: list[tuple[int, int]], habits: Habits) -> Iterator[list[int]]:
         """Places in `order` that are decoded together: like lengths, or one length where the model takes no padding."""
         by_length = sorted(range(len(order)), key=lambda at: -len(batch.ids[order[at][0]]))
-        mixed = len({len(ids) for ids in batch.ids}) > 1
-        groups: list[list[int]] = [by_length]
-        if mixed and not padding:
-            lengths = dict.fromkeys(len(batch.ids[order[at][0]]) for at in by_length)
-            groups = [[at for at in by_length if len(batch.ids[order[at][0]]) == length] for length in lengths]
+        kinds: dict[int, list[int]] = {}
+        for at in by_length:
+            length = len(batch.ids[order[at][0]])
+            kinds.setdefault(int(habits.is_long(length)) if habits.padding else length, []).append(at)
         most, budget, new = self.sampling.batch_size, self.sampling.batch_tokens, self.sampling.max_new_tokens
-        for group in groups:
+        for group in kinds.values():
             start = 0
             while start < len(group):
                 # Longest first, so the first row of a part says what every row of it takes up.
@@ -126,7 +133,9 @@ class Sampler:
         """One batch through generate."""
         habits = self.policy.habits
         # A stream is not told twice: it has the safe way from the start.
-        rollout = self._generate(batch, pairs, call, habits.caching and (habits.pads_in_text or call.on_token is None))
+        own = len(self.policy.start_ids) or max(len(batch.ids[i]) for i, _ in pairs)
+        caches = habits.caches(own + self.sampling.max_new_tokens)
+        rollout = self._generate(batch, pairs, call, caches and (habits.pads_in_text or call.on_token is None))
         if habits.pads_in_text or call.on_token is not None:
             return rollout
         # A model that counts positions by comparing with pad decodes on from a drawn pad as no whole pass would: such
@@ -171,6 +180,7 @@ class Sampler:
             if policy.is_seq2seq
             else mask_BP,
             copies_B=copies_B,
+            before=[self.stops.before(batch.ids[i]) for i, _ in pairs],
             names=[f"row {batch.rows[i]} (sample {j})" for i, j in pairs],
             live=live,
             synced=call.synced,

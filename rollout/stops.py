@@ -6,6 +6,7 @@ it; its text ends before it. A few tokens are decoded per step: the tail in whic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from rollout.batch import STOP_EOS, STOP_LENGTH, STOP_USER
 from rollout.errors import Problem
 from rollout.policy import Policy
 from rollout.sampling import Sampling
-
-_UNKNOWN = "\ufffd"
+from rollout.spelling import UNKNOWN, Speller
 
 
 class Stops:
@@ -24,6 +24,9 @@ class Stops:
 
     def __init__(self, sampling: Sampling, policy: Policy):
         self.tokenizer = policy.tokenizer
+        self.speller = Speller(policy.tokenizer)
+        self.goes_on = not policy.is_seq2seq
+        """Whether a response's text goes on with its prompt's; an encoder-decoder begins a text of its own."""
         for stop_id in sampling.stop_ids:
             if stop_id >= policy.vocab_size:
                 raise Problem(f"sampling.stop_ids: {stop_id} is out of range; ids go from 0 to {policy.vocab_size - 1}")
@@ -66,42 +69,49 @@ class Stops:
         hit = tokens_B[..., None] == self.ids
         return torch.where(hit.any(-1), self.codes[hit.int().argmax(-1)], STOP_LENGTH)
 
-    def completes(self, ids: list[int]) -> bool:
+    def before(self, prompt_ids: Sequence[int]) -> list[int]:
+        """What `completes` and `first` need of a row's prompt: the last few ids, after which a response's are spelled."""
+        return self.speller.tail(prompt_ids) if self.goes_on and self.has_strings else []
+
+    def completes(self, ids: list[int], before: Sequence[int] = ()) -> bool:
         """Whether the last of a response's `ids` completes a stop string."""
-        return any(self._in_tail(ids, texts, skip) for texts, skip in ((self.plain, True), (self.marked, False)) if texts)
+        return any(
+            self._in_tail(ids, texts, skip, before) for texts, skip in ((self.plain, True), (self.marked, False)) if texts
+        )
 
-    def first(self, ids: list[int]) -> int | None:
+    def first(self, ids: list[int], before: Sequence[int] = ()) -> int | None:
         """How many of `ids` a row has when a stop string first ends it; None when none does."""
-        return next((n for n in range(1, len(ids) + 1) if self.completes(ids[:n])), None) if self.has_strings else None
+        if not self.has_strings:
+            return None
+        return next((n for n in range(1, len(ids) + 1) if self.completes(ids[:n], before)), None)
 
-    def text(self, ids: list[int]) -> str:
-        """A response's text: no special tokens, and nothing from a stop string on."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+    def text(self, ids: list[int], prompt_ids: Sequence[int] = ()) -> str:
+        """A response's text as it goes on with its prompt's: no special tokens, and nothing from a stop string on."""
+        before = prompt_ids if self.goes_on else ()
+        text = self.speller.after(before, ids)
         cuts = [at for stop in self.plain if (at := text.find(stop)) >= 0]
         if self.marked:
-            full = self.tokenizer.decode(ids, skip_special_tokens=False)
+            full = self.speller.after(before, ids, skip=False)
             for at in (at for stop in self.marked if (at := full.find(stop)) >= 0):
                 # The ids whose text lies before the match; the token in which it begins gives what it has before it.
-                kept = next(
-                    n for n in range(len(ids) + 1) if len(self.tokenizer.decode(ids[: n + 1], skip_special_tokens=False)) > at
-                )
-                before = self.tokenizer.decode(ids[:kept], skip_special_tokens=False)
-                cuts.append(len(self.tokenizer.decode(ids[:kept], skip_special_tokens=True)) + at - len(before))
+                kept = next(n for n in range(len(ids) + 1) if len(self.speller.after(before, ids[: n + 1], skip=False)) > at)
+                length = len(self.speller.after(before, ids[:kept], skip=False))
+                cuts.append(len(self.speller.after(before, ids[:kept])) + at - length)
         return text[: min(cuts)] if cuts else text
 
-    def _in_tail(self, ids: list[int], stops: list[str], skip: bool) -> bool:
+    def _in_tail(self, ids: list[int], stops: list[str], skip: bool, before: Sequence[int]) -> bool:
         """Look in the text of the last tokens, going back until it is surely long enough and cleanly cut."""
         longest = max(map(len, stops))
         width = longest + 8
         while True:
             whole = width >= len(ids)
-            text = self.tokenizer.decode(ids if whole else ids[-width:], skip_special_tokens=skip)
+            text = self.speller.after(before if whole else (), ids if whole else ids[-width:], skip)
             # The first token's text may lack its blank, or half a character: at the start of a window that proves nothing.
             # A trailing half character is the row's own; any other sign of one means the window may have cut it.
-            clean = _UNKNOWN not in text[: -1 if text.endswith(_UNKNOWN) else None]
+            clean = UNKNOWN not in text[: -1 if text.endswith(UNKNOWN) else None]
             if whole or (clean and len(text) >= 2 * longest + 16):
                 return any(stop in (text if whole else text[-longest - 16 :]) for stop in stops) and (
-                    whole or any(stop in self.tokenizer.decode(ids, skip_special_tokens=skip) for stop in stops)
+                    whole or any(stop in self.speller.after(before, ids, skip) for stop in stops)
                 )
             width *= 4
 
@@ -132,4 +142,4 @@ def can_spell(tokenizer: Any, text: str) -> bool:
 
 
 def _whole(pieces: set[str]) -> set[str]:
-    return {piece for piece in pieces if piece and _UNKNOWN not in piece}
+    return {piece for piece in pieces if piece and UNKNOWN not in piece}

@@ -22,7 +22,7 @@ import collections
 import datetime
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,11 +208,14 @@ def write_table(path: Path, table: pa.Table) -> str:
     return digest
 
 
-def make_shard(folder: Path, plan: Plan, index: int, sample: Callable[[range], tuple[Rollout, Texts]]) -> Record:
+def make_shard(
+    folder: Path, plan: Plan, index: int, sample: Callable[[range], tuple[Rollout, Texts]], cut: Collection[int] = ()
+) -> Record:
     """Sample a shard's calls, write its file, then its record: a kill at any instant leaves both, or a shard to be made.
 
-    `sample` gives all samples of a range of prompts, in (prompt, sample) order. A shard's rows are held until they are
-    written (memory is that of one shard), so that a failure while sampling is never taken for one while writing.
+    `sample` gives all samples of a range of prompts, in (prompt, sample) order; `cut` then holds those prompts that it cut.
+    A shard's rows are held until they are written (memory is that of one shard), so that a failure while sampling is never
+    taken for one while writing.
     """
     import pyarrow as pa
 
@@ -225,6 +228,7 @@ def make_shard(folder: Path, plan: Plan, index: int, sample: Callable[[range], t
         rows=table.num_rows,
         tokens=int(_lengths(table, "response_ids").sum()),
         stops=dict(sorted(reasons.items())),
+        cut_prompts=sum(prompt in cut for prompt in plan.shard(index)),
         bytes=path.stat().st_size,
         sha256=digest,
     )

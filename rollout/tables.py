@@ -32,6 +32,13 @@ def read_table(path: str, split: str = "", name: str = "", field: str = "prompts
     return _ArrowRows(_load_hub(path, split, name, field))
 
 
+def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The columns of a table: every row's, for a row of a jsonl file may lack some."""
+    if isinstance(rows, _ArrowRows):
+        return list(rows.dataset.column_names)
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def _read_file(file: Path, field: str) -> Sequence[dict[str, Any]]:
     kind = "".join(file.suffixes[-1:]).lower()
     if kind in (".jsonl", ".ndjson"):

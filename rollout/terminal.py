@@ -20,11 +20,12 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from rollout.confidence import raw_logprob
+from rollout.errors import visible
+from rollout.spelling import UNKNOWN, Speller
 
 RESET = "\x1b[0m"
 BANDS: tuple[tuple[float, str], ...] = ((0.05, "\x1b[31m"), (0.25, "\x1b[33m"), (0.6, "\x1b[36m"), (1.01, "\x1b[32m"))
 """Probability below which a colour is used: red, yellow, cyan, green."""
-_HALF = "\ufffd"
 _BEHIND = 6
 """Tokens decoded again before the new one: spelling of a piece may depend on its neighbours."""
 NARROW = 60
@@ -45,21 +46,25 @@ class Piece:
 
 
 class Pieces:
-    """Ids one by one -> pieces of text that join to the whole text. Special tokens have none."""
+    """Ids one by one -> pieces of text that join to the whole text, as it goes on with what was said `before`.
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self._start = self._shown = 0
+    Special tokens have none."""
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()):
+        self.speller = Speller(tokenizer)
+        self.ids = self.speller.tail(before)
+        self._start, self._shown = 0, len(self.ids)
         self._held: list[float] = []
 
     def add(self, token: int, logprob: float | None = None) -> Piece | None:
         """The piece that `token` completes; None while a character is still in parts."""
-        self.ids.append(token)
         if logprob is not None:
             self._held.append(logprob)
+        if token in self.speller.silent:
+            return None
+        self.ids.append(token)
         text = self._new()
-        return None if not text or text.endswith(_HALF) else self._take(text)
+        return None if not text or text.endswith(UNKNOWN) else self._take(text)
 
     def rest(self) -> Piece | None:
         """What is left at the end: half a character, shown as the replacement sign."""
@@ -67,9 +72,7 @@ class Pieces:
         return self._take(text) if text else None
 
     def _new(self) -> str:
-        before = self.tokenizer.decode(self.ids[self._start : self._shown], skip_special_tokens=True)
-        after: str = self.tokenizer.decode(self.ids[self._start :], skip_special_tokens=True)
-        return after[len(before) :]
+        return self.speller.after(self.ids[self._start : self._shown], self.ids[self._shown :])
 
     def _take(self, text: str) -> Piece:
         lowest = min(self._held) if self._held else None
@@ -82,27 +85,15 @@ class Pieces:
     def _clean_start(self) -> int:
         """A later token to decode from, at which the text after it comes out the same."""
         for start in range(self._shown - _BEHIND, self._start, -1):
-            if _HALF not in self.tokenizer.decode(self.ids[start : self._shown], skip_special_tokens=True):
+            if UNKNOWN not in self.speller.after((), self.ids[start : self._shown]):
                 return start
         return self._start
 
 
-def pieces_of(tokenizer: Any, ids: Sequence[int], logprobs: Sequence[float | None]) -> list[Piece]:
-    stream = Pieces(tokenizer)
+def pieces_of(tokenizer: Any, ids: Sequence[int], logprobs: Sequence[float | None], before: Sequence[int] = ()) -> list[Piece]:
+    stream = Pieces(tokenizer, before)
     found = [stream.add(token, logprob) for token, logprob in zip(ids, logprobs, strict=True)]
     return [piece for piece in (*found, stream.rest()) if piece is not None]
-
-
-def visible(text: str) -> str:
-    """Control characters as pictures: what a model writes must not steer the terminal. Line ends and tabs stay."""
-    return "".join(
-        c if c in "\n\t" or not unicodedata.category(c).startswith("C") or c == "\u200d" else _picture(c) for c in text
-    )
-
-
-def _picture(character: str) -> str:
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else _HALF
 
 
 def paint(piece: Piece, colour: bool, raw: bool = False) -> str:
@@ -176,8 +167,15 @@ class Live:
     Text that may turn out to be the beginning of a stop string is held back until it is known not to be.
     """
 
-    def __init__(self, tokenizer: Any, write: Callable[[Piece], Any], ends: Sequence[int], stops: Sequence[str] = ()):
-        self.pieces, self.write = Pieces(tokenizer), write
+    def __init__(
+        self,
+        tokenizer: Any,
+        write: Callable[[Piece], Any],
+        ends: Sequence[int],
+        stops: Sequence[str] = (),
+        before: Sequence[int] = (),
+    ):
+        self.pieces, self.write = Pieces(tokenizer, before), write
         self.ends, self.stops = set(ends), list(stops)
         self.held: list[Piece] = []
         self.written = ""

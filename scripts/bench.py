@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.reader import door
+
 from scripts.benching import overhead, scaling, speed
 from scripts.benching.learning import LearningSettings, measure
 

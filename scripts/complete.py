@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.reader import door
+
 from rollout import processes
 from rollout.completion import Completed, check_dialog, complete
 from rollout.confidence import Confidence, confidence
 from rollout.errors import Problem
 from rollout.policy import ModelSettings, Policy, load_policy
-from rollout.prompts import PromptSettings, conversation_ids, load_prompts, text_ids
+from rollout.prompts import PromptSettings, load_prompts
 from rollout.sampling import Sampling
+from rollout.spelling import conversation_ids, text_ids, text_of
 from rollout.steering import Steering, load_spec
 from rollout.terminal import EARS, Live, Piece, columns, interruptible, legend, paint, pieces_of, visible, wants_colour
 from rollout.verify import verify
@@ -106,7 +108,7 @@ class Session:
             return text, state.interrupted
         sampling = self.job.sampling
         ends = [*self.policy.eos_ids, *sampling.stop_ids]
-        live = Live(self.policy.tokenizer, lambda piece: say(self.paint(piece)), ends, sampling.stop)
+        live = Live(self.policy.tokenizer, lambda piece: say(self.paint(piece)), ends, sampling.stop, self.before(one.ids))
         done = None
         with interruptible() as state:
             done = self.answer([one], step, live=live)[0][0]
@@ -154,10 +156,14 @@ class Session:
 
     def pieces(self, done: Completed) -> list[Piece]:
         pieces, room = [], len(done.text)
-        for piece in pieces_of(self.policy.tokenizer, done.ids, done.logprobs or []):
+        for piece in pieces_of(self.policy.tokenizer, done.ids, done.logprobs or [], self.before(done.prompt_ids)):
             pieces.append(Piece(piece.text[:room], piece.logprob))
             room = max(room - len(piece.text), 0)
         return pieces
+
+    def before(self, prompt_ids: list[int]) -> list[int]:
+        """What a completion's text goes on from; nothing for an encoder-decoder."""
+        return [] if self.policy.is_seq2seq else prompt_ids
 
     def painted(self, done: Completed) -> str:
         return "".join(self.paint(piece) for piece in self.pieces(done))
@@ -292,7 +298,7 @@ def show_all(session: Session, asked: list[Asked]) -> None:
         part = asked[start : start + size]
         for one, done in zip(part, session.answer(part, first=start), strict=True):
             if sys.stdout.isatty() and not session.job.json:
-                say(f"> {visible(one.prompt if isinstance(one.prompt, str) else one.prompt[-1]['content'])}\n")
+                say(f"> {visible(one.prompt if isinstance(one.prompt, str) else text_of(one.prompt[-1].get('content')))}\n")
             session.show(one, done)
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.reader import door
+
 from rollout import processes
 from rollout.batch import Rollout, Texts
 from rollout.dump import dump, left_to_do
 from rollout.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
-from rollout.manifest import RECORDS, Plan, start
+from rollout.manifest import RECORDS, Plan, load_manifest, start
 from rollout.policy import ModelSettings, Policy, load_policy
 from rollout.prompts import PromptSettings, load_prompts
 from rollout.run import RunSettings, check_folder, open_folder, versions, written_aside
@@ -82,12 +83,14 @@ def main(job: Job) -> None:
 
     done = begun["finished"] and not work.todo and not (folder / RECORDS).exists()
     if not done:
-        dump(folder, begun, work, sample, sys.stderr, versions=versions(), world_size=me.world_size)
+        dump(folder, begun, work, sample, sys.stderr, cut=prompts.cut, versions=versions(), world_size=me.world_size)
     if job.verify:
         for line in together(reports).lines() if reports else ["verify: nothing was sampled, so nothing was checked"]:
             print(line, file=sys.stderr)
     if me.is_main:
-        print(f"{folder}: {'finished already, ' if done else ''}{plan.rows:,} rows in {len(plan)} shards")
+        cut = load_manifest(folder)["counts"].get("cut_prompts", 0)
+        told = f"; {cut:,} of {plan.prompts:,} prompts were cut to {prompts.most:,} tokens" if cut else ""
+        print(f"{folder}: {'finished already, ' if done else ''}{plan.rows:,} rows in {len(plan)} shards{told}")
 
 
 def together(reports: list[Report]) -> Report:

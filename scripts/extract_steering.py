@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from configs.reader import door
+
 import torch
 
-from configs.reader import door
 from rollout import processes
 from rollout.errors import Problem
 from rollout.policy import ModelSettings, Policy, load_policy

@@ -8,10 +8,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from configs.reader import door
+
 import numpy as np
 
-from configs.reader import door
 from reward.selection import read_scores, score_files
+from rollout.errors import visible
 from rollout.inspection import inspect, to_json, to_text
 from rollout.manifest import load_manifest, plan_of
 
@@ -49,13 +51,13 @@ def main(job: Job) -> None:
     if job.json:
         print(json.dumps({**to_json(found), "scores": scores}, ensure_ascii=False))
     else:
-        print("\n".join(to_text(found, shutil.get_terminal_size((100, 24)).columns)))
+        print(visible("\n".join(to_text(found, shutil.get_terminal_size((100, 24)).columns))))
         for name, numbers in scores.items():
             spread = f"mean {numbers['mean']:.4f}, std {numbers['std']:.4f}, {numbers['min']:.4f} to {numbers['max']:.4f}"
-            print(f"score {name}: {numbers['rows']:,} rows, {spread}")
+            print(visible(f"score {name}: {numbers['rows']:,} rows, {spread}"))
     if not found.whole:
         for file, damage in found.damaged.items():
-            print(f"{dump / file}: {damage}", file=sys.stderr)
+            print(visible(f"{dump / file}: {damage}"), file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -23,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from configs.reader import door
+
 from rollout.errors import Problem
 from rollout.run import write_json, written_aside
 from scripts import worlds

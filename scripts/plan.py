@@ -13,9 +13,10 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from configs.reader import door
+
 import torch
 
-from configs.reader import door
 from rollout import processes
 from rollout.adapters import adapter_config
 from rollout.errors import Problem

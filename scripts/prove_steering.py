@@ -19,6 +19,7 @@ from statistics import mean, median
 from typing import Any
 
 from configs.reader import door
+
 from reward.base import build_reward
 from rollout import processes
 from rollout.errors import Problem

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.reader import door
+
 import torch
 
-from configs.reader import door
 from rollout.errors import Problem
 from rollout.policy import ModelSettings, load_policy
 from rollout.prompts import PromptSettings, load_prompts

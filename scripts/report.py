@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.reader import door
+
 from rollout import processes
 from training.report import figure, report
 

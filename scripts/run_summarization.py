@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import configs  # noqa: F401  # the environment that torch is loaded in
+
 from rollout import processes
 from rollout.errors import Problem
 from rollout.policy import ModelSettings
-from rollout.tables import read_table
+from rollout.tables import columns_of, read_table
 from training import stage, stage_models
 from training.rows import Row, check_values, missing_columns
 from training.seq2seq import decode, make_trainer, tokenise
@@ -98,7 +100,7 @@ def read(ours: SummarisationArguments, part: str, file: str | None, limit: int |
     rows = list(read_table(source, "" if file else part, ours.dataset_config_name or "", f"{part}_file"))
     if not rows:
         raise Problem(f"{part}_file: {source} has no rows")
-    names = list(rows[0])
+    names = columns_of(rows)
     known = KNOWN_COLUMNS.get(ours.dataset_name or "", (names[0], names[1] if len(names) > 1 else "")) if not file else names
     chosen = {"prompt": ours.text_column or known[0], "completion": ours.summary_column or (known[1] if len(known) > 1 else "")}
     for role, flag in (("prompt", "text_column"), ("completion", "summary_column")):

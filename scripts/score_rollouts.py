@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.reader import door
+
 from reward.base import build_reward
 from reward.parts import read_parts
 from reward.reading import load_tokenizer

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.reader import door
+
 from reward.selection import Selection, selected
 from rollout.errors import Problem
 from rollout.run import written_aside

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from configs.reader import door
+
 from reward.base import build_reward
 from reward.parts import read_parts
 from reward.remote import LOOPBACK

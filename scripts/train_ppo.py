@@ -13,9 +13,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from configs.reader import door, to_mapping
+
 import torch
 
-from configs.reader import door, to_mapping
 from reward.base import build_reward
 from reward.parts import read_parts
 from rollout import processes

@@ -6,6 +6,7 @@ accelerate launch scripts/train_reward.py --config configs/reward.yaml --model.p
 from __future__ import annotations
 
 from configs.reader import door, to_yaml
+
 from training.reward_model import RewardJob, run_reward
 
 

@@ -6,6 +6,7 @@ accelerate launch scripts/train_sft.py --config configs/sft.yaml --model.path DI
 from __future__ import annotations
 
 from configs.reader import door, to_yaml
+
 from training.sft import SFTJob, run_sft
 
 

@@ -93,6 +93,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mt5": ("mt5", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "umt5": ("umt5", _T5),
     "longt5": ("longt5", {**_T5, "local_radius": 8, "global_block_size": 4}),
+    "switch": ("switch_transformers", {**_T5, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4,
+                                       "num_decoder_layers": 2}),
     "bart": ("bart", _BART),
     "mbart": ("mbart", {**_BART, "forced_bos_token_id": 5}),
     "pegasus": ("pegasus", {**_BART, "decoder_start_token_id": 0}),

@@ -25,11 +25,13 @@ from training.setup import Parts, prepare, with_peft
 LORA = {"peft_type": "LORA", "r": 2}
 
 
-def prompts_of(policy: Policy, count: int = 40) -> Prompts:
+def prompts_of(policy: Policy, count: int = 40, most: int = 0) -> Prompts:
     """Prompts of one to four tokens."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     texts = ["".join(letters[(step * i + step) % 26] for step in (1, 7, 3, 5))[: 1 + i % 4] for i in range(count)]
-    return Prompts([{"prompt": text, "place": i} for i, text in enumerate(texts)], "prompt", policy, PromptSettings())
+    return Prompts(
+        [{"prompt": text, "place": i} for i, text in enumerate(texts)], "prompt", policy, PromptSettings(max_tokens=most)
+    )
 
 
 def share_of_threes(rollout: Rollout, texts: Texts) -> Scores:

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from configs.reader import door
+
 import pytest
 
-from configs.reader import door
 from scripts import dump_rollouts, train_ppo
 
 SAMPLERS = {"dump_rollouts": (dump_rollouts, "Job"), "train_ppo": (train_ppo, "PPOJob")}

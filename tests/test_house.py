@@ -15,10 +15,10 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+from configs.reader import read
+
 import pytest
 import yaml
-
-from configs.reader import read
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("rollout", "reward", "training", "configs", "scripts")
@@ -244,6 +244,39 @@ def test_every_door_has_help_and_tells_a_misspelt_flag(script, monkeypatch, caps
     with pytest.raises(Problem) as caught:
         read(job, ["--no.such", "1"])
     assert any(line.startswith("no.such: unknown (command line, value '1')") for line in caught.value.lines)
+
+
+def test_openmp_is_told_to_wait_passively_before_torch_is_there():
+    """Every script up to its first import of torch, which a stand-in answers with the environment it saw."""
+    program = """
+import importlib.abc, os, runpy, sys
+
+class Seen(BaseException):
+    pass
+
+class Torch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise Seen(os.environ.get("OMP_WAIT_POLICY", "unset"))
+
+sys.meta_path.insert(0, Torch())
+begun = set(sys.modules)
+for script in sys.argv[1:]:
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    try:
+        runpy.run_path(script)
+        print(script, "no torch")
+    except Seen as seen:
+        print(script, seen)
+    for name in set(sys.modules) - begun:
+        del sys.modules[name]
+"""
+    scripts = [str(path) for path in sorted((ROOT / "scripts").glob("*.py")) if path.name != "__init__.py"]
+    kept = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(
+        [sys.executable, "-c", program, *scripts], capture_output=True, text=True, check=True, env=kept
+    ).stdout
+    assert [line.rpartition(" ")[::2] for line in said.splitlines()] == [(script, "PASSIVE") for script in scripts]
 
 
 # -- the README -------------------------------------------------------------------------------------------------------

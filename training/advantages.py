@@ -1,8 +1,9 @@
-"""Credit: per-token rewards, advantages and returns. Pure tensors; masks are True at every action.
+"""Credit: per-token rewards, advantages and returns. Pure tensors.
 
     task_BR, kl_BR --token_rewards--> rewards_BR --gae | rloo | group--> advantages_BR, returns_BR --whiten-->
 
-All rows of all ranks are in the tensors, so a mean here is a global mean.
+All rows of all ranks are in the tensors, so a mean here is a global mean. Masks are True at every action. Actions need not
+lie side by side: a row counts as if what stands between them were cut out.
 """
 
 from __future__ import annotations
@@ -25,13 +26,6 @@ def token_rewards(task_BR: Tensor, mask_BR: Tensor, kl_BR: Tensor | None = None,
     return torch.where(mask_BR, rewards_BR, 0.0)
 
 
-def last_action(mask_BR: Tensor) -> Tensor:
-    """True at the last action of each row and nowhere else; all False for an empty row."""
-    after_BR = torch.zeros_like(mask_BR)
-    after_BR[:, :-1] = mask_BR[:, 1:]
-    return mask_BR & ~after_BR
-
-
 def gae(
     rewards_BR: Tensor,
     values_BR: Tensor,
@@ -41,20 +35,20 @@ def gae(
     lam: float = 0.95,
     bootstrap_B: Tensor | None = None,
 ) -> Credit:
-    """Generalised advantage estimation. Beyond the last action there is neither value nor carry; `bootstrap_B` is the
-    value of the state after it, for rows that were cut (0 for rows that ended)."""
+    """Generalised advantage estimation. Time is actions: what comes after an action is the next one, however far off.
+    Beyond the last there is neither value nor carry; `bootstrap_B` is the value of the state after it, for rows that were
+    cut (0 for rows that ended)."""
     rewards_BR = torch.where(mask_BR, rewards_BR, 0.0)
     values_BR = torch.where(mask_BR, values_BR, 0.0)
-    next_values_BR = torch.zeros_like(values_BR)
-    next_values_BR[:, :-1] = values_BR[:, 1:]
-    if bootstrap_B is not None:
-        next_values_BR = torch.where(last_action(mask_BR), bootstrap_B[:, None].to(values_BR), next_values_BR)
-    deltas_BR = rewards_BR + gamma * next_values_BR - values_BR
-    advantages_BR = torch.zeros_like(deltas_BR)
-    carry_B = torch.zeros_like(deltas_BR[:, 0])
+    advantages_BR = torch.zeros_like(values_BR)
+    carry_B = torch.zeros_like(values_BR[:, 0])
+    next_B = carry_B if bootstrap_B is None else bootstrap_B.to(values_BR)
     for t in reversed(range(mask_BR.shape[1])):
-        carry_B = torch.where(mask_BR[:, t], deltas_BR[:, t] + gamma * lam * carry_B, 0.0)
-        advantages_BR[:, t] = carry_B
+        acts_B = mask_BR[:, t]
+        delta_B = rewards_BR[:, t] + gamma * next_B - values_BR[:, t]
+        carry_B = torch.where(acts_B, delta_B + gamma * lam * carry_B, carry_B)
+        next_B = torch.where(acts_B, values_BR[:, t], next_B)
+        advantages_BR[:, t] = torch.where(acts_B, carry_B, 0.0)
     return Credit(advantages_BR, torch.where(mask_BR, advantages_BR + values_BR, 0.0))
 
 
@@ -77,8 +71,10 @@ def group(rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float 
 
 
 def discounted_sum(rewards_BR: Tensor, mask_BR: Tensor, gamma: float) -> Tensor:
+    """The row's rewards, the first action's as it is, each later one gamma times less."""
     discount_R = gamma ** torch.arange(mask_BR.shape[1], device=mask_BR.device, dtype=rewards_BR.dtype)
-    return torch.where(mask_BR, rewards_BR * discount_R, 0.0).sum(1)
+    before_BR = (mask_BR.cumsum(1) - 1).clamp(min=0)
+    return torch.where(mask_BR, rewards_BR * discount_R[before_BR], 0.0).sum(1)
 
 
 def _group_sum(value_B: Tensor, group_B: Tensor) -> Tensor:

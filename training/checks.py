@@ -91,16 +91,33 @@ def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings
     if prompts is not None and len(prompts) == 0:
         found.append("prompts: there are none; check prompts.path and prompts.limit")
     found += law_problems(sampling, ppo, steering)
+    if ppo.kl_target is not None and _unweighed(sampling, ppo, steering):
+        found.append(
+            "ppo.kl_target: with a correction of type none the KL that is measured is the sampler's, not the policy's; "
+            "set the type to token_truncate, or leave kl_target out"
+        )
     if found:
         raise Problem(*found)
     if ppo.reference == "none" and ppo.kl_coef:
         logger.warning("ppo.kl_coef: %s has no effect without a reference", ppo.kl_coef)
+    if _unweighed(sampling, ppo, steering) and ppo.kl_as == "loss" and ppo.kl_coef:
+        logger.warning(
+            "ppo.kl_as: loss with a correction of type none has not the KL's gradient, for the rows come from another law than "
+            "the policy's; token_truncate weighs them, and ppo.kl_as reward shares the bias of the policy loss alone"
+        )
     if ppo.kl_as == "reward" and ppo.kl_estimator != "k1":
         logger.warning(
             "ppo.kl_estimator: %s in the reward has the mean of another penalty's gradient, not of the KL's; "
             "k1, or ppo.kl_as loss, has the right one",
             ppo.kl_estimator,
         )
+
+
+def _unweighed(sampling: Sampling, ppo: PPOSettings, steering: Any) -> bool:
+    """Whether rows of another law than the policy's count as if they were the policy's."""
+    correction = ppo.correction or getattr(steering, "correction", None)
+    other = ppo.replay or not sampling.is_plain or getattr(steering, "role", "") == "behaviour"
+    return bool(other) and correction is not None and correction.type == "none"
 
 
 def law_problems(sampling: Sampling, ppo: PPOSettings, steering: Any = None) -> list[str]:

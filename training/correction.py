@@ -8,7 +8,9 @@ exploration, older weights, another engine) are weighed by pi_old / mu:
     *_truncate   weights above `high` become `high`, below `low` become `low`
     *_mask       weights above `high` or below `low` become 0
 
-The effective sample size falls about as exp(-2 x KL(mu || pi_old) per sequence).
+They weigh the policy loss (and with it a KL in the reward), the KL as a loss, and the KL to the reference that is logged and
+held. What the sampler never draws (top-p, top-k) no weight brings back. Entropy, value loss, clip fraction and approx_kl stay
+means over the tokens as drawn. The effective sample size falls about as exp(-2 x KL(mu || pi_old) per sequence).
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def importance_weights(
     else:
         used_BR = torch.where(outside_BR, 0.0, plain_BR)
     used_BR = torch.where(mask_BR, used_BR, 0.0)
-    used = used_BR[mask_BR] if not by_row else used_BR[:, 0]
+    used = used_BR[mask_BR] if not by_row else used_BR.amax(1)
     metrics = {
         "correction/ess": _effective(log_row_B),
         "correction/ess_share_used": float(used.sum().square() / (used.square().sum().clamp(min=1e-300) * max(len(used), 1))),

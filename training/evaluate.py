@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from reward.base import mean_metrics
 from rollout import processes
 from rollout.prompts import Prompts
-from training.experience import Scored, gather_scored, score
-from training.measure import kl_per_response
+from training.experience import Scored, gather_scored, importance, score
+from training.measure import kl_metrics
 from training.minibatch import share
 
 if TYPE_CHECKING:
@@ -21,12 +22,13 @@ def evaluate(parts: Parts, heldout: Prompts, settings: PPOSettings) -> dict[str,
     if scored is None:
         return {}
     total_B = scored.scores.total_B.double()
-    return {
+    found = {
         "eval/reward": float(total_B.mean()),
-        "eval/kl": float(kl_per_response(scored).mean()),
+        "eval/kl": kl_metrics(scored, importance(scored, settings)[0]).get("kl/ref", 0.0),
         "eval/length": float(scored.rollout.lengths_B.double().mean()),
         "eval/rows": float(len(total_B)),
     } | {f"eval/{name}": float(values.double().nanmean()) for name, values in scored.scores.parts.items()}
+    return found | mean_metrics(scored.scores.metrics, "eval")
 
 
 def examine(parts: Parts, heldout: Prompts, settings: PPOSettings) -> Scored | None:

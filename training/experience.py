@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from reward.base import Reward, Scores, missing_stop_penalty, on_last_action, row_name
+from reward.base import Reward, Scores, joined_extra, joined_metrics, missing_stop_penalty, on_last_action, row_name
 from rollout import processes
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
@@ -167,10 +167,20 @@ def _join_scores(parts: list[Scores], rollout: Rollout) -> Scores:
         tokens_BR,
         {name: max(part.seconds.get(name, 0.0) for part in parts) for name in seconds},
         {name: sum(part.fallbacks.get(name, 0) for part in parts) for name in fallbacks},
+        joined_metrics([part.metrics for part in parts]),
+        joined_extra([part.extra for part in parts], [len(part) for part in parts]),
     )
 
 
 # -- 3 credit --------------------------------------------------------------------------------------------------------
+
+
+def importance(scored: Scored, settings: PPOSettings) -> tuple[Tensor | None, dict[str, float]]:
+    """pi_old / mu of every token or row as `ppo.correction` says, and its metrics; None where the two are one law."""
+    if settings.correction is None:
+        return None, {}
+    rollout = scored.rollout
+    return importance_weights(scored.old_logprobs_BR, rollout.behaviour_logprobs_BR, rollout.mask_BR, settings.correction)
 
 
 def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Experience, dict[str, float]]:
@@ -195,12 +205,7 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
         found = baseline(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
     whitens = settings.credit == "gae" if settings.whiten_advantages is None else settings.whiten_advantages
     advantages_BR = advantages.whiten(found.advantages_BR, mask_BR) if whitens else found.advantages_BR
-    importance_BR: Tensor | None = None
-    metrics: dict[str, float] = {}
-    if settings.correction is not None:
-        importance_BR, metrics = importance_weights(
-            scored.old_logprobs_BR, rollout.behaviour_logprobs_BR, mask_BR, settings.correction
-        )
+    importance_BR, metrics = importance(scored, settings)
     metrics["value/explained_variance"] = advantages.explained_variance(scored.values_BR, found.returns_BR, mask_BR)
     experience = Experience(
         rollout=rollout,

@@ -49,8 +49,7 @@ def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, s
 def update(state: TrainState, experience: Experience, rows: list[int], settings: PPOSettings) -> dict[str, float]:
     """One optimizer step from the rows of one minibatch, on all ranks together."""
     ours = processes.start()
-    lengths_B = experience.rollout.lengths_B[rows]
-    counts = {"tokens": int(lengths_B.sum()), "rows": len(rows)}
+    counts = {"tokens": int(experience.rollout.mask_BR[rows].sum()), "rows": len(rows)}
     batches = passes(rows, experience.rollout, settings)
     module = state.accelerator.unwrap_model(state.model)
     sums: dict[str, Tensor] = {}
@@ -92,6 +91,7 @@ def micro_batch_loss(
     if not picked:
         mask_BR = torch.zeros_like(mask_BR)
     weights_BR = loss.token_weights(mask_BR, **counts, reduction=settings.loss_reduction)
+    importance_BR = None if experience.importance_BR is None else part(experience.importance_BR)
     total, metrics = loss.policy_loss(
         new_BR,
         part(experience.old_logprobs_BR),
@@ -101,7 +101,7 @@ def micro_batch_loss(
         clip_low=settings.clip,
         clip_high=settings.clip if settings.clip_high is None else settings.clip_high,
         dual_clip=settings.dual_clip,
-        importance_BR=None if experience.importance_BR is None else part(experience.importance_BR),
+        importance_BR=importance_BR,
     )
     if settings.entropy_coef:
         total = total - settings.entropy_coef * loss.weighted_sum(passed["entropy"], mask_BR, weights_BR)
@@ -109,6 +109,8 @@ def micro_batch_loss(
         terms_BR = kl.as_loss(
             new_BR, part(experience.old_logprobs_BR), part(experience.reference_logprobs_BR), settings.kl_estimator
         )
+        if importance_BR is not None:  # the mean over tokens of another law is then that over the policy's
+            terms_BR = terms_BR * importance_BR
         penalty = loss.weighted_sum(terms_BR, mask_BR, weights_BR)
         metrics["kl/loss"] = penalty.detach()
         total = total + state.kl.coefficient * penalty

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from rollout import processes
-from rollout.errors import Problem
+from rollout.errors import Problem, visible
 from rollout.progress import duration
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class RunLog:
 def tell(line: str) -> None:
     """A line for the person at the terminal, from the main process."""
     if processes.start().is_main:
-        sys.stderr.write(line + "\n")
+        sys.stderr.write(visible(line) + "\n")
 
 
 def _need(package: str) -> None:

@@ -6,17 +6,19 @@ Everything here reads the rows of all ranks, so it is global, and the same on ev
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from reward.base import metrics as reward_metrics
+from rollout import processes
 from rollout.batch import STOP_REASONS
 from rollout.errors import Problem
 from training import kl
 from training.experience import Experience, Scored, select
+from training.minibatch import share
 
 if TYPE_CHECKING:
     from training.actor_critic import ActorCritic
@@ -29,7 +31,7 @@ def mean(value_BR: Tensor, mask_BR: Tensor) -> float:
 
 
 def rollout_metrics(scored: Scored) -> dict[str, float]:
-    """Rewards, lengths and the KL to the reference (k1, summed over a response, mean over rows)."""
+    """Rewards, lengths and entropy."""
     rollout = scored.rollout
     found = {
         "rollout/rows": float(len(rollout)),
@@ -40,20 +42,42 @@ def rollout_metrics(scored: Scored) -> dict[str, float]:
         "policy/entropy": mean(scored.entropy_BR, rollout.mask_BR),
     }
     found |= reward_metrics([scored.scores])
-    found |= {f"time/{name}_pass_s": value for name, value in scored.seconds.items()}
-    if scored.reference_logprobs_BR is not None:
-        found["kl/ref"] = float(kl_per_response(scored).mean())
-        k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")
-        found["kl/ref_k3_token"] = mean(k3_BR, rollout.mask_BR)
-    return found
+    return found | {f"time/{name}_pass_s": value for name, value in scored.seconds.items()}
 
 
-def kl_per_response(scored: Scored) -> Tensor:
-    """k1 summed over each response, in float64; zeros without a reference."""
+def kl_metrics(scored: Scored, importance_BR: Tensor | None = None) -> dict[str, float]:
+    """The policy's KL to the reference: k1 summed over a response, mean over rows; k3 per token.
+
+    Rows of another law than the policy's count by their importance weights, which share out 1 whatever bounds them."""
+    if scored.reference_logprobs_BR is None:
+        return {}
+    mask_BR, k1_B = scored.rollout.mask_BR, kl_per_response(scored, importance_BR)
+    k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")
+    if importance_BR is None:
+        return {"kl/ref": float(k1_B.mean()), "kl/ref_k3_token": mean(k3_BR, mask_BR)}
+    weights_BR = importance_BR.double()
+    rows_B = weights_BR.sum(1) / mask_BR.sum(1).clamp(min=1)
+    least = torch.finfo(torch.float64).tiny  # a step whose weights are all 0 says nothing
+    return {
+        "kl/ref": float(k1_B.sum() / rows_B.sum().clamp(min=least)),
+        "kl/ref_k3_token": float((k3_BR * weights_BR)[mask_BR].sum() / weights_BR[mask_BR].sum().clamp(min=least)),
+    }
+
+
+def cut_prompts(source: Any, rows: Sequence[int]) -> dict[str, float]:
+    """How many of the step's prompts were cut, over all ranks: each knows of those that it read itself."""
+    me = processes.start()
+    count = sum(row in source.cut for row in share(rows, me.rank, me.world_size))
+    return {"rollout/cut_prompts": float(processes.sum_(torch.tensor(count, device=me.device)))}
+
+
+def kl_per_response(scored: Scored, importance_BR: Tensor | None = None) -> Tensor:
+    """k1 summed over each response, in float64, each token by its weight; zeros without a reference."""
     if scored.reference_logprobs_BR is None:
         return torch.zeros(len(scored.rollout), dtype=torch.float64)
     k1_BR = kl.estimate(scored.old_logprobs_BR.double(), scored.reference_logprobs_BR.double())
-    return torch.where(scored.rollout.mask_BR, k1_BR, 0.0).sum(1)
+    weighed_BR = k1_BR if importance_BR is None else k1_BR * importance_BR
+    return torch.where(scored.rollout.mask_BR, weighed_BR, 0.0).sum(1)
 
 
 # -- the gap between the sampler and the trainer ----------------------------------------------------------------------
@@ -134,6 +158,7 @@ def _row(scored: Scored, experience: Experience, decode: Callable[[int], str], i
         "completion": texts.completions[i],
         "reward": float(scored.scores.total_B[i]),
         "parts": {name: float(values[i]) for name, values in scored.scores.parts.items()},
+        **{f"extra/{name}": values[i] for name, values in scored.scores.extra.items()},
         "kl": float(kl_per_response(scored)[i]),
         "ended": bool(rollout.ended_B[i]),
         "stop_reason": STOP_REASONS[int(rollout.stop_B[i])],

@@ -30,7 +30,7 @@ from training.experience import credit, gather_scored, score
 from training.export import read_summary, save_model, summarise
 from training.learn import learn
 from training.log import tell
-from training.measure import check_gap, gap_tolerance, rollout_metrics, sample_rows
+from training.measure import check_gap, cut_prompts, gap_tolerance, kl_metrics, rollout_metrics, sample_rows
 from training.replay import Replay
 from training.report import report
 from training.setup import open_log, prepare
@@ -110,7 +110,7 @@ class PPOSettings:
     kl_coef: float = 0.05
     """Weight of the KL to the reference; where kl_target is set, the one to begin with."""
     kl_target: float | None = None
-    """KL per response (nats, k1, summed over tokens) that an adaptive weight steers towards; unset = kl_coef stays."""
+    """KL per response (nats, k1, summed over tokens: kl/ref) that an adaptive weight steers towards; unset = kl_coef stays."""
     kl_horizon: float = 10_000.0
     """Rollouts over which the adaptive weight moves."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -128,7 +128,8 @@ class PPOSettings:
     value_warmup_steps: int = 0
     """First steps in which only the value learns."""
     correction: Correction | None = None
-    """Importance weights for samplers whose law is not the policy's (top_p, penalties, older weights, steered exploration)."""
+    """Importance weights for samplers whose law is not the policy's (top_p, penalties, older weights, steered exploration):
+    of the policy loss, of the KL as a loss, and of kl/ref. The KL in the reward is weighed with the advantage it goes into."""
     replay: str | None = None
     """A dump of rollouts to learn from instead of sampling."""
     gap_tolerance: float | None = None
@@ -195,11 +196,12 @@ def train(
             clock.lap("reward")
             scored = score(parts.actor_critic, parts.reference, *everything, settings)
             metrics = rollout_metrics(scored) | check_gap(scored, tolerance, state.step) | steered.metrics(parts, scored)
+            metrics |= cut_prompts(source, rows)
             clock.lap("score")
 
             # 3 credit: rewards less KL, advantages, returns, importance weights
             experience, found = credit(scored, settings, state.kl.coefficient)
-            metrics |= found | {"kl/coef": state.kl.coefficient}
+            metrics |= found | kl_metrics(scored, experience.importance_BR) | {"kl/coef": state.kl.coefficient}
 
             # 4 learn: epochs x minibatches of the clipped loss; then the weight of the KL moves
             metrics |= learn(state, experience, settings, seed=run.seed)

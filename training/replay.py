@@ -46,6 +46,8 @@ class Replay:
         self.samples = self.plan.samples
         self.vocabulary = policy.core.get_input_embeddings().weight.shape[0]
         self.start_ids = tuple(policy.start_ids)
+        self.cut: dict[int, int] = {}
+        """No prompt is cut here: stored ones are as long as they were drawn from."""
         self._shards: OrderedDict[int, tuple[Rollout, Texts]] = OrderedDict()
         self._check_source(manifest.get("fingerprints", {}), policy, steering.label if steering is not None else "")
         if settings.credit != "gae" and self.samples < 2:

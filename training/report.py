@@ -15,6 +15,7 @@ import gzip
 import html
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,8 @@ def page(runs: Sequence[Run]) -> str:
         "script": "\n".join(_asset(name) for name in ("curves.js", "viewer.js", "page.js")),
         "blobs": "\n".join(blobs),
     }
-    whole = _asset("page.html")
-    for name, text in parts.items():
-        whole = whole.replace("{{" + name + "}}", text, 1)
-    return whole
+    # In one pass: what is put in may itself hold a {{script}}, as a run's name may.
+    return re.sub(r"\{\{(\w+)\}\}", lambda spot: parts[spot[1]], _asset("page.html"))
 
 
 def panels(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def metrics(parts: Parts, scored: Scored) -> dict[str, float]:
         gap_BR = torch.where(rollout.mask_BR, rollout.behaviour_logprobs_BR.double() - plain_BR.double(), 0.0)
         rows = int(steered_B.sum())
         found["steering/kl_sequence"] = float(gap_BR[steered_B].sum()) / max(rows, 1)
-        found["steering/kl_token"] = float(gap_BR[steered_B].sum()) / max(int(rollout.lengths_B[steered_B].sum()), 1)
+        found["steering/kl_token"] = float(gap_BR[steered_B].sum()) / max(int(rollout.mask_BR[steered_B].sum()), 1)
     return found
 
 

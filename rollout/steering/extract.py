@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rollout.errors import Problem, reading
+from rollout.policy import Policy
 from rollout.steering import hooks
 from rollout.steering.hooks import Frame
 from rollout.steering.structure import Point
@@ -86,16 +87,23 @@ def activations(
     for point in points:
         hooks.install(point.module, point.io)
     found: list[Tensor] = []
+    order: list[int] = []
     model.eval()
     try:
-        for at in range(0, len(texts), batch):
-            part = texts[at : at + batch]
-            given, mask, keep = (_encoder_decoder if seq2seq else _causal)(model, tokenizer, part, points, device)
-            found.append(_pass(model, given, points, mask, keep, position))
+        # A model whose law changes at some length does so for whole passes: texts on both sides of it are kept apart.
+        habits = Policy.of(model, tokenizer).habits
+        sides = [habits.is_long(len(_ids(tokenizer, *text)[0])) for text in texts]
+        for side in dict.fromkeys(sides):
+            alike = [number for number, own in enumerate(sides) if own == side]
+            order += alike
+            for at in range(0, len(alike), batch):
+                part = [texts[number] for number in alike[at : at + batch]]
+                given, mask, keep = (_encoder_decoder if seq2seq else _causal)(model, tokenizer, part, points, device)
+                found.append(_pass(model, given, points, mask, keep, position))
     finally:
         for module in was_training:
             module.training = True
-    return torch.cat(found)
+    return torch.cat(found)[torch.tensor(order).argsort()]
 
 
 def _causal(

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from configs.reader import read
+
 import torch
 
-from configs.reader import read
 from reward.base import build_reward
 from rollout.policy import load_policy
 from rollout.prompts import load_prompts

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from configs.reader import door, read, to_yaml
+
 import pytest
 import yaml
 
-from configs.reader import door, read, to_yaml
 from rollout.errors import Problem
 
 
@@ -360,6 +362,26 @@ def test_a_door_shows_problems_and_leaves_with_two(capsys):
         door(main, Job, [*MODEL])
     assert left.value.code == 2
     assert capsys.readouterr().err == "prompts.path: first\nprompts.path: second\n"
+
+
+def test_a_door_lets_no_strangers_words_steer_the_terminal(capsys, caplog):
+    """Problems, and what any library logs: escapes, the C1 range and turned-round text come out as pictures."""
+    words = "evil \x1b[2J\x9b2J\x07\r\u202e \ud800"
+
+    def main(job: Job) -> None:
+        logging.getLogger("some.library").warning("it said %s", words)
+        raise Problem(f"reward[0]: {words}")
+
+    factory = logging.getLogRecordFactory()
+    try:
+        with pytest.raises(SystemExit) as left:
+            door(main, Job, [*MODEL])
+    finally:
+        logging.setLogRecordFactory(factory)
+    shown = "evil \u241b[2J\ufffd2J\u2407\u240d\ufffd \ufffd"
+    assert left.value.code == 2
+    assert capsys.readouterr().err == f"reward[0]: {shown}\n"
+    assert [record.getMessage() for record in caplog.records] == [f"it said {shown}"]
 
 
 def test_a_door_hides_no_defect_of_ours():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import shape
+
 from tests.fuzz.world import CLEAN, COMMANDS, OUT
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 import pytest
@@ -32,23 +31,42 @@ def test_the_total_is_the_weighted_sum_of_the_parts():
     assert set(scores.seconds) == {"len", "vowel"} and all(value >= 0 for value in scores.seconds.values())
 
 
-def test_a_part_that_does_not_apply_adds_nothing_and_is_not_averaged(caplog):
+def test_a_part_that_does_not_apply_adds_nothing_and_is_not_averaged():
+    def some(completions, **columns):
+        return [2.0, None, None]
+
+    def others(completions, **columns):
+        return [1.0, 3.0, 2.0]
+
+    reward = build_reward([{"kind": "function", "function": some, "name": "some", "weight": 10.0}, others])
+    scores = reward(*made(["a", "b", "c"]))
+    assert scores.total_B.tolist() == [21.0, 3.0, 2.0]
+    assert scores.parts["some"][0] == 2.0 and scores.parts["some"][1:].isnan().all()
+    logged = metrics([scores])
+    assert logged["reward/some"] == 2.0 and logged["reward/some_not_applicable"] == 2.0
+    assert logged["reward/others"] == 2.0
+    assert logged["reward/mean"] == pytest.approx(26 / 3)
+
+
+def test_a_row_to_which_no_part_applies_is_refused():
     def some(completions, **columns):
         return [2.0, None, None]
 
     def others(completions, **columns):
         return [1.0, 3.0, None]
 
-    reward = build_reward([{"kind": "function", "function": some, "name": "some", "weight": 10.0}, others])
-    with caplog.at_level(logging.WARNING):
-        scores = reward(*made(["a", "b", "c"]))
-    assert scores.total_B.tolist() == [21.0, 3.0, 0.0]
-    assert scores.parts["some"][0] == 2.0 and scores.parts["some"][1:].isnan().all()
-    assert "no part applies to 1 of 3 rows" in caplog.text and "row 12 sample 0" in caplog.text
-    logged = metrics([scores])
-    assert logged["reward/some"] == 2.0 and logged["reward/some_not_applicable"] == 2.0
-    assert logged["reward/others"] == 2.0 and logged["reward/others_std"] == 1.0
-    assert logged["reward/mean"] == 8.0
+    with pytest.raises(
+        Problem, match=r"reward: no part applies to 1 of 3 rows \(row 12 sample 0\): each gave None there; leave"
+    ):
+        build_reward([some, others])(*made(["a", "b", "c"]))
+
+
+def test_a_total_that_float32_cannot_hold_is_refused():
+    def huge(completions, **columns):
+        return [1.0, 1e30]
+
+    with pytest.raises(Problem, match="reward: row 11 sample 0 has the total inf; weights or values are too large"):
+        build_reward([{"kind": "function", "function": huge, "weight": 1e30}])(*made(["a", "b"]))
 
 
 def test_metrics_of_several_ranks_are_those_of_all_rows():

@@ -264,6 +264,27 @@ def test_a_new_head_is_an_error_unless_allowed(family, tmp_path):
     assert scores.total_B.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["model", "process"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "meta", "no such"])
+def test_a_device_that_is_not_there_is_one_line(kind, device, tmp_path):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    path = saved(tiny_classifier("gpt2", per_token=kind == "process"), tmp_path / "rm", tiny_tokenizer())
+    with pytest.raises(Problem) as told:
+        build_reward([{"kind": kind, "path": path, "device": device}])
+    (line,) = told.value.lines
+    assert line.startswith(f"reward[0].device: '{device}' cannot be used: ") and line.endswith("; leave it out, or say cpu")
+    assert "\n" not in line
+
+
+def test_a_folder_whose_name_says_what_our_messages_say_gets_no_false_remedy(tmp_path):
+    path = tmp_path / "has no weights for"
+    path.mkdir()
+    with pytest.raises(Problem) as told:
+        build_reward([{"kind": "model", "path": str(path)}])
+    assert "allow_new_head" not in str(told.value)
+
+
 def test_a_head_that_is_there_is_read_though_a_new_one_is_allowed(tmp_path):
     model, tokenizer = tiny_classifier("llama", labels=2), tiny_tokenizer()
     path = saved(model, tmp_path / "rm", tokenizer)
@@ -435,3 +456,18 @@ def test_encoder_decoder_rollouts_join_prompt_and_response(tmp_path):
     rollout = rollout_of(1, prompts=[[5, 6, 2]], responses=[[7, 8, 2]], start_ids=[0])
     got = build_reward([{"kind": "model", "path": path}], tokenizer=tokenizer)(rollout, made(["x"])[1]).total_B.item()
     assert got == pytest.approx(alone(model, [5, 6, 7, 8, 2])[0].item(), abs=1e-5)
+
+
+def test_rows_on_both_sides_of_a_length_that_changes_the_model_score_as_alone(tmp_path):
+    """longrope: within the 24 tokens short factors, beyond them long ones, for everything that shares the pass."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 20.0]}
+    model, tokenizer = tiny_classifier("phi3", original_max_position_embeddings=24, rope_parameters=rope), tiny_tokenizer()
+    path = saved(model, tmp_path / "rm", tokenizer)
+    rollout, texts, rows = sampled(
+        tokenizer, ["say:", "x", "q"], ["good film", "a very bad film it was again", "the end of it all."]
+    )
+    assert sorted(len(row) > 24 for row in rows) == [False, False, True]
+    expected = torch.stack([alone(model, ids)[0] for ids in rows])
+    reward = build_reward([{"kind": "model", "path": path}], tokenizer=tokenizer)
+    assert (reward(rollout, texts).total_B - expected).abs().max() < 1e-5

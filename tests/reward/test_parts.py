@@ -56,6 +56,7 @@ def test_all_problems_of_a_list_are_told_together():
     [
         ({"kind": "length", "max": 3, "name": "total"}, "reward[0].name: 'total' cannot be a part's name"),
         ({"kind": "length", "max": 3, "name": "a/b"}, "reward[0].name: 'a/b' cannot be a part's name"),
+        ({"kind": "length", "max": 3, "name": "a\x1b[2J"}, "reward[0].name: 'a\\x1b[2J' cannot be a part's name"),
         ({"kind": "length", "max": 3, "clip": [2, 1]}, "reward[0].clip: expected [low, high]"),
         ({"kind": "length", "max": 3, "normalise": "batch"}, "reward[0].normalise: unknown value 'batch'"),
         ({"kind": "length", "max": 3, "normalise": {"mean": 0, "std": 0}}, "reward[0].normalise.std: expected more than 0"),

@@ -58,3 +58,12 @@ def test_bad_rows(tmp_path, row, settings, message):
     with pytest.raises(Problem) as caught:
         table(tmp_path, [row], **settings).batch(range(1))
     assert message in str(caught.value)
+
+
+def test_columns_are_those_of_the_data_set_whatever_rows_are_read(tmp_path):
+    rows = [{"text": "a"}, {"text": "b", "gold": "b"}, {"text": "c", "level": 1}]
+    found = table(tmp_path, rows)
+    for start in range(3):
+        columns = found.batch(range(start, start + 1))[1].columns
+        assert list(columns.items()) == [("gold", [rows[start].get("gold")]), ("level", [rows[start].get("level")])]
+    assert len(table(tmp_path, [{"title": 1}, {"text": "b"}], completion="text")) == 2  # the first row lacks the column

@@ -137,7 +137,7 @@ def test_strings_that_span_tokens_or_begin_inside_one() -> None:
     rollout, texts = scripted(rows, tokenizer, stop=["eend", "d.", "good"])
     assert rollout.lengths_B.tolist() == [2, 1, 3, 4]
     assert rollout.stop_B.tolist() == [STOP_USER, STOP_USER, STOP_USER, STOP_LENGTH]
-    assert texts.completions == ["th", "", "ther ", "ther" * 2]
+    assert texts.completions == [" th", " ", "ther ", "ther" * 2]
 
 
 def test_multi_byte_strings_split_inside_a_character() -> None:
@@ -165,7 +165,7 @@ def test_words_joined_by_blanks() -> None:
     tokenizer = tiny_tokenizer(64, kind="word")
     rows = [tokenizer.encode("the good film was bad"), tokenizer.encode("was good the film bad")]
     rollout, texts = scripted(rows, tokenizer, stop=["good film", "m b"])
-    assert rollout.lengths_B.tolist() == [3, 5] and texts.completions == ["the ", "was good the fil"]
+    assert rollout.lengths_B.tolist() == [3, 5] and texts.completions == [" the ", " was good the fil"]
 
 
 def test_special_tokens_as_stop_strings_and_inside_them() -> None:
@@ -198,6 +198,11 @@ def test_the_window_finds_what_decoding_everything_finds() -> None:
                 texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(91)]
                 expected = next((n for n in range(91) if stop in texts[n]), None)
                 assert stops.first(ids) == expected, (kind, stop, ids)
+                prompt = [*draw[:5], *tokenizer.encode("a the", add_special_tokens=False)]  # whole characters at its end
+                said = tokenizer.decode(prompt)
+                texts = [tokenizer.decode([*prompt, *(i for i in ids[:n] if i > 3)])[len(said) :] for n in range(91)]
+                expected = next((n for n in range(91) if stop in texts[n]), None)
+                assert stops.first(ids, stops.before(prompt)) == expected, (kind, stop, prompt, ids)
 
 
 def test_both_paths_end_rows_alike() -> None:

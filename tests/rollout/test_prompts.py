@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ import pyarrow.parquet
 import pytest
 from tokenizers import processors
 
+from reward.base import build_reward
 from rollout.errors import Problem
 from rollout.policy import Policy
 from rollout.prompts import PromptBatch, Prompts, PromptSettings, load_prompts
+from rollout.sampler import Sampler
+from rollout.sampling import Sampling
+from rollout.store import from_table, to_table
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
 ROWS = [
@@ -132,6 +137,64 @@ def test_long_prompts_are_cut_on_the_left_or_refused(tmp_path: Path) -> None:
         load_prompts(PromptSettings(path=long), policy, max_new_tokens=128)
 
 
+def beginning(tokenizer: Any, template: str) -> Any:
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "kept"),
+    [
+        ("gpt2", "$A", lambda text: text[-6:]),
+        ("gpt2", "<s> $A", lambda text: [1, *text[-5:]]),
+        ("gpt2", "<s> $A </s>", lambda text: [1, *text[-5:]]),
+        ("t5", "$A </s>", lambda text: [*text[-5:], 2]),
+        ("bart", "<s> $A </s>", lambda text: [1, *text[-4:], 2]),
+    ],
+)
+def test_a_cut_prompt_keeps_what_the_tokenizer_puts_around_it(tmp_path: Path, family: str, template: str, kept: Any) -> None:
+    policy = Policy.of(tiny(family), beginning(tiny_tokenizer(), template))
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    batch = load_prompts(PromptSettings(path=path, max_tokens=6), policy).batch([3])
+    text = policy.tokenizer("film very long one", add_special_tokens=False)["input_ids"]
+    assert batch.ids == [kept(text)]
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "$A"])
+def test_a_cut_conversation_keeps_its_bos(tmp_path: Path, template: str) -> None:
+    policy = Policy.of(tiny("gpt2"), beginning(tiny_tokenizer(chat=True), template))
+    path = write(tmp_path / "talk.jsonl", TALK)
+    batch = load_prompts(PromptSettings(path=path, max_tokens=14), policy).batch([0])
+    whole = policy.tokenizer.apply_chat_template(
+        TALK[0]["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert batch.ids == [[1, *whole[-13:]]]
+
+
+def test_how_many_prompts_are_cut_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy = tiny_policy("gpt2")
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    prompts = load_prompts(PromptSettings(path=path, max_tokens=8), policy)
+    prompts.batch([0, 3, 3, 4])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"prompts: 2 of the 5 prompts of {path} have more than the 8 tokens that prompts.max_tokens or the model's context "
+        "leave (up to 18); they are cut to their last ones (prompts.too_long refuse ends the job instead)"
+    ]
+    assert prompts.cut == {0: 9, 3: 18}
+    caplog.clear()
+    short = [{"prompt": "a"}] * 1000
+    path = write(tmp_path / "late.jsonl", [*short, {"prompt": "b" * 20}, {"prompt": "b" * 30}])
+    late = load_prompts(PromptSettings(path=path, max_tokens=8), policy)
+    assert not caplog.records, "nobody has seen a long one yet"
+    late.batch([1001, 0, 1000])
+    assert len(caplog.records) == 1 and "row 1001 and maybe others" in caplog.text and "(up to 30)" in caplog.text
+    caplog.clear()
+    load_prompts(PromptSettings(path=path), policy).batch([1000])
+    assert not caplog.records, "all fit"
+
+
 def test_the_order_is_reproducible_resumable_and_every_epoch_has_every_row_once(tmp_path: Path) -> None:
     prompts = load_prompts(PromptSettings(path=write(tmp_path / "rows.jsonl", ROWS)), tiny_policy("gpt2"))
     whole = prompts.take(7, 0, 23)
@@ -220,3 +283,39 @@ def test_negative_limits_are_told() -> None:
 
 def test_prompts_take_any_sequence_of_rows() -> None:
     assert Prompts(ROWS, "prompt", tiny_policy("gpt2"), PromptSettings()).batch([4]).prompts == ["film x"]
+
+
+RAGGED: list[dict[str, Any]] = [
+    {"prompt": "a", "level": 1},
+    {"prompt": "b", "answer": "b", "level": 2},
+    {"answer": "c", "prompt": "c"},
+    {"prompt": "d", "note": {"by": "x"}},
+]
+
+
+@pytest.mark.parametrize("name", ("rows.jsonl", "rows.json", "rows.parquet", "folder"))
+def test_columns_are_those_of_the_data_set_whatever_row_comes_first(tmp_path: Path, name: str) -> None:
+    rows = [{key: row.get(key) for key in ("prompt", "level", "answer", "note")} for row in RAGGED]
+    path = write(tmp_path / name, rows if name in ("rows.parquet", "folder") else RAGGED)
+    prompts = load_prompts(PromptSettings(path=path), tiny_policy("gpt2"))
+    for size in (1, 2, 4):
+        for index in itertools.permutations(range(4), size):
+            columns = prompts.batch(index).columns
+            assert columns == {key: [RAGGED[i].get(key) for i in index] for key in ("level", "answer", "note")}
+            assert list(columns) == ["level", "answer", "note"]
+
+
+def test_a_reward_and_a_dump_say_the_same_of_a_row_in_every_order(tmp_path: Path) -> None:
+    prompts = load_prompts(PromptSettings(path=write(tmp_path / "rows.jsonl", RAGGED)), policy := tiny_policy("gpt2"))
+    sampler = Sampler(policy, Sampling(max_new_tokens=2))
+    kept, scored = [], []
+    for index in itertools.permutations(range(4)):
+        rollout, texts = sampler.sample(prompts.batch(index))
+        back = next(from_table(to_table(rollout, texts)))[1]
+        kept.append({row: {key: values[at] for key, values in back.columns.items()} for at, row in enumerate(index)})
+        every_row = lambda prompts, **_: [0.0] * len(prompts)  # noqa: E731  a row to which no part applies is refused
+        exact, asked = build_reward([{"kind": "exact"}, every_row]), build_reward([lambda answer, **_: map(bool, answer)])
+        scored.append([dict(zip(index, found(rollout, texts).total_B.tolist(), strict=True)) for found in (exact, asked)])
+    assert all(found == kept[0] for found in kept) and all(found == scored[0] for found in scored)
+    assert kept[0] == {row: {key: RAGGED[row].get(key) for key in ("level", "answer", "note")} for row in range(4)}
+    assert scored[0][1] == {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0}

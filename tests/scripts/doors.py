@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from configs.reader import read
+
 from rollout import processes
 from scripts import dump_rollouts, score_rollouts, train_ppo, train_reward, train_sft
 from training.engine import models_stay_whole

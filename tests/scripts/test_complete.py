@@ -19,13 +19,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from configs.reader import door
+
 import pytest
 import torch
 import transformers
 import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from configs.reader import door
 from rollout.terminal import BANDS, width_of
 from scripts import complete as complete_door
 from scripts.complete import Job, main, with_switches

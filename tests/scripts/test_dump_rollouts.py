@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from configs.reader import door
+
 import numpy as np
 import pandas
 import psutil
@@ -20,7 +22,6 @@ import pytest
 import torch
 import transformers
 
-from configs.reader import door
 from rollout import store
 from rollout.logprobs import teacher_forced
 from rollout.manifest import load_manifest
@@ -364,3 +365,19 @@ def plain_generate(given: Path) -> None:
     print(
         f"plain generate, no log-probs, no files: {tokens:,} tokens in {seconds:.0f} s of CPU, {tokens / seconds:,.0f} tokens/s"
     )
+
+
+def test_prompts_that_are_cut_are_counted_over_a_resume(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    argv = flags(given, run, *SMALL, "--prompts.max_tokens", "13")
+    assert dump(argv) == 0
+    texts = [json.loads(line)["prompt"] for line in (given / "prompts.jsonl").read_text().splitlines()][:12]
+    cut = sum(len(text) > 13 for text in texts)
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == f"{run}: 36 rows in 4 shards; {cut} of 12 prompts were cut to 13 tokens"
+    assert f"{cut} of the 12 prompts" in caplog.text and 0 < cut < 12
+    (run / "rollouts-00002.parquet").unlink()
+    assert dump([*argv, "--run.resume", "true"]) == 0
+    assert load_manifest(run)["counts"]["cut_prompts"] == cut

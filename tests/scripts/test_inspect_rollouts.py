@@ -7,10 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from configs.reader import door
+
 import pytest
 import torch
 
-from configs.reader import door
 from rollout import manifest, store
 from rollout.manifest import Plan
 from scripts.inspect_rollouts import Job, main

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from configs.reader import door
+
 import datasets
 import pandas
 import pytest
 import torch
 
-from configs.reader import door
 from reward.base import build_reward
 from rollout.manifest import load_manifest
 from rollout.store import read_dump
@@ -285,3 +286,17 @@ def test_a_dump_inside_the_run_folder_is_not_overwritten(given, tmp_path, capsys
     assert score([*argv, "--run.overwrite", "true"]) == 2
     assert "which would be lost" in capsys.readouterr().err
     assert sum(len(rollout) for rollout, _ in read_dump(tmp_path / "run" / "dump")) == 20
+
+
+@pytest.mark.parametrize("place", ["when imported", "when called"])
+def test_a_reward_file_that_calls_sys_exit_leaves_with_two_and_its_name(place, tmp_path, capsys):
+    leave = "sys.exit(0)\n"
+    body = f"import sys\n{leave if place == 'when imported' else ''}def f(completions):\n    {leave}"
+    (tmp_path / "leaves.py").write_text(body)
+    (tmp_path / "texts.jsonl").write_text('{"completion": "a"}\n')
+    reward = json.dumps([{"kind": "function", "function": f"{tmp_path}/leaves.py:f"}])
+    with pytest.raises(SystemExit) as left:
+        door(main, Job, ["--texts.path", str(tmp_path / "texts.jsonl"), "--reward", reward, "--run.dir", str(tmp_path / "run")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2
+    assert line.startswith("reward[0] (function)") and "SystemExit: 0" in line and "leaves.py" in line

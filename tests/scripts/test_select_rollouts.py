@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from configs.reader import door
+
 import pytest
 
-from configs.reader import door
 from scripts.select_rollouts import Job, main
 from tests.dumps import made_dump, made_rows, write_scores
 

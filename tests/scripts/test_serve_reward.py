@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from configs.reader import door
+
 import pytest
 import torch
 
-from configs.reader import door
 from reward.base import build_reward
 from scripts.serve_reward import Job, main
 from tests.models import tiny_tokenizer

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from configs.reader import read
+
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from configs.reader import read
 from reward.rouge import rouge
 from scripts import make_tiny, train_ppo
 from scripts.worlds import summaries

@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
         policy = with_peft(tiny_policy(family), peft)
         train(
             policy,
-            prompts_of(policy),
+            prompts_of(policy, most=3 if name == "ragged" else 0),
             share_of_threes,
             Sampling(**{"max_new_tokens": 8, "stop_ids": [11, 17, 23], **sampling}),
             PPOSettings(**{**SETTINGS, **settings}),

@@ -104,3 +104,17 @@ def test_steered_exploration_needs_a_correction_and_no_truncation():
         with pytest.raises(Problem, match=text.replace(".", r"\.")):
             check_job(POLICY, [1], sampling, settings, steering)
     check_job(POLICY, [1], Sampling(), PPOSettings(), SimpleNamespace(role="behaviour", correction=Correction("none")))
+
+
+def test_a_kl_of_another_law_is_weighed_or_not_held(caplog):
+    """kl_target steers by a measured KL: refused where it is not the policy's, quiet where there is but one law."""
+    none, explores = Correction("none"), SimpleNamespace(role="behaviour", correction=Correction("none"))
+    told = "ppo.kl_target: with a correction of type none the KL that is measured is the sampler's"
+    assert told in refused({"top_p": 0.9}, kl_target=1.0, correction=none)
+    with pytest.raises(Problem, match="the KL that is measured is the sampler's"):
+        check_job(POLICY, [1], Sampling(), PPOSettings(kl_target=1.0), explores)
+    check_job(POLICY, [1], Sampling(top_p=0.9), PPOSettings(kl_target=1.0, correction=Correction("token_mask")))
+    check_job(POLICY, [1], Sampling(), PPOSettings(kl_target=1.0, kl_as="loss", correction=none))
+    assert not caplog.text
+    check_job(POLICY, [1], Sampling(top_p=0.9), PPOSettings(kl_as="loss", correction=none))
+    assert "has not the KL's gradient" in caplog.text

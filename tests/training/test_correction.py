@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from training import advantages, kl
 from training.correction import Correction, importance_weights
 
 VOCABULARY, STEPS = 3, 3
@@ -40,6 +41,26 @@ def test_untruncated_sequence_weights_give_the_true_gradient_and_token_weights_d
         errors[kind] = float((found - true).norm() / true.norm())
     assert errors["sequence_truncate"] < 1e-6 and errors["sequence_mask"] < 1e-6  # weights are float32
     assert errors["token_truncate"] > 0.1 and errors["none"] > 0.1
+
+
+def test_a_kl_in_the_reward_needs_no_weights_but_those_of_the_policy_loss():
+    """What a token costs is a function of the token, whichever law drew it; its expectation is put right by the weights."""
+    pi, log_pi, log_mu, reward = enumerated()
+    draw = torch.Generator().manual_seed(1)  # a reference: a number for every beginning of a sequence
+    begun = [torch.randn(VOCABULARY**t, generator=draw, dtype=torch.float64) for t in range(1, STEPS + 1)]
+    reference = torch.stack([each.repeat_interleave(len(log_pi) // len(each)) for each in begun], dim=1)
+    (true,) = torch.autograd.grad(
+        (log_pi.sum(1).exp() * (reward - 0.3 * (log_pi - reference).sum(1))).sum(), pi, retain_graph=True
+    )
+    mask = torch.ones(log_pi.shape, dtype=torch.bool)
+    weights, _ = importance_weights(log_pi.detach(), log_mu, mask, Correction("sequence_truncate", high=1e9))
+    score = torch.zeros(log_pi.shape).double()
+    score[:, -1] = reward
+    rewards = advantages.token_rewards(score, mask, kl.estimate(log_pi.detach(), reference), 0.3)
+    credit = advantages.gae(rewards, torch.zeros_like(rewards), mask, lam=1.0)
+    surrogate = log_mu.sum(1).exp()[:, None] * weights * (log_pi - log_pi.detach()).exp() * credit.advantages_BR
+    (found,) = torch.autograd.grad(surrogate.sum(), pi)
+    assert torch.allclose(found, true, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])

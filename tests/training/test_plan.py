@@ -11,11 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from configs.reader import door, read
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from configs.reader import door, read
 from rollout import adapters
 from rollout.errors import Problem
 from rollout.sampling import Sampling

@@ -71,6 +71,14 @@ def test_a_run_leaves_its_files(tmp_path):
     assert len(AutoTokenizer.from_pretrained(folder / "model")) == len(policy.tokenizer)
 
 
+def test_the_cut_prompts_of_a_step_are_counted(tmp_path):
+    policy, _ = run(tmp_path / "run", prompts=lambda policy: prompts_of(policy, most=2), steps=3, eval_prompts=0)
+    whole = prompts_of(policy)
+    for at, row in enumerate(lines(tmp_path / "run" / "metrics.jsonl")):
+        rows = whole.take(0, 8 * at, 8)
+        assert row["rollout/cut_prompts"] == sum(len(whole.table[i]["prompt"]) > 2 for i in rows) > 0
+
+
 def test_samples_say_everything_per_token(tmp_path):
     policy, _ = run(tmp_path / "run", samples=2)
     rows = lines(tmp_path / "run" / "samples.jsonl")

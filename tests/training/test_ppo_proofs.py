@@ -14,10 +14,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from configs.reader import read
+
 import pytest
 import torch
 
-from configs.reader import read
 from rollout import logprobs
 from rollout.run import RunSettings
 from rollout.sampling import Sampling

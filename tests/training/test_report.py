@@ -98,6 +98,20 @@ def test_every_number_of_the_run_is_in_the_page(run, tmp_path):
         assert row["facts"]["reward"] == stored["reward"] and row["facts"]["parts"] == stored["parts"]
 
 
+def test_a_folder_named_like_a_place_in_the_page_changes_nothing(run, tmp_path):
+    folder = tmp_path / "{{script}}{{blobs}}{{style}}"
+    folder.mkdir()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (folder / name).write_bytes((run[0] / name).read_bytes())
+    path = report.report([folder], tmp_path / "page.html")
+    text = path.read_text(encoding="utf-8")
+    assert f"<title>{folder.name}</title>" in text and blobs(path)["index"]["title"] == folder.name
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert [script.strip() for script in scripts] == [
+        "\n".join((report.ASSETS / name).read_text() for name in ("curves.js", "viewer.js", "page.js")).strip()
+    ]
+
+
 def test_a_torn_last_line_is_passed_over_and_any_other_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a"')

@@ -143,10 +143,15 @@ def test_parameters_of_the_wrong_shape(tmp_path: Path) -> None:
 PAIRS = [Pair("good " + end, "bad " + end, "say ") for end in ("x", "yy", "z z", "cat", "dog", "we")]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 20.0]}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "phi3"])
 @pytest.mark.parametrize("position", ["last", "mean"])
 def test_activations_are_those_of_each_text_alone(family: str, position: str) -> None:
-    model, tokenizer = tiny(family), tiny_tokenizer()
+    """Where longer texts have other factors (longrope beyond 10 tokens), too."""
+    rope = {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 10}, "original_max_position_embeddings": 10}
+    model, tokenizer = tiny(family, **(rope if family == "phi3" else {})), tiny_tokenizer()
     points = locate(model, At(layers="all"))
     texts = [(p.prompt, p.positive) for p in PAIRS]
     found = activations(model, tokenizer, texts, points, position, batch=4)
