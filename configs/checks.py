@@ -18,7 +18,10 @@ from typing import Any
 from configs import shape
 
 from rollout.errors import Problem
-from rollout.yaml_files import load_yaml
+from rollout.yaml_files import load_text, load_yaml
+
+MOST = 50
+"""Problems that are looked for at once; a file of other settings altogether has thousands."""
 
 
 class Text(str):
@@ -41,6 +44,8 @@ def check(wanted: Any, path: shape.Path, value: Any, where: str, problems: list[
     found: list[tuple[shape.Path, Any]] = [(path, {})] if path and type(None) in shape.members(wanted) else []
     known = shape.fields_of(section)
     for name, inner in value.items():
+        if len(problems) >= MOST:
+            break
         spot = (*path, str(name))
         if name in known:
             found += check(known[name], spot, inner, where, problems)
@@ -55,6 +60,9 @@ def check(wanted: Any, path: shape.Path, value: Any, where: str, problems: list[
 def _fit(wanted: Any, path: shape.Path, value: Any, where: str, problems: list[str]) -> tuple[bool, Any]:
     """Whether a value without sections fits its type, and the value as that type has it."""
     before = len(problems)
+    if (unfit := _unfit(value)) is not None:
+        problems.append(f"{shape.dotted(path)}: {unfit} ({where}); take it out")
+        return False, value
     if isinstance(value, list) and shape.is_list(wanted) and not isinstance(value, str):
         inner = next((typing.get_args(m) for m in shape.members(wanted) if typing.get_origin(m) is list), ())
         if not inner or inner[0] is Any:
@@ -83,12 +91,34 @@ def _judge(wanted: Any, value: Any) -> tuple[bool, Any]:
         return type(None) in shape.members(wanted), None
     if isinstance(value, float) and math.isnan(value):
         return False, value
+    members = shape.members(wanted)
+    if isinstance(value, Text) and str not in members:
+        # By the same rules as in a file: jsonargparse reads 1:30 as 90.
+        problems: list[str] = []
+        value = load_text(value, "", problems)
+        if problems or _unfit(value) is not None or value is None:
+            return type(None) in members and not problems and value is None, value
+    if shape.section_of(wanted) is not None:  # a mapping is walked before; jsonargparse would take anything
+        others = [m for m in members if not dataclasses.is_dataclass(m) and m is not type(None)]
+        return next((found for other in others if (found := _judge(other, value))[0]), (False, value))
     parser = _parser(wanted)
     try:
         found = parser.parse_args([f"--value={value}"]) if isinstance(value, Text) else parser.parse_object({"value": value})
     except (argparse.ArgumentError, TypeError, ValueError):
         return False, value
     return True, found.value
+
+
+def _unfit(value: Any) -> str | None:
+    """What no setting can be: text that no file can hold, and whole numbers beyond 64 bits, which no tensor can."""
+    if isinstance(value, dict | list | tuple):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return next((unfit for part in parts if (unfit := _unfit(part)) is not None), None)
+    if isinstance(value, str):
+        bad = next((letter for letter in value if letter == "\0" or "\ud800" <= letter <= "\udfff"), None)
+        return None if bad is None else f"{shape.brief(str(value))} holds {bad!a}, a character that no file or name can have"
+    too_large = isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
+    return "a whole number that does not fit 64 bits" if too_large else None
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -75,6 +76,13 @@ def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] |
             print("interrupted", file=sys.stderr)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        failed = 2
+        print(
+            f"{str(error.filename)[:60]}...: {len(str(error.filename))} characters; no file can have this name", file=sys.stderr
+        )
     finally:
         of_several = processes.close()
     if of_several and failed in (0, Stopped.status):
@@ -104,7 +112,9 @@ def read(job_type: type[Job], argv: Sequence[str] | None = None) -> Job:
         _put(tree, path, value, problems)
     job = checks.build(job_type, tree, problems, complete=not command.print_config)
     if problems:
-        raise Problem(*dict.fromkeys(problems))
+        told = list(dict.fromkeys(problems))
+        more = [f"{len(told) - checks.MOST:,} more problems of this kind are left for later"] if len(told) > checks.MOST else []
+        raise Problem(*told[: checks.MOST], *more)
     if command.print_config:
         print(show.commented_yaml(job_type, job), end="")
         raise SystemExit(0)

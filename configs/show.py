@@ -14,6 +14,8 @@ from configs import shape
 import docstring_parser
 import yaml
 
+from rollout import yaml_files
+
 WIDTH = 110
 
 
@@ -28,8 +30,8 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that keeps a text with line breaks on one line."""
+class _Dumper(yaml_files.Dumper):
+    """Dumper that keeps a text with line breaks on one line."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

@@ -142,7 +142,7 @@ def _read_entry(part: Any, where: str, problems: list[str]) -> Entry | None:
         problems.append(f"{where}: expected a mapping, found {part!r:.60}; write it as {{kind: model, path: DIR}}")
         return None
     kind = part.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         problems.append(f"{where}.kind: {unknown_choice(kind, KINDS)}")
         return None
     module, name = KINDS[kind]

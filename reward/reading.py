@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import transformers
-
 from reward.base import has_ids, row_name
 from reward.function import is_conversation
-from rollout import adapters
+from rollout import adapters, heads
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
 from rollout.spelling import TEMPLATE_COLUMNS, answered, conversation_ids
@@ -43,12 +41,7 @@ def load_tokenizer(path: str, beside: Sequence[str], where: str) -> Any:
     )
     if not folders:
         return None
-    field = f"{where}.tokenizer" if path else f"{where}.path"
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folders[0])
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        found = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Problem(f"{field}: the tokenizer of {folders[0]} cannot be loaded: {found}") from error
+    return heads.load_tokenizer(folders[0], f"{where}.tokenizer" if path else f"{where}.path")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from reward.texts import TextTable
 from rollout import processes
 from rollout.batch import Rollout, Texts
 from rollout.dump import stopped
-from rollout.errors import Problem
+from rollout.errors import Problem, reading
 from rollout.fingerprint import sha256_file, values_fingerprint
 from rollout.manifest import MANIFEST, Record, finished_shards
 from rollout.progress import Progress
@@ -147,10 +147,8 @@ def begin(
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    try:
+    with reading(f"{path}: damaged (", "); start afresh with --run.overwrite true"):
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Problem(f"{path}: damaged ({error}); start afresh with --run.overwrite true") from error
     if not isinstance(found, dict) or not str(found.get("format", "")).startswith("scores "):
         raise Problem(f"run.dir: {path} is not of scores; name another folder")
     return found

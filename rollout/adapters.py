@@ -24,7 +24,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from rollout import virtual_tokens
-from rollout.errors import Problem
+from rollout.errors import Problem, one_line, reading
 from rollout.heads import head_of
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def adapter_config(mapping: Mapping[str, Any], task: str | None = None, field: s
     try:
         return config_class(task_type=task or wanted, **given)
     except (TypeError, ValueError, ImportError) as error:
-        raise Problem(f"{field}: {_one_line(error)}") from error
+        raise Problem(f"{field}: {one_line(error)}") from error
 
 
 def add(model: PreTrainedModel | PeftModel, mapping: Mapping[str, Any], name: str = "", field: str = "model.peft") -> PeftModel:
@@ -103,11 +103,9 @@ def load(
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
     _check_folder(folder, field)
-    try:
+    with reading(f"{field}: {folder} cannot be read as an adapter: "):
         config = peft.PeftConfig.from_pretrained(str(folder))
         weights = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Problem(f"{field}: {folder} cannot be read as an adapter: {_one_line(error)}") from error
     kind = config.peft_type.value
     if kind not in (*WEIGHT_KINDS, *VIRTUAL_KINDS):
         raise Problem(
@@ -120,10 +118,8 @@ def load(
         # Measured on this base again: with the saved sizes an adapter of another width would load, and fail in the first pass.
         config.token_dim = config.num_layers = config.num_attention_heads = None
     adapted = _wrap(model, config, name, field)
-    try:
+    with reading(f"{field}: {folder} does not fit this base: "):
         result = set_peft_model_state_dict(adapted, weights, adapter_name=name)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise Problem(f"{field}: {folder} does not fit this base: {_one_line(error)}") from error
     # Of virtual tokens peft saves what their encoder puts out, under a name that is no parameter's.
     missing = [key for key in result.missing_keys if f".{name}" in key and "prompt_encoder" not in key]
     unexpected = [key for key in result.unexpected_keys if key != "prompt_embeddings"]
@@ -242,7 +238,7 @@ def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, fie
                 f"{field}.target_modules: {sorted(wanted) if isinstance(wanted, set) else wanted!r} matches nothing in "
                 f"{type(base).__name__}; its projections are: {', '.join(sorted(linear))}"
             ) from error
-        raise Problem(f"{field}: {config.peft_type.value} does not fit {type(base).__name__}: {_one_line(error)}") from error
+        raise Problem(f"{field}: {config.peft_type.value} does not fit {type(base).__name__}: {one_line(error)}") from error
 
 
 def _task(model: PreTrainedModel | PeftModel) -> str | None:
@@ -262,17 +258,10 @@ def _check_folder(folder: str | Path, field: str) -> dict[str, Any]:
     file = Path(folder) / "adapter_config.json"
     if not file.is_file():
         raise Problem(f"{field}: {folder} is not an adapter's folder (it has no adapter_config.json)")
-    try:
+    with reading(f"{field}: {file} cannot be read: "):
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Problem(f"{field}: {file} cannot be read: {_one_line(error)}") from error
     if not isinstance(config, dict):
         raise Problem(f"{field}: {file} holds no mapping")
     if not any((Path(folder) / weights).is_file() for weights in ("adapter_model.safetensors", "adapter_model.bin")):
         raise Problem(f"{field}: {folder} has no weights (adapter_model.safetensors)")
     return config
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__

@@ -6,7 +6,10 @@ anything else that escapes is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import pickle
+import struct
 import unicodedata
+from types import TracebackType
 
 
 class Problem(ValueError):
@@ -34,3 +37,45 @@ class Stopped(Exception):
 
     status = 75
     """EX_TEMPFAIL: not done, try again."""
+
+
+class reading:
+    """While a library reads a file of the user's: what it raises is a Problem, `before` and `after` what it says.
+
+    Libraries promise no class for a damaged file (a text where config.json has a number is a TypeError here, an IndexError
+    there, and tokenizers raises plain Exception), so such a block holds their call and nothing else.
+    """
+
+    def __init__(self, before: str, after: str = ""):
+        self.before, self.after = before, after
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, Problem) and _may_be_the_files(error):
+            raise Problem(f"{self.before}{one_line(error)}{self.after}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, on one line that is not endless."""
+    said = " ".join(str(error).split())
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in said:
+        return "it holds pickled objects that are no weights, which are never run; save it as safetensors"
+    if not said or isinstance(error, KeyError):
+        said = f"{type(error).__name__} {said}".strip()
+    return said if len(said) <= 300 else f"{said[:297]}..."
+
+
+def _may_be_the_files(error: BaseException) -> bool:
+    """Anything but an interrupt, an exit and what Python warns of."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return type(error) is Exception or isinstance(error, (*_OF_FILES, SafetensorError, StrictDataclassError))
+
+
+_OF_FILES = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError),
+    *(ImportError, EOFError, MemoryError, struct.error, pickle.UnpicklingError),
+)

@@ -2,8 +2,8 @@
 
     path ── config ── head (asked for, or read off the checkpoint's architecture) ── role allows it? ── weights ── complete?
 
-A head that a role cannot use is refused by name, and so is a checkpoint that lacks weights which the head needs: transformers
-would fill them with random numbers and only warn.
+A head that a role cannot use is refused by name, and so is a checkpoint that lacks weights which the head needs (transformers
+would fill them with random numbers and only warn), or has weights of the trunk that the configuration has no place for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rollout.errors import Problem
+from rollout.errors import Problem, reading
 
 Head = Literal["causal", "seq2seq", "masked", "sequence_classification", "token_classification", "question_answering"]
 
@@ -46,13 +46,40 @@ _logger = logging.getLogger(__name__)
 
 def load_config(path: str, field: str = "model.path") -> PretrainedConfig:
     """The configuration of a model folder or hub name."""
-    try:
-        return transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        what = f"holds no model that transformers can read ({_first_line(error)})"
-        if not Path(path).exists():
-            what = "is neither a folder nor a model of the hub that can be reached"
-        raise Problem(f"{field}: {path!r} {what}; name a folder with a config.json or a model of the hub") from error
+    what = "holds no model that transformers can read"
+    if not Path(path).exists():
+        what = "is neither a folder nor a model of the hub that can be reached"
+    with reading(f"{field}: {path!r} {what} (", "); name a folder with a config.json or a model of the hub"):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        _check_sizes(config, f"{field}: {path!r}")
+    return config
+
+
+def load_tokenizer(path: str, field: str = "model.path") -> Any:
+    """The tokenizer of a folder or hub name."""
+    with reading(f"{field}: the tokenizer of {path} cannot be loaded: "):
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def _check_sizes(config: PretrainedConfig, who: str) -> None:
+    """The counts that a model is built by. Of layers there may be none in silence, or more than any machine can build."""
+    for part in (config, config.get_text_config(decoder=True)):
+        for name in (
+            "num_hidden_layers",
+            "encoder_layers",
+            "decoder_layers",
+            "num_decoder_layers",
+            "hidden_size",
+            "vocab_size",
+        ):
+            value, most = getattr(part, name, None), 1 << (12 if "layers" in name else 31)
+            if isinstance(value, int) and not 1 <= value <= most:
+                raise Problem(f"{who} has a config.json with {name} {value}, but it must be 1 to {most}; mend it")
+        architectures = part.architectures
+        if architectures is not None and not (
+            isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)
+        ):
+            raise Problem(f"{who} has a config.json with architectures {architectures!r:.60}; give a list of class names")
 
 
 def head_of(config: PretrainedConfig) -> str | None:
@@ -114,16 +141,13 @@ def load_head(
     """
     config = load_config(path, field)
     head = choose_head(config, role, head, fresh=fresh, field=field, path=path)
-    extra = {"attn_implementation": attn} if attn else {}
-    try:
-        with _unreported():
-            model, info = HEADS[head].from_pretrained(
-                path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **extra, **settings
-            )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise Problem(f"{field}: {path!r} cannot be loaded as {head}: {_first_line(error)}") from error
+    extra: dict[str, Any] = {"attn_implementation": attn} if attn else {}
+    extra |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with reading(f"{field}: {path!r} cannot be loaded as {head}: "), _unreported():
+        model, info = HEADS[head].from_pretrained(path, dtype=dtype or "auto", **extra, **settings)
     _check_complete(model, info, head, path, field, fresh)
     mend_generation(model)
+    _check_all_used(model, info["unexpected_keys"], path, field)
     return model.eval()
 
 
@@ -190,11 +214,25 @@ def _check_complete(model: PreTrainedModel, info: dict[str, Any], head: str, pat
             )
 
 
+def _check_all_used(model: PreTrainedModel, unexpected: set[str], path: str, field: str) -> None:
+    """Weights of layers that the configuration does not have would be left out, and the model would be another one.
+
+    A head of another task and a pooler are left out rightly: the model has no module that they would be part of."""
+    trunk = model.base_model
+    left_out = []
+    for key in sorted(unexpected):
+        name, _, rest = key.removeprefix(f"{model.base_model_prefix}.").partition(".")
+        if rest and name != "pooler" and isinstance(getattr(trunk, name, None), torch.nn.Module):
+            left_out.append(key)
+    if left_out:
+        shown = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
+        raise Problem(
+            f"{field}: {path!r} has weights that its config.json has no place for: {shown}; mend config.json "
+            "(num_hidden_layers, say), or save the smaller model with save_pretrained"
+        )
+
+
 def _class_name(auto: Any, config: PretrainedConfig) -> str | None:
     """The name of the class that `auto` builds for this configuration. Names only: looking it up imports no modelling file."""
     found = auto._model_mapping._model_mapping.get(config.model_type)
     return found[0] if isinstance(found, tuple | list) else found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

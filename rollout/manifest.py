@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rollout.errors import Problem
+from rollout.errors import Problem, reading
 from rollout.fingerprint import sha256_file
 from rollout.run import remove_left_behind, write_json
 
@@ -55,6 +55,11 @@ class Plan:
             shard = batch * max(1, -(-rows // (batch * samples)))
         return Plan(prompts=prompts, samples=samples, shard_prompts=shard, call_prompts=min(call, shard))
 
+    def check(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if type(value) is not int or not 1 <= value < 1 << 53:
+                raise ValueError(f"plan.{name} is {value!r:.60}")
+
     def __len__(self) -> int:
         return -(-self.prompts // self.shard_prompts)
 
@@ -89,6 +94,12 @@ class Record:
     """Prompts that were longer than they may be."""
     bytes: int
     sha256: str
+
+    def check(self) -> None:
+        kinds = {"file": str, "rows": int, "tokens": int, "stops": dict, "bytes": int, "sha256": str}
+        wrong = [name for name, kind in kinds.items() if type(getattr(self, name)) is not kind]
+        if wrong or Path(self.file).name != self.file or any(type(count) is not int for count in self.stops.values()):
+            raise TypeError(f"{', '.join(wrong) or 'file or stops'} of a shard is not what was written")
 
     def damage(self, folder: Path) -> str | None:
         """What is wrong with the file, in words; None when it is whole."""
@@ -130,14 +141,19 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise Problem(f"{folder}: no {MANIFEST}, so not a dump of rollouts; name the folder that dump_rollouts.py wrote")
-    try:
+    with reading(f"{path}: damaged (", "); make the dump again with --run.overwrite true"):
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise Problem(f"{path}: format {manifest['format']}, expected {FORMAT}; make the dump again with this version")
-        Plan(**manifest["plan"])
+            raise Problem(
+                f"{path}: format {manifest['format']!r:.40}, expected {FORMAT}; make the dump again with this version"
+            )
+        kinds = {"finished": bool, "fingerprints": dict, "config": dict, "counts": dict, "shards": list, "plan": dict}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(manifest[name], kind)]:
+            raise TypeError(f"{wrong[0]} is {manifest[wrong[0]]!r:.60}")
+        Plan(**manifest["plan"]).check()
+        for record in manifest["shards"]:
+            Record(**record).check()
         return manifest
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise Problem(f"{path}: damaged ({error}); make the dump again with --run.overwrite true") from error
 
 
 def plan_of(manifest: Mapping[str, Any]) -> Plan:

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import nn
 
 from rollout import adapters, virtual_tokens
 from rollout.errors import Problem
 from rollout.habits import Habits, observe
-from rollout.heads import load_head
+from rollout.heads import load_head, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -209,11 +208,7 @@ def _load_tokenizer(settings: ModelSettings, beside: list[str]) -> Any:
         field, path = "model.path", named[0] if named else beside[0]
         if Path(path).is_dir() and not named:
             raise Problem(f"model.path: no tokenizer in {path}; save it there, or name another folder with model.tokenizer")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        found = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Problem(f"{field}: the tokenizer of {path} cannot be loaded: {found}") from error
+    return load_tokenizer(path, field)
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")

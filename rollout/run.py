@@ -11,6 +11,7 @@ import fnmatch
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -47,6 +48,16 @@ class RunSettings:
     """Where metrics go besides metrics.jsonl."""
     seed: int = 0
     """Seed of initialisation, order and minibatches. Sampling has its own: sampling.seed."""
+
+    def __post_init__(self) -> None:
+        ranges = {"seed": (0, 2**32 - 1), "save_every": (0, None), "keep": (1, None)}  # a seed is numpy's, too
+        problems = [
+            f"run.{name}: {getattr(self, name)}, but it must be {f'{low} to {high}' if high else f'{low} or more'}"
+            for name, (low, high) in ranges.items()
+            if not low <= getattr(self, name) <= (high or math.inf)
+        ]
+        if problems:
+            raise Problem(*problems)
 
 
 MARKER, LOCK = ".steerl-run", ".steerl-lock"

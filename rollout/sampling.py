@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MOST_ROWS = 1 << 24
+"""Rows of a step or a prompt: beyond that no machine holds them at once, and a number was mistyped."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -84,9 +87,10 @@ class Sampling:
                 ("bad_words_ids", all(self.bad_words_ids), "an empty list would ban nothing; leave it out"),
                 ("stop", all(self.stop), "an empty string is everywhere; leave it out"),
                 ("stop_ids", all(i >= 0 for i in self.stop_ids), "token ids are 0 or more"),
-                ("n", self.n >= 1, "at least one sample per prompt; set 1 or more"),
+                ("n", 1 <= self.n <= MOST_ROWS, f"it must be 1 to {MOST_ROWS:,} samples per prompt"),
+                ("seed", 0 <= self.seed < 1 << 63, "it must be 0 or more"),
                 ("batch_tokens", self.batch_tokens >= 0, "it must be 0 (no bound) or more"),
-                ("batch_size", self.batch_size >= 1, "at least one row per batch; set 1 or more"),
+                ("batch_size", 1 <= self.batch_size <= MOST_ROWS, f"it must be 1 to {MOST_ROWS:,} rows"),
             )
             if not good
         ]

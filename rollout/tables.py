@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rollout.errors import Problem
+from rollout.errors import Problem, one_line
 
 
 def read_table(path: str, split: str = "", name: str = "", field: str = "prompts") -> Sequence[dict[str, Any]]:
@@ -60,9 +60,9 @@ def _read_jsonl(file: Path, field: str) -> list[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line, object_pairs_hook=_once)
-            except ValueError as error:
-                kind = "is not JSON" if isinstance(error, json.JSONDecodeError) else "cannot be read"
-                raise Problem(f"{field}.path: {file} line {number} {kind}: {error}") from error
+            except (ValueError, RecursionError) as error:
+                kind = "cannot be read" if type(error) is ValueError else "is not JSON"
+                raise Problem(f"{field}.path: {file} line {number} {kind}: {one_line(error)}") from error
             if not isinstance(row, dict):
                 raise Problem(f"{field}.path: {file} line {number} is a {type(row).__name__}; every line must be an object")
             rows.append(row)
@@ -72,7 +72,7 @@ def _read_jsonl(file: Path, field: str) -> list[dict[str, Any]]:
 def _read_json(file: Path, field: str) -> list[dict[str, Any]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return _read_jsonl(file, field)
     except ValueError as error:
         raise Problem(f"{field}.path: {file}: {error}") from error

@@ -98,15 +98,6 @@ def write(job: Job, folder: Path) -> None:
                 world_size=me.world_size,
             )
     if job.verify:
-            reports.append(verify(policy, rollout, job.sampling, steering=steering))
-        return rollout, texts
-
-    done = begun["finished"] and not work.todo and not (folder / RECORDS).exists()
-    if not done:
-        with processes.stop_signal() as stop:
-            kept = {"cut": prompts.cut, "versions": versions(), "world_size": me.world_size}
-            dump(folder, begun, work, sample, sys.stderr, stop.here, **kept)
-    if job.verify:
         for line in together(reports).lines() if reports else ["verify: nothing was sampled, so nothing was checked"]:
             print(line, file=sys.stderr)
     if me.is_main:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from rollout import processes
-from rollout.errors import Problem
+from rollout.errors import Problem, reading
 from rollout.fingerprint import sha256_file
 from rollout.run import flush, written_aside
 from training import full_state
@@ -153,8 +153,17 @@ def damaged(path: Path) -> str | None:
 
 def read_head(path: Path) -> dict[str, Any]:
     """What a whole checkpoint says of itself: step, config, log, and the tree without its tensors."""
-    head: dict[str, Any] = json.loads((Path(path) / _STATE).read_text(encoding="utf-8"))
-    return head
+    with _written_by_us(path):
+        head: dict[str, Any] = json.loads((Path(path) / _STATE).read_text(encoding="utf-8"))
+        kinds = {"step": int, "config": dict, "log": dict, "tree": dict}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(head[name], kind)]:
+            raise TypeError(f"{wrong[0]} is {head[wrong[0]]!r:.60}")
+        return head
+
+
+def _written_by_us(path: Path) -> reading:
+    """Checksums say that nothing was damaged since it was written; who wrote it is another question."""
+    return reading(f"{path}: not what a run writes (", "); --run.overwrite true starts again, another checkpoint goes on")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -162,22 +171,26 @@ def read(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     head = read_head(path)
-    return head | {"tree": _unflatten(head["tree"], load_file(Path(path) / _TENSORS))}
+    with _written_by_us(path):
+        return head | {"tree": _unflatten(head["tree"], load_file(Path(path) / _TENSORS))}
 
 
 def load(path: Path, state: TrainState) -> dict[str, Any]:
     """Put a checkpoint into `state` and this process's random generators; returns `step`, `config` and `log` as saved."""
     head = read(path)
     tree = head.pop("tree")
-    full_state.load_weights(state, tree["weights"])
-    full_state.load_optimizer(state, tree["optimizer"])
-    state.load_numbers(tree["numbers"])
-    ours, written, engine = processes.start(), len(tree["random"]), full_state.kind(state)
+    with _written_by_us(path):
+        states = tree["random"]
+        state.load_numbers(tree["numbers"])
+        full_state.load_weights(state, tree["weights"])
+        full_state.load_optimizer(state, tree["optimizer"])
+    ours, written, engine = processes.start(), len(states), full_state.kind(state)
     was = (written, head.get("engine", engine))
     if was != (ours.world_size, engine) and ours.is_main:
         told = "%s was written by %d process(es) (%s), this run has %d (%s): it goes on equal up to float noise, not bitwise"
         _logger.warning(told, path, *was, ours.world_size, engine)
-    set_random_states(tree["random"][ours.rank % written])
+    with _written_by_us(path):
+        set_random_states(states[ours.rank % written])
     return head
 
 

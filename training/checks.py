@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rollout.errors import Problem
 from rollout.prompts import Prompts
+from rollout.sampling import MOST_ROWS
 from rollout.stops import warn_endless
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ def settings_problems(ppo: PPOSettings) -> list[str]:
             found.append(f"ppo.{name}: {getattr(ppo, name)}, but it must be a finite number")
     if ppo.dual_clip is not None and not ppo.dual_clip > 1:
         found.append(f"ppo.dual_clip: {ppo.dual_clip}, but it must be above 1 (3 is usual), or unset")
-    if ppo.rollouts_per_step >= 1 and ppo.minibatches >= 1 and ppo.rollouts_per_step % ppo.minibatches:
+    if ppo.rollouts_per_step > MOST_ROWS:
+        found.append(f"ppo.rollouts_per_step: {ppo.rollouts_per_step}, but it must be at most {MOST_ROWS:,}")
+    elif ppo.rollouts_per_step >= 1 and ppo.minibatches >= 1 and ppo.rollouts_per_step % ppo.minibatches:
         fit = [m for m in range(1, ppo.rollouts_per_step + 1) if ppo.rollouts_per_step % m == 0]
         near = min(fit, key=lambda m: abs(m - ppo.minibatches))
         found.append(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reward.selection import read_scores, score_files
 from rollout.batch import STOP_REASONS, Rollout, Texts
+from rollout.heads import load_tokenizer
 from rollout.manifest import load_manifest, plan_of
 from rollout.spelling import Speller
 from training.report_data import ROW_STRENGTH, Row, Run
@@ -102,9 +103,7 @@ def _decoder(folder: Path) -> Callable[[int], str]:
     """The text of a token by itself; its number where the dump holds no tokenizer."""
     if not folder.is_dir():
         return str
-    from transformers import AutoTokenizer
-
-    return Speller(AutoTokenizer.from_pretrained(folder)).token
+    return Speller(load_tokenizer(str(folder), "tokenizer of the dump")).token
 
 
 def _histogram(title: str, lengths: Counter[int]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from rollout import adapters, processes
 from rollout.batch import Rollout, Texts
@@ -19,6 +20,7 @@ from rollout.run import RunSettings, versions, write_text
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
 from rollout.spelling import Speller
+from rollout.yaml_files import Dumper
 from training import checkpoint, engine, resume, steered
 from training.actor_critic import ActorCritic, Reference, build, checkpoint_activations
 from training.kl import AdaptiveKL, FixedKL
@@ -163,11 +165,9 @@ def open_log(
 
 def _describe(folder: Path, config: Mapping[str, Any], changed: Sequence[str] = ()) -> None:
     """config.yaml, which --config reads back; the versions stand in it as comments, and what a resumed run changed."""
-    import yaml
-
     notes = "".join(f"# {name}: {version}\n" for name, version in versions().items())
     if changed:
         before = (folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").is_file() else ""
         notes += "".join(line for line in before.splitlines(keepends=True) if line.startswith("# from step "))
         notes += "".join(f"# {line}\n" for line in changed)
-    write_text(folder / "config.yaml", notes + yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    write_text(folder / "config.yaml", notes + yaml.dump(dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True))

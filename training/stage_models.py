@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rollout import adapters, virtual_tokens
+from rollout import adapters, heads, virtual_tokens
 from rollout.errors import Problem
-from rollout.heads import load_head, save
+from rollout.heads import save
 from rollout.policy import ModelSettings, ids_of, unwrap
 from rollout.run import written_aside
 
@@ -25,7 +25,7 @@ def load_base(settings: ModelSettings, role: str, head: str = "auto", **loading:
     attn = None if settings.attn in ("", "auto") else settings.attn
     # Weights that learn are float32 unless asked otherwise: a bfloat16 step of 1e-4 is mostly rounded away.
     dtype = "float32" if settings.dtype == "auto" else settings.dtype
-    return load_head(path, role, head, dtype=dtype, attn=attn, **loading)
+    return heads.load_head(path, role, head, dtype=dtype, attn=attn, **loading)
 
 
 def base_path(settings: ModelSettings) -> str:
@@ -68,16 +68,10 @@ def stop_at(model: Any, token: int | None) -> None:
 
 def load_tokenizer(settings: ModelSettings) -> Any:
     """The tokenizer beside the model, or model.tokenizer."""
-    import transformers
-
     path = settings.tokenizer or settings.path
     if not settings.tokenizer and adapters.is_adapter_folder(path) and not (Path(path) / "tokenizer_config.json").is_file():
         path = adapters.base_of(path)
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Problem(f"model.path: no tokenizer in {path} ({what}); save one there or name it in model.tokenizer") from error
+    return heads.load_tokenizer(path, "model.tokenizer" if settings.tokenizer else "model.path")
 
 
 def save_model(model: Any, tokenizer: Any, base: Callable[[], Any], folder: Path, state: dict[str, Any]) -> None:

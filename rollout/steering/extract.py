@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rollout.errors import Problem
+from rollout.errors import Problem, reading
 from rollout.policy import Policy
 from rollout.steering import hooks
 from rollout.steering.hooks import Frame
@@ -41,13 +41,13 @@ def read_pairs(path: Path, who: str = "pairs") -> list[Pair]:
     if not path.is_file():
         raise Problem(f"{who}: {path} does not exist; give JSON lines with positive and negative")
     pairs: list[Pair] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    with reading(f"{who}: {path} cannot be read: ", "; give JSON lines with positive and negative"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
+        with reading(f"{who}: {path}:{number} is not JSON: "):
             found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise Problem(f"{who}: {path}:{number} is not JSON: {error.msg}") from error
         texts = [found.get(k) for k in ("positive", "negative")] if isinstance(found, dict) else []
         if not texts or not all(isinstance(t, str) and t for t in texts):
             raise Problem(f"{who}: {path}:{number} needs positive and negative, both text; found {line[:80]!r}")

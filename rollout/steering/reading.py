@@ -6,10 +6,10 @@ Every line says where (dotted path), what was found and what to write instead. U
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MOST = 3e38
 VECTOR_KEYS = ("file", "folder", "mean_diff", "init", "values", "std", "key", "normalise")
 VECTOR_SOURCES = ("file", "folder", "mean_diff", "init", "values")
 
@@ -95,8 +95,8 @@ class Fields:
         return value
 
     def check_number(self, name: str, value: Any, low: float | None = None, high: float | None = None) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            self.problem(name, f"expected a number, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST:
+            self.problem(name, f"expected a number (at most {MOST:g} in size, what float32 holds), found {value!r:.80}")
             return 1.0
         if (low is not None and value < low) or (high is not None and value > high):
             span = f"{low:g} to {high:g}" if low is not None and high is not None else f"at least {low:g}"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rollout.errors import Problem
+from rollout.errors import Problem, reading
 from rollout.run import written_aside
 
 
@@ -46,14 +46,14 @@ def read_tensors(path: Path, who: str) -> tuple[dict[str, Tensor], dict[str, str
         return _read_pyvene(path, who), {}
     if path.suffix == ".gguf":
         return _read_gguf(path, who)
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-            return tensors, dict(opened.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise Problem(f"{who}: {path} is not a safetensors file ({error}); give a .safetensors or .gguf file") from error
+    with (
+        reading(f"{who}: {path} is not a safetensors file (", "); give a .safetensors or .gguf file"),
+        safe_open(path, framework="pt") as opened,
+    ):
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+        return tensors, dict(opened.metadata() or {})
 
 
 def _read_gguf(path: Path, who: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -61,21 +61,19 @@ def _read_gguf(path: Path, who: str) -> tuple[dict[str, Tensor], dict[str, str]]
         import gguf
     except ImportError as error:
         raise Problem(f"{who}: reading {path} needs the gguf package; pip install gguf") from error
-    try:
+    with reading(f"{who}: {path} is not a GGUF file that can be read (", "); make the vector again"):
         reader = gguf.GGUFReader(str(path))
-    except (ValueError, OSError) as error:
-        raise Problem(f"{who}: {path} is not a GGUF file ({error})") from error
-    field = reader.get_field("general.architecture")
-    kind = "" if field is None else str(field.contents())
-    if kind != "controlvector":
-        raise Problem(f"{who}: {path} holds a GGUF of architecture {kind or 'unknown'!r}; expected a control vector")
-    tensors = {
-        tensor.name.removeprefix("direction."): torch.from_numpy(tensor.data.copy()).float().reshape(-1)
-        for tensor in reader.tensors
-        if tensor.name.startswith("direction.")
-    }
-    hint = reader.get_field("controlvector.model_hint")
-    return tensors, {} if hint is None else {"model": str(hint.contents())}
+        field = reader.get_field("general.architecture")
+        kind = "" if field is None else str(field.contents())
+        if kind != "controlvector":
+            raise Problem(f"{who}: {path} holds a GGUF of architecture {kind or 'unknown'!r}; expected a control vector")
+        tensors = {
+            tensor.name.removeprefix("direction."): torch.from_numpy(tensor.data.copy()).float().reshape(-1)
+            for tensor in reader.tensors
+            if tensor.name.startswith("direction.")
+        }
+        hint = reader.get_field("controlvector.model_hint")
+        return tensors, {} if hint is None else {"model": str(hint.contents())}
 
 
 class _Rotation(nn.Module):
@@ -92,16 +90,17 @@ def _read_pyvene(folder: Path, who: str) -> dict[str, Tensor]:
         raise Problem(f"{who}: {folder} has no config.json; expected a folder saved by pyvene, or name the vector's file")
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("intkey_*.bin")):
-        state = torch.load(file, map_location="cpu", weights_only=True)
         found = re.search(r"layer_(\d+)_", file.name) or re.search(r"_(\d+)_", file.name)
         layer = found.group(1) if found else ""
         prefix = f"{layer}." if layer else ""
-        saved = {key.removeprefix("rotate_layer."): value for key, value in state.items()}
-        rotation = {k: v for k, v in saved.items() if k.startswith("parametrizations.weight")}
-        if rotation:
-            module = _Rotation(rotation["parametrizations.weight.original"].shape)
-            module.load_state_dict(rotation)
-            saved = {k: v for k, v in saved.items() if k not in rotation} | {"rotation": module.weight.detach()}
+        with reading(f"{who}: {file} is not what pyvene saves (", "); save the intervention again"):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            saved = {key.removeprefix("rotate_layer."): value for key, value in state.items()}
+            rotation = {k: v for k, v in saved.items() if k.startswith("parametrizations.weight")}
+            if rotation:
+                module = _Rotation(rotation["parametrizations.weight.original"].shape)
+                module.load_state_dict(rotation)
+                saved = {k: v for k, v in saved.items() if k not in rotation} | {"rotation": module.weight.detach()}
         for key, value in saved.items():
             name = layer or "vector" if key == "source_representation" else f"{prefix}{key}"
             if isinstance(value, Tensor) and key not in ("embed_dim", "interchange_dim"):

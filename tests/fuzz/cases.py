@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from configs import shape
-from tests.fuzz.world import CLEAN, COMMANDS, LENGTH, OUT, PPO, PROMPTS, SAMPLE, SPEC
+
+from tests.fuzz.world import CLEAN, COMMANDS, OUT
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from configs.reader import door
+
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from configs.reader import door
 from rollout.steering.vectors import save_vector
 from scripts import (
     complete,
