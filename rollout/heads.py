@@ -217,12 +217,18 @@ def _check_complete(model: PreTrainedModel, info: dict[str, Any], head: str, pat
 def _check_all_used(model: PreTrainedModel, unexpected: set[str], path: str, field: str) -> None:
     """Weights of layers that the configuration does not have would be left out, and the model would be another one.
 
-    A head of another task and a pooler are left out rightly: the model has no module that they would be part of."""
+    A head of another task and a pooler are left out rightly: the model has no module that they would be part of. So are the
+    constants that old checkpoints hold (masks under the names attn.bias and attn.masked_bias, frequencies)."""
     trunk = model.base_model
+    weights = {*unexpected, *(name for name, _ in model.named_parameters())}
     left_out = []
     for key in sorted(unexpected):
         name, _, rest = key.removeprefix(f"{model.base_model_prefix}.").partition(".")
-        if rest and name != "pooler" and isinstance(getattr(trunk, name, None), torch.nn.Module):
+        owner, _, kind = key.rpartition(".")
+        is_weight = kind == "weight" or (
+            kind == "bias" and weights & {f"{owner}.weight", f"{model.base_model_prefix}.{owner}.weight"}
+        )
+        if rest and is_weight and name != "pooler" and isinstance(getattr(trunk, name, None), torch.nn.Module):
             left_out.append(key)
     if left_out:
         shown = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
