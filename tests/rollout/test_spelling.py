@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rollout.confidence import sequence_logprob
 from rollout.policy import Policy
 from rollout.prompts import PromptBatch
 from rollout.sampler import Sampler
@@ -137,6 +138,16 @@ def test_tokens_one_by_one_join_to_the_text(kind: str) -> None:
             assert entry in speller.token(i)
         elif not entry.startswith("<0x"):
             assert speller.token(i) == KINDS[kind][1]([entry])
+
+
+def test_a_text_that_goes_on_is_encoded_as_it_was_drawn() -> None:
+    """sequence_logprob and pairs of texts: the blank that a tokenizer adds is not said twice."""
+    tokenizer = tiny_tokenizer(320, kind="pieces")
+    policy = Policy.of(tiny("llama", vocab_size=len(tokenizer)), tokenizer)
+    prompt, drawn = tokenizer("the end")["input_ids"], tokenizer.convert_tokens_to_ids(["▁good", "er", "▁the"])
+    text = Speller(tokenizer).after(prompt, drawn)
+    assert text == " gooder the" and Speller(tokenizer).ids(prompt, text) == drawn
+    assert sequence_logprob(policy, "the end", text) == sequence_logprob(policy, prompt, drawn)
 
 
 def test_an_encoder_decoder_begins_a_text_of_its_own() -> None:
