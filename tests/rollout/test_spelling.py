@@ -108,6 +108,8 @@ def test_prompt_and_completion_are_the_decoded_row_with_bytes_at_the_border(kind
     for prompt, response in rows(tokenizer, 1, 1000):
         before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *(i for i in response if i not in silent)])
         text = speller.after(prompt, response)
+        long = prompt * 4
+        assert speller.after(speller.tail(long), response) == speller.after(long, response)  # its end says enough
         if whole.startswith(before):
             assert before + text == whole
         else:  # bytes of both sides make other characters together
