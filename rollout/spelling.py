@@ -53,6 +53,11 @@ class Speller:
             known = known.rstrip(UNKNOWN)  # a character that was split at the border is whole now
         return str(whole[len(known) :] if whole.startswith(known) else self.tokenizer.decode(said))
 
+    def ids(self, before: Sequence[int], text: str) -> list[int]:
+        """The ids of a text that goes on with `before`: its first blank is not said twice where the tokenizer adds one."""
+        tries = [self.tokenizer.encode(given, add_special_tokens=False) for given in (text, text.removeprefix(" "))]
+        return next((ids for ids in tries if ids and self.after(before, ids, skip=False) == text), tries[0])
+
     def token(self, token: int) -> str:
         """A token as it is spelled within a text, with its blank, and special ones too."""
         if token not in self._known:

@@ -92,7 +92,7 @@ class Stops:
 
     def text(self, ids: list[int], prompt_ids: Sequence[int] = ()) -> str:
         """A response's text as it goes on with its prompt's: no special tokens, and nothing from a stop string on."""
-        before = prompt_ids if self.goes_on else ()
+        before = self.speller.tail(prompt_ids) if self.goes_on else ()
         text = self.speller.after(before, ids)
         cuts = [at for stop in self.plain if (at := text.find(stop)) >= 0]
         if self.marked:
