@@ -6,7 +6,9 @@ anything else that escapes is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import traceback
 import unicodedata
+from pathlib import Path
 
 
 class Problem(ValueError):
@@ -27,3 +29,11 @@ def visible(text: str) -> str:
 def _picture(character: str) -> str:
     code = ord(character)
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+
+def said(error: BaseException) -> str:
+    """An error of the user's own code in a line: type, message, and the line of code where it was raised."""
+    message = (str(error).strip() or "no message").splitlines()[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
+    return f"raised {type(error).__name__}: {message:.200}{place}"
