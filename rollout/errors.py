@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pickle
 import struct
+import traceback
 import unicodedata
+from pathlib import Path
 from types import TracebackType
 
 
@@ -79,3 +81,11 @@ _OF_FILES = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError),
     *(ImportError, EOFError, MemoryError, struct.error, pickle.UnpicklingError),
 )
+
+
+def said(error: BaseException) -> str:
+    """An error of the user's own code in a line: type, message, and the line of code where it was raised."""
+    message = (str(error).strip() or "no message").splitlines()[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
+    return f"raised {type(error).__name__}: {message:.200}{place}"

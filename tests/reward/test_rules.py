@@ -34,7 +34,8 @@ def test_exact_answers():
 
 
 def test_a_row_without_an_answer_is_not_judged():
-    scores = build_reward([{"kind": "exact"}])(*made(["a", "b"], answer=["a", None]))
+    zero = {"kind": "regex", "pattern": "z"}
+    scores = build_reward([{"kind": "exact"}, zero])(*made(["a", "b"], answer=["a", None]))
     assert scores.parts["exact"][0] == 1.0 and scores.parts["exact"][1].isnan()
 
 

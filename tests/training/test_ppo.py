@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reward.base import Scores
+from reward.base import Scores, build_reward
 from rollout import law, logprobs
 from rollout.errors import Problem, Stopped
 from rollout.prompts import Prompts, PromptSettings
@@ -105,6 +105,24 @@ def test_samples_say_everything_per_token(tmp_path):
         assert row["kl"] == pytest.approx(sum(row["policy_logprobs"]) - sum(row["reference_logprobs"]), abs=1e-4)
         assert row["reward"] == pytest.approx(sum(i % 4 == 3 for i in row["response_ids"]) / n)
         assert row["stop_reason"] in ("eos", "stop", "length") and row["ended"] == (row["stop_reason"] != "length")
+
+
+def test_what_a_reward_function_logs_is_in_the_runs_files(tmp_path):
+    lengths = []
+
+    def mine(completions, log_metric, log_extra):
+        lengths.append([len(text) for text in completions])
+        log_metric("length", sum(lengths[-1]) / len(completions))
+        log_extra("length", lengths[-1])
+        return [0.1 * length for length in lengths[-1]]
+
+    run(tmp_path / "run", reward=build_reward([mine]), samples=2, eval_every=2, steps=2)
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    trained = [call for call in lengths if len(call) == 8][:2]
+    assert [row["reward/mine/length"] for row in metrics] == [pytest.approx(sum(call) / 8) for call in trained]
+    assert metrics[1]["eval/mine/length"] > 0 and "eval/mine/length" not in metrics[0]
+    for row in lines(tmp_path / "run" / "samples.jsonl"):
+        assert row["extra/mine/length"] == len(row["completion"])
 
 
 def test_an_adapter_run_leaves_an_adapter_or_a_merged_model(tmp_path):
