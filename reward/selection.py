@@ -43,7 +43,7 @@ class Selection:
     ended: bool = False
     """Only responses that ended by themselves; those cut at the limit are left out."""
     unique: bool = True
-    """Of equal responses to a prompt keep one."""
+    """Of equal responses to a prompt keep one: the best-scored (worst: the worst-scored), of equal scores the earlier."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -179,10 +179,10 @@ def _of_prompt(prompt: int, rows: list[_Row], score_N: np.ndarray, selection: Se
     keep_N = np.array([row.ended or not selection.ended for row in rows])
     if selection.unique:
         first: set[str] = set()
-        for i, row in enumerate(rows):
-            if keep_N[i]:
-                keep_N[i] = row.completion not in first
-                first.add(row.completion)
+        sign = 1.0 if selection.mode == "worst" else -1.0
+        for i in sorted(np.flatnonzero(keep_N).tolist(), key=lambda i: sign * score_N[i]):
+            keep_N[i] = rows[i].completion not in first
+            first.add(rows[i].completion)
     kept, second = (chosen[0] for chosen in choose(score_N[None], keep_N[None], selection))
     numbers = {"prompt_index": prompt}
     if selection.mode == "pairs":

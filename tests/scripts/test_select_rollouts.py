@@ -103,6 +103,42 @@ def test_equal_responses_are_kept_once_and_never_paired(tmp_path: Path, monkeypa
         select(tmp_path / "dump", "--select.mode", "pairs", "--select.unique", "false")
 
 
+@pytest.mark.parametrize(
+    ("mode", "argv", "wanted"),
+    [
+        # samples of every prompt: (text, score)
+        ("best", [], {("twice", 0.9)}),
+        ("best", ["--select.count", "3"], {("twice", 0.9), ("once", 0.5)}),
+        ("worst", [], {("twice", 0.1)}),
+        ("reject", ["--select.threshold", "0.4"], {("twice", 0.9), ("once", 0.5)}),
+        ("pairs", [], {("twice", 0.9, "once", 0.5)}),
+    ],
+)
+def test_of_equal_responses_the_scores_say_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, argv: list[str], wanted: set
+) -> None:
+    import dataclasses
+
+    import tests.dumps
+
+    samples = [("twice", 0.1), ("once", 0.5), ("twice", 0.9), ("twice", 0.9)]
+    monkeypatch.setattr(
+        tests.dumps,
+        "made_rows",
+        lambda *a, **k: (lambda r, t: (r, dataclasses.replace(t, completions=[s for s, _ in samples] * (len(t) // 4))))(
+            *made_rows(*a, **k)
+        ),
+    )
+    made_dump(tmp_path / "dump", 3, 4)
+    write_scores(tmp_path / "dump", {(p, s): {"total": score} for p in range(3) for s, (_, score) in enumerate(samples)})
+    rows = select(tmp_path / "dump", "--select.mode", mode, *argv)
+    names = ("chosen", "chosen_score", "rejected", "rejected_score") if mode == "pairs" else ("completion", "score")
+    for prompt in range(3):
+        found = [row for row in rows if row["prompt_index"] == prompt]
+        assert {tuple(row[name] for name in names) for row in found} == wanted and len(found) == len(wanted)
+        assert all(row.get("sample_index") != 3 for row in found), "of equal scores the earlier"
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_datasets_reads_the_file_and_conversations_stay_conversations(tmp_path: Path, suffix: str) -> None:
     import datasets
