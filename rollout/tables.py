@@ -27,6 +27,8 @@ def read_table(path: str, split: str = "", name: str = "", field: str = "prompts
             raise Problem(f"{field}.path: {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
         except OSError as error:
             raise Problem(f"{field}.path: {path} cannot be read: {error.strerror or error}; check its permissions") from error
+        except RecursionError as error:
+            raise Problem(f"{field}.path: {path} holds JSON that is nested too deeply to be read; flatten it") from error
     if path.startswith((".", "/", "~")) or file.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
         raise Problem(f"{field}.path: {path} does not exist; check the path")
     return _ArrowRows(_load_hub(path, split, name, field))
@@ -59,9 +61,10 @@ def _read_jsonl(file: Path, field: str) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_once)
             except (ValueError, RecursionError) as error:
-                raise Problem(f"{field}.path: {file} line {number} is not JSON: {one_line(error)}") from error
+                kind = "cannot be read" if type(error) is ValueError else "is not JSON"
+                raise Problem(f"{field}.path: {file} line {number} {kind}: {one_line(error)}") from error
             if not isinstance(row, dict):
                 raise Problem(f"{field}.path: {file} line {number} is a {type(row).__name__}; every line must be an object")
             rows.append(row)
@@ -70,21 +73,46 @@ def _read_jsonl(file: Path, field: str) -> list[dict[str, Any]]:
 
 def _read_json(file: Path, field: str) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+        rows = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except (json.JSONDecodeError, RecursionError):
         return _read_jsonl(file, field)
+    except ValueError as error:
+        raise Problem(f"{field}.path: {file}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise Problem(f"{field}.path: {file} must hold a list of objects")
     return rows
 
 
 def _read_csv(file: Path, delimiter: str, field: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        rows = list(csv.DictReader(lines, delimiter=delimiter))
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise Problem(f"{field}.path: {file} line {number} has another number of fields than the first line")
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)  # else an open quote takes in the rest of the file
+        begins = 1
+        try:
+            names = list(reader.fieldnames or [])
+            if doubled := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise Problem(f"{field}.path: {file} has two columns named {doubled[0]!r}; give every column a name of its own")
+            begins = reader.line_num + 1
+            for row in reader:
+                if None in row or None in row.values():
+                    raise Problem(f"{field}.path: {file} line {begins} has another number of fields than the first line")
+                rows.append(row)
+                begins = reader.line_num + 1
+        except csv.Error as error:
+            told = "a quote that is opened there is never closed" if "unexpected end" in str(error) else str(error)
+            raise Problem(
+                f"{field}.path: {file} line {begins} cannot be read as CSV: {told}; mend it, or save it as jsonl"
+            ) from error
     return rows
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different: of two equal ones the first would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def _read_parquet(file: Path, field: str) -> Sequence[dict[str, Any]]:
