@@ -89,15 +89,19 @@ def _judge(wanted: Any, value: Any) -> tuple[bool, Any]:
         return True, value
     if value is None:
         return type(None) in shape.members(wanted), None
-    if isinstance(value, float) and math.isnan(value):
-        return False, value
     members = shape.members(wanted)
-    if isinstance(value, Text) and str not in members:
-        # By the same rules as in a file: jsonargparse reads 1:30 as 90.
+    if isinstance(value, dict) and dict[str, Any] in members:  # free: jsonargparse would read the texts in it once more
+        return all(isinstance(key, str) for key in value), value
+    if isinstance(value, str) and bool in members and value in ("yes", "no"):  # plain YAML's words for it
+        return True, value == "yes"
+    if isinstance(value, str) and str not in members and Any not in members:
+        # By the same rules as in a file: jsonargparse reads the text 1:30 as 90.
         problems: list[str] = []
         value = load_text(value, "", problems)
         if problems or _unfit(value) is not None or value is None:
             return type(None) in members and not problems and value is None, value
+        if isinstance(value, str) and not any(typing.get_origin(member) is typing.Literal for member in members):
+            return False, value
     if shape.section_of(wanted) is not None:  # a mapping is walked before; jsonargparse would take anything
         others = [m for m in members if not dataclasses.is_dataclass(m) and m is not type(None)]
         return next((found for other in others if (found := _judge(other, value))[0]), (False, value))
@@ -110,13 +114,15 @@ def _judge(wanted: Any, value: Any) -> tuple[bool, Any]:
 
 
 def _unfit(value: Any) -> str | None:
-    """What no setting can be: text that no file can hold, and whole numbers beyond 64 bits, which no tensor can."""
+    """What no setting can be: text that no file can hold, numbers that are not finite, whole ones that no tensor can hold."""
     if isinstance(value, dict | list | tuple):
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         return next((unfit for part in parts if (unfit := _unfit(part)) is not None), None)
     if isinstance(value, str):
         bad = next((letter for letter in value if letter == "\0" or "\ud800" <= letter <= "\udfff"), None)
         return None if bad is None else f"{shape.brief(str(value))} holds {bad!a}, a character that no file or name can have"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is not a finite number"
     too_large = isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
     return "a whole number that does not fit 64 bits" if too_large else None
 

@@ -27,6 +27,8 @@ def read_table(path: str, split: str = "", name: str = "", field: str = "prompts
             raise Problem(f"{field}.path: {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
         except OSError as error:
             raise Problem(f"{field}.path: {path} cannot be read: {error.strerror or error}; check its permissions") from error
+        except RecursionError as error:
+            raise Problem(f"{field}.path: {path} holds JSON that is nested too deeply to be read; flatten it") from error
     if path.startswith((".", "/", "~")) or file.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
         raise Problem(f"{field}.path: {path} does not exist; check the path")
     return _ArrowRows(_load_hub(path, split, name, field))

@@ -13,7 +13,7 @@ from configs.reader import door
 import numpy as np
 
 from reward.selection import read_scores, score_files
-from rollout.errors import visible
+from rollout.errors import Problem, visible
 from rollout.inspection import inspect, to_json, to_text
 from rollout.manifest import load_manifest, plan_of
 
@@ -30,6 +30,10 @@ class Job:
     """Rows with the largest log-prob gap that are shown."""
     json: bool = False
     """Print one JSON object instead of a page."""
+
+    def __post_init__(self) -> None:
+        if self.worst < 0:
+            raise Problem(f"worst: {self.worst}, but it must be 0 or more")
 
 
 def score_lines(folder: Path, dump: Path) -> dict[str, dict[str, float]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from configs.reader import door
 
 from rollout import processes
+from rollout.errors import Problem
 from training.report import figure, report
 
 
@@ -26,6 +27,10 @@ class Job:
     """Also the main curves as a picture, for a README or a paper."""
     rows: int = 2000
     """Rows of a dump that the viewer holds, spread evenly over it."""
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            raise Problem(f"rows: {self.rows}, but it must be 0 or more")
 
 
 def main(job: Job) -> None:

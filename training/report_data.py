@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.errors import Problem
+from rollout.yaml_files import load_text
 from training.log import METRICS, SAMPLES, tell
 
 _HEADS = ("step", "row", "sample", "kind", "reward", "kl", "gap", "length")
@@ -176,11 +177,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _kl_target(config: str) -> float | None:
-    import yaml
-
-    try:
-        found = (yaml.safe_load(config) or {}).get("ppo") or {}
-    except (yaml.YAMLError, AttributeError):
-        return None
-    target = found.get("kl_target") if isinstance(found, dict) else None
-    return float(target) if target is not None and _is_number(target) else None
+    found = load_text(config, "config.yaml", [])
+    for name in ("ppo", "kl_target"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return float(found) if _is_number(found) else None

@@ -43,7 +43,7 @@ def read_dump_folder(path: Path, name: str, most: int) -> Run:
         name=name,
         rows=rows,
         config=_yaml(manifest["config"]),
-        versions=dict(manifest.get("versions") or {}),
+        versions=versions if isinstance(versions := manifest.get("versions"), dict) else {},
         summary={"rows": position, "rows shown": len(rows), "tokens": sum(n * count for n, count in lengths.items())},
         bars=[
             _histogram(f"response length, tokens: {name}", lengths),

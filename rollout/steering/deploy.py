@@ -28,6 +28,7 @@ from rollout.steering.steering import Steering
 from rollout.steering.strengths import schedule_factor
 from rollout.steering.structure import Point, attention_of, matrix_widths, mlp_of
 from rollout.steering.vectors import save_vector
+from rollout.yaml_files import Dumper
 
 _FLAGS = {"mlp": "mlp_bias", "attn": "attention_bias"}
 
@@ -60,7 +61,7 @@ def save(steering: Steering, folder: Path) -> Path:
         steering.spec, sites=tuple(sites), role="policy", correction=None, kl_budget=None, on_deploy="keep", folder=str(folder)
     )
     path = folder / "steering.yaml"
-    write_text(path, yaml.safe_dump({"steering": whole.mapping()}, sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.dump({"steering": whole.mapping()}, Dumper=Dumper, sort_keys=False, allow_unicode=True))
     return path
 
 

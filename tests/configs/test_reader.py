@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import subprocess
 import sys
@@ -401,3 +402,77 @@ def test_a_real_door(tmp_path):
     said = ran.stderr.splitlines()
     assert [line.split(":")[0] for line in said] == ["ot", "seed", "out"]
     assert "did you mean out?" in said[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["1:30", "0777", "1_000", "0x1F", "0b11", "0o17", "2026-01-01", "1_0.5", "1:30.5", "+0777", "="]
+)
+def test_numbers_are_those_that_a_person_writes(file, text):
+    """Base 60, base 8 and the like are text, in a file as on the command line: no number, and not another one."""
+    for argv in (["--config", file(f"sampling: {{top_k: {text}}}\n")], ["--sampling.top_k", text]):
+        with pytest.raises(Problem) as caught:
+            read(Job, ["--model.path", "m", *argv])
+        (line,) = caught.value.lines
+        assert line.startswith(f"sampling.top_k: expected a whole number, found '{text}'")
+    assert read(Job, ["--config", file(f"model: {{path: {text}}}\nwords: [{text}]\n")]).model.path == text
+    job = read(Job, ["--model.path", text, "--sampling.stop", f"[{text}]", "--model.peft", f"{{a: {text}}}"])
+    assert (job.model.path, job.sampling.stop, job.model.peft) == (text, [text], {"a": text})
+    assert read(Job, ["--config", file(to_yaml(job))]) == job
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("7", 7), ("-7", -7), ("+7", 7), ("0", 0), ("1e3", 1000.0), ("1E-5", 1e-5), (".5", 0.5), ("2.", 2.0)]
+)
+def test_plain_numbers_stay_numbers(file, text, value):
+    found = read(Job, ["--config", file(f"model: {{path: m, peft: {{a: {text}}}}}\n")]).model.peft["a"]
+    assert (found, type(found)) == (value, type(value))
+    assert read(Job, ["--model.path", "m", f"--parts=[{{name: a, weight: {text}}}]"]).parts[0].weight == value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a [x, x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{m}'] * 9)}]\n" for m, n in itertools.pairwise("abcdefghijk")), "unfold to"),
+        ("sampling: &s {stop: *s}\n", "inside what it names"),
+        ("model: " + "[" * 100 + "]" * 100 + "\n", "nested more than 64 deep"),
+        ("model: " + "[" * 30_000, "nested more than 64 deep"),
+        ('model: {path: "\\ud800"}\n', "holds '\\ud800', a character that no file or name can have"),
+        ('model: {path: "a\\0b"}\n', "holds '\\x00', a character that no file or name can have"),
+        ("model: {path: a\x07b}\n", "0x0007 at position 15"),
+        ("sampling: {top_k: 9223372036854775808}\n", "does not fit 64 bits"),
+        ("sampling: {temperature: .inf}\n", "inf is not a finite number"),
+        ("parts: [{name: a, weight: .nan}]\n", "nan is not a finite number"),
+        ("k: v\n" * 60_000, "characters; settings have at most"),
+        ("k: v\n" * 40_000, "39,989 more keys stand twice"),
+        ("sampling: 5\n", "sampling: expected a mapping, found 5"),
+        ("other: [1]\n", "other: expected a mapping or null, found [1]"),
+    ],
+)  # fmt: skip
+def test_hostile_texts_are_refused_in_bounded_time(file, text, words):
+    with pytest.raises(Problem) as caught:
+        read(Job, ["--model.path", "m", "--config", file(text)])
+    assert sum(words in line for line in caught.value.lines) == 1, caught.value.lines
+    assert len(caught.value.lines) <= 51 and max(map(len, caught.value.lines)) < 400
+
+
+def test_flags_meet_the_same_bounds():
+    for argv, words in {
+        ("--sampling=5",): "sampling: expected a mapping, found 5",
+        ("--model.path", "a\ud800"): "a character that no file or name can have",
+        ("--sampling.top_k", str(2**63)): "expected a whole number",
+        ("--sampling.temperature", "1e400"): "expected a number",
+        ("--model.peft", "{a: [" + "[" * 200 + "]" * 200 + "]}"): "nested more than 64 deep",
+    }.items():
+        with pytest.raises(Problem) as caught:
+            read(Job, ["--model.path", "m", *argv])
+        assert len(caught.value.lines) == 1 and words in caught.value.lines[0], caught.value.lines
+
+
+def test_a_name_that_no_file_can_have_is_one_line(capsys):
+    def main(job):
+        Path("n" * 300).read_text()
+
+    with pytest.raises(SystemExit) as left:
+        door(main, Job, ["--model.path", "m"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == f"{'n' * 60}...: 300 characters; no file can have this name\n"

@@ -27,6 +27,8 @@ class Case:
     what: str
     goes_on: bool = False
     """Whether it writes where it reads (a resume)."""
+    names: bool = False
+    """Whether its settings may name other files to write."""
 
 
 def make(seed: int, folder: Path) -> Case:
@@ -225,7 +227,7 @@ def settings(draw: random.Random, folder: Path) -> Case:
         name = ".".join(path[: len(path) - (draw.random() < 0.05)]) or "x"
         argv += [f"--{name}={text}"] if draw.random() < 0.7 else [f"--{name}", text]
         said.append(f"{name}={text[:40]!r}")
-    return Case(command, argv, " ".join(said))
+    return Case(command, argv, " ".join(said), names=True)
 
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))

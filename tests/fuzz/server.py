@@ -103,13 +103,14 @@ def judge(case: cases.Case, status: int, out: bytes, err: bytes, folder: Path, b
     if len(lines) > 40 or any(len(line) > 2000 for line in lines):
         return f"{len(lines)} lines, the longest of {max(map(len, lines))}"
     made = [folder / name for name in (*LEFT, *(["run", "dump"] if case.goes_on else [])) if (folder / name).exists()]
-    if status == 0 and not (said.strip() or made):
+    if status == 0 and not (said.strip() or made or case.names):
         return "status 0 without a result"
     if (folder / "PWNED").exists():
         return "a pickle was run"
     after = contents(folder)
-    if not case.goes_on and after != before:
-        return f"changed: {[name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)][:3]}"
+    changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+    if not case.goes_on and (changed := [name for name in changed if name in before or not case.names]):
+        return f"changed: {changed[:3]}"
     for path in (path for place in made for path in ([place] if place.is_file() else sorted(place.rglob("*")))):
         if path.name.endswith(".tmp"):
             return f"left behind: {path.name}"

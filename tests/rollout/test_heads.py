@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -145,10 +148,11 @@ def test_auto_choice_of_a_bare_trunk_follows_its_shape():
     assert choose_head(transformers.BertConfig(architectures=["BertModel"]), "reward") == "sequence_classification"
 
 
+LLAMA = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}
+
+
 def rewritten(folder: str, change) -> str:
     """The checkpoint with other tensors in its file."""
-    from pathlib import Path
-
     from safetensors.torch import load_file, save_file
 
     file = Path(folder) / "model.safetensors"
@@ -166,8 +170,76 @@ def test_constants_that_old_checkpoints_hold_are_left_out_and_weights_without_a_
     rewritten(path, lambda found: found.update({"transformer.h.1.mlp.c_fc.weight": torch.ones(8, 32)}))
     with pytest.raises(Problem, match=r"no place for: .*h\.1\.mlp\.c_fc\.weight"):
         load_head(path, "policy")
-    llama = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 20}
-    path = saved(tmp_path, "LlamaForCausalLM", transformers.LlamaConfig(**llama))
+    path = saved(tmp_path, "LlamaForCausalLM", transformers.LlamaConfig(**LLAMA))
     rewritten(path, lambda found: found.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(8)}))
     with pytest.raises(Problem, match=r"no place for: .*q_proj\.bias"):
         load_head(path, "policy")
+
+
+@pytest.mark.parametrize("class_name", ["LlamaForCausalLM", "LlamaModel", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
+@pytest.mark.parametrize("layers", [2, 1, 0, -1])
+def test_a_config_with_fewer_layers_than_the_weights_is_refused(class_name, layers, tmp_path):
+    """The model would be another one, in silence; weights of its trunk without a place are named."""
+    sizes = {"GPT2LMHeadModel": {**GPT2, "n_layer": 3}, "T5ForConditionalGeneration": {**T5, "num_layers": 3}}
+    path = saved(tmp_path, class_name, getattr(transformers, class_name).config_class(**sizes.get(class_name, LLAMA)))
+    file = Path(path) / "config.json"
+    name = {"GPT2LMHeadModel": "n_layer", "T5ForConditionalGeneration": "num_layers"}.get(class_name, "num_hidden_layers")
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: layers}))
+    trunk = class_name == "LlamaModel"
+    for role in ("value", "reward") if trunk else ("policy", "value"):
+        with pytest.raises(Problem) as caught:
+            load_head(path, role, "causal" if role == "policy" and "T5" not in class_name else "auto", fresh=trunk)
+        (line,) = caught.value.lines
+        wanted = "it must be 1 to 4096" if layers < 1 else "has weights that its config.json has no place for: "
+        assert line.startswith(f"model.path: {path!r}") and wanted in line
+
+
+def test_heads_and_poolers_of_another_task_may_be_left_over(tmp_path):
+    """What the model has no module for is no part of its trunk."""
+    bert, llama = transformers.BertConfig(**BERT, num_labels=1), transformers.LlamaConfig(**LLAMA, num_labels=1)
+    for class_name, config, role, head in (
+        ("LlamaForCausalLM", llama, "reward", "sequence_classification"),
+        ("LlamaForSequenceClassification", llama, "reward", "token_classification"),
+        ("LlamaForTokenClassification", llama, "reward", "sequence_classification"),
+        ("BertForPreTraining", bert, "reward", "token_classification"),
+        ("BertForSequenceClassification", bert, "reward", "token_classification"),
+        ("BertForMaskedLM", bert, "reward", "sequence_classification"),
+    ):
+        assert load_head(saved(tmp_path, class_name, config), role, head, fresh=True) is not None
+
+
+class Bomb:
+    """Pickled, it writes a file where it is run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_pickled_objects_are_refused_and_never_run(tmp_path):
+    """Plain tensors in pytorch_model.bin are read (torch runs nothing for them); anything else is not."""
+    path = Path(saved(tmp_path, "GPT2LMHeadModel", transformers.GPT2Config(**GPT2)))
+    model = load_head(str(path), "policy")
+    (path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), path / "pytorch_model.bin")
+    assert torch.equal(load_head(str(path), "policy").lm_head.weight, model.lm_head.weight)
+    torch.save({"lm_head.weight": Bomb(tmp_path / "ran")}, path / "pytorch_model.bin")
+    with pytest.raises(Problem, match="cannot be loaded as causal: it holds pickled objects .* save it as safetensors"):
+        load_head(str(path), "policy")
+    (path / "pytorch_model.bin").rename(path / "model.safetensors")
+    with pytest.raises(Problem, match="cannot be loaded as causal"):
+        load_head(str(path), "policy")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_that_a_folder_brings_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    path = Path(saved(tmp_path, "GPT2LMHeadModel", transformers.GPT2Config(**GPT2)))
+    config = json.loads((path / "config.json").read_text()) | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(Problem, match="holds no model that transformers can read"):
+        load_head(str(path), "policy")
+    assert not (tmp_path / "ran").exists()

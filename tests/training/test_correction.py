@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 
+from configs.reader import read
+
 import pytest
 import torch
 
-from configs.reader import read
 from rollout.steering import load_spec
 from scripts.train_ppo import PPOJob
 from training import advantages, kl
