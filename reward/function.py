@@ -165,7 +165,7 @@ class FunctionReward:
             result = await self._attempt_async(rollout, texts)
             if not isinstance(result, Failure):
                 return self._scores(result, rollout)
-            rows = [result]
+            rows: Sequence[Told | Failure] = [result]
             if len(rollout) > 1:
                 singles = (self._attempt_async(rollout.select([i]), texts.select([i])) for i in range(len(rollout)))
                 rows = await asyncio.gather(*singles)
