@@ -2,7 +2,7 @@
 
     RUN/config.yaml         the resolved settings and versions
     RUN/metrics.jsonl       an object per log of the trainer
-    RUN/checkpoints/        the trainer's own, for --run.resume
+    RUN/checkpoints/        the trainer's own, for --run.resume; begun.json: settings and hashes of the data and weights
     RUN/model/              the model with its tokenizer; the run folder links to its files, so it loads as a model, too
     RUN/adapter/            with model.peft: the adapter by itself (model/ holds the merged model)
     RUN/summary.json        what was measured
