@@ -33,14 +33,15 @@ from configs import checks, shape, show
 from configs.shape import Path, dotted
 
 from rollout import processes
-from rollout.errors import Problem, visible
+from rollout.errors import Problem, Stopped, visible
 from rollout.yaml_files import load_text, load_yaml
 
 Job = TypeVar("Job")
 
 
 def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] | None = None) -> None:
-    """Read the settings, join the other processes, run `main`. A Problem is a line each on stderr and status 2.
+    """Read the settings, join the other processes, run `main`. A Problem is a line each on stderr and status 2; a job that a
+    signal ended early, and that goes on with --run.resume true, leaves with status 75.
 
     Of a job's processes the one that fails says why; those that lose it by that say so in a line, with status 1."""
     failed = 0
@@ -65,6 +66,14 @@ def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] |
             f"process {rank}: ends, because another process of this job did; its own words, or the launcher's, say why",
             file=sys.stderr,
         )
+    except Stopped as stopped:
+        failed = Stopped.status
+        if not rank:
+            print(stopped, file=sys.stderr)
+    except KeyboardInterrupt:
+        failed = 130
+        if not rank:
+            print("interrupted", file=sys.stderr)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -76,10 +85,10 @@ def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] |
         )
     finally:
         of_several = processes.close()
+    if of_several and failed in (0, Stopped.status):
+        processes.end(failed)
     if failed:
         raise SystemExit(failed)
-    if of_several:
-        processes.end()
 
 
 class _Record(logging.LogRecord):

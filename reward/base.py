@@ -167,6 +167,17 @@ def _number(value: Any) -> tuple[float, str]:
     return number, ""
 
 
+LONGEST = 86_400.0
+"""Seconds; longer ones some clocks do not hold."""
+
+
+def check_seconds(value: float, name: str = "timeout") -> None:
+    if value <= 0:
+        raise Problem(f"{name}: expected more than 0 seconds, found {value}")
+    if value > LONGEST:
+        raise Problem(f"{name}: expected at most {LONGEST:,.0f} s, found {value:g}")
+
+
 def brief(value: Any) -> str:
     """A value in a few words, however large it is or deep."""
     short = reprlib.Repr()

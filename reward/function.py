@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 
-from reward.base import Failure, Scores, joined_extra, joined_metrics, on_last_action, settle
-from reward.loading import LOGS, Told, load_function, said
+from reward.base import Failure, Scores, check_seconds, joined_extra, joined_metrics, on_last_action, settle
+from reward.loading import LOGS, Told, load_function
 from reward.mixture import Part
 from reward.worker import Overdue, Worker, WorkerFailed
 from rollout.batch import Rollout, Texts
-from rollout.errors import Problem
+from rollout.errors import Problem, said
 from rollout.fingerprint import SHORT, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class FunctionSettings:
     """The score of rows that raise, hang or give no finite number; without it such a row is an error."""
 
     def __post_init__(self) -> None:
-        if self.timeout is not None and self.timeout <= 0:
-            raise Problem(f"timeout: expected more than 0 seconds, found {self.timeout}")
+        if self.timeout is not None:
+            check_seconds(self.timeout)
         if isinstance(self.function, str) and not all(self.function.rpartition(":")[::2]):
             raise Problem(f"function: expected file.py:name or module:name, found {self.function!r}")
 

@@ -9,14 +9,13 @@ import importlib
 import importlib.util
 import itertools
 import sys
-import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rollout.errors import Problem, visible
+from rollout.errors import Problem, said, visible
 
 LOGS = ("log_metric", "log_extra")
 """What TRL hands to functions that want to log."""
@@ -95,11 +94,3 @@ def _load_file(path: Path, where: str) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def said(error: BaseException) -> str:
-    """An error of the user's own code in a line: type, message, and the line of code where it was raised."""
-    message = (str(error).strip() or "no message").splitlines()[0]
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
-    return f"raised {type(error).__name__}: {message:.200}{place}"

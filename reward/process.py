@@ -21,6 +21,7 @@ from reward.mixture import Part
 from reward.model import Member, Output, chosen, content_of, load_member
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
+from rollout.spelling import Speller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,22 +89,21 @@ class ProcessReward:
             values_R = chosen(logits_SL[rows.responses[i] :], self.member.label, self.settings.output)
             if not values_R.isfinite().all():
                 raise Problem(f"{self.where}: {row_name(rollout, i)} has a value that is not finite; try dtype: float32")
-            steps = self._steps(rows.ids[i][rows.responses[i] :])
+            steps = self._steps(rows.ids[i][rows.responses[i] :], rows.ids[i][: rows.responses[i]])
             tokens_BR[i, steps] = values_R[steps]
             total_B[i] = self._reduced(values_R[steps])
         return Scores(total_B, tokens_BR=tokens_BR if self.settings.reduce == "sum" else None)
 
-    def _steps(self, ids: list[int]) -> list[int]:
+    def _steps(self, ids: list[int], prompt_ids: list[int]) -> list[int]:
         """Where steps end: the tokens that complete a separator, and the last one."""
         if self.settings.separator is None:
             return list(range(len(ids)))
-        ends, text, tokenizer = [], "", self.member.reader.tokenizer
-        start = 0
+        ends, speller = [], Speller(self.member.reader.tokenizer)
+        start, before = 0, speller.tail(prompt_ids)
         for position in range(len(ids)):
-            text = tokenizer.decode(ids[start : position + 1])
-            if self.settings.separator in text:
+            if self.settings.separator in speller.after(before, ids[start : position + 1], skip=False):
                 ends.append(position)
-                start = position + 1
+                start, before = position + 1, speller.tail([*prompt_ids, *ids[: position + 1]])
         return ends if ends and ends[-1] == len(ids) - 1 else [*ends, len(ids) - 1]
 
     def _reduced(self, values_N: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from reward.function import is_conversation
 from rollout import adapters, heads
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
+from rollout.spelling import TEMPLATE_COLUMNS, answered, conversation_ids
 
 Tokens = Literal["auto", "ids", "text"]
 Reads = Literal["both", "completion", "pair"]
@@ -99,18 +100,18 @@ class Reader:
     def _text(self, rollout: Rollout, texts: Texts) -> Sequences:
         if self.tokenizer is None:
             raise Problem(f"{self.where}.tokenizer: missing; the model's folder has none, and the rows are to be read as text")
-        rows = [self._encode(texts, index, bool(rollout.ended_B[index])) for index in range(len(texts))]
+        ended = rollout.ended_B.tolist()
+        rows = [self._encode(texts, i, ended[i], row_name(rollout, i)) for i in range(len(texts))]
         types = [types for _, types in rows]
         return Sequences([ids for ids, _ in rows], None if any(t is None for t in types) else types)  # type: ignore[arg-type]
 
-    def _encode(self, texts: Texts, index: int, ended: bool) -> tuple[list[int], list[int] | None]:
+    def _encode(self, texts: Texts, index: int, ended: bool, row: str) -> tuple[list[int], list[int] | None]:
         prompt, completion, tokenizer = texts.prompts[index], texts.completions[index], self.tokenizer
         if self.reads == "both" and is_conversation(prompt) and tokenizer.chat_template:
-            said = [*prompt, {"role": "assistant", "content": completion}]
-            if prompt[-1]["role"] == "assistant":  # the response went on with a message that the prompt began
-                said = [*prompt[:-1], {**prompt[-1], "content": (prompt[-1].get("content") or "") + completion}]
-            tools = texts.columns["tools"][index] if "tools" in texts.columns else None
-            return list(tokenizer.apply_chat_template(said, tools=tools, tokenize=True, return_dict=False)), None
+            tools, extra = (texts.columns[name][index] if name in texts.columns else None for name in TEMPLATE_COLUMNS)
+            said = answered(prompt, completion, extra, texts.prompt_texts[index])
+            where = f"{self.where}: {row}"
+            return conversation_ids(tokenizer, said, tools, extra, whole=True, where=where), None
         text = prompt if isinstance(prompt, str) else texts.prompt_texts[index]
         if self.reads == "pair":
             encoded = tokenizer(text, completion)

@@ -18,13 +18,15 @@ from typing import Any
 import torch
 
 from reward import wire
-from reward.base import Failure, Scores, settle
+from reward.base import LONGEST, Failure, Scores, joined_extra, joined_metrics, settle
 from reward.mixture import Part
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
 
 logger = logging.getLogger(__name__)
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
+MOST_BYTES = 2**26
+"""Of an answer; what is longer is not read."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -56,9 +58,18 @@ class HttpSettings:
             if getattr(self, n) <= 0
         ]
         wrong += [f"{n}: expected 0 or more, found {getattr(self, n)}" for n in ("retries", "backoff") if getattr(self, n) < 0]
-        parsed = urllib.parse.urlsplit(self.url)
-        if parsed.scheme not in ("http", "https") or not parsed.hostname:
-            wrong.append(f"url: expected http://host:port, found {self.url!r}")
+        wrong += [
+            f"{n}: expected at most {LONGEST:,.0f} s, found {getattr(self, n):g}"
+            for n in ("timeout", "backoff")
+            if getattr(self, n) > LONGEST
+        ]
+        try:
+            parsed = urllib.parse.urlsplit(self.url)
+            whole = parsed.scheme in ("http", "https") and bool(parsed.hostname) and self.url.isprintable() and parsed.port != 0
+        except ValueError:  # a port that is none, half a bracket
+            whole = False
+        if not whole:
+            wrong.append(f"url: expected http://host:port, found {self.url!r:.200}")
         if wrong:
             raise Problem(*wrong)
 
@@ -88,7 +99,9 @@ class HttpReward:
         rows, size = len(rollout), self.settings.batch_size
         chunks = [range(start, min(start + size, rows)) for start in range(0, rows, size)]
         token = os.environ.get(self.settings.token_env)
-        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {})
+        headers = {"content-type": "application/json", "accept-encoding": "identity"} | (
+            {"authorization": f"Bearer {token}"} if token else {}
+        )
         # A proxy of the environment is for other machines.
         outside = urllib.parse.urlsplit(self.url).hostname not in LOOPBACK
         turns = asyncio.Semaphore(self.settings.concurrency)
@@ -109,29 +122,41 @@ class HttpReward:
         import httpx
 
         for attempt in range(self.settings.retries + 1):
-            wait, reason = self.settings.backoff * 2**attempt, ""
+            wait, reason = self.settings.backoff * 2 ** min(attempt, 30), ""
             try:
-                reply = await asyncio.wait_for(client.post(self.url, content=body), self.settings.timeout)
+                status, headers, content = await asyncio.wait_for(self._post(client, body), self.settings.timeout)
             except (TimeoutError, httpx.TimeoutException):
                 reason = f"no answer after {self.settings.timeout} s"
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__}: {error}"
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise NoAnswer(f"{self.url}: {type(error).__name__}: {error}") from error
             else:
-                if reply.status_code == 200:
+                if status == 200:
                     try:
-                        return wire.read_answer(reply.content, rollout)
-                    except (ValueError, TypeError, AttributeError) as error:
-                        raise NoAnswer(f"{self.url}: {error}") from error
-                reason = f"status {reply.status_code}: {wire.read_error(reply.content)}"
-                if reply.status_code not in AGAIN:
-                    hint = "; lower batch_size" if reply.status_code == 413 else ""
-                    hint = f"; set the token in ${self.settings.token_env}" if reply.status_code in (401, 403) else hint
+                        return wire.read_answer(content, rollout)
+                    except ValueError as error:
+                        raise NoAnswer(f"{self.url}: {error!s:.300}") from error
+                reason = f"status {status}: {wire.read_error(content)}"
+                if status not in AGAIN:
+                    hint = "; lower batch_size" if status == 413 else ""
+                    hint = f"; set the token in ${self.settings.token_env}" if status in (401, 403) else hint
                     raise NoAnswer(f"{self.url}: {reason}{hint}")
-                after = reply.headers.get("retry-after", "")
-                wait = max(wait, float(after)) if after.isdigit() else wait
+                after = headers.get("retry-after", "")
+                wait = max(wait, float(after)) if after.isascii() and after.isdigit() else wait
             if attempt < self.settings.retries:
                 await asyncio.sleep(min(wait, self.settings.timeout))
         raise NoAnswer(f"{self.url}: {reason}, in each of {self.settings.retries + 1} tries")
+
+    async def _post(self, client: Any, body: bytes) -> tuple[int, Any, bytes]:
+        """Status, headers and content of the answer, of which no more is read than an answer may hold."""
+        content = bytearray()
+        async with client.stream("POST", self.url, content=body) as reply:
+            async for chunk in reply.aiter_raw():
+                content += chunk
+                if len(content) > MOST_BYTES:
+                    raise NoAnswer(f"{self.url}: an answer of more than {MOST_BYTES:,} bytes")
+        return reply.status_code, reply.headers, bytes(content)
 
     def _joined(self, answers: list[dict[str, Any]], rollout: Rollout) -> Scores:
         values = [value for answer in answers for value in answer["scores"]]
@@ -143,15 +168,20 @@ class HttpReward:
             )
         fallbacks = {"": sum(counts) + sum(settled.fallbacks.values())}
         names = dict.fromkeys(name for answer in answers for name in answer["parts"])
+        sizes = [len(answer["scores"]) for answer in answers]
         parts = {
-            name: torch.cat([a["parts"].get(name, torch.full((len(a["scores"]),), torch.nan)) for a in answers])
+            name: torch.cat(
+                [a["parts"].get(name, torch.full((size,), torch.nan)) for a, size in zip(answers, sizes, strict=True)]
+            )
             for name in names
         }
-        if all(answer["tokens"] is None for answer in answers):
-            return Scores(settled.total_B, parts, fallbacks=fallbacks)
-        if settled.fallbacks or any(answer["tokens"] is None for answer in answers):
-            raise Problem(
-                f"{self.where}: a reward per token came for some rows only, and `fallback` has none to put in its place"
-            )
-        tokens_BR = torch.cat([answer["tokens"] for answer in answers])
-        return Scores(settled.total_B, parts, tokens_BR, fallbacks=fallbacks)
+        tokens_BR = None
+        if any(answer["tokens"] is not None for answer in answers):
+            if settled.fallbacks or any(answer["tokens"] is None for answer in answers):
+                raise Problem(
+                    f"{self.where}: a reward per token came for some rows only, and `fallback` has none to put in its place"
+                )
+            tokens_BR = torch.cat([answer["tokens"] for answer in answers])
+        metrics = joined_metrics([answer.get("metrics", {}) for answer in answers])
+        extra = joined_extra([answer.get("extra", {}) for answer in answers], sizes)
+        return Scores(settled.total_B, parts, tokens_BR, {}, fallbacks, metrics, extra)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import regex
 
-from reward.base import Failure, Scores, has_ids, settle
+from reward.base import Failure, Scores, check_seconds, has_ids, settle
 from reward.mixture import Part
 from reward.numbers import numbers_in
 from rollout.batch import Rollout, Texts
@@ -89,11 +89,6 @@ def _extracted(text: str, pattern: str | None, timeout: float) -> str | None:
     return matches[-1].group(1) if matches[-1].re.groups else matches[-1].group()
 
 
-def _check_timeout(timeout: float) -> None:
-    if timeout <= 0:
-        raise Problem(f"timeout: expected more than 0 seconds, found {timeout}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Exact:
     """The completion is the row's answer, or one of its answers where the column holds a list."""
@@ -111,7 +106,7 @@ class Exact:
     fallback: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_timeout(self.timeout)
+        check_seconds(self.timeout)
         if self.pattern is not None:
             _compiled(self.pattern, "pattern")
 
@@ -149,7 +144,7 @@ class Numeric:
     fallback: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_timeout(self.timeout)
+        check_seconds(self.timeout)
         if self.pattern is not None:
             _compiled(self.pattern, "pattern")
         for name in ("tolerance", "relative"):
@@ -189,7 +184,7 @@ class Regex:
     fallback: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_timeout(self.timeout)
+        check_seconds(self.timeout)
         _compiled(self.pattern, "pattern")
 
     def build(self, where: str, around: Any) -> Part:

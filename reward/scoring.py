@@ -11,11 +11,13 @@ have its own.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -27,11 +29,13 @@ from reward.mixture import WeightedSum
 from reward.texts import TextTable
 from rollout import processes
 from rollout.batch import Rollout, Texts
+from rollout.dump import stopped
 from rollout.errors import Problem, reading
 from rollout.fingerprint import sha256_file, values_fingerprint
 from rollout.manifest import MANIFEST, Record, finished_shards
 from rollout.progress import Progress
-from rollout.run import write_json
+from rollout.run import RunSettings, opened, write_json
+from rollout.run import begin as begin_run
 from rollout.store import METADATA, read_shard, write_table
 
 BESIDE = "scores.json"
@@ -109,7 +113,7 @@ def file_of(index: int) -> str:
 
 
 def begin(
-    folder: Path, name: str, source: Source, reward: WeightedSum, config: Mapping[str, Any], **described: Any
+    run: RunSettings, folder: Path, name: str, source: Source, reward: WeightedSum, config: Mapping[str, Any], **described: Any
 ) -> dict[str, Any]:
     """The manifest to work by: a fresh one, or the one in the folder if it was made with the same settings."""
     made_from = {"rows": source.fingerprint, **{f"reward {part.name}": part.content() for part in reward.parts}}
@@ -124,6 +128,11 @@ def begin(
     }
     for left in folder.glob(".scores-*.tmp"):
         left.unlink()
+    if name == BESIDE:
+        for old in _scores(folder) if run.overwrite else ():
+            old.unlink()
+    else:
+        begin_run(folder, run)
     path = folder / name
     if path.is_file():
         found = read_manifest(path)
@@ -185,15 +194,25 @@ def is_whole(folder: Path, index: int, begun: Mapping[str, Any]) -> bool:
 
 
 def score_source(
-    source: Source, reward: WeightedSum, folder: Path, begun: Mapping[str, Any], todo: Sequence[int], stream: TextIO | None
+    source: Source,
+    reward: WeightedSum,
+    folder: Path,
+    begun: Mapping[str, Any],
+    todo: Sequence[int],
+    stream: TextIO | None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Score the shards of `todo` that are this process's; on the main process, wait for the others'."""
+    """Score the shards of `todo` that are this process's; on the main process, wait for the others'.
+
+    Where `stopping` says so, a process leaves after the shard that it is at."""
     me = processes.start()
     rows, mine = source.rows, list(todo[me.rank :: me.world_size])
     others = set(todo) - set(mine)
     progress = Progress("scores", sum(rows), stream if me.is_main else None, already=sum(rows) - sum(rows[i] for i in todo))
     try:
         for index in mine:
+            if stopping():
+                raise stopped(folder)
             found: list[tuple[Rollout, Scores]] = []
             for rollout, texts in source.read(index):
                 found.append((rollout, reward(rollout, texts)))
@@ -203,6 +222,8 @@ def score_source(
             for index in [i for i in others if is_whole(folder, i, begun)]:
                 others.discard(index)
                 progress.add(rows[index])
+            if others and stopping():
+                raise stopped(folder)
             if others:
                 time.sleep(LOOK_S)
     finally:
@@ -256,17 +277,25 @@ def _summary(values: torch.Tensor) -> dict[str, float]:
 # -- the folder ---------------------------------------------------------------------------------------------------------
 
 
-def open_beside(folder: Path, resume: bool, overwrite: bool) -> Path:
-    """The dump's own folder as the scores' folder: only scores are ever removed from it."""
-    if resume and overwrite:
-        raise Problem("run.resume and run.overwrite: both true; choose one")
-    there = [*folder.glob("scores-*.parquet"), *folder.glob(BESIDE)]
-    if there and overwrite:
-        for path in there:
-            path.unlink()
-    elif there and not resume:
-        raise Problem(f"run.dir: {folder} holds scores already; add --run.resume true or --run.overwrite true, or name another")
-    return folder
+@contextlib.contextmanager
+def opened_for_scores(run: RunSettings, dump: Path | None, config: Mapping[str, Any]) -> Iterator[Path]:
+    """The scores' folder, held. It may be the dump's own: there `begin` removes old scores alone."""
+    folder = Path(run.dir)
+    if run.dir and dump is not None and folder.resolve() == dump.resolve():
+        if run.resume and run.overwrite:
+            raise Problem("run.resume and run.overwrite: both true; choose one")
+        if _scores(folder) and not (run.resume or run.overwrite):
+            told = f"run.dir: {folder} holds scores already"
+            raise Problem(f"{told}; add --run.resume true or --run.overwrite true, or name another")
+        run = dataclasses.replace(run, resume=True, overwrite=False)
+    elif run.dir and dump is not None and run.overwrite and folder.resolve() in dump.resolve().parents:
+        raise Problem(f"run.overwrite: {run.dir} holds the dump {dump}, which would be lost; name another run.dir")
+    with opened(run, config) as found:
+        yield found
+
+
+def _scores(folder: Path) -> list[Path]:
+    return [*folder.glob("scores-*.parquet"), *folder.glob(BESIDE)]
 
 
 def manifest_name(folder: Path, dump: Path | None) -> str:

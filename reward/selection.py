@@ -9,6 +9,7 @@ texts where the prompts are texts, messages where they are conversations.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from rollout.errors import Problem
 from rollout.manifest import Plan, load_manifest, plan_of
+from rollout.spelling import TEMPLATE_COLUMNS, answered
 from rollout.store import read_dump
 
 KEYS = ("prompt_index", "sample_index")
@@ -41,7 +43,7 @@ class Selection:
     ended: bool = False
     """Only responses that ended by themselves; those cut at the limit are left out."""
     unique: bool = True
-    """Of equal responses to a prompt keep one."""
+    """Of equal responses to a prompt keep one: the best-scored (worst: the worst-scored), of equal scores the earlier."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -143,6 +145,10 @@ class _Row:
     prompt: Any
     completion: str
     ended: bool
+    said: Any
+    """The completion in the form of its prompt: text, or the assistant's message, with what the prompt had begun of it."""
+    others: dict[str, Any]
+    """What a chat template is given beside the messages, as JSON text."""
 
 
 def _by_prompt(folder: Path) -> Iterator[tuple[int, list[_Row]]]:
@@ -156,7 +162,14 @@ def _by_prompt(folder: Path) -> Iterator[tuple[int, list[_Row]]]:
                 yield current, rows
                 rows = []
             current = prompt
-            rows.append(_Row(sample, texts.prompts[i], texts.completions[i], ended))
+            asked, completion = texts.prompts[i], texts.completions[i]
+            others = {name: texts.columns[name][i] for name in TEMPLATE_COLUMNS if name in texts.columns}
+            if isinstance(asked, str):
+                rows.append(_Row(sample, asked, completion, ended, completion, {}))
+                continue
+            turns = answered(asked, completion, others.get("chat_template_kwargs"), texts.prompt_texts[i])
+            others = {n: v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for n, v in others.items()}
+            rows.append(_Row(sample, turns[:-1], completion, ended, turns[-1:], others))
     if rows:
         yield current, rows
 
@@ -166,25 +179,27 @@ def _of_prompt(prompt: int, rows: list[_Row], score_N: np.ndarray, selection: Se
     keep_N = np.array([row.ended or not selection.ended for row in rows])
     if selection.unique:
         first: set[str] = set()
-        for i, row in enumerate(rows):
-            if keep_N[i]:
-                keep_N[i] = row.completion not in first
-                first.add(row.completion)
+        sign = 1.0 if selection.mode == "worst" else -1.0
+        for i in sorted(np.flatnonzero(keep_N).tolist(), key=lambda i: sign * score_N[i]):
+            keep_N[i] = rows[i].completion not in first
+            first.add(rows[i].completion)
     kept, second = (chosen[0] for chosen in choose(score_N[None], keep_N[None], selection))
     numbers = {"prompt_index": prompt}
     if selection.mode == "pairs":
         for best, worst in zip(np.flatnonzero(kept).tolist(), np.flatnonzero(second).tolist(), strict=True):
             if rows[best].completion == rows[worst].completion:
                 continue
-            chosen, rejected = _said(rows[best]), _said(rows[worst])
+            chosen, rejected = rows[best].said, rows[worst].said
             scores = {"chosen_score": float(score_N[best]), "rejected_score": float(score_N[worst])}
-            yield {"prompt": rows[best].prompt, "chosen": chosen, "rejected": rejected, **numbers, **scores}
+            yield {
+                "prompt": rows[best].prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                **rows[best].others,
+                **numbers,
+                **scores,
+            }
         return
     for i in np.flatnonzero(kept).tolist():
-        said = {"prompt": rows[i].prompt, "completion": _said(rows[i])}
+        said = {"prompt": rows[i].prompt, "completion": rows[i].said, **rows[i].others}
         yield {**said, **numbers, "sample_index": rows[i].sample, "score": float(score_N[i])}
-
-
-def _said(row: _Row) -> Any:
-    """A completion in the form of its prompt: text, or a message."""
-    return row.completion if isinstance(row.prompt, str) else [{"role": "assistant", "content": row.completion}]

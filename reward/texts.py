@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
+from rollout.spelling import check_messages, text_of
 from rollout.tables import columns_of, read_table
 
 _COMPLETIONS = ("completion", "response", "answer", "text")
@@ -163,17 +164,18 @@ def rollout_of(
 
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
+    if not isinstance(value, list) or not value:
         raise Problem(f"{where}: expected a list of messages with a role and a content, found {value!r:.60}")
+    check_messages(value, where)
     return value
 
 
 def _last(said: list[dict[str, Any]], where: str) -> str:
-    if said[-1]["role"] != "assistant" or not isinstance(said[-1].get("content"), str):
+    if said[-1]["role"] != "assistant" or not isinstance(said[-1].get("content"), str | list):
         raise Problem(f"{where}: the last message is {said[-1]!r:.60}; expected the assistant's text, which is what is scored")
-    return str(said[-1]["content"])
+    return text_of(said[-1]["content"])
 
 
 def _plain(said: list[dict[str, Any]]) -> str:
     """A conversation as text, for a reward model without a chat template."""
-    return "".join(f"{message['role']}: {message.get('content') or ''}\n" for message in said)
+    return "".join(f"{message['role']}: {text_of(message.get('content'))}\n" for message in said)

@@ -11,10 +11,11 @@ does not apply to the row. A float32 travels as the shortest text that reads bac
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
-from collections.abc import Mapping
+import re
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ from torch import Tensor
 from reward.base import Scores, has_ids
 from reward.texts import rollout_of
 from rollout.batch import Rollout, Texts
-from rollout.errors import Problem
+from rollout.errors import Problem, visible
+
+MOST_LISTS = 1_000_000
+"""Lists and objects in a question or an answer: 13 million of them take 18 s to read."""
+MOST_CELLS = 2**27
+"""Token ids of a question's rows, padded to the longest."""
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 def ask(rollout: Rollout, texts: Texts, vocabulary: str | None, where: str) -> bytes:
@@ -53,18 +60,41 @@ def ask(rollout: Rollout, texts: Texts, vocabulary: str | None, where: str) -> b
         "rows": list(zip(rollout.row_B.tolist(), rollout.sample_B.tolist(), strict=True)),
         "ids": ids,
     }
-    return json.dumps(question, ensure_ascii=False, default=plain).encode()
+    try:
+        return json.dumps(question, ensure_ascii=False, default=plain).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can only spell out
+        return json.dumps(question, default=plain).encode()
+    except RecursionError as error:
+        raise Problem(f"{where}: a column holds lists in lists too deep for JSON; drop the column") from error
 
 
-def read_question(body: bytes) -> tuple[Rollout, Texts, str | None]:
+class TooLarge(Exception):
+    """The question is over a limit."""
+
+
+def parse(body: bytes) -> Any:
+    """What JSON says; ValueError where it is none, or lists in lists that would take minutes and gigabytes to read."""
+    if body.count(b"[") + body.count(b"{") > MOST_LISTS:
+        plain = _STRING.sub(b"", body)
+        if plain.count(b"[") + plain.count(b"{") > MOST_LISTS:
+            raise ValueError(f"more than {MOST_LISTS:,} lists and objects")
+    try:
+        return json.loads(body)
+    except RecursionError as error:
+        raise ValueError("lists in lists too deep") from error
+
+
+def read_question(body: bytes, max_rows: int) -> tuple[Rollout, Texts, str | None]:
     """A Problem says what is wrong with the question, in the words of its own fields."""
     try:
-        asked = json.loads(body)
+        asked = parse(body)
     except ValueError as error:
-        raise Problem(f"body: not JSON: {error}") from error
+        raise Problem(f"body: not JSON: {error!s:.200}") from error
     if not isinstance(asked, dict) or not isinstance(asked.get("completions"), list):
         raise Problem("completions: missing; expected an object with a list of prompts and one of completions")
     rows = len(asked["completions"])
+    if rows > max_rows:
+        raise TooLarge(f"{rows} rows; at most {max_rows} in a request")
     prompts = asked.get("prompts") or [""] * rows
     columns = asked.get("columns") or {}
     lists = {
@@ -81,6 +111,9 @@ def read_question(body: bytes) -> tuple[Rollout, Texts, str | None]:
         raise Problem("completions: expected a list of texts")
     ids = asked.get("ids") or {}
     try:
+        cells = sum(rows * max(map(len, ids.get(name) or [[]])) for name in ("prompts", "responses"))
+        if cells > MOST_CELLS:
+            raise TooLarge(f"{cells:,} places for token ids, padded; at most {MOST_CELLS:,} in a request")
         rollout = rollout_of(
             rows,
             prompts=ids.get("prompts"),
@@ -95,6 +128,8 @@ def read_question(body: bytes) -> tuple[Rollout, Texts, str | None]:
     texts = Texts(prompts=prompts, prompt_texts=lists["prompt_texts"], completions=asked["completions"], columns=columns)
     if len(rollout) != rows:
         raise Problem(f"ids: expected {rows} rows, as completions has")
+    if bool((rollout.prompt_BP < 0).any() or (rollout.response_BR < 0).any()):
+        raise Problem("ids: expected 0 and up")
     return rollout, texts, ids.get("vocabulary")
 
 
@@ -102,50 +137,86 @@ def answer(scores: Scores, rollout: Rollout) -> bytes:
     tokens = None
     if scores.tokens_BR is not None:
         tokens = [row[:n] for row, n in zip(scores.tokens_BR.tolist(), rollout.lengths_B.tolist(), strict=True)]
-    told = {
+    told: dict[str, Any] = {
         "scores": _plain(scores.total_B),
         "parts": {name: _plain(values) for name, values in scores.parts.items()},
         "tokens": tokens,
         "fallbacks": scores.fallbacks,
     }
+    told |= {"logs": {"metrics": scores.metrics, "extra": scores.extra}} if scores.metrics or scores.extra else {}
     return json.dumps(told, allow_nan=False).encode()
 
 
 def read_answer(body: bytes, rollout: Rollout) -> dict[str, Any]:
-    """{"scores": list, "parts": {name: tensor}, "tokens": (B, R) tensor or None}; ValueError says what is wrong."""
-    told = json.loads(body)
+    """{"scores": list, "parts": {name: tensor}, "tokens": (B, R) tensor or None, ...}; ValueError says what is wrong."""
+    told = parse(body)
     if not isinstance(told, dict) or not isinstance(told.get("scores"), list):
         raise ValueError('the answer has no list "scores"')
     rows = len(rollout)
     if len(told["scores"]) != rows:
         raise ValueError(f"the answer has {len(told['scores'])} scores for {rows} rows")
-    parts = {str(name): _tensor(name, values, rows) for name, values in (told.get("parts") or {}).items()}
+    parts = {name: _tensor(name, values, rows) for name, values in _mapping(told, "parts").items()}
     tokens_BR: Tensor | None = None
     if told.get("tokens") is not None:
-        lengths = rollout.lengths_B.tolist()
-        if [len(row) for row in told["tokens"]] != lengths:
-            raise ValueError("the answer's tokens are not one number per sampled token")
+        lengths, wrong = rollout.lengths_B.tolist(), "the answer's tokens are not one number per sampled token"
+        lists = told["tokens"]
+        if not isinstance(lists, list) or [len(row) if isinstance(row, list) else -1 for row in lists] != lengths:
+            raise ValueError(wrong)
         tokens_BR = torch.zeros(rollout.response_BR.shape)
-        for index, row in enumerate(told["tokens"]):
-            tokens_BR[index, : lengths[index]] = torch.tensor(row)
-    return {"scores": told["scores"], "parts": parts, "tokens": tokens_BR, "fallbacks": told.get("fallbacks") or {}}
+        for index, row in enumerate(lists):
+            tokens_BR[index, : lengths[index]] = torch.tensor([_number(value, wrong) for value in row])
+    fallbacks = {
+        name: int(_number(count, "the answer's fallbacks are no counts")) for name, count in _mapping(told, "fallbacks").items()
+    }
+    logs = _mapping(told, "logs")
+    wrong = "the answer's logs are not numbers and a value per row"
+    metrics = {name: [_number(v, wrong) for v in _list(values, wrong)] for name, values in _mapping(logs, "metrics").items()}
+    extra = {name: _list(values, wrong, rows) for name, values in _mapping(logs, "extra").items()}
+    return {
+        "scores": told["scores"],
+        "parts": parts,
+        "tokens": tokens_BR,
+        "fallbacks": fallbacks,
+        "metrics": metrics,
+        "extra": extra,
+    }
+
+
+def _mapping(told: dict[str, Any], name: str) -> dict[str, Any]:
+    found = told.get(name) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"the answer's {name} are no object")
+    return {visible(key): value for key, value in found.items()}
+
+
+def _list(values: Any, wrong: str, length: int | None = None) -> list[Any]:
+    if not isinstance(values, list) or length not in (None, len(values)) or any(isinstance(v, list | dict) for v in values):
+        raise ValueError(wrong)
+    return values
+
+
+def _number(value: Any, wrong: str) -> float:
+    """A finite number that float32 holds."""
+    if not isinstance(value, int | float) or not abs(value) <= torch.finfo(torch.float32).max:
+        raise ValueError(wrong)
+    return float(value)
 
 
 def _plain(values: Tensor) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values.tolist()]
+    """JSON has no NaN and no infinity."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _tensor(name: str, values: Any, rows: int) -> Tensor:
-    if not isinstance(values, list) or len(values) != rows:
-        raise ValueError(f"the answer's part {name!r} has not {rows} scores")
-    return torch.tensor([math.nan if value is None else float(value) for value in values])
+    wrong = f"the answer's part {name!r} has not {rows} scores"
+    given = _list(values, wrong, rows)
+    return torch.tensor([math.nan if value is None else _number(value, wrong) for value in given])
 
 
 def read_error(body: bytes) -> str:
     """What a server says went wrong, in one short line."""
-    try:
-        told = json.loads(body)
-        text = str(told["error"]) if isinstance(told, Mapping) and "error" in told else body.decode(errors="replace")
-    except ValueError:
-        text = body.decode(errors="replace")
-    return " ".join(text.split())[:200]
+    text = body.decode(errors="replace")
+    with contextlib.suppress(ValueError):
+        told = parse(body)
+        text = str(told["error"]) if isinstance(told, dict) and isinstance(told.get("error"), str) else text
+    return " ".join(visible(text[:1000]).split())[:200]

@@ -114,8 +114,8 @@ def serve(pipe: Connection) -> None:
     """The other process: load, say so, then answer call by call until the pipe closes."""
     spec, where, paths = pickle.loads(pipe.recv_bytes())
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from reward.loading import load_function, said
-    from rollout.errors import Problem
+    from reward.loading import load_function
+    from rollout.errors import Problem, said
 
     sys.path += [path for path in paths if path not in sys.path]  # last: what may hide a module there does not here
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rollout import virtual_tokens
 from rollout.errors import Problem, one_line, reading
@@ -127,6 +127,10 @@ def load(
         what = f"it has no weights for {missing[0]}" if missing else f"the base has no place for {unexpected[0]}"
         raise Problem(f"{field}: {folder} does not fit this base: {what}; load it on the base it was trained on")
     switch(adapted, name, trainable=trainable)
+    generation = getattr(adapted.get_base_model(), "generation_config", None)
+    if generation is not None and (Path(folder) / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(str(folder)).eos_token_id
+        generation.eos_token_id = generation.eos_token_id if ends is None else ends
     return adapted.eval()
 
 
@@ -169,6 +173,9 @@ def save(model: PeftModel, folder: str | Path, state: Mapping[str, torch.Tensor]
         for entry in nested.iterdir():
             shutil.move(str(entry), str(Path(folder) / entry.name))
         nested.rmdir()
+    # What ends a response: a stage may have taught another token than the base's.
+    if (generation := getattr(model.get_base_model(), "generation_config", None)) is not None:
+        GenerationConfig(eos_token_id=generation.eos_token_id).save_pretrained(str(folder))
 
 
 def is_adapter_folder(path: str | Path) -> bool:
@@ -206,18 +213,21 @@ def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, fie
     if config.is_prompt_learning and config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), "classifier", "score"]
     path = getattr(base, "name_or_path", "") or None
-    config.base_model_name_or_path = str(Path(path).resolve()) if path and Path(path).is_dir() else path
+    config.base_model_name_or_path = path = str(Path(path).resolve()) if path and Path(path).is_dir() else path
     try:
         with warnings.catch_warnings():
             # GPT-2 keeps its weights transposed: peft sees it, sets the flag that says so, and warns that it did.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
             if adapted:
                 model.add_adapter(name, config)
                 return model
             if config.is_prompt_learning:
                 return virtual_tokens.install(peft.PeftModel(model, config, adapter_name=name), field)
-            return peft.get_peft_model(model, config, adapter_name=name)
+            found = peft.get_peft_model(model, config, adapter_name=name)
+            found.peft_config[name].base_model_name_or_path = path  # peft has put the path back as it was given
+            return found
     except (ValueError, TypeError, RuntimeError, KeyError, ImportError, AttributeError) as error:
         if isinstance(error, Problem):
             raise

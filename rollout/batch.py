@@ -222,7 +222,7 @@ class Texts:
     prompt_texts: list[str]
     """The prompt as the model saw it, rendered to one string (special tokens kept)."""
     completions: list[str]
-    """Without special tokens, and ending before a matched stop string."""
+    """As it goes on with the prompt's text (its blank too), without special tokens, ending before a matched stop string."""
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """The dataset's other columns."""
 

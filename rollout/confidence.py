@@ -22,7 +22,7 @@ from rollout.errors import Problem
 from rollout.logprobs import pick, teacher_forced
 from rollout.policy import Policy
 from rollout.sampler import left_pad
-from rollout.spelling import text_ids
+from rollout.spelling import Speller, text_ids
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def prompt_logprobs(
 def sequence_logprob(policy: Policy, prompt: str | Sequence[int], response: str | Sequence[int]) -> float:
     """Log-prob of a whole response after a prompt, teacher-forced at temperature 1: the sum over its tokens."""
     before = text_ids(policy, prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-    after = policy.tokenizer.encode(response, add_special_tokens=False) if isinstance(response, str) else list(response)
+    goes_on = [] if policy.is_seq2seq else before
+    after = Speller(policy.tokenizer).ids(goes_on, response) if isinstance(response, str) else list(response)
     if not before:
         raise Problem("prompt: empty; a model needs at least one token to go on from")
     if not len(after):

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from rollout import processes
 from rollout.batch import Rollout, Texts
+from rollout.errors import Stopped
 from rollout.manifest import drop_record, finish, load_manifest, plan_of, read_record, standing
 from rollout.progress import Progress
 from rollout.store import make_shard
@@ -44,19 +45,25 @@ def left_to_do(folder: Path, begun: Mapping[str, Any]) -> Work:
     return Work(sorted([*processes.gather_objects(state.absent), *damaged]), damaged)
 
 
+def stopped(folder: Path) -> Stopped:
+    return Stopped(f"{folder}: stopped after the shard that was begun; --run.resume true goes on")
+
+
 def dump(
     folder: Path,
     begun: Mapping[str, Any],
     work: Work,
     sample: Callable[[range], tuple[Rollout, Texts]],
     stream: TextIO | None = None,
+    stopping: Callable[[], bool] = lambda: False,
     *,
     cut: Collection[int] = (),
     **described: Any,
 ) -> None:
     """Make the shards of `work`. On the main process: show the progress of all on `stream`, and finish the manifest.
 
-    `cut` holds the prompts that `sample` has cut so far."""
+    Where `stopping` says so, a process leaves after the shard that it is at. `cut` holds the prompts that `sample` has cut so
+    far."""
     plan, me = plan_of(begun), processes.start()
     rows = {index: len(plan.shard(index)) * plan.samples for index in work.todo}
     mine, others = work.todo[me.rank :: me.world_size], set(work.todo) - set(work.todo[me.rank :: me.world_size])
@@ -75,11 +82,15 @@ def dump(
 
     try:
         for index in mine:
+            if stopping():
+                raise stopped(folder)
             make_shard(folder, plan, index, counted, cut)
             if me.is_main:
                 look_for_others()
         # Not a barrier: those time out, and shards may take hours. A process that dies takes its launcher's job along.
         while me.is_main and others:
+            if stopping():
+                raise stopped(folder)
             time.sleep(LOOK_S)
             look_for_others()
             if not begun["finished"] and load_manifest(folder)["finished"]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pickle
 import struct
+import traceback
 import unicodedata
+from pathlib import Path
 from types import TracebackType
 
 
@@ -30,6 +32,13 @@ def visible(text: str) -> str:
 def _picture(character: str) -> str:
     code = ord(character)
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+
+class Stopped(Exception):
+    """A signal ended the job early, with all that was done saved. Doors say so and leave with status 75."""
+
+    status = 75
+    """EX_TEMPFAIL: not done, try again."""
 
 
 class reading:
@@ -72,3 +81,11 @@ _OF_FILES = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError),
     *(ImportError, EOFError, MemoryError, struct.error, pickle.UnpicklingError),
 )
+
+
+def said(error: BaseException) -> str:
+    """An error of the user's own code in a line: type, message, and the line of code where it was raised."""
+    message = (str(error).strip() or "no message").splitlines()[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
+    return f"raised {type(error).__name__}: {message:.200}{place}"

@@ -9,8 +9,9 @@ would fill them with random numbers and only warn), or has weights of the trunk 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,11 @@ ROLES: dict[str, tuple[str, ...]] = {
     "value": ("causal", "seq2seq", "sequence_classification", "token_classification"),
     "reward": ("sequence_classification", "token_classification"),
 }
+_SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "top_h": None, "typical_p": 1.0}
+_SAMPLING |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+_BEAMS: dict[str, Any] = {"early_stopping": False, "length_penalty": 1.0}
+"""Fields of a generation config that only sampling, or only several beams, read; and the values that stand for unset."""
+_logger = logging.getLogger(__name__)
 
 
 def load_config(path: str, field: str = "model.path") -> PretrainedConfig:
@@ -140,8 +146,43 @@ def load_head(
     with reading(f"{field}: {path!r} cannot be loaded as {head}: "), _unreported():
         model, info = HEADS[head].from_pretrained(path, dtype=dtype or "auto", **extra, **settings)
     _check_complete(model, info, head, path, field, fresh)
+    mend_generation(model)
     _check_all_used(model, info["unexpected_keys"], path, field)
     return model.eval()
+
+
+def save(model: PreTrainedModel, folder: str | Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+    """The whole model as from_pretrained loads it. `state` stands in for a sharded model's own."""
+    with savable(model):
+        model.save_pretrained(folder, **({"state_dict": state} if state else {}))
+
+
+@contextlib.contextmanager
+def savable(model: PreTrainedModel) -> Iterator[None]:
+    """Without what has no effect in the model's generation config: transformers loads that, and may refuse to save it."""
+    kept = getattr(model, "generation_config", None)
+    if kept is not None:
+        model.generation_config = copy.deepcopy(kept)
+        mend_generation(model, _SAMPLING | (_BEAMS if (kept.num_beams or 1) == 1 else {}))
+    try:
+        yield
+    finally:
+        if kept is not None:
+            model.generation_config = kept
+
+
+def mend_generation(model: PreTrainedModel, unused: Mapping[str, Any] = _SAMPLING) -> None:
+    """Leave out of the generation config what has no effect while do_sample is not set, such as Llama-2-chat's temperature."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    names = [name for name in unused if name in _BEAMS or not config.do_sample]
+    dropped = [name for name in names if getattr(config, name, None) not in (None, unused[name])]
+    if dropped:
+        told = ", ".join(f"{name} {getattr(config, name)}" for name in dropped)
+        _logger.warning("%s: its generation config has %s without effect; left out", model.name_or_path or "the model", told)
+    for name in dropped:
+        setattr(config, name, None)
 
 
 @contextlib.contextmanager
@@ -176,12 +217,18 @@ def _check_complete(model: PreTrainedModel, info: dict[str, Any], head: str, pat
 def _check_all_used(model: PreTrainedModel, unexpected: set[str], path: str, field: str) -> None:
     """Weights of layers that the configuration does not have would be left out, and the model would be another one.
 
-    A head of another task and a pooler are left out rightly: the model has no module that they would be part of."""
+    A head of another task and a pooler are left out rightly: the model has no module that they would be part of. So are the
+    constants that old checkpoints hold (masks under the names attn.bias and attn.masked_bias, frequencies)."""
     trunk = model.base_model
+    weights = {*unexpected, *(name for name, _ in model.named_parameters())}
     left_out = []
     for key in sorted(unexpected):
         name, _, rest = key.removeprefix(f"{model.base_model_prefix}.").partition(".")
-        if rest and name != "pooler" and isinstance(getattr(trunk, name, None), torch.nn.Module):
+        owner, _, kind = key.rpartition(".")
+        is_weight = kind == "weight" or (
+            kind == "bias" and weights & {f"{owner}.weight", f"{model.base_model_prefix}.{owner}.weight"}
+        )
+        if rest and is_weight and name != "pooler" and isinstance(getattr(trunk, name, None), torch.nn.Module):
             left_out.append(key)
     if left_out:
         shown = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")

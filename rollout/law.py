@@ -288,11 +288,10 @@ def _banned_sequences(sampling: Sampling, policy: Policy) -> list[tuple[int, ...
     """Bad words as ids: as written, and as they stand after a blank (most tokenizers spell the two differently)."""
     banned = {tuple(ids): "sampling.bad_words_ids" for ids in sampling.bad_words_ids}
     for word in sampling.bad_words:
-        for text in (word, " " + word.lstrip()):
-            ids = policy.tokenizer.encode(text, add_special_tokens=False)
-            if ids and policy.tokenizer.unk_token_id not in ids:
-                banned[tuple(ids)] = "sampling.bad_words"
-        if "sampling.bad_words" not in banned.values():
+        spelt = [policy.tokenizer.encode(text, add_special_tokens=False) for text in (word, " " + word.lstrip())]
+        spelt = [ids for ids in spelt if ids and policy.tokenizer.unk_token_id not in ids]
+        banned |= {tuple(ids): "sampling.bad_words" for ids in spelt}
+        if not spelt:
             raise Problem(f"sampling.bad_words: the tokenizer cannot spell {word!r}; leave it out")
     for ids, name in banned.items():
         if not all(0 <= i < policy.vocab_size for i in ids):

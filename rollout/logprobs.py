@@ -42,6 +42,8 @@ class Forced:
     entropy_BR: Tensor
     hidden_BRD: Tensor | None = None
     """The head's input at the positions that predict the response: what V(s_t) reads."""
+    law_BRV: Tensor | None = None
+    """Log-probs of every token of the vocabulary, where they were asked for."""
 
 
 def pick(logits_BRV: Tensor, tokens_BR: Tensor, temperature: float = 1.0) -> Tensor:
@@ -72,13 +74,14 @@ def teacher_forced(
     want_hidden: bool = False,
     want_entropy: bool = True,
     want_logprobs: bool = True,
+    want_law: bool = False,
     max_rows: int | None = None,
     steering: Any = None,
     columns: dict[str, list[Any]] | None = None,
 ) -> Forced:
     """Score a rollout's responses in one forward pass, without dropout; gradients as the caller has them.
 
-    `want_logprobs` False leaves the logits alone: a value's trunk has hidden states and no vocabulary.
+    `want_logprobs` False leaves the logits alone: a value's trunk has hidden states and no vocabulary; `want_law` keeps all.
     `max_rows` splits the pass by rows. A model that cannot be left-padded gets rows of one prompt length at a time, and as
     many passes as on the rank that has most, where each is a collective call.
     `steering` steers each of those passes; without it an `active` block around the call does, where there is one pass.
@@ -90,7 +93,7 @@ def teacher_forced(
     parts: list[tuple[Tensor, Forced]] = []
     with no_dropout(policy.core):
         # The caller's columns stay where they can: a steering block around this call knows rows and columns by them.
-        at_start = steering is None and _from_first_token(policy, want_logprobs)
+        at_start = steering is None and not want_law and _from_first_token(policy, want_logprobs)
         padded = at_start or bool(rollout.prompt_mask_BP.all()) or policy.habits.padding
         groups = list(_groups(policy, rollout, padded, max_rows))
         own = len(groups)
@@ -100,7 +103,8 @@ def teacher_forced(
             whole = len(index) == len(rollout) and len(groups) == 1
             part = rollout if whole and (policy.is_seq2seq or padded) else _narrowed(rollout.select(index))
             with _steered(steering, policy, part, columns, index):
-                parts.append((index, _one_pass(policy, part, temperature, want_hidden, want_entropy, want_logprobs, at_start)))
+                one = _one_pass(policy, part, temperature, want_hidden, want_entropy, want_logprobs, want_law, at_start)
+                parts.append((index, one))
             if whole:
                 return parts[0][1]
     back = torch.cat([index for index, _ in parts[:own]]).argsort()
@@ -111,8 +115,8 @@ def teacher_forced(
         idle = [0.0 * value.sum() for value in values[own:]]
         return torch.cat(values[:own])[back] + (sum(idle) if idle else 0.0)
 
-    hidden = joined("hidden_BRD") if want_hidden else None
-    return Forced(joined("logprobs_BR"), joined("entropy_BR"), hidden)
+    hidden, law = (joined(name) if wanted else None for name, wanted in (("hidden_BRD", want_hidden), ("law_BRV", want_law)))
+    return Forced(joined("logprobs_BR"), joined("entropy_BR"), hidden, law)
 
 
 def encoder_input(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,13 +183,14 @@ def _one_pass(
     want_hidden: bool,
     want_entropy: bool,
     want_logprobs: bool,
+    want_law: bool,
     at_start: bool,
 ) -> Forced:
     first_B = rollout.prompt_mask_BP.sum(1) - 1 if at_start else None
     given = forward_inputs(policy, rollout, at_start)
-    after = readable(policy) if want_logprobs else None
+    after = readable(policy) if want_logprobs and not want_law else None
     if after is None:
-        return _whole_pass(policy, rollout, given, first_B, temperature, want_hidden, want_entropy, want_logprobs)
+        return _whole_pass(policy, rollout, given, first_B, temperature, want_hidden, want_entropy, want_logprobs, want_law)
     with reading(policy.core, after, rollout, first_B, temperature, want_entropy) as readout:
         logits = _logits(policy, given)
     if readout.numbers is None or readout.hidden_BTD is None:
@@ -205,6 +210,7 @@ def _whole_pass(
     want_hidden: bool,
     want_entropy: bool,
     want_logprobs: bool,
+    want_law: bool,
 ) -> Forced:
     """All logits of the responses at once, as the model gives them."""
     width = rollout.response_width
@@ -237,7 +243,7 @@ def _whole_pass(
     picked_BR = logprobs_BRV.gather(-1, rollout.response_BR[..., None])[..., 0]
     zero = torch.zeros((), device=rollout.device)
     entropy_BR = torch.where(mask_BR, _entropy(logprobs_BRV), zero) if want_entropy else torch.zeros_like(picked_BR)
-    return Forced(torch.where(mask_BR, picked_BR, zero), entropy_BR, hidden_BRD)
+    return Forced(torch.where(mask_BR, picked_BR, zero), entropy_BR, hidden_BRD, logprobs_BRV if want_law else None)
 
 
 def _logits(policy: Policy, given: dict[str, Any]) -> Any:

@@ -80,10 +80,10 @@ class Policy:
             )
         size = vocabulary_size(core)
         check_vocabulary(tokenizer, size)
-        eos = tuple(i for i in _ids(_first(generation, config, tokenizer, name="eos_token_id")) if 0 <= i < size)
+        eos = tuple(i for i in ids_of(_first(generation, config, tokenizer, name="eos_token_id")) if 0 <= i < size)
         pads = [
-            *_ids(getattr(tokenizer, "pad_token_id", None)),
-            *_ids(_first(generation, config, name="pad_token_id")),
+            *ids_of(getattr(tokenizer, "pad_token_id", None)),
+            *ids_of(_first(generation, config, name="pad_token_id")),
             *eos,
             0,
         ]
@@ -236,7 +236,7 @@ def check_vocabulary(tokenizer: Any, size: int) -> None:
         )
 
 
-def _ids(value: Any) -> list[int]:
+def ids_of(value: Any) -> list[int]:
     if value is None:
         return []
     return (
@@ -258,7 +258,7 @@ def _start_ids(core: Any, generation: Any, config: Any, size: int) -> tuple[int,
         raise Problem(
             f"model: {type(core).__name__} has no decoder_start_token_id; set it in the checkpoint's generation config"
         )
-    ids = (*_ids(start)[:1], *_ids(_first(generation, name="forced_bos_token_id"))[:1])
+    ids = (*ids_of(start)[:1], *ids_of(_first(generation, name="forced_bos_token_id"))[:1])
     if not all(0 <= i < size for i in ids):
         raise Problem(
             f"model: the decoder's start ids {list(ids)} do not fit the model's {size} rows; mend the generation config"

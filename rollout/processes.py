@@ -1,4 +1,4 @@
-"""The processes of a job: who am I, gather, sum, wait. One process needs neither accelerate nor torch.distributed.
+"""The processes of a job: who am I, gather, sum, wait, stop early. One process needs neither accelerate nor torch.distributed.
 
 A door calls `start()` first and `close()` last, and `end()` where that left a group; in between any room may ask `start()`
 again (it is the same answer).
@@ -13,7 +13,9 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,7 +62,8 @@ def _end_with_launcher() -> None:
     if not (by_torchrun or "ACCELERATE_MIXED_PRECISION" in os.environ) or sys.platform != "linux":
         return
     set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    # A process by itself saves first: accelerate's launcher leaves at once on Ctrl-C. Several would wait for each other.
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL if by_torchrun else signal.SIGTERM)
     # Killed before the kernel was asked: whoever took this process in is not the Python program that starts workers.
     with contextlib.suppress(OSError):
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
@@ -122,6 +125,54 @@ def on_main(function: Callable[[], Value]) -> Value:
     return value
 
 
+SAME_PRESS = 1.0
+"""Seconds in which a second Ctrl-C counts as the first: a terminal sends one to every process, and launchers pass on theirs."""
+
+
+class Stop:
+    """Whether SIGTERM or Ctrl-C asked this job to end early."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+
+    def here(self) -> bool:
+        """This process was asked."""
+        return self.since is not None
+
+    def anywhere(self) -> bool:
+        """Any process was: one answer for all. Collective."""
+        return bool(sum_(torch.tensor([int(self.here())], device=start().device)).item())
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Stop]:
+    """While the block runs, SIGTERM and the first Ctrl-C only set a flag, which the job looks at once a step, to save and
+    leave. Another Ctrl-C does at once what it did before."""
+    stop = Stop()
+    # Python lets no other thread handle signals; one that is ignored (nohup) stays so.
+    ours = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in ours}
+
+    def asked(number: int, frame: Any) -> None:
+        if stop.since is None:
+            stop.since = time.monotonic()
+            if start().is_main:  # not through sys.stderr: its buffer may be in use just now
+                more = "; Ctrl-C once more ends it at once" if number == signal.SIGINT else ""
+                os.write(2, f"\nasked to stop: finishing what is begun, then saving{more}\n".encode())
+        elif number == signal.SIGINT and time.monotonic() - stop.since > SAME_PRESS:
+            signal.signal(number, before[signal.SIGINT] or signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, asked)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
 def lost_peer(error: RuntimeError) -> bool:
     """Whether an error is but the echo of another process's end, in a collective call that it can no longer answer."""
     if not is_distributed():
@@ -141,12 +192,12 @@ def close() -> bool:
     return several
 
 
-def end() -> None:
-    """Of a job of several processes, whose group is left and whose work is written: end this one here, with status 0.
+def end(status: int = 0) -> None:
+    """Of a job of several processes, whose group is left and whose work is written: end this one here.
 
     What is registered for its exit runs. The threads of libraries are not taken down one by one: about one in some hundred
     two-rank jobs ended in SIGABRT meanwhile, which a launcher reports as a failed job."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)

@@ -40,7 +40,8 @@ class PromptSettings:
     """Configuration of a hub dataset that has several."""
     column: str = ""
     """The column with the prompt; where it is not given the first of prompt, messages, conversations, question, query,
-    instruction and text that is there."""
+    instruction and text that is there. A conversation whose last message is the assistant's is gone on with; the columns
+    tools and chat_template_kwargs go to the chat template."""
     max_tokens: int = 0
     """Most tokens of a prompt; 0 = what the model's context leaves."""
     too_long: Literal["cut", "refuse"] = "cut"

@@ -6,19 +6,26 @@ Every door that writes uses these few functions, so a full disk or a kill never 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fnmatch
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import re
 import shutil
+import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rollout import processes
 from rollout.errors import Problem
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,9 @@ class RunSettings:
     resume: bool = False
     """Go on from what the folder holds; starts afresh when it is empty."""
     overwrite: bool = False
-    """Empty the folder first."""
+    """Empty the folder first, if a job wrote it: right before the first write, when all is loaded and checked."""
+    allow_changes: bool = False
+    """With resume: go on although settings, data or weights differ from those that the run was begun with; each is told."""
     save_every: int = 0
     """Steps between checkpoints (training) or rows per shard (dumps); 0 = the job's own default."""
     keep: int = 2
@@ -51,8 +60,18 @@ class RunSettings:
             raise Problem(*problems)
 
 
-def check_folder(run: RunSettings) -> Path:
-    """The run's folder, which `open_folder` would open; nothing is made or emptied."""
+MARKER, LOCK = ".steerl-run", ".steerl-lock"
+"""In a run's folder: what says that all in it is a job's own, and what the job that is writing holds."""
+_OWN = (
+    *("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "calibration.json", "report.html", "curves.png"),
+    *("checkpoints", "model", "adapter", "wandb", "tensorboard", "tokenizer", "records", "manifest.json", "scores.json"),
+    *("rollouts-*.parquet", "scores-*.parquet", ".*.tmp"),
+)
+"""What jobs wrote into their folders before there was a marker."""
+
+
+def check_folder(run: RunSettings, config: Mapping[str, Any] | None = None) -> Path:
+    """The run's folder, which `opened` would open; nothing is made or emptied. `config` names what the job reads."""
     if not run.dir:
         raise Problem("run.dir: missing; say where the run is to be written, --run.dir DIR")
     if run.resume and run.overwrite:
@@ -60,22 +79,137 @@ def check_folder(run: RunSettings) -> Path:
     folder = Path(run.dir)
     if folder.exists() and not folder.is_dir():
         raise Problem(f"run.dir: {folder} is a file; name a folder")
-    if not (run.overwrite or run.resume) and folder.exists() and any(folder.iterdir()):
+    with contextlib.suppress(FileNotFoundError):
+        os.close(_lock(folder))
+    if not (entries := _content(folder)) or run.resume:
+        return folder
+    if not run.overwrite:
         raise Problem(f"run.dir: {folder} is not empty; add --run.resume true or --run.overwrite true, or name another")
+    if not is_run(folder):
+        shown = ", ".join(sorted(entry.name for entry in entries)[:3])
+        raise Problem(
+            f"run.overwrite: {folder} holds what no job of ours wrote ({shown}); empty it yourself or name another folder"
+        )
+    if inner := next((marker.parent for marker in folder.rglob(MARKER) if marker.parent != folder), None):
+        raise Problem(
+            f"run.overwrite: {folder} holds another run, {inner}; move or remove that one first, or name another folder"
+        )
+    if lost := list(_inputs(config or {}, folder.resolve())):
+        raise Problem(
+            *(f"{name}: {value} lies in run.dir, which --run.overwrite true would empty; move it" for name, value in lost)
+        )
     return folder
 
 
-def open_folder(run: RunSettings) -> Path:
-    """The run's folder, made if missing. Call on the main process only, before anything is written: `overwrite` empties it."""
-    folder = check_folder(run)
-    if run.overwrite and folder.exists():
-        for entry in folder.iterdir():
+@contextlib.contextmanager
+def opened(run: RunSettings, config: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """The run's folder, held until the block ends or the process dies: another job that wants it is told so. Collective.
+
+    Nothing in it changes before `begin`; a job that fails until then leaves the folder as it was."""
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            held.enter_context(_holding(check_folder(run, config)))
+
+        processes.on_main(hold)
+        yield Path(run.dir)
+
+
+def begin(folder: Path, run: RunSettings) -> None:
+    """Right before the first write, when all is loaded and checked: `overwrite` empties the folder. Main process only."""
+    if run.overwrite:
+        for entry in _content(folder):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    if not _content(folder):  # what was there before the first job is not a job's own
+        write_text(folder / MARKER, "a job's folder: --run.overwrite true empties it\n")
+
+
+def _content(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if entry.name not in (MARKER, LOCK)] if folder.is_dir() else []
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it may be emptied. Folders without a marker may where all that they hold has a name that jobs gave."""
+    entries = _content(folder)
+    if (folder / MARKER).is_file() or not entries:
+        return True
+    links = {entry for entry in entries if entry.is_symlink() and os.readlink(entry).startswith("model/")}
+    known = all(entry in links or any(fnmatch.fnmatchcase(entry.name, own) for own in _OWN) for entry in entries)
+    return known and any((folder / name).is_file() for name in ("config.yaml", "manifest.json"))
+
+
+def _inputs(value: Any, folder: Path, name: str = "") -> Iterator[tuple[str, str]]:
+    """The settings that name something in `folder`: paths, and functions as file.py:name."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _inputs(part, folder, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _inputs(part, folder, f"{name}[{index}]")
+    elif isinstance(value, str) and name != "run.dir":
+        path = value if os.path.exists(value) else value.rpartition(":")[0]
+        if os.path.exists(path) and Path(path).resolve().is_relative_to(folder):
+            yield name, value
+
+
+# -- the lock ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _holding(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is made if missing. It goes with the block, or with the process that dies."""
+    fresh = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Problem(f"run.dir: cannot make {folder}: {error.strerror}") from error
-    return folder
+    path = folder / LOCK
+    handle = _lock(folder, os.O_CREAT)
+    while not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):  # its holder has just removed it
+        os.close(handle)
+        handle = _lock(folder, os.O_CREAT)
+    try:
+        left = os.pread(handle, 300, 0).decode("utf-8", "replace")
+        if left and left.rpartition(" on ")[2] != socket.gethostname():
+            _logger.warning("%s: %s did not end well; if it still runs, stop it: locks may not reach its host", folder, left)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+        if fresh:
+            with contextlib.suppress(OSError):  # it holds something, as it should
+                folder.rmdir()
+
+
+def _lock(folder: Path, flags: int = 0) -> int:
+    """The open lock file of a folder, locked until it is closed; a Problem where another process holds it.
+
+    A record lock: it dies with this process even where forked children live on, and reaches other hosts over NFS."""
+    import fcntl
+
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR | flags, 0o644)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Problem(f"run.dir: {folder} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(handle, 300, 0).decode("utf-8", "replace")
+        number = re.fullmatch(r"process (\d+) on (.*)", holder)
+        alive = number is not None and number[2] == socket.gethostname() and _is_alive(int(number[1]))
+        if error.errno in (errno.EACCES, errno.EAGAIN) or alive:
+            os.close(handle)
+            told = f"run.dir: another job is writing {folder} ({holder or 'just begun'})"
+            raise Problem(f"{told}; wait for it, stop it, or name another folder") from error
+        # A file system without locks: who is alive on this host is all that can be told.
+    return handle
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

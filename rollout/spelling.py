@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -20,6 +21,8 @@ from rollout.errors import Problem
 from rollout.policy import Policy
 
 UNKNOWN = "\ufffd"
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns of a conversation's row that the chat template is given, beside the messages."""
 _OURS = (
     "conversation", "messages", "tools", "tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length",
     "return_assistant_tokens_mask", "tokenizer_kwargs",
@@ -38,6 +41,7 @@ class Speller:
         marked = (i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special)
         self.silent = frozenset([*tokenizer.all_special_ids, *marked])
         """Special tokens, which have no part in a completion's text."""
+        self._known: dict[int, str] = {}
 
     def after(self, before: Sequence[int], ids: Sequence[int], skip: bool = True) -> str:
         """The text of `ids` as they follow `before`; without special tokens unless `skip` is False."""
@@ -48,6 +52,22 @@ class Speller:
         if not whole.startswith(known):
             known = known.rstrip(UNKNOWN)  # a character that was split at the border is whole now
         return str(whole[len(known) :] if whole.startswith(known) else self.tokenizer.decode(said))
+
+    def ids(self, before: Sequence[int], text: str) -> list[int]:
+        """The ids of a text that goes on with `before`: its first blank is not said twice where the tokenizer adds one."""
+        tries = [self.tokenizer.encode(given, add_special_tokens=False) for given in (text, text.removeprefix(" "))]
+        return next((ids for ids in tries if ids and self.after(before, ids, skip=False) == text), tries[0])
+
+    def token(self, token: int) -> str:
+        """A token as it is spelled within a text, with its blank, and special ones too."""
+        if token not in self._known:
+            self._known[token] = self.after(self._anchor, [token], skip=False)
+        return self._known[token]
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """Something for a token to stand after."""
+        return next(([i] for i in range(len(self.tokenizer)) if i not in self.silent and self._is_clean([i])), [])
 
     def tail(self, before: Sequence[int]) -> list[int]:
         """The last few of `before`, from which on what follows is spelled as after all of them."""

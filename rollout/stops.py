@@ -6,17 +6,22 @@ it; its text ends before it. A few tokens are decoded per step: the tail in whic
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rollout import processes
 from rollout.batch import STOP_EOS, STOP_LENGTH, STOP_USER
 from rollout.errors import Problem
 from rollout.policy import Policy
 from rollout.sampling import Sampling
 from rollout.spelling import UNKNOWN, Speller
+
+logger = logging.getLogger(__name__)
 
 
 class Stops:
@@ -87,7 +92,7 @@ class Stops:
 
     def text(self, ids: list[int], prompt_ids: Sequence[int] = ()) -> str:
         """A response's text as it goes on with its prompt's: no special tokens, and nothing from a stop string on."""
-        before = prompt_ids if self.goes_on else ()
+        before = self.speller.tail(prompt_ids) if self.goes_on else ()
         text = self.speller.after(before, ids)
         cuts = [at for stop in self.plain if (at := text.find(stop)) >= 0]
         if self.marked:
@@ -100,20 +105,51 @@ class Stops:
         return text[: min(cuts)] if cuts else text
 
     def _in_tail(self, ids: list[int], stops: list[str], skip: bool, before: Sequence[int]) -> bool:
-        """Look in the text of the last tokens, going back until it is surely long enough and cleanly cut."""
+        """Look in the text of the last tokens, of so many that enough of it lies before the last one, and is cleanly cut."""
         longest = max(map(len, stops))
         width = longest + 8
-        while True:
-            whole = width >= len(ids)
-            text = self.speller.after(before if whole else (), ids if whole else ids[-width:], skip)
+        while width < len(ids):
+            earlier, text = (self.speller.after((), part, skip) for part in (ids[-width:-1], ids[-width:]))
             # The first token's text may lack its blank, or half a character: at the start of a window that proves nothing.
             # A trailing half character is the row's own; any other sign of one means the window may have cut it.
             clean = UNKNOWN not in text[: -1 if text.endswith(UNKNOWN) else None]
-            if whole or (clean and len(text) >= 2 * longest + 16):
-                return any(stop in (text if whole else text[-longest - 16 :]) for stop in stops) and (
-                    whole or any(stop in self.speller.after(before, ids, skip) for stop in stops)
-                )
+            if clean and len(earlier) >= 2 * longest + 16:
+                if not any(stop in text for stop in stops):
+                    return False
+                break
             width *= 4
+        text = self.speller.after(before, ids, skip)
+        return any(stop in text for stop in stops)
+
+
+def turn_end(tokenizer: Any, messages: list[Any], **template: Any) -> int | None:
+    """The token that the chat template puts after an assistant's turn in a conversation like this; None where it is none.
+
+    Found by rendering: what follows two answers that have nothing in common."""
+    spoken = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    before = messages[: spoken[-1]] if spoken else messages
+    texts = [
+        tokenizer.apply_chat_template([*before, {"role": "assistant", "content": said}], tokenize=False, **template)
+        for said in ("a", "b")
+    ]
+    after = os.path.commonprefix([text[::-1] for text in texts])[::-1]
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((int(i) for i in tokenizer.encode(after, add_special_tokens=False) if i in marks), None)
+
+
+def warn_endless(policy: Policy, sampling: Sampling, prompt: Any = None) -> None:
+    """Say so where nothing ends a response, or not what the chat template puts at the end of one. `prompt`: any of them."""
+    if sampling.stop or not processes.start().is_main:
+        return
+    ends = [*policy.eos_ids, *sampling.stop_ids]
+    remedy = "set sampling.stop_ids or sampling.stop, or eos_token_id in the checkpoint's generation config"
+    if not ends:
+        logger.warning("model: no eos token, so every response runs to sampling.max_new_tokens; %s", remedy)
+    elif isinstance(prompt, list) and (end := turn_end(policy.tokenizer, prompt)) is not None and end not in ends:
+        logger.warning(
+            "model: its chat template ends a turn with %s (id %d), which does not end a response; %s",
+            *(policy.tokenizer.convert_ids_to_tokens(end), end, remedy),
+        )
 
 
 def can_spell(tokenizer: Any, text: str) -> bool:

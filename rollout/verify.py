@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from rollout.law import History, Law
 from rollout.logprobs import forward_inputs, pick, teacher_forced
 from rollout.policy import Policy, no_dropout
 from rollout.sampling import Sampling
+from rollout.steering.strengths import unrecorded
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
 """Nats that one token may be off before a cause is looked for, by the model's dtype: below it is rounding."""
@@ -61,17 +62,23 @@ class Report:
 
 
 def verify(
-    policy: Policy, rollout: Rollout, sampling: Sampling | None = None, tolerance: float | None = None, steering: Any = None
+    policy: Policy,
+    rollout: Rollout,
+    sampling: Sampling | None = None,
+    tolerance: float | None = None,
+    steering: Any = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Report:
     """Score `rollout` again, row by row. With `sampling` the behaviour's log-probs are checked too.
 
-    Recorded policy log-probs are steered ones where `steering`'s role says so; it must then be given.
+    Recorded policy log-probs are steered ones where `steering`'s role says so; it must then be given, with the data's
+    `columns` where it reads them.
     """
     tolerance = TOLERANCE.get(policy.core.dtype, 1e-4) if tolerance is None else tolerance
     steered = steering if steering is not None and steering.role in ("policy", "trainable") else None
     with torch.no_grad(), no_dropout(policy.core):
         with _in_float32(policy.core):
-            alone_BR = _each_alone(policy, rollout, steered)
+            alone_BR = _each_alone(policy, rollout, steered, columns)
             gap_BR = (rollout.policy_logprobs_BR - alone_BR).abs()
             if sampling is not None and not rollout.greedy and steering is None:
                 gap_BR = torch.maximum(
@@ -84,7 +91,7 @@ def verify(
         worst = int(gap_BR.argmax())
         row, token = divmod(worst, rollout.response_width)
         largest = float(gap_BR.flatten()[worst])
-        cause = _cause(policy, rollout, alone_BR, gap_BR) if largest > tolerance else ""
+        cause = _cause(policy, rollout, alone_BR, gap_BR, steering) if largest > tolerance else ""
     return Report(
         largest=largest,
         mean=float(gap_BR.sum() / mask_BR.sum()),
@@ -98,12 +105,15 @@ def verify(
     )
 
 
-def _each_alone(policy: Policy, rollout: Rollout, steering: Any = None) -> Tensor:
+def _each_alone(
+    policy: Policy, rollout: Rollout, steering: Any = None, columns: Mapping[str, Sequence[Any]] | None = None
+) -> Tensor:
     """Policy log-probs of every row by itself, without a single padded column."""
     alone_BR = torch.zeros_like(rollout.policy_logprobs_BR)
     for row in range(len(rollout)):
         one = rollout.select([row]).trim()
-        alone_BR[row, : one.response_width] = teacher_forced(policy, one, steering=steering).logprobs_BR[0]
+        own = {name: [values[row]] for name, values in (columns or {}).items()}
+        alone_BR[row, : one.response_width] = teacher_forced(policy, one, steering=steering, columns=own).logprobs_BR[0]
     return alone_BR
 
 
@@ -122,7 +132,7 @@ def _behaviour_alone(policy: Policy, rollout: Rollout, sampling: Sampling) -> Te
     return alone_BR
 
 
-def _cause(policy: Policy, rollout: Rollout, alone_BR: Tensor, gap_BR: Tensor) -> str:
+def _cause(policy: Policy, rollout: Rollout, alone_BR: Tensor, gap_BR: Tensor, steering: Any) -> str:
     """The mistake that, made on purpose, gives the recorded numbers. The worst rows are tried; the best fit is named."""
     worst = gap_BR.sum(1).argsort(descending=True)[:8]
     part, alone_BR = rollout.select(worst), alone_BR[worst]
@@ -144,9 +154,14 @@ def _cause(policy: Policy, rollout: Rollout, alone_BR: Tensor, gap_BR: Tensor) -
     best = min(found, key=lambda text: found[text])
     if found[best] <= _EXPLAINED * before:
         return best
-    if rollout.steering:
+    label = steering.label if steering is not None else "none"
+    if rollout.steering and label != rollout.steering:
         return (
-            f"steering: the rollout was taken under {rollout.steering}, which this pass does without; give verify the steering"
+            f"steering: the rollout was taken under {rollout.steering}, and this pass under {label}; give verify the steering"
+        )
+    if rollout.steering and steering.role in ("policy", "trainable") and (why := unrecorded(steering.spec, same_draws=False)):
+        return (
+            f"steering: a record holds the first site's strength alone, and {why}; verify rows with the Steering that drew them"
         )
     if policy.core.dtype != torch.float32 and distance(_each_alone(policy, part), alone_BR) > _LIKE * before:
         name = str(policy.core.dtype).removeprefix("torch.")

@@ -21,10 +21,11 @@ from rollout.fingerprint import model_fingerprint, tokenizer_fingerprint, values
 from rollout.manifest import RECORDS, Plan, load_manifest, start
 from rollout.policy import ModelSettings, Policy, load_policy
 from rollout.prompts import PromptSettings, load_prompts
-from rollout.run import RunSettings, check_folder, open_folder, versions, written_aside
+from rollout.run import RunSettings, begin, opened, versions, written_aside
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
 from rollout.steering import Steering, load_spec
+from rollout.stops import warn_endless
 from rollout.verify import Report, verify
 
 
@@ -48,26 +49,32 @@ def main(job: Job) -> None:
         for name in ("seed", "keep", "trackers"):
             if getattr(job.run, name) != getattr(RunSettings(), name):
                 print(f"run.{name}: has no effect on a dump{', sampling.seed has' if name == 'seed' else ''}", file=sys.stderr)
-    processes.on_main(lambda: check_folder(job.run))  # emptied only when all that the dump is made from is there
+    with opened(job.run, dataclasses.asdict(job)) as folder:
+        write(job, folder)
+
+
+def write(job: Job, folder: Path) -> None:
+    me = processes.start()
     policy = load_policy(job.model, me.device)
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed) if job.steering else None
     sampler = Sampler(policy, job.sampling, steering)
-    folder = Path(processes.on_main(lambda: str(open_folder(job.run))))
+    warn_endless(policy, job.sampling, prompts.table[0][prompts.column])
     plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
 
-    def begin() -> dict[str, Any]:
+    def start_here() -> dict[str, Any]:
         made_from = {
             "model.path": model_fingerprint(policy.model),
             "model.tokenizer": tokenizer_fingerprint(policy.tokenizer),
             "prompts.path": values_fingerprint(prompts.table[row] for row in range(len(prompts))),
             "steering": steering.label if steering else "",
         }
+        begin(folder, job.run)
         begun = start(folder, plan, dataclasses.asdict(job), made_from, versions=versions(), world_size=me.world_size)
         save_tokenizer(folder, policy)
         return begun
 
-    begun = processes.on_main(begin)
+    begun = processes.on_main(start_here)
     work = left_to_do(folder, begun)
     if me.is_main:
         for index, damage in work.damaged.items():
@@ -78,12 +85,18 @@ def main(job: Job) -> None:
     def sample(rows: range) -> tuple[Rollout, Texts]:
         rollout, texts = sampler.sample(prompts.batch(list(rows)))
         if job.verify:
-            reports.append(verify(policy, rollout, job.sampling, steering=steering))
+            reports.append(verify(policy, rollout, job.sampling, steering=steering, columns=texts.columns))
         return rollout, texts
 
     done = begun["finished"] and not work.todo and not (folder / RECORDS).exists()
     if not done:
-        dump(folder, begun, work, sample, sys.stderr, cut=prompts.cut, versions=versions(), world_size=me.world_size)
+        with processes.stop_signal() as stop:
+            dump(
+                *(folder, begun, work, sample, sys.stderr, stop.here),
+                cut=prompts.cut,
+                versions=versions(),
+                world_size=me.world_size,
+            )
     if job.verify:
         for line in together(reports).lines() if reports else ["verify: nothing was sampled, so nothing was checked"]:
             print(line, file=sys.stderr)

@@ -11,19 +11,20 @@ eval_results.json (with ROUGE from 0 to 100), predict_results.json, generated_pr
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import configs  # noqa: F401  # the environment that torch is loaded in
 
 from rollout import processes
-from rollout.errors import Problem
+from rollout.errors import Problem, Stopped
 from rollout.policy import ModelSettings
+from rollout.run import RunSettings, begin, is_run, opened, write_text
 from rollout.tables import columns_of, read_table
 from training import stage, stage_models
 from training.rows import Row, check_values, missing_columns
@@ -67,7 +68,7 @@ class SummarisationArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Only the first rows."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Only the first rows."})
     num_beams: int | None = field(default=None, metadata={"help": "Beams when generating."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Empty the output folder first."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Empty the output folder first, if a job wrote it."})
 
 
 def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, Any]:
@@ -121,24 +122,6 @@ def read(ours: SummarisationArguments, part: str, file: str | None, limit: int |
     return whole[:limit] if limit else whole
 
 
-def open_output(ours: SummarisationArguments, training: Any) -> Path:
-    """The output folder; what stands there is kept only for a resumed run."""
-    folder = Path(training.output_dir)
-
-    def make() -> None:
-        if folder.exists() and not folder.is_dir():
-            raise Problem(f"output_dir: {folder} is a file; name a folder")
-        full = folder.is_dir() and any(folder.iterdir())
-        if full and ours.overwrite_output_dir and not training.resume_from_checkpoint:
-            shutil.rmtree(folder)
-        elif full and training.do_train and not training.resume_from_checkpoint:
-            raise Problem(f"output_dir: {folder} is not empty; add --overwrite_output_dir, or --resume_from_checkpoint PATH")
-        folder.mkdir(parents=True, exist_ok=True)
-
-    processes.on_main(make)
-    return folder
-
-
 def main(ours: SummarisationArguments, training: Any) -> None:
     import transformers
 
@@ -159,7 +142,43 @@ def main(ours: SummarisationArguments, training: Any) -> None:
     settings = ModelSettings(path=ours.model_name_or_path, tokenizer=ours.tokenizer_name or "")
     model = stage_models.load_trainable(settings, "policy", "seq2seq")
     tokenizer = stage_models.load_tokenizer(settings)
-    folder = open_output(ours, training)
+    output = Path(training.output_dir)
+    empty = ours.overwrite_output_dir and not training.resume_from_checkpoint
+    if empty and output.is_dir() and not is_run(output):
+        _logger.warning("overwrite_output_dir: %s holds what no job of ours wrote; it stays, and is written over", output)
+    run = RunSettings(
+        dir=training.output_dir,
+        overwrite=empty and is_run(output),
+        resume=not is_run(output) if empty else bool(training.resume_from_checkpoint) or not training.do_train,
+    )
+    with flags_named(), opened(run, asdict(ours)) as folder, processes.stop_signal() as stop:
+        work(ours, training, rows, model, tokenizer, folder, run, stop)
+
+
+@contextlib.contextmanager
+def flags_named() -> Iterator[None]:
+    """Problems of the run's folder in the words of this door's flags."""
+    words = {"run.dir": "output_dir", "--run.resume true": "--resume_from_checkpoint PATH"}
+    words |= {"--run.overwrite true": "--overwrite_output_dir", "run.overwrite": "overwrite_output_dir"}
+    try:
+        yield
+    except Problem as problem:
+        lines = list(problem.lines)
+        for ours, theirs in words.items():
+            lines = [line.replace(ours, theirs) for line in lines]
+        raise Problem(*lines) from problem
+
+
+def work(
+    ours: SummarisationArguments,
+    training: Any,
+    rows: dict[str, list[Row]],
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    run: RunSettings,
+    stop: processes.Stop,
+) -> None:
     longest = ours.val_max_target_length or ours.max_target_length
     training.generation_max_length = training.generation_max_length or longest
     training.generation_num_beams = ours.num_beams or training.generation_num_beams
@@ -173,9 +192,16 @@ def main(ours: SummarisationArguments, training: Any) -> None:
         trainer = make_trainer(
             model, tokenizer, training, data.get("train"), data.get("validation"), training.predict_with_generate, scale=100
         )
+        processes.on_main(lambda: begin(folder, run))
         if training.do_train:
-            trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-            trainer.save_model(str(folder))
+            stage.save_any_generation_config(trainer)
+            trainer.add_callback(stage.stopping(stop))
+            with stage.full_disk_told(folder):
+                trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+                if trainer.state.global_step < trainer.state.max_steps:
+                    at = f"checkpoint-{trainer.state.global_step}"
+                    raise Stopped(f"stopped early and saved; --resume_from_checkpoint {folder / at} goes on")
+                trainer.save_model(str(folder))
             keep(trainer, "train", {**trained.metrics, "train_samples": len(rows["train"])})
             trainer.save_state()
         if training.do_eval:
@@ -187,7 +213,7 @@ def main(ours: SummarisationArguments, training: Any) -> None:
             if trainer.is_world_process_zero():
                 written = decode(tokenizer, found.predictions)[: len(data["test"])]
                 texts = "".join(text.replace("\n", " ") + "\n" for text in written)
-                (folder / "generated_predictions.txt").write_text(texts, encoding="utf-8")
+                write_text(folder / "generated_predictions.txt", texts)
 
 
 def keep(trainer: Any, part: str, metrics: dict[str, Any]) -> None:
@@ -198,18 +224,21 @@ def keep(trainer: Any, part: str, metrics: dict[str, Any]) -> None:
 
 def door(argv: Sequence[str] | None = None) -> None:
     """The flags are transformers' own, so this door reads them with its parser; otherwise as configs.reader.door."""
-    failed = False
+    failed = 0
     try:
         processes.start()
         main(*parse(sys.argv[1:] if argv is None else argv))
     except Problem as problem:
-        failed = True
+        failed = 2
         for line in problem.lines:
             print(line, file=sys.stderr)
+    except (Stopped, KeyboardInterrupt) as early:
+        failed = Stopped.status if isinstance(early, Stopped) else 130
+        print(str(early) or "interrupted", file=sys.stderr)
     finally:
         of_several = processes.close()
     if failed:
-        raise SystemExit(2)
+        raise SystemExit(failed)
     if of_several:
         processes.end()
 

@@ -30,13 +30,13 @@ from reward.scoring import (
     finish,
     is_whole,
     manifest_name,
-    open_beside,
+    opened_for_scores,
     score_source,
 )
 from reward.texts import TextSettings, load_texts
 from rollout import processes
 from rollout.errors import Problem
-from rollout.run import RunSettings, open_folder, versions
+from rollout.run import RunSettings, versions
 
 
 @dataclass(frozen=True)
@@ -60,23 +60,27 @@ class Job:
 
 
 def main(job: Job) -> None:
-    me = processes.start()
     dump = Path(job.dump.dir) if job.dump.dir else None
     source, tokenizer = open_source(job, dump)
-    folder = Path(processes.on_main(lambda: str(open_scores(job.run, dump))))
-    name = manifest_name(folder, dump)
+    with opened_for_scores(job.run, dump, dataclasses.asdict(job)) as folder:
+        write(job, folder, manifest_name(folder, dump), source, tokenizer)
+
+
+def write(job: Job, folder: Path, name: str, source: Source, tokenizer: Any) -> None:
+    me = processes.start()
     reward = build_reward(job.reward, device=me.device, tokenizer=tokenizer)
     try:
         check_order(reward)
         described = {"versions": versions(), "world_size": me.world_size}
-        begun = processes.on_main(lambda: begin(folder, name, source, reward, dataclasses.asdict(job), **described))
+        begun = processes.on_main(lambda: begin(job.run, folder, name, source, reward, dataclasses.asdict(job), **described))
         # One answer for all: files appear while others look.
         todo = processes.on_main(lambda: [i for i in range(len(source.rows)) if not is_whole(folder, i, begun)])
         if begun["finished"] and not todo:
             if me.is_main:
                 print(f"{folder}: finished already")
             return
-        score_source(source, reward, folder, begun, todo, sys.stderr)
+        with processes.stop_signal() as stop:
+            score_source(source, reward, folder, begun, todo, sys.stderr, stop.here)
         if me.is_main:
             show(folder, finish(folder, name, {**begun, **described}))
     finally:
@@ -95,17 +99,6 @@ def open_source(job: Job, dump: Path | None) -> tuple[Source, Any]:
         raise Problem("run.save_every: has no effect on the scores of a dump, which are cut as the dump is; leave it out")
     source = DumpSource.of(dump)
     return source, load_tokenizer("", [str(dump / "tokenizer")], "dump") if (dump / "tokenizer").is_dir() else None
-
-
-def open_scores(run: RunSettings, dump: Path | None) -> Path:
-    if not run.dir or dump is None:
-        return open_folder(run)
-    folder = Path(run.dir).resolve()
-    if folder == dump.resolve():
-        return open_beside(Path(run.dir), run.resume, run.overwrite)
-    if folder in dump.resolve().parents and run.overwrite:
-        raise Problem(f"run.overwrite: {run.dir} holds the dump {dump}, which would be lost; name another run.dir")
-    return open_folder(run)
 
 
 def show(folder: Path, manifest: dict[str, Any]) -> None:

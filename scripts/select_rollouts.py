@@ -47,18 +47,33 @@ def write(path: Path, records: Iterator[dict[str, Any]]) -> int:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                     count += 1
             return count
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        first = list(itertools.islice(records, CHUNK))
-        schema = pa.Table.from_pylist(first).schema
+        chunk = list(itertools.islice(records, CHUNK))
+        schema = _table(chunk, None, path).schema
         with pq.ParquetWriter(aside, schema) as writer:
-            chunk = first
             while chunk:
-                writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+                writer.write_table(_table(chunk, schema, path))
                 count += len(chunk)
                 chunk = list(itertools.islice(records, CHUNK))
     return count
+
+
+def _table(records: list[dict[str, Any]], schema: Any, path: Path) -> Any:
+    """The records as Arrow holds them; of the first ones' kind, which a parquet file keeps to its end."""
+    import pyarrow as pa
+
+    names = dict.fromkeys(name for record in records for name in record)
+    try:
+        table = pa.table({name: [record.get(name) for record in records] for name in names})
+        if schema is None:
+            return table
+        if pa.unify_schemas([schema, table.schema], promote_options="permissive").equals(schema):
+            return pa.Table.from_pylist(records, schema=schema)
+    except pa.ArrowException as error:
+        told = str(error).splitlines()[0]
+        raise Problem(f"out: these rows are not of one kind ({told}), which parquet needs; write {path.stem}.jsonl") from error
+    raise Problem(f"out: later rows hold what the first {CHUNK} do not, which parquet needs; write {path.stem}.jsonl")
 
 
 def main(job: Job) -> None:

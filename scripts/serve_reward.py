@@ -20,6 +20,8 @@ from reward.scoring import check_order
 from rollout import processes
 from rollout.errors import Problem
 
+LARGEST = {"max_rows": 2**31, "max_megabytes": 4096.0, "seconds": 86_400.0, "connections": 65_536}
+
 
 @dataclass(frozen=True)
 class ServeSettings:
@@ -35,6 +37,13 @@ class ServeSettings:
     """Rows in a request."""
     max_megabytes: float = 64.0
     """Size of a request."""
+    seconds: float = 30.0
+    """In which a request's head, and then its body, must arrive; an idle connection is closed after as long."""
+    connections: int = 256
+    """At once; further ones are refused."""
+    allowed_hosts: list[str] = field(default_factory=list)
+    """Names (a request's Host) by which the server may be asked, beside those of loopback and its own address. On
+    another address than loopback, where the token protects it, every name is allowed unless some are given."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,9 @@ class Job:
 def main(job: Job) -> None:
     me, serve = processes.start(), job.serve
     wrong = [
-        f"serve.{n}: {getattr(serve, n)}; give more than 0" for n in ("max_rows", "max_megabytes") if getattr(serve, n) <= 0
+        f"serve.{n}: {getattr(serve, n)}; give more than 0, and at most {most:g}"
+        for n, most in LARGEST.items()
+        if not 0 < getattr(serve, n) <= most
     ]
     if not 0 <= serve.port < 65536:
         wrong.append(f"serve.port: {serve.port}; give a port, 0 for any free one")
@@ -67,13 +78,13 @@ def main(job: Job) -> None:
         raise Problem(*wrong)
     import uvicorn
 
-    from reward.server import Limits, make_app
+    from reward.server import Limits, make_app, uvicorn_config
 
     reward = build_reward(job.reward, device=me.device)
     check_order(reward)
-    app = make_app(reward, Limits(serve.max_rows, int(serve.max_megabytes * 2**20)), token)
-    # Without log_config uvicorn closes every log handler of the process, and with it the streams that some of them hold.
-    config = uvicorn.Config(app, host=serve.host, port=serve.port, log_level="warning", access_log=False, log_config=None)
+    limits = Limits(serve.max_rows, int(serve.max_megabytes * 2**20), serve.seconds, serve.connections)
+    names = {*LOOPBACK, serve.host, *serve.allowed_hosts} if serve.host in LOOPBACK or serve.allowed_hosts else None
+    config = uvicorn_config(make_app(reward, limits, token, names), limits, serve.host, serve.port)
     try:
         socket = config.bind_socket()
     except SystemExit as error:  # uvicorn logs why, and would leave with its own status

@@ -23,7 +23,7 @@ from rollout import processes
 from rollout.adapters import is_adapter_folder
 from rollout.policy import ModelSettings, load_policy
 from rollout.prompts import PromptSettings, load_prompts
-from rollout.run import RunSettings
+from rollout.run import RunSettings, check_folder
 from rollout.sampling import Sampling
 from rollout.steering import load_spec
 from training.ppo import PPOSettings, train
@@ -53,6 +53,8 @@ class PPOJob:
 
 
 def main(job: PPOJob) -> None:
+    config = to_mapping(job)
+    processes.on_main(lambda: check_folder(job.run, config) and None)  # before anything large is loaded
     torch.manual_seed(job.run.seed)  # fresh adapters
     policy = with_peft(load_policy(learnable(job.model), processes.start().device), job.model.peft)
     heldout = load_prompts(job.heldout, policy, job.sampling.max_new_tokens) if job.heldout.path else None
@@ -65,7 +67,7 @@ def main(job: PPOJob) -> None:
         job.run,
         steering=load_spec(job.steering) if job.steering else None,
         heldout=heldout,
-        config=to_mapping(job),
+        config=config,
     )
 
 

@@ -13,6 +13,7 @@ from configs.reader import door
 
 import pytest
 
+from rollout.run import MARKER, RunSettings, begin
 from scripts import dump_rollouts, train_ppo
 
 SAMPLERS = {"dump_rollouts": (dump_rollouts, "Job"), "train_ppo": (train_ppo, "PPOJob")}
@@ -89,9 +90,20 @@ def test_a_run_folder_in_use_is_left_alone(name, flags, tmp_path, capfd):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_overwrite_empties_nothing_before_the_model_is_there(name, flags, tmp_path, capfd):
     (tmp_path / "run").mkdir()
+    begin(tmp_path / "run", RunSettings())
     (tmp_path / "run" / "mine.txt").write_text("mine")
     assert leave(name, flags[name] | {"run.overwrite": "true", "model.path": tmp_path / "nowhere"}) == 2
     assert "nowhere" in capfd.readouterr().err
+    assert whole(tmp_path / "run") == [MARKER, "mine.txt"]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_overwrite_empties_no_folder_that_a_job_did_not_write(name, flags, tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    assert leave(name, flags[name] | {"run.overwrite": "true"}) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("run.overwrite: ") and "mine.txt" in said
     assert whole(tmp_path / "run") == ["mine.txt"]
 
 

@@ -55,6 +55,7 @@ def save(
     keep: int = 2,
     config: Mapping[str, Any] | None = None,
     log: Mapping[str, Any] | None = None,
+    made_from: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `folder/checkpoints/step-NNNNNN`; `step` counts the finished steps. A full disk leaves the older ones whole."""
     path = Path(folder) / FOLDER / f"step-{step:06d}"
@@ -70,6 +71,7 @@ def save(
         "engine": full_state.kind(state),
         "config": dict(config or {}),
         "log": dict(log or {}),
+        "made_from": dict(made_from or {}),
     }
     processes.on_main(lambda: _write(path, head, tree, keep))
     return path

@@ -7,7 +7,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rollout.errors import Problem
+from rollout.prompts import Prompts
 from rollout.sampling import MOST_ROWS
+from rollout.stops import warn_endless
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
@@ -98,6 +100,8 @@ def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings
         )
     if found:
         raise Problem(*found)
+    if not ppo.replay and isinstance(prompts, Prompts):
+        warn_endless(policy, sampling, prompts.table[0][prompts.column])
     if ppo.reference == "none" and ppo.kl_coef:
         logger.warning("ppo.kl_coef: %s has no effect without a reference", ppo.kl_coef)
     if _unweighed(sampling, ppo, steering) and ppo.kl_as == "loss" and ppo.kl_coef:

@@ -15,23 +15,10 @@ means over the tokens as drawn. The effective sample size falls about as exp(-2 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Correction:
-    """How rollouts are weighed whose sampling law was not the policy's."""
-
-    type: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
-    """`none` says that the bias is accepted: every weight is 1 and the mismatch is only logged."""
-    high: float = 2.0
-    """Upper bound of a weight."""
-    low: float = 0.0
-    """Lower bound of a weight."""
+from rollout.steering.spec import Correction
 
 
 def importance_weights(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rollout import adapters, processes
+from rollout import adapters, heads, processes
 from rollout.run import write_json, written_aside
 from training import engine, steered
 
@@ -26,9 +26,9 @@ def save_model(folder: Path, parts: Parts, settings: PPOSettings) -> None:
             aside.mkdir()
             model = steered.to_save(parts)
             if not hasattr(model, "peft_config"):
-                model.save_pretrained(aside, **({"state_dict": state} if state else {}))
+                heads.save(model, aside, state)
             elif settings.export_merged:
-                adapters.merge(copy.deepcopy(model)).save_pretrained(aside)
+                heads.save(adapters.merge(copy.deepcopy(model)), aside)
             else:
                 adapters.save(model, aside, state)
             steered.save_beside(parts, aside)

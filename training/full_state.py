@@ -122,7 +122,13 @@ def _load_plain(state: TrainState, saved: Mapping[str, Any]) -> None:
         }
         for index in saved["state"]
     }
-    state.optimizer.load_state_dict({**saved, "state": entries})
+    # What is a setting is that of the run that goes on: it may have been changed.
+    now = state.optimizer.param_groups
+    groups = [
+        {**was, **{name: own[name] for name in ("base_lr", "weight_decay") if name in own}}
+        for was, own in zip(saved["param_groups"], now, strict=True)
+    ]
+    state.optimizer.load_state_dict({**saved, "state": entries, "param_groups": groups})
 
 
 # -- one value -------------------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ class RunLog:
             if size < wanted:
                 told = "%s: %d bytes, %d at the checkpoint; what is missing stays missing"
                 _logger.warning(told, self.folder / name, size, wanted)
+                wanted = (self.folder / name).read_bytes().rfind(b"\n") + 1  # a line that was cut in two goes
             file.truncate(min(size, wanted))
             file.seek(0, os.SEEK_END)
         self._started()  # now, so that a tracker that cannot start is told before the first step is paid for

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rollout import processes
-from rollout.errors import Problem
-from rollout.run import RunSettings, open_folder
+from rollout.errors import Problem, Stopped
+from rollout.run import RunSettings, begin, opened
 from training import checkpoint, resume, steered
 from training.checks import check_job, settings_problems
 from training.clock import Clock
@@ -161,29 +161,32 @@ def train(
     heldout: Prompts | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train `policy` in place; returns what summary.json holds (nothing where SIGTERM ended the run early).
+    """Train `policy` in place; returns what summary.json holds. Stopped where SIGTERM or Ctrl-C ended the run early.
 
     `config` is the resolved job, for the run's folder; `heldout` are the evaluation's prompts (default: the training's)."""
     check_job(policy, prompts, sampling, settings, steering)
     settings = with_correction(settings, steering)
-    folder = processes.on_main(lambda: open_folder(run))
     given = config or {}
-    if run.resume and processes.on_main(lambda: resume.finished(folder, settings.steps, given, schedule=settings.schedule)):
-        tell(f"{folder}: finished already; more ppo.steps go on with it, --run.overwrite true starts again")
-        return read_summary(folder)
-    parts = prepare(policy, reward, sampling, settings, run, steering)
-    state = parts.state
-    stored = Replay(settings.replay, policy, settings, parts.steering) if settings.replay else None
-    source: Any = stored or prompts
-    sampler: Any = stored or parts.sampler
-    count = settings.rollouts_per_step // (stored.samples if stored else sampling.n)
-    tolerance = gap_tolerance(settings, parts.actor_critic.dtype, state.accelerator.mixed_precision)
-    log = open_log(folder, run, settings, state, config)
-    examined = heldout if heldout is not None else prompts
-    state.before = state.before or evaluate(parts, examined, settings)
+    with opened(run, given) as folder, processes.stop_signal() as stop:
+        if run.resume and processes.on_main(lambda: resume.finished(folder, settings.steps, given, run, settings.schedule)):
+            tell(f"{folder}: finished already; more ppo.steps go on with it, --run.overwrite true starts again")
+            return read_summary(folder)
+        made_from = processes.on_main(lambda: resume.made_from(policy, prompts, heldout, reward, settings))
+        parts = prepare(policy, reward, sampling, settings, run, steering)
+        made_from |= {"steering": parts.steering.label} if parts.steering is not None else {}
+        state = parts.state
+        stored = Replay(settings.replay, policy, settings, parts.steering) if settings.replay else None
+        source: Any = stored or prompts
+        sampler: Any = stored or parts.sampler
+        count = settings.rollouts_per_step // (stored.samples if stored else sampling.n)
+        tolerance = gap_tolerance(settings, parts.actor_critic.dtype, state.accelerator.mixed_precision)
+        processes.on_main(lambda: begin(folder, run))
+        log = open_log(folder, run, settings, state, config, made_from)
+        examined = heldout if heldout is not None else prompts
+        state.before = state.before or evaluate(parts, examined, settings)
 
-    with resume.stop_signal() as stopping:
-        while state.step < settings.steps:
+        stopped = stop.anywhere()
+        while state.step < settings.steps and not stopped:
             clock = Clock()
 
             # 1 sample: this rank's prompts, `sampling.n` rows each; or the stored rows of a dump
@@ -220,19 +223,17 @@ def train(
                 state.step, sample_rows(scored, experience, parts, each=settings.samples, seed=run.seed, step=state.step)
             )
             log.progress(state.step, settings.steps, reward=metrics["reward/mean"], kl=kl, tokens=int(tokens))
-            stopped = stopping()
+            stopped = stop.anywhere()
             if stopped or state.step == settings.steps or state.step % (run.save_every or SAVE_EVERY) == 0:
-                checkpoint.save(folder, state.step, state, keep=run.keep, config=config, log=log.position())
-            if stopped:
-                break
+                held = {"config": config, "log": log.position(), "made_from": made_from}
+                checkpoint.save(folder, state.step, state, keep=run.keep, **held)
 
-    log.close()
-    if state.step < settings.steps:
-        tell(f"stopped after step {state.step} of {settings.steps} and saved; --run.resume true goes on")
-        return {}
-    save_model(folder, parts, settings)
-    summary = summarise(folder, parts, evaluate(parts, examined, settings))
-    processes.on_main(lambda: report([folder]))
+        log.close()
+        if state.step < settings.steps:
+            raise Stopped(f"stopped after step {state.step} of {settings.steps} and saved; --run.resume true goes on")
+        save_model(folder, parts, settings)
+        summary = summarise(folder, parts, evaluate(parts, examined, settings))
+        processes.on_main(lambda: report([folder]))
     return summary
 
 
@@ -241,4 +242,4 @@ def with_correction(settings: PPOSettings, steering: Any) -> PPOSettings:
     given = getattr(steering, "correction", None)
     if settings.correction is not None or given is None:
         return settings
-    return dataclasses.replace(settings, correction=Correction(given.type, given.high, given.low))
+    return dataclasses.replace(settings, correction=given)

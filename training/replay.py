@@ -21,10 +21,12 @@ from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
 from rollout.fingerprint import model_fingerprint, tokenizer_fingerprint
 from rollout.manifest import finished_shards, load_manifest, plan_of
+from rollout.steering.strengths import unrecorded
 from rollout.store import read_dump
 
 if TYPE_CHECKING:
     from rollout.policy import Policy
+    from rollout.steering import Steering
     from training.ppo import PPOSettings
 
 _HELD = 4
@@ -50,6 +52,8 @@ class Replay:
         """No prompt is cut here: stored ones are as long as they were drawn from."""
         self._shards: OrderedDict[int, tuple[Rollout, Texts]] = OrderedDict()
         self._check_source(manifest.get("fingerprints", {}), policy, steering.label if steering is not None else "")
+        if steering is not None and steering.role in ("policy", "trainable"):
+            self._check_steering(steering, manifest.get("config", {}).get("sampling", {}).get("seed"))
         if settings.credit != "gae" and self.samples < 2:
             raise Problem(f"ppo.replay: {folder} has one sample per prompt; ppo.credit {settings.credit} compares several")
         if settings.kl_target is not None:
@@ -126,6 +130,18 @@ class Replay:
         self.same_weights = made_from.get("model.path") == model_fingerprint(policy.core)
         if not self.same_weights:
             _logger.warning("%s was sampled from other weights than model.path; ppo.correction weighs what differs", told)
+
+    def _check_steering(self, steering: Steering, seed: int | None) -> None:
+        """Rows are steered again as they were drawn, or not at all. `seed` is the dump's."""
+        why = unrecorded(steering.spec, same_draws=self.same_weights and steering.seed == seed)
+        if not why:
+            return
+        other_seed = self.same_weights and not unrecorded(steering.spec, same_draws=True)
+        mended = f"set run.seed to {seed}, the dump's, " if other_seed and seed is not None else "leave ppo.replay out "
+        raise Problem(
+            f"ppo.replay: {self.folder} cannot be steered as it was drawn: a record holds the first site's strength alone, and "
+            f"{why}; {mended}or replay a dump under one site without noise"
+        )
 
     def _check_rows(self, rollout: Rollout, file: str) -> None:
         told = f"ppo.replay: {self.folder / file}"

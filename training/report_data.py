@@ -1,6 +1,6 @@
 """What a report shows, and how it is read from a run's folder: metrics.jsonl, samples.jsonl, config, summary, versions.
 
-A torn last line, which a killed run leaves, is passed over; any other bad line is named.
+A torn last line, which a killed run leaves, is passed over with a word; any other bad line is named.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from rollout.errors import Problem
 from rollout.yaml_files import load_text
-from training.log import METRICS, SAMPLES
+from training.log import METRICS, SAMPLES, tell
 
 _HEADS = ("step", "row", "sample", "kind", "reward", "kl", "gap", "length")
 _TEXTS = ("prompt", "prompt_text", "completion", "prompt_ids", "prompt_tokens", "response_ids", "response_tokens")
@@ -102,7 +102,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a jsonl file. A last line without an end was being written when the run was killed."""
     found = []
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.split("\n")  # not splitlines: a text may hold other line ends, which JSON does not escape
+    lines = text.rstrip("\n").split("\n")  # not splitlines: a text may hold other line ends, which JSON does not escape
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -112,6 +112,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 raise ValueError("no object with a step")
         except ValueError as error:
             if number == len(lines):
+                tell(f"{path}: its last line was cut short, by a kill or a full disk, and is left out")
                 break
             raise Problem(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
         found.append(value)

@@ -14,6 +14,7 @@ from reward.selection import read_scores, score_files
 from rollout.batch import STOP_REASONS, Rollout, Texts
 from rollout.heads import load_tokenizer
 from rollout.manifest import load_manifest, plan_of
+from rollout.spelling import Speller
 from training.report_data import ROW_STRENGTH, Row, Run
 
 BINS = 24
@@ -102,15 +103,7 @@ def _decoder(folder: Path) -> Callable[[int], str]:
     """The text of a token by itself; its number where the dump holds no tokenizer."""
     if not folder.is_dir():
         return str
-    tokenizer = load_tokenizer(str(folder), "tokenizer of the dump")
-    known: dict[int, str] = {}
-
-    def decode(token: int) -> str:
-        if token not in known:
-            known[token] = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        return known[token]
-
-    return decode
+    return Speller(load_tokenizer(str(folder), "tokenizer of the dump")).token
 
 
 def _histogram(title: str, lengths: Counter[int]) -> dict[str, Any]:

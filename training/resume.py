@@ -1,40 +1,65 @@
-"""Going on with a run: is it finished, which checkpoint, may the config differ, and how a SIGTERM ends it.
+"""Going on with a run: is it finished, which checkpoint, and do config, data and weights fit it.
 
 run.resume true ──> finished?  yes: leave with status 0
                         │ no
                     newest whole checkpoint? ── none ──> start (the logs of a run killed before its first are cut to 0)
                         │
-                    config as saved? ── no ──> a line per field
-                        │ yes
+                    config, data and weights as saved? ── no ──> a line for each; with run.allow_changes they are told, and
+                        │ yes                                    stand in RUN/config.yaml
                     load, cut the logs to it, go on
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rollout import processes
 from rollout.errors import Problem
+from rollout.fingerprint import folder_fingerprint, tokenizer_fingerprint, values_fingerprint, weights_fingerprint
+from rollout.manifest import finished_shards
+from rollout.run import RunSettings
 from training import checkpoint
 
+if TYPE_CHECKING:
+    from rollout.policy import Policy
+    from rollout.prompts import Prompts
+    from training.ppo import PPOSettings
+
 FREE = (
-    *("run.dir", "run.resume", "run.overwrite", "run.save_every", "run.keep", "run.trackers"),
-    *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather"),
+    *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
+    *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather", "ppo.eval_every", "ppo.eval_prompts"),
 )
-"""What may differ on a resume, because nothing that is learned or measured depends on it. The number of steps may, too,
-where no learning rate falls towards the last one."""
+"""What may differ on a resume, because nothing that is learned depends on it. The number of steps may, too, where no
+learning rate falls towards the last one."""
 
 _logger = logging.getLogger(__name__)
 
 
-def finished(folder: Path, steps: int, config: Mapping[str, Any], *, schedule: str = "constant") -> bool:
+def made_from(policy: Policy, prompts: Prompts, heldout: Prompts | None, reward: Any, settings: PPOSettings) -> dict[str, str]:
+    """What a run learns from, as hashes: the same paths may lead to other data. Before the policy is trained or spread."""
+    found = {"model.path": weights_fingerprint(policy.model), "prompts.path": rows_fingerprint(prompts)}
+    if policy.tokenizer is not None:
+        found["model.tokenizer"] = tokenizer_fingerprint(policy.tokenizer)
+    if heldout is not None:
+        found["heldout.path"] = rows_fingerprint(heldout)
+    for part in getattr(reward, "parts", ()):
+        found[f"reward {part.name}"] = part.content()
+    if settings.replay:
+        found["ppo.replay"] = values_fingerprint(record.sha256 for record in finished_shards(Path(settings.replay)))
+    if Path(settings.value).is_dir():
+        found["ppo.value"] = folder_fingerprint(Path(settings.value))
+    return found
+
+
+def rows_fingerprint(prompts: Prompts) -> str:
+    return values_fingerprint(prompts.table[row] for row in range(len(prompts)))
+
+
+def finished(folder: Path, steps: int, config: Mapping[str, Any], run: RunSettings, schedule: str = "constant") -> bool:
     """Did the run in `folder` come to its end, with at least `steps` steps and this config? summary.json is the last thing
     that a run writes."""
     folder = Path(folder)
@@ -44,34 +69,62 @@ def finished(folder: Path, steps: int, config: Mapping[str, Any], *, schedule: s
     except (OSError, ValueError, KeyError, TypeError):
         return False
     if (path := checkpoint.newest(folder)) is not None:
-        _compare(path, config, schedule)
+        _compare(path, config, run, schedule)
     return True
 
 
-def find(folder: Path, config: Mapping[str, Any], *, schedule: str = "constant") -> Path | None:
-    """The checkpoint to go on from, after its config was compared with the present one; None: start from the beginning."""
+def find(
+    folder: Path,
+    config: Mapping[str, Any],
+    run: RunSettings,
+    schedule: str = "constant",
+    content: Mapping[str, str] | None = None,
+) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and how the present job differs from it; None: start from the beginning."""
     path = checkpoint.latest(folder)
-    if path is not None:
-        changed = _compare(path, config, schedule)
-        if changed and processes.start().is_main:
-            _logger.warning("resume: changed since %s, as is allowed: %s", path.name, ", ".join(changed))
-    return path
+    if path is None:
+        return None, []
+    changed = _compare(path, config, run, schedule, content or {})
+    if processes.start().is_main:
+        for line in changed:
+            _logger.warning("resume from %s: changed, as is allowed: %s", path.name, line)
+    return path, changed
 
 
-def _compare(path: Path, config: Mapping[str, Any], schedule: str) -> list[str]:
+def _compare(
+    path: Path, config: Mapping[str, Any], run: RunSettings, schedule: str, content: Mapping[str, str] | None = None
+) -> list[str]:
     free = (*FREE, "ppo.steps") if schedule == "constant" else FREE
-    return check_config(checkpoint.read_head(path)["config"], config, free)
+    head = checkpoint.read_head(path)
+    return check(head["config"], config, head.get("made_from", {}), content or {}, free, run.allow_changes)
 
 
-def check_config(saved: Mapping[str, Any], current: Mapping[str, Any], free: Sequence[str] = FREE) -> list[str]:
-    """Refuse another config, a line per field. Changed fields that are `free` are returned by their dotted names."""
+def check(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    made_from: Mapping[str, str] | None = None,
+    content: Mapping[str, str] | None = None,
+    free: Sequence[str] = FREE,
+    allow: bool = False,
+) -> list[str]:
+    """Refuse another config or other content, a line for each; what is `free`, or with `allow` all, is returned as lines."""
     was, now = _dotted(json.loads(json.dumps(saved))), _dotted(json.loads(json.dumps(current)))
-    changed = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    differ = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    changed = {name: f"{now.get(name)!r}, but the run to resume has {was.get(name)!r}" for name in differ}
     fatal = [name for name in changed if not any(name == field or name.startswith(field + ".") for field in free)]
-    if fatal:
-        remedy = "give it back, or start another run with --run.dir"
-        raise Problem(*(f"{name}: {now.get(name)!r}, but the run to resume has {was.get(name)!r}; {remedy}" for name in fatal))
-    return [name for name in changed if name not in ("run.resume", "run.overwrite")]
+    named = {name.split(".")[0] for name in fatal}  # other content follows from these
+    began, here = dict(made_from or {}), dict(content or {})
+    for name in sorted(began.keys() & here.keys()):
+        if began[name] != here[name] and name.split(" ")[0].split(".")[0] not in named:
+            changed[name] = (
+                f"its content is not what the run to resume began with (fingerprint {began[name]}, now {here[name]})"
+            )
+            fatal.append(name)
+    if fatal and not allow:
+        remedy = "give it back, start another run with --run.dir, or go on all the same with --run.allow_changes true"
+        raise Problem(*(f"{name}: {changed[name]}; {remedy}" for name in fatal))
+    own = ("run.resume", "run.overwrite", "run.allow_changes")
+    return [f"{name}: {told}" for name, told in changed.items() if name not in own]
 
 
 def _dotted(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -81,24 +134,3 @@ def _dotted(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, part in config.items():
         flat |= _dotted(part, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """While the block runs, SIGTERM only sets a flag. The loop asks for it once a step, on every rank (it is one answer:
-    any rank's signal stops all), saves and leaves."""
-    import torch
-
-    received: list[int] = []
-    ours = threading.current_thread() is threading.main_thread()  # Python lets no other thread handle signals
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number)) if ours else None
-
-    def stop() -> bool:
-        flag = torch.tensor([len(received)], device=processes.start().device)
-        return bool(processes.sum_(flag).item())
-
-    try:
-        yield stop
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, before)

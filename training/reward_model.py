@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ from rollout import adapters, processes
 from rollout.errors import Problem
 from rollout.policy import ModelSettings, check_vocabulary, vocabulary_size
 from rollout.run import RunSettings, write_json
+from rollout.tables import columns_of
 from training import rows as data
 from training import stage, stage_models
 from training.rows import Row, TableSettings
-from training.stage import FitSettings, Outcome
+from training.stage import FitSettings, Outcome, StageRun
 
 BINS = 10
 
@@ -57,8 +57,8 @@ def run_reward(job: RewardJob, resolved: str = "") -> Outcome:
     """Train, measure on the held-out pairs, and write the run's folder."""
     stage.check_fit(job.reward_model, "reward_model")
     rows, held = stage.on_every_process(lambda: read(job.prompts, job.run.seed))
-    with stage.opened_run(job.run, resolved) as folder, stage.bars_on_main(processes.start().is_main):
-        return _fit(job, rows, held, folder)
+    with stage.opened_run(job, resolved, rows, held) as where, stage.bars_on_main(processes.start().is_main):
+        return _fit(job, rows, held, where)
 
 
 def read(settings: TableSettings, seed: int) -> tuple[list[Row], list[Row]]:
@@ -70,11 +70,12 @@ def read(settings: TableSettings, seed: int) -> tuple[list[Row], list[Row]]:
 
 
 def _checked(rows: list[Row], where: str) -> list[Row]:
-    if "chosen" not in rows[0] or "rejected" not in rows[0]:
+    there = columns_of(rows)
+    if "chosen" not in there or "rejected" not in there:
         raise data.missing_columns(rows, "chosen and rejected (and prompt, unless both begin with it)", where)
     rows = [_with_spoken_prompt(row) for row in rows]
-    names = [name for name in ("chosen", "rejected", "prompt") if name in rows[0]]
-    data.check_values(rows, names, where)
+    names: list[str] = [name for name in ("chosen", "rejected", "prompt") if name in columns_of(rows)]
+    talks = data.check_values(rows, names, where)
     data.raise_first(
         [
             f"{where}: row {number}: chosen equals rejected, which says nothing about either; remove the row"
@@ -82,21 +83,28 @@ def _checked(rows: list[Row], where: str) -> list[Row]:
             if row["chosen"] == row["rejected"]
         ]
     )
-    kept = (*names, "margin", "tools", "chat_template_kwargs")
-    return [{name: row[name] for name in kept if name in row} for row in rows]
+    if "margin" in there:
+        names.append("margin")
+        short = [number for number, row in enumerate(rows, 1) if not isinstance(row.get("margin"), int | float)]
+        data.raise_first([f"{where}: row {number}: margin is no number; give every pair one, or none" for number in short])
+    return data.with_template(rows, names, where) if talks else [{name: row[name] for name in names} for row in rows]
 
 
 def _with_spoken_prompt(row: Row) -> Row:
-    """Beside conversations a prompt that is a text is a user's message; many tables have it a second time in both."""
-    prompt, chosen = row.get("prompt"), row.get("chosen")
-    if not isinstance(prompt, str) or not data.is_messages(chosen):
+    """Beside conversations a prompt that is a text is a user's message; many tables have it a second time in both.
+
+    It then stands before both answers, in every row alike: some of a table's rows may hold it already."""
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen") or [], row.get("rejected") or []
+    if not isinstance(prompt, str) or not data.is_messages(chosen) or not data.is_messages(rejected):
         return row
-    if any(message.get("content") == prompt for message in chosen or ()):
-        return {name: value for name, value in row.items() if name != "prompt"}
-    return {**row, "prompt": [{"role": "user", "content": prompt}]}
+    others = {name: value for name, value in row.items() if name != "prompt"}
+    if any(message.get("content") == prompt for message in chosen):
+        return others
+    asked = {"role": "user", "content": prompt}
+    return {**others, "chosen": [asked, *chosen], "rejected": [asked, *rejected]}
 
 
-def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path) -> Outcome:
+def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
     import datasets
     import transformers
     import trl
@@ -108,6 +116,8 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path)
     tokenizer = stage_models.load_tokenizer(job.model)
     if data.is_messages(rows[0]["chosen"]) and not tokenizer.chat_template:
         raise Problem("model.path: the pairs are conversations, but the tokenizer has no chat template; give texts, or add one")
+    if data.is_messages(rows[0]["chosen"]):
+        data.check_template(tokenizer, rows, [("prompt", "chosen"), ("prompt", "rejected")])
     if tokenizer.eos_token is None:
         raise Problem("model.path: the tokenizer has no eos token, which marks a whole answer; set one and save the tokenizer")
     model = stage_models.load_trainable(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
@@ -118,7 +128,7 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path)
     check_vocabulary(tokenizer, vocabulary_size(model))
     longest = job.prompts.max_tokens or stage_models.context_of(model)
     arguments = trl.RewardConfig(
-        **stage.trainer_arguments(settings, job.run, folder, bool(held)),
+        **stage.trainer_arguments(settings, job.run, where.folder, bool(held)),
         max_length=longest,
         center_rewards_coefficient=settings.center or None,
         disable_dropout=not settings.dropout,
@@ -135,7 +145,8 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path)
     for name, part, whole in (("training", trainer.train_dataset, rows), ("held-out", trainer.eval_dataset, held)):
         if whole and not len(part):
             raise Problem(f"prompts.max_tokens: every {name} pair is longer than {longest} tokens; raise it")
-    log = stage.train(trainer, job.run, folder)
+    stage.tell_cut(len(rows) - len(trainer.train_dataset), len(rows), longest, "left out")
+    log = stage.train(trainer, where)
     metrics: dict[str, Any] = {
         "rows": len(trainer.train_dataset),
         "rows_heldout": len(trainer.eval_dataset) if held else 0,
@@ -147,13 +158,13 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], folder: Path)
         metrics |= {"accuracy": measured["accuracy"], "margin": measured["margin"], "score_mean": float(scores_B2.mean())}
         metrics |= {"score_std": float(scores_B2.std(correction=0)), "calibration_error": measured["calibration_error"]}
         if trainer.accelerator.is_main_process:
-            write_json(folder / "calibration.json", measured)
+            write_json(where.folder / "calibration.json", measured)
     metrics["seconds"] = round(time.monotonic() - began, 1)
 
     def base() -> Any:
         return stage_models.load_base(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
 
-    return stage.finish(trainer, tokenizer, base, folder, metrics, log)
+    return stage.finish(trainer, tokenizer, base, where.folder, metrics, log)
 
 
 @torch.no_grad()

@@ -7,13 +7,15 @@ Rows are plain dicts until all of them are known to be right, so that a bad one 
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rollout.errors import Problem
-from rollout.tables import read_table
+from rollout.spelling import TEMPLATE_COLUMNS, check_messages, conversation_ids, template_arguments, template_tools
+from rollout.tables import columns_of, read_table
 
 Row = dict[str, Any]
 
@@ -61,7 +63,7 @@ def read_rows(settings: TableSettings, check: Callable[[list[Row], str], list[Ro
 
 def rename(rows: Sequence[Row], columns: Mapping[str, str], where: str = "prompts.columns") -> list[Row]:
     """Rows under the expected names; `columns` says what the data calls them."""
-    found = list(rows[0])
+    found = columns_of(rows)
     for expected, given in columns.items():
         if given not in found:
             raise Problem(f"{where}.{expected}: the data has no column {given!r}; it has: {', '.join(found)}")
@@ -93,15 +95,51 @@ def check_values(rows: Sequence[Row], names: Sequence[str], where: str = "prompt
         return False
     talks = is_messages(rows[0].get(names[0]))
     wanted = "a list of messages ({role, content})" if talks else "a text"
-    problems = []
+    problems: list[str] = []
     for number, row in enumerate(rows, 1):
         for name in names:
             value = row.get(name)
-            if not (is_messages(value) if talks else isinstance(value, str)):
+            if talks and is_messages(value):
+                try:
+                    check_messages(value, f"{where}: row {number}: {name}")
+                except Problem as problem:
+                    problems += problem.lines
+            elif talks or not isinstance(value, str):
                 kind = "missing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
                 problems.append(f"{where}: row {number}: {name} is {kind}, expected {wanted}, as in row 1")
     raise_first(problems)
     return talks
+
+
+def with_template(rows: Sequence[Row], names: Sequence[str], where: str = "prompts.path") -> list[Row]:
+    """The named columns of conversations, and what their chat template is given besides, where any row has it.
+
+    trl reads a column off the first row, and tools as JSON text, which Arrow leaves as it is."""
+    there, found = columns_of(rows), [{name: row[name] for name in names if name in row} for row in rows]
+    for number, (row, kept) in enumerate(zip(rows, found, strict=True), 1):
+        told = f"{where}: row {number}"
+        if "tools" in there:
+            tools = template_tools(row.get("tools"), told)
+            kept["tools"] = json.dumps(tools, ensure_ascii=False) if tools else None
+        if "chat_template_kwargs" in there:
+            kept["chat_template_kwargs"] = template_arguments(row.get("chat_template_kwargs"), told)
+            for name in ("add_generation_prompt", "continue_final_message"):  # of a prompt that is answered, not of a row
+                kept["chat_template_kwargs"].pop(name, None)
+    if not any(kept.get("chat_template_kwargs") for kept in found):
+        return [{name: value for name, value in kept.items() if name != "chat_template_kwargs"} for kept in found]
+    return found
+
+
+def check_template(tokenizer: Any, rows: Sequence[Row], wholes: Sequence[Sequence[str]], where: str = "prompts.path") -> None:
+    """Messages whose content is no plain text come out of the template as text, or the row is told.
+
+    `wholes`: the columns that make a conversation together."""
+    for number, row in enumerate(rows, 1):
+        for names in wholes:
+            said = [message for name in names for message in row.get(name) or ()]
+            if not all(isinstance(message.get("content"), str | None) for message in said):
+                given = [row.get(name) for name in TEMPLATE_COLUMNS]
+                conversation_ids(tokenizer, said, *given, whole=True, where=f"{where}: row {number}")
 
 
 def raise_first(problems: Sequence[str], most: int = 3) -> None:
@@ -112,5 +150,5 @@ def raise_first(problems: Sequence[str], most: int = 3) -> None:
 
 
 def missing_columns(rows: Sequence[Row], wanted: str, where: str = "prompts.path") -> Problem:
-    found = ", ".join(rows[0]) or "none"
+    found = ", ".join(columns_of(rows)) or "none"
     return Problem(f"{where}: expected {wanted}; found the columns: {found}; say what is what with prompts.columns")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from rollout.errors import Problem
 from rollout.policy import check_vocabulary, vocabulary_size
 from training import stage, stage_models
 from training.rows import Row
-from training.stage import Outcome
+from training.stage import Outcome, StageRun
 
 if TYPE_CHECKING:
     from training.sft import SFTJob
@@ -41,10 +40,13 @@ def tokenise(rows: Sequence[Row], tokenizer: Any, prefix: str = "", longest: int
         targets = tokenizer(text_target=batch["completion"], truncation=bool(longest_target), max_length=longest_target or None)
         # A tokenizer that ends no text by itself would teach a model that never stops.
         labels = [ids if tokenizer.eos_token_id in ids else [*ids, tokenizer.eos_token_id] for ids in targets["input_ids"]]
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+        over = [bool(one.overflowing) for one in encoded.encodings or ()] or [False] * len(labels)  # slow tokenizers do not say
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels, "over": over}
 
     whole = datasets.Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
-    return whole.map(cut, batched=True, remove_columns=["prompt", "completion"], desc="Tokenizing")
+    found = whole.map(cut, batched=True, remove_columns=["prompt", "completion"], desc="Tokenizing")
+    stage.tell_cut(sum(found["over"]), len(found), longest)
+    return found.remove_columns("over")
 
 
 def make_trainer(
@@ -111,7 +113,7 @@ def _ids(found: Any) -> np.ndarray:
     return np.asarray(found[0] if isinstance(found, tuple) else found)
 
 
-def fit_encoder_decoder(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: Path) -> Outcome:
+def fit_encoder_decoder(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
     """The supervised stage of train_sft.py for an encoder-decoder."""
     import transformers
 
@@ -135,18 +137,18 @@ def fit_encoder_decoder(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], f
     )
     target = sft.max_target_tokens or max(len(row["labels"]) for part in (training, held_out) if part for row in part)
     arguments = transformers.Seq2SeqTrainingArguments(
-        **stage.trainer_arguments(sft, job.run, folder, bool(held)),
+        **stage.trainer_arguments(sft, job.run, where.folder, bool(held)),
         predict_with_generate=sft.rouge,
         generation_max_length=target + 1,
         generation_num_beams=sft.beams,
     )
     began = time.monotonic()
     trainer = make_trainer(model, tokenizer, arguments, training, held_out, sft.rouge)
-    log = stage.train(trainer, job.run, folder)
+    log = stage.train(trainer, where)
     measured = trainer.evaluate() if held else {}
     metrics = {"rows": len(rows), "rows_heldout": len(held), "heldout_loss": measured.get("eval_loss")}
     metrics |= {name: measured[f"eval_{name}"] for name in ("rouge1", "rouge2", "rougeL", "rougeLsum", "gen_len") if sft.rouge}
     metrics["seconds"] = round(time.monotonic() - began, 1)
     return stage.finish(
-        trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "seq2seq"), folder, metrics, log
+        trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "seq2seq"), where.folder, metrics, log
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from rollout.policy import Policy
 from rollout.run import RunSettings, versions, write_text
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
+from rollout.spelling import Speller
 from rollout.yaml_files import Dumper
 from training import checkpoint, engine, resume, steered
 from training.actor_critic import ActorCritic, Reference, build, checkpoint_activations
@@ -72,9 +74,10 @@ class Parts:
 
         return engine.gathering(self.actor_critic, self.gather, sampled)
 
-    def decode(self, token: int) -> str:
+    @cached_property
+    def decode(self) -> Callable[[int], str]:
         """One token as text, for tables and the viewer."""
-        return str(self.policy.tokenizer.decode([token]))
+        return Speller(self.policy.tokenizer).token
 
 
 def prepare(
@@ -143,18 +146,28 @@ def groups(actor_critic: ActorCritic, settings: PPOSettings) -> list[dict[str, A
 
 
 def open_log(
-    folder: Path, run: RunSettings, settings: PPOSettings, state: TrainState, config: Mapping[str, Any] | None
+    folder: Path,
+    run: RunSettings,
+    settings: PPOSettings,
+    state: TrainState,
+    config: Mapping[str, Any] | None,
+    made_from: Mapping[str, str],
 ) -> RunLog:
     """The log of the run and, on a resume, the newest whole checkpoint put into `state`."""
-    found = resume.find(folder, config or {}, schedule=settings.schedule) if run.resume else None
+    found, changed = resume.find(folder, config or {}, run, settings.schedule, made_from) if run.resume else (None, [])
     log = RunLog(folder, trackers=run.trackers, config=config)
     log.rewind(checkpoint.load(found, state)["log"] if found is not None else {})
-    if found is None:
-        processes.on_main(lambda: _describe(folder, config or {}))
+    told = [f"from step {state.step}: {line}" for line in changed if not line.startswith("run.")]
+    if found is None or told:
+        processes.on_main(lambda: _describe(folder, config or {}, told))
     return log
 
 
-def _describe(folder: Path, config: Mapping[str, Any]) -> None:
-    """config.yaml, which --config reads back; the versions stand in it as comments."""
+def _describe(folder: Path, config: Mapping[str, Any], changed: Sequence[str] = ()) -> None:
+    """config.yaml, which --config reads back; the versions stand in it as comments, and what a resumed run changed."""
     notes = "".join(f"# {name}: {version}\n" for name, version in versions().items())
+    if changed:
+        before = (folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").is_file() else ""
+        notes += "".join(line for line in before.splitlines(keepends=True) if line.startswith("# from step "))
+        notes += "".join(f"# {line}\n" for line in changed)
     write_text(folder / "config.yaml", notes + yaml.dump(dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True))

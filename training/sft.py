@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rollout import processes
@@ -20,10 +19,13 @@ from rollout.errors import Problem
 from rollout.heads import choose_head, load_config
 from rollout.policy import ModelSettings, check_vocabulary, vocabulary_size
 from rollout.run import RunSettings
+from rollout.stops import turn_end
+from rollout.tables import columns_of
 from training import rows as data
 from training import stage, stage_models
+from training.log import tell
 from training.rows import Row, TableSettings
-from training.stage import FitSettings, Outcome
+from training.stage import FitSettings, Outcome, StageRun
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ def run_sft(job: SFTJob, resolved: str = "") -> Outcome:
     stage.check_fit(job.sft, "sft")
     kind = _kind(job.model)
     rows, held = stage.on_every_process(lambda: read(job.prompts, job.run.seed, kind, job.sft))
-    with stage.opened_run(job.run, resolved) as folder, stage.bars_on_main(processes.start().is_main):
+    with stage.opened_run(job, resolved, rows, held) as where, stage.bars_on_main(processes.start().is_main):
         if kind == "seq2seq":
             from training.seq2seq import fit_encoder_decoder
 
-            return fit_encoder_decoder(job, rows, held, folder)
-        return _fit_causal(job, rows, held, folder)
+            return fit_encoder_decoder(job, rows, held, where)
+        return _fit_causal(job, rows, held, where)
 
 
 def read(settings: TableSettings, seed: int, kind: str, sft: SFTSettings) -> tuple[list[Row], list[Row]]:
@@ -87,20 +89,22 @@ def _checked(rows: list[Row], kind: str, sft: SFTSettings, where: str, text_aske
         shapes = {"text": ("text",)}
     elif kind == "causal":
         shapes |= {"messages": ("messages",), "text": ("text",)}
-    names = next((names for names in shapes.values() if all(name in rows[0] for name in names)), None)
+    there = columns_of(rows)
+    names = next((names for names in shapes.values() if all(name in there for name in names)), None)
     if names is None:
         raise data.missing_columns(rows, " or ".join(shapes), where)
     talks = data.check_values(rows, names, where)
     if talks and kind == "seq2seq":
         raise Problem(f"{where}: the prompts are conversations, but the model is an encoder-decoder; give texts")
     if names == ("messages",) and not talks:
-        raise Problem(f"{where}: row 1: messages is {type(rows[0]['messages']).__name__}, expected a list of {{role, content}}")
+        raise Problem(
+            f"{where}: row 1: messages is {type(rows[0].get('messages')).__name__}, expected a list of {{role, content}}"
+        )
     if sft.completion_only and "completion" not in names:
         raise Problem(f"sft.completion_only: true, but the rows have {names[0]} and no completion")
     if sft.assistant_only and not talks:
         raise Problem("sft.assistant_only: true, but the rows are texts, not conversations")
-    kept = (*names, "tools", "chat_template_kwargs") if talks else names
-    return [{name: row[name] for name in kept if name in row} for row in rows]
+    return data.with_template(rows, names, where) if talks else [{name: row[name] for name in names} for row in rows]
 
 
 def _kind(settings: ModelSettings) -> str:
@@ -109,7 +113,7 @@ def _kind(settings: ModelSettings) -> str:
     return choose_head(load_config(path), "policy", settings.kind, path=path)
 
 
-def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: Path) -> Outcome:
+def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
     import datasets
     import transformers
     import trl
@@ -125,7 +129,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
     check_vocabulary(tokenizer, vocabulary_size(model))
     _check_tokenizer(tokenizer, rows)
     arguments = trl.SFTConfig(
-        **stage.trainer_arguments(sft, job.run, folder, bool(held)),
+        **stage.trainer_arguments(sft, job.run, where.folder, bool(held)),
         max_length=job.prompts.max_tokens or stage_models.context_of(model),
         completion_only_loss=sft.completion_only,
         assistant_only_loss=sft.assistant_only,
@@ -143,22 +147,47 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], folder: P
         )
     if not len(trainer.train_dataset):
         raise Problem(f"prompts.max_tokens: every row is cut before its completion at {arguments.max_length}; raise it")
-    log = stage.train(trainer, job.run, folder)
+    whole, end = _ends(tokenizer, rows[0])
+    # TRL has cut them already; one that only fills its place has its end in it.
+    full = [] if sft.packing else [ids for ids in trainer.train_dataset["input_ids"] if len(ids) == arguments.max_length]
+    cut = len(rows) - len(trainer.train_dataset) + sum(ids[-1] not in whole for ids in full) if not sft.packing else 0
+    stage.tell_cut(cut, len(rows), arguments.max_length)
+    log = stage.train(trainer, where)
+    stage_models.stop_at(model, end)  # now: the trainer has put the tokenizer's own eos there
     measured = trainer.evaluate() if held and len(trainer.eval_dataset) else {}
     metrics = {
         "rows": len(rows),
         "rows_heldout": len(held),
+        "rows_cut": cut,
         "rows_cut_whole": len(rows) - len(trainer.train_dataset) if not sft.packing else 0,
         "heldout_loss": measured.get("eval_loss"),
         "heldout_token_accuracy": measured.get("eval_mean_token_accuracy"),
         "seconds": round(time.monotonic() - began, 1),
     }
-    return stage.finish(trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "causal"), folder, metrics, log)
+    return stage.finish(
+        trainer, tokenizer, lambda: stage_models.load_base(job.model, "policy", "causal"), where.folder, metrics, log
+    )
+
+
+def _ends(tokenizer: Any, row: Row) -> tuple[set[int], int | None]:
+    """(ids that a whole row may end with, the token after an assistant's turn where the row is a conversation)."""
+    messages = next(([*row.get("prompt", []), *value] for value in reversed(row.values()) if data.is_messages(value)), None)
+    if messages is None:
+        return {tokenizer.eos_token_id}, None
+    template = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    end = turn_end(tokenizer, messages, **template)
+    if end is None:
+        tell(
+            "model.path: its chat template ends a turn with no token of its own, so the model learns no end; mend the template"
+        )
+    return {tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template)[-1], end}, end
 
 
 def _check_tokenizer(tokenizer: Any, rows: Sequence[Row]) -> None:
     talks = any(data.is_messages(value) for value in rows[0].values())
     if talks and not tokenizer.chat_template:
         raise Problem("model.path: the rows are conversations, but the tokenizer has no chat template; give texts, or add one")
+    if talks:
+        data.check_template(tokenizer, rows, [("prompt", "completion", "messages")])
     if tokenizer.eos_token is None:
         raise Problem("model.path: the tokenizer has no eos token, so no text would ever end; set one and save the tokenizer")

@@ -15,22 +15,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from rollout import processes
-from rollout.errors import Problem
-from rollout.run import RunSettings, open_folder, versions, write_json, write_text
-from training import engine, stage_models
-from training.log import SAMPLES, RunLog
+from rollout.errors import Problem, Stopped
+from rollout.fingerprint import tokenizer_fingerprint, values_fingerprint, weights_fingerprint
+from rollout.heads import savable
+from rollout.run import RunSettings, begin, disk_trouble, opened, versions, write_json, write_text
+from training import engine, resume, stage_models
+from training.log import SAMPLES, RunLog, tell
+from training.rows import Row
 
 Read = TypeVar("Read")
-CONFIG = "config.yaml"
+CONFIG, BEGUN = "config.yaml", "checkpoints/begun.json"
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out
     rows = fit.batch_size // world
     micro = fit.micro_batch_size or rows
     return {
-        "output_dir": str(folder / "checkpoints"),
+        "output_dir": str(folder),  # the trainer makes it at once; `train` names the checkpoints'
         "num_train_epochs": fit.epochs,
         "max_steps": fit.steps or -1,
         "per_device_train_batch_size": micro,
@@ -140,25 +146,27 @@ def _checkpointing_name() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
 
 
+@dataclass(frozen=True)
+class StageRun:
+    """A run's folder while a stage has it open, and what the run is made from."""
+
+    folder: Path
+    run: RunSettings
+    resolved: str
+    """The settings as YAML."""
+    config: dict[str, Any]
+    content: dict[str, str]
+    """Hashes of the data; the model's and the tokenizer's come to them when training begins."""
+    stop: processes.Stop
+
+
 @contextlib.contextmanager
-def opened_run(run: RunSettings, resolved: str) -> Iterator[Path]:
-    """The run's folder with the resolved settings and versions in it; made by the main process, known to all.
-
-    What fails before training begins leaves the folder empty, so that the next try may begin in it."""
-
-    def make() -> Path:
-        folder = open_folder(run)
-        notes = "".join(f"# {name}: {version}\n" for name, version in versions().items())
-        write_text(folder / CONFIG, notes + resolved)
-        return folder
-
-    folder = processes.on_main(make)
-    try:
-        yield folder
-    except BaseException:
-        if processes.start().is_main and [path for path in folder.rglob("*") if path.is_file()] == [folder / CONFIG]:
-            open_folder(dataclasses.replace(run, overwrite=True, resume=False))
-        raise
+def opened_run(job: Any, resolved: str, rows: Sequence[Row], held: Sequence[Row]) -> Iterator[StageRun]:
+    """The run's folder, held by this job. Nothing in it changes before `train`."""
+    content = {"prompts.path": values_fingerprint(rows), "prompts.heldout": values_fingerprint(held)}
+    config, run = dataclasses.asdict(job), job.run
+    with opened(run, config) as folder, processes.stop_signal() as stop:
+        yield StageRun(folder, run, resolved, config, content, stop)
 
 
 def on_every_process(read: Callable[[], Read]) -> Read:
@@ -186,17 +194,79 @@ def check_checkpointing(fit: FitSettings, model: Any, name: str) -> None:
         raise Problem(f"{name}.checkpointing: true, but PREFIX_TUNING lives in the cache, which recomputed layers do not see")
 
 
-def train(trainer: Any, run: RunSettings, folder: Path) -> RunLog:
-    """Run the trainer, from the newest whole checkpoint where the run is resumed. Every log of it is told at once."""
-    import transformers
+def train(trainer: Any, where: StageRun) -> RunLog:
+    """Run the trainer, from the newest whole checkpoint where the run is resumed. Every log of it is told at once.
 
+    A signal ends it early, with a checkpoint."""
+    run, folder = where.run, where.folder
+    trainer.args.output_dir = str(folder / "checkpoints")
+    if where.stop.anywhere():
+        raise Stopped("stopped before the first step")
+    start = processes.on_main(lambda: _begin(trainer, where))
     log = RunLog(folder, trackers=run.trackers)
     log.rewind({})
+    save_any_generation_config(trainer)
+    trainer.add_callback(telling(log))
+    trainer.add_callback(stopping(where.stop))
+    with full_disk_told(folder):
+        trainer.train(resume_from_checkpoint=start)
+    if trainer.state.global_step < trainer.state.max_steps:
+        log.close()
+        done = f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps} and saved"
+        raise Stopped(f"{done}; --run.resume true goes on")
+    return log
+
+
+def _begin(trainer: Any, where: StageRun) -> str | None:
+    """Write what the run is made from, or compare it with what a resumed one was. The checkpoint to go on from."""
+    run, folder = where.run, where.folder
+    content = where.content | {
+        "model.path": weights_fingerprint(trainer.model),
+        "model.tokenizer": tokenizer_fingerprint(trainer.processing_class),
+    }
+    start = newest_checkpoint(folder / "checkpoints") if run.resume else None
+    changed = []
+    if start is not None and (folder / BEGUN).is_file():
+        begun = json.loads((folder / BEGUN).read_text(encoding="utf-8"))
+        free = [*resume.FREE, *(f"{name}.{field}" for name in where.config for field in ("log_every", "evaluate_every"))]
+        changed = resume.check(begun["config"], where.config, begun["made_from"], content, free, run.allow_changes)
+        for line in changed:
+            if ".weight_decay:" in line:
+                raise Problem(f"{line}; the trainer goes on with its own, start another run with --run.dir")
+            _logger.warning("resume from %s: changed, as is allowed: %s", start.name, line)
+    begin(folder, run)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    notes = "".join(f"# {name}: {version}\n" for name, version in versions().items())
+    notes += "".join(f"# from {start.name}: {line}\n" for line in changed if start is not None)
+    write_text(folder / CONFIG, notes + where.resolved)
+    write_json(folder / BEGUN, {"config": where.config, "made_from": content})
+    return str(start) if start else None
+
+
+def save_any_generation_config(trainer: Any) -> None:
+    """Checkpoints too are saved without what has no effect in it."""
+    save_model = trainer.save_model
+
+    def save(*given: Any, **named: Any) -> None:
+        with savable(trainer.accelerator.unwrap_model(trainer.model)):
+            save_model(*given, **named)
+
+    trainer.save_model = save
+
+
+def telling(log: RunLog) -> Any:
+    """A callback of a trainer that writes its logs into the run's."""
+    import transformers
 
     class Telling(transformers.TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             for entry in state.log_history:  # what the checkpoint has of a run that is resumed
                 log.metrics(entry["step"], entry)
+            for group in rest["optimizer"].param_groups:  # a checkpoint brings its own learning rate
+                factor = args.learning_rate / (group.get("initial_lr") or args.learning_rate or 1.0)
+                if factor != 1:
+                    group["lr"], group["initial_lr"] = group["lr"] * factor, args.learning_rate
+                    rest["lr_scheduler"].base_lrs = [args.learning_rate] * len(rest["lr_scheduler"].base_lrs)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
             log.metrics(state.global_step, logs or {})
@@ -204,10 +274,30 @@ def train(trainer: Any, run: RunSettings, folder: Path) -> RunLog:
             if not math.isfinite(loss):
                 raise Problem(f"step {state.global_step}: the loss is {loss}; lower the learning rate, or look at the data")
 
-    trainer.add_callback(Telling())
-    start = newest_checkpoint(folder / "checkpoints") if run.resume else None
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
-    return log
+    return Telling()
+
+
+def stopping(stop: processes.Stop) -> Any:
+    """A callback of a trainer that saves and ends after the step in which a signal came."""
+    import transformers
+
+    class Stopping(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if stop.anywhere() and state.global_step < state.max_steps:
+                control.should_save = control.should_training_stop = True
+
+    return Stopping()
+
+
+@contextlib.contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """What the system refuses while a trainer writes, as a Problem."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (reason := disk_trouble(error)) is None:
+            raise
+        raise Problem(f"{folder}: cannot be written: {reason}; free some space, then --run.resume true") from error
 
 
 def finish(
@@ -234,6 +324,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
         with contextlib.suppress(OSError, ValueError):
             found.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
     return max(found)[1] if found else None
+
+
+def tell_cut(count: int, rows: int, longest: int | None, done: str = "cut at their end") -> None:
+    """How many rows are too long, and what becomes of them; nothing where all fit."""
+    if count:
+        tell(
+            f"prompts: {count:,} of {rows:,} rows have more than the {longest:,} tokens that prompts.max_tokens or the model's "
+            f"context leave; they are {done}"
+        )
 
 
 @contextlib.contextmanager

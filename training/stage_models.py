@@ -14,7 +14,8 @@ from typing import Any
 
 from rollout import adapters, heads, virtual_tokens
 from rollout.errors import Problem
-from rollout.policy import ModelSettings
+from rollout.heads import save
+from rollout.policy import ModelSettings, ids_of, unwrap
 from rollout.run import written_aside
 
 
@@ -57,6 +58,14 @@ def context_of(model: Any) -> int | None:
     return limit - virtual_tokens.count(model) if isinstance(limit, int) and limit > 0 else None
 
 
+def stop_at(model: Any, token: int | None) -> None:
+    """Let generation end at `token`, too, beside what ends it already."""
+    generation = unwrap(model).generation_config
+    ends = ids_of(generation.eos_token_id)
+    if token is not None and token not in ends:
+        generation.eos_token_id = [*ends, token] if ends else token
+
+
 def load_tokenizer(settings: ModelSettings) -> Any:
     """The tokenizer beside the model, or model.tokenizer."""
     path = settings.tokenizer or settings.path
@@ -68,12 +77,12 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 def save_model(model: Any, tokenizer: Any, base: Callable[[], Any], folder: Path, state: dict[str, Any]) -> None:
     """RUN/model, merged where there is an adapter that can be; RUN/adapter; links in RUN to the model's files."""
 
-    def write(target: Path, save: Callable[[Path], Any]) -> None:
+    def write(target: Path, save_into: Callable[[Path], Any]) -> None:
         if target.exists():
             shutil.rmtree(target)
         with written_aside(target) as aside:
             aside.mkdir()
-            save(aside)
+            save_into(aside)
             tokenizer.save_pretrained(aside)
 
     if hasattr(model, "peft_config"):
@@ -82,9 +91,9 @@ def save_model(model: Any, tokenizer: Any, base: Callable[[], Any], folder: Path
             write(folder / "model", lambda aside: adapters.save(model, aside, state))
         else:
             merged = adapters.merge(adapters.load(base(), folder / "adapter"))
-            write(folder / "model", lambda aside: merged.save_pretrained(aside))
+            write(folder / "model", lambda aside: save(merged, aside))
     else:
-        write(folder / "model", lambda aside: model.save_pretrained(aside, state_dict=state))
+        write(folder / "model", lambda aside: save(model, aside, state))
     with contextlib.suppress(OSError):  # a file system without links: RUN/model is there all the same
         for file in (folder / "model").iterdir():
             link = folder / file.name

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rollout.errors import Problem
+from rollout.errors import Problem, said
 from rollout.steering import learned, vectors
 from rollout.steering.extract import mean_difference_of
 from rollout.steering.gates import BoundGate
@@ -168,7 +168,10 @@ def _function(site: Site, who: str, to: Binding) -> Callable[..., Tensor] | None
     module_spec = importlib.util.spec_from_file_location(f"steering_function_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise Problem(f"{who}.op.function: {path} cannot be imported: {said(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise Problem(f"{who}.op.function: {path} has no function {name!r}")

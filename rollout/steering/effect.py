@@ -14,13 +14,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
+from rollout.logprobs import teacher_forced
 from rollout.policy import Policy
 from rollout.prompts import PromptBatch
 from rollout.sampler import Sampler
@@ -48,34 +48,14 @@ class Point:
 
 def law_distance(policy: Policy, steering: Steering, rollout: Rollout) -> Tensor:
     """KL(steered || plain) at every action, (B, R): exact over the vocabulary, 0 beyond a row's end."""
-    given, mask_BP, width = _whole(policy, rollout)
     with torch.no_grad():
-        with steering.active(
-            prompt_mask_BP=mask_BP, row_B=rollout.row_B, sample_B=rollout.sample_B, strength_B=rollout.strength_B,
-            policy_step=rollout.policy_step, start_width=max(len(policy.start_ids), 1),
-        ):  # fmt: skip
-            mu = (policy.core(**given).logits[:, -width:].float() / rollout.temperature).log_softmax(-1)
+        mu_BRV = teacher_forced(policy, rollout, want_entropy=False, want_law=True, steering=steering).law_BRV
         with unsteered():
-            pi = (policy.core(**given).logits[:, -width:].float() / rollout.temperature).log_softmax(-1)
-    return torch.where(rollout.mask_BR, (mu.exp() * (mu - pi)).sum(-1), 0.0)
-
-
-def _whole(policy: Policy, rollout: Rollout) -> tuple[dict[str, Any], Tensor, int]:
-    """The forward's arguments for a rollout's sequences, and the mask that steering goes by."""
-    from rollout.logprobs import encoder_input
-
-    width = rollout.response_width
-    if policy.is_seq2seq:
-        ids, mask = encoder_input(rollout.prompt_BP, rollout.prompt_mask_BP)
-        decoder = torch.cat([rollout.start_BK, rollout.response_BR[:, :-1]], dim=1)
-        return {"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder, **policy.extra}, mask, width
-    mask = torch.cat([rollout.prompt_mask_BP, torch.ones_like(rollout.response_BR[:, :-1], dtype=torch.bool)], dim=1)
-    given = {"input_ids": torch.cat([rollout.prompt_BP, rollout.response_BR[:, :-1]], dim=1), "attention_mask": mask.long()}
-    from rollout.habits import forward_arguments
-
-    if "position_ids" in forward_arguments(policy.core):
-        given["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-    return {**given, **policy.extra}, rollout.prompt_mask_BP, width
+            pi_BRV = teacher_forced(policy, rollout, want_entropy=False, want_law=True).law_BRV
+    if mu_BRV is None or pi_BRV is None:  # no actions
+        return torch.zeros_like(rollout.policy_logprobs_BR)
+    apart_BRV = torch.where(mu_BRV == float("-inf"), 0.0, mu_BRV - pi_BRV)  # what cannot be drawn adds nothing
+    return torch.where(rollout.mask_BR, (mu_BRV.exp() * apart_BRV).sum(-1), 0.0)
 
 
 def effect_curve(

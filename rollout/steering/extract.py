@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rollout.errors import Problem, reading
 from rollout.policy import Policy
+from rollout.spelling import Speller
 from rollout.steering import hooks
 from rollout.steering.hooks import Frame
 from rollout.steering.structure import Point
@@ -66,7 +67,7 @@ def read_pairs(path: Path, who: str = "pairs") -> list[Pair]:
 def _ids(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], int]:
     """(ids, where the text begins). Prompt and text are encoded apart, as sampling joins them."""
     start = tokenizer(prompt)["input_ids"] if prompt else []
-    rest = tokenizer(text, add_special_tokens=not prompt)["input_ids"]
+    rest = Speller(tokenizer).ids(start, text) if prompt else tokenizer(text)["input_ids"]
     return [*start, *rest], len(start)
 
 
@@ -75,7 +76,7 @@ def activations(
     tokenizer: Any,
     texts: Sequence[tuple[str, str]],
     points: Sequence[Point],
-    position: str = "last",
+    position: str,
     batch: int = 16,
 ) -> Tensor:
     """(texts, points, D) float32: what each (prompt, text) gives at each point, at its last token or over its tokens."""
@@ -211,8 +212,8 @@ def directions(
     tokenizer: Any,
     pairs: Sequence[Pair],
     points: Sequence[Point],
-    method: str = "mean_diff",
-    position: str = "last",
+    method: str,
+    position: str,
 ) -> list[Tensor]:
     """One vector per point."""
     if method == "probe" and len(pairs) < 2:

@@ -61,13 +61,13 @@ def _read(raw: Mapping[str, Any]) -> SteeringSpec:
     names = [site.name for site in sites]
     for name in sorted({n for n in names if names.count(n) > 1}):
         problems.append(f"sites: the name {name!r} is used {names.count(name)} times; give each site its own")
-    role = top.choice("role", ROLES, "policy")
+    role = top.choice("role", ROLES, SteeringSpec.role)
     correction = None
     if (inner := top.section("correction")) is not None:
         correction = Correction(
-            inner.choice("type", CORRECTIONS, "token_truncate"),
-            inner.number("high", 2.0, low=0.0),
-            inner.number("low", 0.0, low=0.0),
+            inner.choice("type", CORRECTIONS, Correction.type),  # type: ignore[arg-type]
+            inner.number("high", Correction.high, low=0.0),
+            inner.number("low", Correction.low, low=0.0),
         )
         inner.done()
         if role != "behaviour":
@@ -75,18 +75,19 @@ def _read(raw: Mapping[str, Any]) -> SteeringSpec:
     budget = None
     if (inner := top.section("kl_budget")) is not None:
         budget = KLBudget(
-            inner.number("nats_per_sequence", None, low=0.0), inner.choice("action", ("rescale", "warn", "error"), "rescale")
+            inner.number("nats_per_sequence", None, low=0.0),
+            inner.choice("action", ("rescale", "warn", "error"), KLBudget.action),
         )
         inner.done()
     spec = SteeringSpec(
         sites=sites,
         role=role,
-        name=top.text("name", ""),
-        fraction=top.number("fraction", 1.0, low=0.0, high=1.0),
+        name=top.text("name", SteeringSpec.name),
+        fraction=top.number("fraction", SteeringSpec.fraction, low=0.0, high=1.0),
         correction=correction,
         kl_budget=budget,
-        reference=top.choice("reference", ("unsteered",), "unsteered"),
-        on_deploy=top.choice("on_deploy", ("keep", "strip", "fold"), "keep"),
+        reference=top.choice("reference", ("unsteered",), SteeringSpec.reference),
+        on_deploy=top.choice("on_deploy", ("keep", "strip", "fold"), SteeringSpec.on_deploy),
     )
     top.done()
     if problems:
@@ -120,7 +121,7 @@ def read_at(fields: Fields | None) -> At:
         return At()
     module = fields.text("module", "")
     if module:
-        at = At(module=module, io=fields.choice("io", ("output", "input"), "output"))
+        at = At(module=module, io=fields.choice("io", ("output", "input"), At.io))
         for name in ("layers", "component", "stack", "head"):
             if fields.has(name):
                 fields.problem(name, "has no effect beside module; remove one of the two")
@@ -146,8 +147,8 @@ def read_at(fields: Fields | None) -> At:
             fields.problem("component", "has no effect beside head; remove one of the two")
     at = At(
         layers=layers,
-        component=fields.choice("component", COMPONENTS, "block_output"),
-        stack=fields.choice("stack", ("decoder", "encoder"), "decoder"),
+        component=fields.choice("component", COMPONENTS, At.component),
+        stack=fields.choice("stack", ("decoder", "encoder"), At.stack),
         head=heads,
     )
     if fields.has("io"):
@@ -160,7 +161,7 @@ def read_at(fields: Fields | None) -> At:
 def _op(fields: Fields | None) -> Op:
     if fields is None:
         return Op()
-    kind = fields.choice("type", OPERATIONS, "add")
+    kind = fields.choice("type", OPERATIONS, Op.type)
     own = {
         "coordinates": (*WRITE, "rotated", "low_rank_rotated", "pca", "autoencoder", "jumprelu"),
         "factor": ("scale",), "value": ("clamp",), "rank": LEARNED,
@@ -175,15 +176,15 @@ def _op(fields: Fields | None) -> Op:
     op = Op(
         type=kind,
         coordinates=None if coordinates is None else fields.integers("coordinates", coordinates, required="indices", low=0),
-        factor=fields.number("factor", 0.0),
-        value=fields.number("value", 0.0),
-        rank=fields.integer("rank", 4, low=1),
-        act=fields.choice("act", ACTIVATIONS, "") if fields.has("act") else "",
-        temperature=fields.number("temperature", 1.0),
-        boundary=fields.number("boundary", 0.5, low=0.0, high=1.0),
-        residual=fields.flag("residual", False),
-        params=fields.text("params", ""),
-        function=fields.text("function", ""),
+        factor=fields.number("factor", Op.factor),
+        value=fields.number("value", Op.value),
+        rank=fields.integer("rank", Op.rank, low=1),
+        act=fields.choice("act", ACTIVATIONS, Op.act),
+        temperature=fields.number("temperature", Op.temperature),
+        boundary=fields.number("boundary", Op.boundary, low=0.0, high=1.0),
+        residual=fields.flag("residual", Op.residual),
+        params=fields.text("params", Op.params),
+        function=fields.text("function", Op.function),
     )
     if kind == "function" and ":" not in op.function:
         fields.problem("function", f"expected file.py:name, found {op.function!r}")
@@ -207,18 +208,20 @@ def _strength(site: Fields) -> Strength:
         )
         return Strength()
     if kinds == ["column"]:
-        found = Strength(column=fields.text("column", ""), value=fields.number("value", 1.0))
+        found = Strength(column=fields.text("column", ""), value=fields.number("value", Strength.value))
     elif kinds == ["norm_match"]:
-        found = Strength(norm_match=True, value=fields.number("norm_match", 1.0))
+        found = Strength(norm_match=True, value=fields.number("norm_match", Strength.value))
     else:
         dist = fields.choice("dist", ("uniform", "normal"), "uniform")
-        per = fields.choice("per", ("sample", "prompt"), "sample")
+        per = fields.choice("per", ("sample", "prompt"), Strength.per)
         if dist == "uniform":
-            found = Strength(dist=dist, low=fields.number("low", 0.0), high=fields.number("high", None), per=per)
+            found = Strength(dist=dist, low=fields.number("low", Strength.low), high=fields.number("high", None), per=per)
             if found.high <= found.low:
                 fields.problem("high", f"must be above low = {found.low:g}, found {found.high:g}")
         else:
-            found = Strength(dist=dist, mean=fields.number("mean", 0.0), std=fields.number("std", None, low=0.0), per=per)
+            found = Strength(
+                dist=dist, mean=fields.number("mean", Strength.mean), std=fields.number("std", None, low=0.0), per=per
+            )
     fields.done()
     return found
 
@@ -234,8 +237,8 @@ def _where(fields: Fields | None, at: At) -> Where:
     ramp = None
     if (inner := fields.section("ramp")) is not None:
         ramp = Ramp(
-            inner.choice("type", ("linear", "cosine"), "linear"), inner.integer("over", None, low=1),
-            inner.number("from", 1.0), inner.number("to", 0.0),
+            inner.choice("type", ("linear", "cosine"), Ramp.type), inner.integer("over", None, low=1),
+            inner.number("from", Ramp.start), inner.number("to", Ramp.end),
         )  # fmt: skip
         inner.done()
         if steps == "none":
@@ -255,10 +258,11 @@ def _where(fields: Fields | None, at: At) -> Where:
 def _schedule(fields: Fields | None) -> Schedule | None:
     if fields is None:
         return None
-    over = fields.choice("over", ("train_steps",), "train_steps")
+    over = fields.choice("over", ("train_steps",), Schedule.over)
     schedule = Schedule(
-        fields.choice("type", ("linear", "cosine", "constant"), "linear"),
-        fields.number("from", 1.0), fields.number("to", 0.0), fields.number("until", 1.0, low=0.0, high=1.0), over,
+        fields.choice("type", ("linear", "cosine", "constant"), Schedule.type),
+        fields.number("from", Schedule.start), fields.number("to", Schedule.end),
+        fields.number("until", Schedule.until, low=0.0, high=1.0), over,
     )  # fmt: skip
     fields.done()
     return schedule
@@ -267,15 +271,15 @@ def _schedule(fields: Fields | None) -> Schedule | None:
 def _gate(fields: Fields | None) -> Gate | None:
     if fields is None:
         return None
-    kind = fields.choice("type", ("cosine", "projection", "sigmoid"), "cosine")
+    kind = fields.choice("type", ("cosine", "projection", "sigmoid"), Gate.type)
     gate = Gate(
         vector=fields.vector("vector"),
         layer=fields.integer("layer", None),
         type=kind,
-        on=fields.choice("on", ("prompt_mean", "prompt_last", "token"), "prompt_mean"),
+        on=fields.choice("on", ("prompt_mean", "prompt_last", "token"), Gate.on),
         open_above=fields.number("open_above", 0.0) if fields.has("open_above") else None,
         open_below=fields.number("open_below", 0.0) if fields.has("open_below") else None,
-        scale=fields.number("scale", 1.0),
+        scale=fields.number("scale", Gate.scale),
     )
     if gate.vector is None:
         fields.problem("vector", "missing; the gate compares activations with it")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rollout.errors import Problem
+from rollout.errors import Problem, said
 from rollout.steering import learned, operations, strengths
 from rollout.steering.engine import Active, Call
 from rollout.steering.gates import BoundGate
@@ -113,7 +113,10 @@ class BoundSite:
         if op.type == "function":
             assert self.function is not None
             source = self.vector(at, base) if self.vectors is not None else None
-            new = self.function(base, source, strength)
+            try:
+                new = self.function(base, source, strength)
+            except (Exception, SystemExit) as error:
+                raise Problem(f"site {self.name!r}: {op.function} {said(error)}") from error
             if not isinstance(new, Tensor) or new.shape != base.shape:
                 found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
                 raise Problem(f"site {self.name!r}: {op.function} gave {found}; expected a tensor of shape {tuple(base.shape)}")

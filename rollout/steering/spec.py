@@ -6,10 +6,11 @@ YAML and Python objects are one to one: `SteeringSpec.mapping()` gives back what
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
+CorrectionType = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+CORRECTIONS: tuple[str, ...] = get_args(CorrectionType)
 ROLES = ("policy", "trainable", "behaviour", "data")
-CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 COMPONENTS = ("block_output", "block_input", "attn_output", "mlp_output")
 WRITE = ("set", "vanilla", "add", "subtract", "zero", "scale", "noise", "collect")
 DIRECTION = ("ablate", "project", "clamp", "rotate", "renormalise")
@@ -139,11 +140,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Correction:
-    """Role behaviour: what is done about sampling from mu and learning pi."""
+    """How rollouts are weighed whose sampling law was not the policy's (training/correction.py): in a steering of role
+    behaviour, and as ppo.correction."""
 
-    type: str = "token_truncate"
+    type: CorrectionType = "token_truncate"
+    """`none` says that the bias is accepted: every weight is 1 and the mismatch is only logged."""
     high: float = 2.0
+    """Upper bound of a weight."""
     low: float = 0.0
+    """Lower bound of a weight."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Steering:
             raise Problem(*problems)
         self.progress = 0.0
         """Share of training done, for schedules: set by the training loop at each step."""
-        self._asked: dict[int, float] = {}
+        self._asked: dict[int, tuple[float, float]] = {}
+        """Progress and scale that the rows of a step were drawn at."""
         self.look: Callable[[Active, Call, str], None] | None = None
         self._hash = self._digest()
         for stack in self.stacks.values():
@@ -139,7 +140,8 @@ class Steering:
         strength_B: Tensor | None = None,
     ) -> list[Tensor]:
         """The strength of every site on every row. `strength_B`, where given, is the first site's, as recorded."""
-        progress = self._asked.get(policy_step, self.progress) if progress is None else progress
+        drawn_at, scale = self._asked.get(policy_step, (self.progress, self.scale))
+        progress = drawn_at if progress is None else progress
         steered_B = strengths.steered_rows(self.spec, self.seed, policy_step, row_B, sample_B)
         found: list[Tensor] = []
         for site in self.sites:
@@ -147,7 +149,7 @@ class Steering:
                 found.append(strength_B.to(row_B.device, torch.float32))
                 continue
             own = strengths.site_strength(site.spec, site.index, self.seed, policy_step, row_B, sample_B, columns or {})
-            own = own * (strengths.schedule_factor(site.spec.schedule, progress) * self.scale)
+            own = own * (strengths.schedule_factor(site.spec.schedule, progress) * scale)
             found.append(torch.where(steered_B, own, torch.zeros_like(own)))
         return found
 
@@ -162,10 +164,12 @@ class Steering:
     ) -> Tensor:
         """The first site's strength per row: what a Rollout records. 0 = the row is not steered.
 
-        A progress given here is remembered for its step, so that later passes over those rows find the same strengths.
+        A progress given here is remembered for its step, and the scale with it, so that later passes over those rows find the
+        same strengths.
         """
         if progress is not None:
-            self._asked = {**{s: p for s, p in self._asked.items() if abs(s - policy_step) < 8}, policy_step: progress}
+            self._asked = {s: at for s, at in self._asked.items() if abs(s - policy_step) < 8}
+            self._asked[policy_step] = (progress, self.scale)
         return self.site_strengths(row_B, sample_B, columns, progress=progress, policy_step=policy_step)[0]
 
     # -- at work ---------------------------------------------------------------------------------------------------------

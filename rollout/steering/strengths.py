@@ -82,6 +82,23 @@ def site_strength(
     return torch.full(row_B.shape, strength.value, dtype=torch.float32, device=row_B.device)
 
 
+def unrecorded(spec: SteeringSpec, *, same_draws: bool) -> str:
+    """What of the steering a stored row does not say, of which the first site's strength is kept; "" where it says all.
+
+    `same_draws`: the rows' own seed and step are known to those who steer them again."""
+    later = spec.sites[1:]
+    drawn = {f"the noise of site {site.name!r} is drawn by seed and step": site.op.type == "noise" for site in spec.sites}
+    drawn |= {f"the strength of site {site.name!r} is drawn by seed and step": bool(site.strength.dist) for site in later}
+    drawn |= {"which rows the fraction steers is drawn by seed and step": bool(later) and spec.fraction < 1}
+    moved = {
+        f"the strength of site {site.name!r} goes by a schedule": schedule_factor(site.schedule, 0)
+        != schedule_factor(site.schedule, 1)
+        for site in later
+    }
+    moved |= {"the budget scales every site": bool(later) and spec.kl_budget is not None and spec.kl_budget.action == "rescale"}
+    return next((why for why, true in (moved | ({} if same_draws else drawn)).items() if true), "")
+
+
 def column(columns: Mapping[str, Sequence[Any]], name: str, who: str) -> Sequence[Any]:
     if name not in columns:
         known = ", ".join(sorted(columns)) or "none"

@@ -85,7 +85,7 @@ def make_world(out: Path) -> Path:
 def install_peer(folder: Path) -> Path:
     """Into a folder of its own: the TRL of this environment stays as it is."""
     if not (folder / "trl").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), PEER]
+        command = [sys.executable, "-P", "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), PEER]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["pip said nothing"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,10 +13,15 @@ from typing import Any
 
 import uvicorn
 
+from reward.server import Limits, uvicorn_config
+
 
 @contextmanager
-def scripted(reply: Callable[[int, dict[str, Any]], tuple[int, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """`reply(number of the request, question) -> (status, body)`; bytes are sent as they are. Yields (url, questions)."""
+def scripted(
+    reply: Callable[[int, dict[str, Any]], tuple[int, Any]], **headers: str
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """`reply(number of the request, question) -> (status, body)`; bytes are sent as they are, an iterator's one after the
+    other, without a length. `headers` of every answer. Yields (url, questions)."""
     asked: list[dict[str, Any]] = []
     turn = threading.Lock()
 
@@ -25,8 +32,17 @@ def scripted(reply: Callable[[int, dict[str, Any]], tuple[int, Any]]) -> Iterato
                 number = len(asked)
                 asked.append({**question, "headers": dict(self.headers), "path": self.path})
             status, body = reply(number, question)
+            if isinstance(body, Iterator):
+                self.send_response(status)
+                self.end_headers()
+                with contextlib.suppress(OSError):  # the asker has had enough
+                    for piece in body:
+                        self.wfile.write(piece)
+                return
             body = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -47,13 +63,15 @@ def scripted(reply: Callable[[int, dict[str, Any]], tuple[int, Any]]) -> Iterato
 
 
 @contextmanager
-def served(app: Any) -> Iterator[str]:
+def served(app: Any, limits: Limits | None = None) -> Iterator[str]:
     """The ASGI application on a free port of this machine, in a thread."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", log_config=None)
+    config = uvicorn_config(app, limits or Limits(1000, 1_000_000), "127.0.0.1", 0)
     socket = config.bind_socket()
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.005)
     try:
         yield f"http://127.0.0.1:{socket.getsockname()[1]}"
     finally:

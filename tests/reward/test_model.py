@@ -186,6 +186,34 @@ def test_conversations_go_through_the_models_own_template(tmp_path):
     assert (got - torch.stack([alone(model, ids)[0] for ids in expected])).abs().max() < 1e-5
 
 
+def test_a_conversation_is_rendered_as_the_policys_prompt_was(tmp_path):
+    """The row's own tools (a list or JSON text) and template arguments, and the turn that the policy went on with."""
+    template = (
+        "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}{% if calm %}calm{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    model, tokenizer = tiny_classifier("llama"), tiny_tokenizer(chat=template)
+    path = saved(model, tmp_path / "rm", tokenizer)
+    chat, tools = [{"role": "user", "content": "film?"}], [{"name": "look"}]
+    begun = [*chat, {"role": "assistant", "content": "it is "}]
+    rollout, texts = made(
+        ["good"] * 5,
+        prompts=[chat, chat, chat, begun, begun],
+        tools=[tools, json.dumps(tools), "", None, None],
+        chat_template_kwargs=[None, {"calm": True}, '{"calm": true}', {}, {"add_generation_prompt": True}],
+    )
+    rows = [
+        "[look]<user>film?.<assistant>good.", "[look]calm<user>film?.<assistant>good.", "calm<user>film?.<assistant>good.",
+        "<user>film?.<assistant>it is good.", "<user>film?.<assistant>it is .<assistant>good.",
+    ]  # fmt: skip
+    expected = torch.stack([alone(model, tokenizer(row)["input_ids"])[0] for row in rows])
+    got = build_reward([{"kind": "model", "path": path, "tokens": "text"}])(rollout, texts).total_B
+    assert (got - expected).abs().max() < 1e-5
+    rollout, texts = made(["good"], prompts=[[{"role": "user", "content": [{"type": "text", "text": "film?"}]}]])
+    with pytest.raises(Problem, match=r"row 10 sample 0: message 0 \(user\) has a list of parts as content, which the chat"):
+        build_reward([{"kind": "model", "path": path, "tokens": "text"}])(rollout, texts)
+
+
 def test_sentence_pairs_and_completions_alone(tmp_path):
     core = tiny_tokenizer().backend_tokenizer
     core.post_processor = TemplateProcessing(

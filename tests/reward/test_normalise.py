@@ -27,12 +27,16 @@ def part(**fields) -> list[dict]:
     return [{"kind": "function", "function": lengths, "name": "len", **fields}]
 
 
+ZERO = {"kind": "regex", "pattern": "!"}
+"""Beside a part that does not apply to every row: a row to which none does is refused."""
+
+
 def test_off_by_default():
     assert build_reward(part())(*made(["a", "bbb"])).total_B.tolist() == [1.0, 3.0]
 
 
 def test_fixed_mean_std_and_clip_come_before_the_weight():
-    reward = build_reward(part(normalise={"mean": 2.0, "std": 0.5}, clip=[-1.5, 1.0], weight=10.0))
+    reward = build_reward(part(normalise={"mean": 2.0, "std": 0.5}, clip=[-1.5, 1.0], weight=10.0) + [ZERO])
     scores = reward(*made(["a", "bb", "ccc", "-"]))
     assert scores.parts["len"][:3].tolist() == [-1.5, 0.0, 1.0] and scores.parts["len"][3].isnan()
     assert scores.total_B.tolist() == [-15.0, 0.0, 10.0, 0.0]
@@ -57,7 +61,7 @@ def test_references_without_spread_are_refused(tmp_path):
 
 
 def test_running_is_the_mean_and_std_of_everything_so_far():
-    reward = build_reward(part(normalise="running"))
+    reward = build_reward([*part(normalise="running"), ZERO])
     batches, seen = [["a", "bbbb"], ["-", "-"], [], ["cc", "ddddddd", "e"]], []
     for texts in batches:
         scores = reward(*made(texts))

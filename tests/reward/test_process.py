@@ -65,6 +65,17 @@ def test_steps_end_at_the_separator(reduce, tmp_path):
     assert (scores.tokens_BR is not None) == (reduce == "sum")
 
 
+def test_a_separator_may_begin_with_the_blank_of_a_steps_first_token(tmp_path):
+    tokenizer = tiny_tokenizer(330, kind="pieces")
+    path = saved(tiny_classifier("llama", per_token=True, vocab_size=len(tokenizer)), tmp_path / "prm", tokenizer)
+    the, end, dot = (tokenizer.convert_tokens_to_ids(token) for token in ("▁the", "end", "."))
+    for prompt, response, ends in (([end], [the, end, the, the, dot], [0, 2, 3, 4]), ([dot], [end, dot, the], [2])):
+        rollout = rollout_of(1, prompts=[prompt], responses=[response])
+        part = {"kind": "process", "path": path, "separator": " the"}
+        scores = build_reward([part], tokenizer=tokenizer)(rollout, made(["x"])[1])
+        assert scores.tokens_BR[0].nonzero().flatten().tolist() == ends
+
+
 def test_what_cannot_be_judged(tmp_path):
     model, tokenizer = tiny_classifier("llama", per_token=True), tiny_tokenizer()
     path = saved(model, tmp_path / "prm", tokenizer)

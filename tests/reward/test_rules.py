@@ -34,7 +34,8 @@ def test_exact_answers():
 
 
 def test_a_row_without_an_answer_is_not_judged():
-    scores = build_reward([{"kind": "exact"}])(*made(["a", "b"], answer=["a", None]))
+    zero = {"kind": "regex", "pattern": "z"}
+    scores = build_reward([{"kind": "exact"}, zero])(*made(["a", "b"], answer=["a", None]))
     assert scores.parts["exact"][0] == 1.0 and scores.parts["exact"][1].isnan()
 
 
@@ -57,6 +58,26 @@ def test_a_column_that_is_not_there(kind):
         ("1/0 " + "9" * 500, []),
         ("none at all", []),
         ("x2 a1.5", ["2", "3/2"]),
+        # fractions as they are typeset
+        (r"\frac12 \frac 3 4 \frac1{20} \tfrac{10}7 \cfrac{1}{2}", ["1/2", "3/4", "1/20", "10/7", "1/2"]),
+        (r"\frac{-1}{2} -\frac{1}{2} -\frac{-1}{2} \frac{1}{-2}", ["-1/2", "-1/2", "1/2", "-1/2"]),
+        (r"\frac{1,000}{3} \frac{2.5}{0.5} \frac{ 7 }{ 8 }", ["1000/3", "5", "7/8"]),
+        (r"\frac{2x}{3} \frac{x}{5} \frac{1}{0} x\frac12", ["2", "3", "5", "1/2"]),
+        (r"5-\frac{1}{2} and 2\cdot\frac12", ["5", "1/2", "2", "1/2"]),
+        # mixed numbers
+        ("1\\frac{1}{2} -1\\frac12 2 \\frac{3}{4} \u22122\\dfrac{1}{3}", ["3/2", "-3/2", "11/4", "-7/3"]),
+        (r"10\frac{3}{2} 1.5\frac12 3\frac{-1}{2} 2\frac{1}{0}", ["10", "3/2", "3/2", "1/2", "3", "-1/2", "2"]),
+        ("1 1/2 cups, -2 3/4, 12 5/4, 5 1/2/2024", ["3/2", "-11/4", "12", "5/4", "5", "1/2", "2024"]),
+        # thousands
+        ("10 000, 10\u00a0000; 10\u2009000: 10\u202f000!", ["10000"] * 4),
+        ("-1 234 567.5 and \u22123 400 (12 345)", ["-2469135/2", "-3400", "12345"]),
+        (r"10{,}000; 10\,000; 1,\!234,\!567", ["10000", "10000", "1234567"]),
+        ("1 000/3; 3 400/500", ["1000/3", "34/5"]),
+        (
+            "in 2024 100 people, 5 100 4, 0 500, 10 0000, 1 234,56",
+            ["2024", "100", "5", "100", "4", "0", "500", "10", "0", "1", "234", "56"],
+        ),
+        ("10  000 and 10\n000", ["10", "0", "10", "0"]),
     ],
 )
 def test_numbers_of_a_text(text, numbers):
@@ -78,6 +99,12 @@ def test_numeric_answers():
     assert score({**part, "tolerance": 0.1}, ["2.9", "3.1", "3.11"], answer=[3, 3, 3]) == [1.0, 1.0, 0.0]
     assert score({**part, "relative": 0.01}, ["101", "101.1", "-101"], answer=[100, 100, -100]) == [1.0, 0.0, 1.0]
     assert score({**part, "pattern": r"\\boxed\{(.*?)\}"}, [r"2 \boxed{5} 7", "5"], answer=[5, 5]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("answer", ["1.5", "3/2", "1 1/2", r"1\frac{1}{2}", r"\frac32"])
+@pytest.mark.parametrize("said", ["1.50", "3/2", "1 1/2", r"$1\frac12$.", r"\boxed{\dfrac{3}{2}}", r"\frac{1,500}{1 000}"])
+def test_a_number_is_right_however_it_is_written(said, answer):
+    assert score({"kind": "numeric"}, [said, said], answer=[answer, "-" + answer]) == [1.0, 0.0]
 
 
 def test_an_answer_without_a_number_gets_the_fallback(caplog):

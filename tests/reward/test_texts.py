@@ -29,12 +29,18 @@ USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content":
         ({"messages": [USER, REPLY], "prompt": "x", "text": "b"}, {"completion": "text"}, "x", "b", ["messages"]),
         ({"prompt": [USER], "completion": [REPLY]}, {}, [USER], "a", []),
         ({"prompt": "q", "completion": [REPLY]}, {}, [USER], "a", []),
+        ({"prompt": [{**USER, "content": [{"type": "text", "text": "q"}]}], "completion": [REPLY]}, {}, None, "a", []),
+        ({"messages": [USER, {**REPLY, "content": [{"type": "text", "text": "a"}]}]}, {}, [USER], "a", []),
         ({"ask": "q", "say": "a"}, {"prompt": "ask", "completion": "say"}, "q", "a", []),
     ],
 )
 def test_layouts(tmp_path, row, settings, prompt, completion, others):
     rollout, texts = table(tmp_path, [row, row], **settings).batch(range(1, 2))
-    assert texts.prompts == [prompt] and texts.completions == [completion] and list(texts.columns) == others
+    assert (
+        texts.prompts == [prompt if prompt is not None else row["prompt"]]
+        and texts.completions == [completion]
+        and list(texts.columns) == others
+    )
     assert rollout.row_B.tolist() == [1] and rollout.lengths_B.tolist() == [0]
 
 
@@ -50,6 +56,8 @@ def test_limit(tmp_path):
         ({"messages": [REPLY], "text": "a"}, {"messages": "messages", "completion": "text"}, "have no effect, leave them out"),
         ({"messages": [REPLY, USER]}, {}, "texts: row 0, column 'messages': the last message is"),
         ({"messages": "hello"}, {}, "texts: row 0, column 'messages': expected a list of messages"),
+        ({"messages": [{"role": "user"}, REPLY]}, {}, "texts: row 0, column 'messages': message 0 (user) has no content"),
+        ({"messages": [{**USER, "content": 3}, REPLY]}, {}, "message 0 (user) has a content of type int"),
         ({"prompt": "q", "completion": None}, {}, "texts: row 0: column 'completion' holds None"),
         ({"prompt": 3, "completion": "a"}, {}, "texts: row 0: column 'prompt' holds int"),
     ],

@@ -249,13 +249,20 @@ def test_a_loaded_adapter_can_be_trained_further_and_saved_again(kind, tmp_path)
     torch.testing.assert_close(logprobs(adapters.load(tiny("gpt2"), tmp_path / "second"), ids), after, atol=1e-6, rtol=0)
 
 
-def test_the_base_is_found_from_the_folder_alone(tmp_path):
+def test_the_base_is_found_from_the_folder_alone(tmp_path, monkeypatch):
     base = tmp_path / "base"
     tiny("gpt2").save_pretrained(base)
     from transformers import AutoModelForCausalLM
 
     adapters.save(adapters.add(AutoModelForCausalLM.from_pretrained(base), KINDS["LORA"]), tmp_path / "adapter")
     assert adapters.base_of(tmp_path / "adapter") == str(base.resolve())
+    monkeypatch.chdir(tmp_path)
+    relative = adapters.add(AutoModelForCausalLM.from_pretrained("base"), KINDS["LORA"])
+    monkeypatch.chdir("adapter")  # and loaded from another place
+    adapters.save(relative, tmp_path / "moved")
+    assert json.loads((tmp_path / "moved" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        base.resolve()
+    )
     file = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "base_model_name_or_path": "../base"}))

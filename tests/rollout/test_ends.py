@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rollout.batch import STOP_EOS, STOP_LENGTH, STOP_USER
 from rollout.errors import Problem
@@ -14,7 +18,7 @@ from rollout.prompts import PromptBatch
 from rollout.reference import reference_generate
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
-from rollout.stops import Stops, can_spell
+from rollout.stops import Stops, can_spell, turn_end, warn_endless
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.definitions import real_response, worst_gap
 
@@ -205,6 +209,74 @@ def test_the_window_finds_what_decoding_everything_finds() -> None:
                 assert stops.first(ids, stops.before(prompt)) == expected, (kind, stop, prompt, ids)
 
 
+_BYTES = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256))]  # bytes that stand for themselves
+_LONG = ["//--------", "-" * 70, "*/" + "=" * 40, "x//y" + "z" * 30]
+LONG_TOKENS: dict[str, tuple[list[str], list[str]]] = {
+    "bytes": ([*_BYTES, "Ġ", *_LONG, "Ġ//" + "-" * 50, "Ã", "©", "â", "Ĥ", "¬", "ð"], ["//", "/ /", "é", "€//", "--*", "z-"]),
+    "pieces": (
+        [*(f"<0x{b:02X}>" for b in range(256)), "▁", *"abx/-=*", *_LONG, "▁//" + "-" * 50],
+        ["//", " //", "é", "€//", "--*", "x/"],
+    ),
+    "wordpiece": (
+        ["the", "a", "##b", "//", "##//", *_LONG, *(f"##{text}" for text in _LONG), "é"],
+        ["//", "- //", "ab", "é//", "the a"],
+    ),
+}
+
+
+def long_tokenizer(kind: str) -> Any:
+    entries = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(LONG_TOKENS[kind][0])]
+    if kind == "pieces":
+        core = Tokenizer(models.Unigram([(entry, -1.0) for entry in entries], unk_id=3, byte_fallback=True))
+        core.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    else:
+        vocabulary = {entry: i for i, entry in enumerate(entries)}
+        core = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>") if kind == "wordpiece" else models.BPE(vocabulary, []))
+        core.decoder = decoders.WordPiece("##") if kind == "wordpiece" else decoders.ByteLevel()
+        if kind == "bytes":
+            core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in entries[:4]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+@pytest.mark.parametrize("kind", LONG_TOKENS)
+def test_a_row_ends_at_the_first_token_whose_text_has_the_string_however_long_tokens_are(kind: str) -> None:
+    """Random rows, longer than any window, of a few tokens each: every prefix decoded from scratch says where."""
+    tokenizer, (pieces, strings) = long_tokenizer(kind), LONG_TOKENS[kind]
+    policy = Policy.of(tiny("gpt2", vocab_size=len(tokenizer)), tokenizer)
+    generator, ended = random.Random(0), 0
+    long = [tokenizer.convert_tokens_to_ids(piece) for piece in pieces if len(piece) > 8]
+    for stop in [[text] for text in strings] + [strings[:3]]:
+        stops = Stops(Sampling(stop=stop), policy)
+        alone = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+        safe = [i for i, said in enumerate(alone) if "\ufffd" not in said and not set(said) & set("".join(stop))]
+        for _ in range(12):
+            # A long beginning in which nothing matches, then anything: what is looked for comes late, in a long token too.
+            ids = [generator.choice(safe or [0]) for _ in range(generator.randrange(0, 90))]
+            ids += [generator.randrange(len(tokenizer)) for _ in range(generator.choice((0, 20)))]
+            ids += [generator.choice(long) for _ in range(6)]
+            texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
+            expected = next((n for n, text in enumerate(texts) if any(part in text for part in stop)), None)
+            assert stops.first(ids) == expected, (kind, stop, ids)
+            whole = texts[-1] if expected is None else texts[expected]
+            at = [whole.find(part) for part in stop if part in whole]
+            assert stops.text(ids[:expected]) == (whole[: min(at)] if at else whole)
+            ended += expected is not None and expected > 30
+    assert ended > 15
+
+
+def test_a_stop_string_at_the_start_of_a_long_token_ends_its_row() -> None:
+    tokenizer = long_tokenizer("bytes")
+    a, comment = (tokenizer.convert_tokens_to_ids(piece) for piece in ("a", "x//y" + "z" * 30))
+    rollout, texts = scripted([[a] * 60 + [comment] + [a] * 5], tokenizer, stop=["//"])
+    assert rollout.lengths_B.tolist() == [61] and rollout.stop_B.tolist() == [STOP_USER]
+    assert texts.completions == ["a" * 60 + "x"]
+
+
 def test_both_paths_end_rows_alike() -> None:
     tokenizer = tiny_tokenizer()
     policy = Policy.of(tiny("gpt2"), tokenizer)
@@ -235,3 +307,48 @@ def test_what_a_tokenizer_can_spell(kind: str, text: str, good: bool) -> None:
 def test_stop_ids_out_of_range() -> None:
     with pytest.raises(Problem, match=r"sampling.stop_ids: 64 is out of range; ids go from 0 to 63"):
         Sampler(tiny_policy("gpt2"), Sampling(stop_ids=[64]))
+
+
+# -- templates that end a turn with a token of their own ---------------------------------------------------------------
+
+MARKED = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ASKED = [{"role": "user", "content": "hi"}]
+
+
+def marked_policy(template: str = MARKED) -> Policy:
+    tokenizer = tiny_tokenizer(chat=template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return Policy.of(tiny("gpt2", vocab_size=80), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "token"),
+    [
+        (MARKED, "<|im_end|>"),
+        ("{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}", "</s>"),
+        ("<s>{% for m in messages %}{{ m.content }}\n{% endfor %}", None),
+        ("{% for m in messages %}<|im_start|>{{ m.content }}{{ ' ' if loop.last else '' }}{% endfor %}", None),
+    ],
+)
+@pytest.mark.parametrize("talk", [ASKED, [*ASKED, {"role": "assistant", "content": "<s>b"}]])
+def test_the_token_at_the_end_of_a_turn_is_found_by_rendering(template: str, token: str | None, talk: list) -> None:
+    tokenizer = marked_policy(template).tokenizer
+    assert turn_end(tokenizer, talk) == (None if token is None else tokenizer.convert_tokens_to_ids(token))
+
+
+@pytest.mark.parametrize(
+    ("settings", "eos", "prompt", "words"),
+    [
+        ({}, (), "hi", "no eos token, so every response runs to sampling.max_new_tokens; set sampling.stop_ids"),
+        ({"stop_ids": [5]}, (), "hi", None),
+        ({"stop": ["."]}, (), "hi", None),
+        ({}, (2,), "hi", None),
+        ({}, (2,), ASKED, "ends a turn with <|im_end|>"),
+        ({}, (2, 65), ASKED, None),
+        ({"stop": ["<|im_end|>"]}, (2,), ASKED, None),
+    ],
+)
+def test_what_never_ends_is_told(settings: dict, eos: tuple, prompt: Any, words: str | None, caplog: Any) -> None:
+    policy = dataclasses.replace(marked_policy(), eos_ids=eos)
+    warn_endless(policy, Sampling(**settings), prompt)
+    assert len(caplog.records) == (words is not None) and (words or "") in caplog.text

@@ -151,6 +151,31 @@ def test_auto_choice_of_a_bare_trunk_follows_its_shape():
 LLAMA = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}
 
 
+def rewritten(folder: str, change) -> str:
+    """The checkpoint with other tensors in its file."""
+    from safetensors.torch import load_file, save_file
+
+    file = Path(folder) / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_constants_that_old_checkpoints_hold_are_left_out_and_weights_without_a_place_are_refused(tmp_path):
+    path = saved(tmp_path, "GPT2LMHeadModel", transformers.GPT2Config(**GPT2))
+    old = {"bias": torch.ones(1, 1, 16, 16, dtype=torch.bool), "masked_bias": torch.tensor(-1e4)}
+    rewritten(path, lambda found: found.update({f"transformer.h.0.attn.{name}": value for name, value in old.items()}))
+    assert load_head(path, "policy").config.n_layer == 1
+    rewritten(path, lambda found: found.update({"transformer.h.1.mlp.c_fc.weight": torch.ones(8, 32)}))
+    with pytest.raises(Problem, match=r"no place for: .*h\.1\.mlp\.c_fc\.weight"):
+        load_head(path, "policy")
+    path = saved(tmp_path, "LlamaForCausalLM", transformers.LlamaConfig(**LLAMA))
+    rewritten(path, lambda found: found.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(8)}))
+    with pytest.raises(Problem, match=r"no place for: .*q_proj\.bias"):
+        load_head(path, "policy")
+
+
 @pytest.mark.parametrize("class_name", ["LlamaForCausalLM", "LlamaModel", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
 @pytest.mark.parametrize("layers", [2, 1, 0, -1])
 def test_a_config_with_fewer_layers_than_the_weights_is_refused(class_name, layers, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from rollout.errors import Problem
 from rollout.law import History, Law, Space, Weights
 from rollout.nucleus import nucleus
 from rollout.sampling import Sampling, uniforms
@@ -168,3 +169,9 @@ def test_bad_words_as_strings_are_banned_at_the_beginning_and_after_a_blank() ->
     rule = Law(Sampling(bad_words=["ab"]), policy)
     a, b, blank = (policy.tokenizer.encode(text)[0] for text in ("a", "b", " "))
     assert (a, b) in rule.banned_after and (blank, a, b) in rule.banned_after
+
+
+@pytest.mark.parametrize("words", [["\u8cea"], ["ab", "\u8cea"], ["ab", "\u8cea", "b"]])
+def test_every_bad_word_that_cannot_be_spelt_is_named(words: list[str]) -> None:
+    with pytest.raises(Problem, match="sampling.bad_words: the tokenizer cannot spell '\u8cea'; leave it out"):
+        Law(Sampling(bad_words=words, bad_words_ids=[[5]]), tiny_policy("gpt2"))

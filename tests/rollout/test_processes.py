@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,27 @@ def launch(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", str(folder / "program.py"), *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=180)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_a_flag_and_the_handlers_go_away(number):
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with processes.stop_signal() as stop:
+        assert not stop.here() and not stop.anywhere()
+        for _ in range(3):  # from the terminal and from the launcher: one and the same
+            signal.raise_signal(number)
+        assert stop.here() and stop.anywhere()
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_second_ctrl_c_ends_it_at_once(monkeypatch):
+    monkeypatch.setattr(processes, "SAME_PRESS", 0.0)
+    with pytest.raises(KeyboardInterrupt), processes.stop_signal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.here()
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not ended")
 
 
 def test_one_process_needs_no_group():

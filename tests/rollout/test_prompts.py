@@ -20,7 +20,9 @@ from rollout.policy import Policy
 from rollout.prompts import PromptBatch, Prompts, PromptSettings, load_prompts
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
+from rollout.spelling import answered, conversation_ids
 from rollout.store import from_table, to_table
+from rollout.tables import read_table
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
 ROWS = [
@@ -120,6 +122,79 @@ def test_keys_that_arrow_fills_with_none_do_not_reach_the_template(tmp_path: Pat
     for name in ("t.jsonl", "t.parquet", "t"):
         batch = load_prompts(PromptSettings(path=write(tmp_path / name, rows)), policy).batch([0])
         assert batch.prompt_texts == ["[b]ac"] and batch.prompts == [rows[0]["messages"]]
+
+
+STRICT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m['content'] | trim }}{% if not loop.last or not thinking %}.{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}.{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ASK, OPEN = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "well "}
+TYPED = [{"type": "text", "text": "o"}, {"type": "text", "text": "k"}]
+TURNS: list[tuple[str, list[Any], Any, str]] = [
+    (STRICT, [ASK], None, "<user>hi.<assistant>"),
+    (STRICT, [ASK, OPEN], None, "<user>hi.<assistant>well"),  # as the template trims it
+    (PARTS, [ASK, OPEN], None, "<user>hi.<assistant>well "),
+    (PARTS, [ASK, {**OPEN, "content": "i."}], "", "<user>hi.<assistant>i."),  # what it says stands in the template, too
+    (PARTS, [ASK, {**OPEN, "content": ""}], None, "<user>hi.<assistant>"),
+    (PARTS, [ASK, OPEN], {"add_generation_prompt": True}, "<user>hi.<assistant>well .<assistant>"),
+    (PARTS, [ASK, OPEN], '{"continue_final_message": false}', "<user>hi.<assistant>well .<assistant>"),
+    (PARTS, [ASK, OPEN], {"continue_final_message": True}, "<user>hi.<assistant>well "),
+    (PARTS, [ASK, OPEN], {"add_generation_prompt": False}, "<user>hi.<assistant>well "),
+    (PARTS, [ASK], {"add_generation_prompt": True, "continue_final_message": False}, "<user>hi.<assistant>"),
+    (PARTS, [{**ASK, "content": TYPED}, OPEN], None, "<user>ok.<assistant>well "),
+    (PARTS, [ASK, {**OPEN, "content": TYPED}], None, "<user>hi.<assistant>ok"),
+]
+
+
+@pytest.mark.parametrize(("template", "messages", "extra", "text"), TURNS)
+def test_an_assistants_message_at_the_end_is_gone_on_with_by_policy_and_reward(
+    tmp_path: Path, template: str, messages: list[Any], extra: Any, text: str
+) -> None:
+    policy = Policy.of(tiny("gpt2"), tiny_tokenizer(chat=template))
+    path = write(tmp_path / "open.jsonl", [{"prompt": [ASK]}, {"prompt": messages, "chat_template_kwargs": extra}])
+    batch = load_prompts(PromptSettings(path=path), policy).batch([1])
+    assert batch.prompt_texts == [text]
+    said = answered(messages, " done", extra, text)
+    whole = policy.tokenizer.decode(conversation_ids(policy.tokenizer, said, None, extra, whole=True))
+    # what the reward reads: the policy's row, as far as the template does not trim the message
+    assert whole in (text + " done.", text + "done.")
+
+
+def test_messages_without_a_text_are_one_line_with_the_row(tmp_path: Path) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    plain = Policy.of(tiny("gpt2"), tiny_tokenizer(chat=True))
+    shout = Policy.of(tiny("gpt2"), tiny_tokenizer(chat="{{ raise_exception('roles must alternate') }}"))
+    for policy, row, told in [
+        (plain, {"prompt": [{"role": "user"}]}, "row 1 of .*: message 0 .user. has no content"),
+        (plain, {"prompt": [ASK, {"role": "assistant", "content": None}, ASK]}, "row 1 of .*: message 1 .assistant. has no content"),
+        (plain, {"prompt": [{"role": "user", "content": TYPED}]}, "row 1 .* has a list of parts as content, which the chat template"),
+        (plain, {"prompt": [{"role": "user", "content": {"a": 1}}]}, "row 1 .* has a mapping as content, which the chat template"),
+        (plain, {"prompt": [{"role": "user", "content": ["a"]}]}, "row 1 .* has a part that is no text, a; only text is read"),
+        (plain, {"prompt": [{"role": "user", "content": 3}]}, "row 1 .* has a content of type int, '3'"),
+        (plain, {"prompt": [ASK, call]}, "row 1 .* only calls tools; there is no text to go on from"),
+        (plain, {"prompt": [ASK], "tools": "[{"}, "row 1 .*: tools: not JSON"),
+        (plain, {"prompt": [ASK], "tools": {"a": 1}}, "row 1 .*: tools: expected a list of descriptions"),
+        (plain, {"prompt": [ASK], "chat_template_kwargs": "no"}, "row 1 .*: chat_template_kwargs: not JSON"),
+        (plain, {"prompt": [ASK], "chat_template_kwargs": [1]}, "row 1 .*: chat_template_kwargs: expected a mapping"),
+        (plain, {"prompt": [ASK], "chat_template_kwargs": {"tokenize": 0}}, "row 1 .*: 'tokenize' is not the template's to take"),
+        (plain, {"prompt": [ASK], "chat_template_kwargs": {"continue_final_message": True}}, "row 1 .*continue_final_message True, but"),
+        (plain, {"prompt": [ASK], "chat_template_kwargs": {"add_generation_prompt": False}}, "row 1 .*add_generation_prompt False, but"),
+        (plain, {"prompt": [ASK, OPEN], "chat_template_kwargs": {"add_generation_prompt": "x"}}, "row 1 .*give true or false"),
+        (plain, {"prompt": [ASK, OPEN], "chat_template_kwargs": {"add_generation_prompt": True, "continue_final_message": True}},
+         "row 1 .*are both true"),
+        (shout, {"prompt": [ASK]}, "row 0 of .*: the chat template does not take this conversation: roles must alternate"),
+    ]:  # fmt: skip
+        path = write(tmp_path / "rows.jsonl", [{"prompt": [ASK]}, row])
+        with pytest.raises(Problem, match=told) as caught:
+            load_prompts(PromptSettings(path=path), policy)
+        assert all("\n" not in line for line in caught.value.lines)
+    called = write(tmp_path / "tools.jsonl", [{"prompt": [ASK, call, {"role": "tool", "content": "4"}]}])
+    assert len(load_prompts(PromptSettings(path=called), plain)) == 1  # a call of a tool needs no text
 
 
 def test_long_prompts_are_cut_on_the_left_or_refused(tmp_path: Path) -> None:
@@ -257,13 +332,30 @@ def test_broken_files_name_the_line(tmp_path: Path) -> None:
     (tmp_path / "ragged.csv").write_text("prompt,label\na,1\nb\n")
     (tmp_path / "broken.parquet").write_text("no")
     (tmp_path / "rows.txt").write_text("a")
+    (tmp_path / "open.csv").write_text('prompt,label\na,1\n"b\nc,2\nd,3\n')
+    (tmp_path / "swallowed.csv").write_text('prompt\na\n"b\nc\nd\n')
+    (tmp_path / "shut.csv").write_text('prompt,label\n"a\nb",1\n"c,2\nd,"e",3\n')
+    (tmp_path / "wide.csv").write_text("prompt,label\n" + "a" * 140_000 + ",1\n")
+    (tmp_path / "twice.csv").write_text("prompt,label,prompt\na,1,b\n")
+    (tmp_path / "twice.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "prompt": "b"}\n')
+    (tmp_path / "twice.json").write_text('[{"prompt": "a", "columns": {"x": 1, "x": 2}}]')
     for name, message in (
         ("broken.jsonl", "line 2 is not JSON"), ("list.jsonl", "line 2 is a list"),
+        ("open.csv", "line 3 cannot be read as CSV: a quote that is opened there is never closed"),
+        ("swallowed.csv", "line 3 cannot be read as CSV: a quote that is opened there is never closed"),
+        ("shut.csv", "line 4 cannot be read as CSV"), ("wide.csv", "line 2 cannot be read as CSV: field larger than"),
+        ("twice.csv", "two columns named 'prompt'"),
+        ("twice.jsonl", "line 2 cannot be read: the key 'prompt' is there twice"),
+        ("twice.json", "the key 'x' is there twice"),
         ("ragged.csv", "line 3 has another number of fields"),
         ("broken.parquet", "cannot be read as parquet"), ("rows.txt", "no ending that is known"),
     ):  # fmt: skip
-        with pytest.raises(Problem, match=message):
+        with pytest.raises(Problem, match=message) as caught:
             load_prompts(PromptSettings(path=str(tmp_path / name)), tiny_policy("gpt2"))
+        assert len(caught.value.lines) == 1
+    (tmp_path / "quoted.csv").write_text('prompt,label\n"a ""b"",\n\nc",1\n\nd,"2"\n')
+    table = read_table(str(tmp_path / "quoted.csv"))
+    assert table == [{"prompt": 'a "b",\n\nc', "label": "1"}, {"prompt": "d", "label": "2"}]
 
 
 def test_raw_ids_and_empty_prompts() -> None:

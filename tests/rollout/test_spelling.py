@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rollout.confidence import sequence_logprob
 from rollout.policy import Policy
 from rollout.prompts import PromptBatch
 from rollout.sampler import Sampler
@@ -107,6 +108,8 @@ def test_prompt_and_completion_are_the_decoded_row_with_bytes_at_the_border(kind
     for prompt, response in rows(tokenizer, 1, 1000):
         before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *(i for i in response if i not in silent)])
         text = speller.after(prompt, response)
+        long = prompt * 4
+        assert speller.after(speller.tail(long), response) == speller.after(long, response)  # its end says enough
         if whole.startswith(before):
             assert before + text == whole
         else:  # bytes of both sides make other characters together
@@ -125,6 +128,28 @@ def test_texts_of_byte_level_tokenizers_are_what_they_were(kind: str, size: int)
     for prompt, response in rows(tokenizer, 2, 500):
         if "\ufffd" not in tokenizer.decode(prompt)[-1:]:
             assert stops.text(response, prompt) == tokenizer.decode(response, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_one_by_one_join_to_the_text(kind: str) -> None:
+    """What tables and the viewer show: no word runs into the next."""
+    tokenizer = KINDS[kind][0]()
+    speller, special = Speller(tokenizer), set(SPECIAL)
+    for entry, i in tokenizer.get_vocab().items():
+        if entry in special:
+            assert entry in speller.token(i)
+        elif not entry.startswith("<0x"):
+            assert speller.token(i) == KINDS[kind][1]([entry])
+
+
+def test_a_text_that_goes_on_is_encoded_as_it_was_drawn() -> None:
+    """sequence_logprob and pairs of texts: the blank that a tokenizer adds is not said twice."""
+    tokenizer = tiny_tokenizer(320, kind="pieces")
+    policy = Policy.of(tiny("llama", vocab_size=len(tokenizer)), tokenizer)
+    prompt, drawn = tokenizer("the end")["input_ids"], tokenizer.convert_tokens_to_ids(["▁good", "er", "▁the"])
+    text = Speller(tokenizer).after(prompt, drawn)
+    assert text == " gooder the" and Speller(tokenizer).ids(prompt, text) == drawn
+    assert sequence_logprob(policy, "the end", text) == sequence_logprob(policy, prompt, drawn)
 
 
 def test_an_encoder_decoder_begins_a_text_of_its_own() -> None:

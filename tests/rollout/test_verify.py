@@ -14,6 +14,7 @@ from rollout.policy import Policy
 from rollout.prompts import PromptBatch
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
+from rollout.steering import Steering
 from rollout.verify import verify
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
@@ -125,3 +126,32 @@ def test_weights_are_the_same_bits_afterwards() -> None:
 def test_an_empty_rollout_passes() -> None:
     policy = tiny_policy("gpt2")
     assert verify(policy, recorded(policy).select([])).passed
+
+
+def test_steered_rows_pass_with_the_steering_that_drew_them_and_another_is_named() -> None:
+    """Two sites by columns, draws and noise: all that a row was drawn with is needed, and the cause says what was not given."""
+    policy = tiny_policy("llama")
+    sites: list[dict[str, Any]] = [
+        {"at": {"layers": [0]}, "vector": [0.3, -0.2] * 16, "strength": {"column": "much"}},
+        {"at": {"layers": [1]}, "op": {"type": "noise"}, "strength": {"dist": "uniform", "high": 3.0}},
+    ]
+    sites[1]["where"] = {"prompt": {"column": "spots"}}
+    columns = {"much": [1.0, 2.0, 0.5, 1.5], "spots": [[0], [1, 2], [0], [3]]}
+    spec = {"sites": sites, "fraction": 0.7}
+    steering = Steering(policy.core, spec, policy.tokenizer, seed=4)
+    settings = Sampling(max_new_tokens=6, n=2)
+    rollout, texts = Sampler(policy, settings, steering).sample(dataclasses.replace(PROMPTS, columns=columns))
+    assert verify(policy, rollout, settings, steering=steering, columns=texts.columns).passed
+    for other, told in (
+        (
+            Steering(policy.core, spec, policy.tokenizer, seed=5),
+            "steering: a record holds the first site's strength alone, and",
+        ),
+        (
+            Steering(policy.core, {"sites": sites}, policy.tokenizer, seed=4),
+            f"taken under {steering.label}, and this pass under",
+        ),
+        (None, f"taken under {steering.label}, and this pass under none"),
+    ):
+        report = verify(policy, rollout, settings, steering=other, columns=texts.columns)
+        assert not report.passed and told in report.cause, report.cause

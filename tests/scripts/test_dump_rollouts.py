@@ -26,6 +26,8 @@ from rollout import store
 from rollout.logprobs import teacher_forced
 from rollout.manifest import load_manifest
 from rollout.policy import ModelSettings, load_policy
+from rollout.run import MARKER
+from rollout.sampler import Sampler
 from rollout.steering import Steering
 from scripts import inspect_rollouts
 from scripts.dump_rollouts import Job, main
@@ -108,7 +110,7 @@ def test_the_manifest_says_what_the_dump_was_made_from(given: Path, tmp_path: Pa
     assert kept["config"]["sampling"]["n"] == 3 and kept["config"]["model"]["path"] == str(given / "model")
     assert set(kept["fingerprints"]) == {"model.path", "model.tokenizer", "prompts.path", "steering"}
     assert {"torch", "transformers", "git"} <= set(kept["versions"])
-    assert not list((tmp_path / "run").glob(".*")) and not (tmp_path / "run" / "records").exists()
+    assert [path.name for path in (tmp_path / "run").glob(".*")] == [MARKER] and not (tmp_path / "run" / "records").exists()
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
@@ -199,6 +201,27 @@ def test_resuming_a_finished_dump_changes_nothing(given: Path, tmp_path: Path, c
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert dump(argv) == 2
     assert "--run.resume true or --run.overwrite true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_shard_and_leaves_with_75(
+    given: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dump(flags(given, tmp_path / "whole", *SMALL)) == 0
+    calls, sample = [0], Sampler.sample
+
+    def signalled(*given: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            signal.raise_signal(number)
+        return sample(*given, **named)
+
+    monkeypatch.setattr(Sampler, "sample", signalled)
+    assert dump(flags(given, tmp_path / "run", *SMALL)) == 75
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--run.resume true goes on")
+    assert len(list((tmp_path / "run").glob("rollouts-*.parquet"))) == 2
+    assert dump(flags(given, tmp_path / "run", *SMALL, "--run.resume", "true")) == 0
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("finished", [True, False])

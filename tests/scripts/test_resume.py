@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rollout.fingerprint import sha256_file
+from rollout.run import LOCK
 from tests.models import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -143,12 +144,14 @@ def test_twenty_more_kills_leave_no_trace(job, whole, tmp_path, seed):
     disturbed(job, whole, tmp_path / "run", seed, kills=5)
 
 
-@pytest.mark.slow
-def test_sigterm_saves_and_leaves_with_status_0(job, whole, tmp_path):
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, marks=pytest.mark.proofs)]
+)
+def test_a_signal_saves_and_leaves_with_status_75(job, whole, tmp_path, number):
     run = tmp_path / "run"
     process = start(*command(job, run))
-    out, err = kill_at(process, run, size(whole) * 0.3, signal.SIGTERM)
-    assert process.returncode == 0, err
+    out, err = kill_at(process, run, size(whole) * 0.3, number)
+    assert process.returncode == 75, err
     done = len(lines(run))
     assert max((run / "checkpoints").iterdir()).name == f"step-{done:06d}" and done < STEPS
     assert "--run.resume true" in err and not (run / "summary.json").exists()
@@ -235,8 +238,11 @@ def test_steering_under_a_kl_budget_goes_on_with_its_scale(job, tmp_path):
     assert lines(tmp_path / "run")[-1]["steering/scale"] < 1
 
 
-@pytest.mark.slow
-def test_two_processes_go_on_as_two_would_have(job, tmp_path):
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGKILL, marks=pytest.mark.proofs)]
+)
+def test_two_processes_go_on_as_two_would_have(job, tmp_path, number):
+    """The launcher and both ranks get the signal at once: a kill, or Ctrl-C, which the launcher passes on once more."""
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml")
     flags = ("--main_process_port", "0")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -254,8 +260,13 @@ def test_two_processes_go_on_as_two_would_have(job, tmp_path):
     waiting = threading.Event()
     while process.poll() is None and size(tmp_path / "run") < 0.7 * size(tmp_path / "whole"):
         waiting.wait(0.001)
-    os.killpg(process.pid, signal.SIGKILL)  # the launcher and both ranks at once
-    process.communicate()
+    os.killpg(process.pid, number)
+    out, err = process.communicate()
+    if number == signal.SIGINT:
+        done = len(lines(tmp_path / "run"))
+        assert process.returncode and f"stopped after step {done} of 8 and saved" in err, err
+        assert max((tmp_path / "run" / "checkpoints").iterdir()).name == f"step-{done:06d}"
+    assert not (tmp_path / "run" / LOCK).exists() or number == signal.SIGKILL
     run_two(tmp_path / "run", "--run.resume", "true")
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2

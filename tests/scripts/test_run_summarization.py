@@ -73,7 +73,7 @@ def test_the_well_known_command_trains_measures_and_leaves_a_model(tmp_path, tin
     command += ["--max_train_samples", "40", "--max_eval_samples", "24", "--learning_rate", "1e-3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert not (tmp_path / "out" / "old").exists()
+    assert (tmp_path / "out" / "old").exists(), "no job wrote it"
     assert results(tmp_path, "train")["train_samples"] == 40
     rows = [json.loads(line) for line in (world / "validation.jsonl").read_text().splitlines()][:24]
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -168,9 +168,29 @@ def test_a_causal_model_and_a_full_folder_are_refused(job, tmp_path):
         job("--do_train", model=str(tmp_path / "gpt2"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
-    with pytest.raises(Problem, match="out is not empty; add --overwrite_output_dir"):
+    with pytest.raises(Problem, match="out is not empty; add .*--overwrite_output_dir"):
         job("--do_train")
     assert (tmp_path / "out" / "old").exists()
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_loses_no_training(job, tmp_path):
+    tiny("t5", dropout_rate=0.0).save_pretrained(tmp_path / "odd")
+    tiny_tokenizer().save_pretrained(tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "generation_config.json").read_text())
+    unused = {"temperature": 0.9, "top_p": 0.6, "top_k": 7, "early_stopping": True}  # without do_sample and num_beams
+    (tmp_path / "odd" / "generation_config.json").write_text(json.dumps({**config, **unused, "eos_token_id": 3}))
+    job("--do_train", "--max_steps", "2", model=str(tmp_path / "odd"))
+    AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+
+
+def test_a_folder_that_a_job_wrote_is_emptied_and_not_what_is_read_from_it(job, tmp_path):
+    job("--do_train", "--max_steps", "1")
+    (tmp_path / "out" / "stale").touch()
+    job("--do_train", "--max_steps", "1", "--overwrite_output_dir")
+    assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out" / "stale").exists()
+    with pytest.raises(Problem, match="model_name_or_path: .*out lies in output_dir, which --overwrite_output_dir would empty"):
+        job("--do_train", "--max_steps", "1", "--overwrite_output_dir", model=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_the_door_leaves_with_2(tmp_path):

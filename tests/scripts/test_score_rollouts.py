@@ -33,6 +33,9 @@ from pathlib import Path
 
 def number(completions, answer):
     """None for some rows; and the process dies once, in the midst of it, where a file asks for that."""
+    if (ask := Path(__file__).with_name("ask")).exists():
+        ask.unlink()
+        signal.raise_signal(signal.SIGINT)
     trap = Path(__file__).with_name("trap")
     if trap.exists() and any(text.startswith("answer 7.") for text in completions):
         trap.unlink()
@@ -167,6 +170,24 @@ def test_two_processes_killed_half_way_and_resumed_leave_the_same_table(given, w
     assert kept["finished"] and kept["world_size"] == 2
     assert files(tmp_path / "run") == files(whole)
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_ctrl_c_finishes_the_shard_and_leaves_with_75(given, whole, tmp_path, capsys):
+    (given / "ask").touch()
+    run = tmp_path / "run"
+    assert score(flags(given, run)) == 75
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--run.resume true goes on")
+    assert len(files(run)) == 1
+    assert score(flags(given, run, "--run.resume", "true")) == 0
+    assert files(run) == files(whole)
+
+
+def test_overwrite_removes_nothing_before_the_reward_is_there(given, whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert score(flags(given, run)) == 0
+    bad = ["--dump.dir", str(given / "dump"), "--run.dir", str(run), "--run.overwrite", "true"]
+    assert score([*bad, "--reward", json.dumps([{"kind": "model", "path": str(tmp_path / "nowhere")}])]) == 2
+    assert files(run) == files(whole)
 
 
 def test_what_is_damaged_or_missing_is_scored_again(given, whole, tmp_path, capsys):

@@ -103,6 +103,42 @@ def test_equal_responses_are_kept_once_and_never_paired(tmp_path: Path, monkeypa
         select(tmp_path / "dump", "--select.mode", "pairs", "--select.unique", "false")
 
 
+@pytest.mark.parametrize(
+    ("mode", "argv", "wanted"),
+    [
+        # samples of every prompt: (text, score)
+        ("best", [], {("twice", 0.9)}),
+        ("best", ["--select.count", "3"], {("twice", 0.9), ("once", 0.5)}),
+        ("worst", [], {("twice", 0.1)}),
+        ("reject", ["--select.threshold", "0.4"], {("twice", 0.9), ("once", 0.5)}),
+        ("pairs", [], {("twice", 0.9, "once", 0.5)}),
+    ],
+)
+def test_of_equal_responses_the_scores_say_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, argv: list[str], wanted: set
+) -> None:
+    import dataclasses
+
+    import tests.dumps
+
+    samples = [("twice", 0.1), ("once", 0.5), ("twice", 0.9), ("twice", 0.9)]
+    monkeypatch.setattr(
+        tests.dumps,
+        "made_rows",
+        lambda *a, **k: (lambda r, t: (r, dataclasses.replace(t, completions=[s for s, _ in samples] * (len(t) // 4))))(
+            *made_rows(*a, **k)
+        ),
+    )
+    made_dump(tmp_path / "dump", 3, 4)
+    write_scores(tmp_path / "dump", {(p, s): {"total": score} for p in range(3) for s, (_, score) in enumerate(samples)})
+    rows = select(tmp_path / "dump", "--select.mode", mode, *argv)
+    names = ("chosen", "chosen_score", "rejected", "rejected_score") if mode == "pairs" else ("completion", "score")
+    for prompt in range(3):
+        found = [row for row in rows if row["prompt_index"] == prompt]
+        assert {tuple(row[name] for name in names) for row in found} == wanted and len(found) == len(wanted)
+        assert all(row.get("sample_index") != 3 for row in found), "of equal scores the earlier"
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_datasets_reads_the_file_and_conversations_stay_conversations(tmp_path: Path, suffix: str) -> None:
     import datasets
@@ -118,6 +154,36 @@ def test_datasets_reads_the_file_and_conversations_stay_conversations(tmp_path: 
     row = table[0]
     assert row["prompt"] == [{"role": "user", "content": f"frage {row['prompt_index']} – 質問"}]
     assert [message["role"] for message in row["chosen"] + row["rejected"]] == ["assistant", "assistant"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_turn_that_the_prompt_began_is_whole_in_what_later_stages_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    import dataclasses
+
+    import pyarrow.parquet
+
+    import tests.dumps
+
+    rows, ask, tools = made_rows, {"role": "user", "content": "q"}, [{"name": "look"}]
+
+    def begun(*a: Any, **k: Any) -> Any:
+        rollout, texts = rows(*a, **k)
+        prompts = [[ask, {"role": "assistant", "content": "well "}] if row % 2 else [ask] for row in rollout.row_B.tolist()]
+        return rollout, dataclasses.replace(texts, prompts=prompts, columns={"tools": [tools] * len(texts)})
+
+    monkeypatch.setattr(tests.dumps, "made_rows", begun)
+    made_dump(tmp_path / "dump", PROMPTS, SAMPLES)
+    write_scores(tmp_path / "dump", {key: {"total": score} for key, score in SCORE.items()})
+    out = tmp_path / f"out.{suffix}"
+    door(main, Job, [str(tmp_path / "dump"), "--out", str(out)])
+    found = [json.loads(line) for line in out.read_text().splitlines()] if suffix == "jsonl" else None
+    for row in found or pyarrow.parquet.read_table(out).to_pylist():
+        before = "well " if row["prompt_index"] % 2 else ""
+        answer = f"answer {row['prompt_index']}.{row['sample_index']} 🙂"
+        assert row["prompt"] == [ask] and row["completion"] == [{"role": "assistant", "content": before + answer}]
+        assert json.loads(row["tools"]) == tools
 
 
 def test_bad_input_is_one_line(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

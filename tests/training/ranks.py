@@ -6,9 +6,12 @@ python tests/training/ranks.py FOLDER          leaves FOLDER/NAME/{metrics.jsonl
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from reward.base import Scores
 from rollout import processes
+from rollout.batch import Rollout, Texts
 from rollout.run import RunSettings
 from rollout.sampling import Sampling
 from rollout.steering import load_spec
@@ -52,6 +55,14 @@ SETTINGS = {
 }
 
 
+def logging_reward(rollout: Rollout, texts: Texts) -> Scores:
+    """A number and a value per row, as TRL's log_metric and log_extra give them."""
+    lengths = [float(length) for length in rollout.lengths_B.tolist()]
+    return replace(
+        share_of_threes(rollout, texts), metrics={"toy/length": lengths}, extra={"toy/place": texts.columns["place"]}
+    )
+
+
 def main(folder: Path) -> None:
     processes.start()
     for name, (family, peft, sampling, settings) in JOBS.items():
@@ -59,7 +70,7 @@ def main(folder: Path) -> None:
         train(
             policy,
             prompts_of(policy, most=3 if name == "ragged" else 0),
-            share_of_threes,
+            logging_reward,
             Sampling(**{"max_new_tokens": 8, "stop_ids": [11, 17, 23], **sampling}),
             PPOSettings(**{**SETTINGS, **settings}),
             RunSettings(dir=str(folder / name)),

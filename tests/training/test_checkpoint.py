@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from rollout.errors import Problem
+from rollout.run import RunSettings
 from tests.models import tiny
 from training import checkpoint, resume
 from training.kl import AdaptiveKL
@@ -241,6 +242,7 @@ FULL_DISK = """
 import resource, sys
 from tests.training.test_checkpoint import make_state
 from rollout.errors import Problem
+from rollout.run import RunSettings
 from training import checkpoint
 folder, limit = sys.argv[1], int(sys.argv[2])
 state = make_state()
@@ -303,32 +305,35 @@ def test_a_changed_config_names_every_field_and_spares_the_harmless_ones():
         "reward": ({"name": "x"},),
     }
     with pytest.raises(Problem) as caught:
-        resume.check_config(saved, now)
+        resume.check(saved, now)
     assert [line.split(":")[0] for line in caught.value.lines] == ["run.seed", "ppo.clip", "ppo.lam"]
     assert "0.3" in str(caught.value) and "0.2" in str(caught.value)
     now["run"]["seed"], now["ppo"] = 0, {"clip": 0.2, "steps": 5}
-    assert resume.check_config(saved, now, (*resume.FREE, "ppo.steps")) == ["run.dir", "ppo.steps"]
+    told = resume.check(saved, now, free=(*resume.FREE, "ppo.steps"))
+    assert [line.split(":")[0] for line in told] == ["run.dir", "ppo.steps"]
+
+
+def test_other_content_is_named_once_and_allowed_when_asked():
+    was, now = {"model": {"path": "a"}, "prompts": {"path": "b"}}, {"model": {"path": "a"}, "prompts": {"path": "c"}}
+    began, here = ({"model.path": x, "prompts.path": x, "reward kind": x} for x in "12")
+    with pytest.raises(Problem) as caught:
+        resume.check(was, now, began, here)
+    assert [line.split(":")[0] for line in caught.value.lines] == ["prompts.path", "model.path", "reward kind"]
+    assert all("--run.allow_changes true" in line for line in caught.value.lines)
+    assert len(resume.check(was, now, began, here, allow=True)) == 3
+    assert resume.check(was, was, {}, here) == [], "written before there were fingerprints"
 
 
 def test_finished_is_what_the_summary_says_under_the_same_config(tmp_path):
-    assert not resume.finished(tmp_path, 3, {})
+    assert not resume.finished(tmp_path, 3, {}, RunSettings())
     (tmp_path / "summary.json").write_text("{")
-    assert not resume.finished(tmp_path, 3, {})
+    assert not resume.finished(tmp_path, 3, {}, RunSettings())
     (tmp_path / "summary.json").write_text('{"steps": 3}')
     checkpoint.save(tmp_path, 3, make_state(), config={"ppo": {"steps": 3, "clip": 0.2}})
-    assert resume.finished(tmp_path, 3, {"ppo": {"steps": 3, "clip": 0.2}})
-    assert not resume.finished(tmp_path, 4, {"ppo": {"steps": 4, "clip": 0.2}})
+    assert resume.finished(tmp_path, 3, {"ppo": {"steps": 3, "clip": 0.2}}, RunSettings())
+    assert not resume.finished(tmp_path, 4, {"ppo": {"steps": 4, "clip": 0.2}}, RunSettings())
     with pytest.raises(Problem, match="ppo.clip: 0.3"):
-        resume.finished(tmp_path, 3, {"ppo": {"steps": 3, "clip": 0.3}})
-
-
-def test_sigterm_sets_a_flag_and_the_handler_goes_away():
-    before = signal.getsignal(signal.SIGTERM)
-    with resume.stop_signal() as stop:
-        assert not stop()
-        signal.raise_signal(signal.SIGTERM)
-        assert stop()
-    assert signal.getsignal(signal.SIGTERM) is before
+        resume.finished(tmp_path, 3, {"ppo": {"steps": 3, "clip": 0.3}}, RunSettings())
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 
+from configs.reader import read
+
 import pytest
 import torch
 
+from rollout.steering import load_spec
+from scripts.train_ppo import PPOJob
 from training import advantages, kl
 from training.correction import Correction, importance_weights
 
@@ -94,6 +98,17 @@ def test_each_type_by_hand(kind):
     kl = sum(float(behaviour[i, t] - policy[i, t]) for i, n in enumerate(lengths) for t in range(n))
     assert metrics["correction/kl_token"] == pytest.approx(kl / sum(lengths), rel=1e-4)
     assert metrics["correction/kl_sequence"] == pytest.approx(kl / 4, rel=1e-4)
+
+
+def test_a_bound_alone_corrects_wherever_it_is_set():
+    """One class with one default: in the job, and in a steering that explores."""
+    site = {"at": {"layers": [0]}, "vector": [1.0]}
+    spec = load_spec({"role": "behaviour", "sites": [site], "correction": {"high": 3}})
+    job = read(PPOJob, ["--model.path", "m", "--prompts.path", "p", "--ppo.correction", "{high: 3}"])
+    assert job.ppo.correction == spec.correction == Correction("token_truncate", 3.0, 0.0) == Correction(high=3.0)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    weights, _ = importance_weights(torch.tensor([[0.0, 2.0]]), torch.tensor([[-0.5, 0.0]]), mask, job.ppo.correction)
+    assert weights.tolist() == [[pytest.approx(math.exp(0.5)), 3.0]]
 
 
 def test_a_huge_mismatch_overflows_nothing():

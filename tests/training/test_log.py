@@ -78,6 +78,20 @@ def test_lost_lines_are_told(tmp_path, caplog):
     assert "metrics.jsonl: 0 bytes, 10 at the checkpoint" in caplog.text
 
 
+def test_a_line_that_was_cut_in_two_is_dropped_before_the_next_is_written(tmp_path):
+    log = RunLog(tmp_path)
+    write(log, [1, 2, 3])
+    position = log.position()
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    log = RunLog(tmp_path)
+    log.rewind(position)
+    write(log, [4])
+    log.close()
+    assert [line["step"] for line in lines(path)] == [1, 2, 4]
+
+
 def test_tensorboard_reads_back_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

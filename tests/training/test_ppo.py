@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reward.base import Scores
+from reward.base import Scores, build_reward
 from rollout import law, logprobs
-from rollout.errors import Problem
+from rollout.errors import Problem, Stopped
 from rollout.prompts import Prompts, PromptSettings
 from rollout.run import RunSettings
 from rollout.sampling import Sampling
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA, prompts_of, share_of_threes
+from training import checkpoint
 from training.correction import Correction
 from training.ppo import PPOSettings, train
 from training.setup import with_peft
@@ -103,6 +105,24 @@ def test_samples_say_everything_per_token(tmp_path):
         assert row["kl"] == pytest.approx(sum(row["policy_logprobs"]) - sum(row["reference_logprobs"]), abs=1e-4)
         assert row["reward"] == pytest.approx(sum(i % 4 == 3 for i in row["response_ids"]) / n)
         assert row["stop_reason"] in ("eos", "stop", "length") and row["ended"] == (row["stop_reason"] != "length")
+
+
+def test_what_a_reward_function_logs_is_in_the_runs_files(tmp_path):
+    lengths = []
+
+    def mine(completions, log_metric, log_extra):
+        lengths.append([len(text) for text in completions])
+        log_metric("length", sum(lengths[-1]) / len(completions))
+        log_extra("length", lengths[-1])
+        return [0.1 * length for length in lengths[-1]]
+
+    run(tmp_path / "run", reward=build_reward([mine]), samples=2, eval_every=2, steps=2)
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    trained = [call for call in lengths if len(call) == 8][:2]
+    assert [row["reward/mine/length"] for row in metrics] == [pytest.approx(sum(call) / 8) for call in trained]
+    assert metrics[1]["eval/mine/length"] > 0 and "eval/mine/length" not in metrics[0]
+    for row in lines(tmp_path / "run" / "samples.jsonl"):
+        assert row["extra/mine/length"] == len(row["completion"])
 
 
 def test_an_adapter_run_leaves_an_adapter_or_a_merged_model(tmp_path):
@@ -254,3 +274,59 @@ def test_scores_that_blow_up_stop_the_run_with_the_step(tmp_path):
 
     with pytest.raises(Problem, match=r"step 2: .*(loss|norm).* = (nan|inf|-inf)|scored inf"):
         run(tmp_path / "run", reward=exploding, steps=3, whiten_advantages=False)
+
+
+# -- stopped and resumed -----------------------------------------------------------------------------------------------
+
+
+def resumable(
+    folder, *, reward=share_of_threes, seed=0, prompts=prompts_of, resume=False, config=None, allow=False, **settings
+):
+    policy = tiny_policy("gpt2", seed)
+    given = RunSettings(dir=str(folder), resume=resume, allow_changes=allow)
+    train(
+        policy,
+        prompts(policy),
+        reward,
+        Sampling(**SAMPLING),
+        PPOSettings(**{**SMALL, "steps": 3, **settings}),
+        given,
+        config=config,
+    )
+
+
+def interrupts(rollout, texts):
+    if rollout.policy_step == 1:
+        signal.raise_signal(signal.SIGINT)
+    return share_of_threes(rollout, texts)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_the_run_goes_on_as_if_undisturbed(tmp_path):
+    resumable(tmp_path / "whole")
+    with pytest.raises(Stopped, match="stopped after step 2 of 3 and saved"):
+        resumable(tmp_path / "run", reward=interrupts)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    assert not (tmp_path / "run" / "model").exists()
+    resumable(tmp_path / "run", resume=True)
+    saved = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert saved[0] == saved[1]
+
+
+def test_a_resumed_run_names_other_weights_and_prompts_and_takes_another_learning_rate_when_allowed(tmp_path, caplog):
+    rates = [{"ppo": {"learning_rate": rate, "eval_every": i}} for i, rate in enumerate((1e-3, 0.0))]
+    with pytest.raises(Stopped):
+        resumable(tmp_path / "run", reward=interrupts, config=rates[0])
+    fewer = {"seed": 1, "prompts": lambda policy: prompts_of(policy, 39), "resume": True}
+    with pytest.raises(Problem) as caught:
+        resumable(tmp_path / "run", config=rates[0], **fewer)
+    assert [line.split(":")[0] for line in caught.value.lines] == ["model.path", "prompts.path"]
+    with pytest.raises(Problem) as caught:
+        resumable(tmp_path / "run", config=rates[1], resume=True)
+    assert [line.split(":")[0] for line in caught.value.lines] == ["ppo.learning_rate"], "eval_every only observes"
+    before = checkpoint.read(checkpoint.newest(tmp_path / "run"))["tree"]["weights"]
+    zero = {"learning_rate": 0.0, "value_learning_rate": 0.0}
+    resumable(tmp_path / "run", resume=True, allow=True, config=rates[1], **zero)
+    after = checkpoint.read(checkpoint.newest(tmp_path / "run"))["tree"]["weights"]
+    assert all(torch.equal(before[name], after[name]) for name in before), "the lower rate is the one that counts"
+    assert "ppo.learning_rate: 0.0, but the run to resume has 0.001" in caplog.text
+    assert "# from step 2: ppo.learning_rate: 0.0" in (tmp_path / "run" / "config.yaml").read_text()

@@ -79,6 +79,30 @@ def test_a_schedule_follows_the_steps(tmp_path):
     assert all(row["steering"] for row in rows)
 
 
+@pytest.mark.parametrize("budget", [None, {"nats_per_sequence": 0.05}])
+def test_rows_are_learned_from_under_the_steering_they_were_drawn_under(tmp_path, budget):
+    """Two sites, drawn strengths and rows, noise, a schedule, a budget that scales, evaluations between: weights that stand
+    still have no gap and every ratio is 1, in every step, before and after the budget has moved."""
+    sites = [
+        {"at": {"layers": [0]}, "op": {"type": "noise"}, "strength": {"dist": "uniform", "low": 0.2, "high": 0.6}},
+        {"at": {"layers": [1]}, "vector": [0.3, -0.2] * 16, "strength": {"dist": "normal", "mean": 2.0, "std": 1.0}},
+    ]
+    sites[1]["schedule"] = {"from": 1.0, "to": 0.2}
+    steering = load_spec({"sites": sites, "fraction": 0.5, **({"kl_budget": budget} if budget else {})})
+    policy, folder = tiny_policy("llama"), RunSettings(dir=str(tmp_path / "run"), seed=5)
+    settings = PPOSettings(
+        steps=3, rollouts_per_step=8, minibatches=2, epochs=1, eval_prompts=4, eval_every=1, samples=4, learning_rate=0.0
+    )
+    train(policy, prompts_of(policy), share_of_threes, Sampling(max_new_tokens=5, n=2), settings, folder, steering=steering)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["gap/max"] < 1e-5 and line["ppo/ratio_first_error"] < 1e-5 for line in lines)
+    scales = [line["steering/scale"] for line in lines]
+    assert (len(set(scales)) > 1) == (budget is not None)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {row["strength"] != 0 for row in rows} == {True, False}
+    assert max(abs(ratio - 1) for row in rows for ratio in row["ratio"]) < 1e-5
+
+
 def test_exploration_without_a_correction_is_refused():
     policy = tiny_policy("gpt2")
     with pytest.raises(Problem, match=r"steering.correction: missing"):

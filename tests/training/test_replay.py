@@ -18,6 +18,7 @@ from rollout.prompts import PromptBatch, PromptSettings, load_prompts
 from rollout.run import RunSettings
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
+from rollout.steering import Steering
 from tests.models import tiny_policy, tiny_tokenizer
 from training.correction import Correction
 from training.ppo import PPOSettings, train
@@ -29,17 +30,24 @@ SETTINGS = PPOSettings(
 )
 
 
-def make_dump(folder, policy, *, samples=SAMPLES, shard_rows=8, **sampling):
+def make_dump(folder, policy, *, samples=SAMPLES, shard_rows=8, steering=None, **sampling):
     """A dump sampled by `policy`, made with the rooms' own functions."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = Sampling(max_new_tokens=5, n=samples, **sampling)
-    sampler = Sampler(policy, settings)
+    sampler = Sampler(policy, settings, steering)
     plan = manifest.Plan.of(PROMPTS, samples, batch_size=4, shard_rows=shard_rows)
     made_from = {"model.path": model_fingerprint(policy.core), "model.tokenizer": tokenizer_fingerprint(policy.tokenizer)}
-    begun = manifest.start(folder, plan, {}, {**made_from, "steering": ""})
+    label = "" if steering is None else steering.label
+    begun = manifest.start(folder, plan, {"sampling": dataclasses.asdict(settings)}, {**made_from, "steering": label})
 
     def sample(call):
-        return sampler.sample(dataclasses.replace(PromptBatch.of_ids([[5 + row, 9] for row in call]), rows=list(call)))
+        return sampler.sample(
+            dataclasses.replace(
+                PromptBatch.of_ids([[5 + row, 9] for row in call]),
+                rows=list(call),
+                columns={"much": [0.5 * row for row in call]},
+            )
+        )
 
     for index in range(len(plan)):
         store.make_shard(folder, plan, index, sample)
@@ -122,6 +130,87 @@ def test_the_loop_learns_from_stored_rows_weighed_by_their_own_law(tmp_path, dum
 def test_rows_of_the_same_weights_are_checked_by_the_gap_alarm(tmp_path, dump, policy):
     lines = replayed(tmp_path / "run", dump, tiny_policy("llama", seed=1), steps=1)
     assert lines[0]["gap/max"] < 1e-4
+
+
+def two(role="policy", second=None, **spec):
+    """Two sites, the second as asked."""
+    draw = torch.Generator().manual_seed(2)
+    sites = [
+        {"at": {"layers": [layer]}, "vector": torch.randn(32, generator=draw).tolist(), "strength": 0.7} for layer in (0, 1)
+    ]
+    return {"role": role, "sites": [sites[0], sites[1] | (second or {})], **spec}
+
+
+NOISE = {"at": {"layers": [0]}, "op": {"type": "noise"}, "strength": 0.5}
+REPRODUCED = {
+    "one site, all that varies": {
+        **two(fraction=0.5),
+        "sites": [two()["sites"][0] | {"strength": {"dist": "uniform", "high": 2}, "schedule": {}}],
+    },
+    "two constant sites": two(),
+    "a second from a column": two(second={"strength": {"column": "much"}}),
+    "a schedule that stays": two(second={"schedule": {"type": "constant", "from": 0.5}}),
+}
+DRAWN = {
+    "a fraction of two sites": two(fraction=0.5),
+    "a second that is drawn": two(second={"strength": {"dist": "normal", "std": 2.0}}),
+    "noise": {"sites": [NOISE]},
+}
+NEVER = {
+    "a second with a schedule": two(second={"schedule": {"from": 1.0, "to": 0.2}}),
+    "a budget on two sites": two(kl_budget={"nats_per_sequence": 1.0}),
+}
+
+
+def steered_dump(tmp_path, spec, seed=0):
+    """(the policy, the folder of a dump of it under the spec, the rows' own steering)."""
+    policy = tiny_policy("llama", seed=1)
+    steering = Steering(policy.core, spec, policy.tokenizer, seed)
+    return policy, make_dump(tmp_path / "dump", policy, steering=steering, seed=seed), steering
+
+
+def replayed_gap(policy, folder, spec, seed):
+    """Largest |recorded - replayed| log-prob of rows that the run steers in the middle of its training."""
+    steering = Steering(policy.core, spec, policy.tokenizer, seed)
+    replay = Replay(folder, policy, SETTINGS, steering)
+    rollout, texts = replay.sample(list(range(PROMPTS)))
+    steering.progress = 0.5
+    with torch.no_grad():
+        again = teacher_forced(policy, rollout, steering=steering, columns=texts.columns).logprobs_BR
+    return float((again - rollout.policy_logprobs_BR).abs().max())
+
+
+@pytest.mark.parametrize("name", [*REPRODUCED, *DRAWN])
+def test_steered_rows_are_replayed_as_they_were_drawn(tmp_path, name):
+    """Whatever the record holds at any seed; and what was drawn where the seed is that of the dump."""
+    spec = {**REPRODUCED, **DRAWN}[name]
+    policy, folder, _ = steered_dump(tmp_path, spec, seed=3)
+    assert replayed_gap(policy, folder, spec, seed=3) < 1e-5
+    if name in REPRODUCED:
+        assert replayed_gap(policy, folder, spec, seed=8) < 1e-5
+
+
+@pytest.mark.parametrize("name", [*DRAWN, *NEVER])
+def test_rows_whose_steering_is_not_in_the_record_are_refused(tmp_path, name):
+    spec = {**DRAWN, **NEVER}[name]
+    policy, folder, _ = steered_dump(tmp_path, spec, seed=3)
+    with pytest.raises(Problem) as found:
+        replayed_gap(policy, folder, spec, seed=8)
+    (line,) = found.value.lines
+    assert line.startswith(f"ppo.replay: {folder}") and "holds the first site's strength alone" in line
+    assert ("set run.seed to 3" in line) == (name in DRAWN)
+    other = tiny_policy("llama", seed=2)  # whose rows are of no step of its own
+    with pytest.raises(Problem, match="holds the first site's strength alone"):
+        replayed_gap(other, folder, spec, seed=3)
+
+
+def test_exploration_is_replayed_whatever_drew_it(tmp_path):
+    """The policy that learns is the plain model: nothing is steered again."""
+    spec = two("behaviour", fraction=0.5)
+    policy, folder, _ = steered_dump(tmp_path, spec, seed=3)
+    rollout, _ = Replay(folder, policy, SETTINGS, Steering(policy.core, spec, policy.tokenizer, 8)).sample([0, 1])
+    with torch.no_grad():
+        assert torch.allclose(teacher_forced(policy, rollout).logprobs_BR, rollout.policy_logprobs_BR, atol=1e-5)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------------

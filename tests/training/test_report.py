@@ -112,10 +112,11 @@ def test_a_folder_named_like_a_place_in_the_page_changes_nothing(run, tmp_path):
     ]
 
 
-def test_a_torn_last_line_is_passed_over_and_any_other_is_named(tmp_path):
+def test_a_torn_last_line_is_passed_over_with_a_word_and_any_other_is_named(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a"')
     assert [line["step"] for line in read_lines(path)] == [1, 2]
+    assert "metrics.jsonl: its last line was cut short" in capsys.readouterr().err
     path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     with pytest.raises(Problem, match="line 2"):
         read_lines(path)

@@ -141,6 +141,9 @@ def test_a_text_prompt_beside_conversations_is_the_users_message_said_once(tmp_p
         for shape in ("implicit talk", "text and talk", "twice")
     ]
     assert found[0].metrics["margin"] == found[1].metrics["margin"] == found[2].metrics["margin"]
+    kinds = [pairs(shape) for shape in ("implicit talk", "text and talk", "twice")]
+    mixed = [kinds[i % 3][i] for i in range(len(kinds[0]))]  # the first row says nothing of the others
+    assert run_reward(job(tmp_path, mixed, mixed, run="mixed")).metrics["margin"] == found[0].metrics["margin"]
 
 
 def test_a_masked_language_model_can_become_a_reward_model(tmp_path):
@@ -238,6 +241,7 @@ def test_the_door_tells_a_bad_row_in_one_line_and_leaves_with_2(tmp_path):
     [
         ([{"good": "a", "bad": "b"}], {}, ["expected chosen and rejected", "found the columns: good, bad"]),
         ([{"chosen": "a", "rejected": "b"}, {"chosen": "a"}], {}, ["row 2: rejected is missing"]),
+        ([{"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": "b", "margin": 1}], {}, ["row 1: margin is no number"]),
         ([{"chosen": "a", "rejected": said("user", "b")}], {}, ["row 1: rejected is list", "expected a text"]),
         ([], {}, ["has no rows"]),
         ([{"chosen": "a", "rejected": "b"}], {"center": -1.0}, ["reward_model.center: -1.0"]),

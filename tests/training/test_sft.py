@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from rollout.errors import Problem
+from rollout.errors import Problem, Stopped
 from rollout.policy import ModelSettings, load_policy
 from rollout.run import RunSettings
 from tests.models import tiny, tiny_tokenizer
@@ -24,6 +27,7 @@ PAIRS = [
     {"prompt": p, "completion": c} for p, c in [("the film ", "was good"), ("a", " b"), ("say it: ", "no."), ("x ", "long end")]
 ]
 TALKS = [[{"role": "user", "content": p}] for p in ("hi", "say a", "what", "why")]
+TOOLS = [{"type": "function", "function": {"name": "look"}}]
 ANSWERS = [[{"role": "assistant", "content": c}] for c in ("hello", "a", "no", "so it is")]
 
 
@@ -72,7 +76,7 @@ def mean_loss(model, rows: list[tuple[list[int], list[int]]]) -> float:
 # -- the loss ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", ["pairs", "texts", "whole pairs", "talks", "messages"])
+@pytest.mark.parametrize("shape", ["pairs", "texts", "whole pairs", "talks", "messages", "tools of some"])
 def test_the_measured_loss_is_that_of_the_learned_tokens(tmp_path, shape):
     tokenizer = tiny_tokenizer(chat=True)
     ids, end = tokenizer.encode, tokenizer.eos_token_id
@@ -96,6 +100,14 @@ def test_the_measured_loss_is_that_of_the_learned_tokens(tmp_path, shape):
         "talks": (
             [{"prompt": a, "completion": b} for a, b in zip(TALKS, ANSWERS, strict=True)],
             [(g := spoken(a, add_generation_prompt=True), spoken(w)[len(g) :]) for a, w in zip(TALKS, both, strict=True)],
+            {},
+        ),
+        "tools of some": (  # the first row has none; they come as a list and as JSON text
+            [{"messages": both[0]}, {"messages": both[1], "tools": TOOLS}, {"messages": both[2], "tools": json.dumps(TOOLS)}],
+            [
+                (spoken(w, tools=tools)[:1], spoken(w, tools=tools)[1:])
+                for w, tools in zip(both[:3], [None, TOOLS, TOOLS], strict=True)
+            ],
             {},
         ),
         "messages": ([{"messages": w} for w in both], [(spoken(w)[:1], spoken(w)[1:]) for w in both], {}),
@@ -165,6 +177,71 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path):
         for run in ("whole", "broken")
     ]
     assert losses[0] == losses[1] and None not in losses[0]
+
+
+def interrupted(monkeypatch, at: int) -> None:
+    """Ctrl-C in the midst of step `at` of the next trainer."""
+    steps, step = [0], transformers.Trainer.training_step
+
+    def signalled(*given, **named):
+        steps[0] += 1
+        if steps[0] == at:
+            signal.raise_signal(signal.SIGINT)
+        return step(*given, **named)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", signalled)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_the_run_goes_on_as_if_undisturbed(tmp_path, monkeypatch):
+    whole = job(tmp_path, PAIRS * 4, run="whole", steps=5, log_every=1)
+    run_sft(whole)
+    with monkeypatch.context() as patched:
+        interrupted(patched, 2)
+        with pytest.raises(Stopped, match="stopped after step 2 of 5 and saved"):
+            run_sft(dataclasses.replace(whole, run=RunSettings(dir=str(tmp_path / "run"))))
+    assert not (tmp_path / "run" / "model").exists()
+    run_sft(dataclasses.replace(whole, run=RunSettings(dir=str(tmp_path / "run"), resume=True)))
+    for name in ("model/model.safetensors",):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_other_data_weights_and_settings_are_told_on_a_resume(tmp_path, monkeypatch, caplog):
+    made = job(tmp_path, PAIRS * 4, steps=4, log_every=1, schedule="constant", warmup=0.0)
+    with monkeypatch.context() as patched:
+        interrupted(patched, 2)
+        with pytest.raises(Stopped):
+            run_sft(made)
+    resumed = dataclasses.replace(made, run=RunSettings(dir=str(tmp_path / "run"), resume=True))
+    table(tmp_path, PAIRS * 5)
+    tiny("llama", 1, scale=0.05).save_pretrained(made.model.path)
+    with pytest.raises(Problem) as caught:
+        run_sft(dataclasses.replace(resumed, sft=dataclasses.replace(made.sft, learning_rate=1e-3, log_every=2)))
+    assert [line.split(":")[0] for line in caught.value.lines] == ["sft.learning_rate", "model.path", "prompts.path"]
+    allowed = dataclasses.replace(resumed, run=dataclasses.replace(resumed.run, allow_changes=True))
+    run_sft(dataclasses.replace(allowed, sft=dataclasses.replace(made.sft, learning_rate=0.0)))
+    assert "sft.learning_rate: 0.0, but the run to resume has 0.01" in caplog.text
+    saved = [load_file(tmp_path / "run" / part / "model.safetensors") for part in ("checkpoints/checkpoint-2", "model")]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0]), "the lower rate is the one that counts"
+    assert "# from checkpoint-2: sft.learning_rate: 0.0" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_loses_no_training(tmp_path):
+    made = job(tmp_path, PAIRS, steps=1)
+    config = json.loads((Path(made.model.path) / "generation_config.json").read_text())
+    unused = {"temperature": 0.9, "top_p": 0.6, "top_k": 7}  # without do_sample, as in Llama-2-chat's
+    (Path(made.model.path) / "generation_config.json").write_text(json.dumps({**config, **unused, "eos_token_id": 3}))
+    run_sft(dataclasses.replace(made, run=RunSettings(dir=str(tmp_path / "run"), save_every=1)))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").save_pretrained(tmp_path / "again")
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_line(tmp_path, monkeypatch):
+    def full(*given, **named):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    made = job(tmp_path, PAIRS, steps=1)
+    with pytest.raises(Problem, match="run: cannot be written: No space left on device; free some space"):
+        run_sft(dataclasses.replace(made, run=RunSettings(dir=str(tmp_path / "run"), save_every=1)))
 
 
 def test_metrics_go_to_the_trackers_and_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
@@ -245,6 +322,21 @@ def test_two_processes_leave_one_model(tmp_path):
         ),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], {}, ["row 2: completion is missing, expected a text"]),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 7}], {}, ["row 2: completion is int '7'"]),
+        (
+            [{"messages": TALKS[0]}, {"messages": [{"role": "user"}]}],
+            {},
+            ["row 2: messages: message 0 (user) has no content"],
+        ),
+        (
+            [{"messages": TALKS[0]}, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}],
+            {},
+            ["row 2: message 0 (user) has a list of parts as content, which the chat template does not read"],
+        ),
+        (
+            [{"messages": TALKS[0]}, {"messages": TALKS[1], "chat_template_kwargs": "x"}],
+            {},
+            ["row 2: chat_template_kwargs: not JSON"],
+        ),
         ([{"messages": "hello"}], {}, ["row 1: messages is str, expected a list"]),
         ([], {}, ["has no rows"]),
         (PAIRS, {"batch_size": 0}, ["sft.batch_size: 0"]),
@@ -295,7 +387,7 @@ def test_models_that_do_not_fit_are_one_clear_line(tmp_path):
     with pytest.raises(Problem, match="max_tokens: every row is cut before its completion at 2"):
         short = dataclasses.replace(job(tmp_path, PAIRS[:1], run="short").prompts, max_tokens=2)
         run_sft(dataclasses.replace(causal, prompts=short, run=RunSettings(dir=str(tmp_path / "short"))))
-    assert list((tmp_path / "short").iterdir()) == [], "the next try may begin here"
+    assert not (tmp_path / "short").exists(), "nothing was begun, nothing is left"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     with pytest.raises(Problem, match="is not empty; add --run.resume true or --run.overwrite true"):
@@ -312,3 +404,40 @@ def test_the_held_out_share_is_drawn_by_the_seed_and_never_learned(tmp_path):
     assert hold_out(rows, settings, 0, []) == (train, held) != hold_out(rows, settings, 1, [])
     with pytest.raises(Problem, match="leaves none to learn from"):
         hold_out(rows[:1], settings, 0, [])
+
+
+@pytest.mark.parametrize("peft", [None, {"peft_type": "LORA", "r": 2}, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}])
+def test_what_is_taught_to_end_turns_ends_them_in_what_is_left(tmp_path, peft):
+    """A template that ends turns with a token which is not the checkpoint's eos: every folder that is left stops there."""
+    made = job(tmp_path, [{"prompt": a, "completion": b} for a, b in zip(TALKS, ANSWERS, strict=True)], peft=peft)
+    tokenizer = tiny_tokenizer(
+        chat="{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.save_pretrained(made.model.path)
+    tiny("llama", scale=0.05, vocab_size=80).save_pretrained(made.model.path)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert load_policy(made.model).eos_ids == (tokenizer.eos_token_id,)
+    outcome = run_sft(made)
+    for folder in [outcome.model, *([tmp_path / "run" / "adapter"] if peft else [])]:
+        policy = load_policy(ModelSettings(path=str(folder)))
+        assert policy.eos_ids == (tokenizer.eos_token_id, end), folder
+
+
+def test_rows_that_are_cut_are_counted_and_told(tmp_path, capsys):
+    def short(made: SFTJob, tokens: int) -> SFTJob:
+        return dataclasses.replace(made, prompts=dataclasses.replace(made.prompts, max_tokens=tokens))
+
+    # with their end 4, 5, 6 and 9 tokens: one fits exactly, two are cut
+    texts = [{"text": "a" * (n - 1)} for n in (4, 5, 6, 9)]
+    outcome = run_sft(short(job(tmp_path, texts), 5))
+    assert outcome.metrics["rows_cut"] == 2
+    assert "prompts: 2 of 4 rows have more than the 5 tokens" in capsys.readouterr().err
+    talks = [{"messages": [*a, *b]} for a, b in zip(TALKS, ANSWERS, strict=True)]
+    lengths = [len(tiny_tokenizer(chat=True).apply_chat_template(row["messages"], return_dict=False)) for row in talks]
+    outcome = run_sft(short(job(tmp_path, talks, run="talks"), sorted(lengths)[1]))
+    assert outcome.metrics["rows_cut"] == 2
+    run_sft(short(job(tmp_path, PAIRS, "t5", run="shorter", source_prefix="s"), 6))
+    said = capsys.readouterr().err
+    assert f"prompts: {sum(len(row['prompt']) > 5 for row in PAIRS)} of 4 rows have more than the 6 tokens" in said

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rollout.errors import Problem
 from rollout.logprobs import teacher_forced
 from rollout.prompts import PromptBatch
 from rollout.sampler import Sampler
@@ -143,6 +144,14 @@ def test_what_an_edit_gives_where_it_does_not_apply_never_shows(tmp_path: Path) 
     plain = teacher_forced(policy("llama"), rollout)
     forced = teacher_forced(policy("llama"), rollout, steering=steering)
     assert torch.equal(forced.logprobs_BR, plain.logprobs_BR) and bool(torch.isfinite(rollout.behaviour_logprobs_BR).all())
+
+
+@pytest.mark.parametrize("body", ["def f(*_): sys.exit(0)", "def f(*_): raise KeyError('no such')", "sys.exit(0)", "1 / 0"])
+def test_a_function_that_raises_or_leaves_python_is_one_line(body: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(f"import sys\n{body}\n")
+    op = {"type": "function", "function": f"{tmp_path}/own.py:f"}
+    with pytest.raises(Problem, match=r"own.py.* raised \w+: .* \(line 2 of own.py\)$"):
+        sampled("llama", {"sites": [{"at": {"layers": [0]}, "op": op}]})
 
 
 def test_samples_keep_their_own_strengths() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rollout.errors import Problem
 from rollout.logprobs import teacher_forced
+from rollout.policy import Policy
 from rollout.prompts import PromptBatch
 from rollout.sampler import Sampler
 from rollout.sampling import Sampling
@@ -21,9 +24,10 @@ from rollout.steering import Steering
 from rollout.steering.effect import Point, effect_curve, law_distance, strength_for
 from rollout.steering.extract import Pair, activations, direction, directions, read_pairs
 from rollout.steering.spec import At, Site
-from rollout.steering.structure import locate
+from rollout.steering.structure import locate, stacks
 from rollout.steering.vectors import save_vector
 from tests.models import tiny, tiny_policy, tiny_tokenizer
+from tests.rollout.definitions import alone_logits, real_prompt, real_response
 from tests.rollout.steering.helpers import parameters_of, vector
 
 
@@ -230,6 +234,45 @@ def test_the_kl_is_the_sum_over_the_vocabulary(family: str) -> None:
     assert abs(float(exact - drawn.mean())) < 4.0 * float(drawn.std()) / 1500**0.5
     plain = teacher_forced(policy, rollout)
     torch.testing.assert_close(rollout.policy_logprobs_BR, plain.logprobs_BR, atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "xlm-roberta", "recurrent_gemma"])
+def test_the_distance_of_laws_is_that_of_each_row_alone(family: str) -> None:
+    """Definition: two passes over the unpadded row, one with the vector added to the block's output by hand. For a model that
+    counts positions from behind its pad, and one that takes no padding, too."""
+    if family == "xlm-roberta":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        config = AutoConfig.for_model(
+            family, vocab_size=64, is_decoder=True, max_position_embeddings=40, pad_token_id=1, **sizes
+        )
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in (p for p in model.parameters() if p.dim() > 1):
+            torch.nn.init.normal_(parameter, std=0.2)
+        policy = Policy.of(model, tiny_tokenizer())
+    else:
+        policy = tiny_policy(family)
+    where = {"prompt": "all", "steps": "all"}
+    site = {"at": {"layers": [0]}, "vector": {"values": vector()}, "strength": 1.5, "where": where}
+    steering = Steering(policy.model, {"role": "data", "sites": [site]})
+    rollout, _ = Sampler(policy, Sampling(max_new_tokens=5, temperature=0.8), steering).sample(
+        PromptBatch.of_ids([[5, 6, 7], [9, 8, 10, 11, 12, 13, 14], [20]])
+    )
+    found = law_distance(policy, steering, rollout)
+    plain = copy.deepcopy(policy.model)
+    block = stacks(plain)["decoder"].blocks[0]
+    added = 1.5 * torch.tensor(vector())
+    for row in range(len(rollout)):
+        prompt, response = real_prompt(rollout, row), real_response(rollout, row)
+        pi = torch.tensor(alone_logits(plain, prompt, response), dtype=torch.float64) / 0.8
+        hook = block.register_forward_hook(
+            lambda _, __, out: (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
+        )
+        mu = torch.tensor(alone_logits(plain, prompt, response), dtype=torch.float64) / 0.8
+        hook.remove()
+        kl = (mu.softmax(-1) * (mu.log_softmax(-1) - pi.log_softmax(-1))).sum(-1)
+        assert kl.max() > 0.05
+        torch.testing.assert_close(found[row, : len(response)].double(), kl, atol=1e-5, rtol=1e-5)
 
 
 def test_the_curve_and_the_strength_for_a_budget() -> None:
