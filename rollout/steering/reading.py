@@ -96,7 +96,8 @@ class Fields:
 
     def check_number(self, name: str, value: Any, low: float | None = None, high: float | None = None) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST:
-            self.problem(name, f"expected a number (at most {MOST:g} in size, what float32 holds), found {value!r:.80}")
+            large = f" that float32 holds (at most {MOST:g} in size)" if isinstance(value, int | float) else ""
+            self.problem(name, f"expected a number{large}, found {value!r:.80}")
             return 1.0
         if (low is not None and value < low) or (high is not None and value > high):
             span = f"{low:g} to {high:g}" if low is not None and high is not None else f"at least {low:g}"

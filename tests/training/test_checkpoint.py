@@ -334,3 +334,25 @@ def test_finished_is_what_the_summary_says_under_the_same_config(tmp_path):
     assert not resume.finished(tmp_path, 4, {"ppo": {"steps": 4, "clip": 0.2}}, RunSettings())
     with pytest.raises(Problem, match="ppo.clip: 0.3"):
         resume.finished(tmp_path, 3, {"ppo": {"steps": 3, "clip": 0.3}}, RunSettings())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head: head.pop("tree"),
+        lambda head: head.update(tree=[]),
+        lambda head: head.update(config=5),
+        lambda head: head["tree"]["@dict"].pop(0),
+        lambda head: head["tree"]["@dict"].append([1]),
+        lambda head: head.update(tree={"@dict": [], "@tuple": []}),
+    ],
+)
+def test_a_state_of_another_shape_is_one_line(tmp_path, change):
+    """Its checksums are right: nothing was damaged, another program wrote it."""
+    checkpoint.save(tmp_path, 1, make_state())
+    path = tmp_path / "checkpoints" / "step-000001"
+    head = json.loads((path / "state.json").read_text())
+    change(head)
+    (path / "state.json").write_text(json.dumps(head))
+    with pytest.raises(Problem, match="step-000001: not what a run writes .*--run.overwrite true starts again"):
+        checkpoint.load(path, make_state())

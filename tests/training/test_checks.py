@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rollout.errors import Problem
+from rollout.run import RunSettings
 from rollout.sampling import Sampling
 from training.checks import check_job
 from training.correction import Correction
@@ -118,3 +119,18 @@ def test_a_kl_of_another_law_is_weighed_or_not_held(caplog):
     assert not caplog.text
     check_job(POLICY, [1], Sampling(top_p=0.9), PPOSettings(kl_as="loss", correction=none))
     assert "has not the KL's gradient" in caplog.text
+
+
+def test_counts_and_seeds_that_no_machine_can_hold_are_refused_at_once():
+    """10^15 rollouts looked for their divisors one by one, and a seed of -1 is none of numpy's."""
+    for build, words in (
+        (lambda: PPOSettings(rollouts_per_step=10**15, minibatches=7), "ppo.rollouts_per_step: 1000000000000000, but it must be at most 16,777,216"),
+        (lambda: Sampling(n=10**15), "sampling.n: 1000000000000000, but it must be 1 to 16,777,216"),
+        (lambda: Sampling(seed=-1), "sampling.seed: -1, but it must be 0 or more"),
+        (lambda: RunSettings(seed=-1), "run.seed: -1, but it must be 0 to 4294967295"),
+        (lambda: RunSettings(seed=2**63), "run.seed: 9223372036854775808, but it must be 0 to 4294967295"),
+        (lambda: RunSettings(keep=0), "run.keep: 0, but it must be 1 or more"),
+    ):  # fmt: skip
+        with pytest.raises(Problem) as caught:
+            build()
+        assert len(caught.value.lines) == 1 and caught.value.lines[0].startswith(words), caught.value.lines
