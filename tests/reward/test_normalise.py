@@ -31,10 +31,6 @@ def part(**fields) -> list[dict]:
     return [{"kind": "function", "function": lengths, "name": "len", **fields}]
 
 
-ZERO = {"kind": "regex", "pattern": "!"}
-"""Beside a part that does not apply to every row: a row to which none does is refused."""
-
-
 def test_off_by_default():
     assert build_reward(part())(*made(["a", "bbb"])).total_B.tolist() == [1.0, 3.0]
 
