@@ -127,8 +127,8 @@ def float16_problems(model: nn.Module) -> list[str]:
     """Weights that learn in float16: Adam's squares of gradients below 2e-4 are 0 there, and so is the 1e-8 beside them."""
     learns = next((name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16), "")
     told = (
-        f"model.dtype: float16, in which weights that learn ({learns}) diverge; load them in float32 (with mixed_precision fp16 "
-        "in the accelerate config, if you like) or bfloat16, or train a LoRA (model.peft) alone, which is float32 beside them"
+        f"model.dtype: float16, in which weights that learn ({learns}) diverge; load them in float32 (with mixed_precision "
+        "fp16 in the accelerate config, if you like) or bfloat16, or train a LoRA alone (model.peft), which is float32"
     )
     return [told] if learns else []
 
