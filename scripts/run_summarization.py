@@ -81,7 +81,7 @@ def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, Any]:
             raise Problem(f"{message}; see --help")
 
     parser = Parser((SummarisationArguments, transformers.Seq2SeqTrainingArguments))
-    parser.set_defaults(report_to="none", use_cpu=not torch.cuda.is_available())
+    parser.set_defaults(report_to="none", use_cpu=not torch.cuda.is_available(), disable_tqdm=not sys.stderr.isatty())
     try:
         ours, training = parser.parse_args_into_dataclasses(args=list(argv))
     except (ValueError, TypeError) as error:
