@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rollout import adapters
 from rollout.errors import Problem
 
 if TYPE_CHECKING:
@@ -88,6 +89,10 @@ def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings
         found.append(f"sampling.n: {sampling.n}, but ppo.credit {ppo.credit} compares samples of one prompt; set 2 or more")
     if ppo.reference == "adapter" and not hasattr(policy.model, "peft_config"):
         found.append("ppo.reference: adapter, but the policy has none; set model.peft, or ppo.reference to copy")
+    elif ppo.reference == "adapter" and (name := adapters.learns_in_base(policy.model)):
+        found.append(
+            f"ppo.reference: adapter, but {name} of the base learns, too, and stays changed where the adapter is off; set copy"
+        )
     if prompts is not None and len(prompts) == 0:
         found.append("prompts: there are none; check prompts.path and prompts.limit")
     copies_value = ppo.credit == "gae" and ppo.value == "separate"
@@ -120,7 +125,7 @@ def float16_problems(model: nn.Module) -> list[str]:
     """Weights that learn in float16: Adam's squares of gradients below 2e-4 are 0 there, and so is the 1e-8 beside them."""
     learns = next((name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16), "")
     told = f"model.dtype: float16, in which weights that learn ({learns}) diverge; load them in float32 (with mixed_precision "
-    told += "fp16 in the accelerate config, if you like) or bfloat16, or train a LoRA (model.peft) and nothing else, which is float32 beside them"
+    told += "fp16 in the accelerate config, if you like) or bfloat16, or train a LoRA alone (model.peft), which is float32"
     return [told] if learns else []
 
 
