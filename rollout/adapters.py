@@ -12,6 +12,7 @@ they are placed by `rollout.virtual_tokens` and padded rows equal lone ones. Bot
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import shutil
@@ -153,6 +154,43 @@ def off(model: PeftModel) -> Iterator[None]:
         yield
     for parameter in frozen:
         parameter.requires_grad_(False)
+
+
+def changes_nothing(model: PeftModel) -> bool:
+    """Whether the active adapter leaves the base as it is, by the weights: every adapted layer, merged by itself, is its base
+    bit for bit, and so is every module that is kept whole. What cannot be merged counts as a change."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if model.active_peft_config.is_prompt_learning:
+        return False
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            kept = [module.modules_to_save[name] for name in module.active_adapters if name in module.modules_to_save]
+            same = all(_equal(module.original_module, each) for each in kept)
+        elif isinstance(module, BaseTunerLayer):
+            merged = copy.deepcopy(module)
+            try:
+                merged.merge()
+            except (NotImplementedError, ValueError, RuntimeError):
+                return False
+            same = not module.merged and _equal(module.get_base_layer(), merged.get_base_layer())
+        else:
+            continue
+        if not same:
+            return False
+    return True
+
+
+def _equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    mine, its = one.state_dict(), other.state_dict()
+    return mine.keys() == its.keys() and all(torch.equal(value, its[name]) for name, value in mine.items())
+
+
+def learns_in_base(model: PeftModel) -> str:
+    """A weight of the base that learns beside the adapter (bias: all), which `off` does not put back; "" where none does."""
+    own = set(model.peft_config)
+    return next((name for name, p in model.named_parameters() if p.requires_grad and not own & set(name.split("."))), "")
 
 
 def merge(model: PeftModel) -> PreTrainedModel:

@@ -208,30 +208,10 @@ def _reference(policy: Policy, kind: str, trains_vectors: bool) -> Reference | N
         return Reference(policy, adapter_off=True)
     if kind == "auto" and trains_vectors:
         return Reference(policy, adapter_off=False)  # nothing of the model itself moves
-    if kind == "auto" and has_adapter and starts_as_its_base(policy):
+    # Off, the policy must be as it starts, and stay so.
+    if kind == "auto" and has_adapter and adapters.changes_nothing(policy.model) and not adapters.learns_in_base(policy.model):
         return Reference(policy, adapter_off=True)
     frozen = copy.deepcopy(policy.model).requires_grad_(False).eval()
     copied = policy.with_model(frozen)
     vars(copied)["habits"] = policy.habits  # a copy's are the same
     return Reference(copied, adapter_off=False)
-
-
-def starts_as_its_base(policy: Policy) -> bool:
-    """Whether the adapter changes nothing yet, so that the policy with its adapter off is the policy as it starts."""
-    ids = torch.tensor([[i % policy.vocab_size for i in (5, 7, 11)]], device=policy.device)
-    numbers = torch.zeros(1, 3, device=policy.device)
-    probe = Rollout(
-        prompt_BP=ids,
-        prompt_mask_BP=torch.ones_like(ids, dtype=torch.bool),
-        response_BR=ids,
-        lengths_B=torch.tensor([3], device=policy.device),
-        ended_B=torch.tensor([True], device=policy.device),
-        behaviour_logprobs_BR=numbers,
-        policy_logprobs_BR=numbers,
-        row_B=torch.zeros(1, dtype=torch.int64, device=policy.device),
-        sample_B=torch.zeros(1, dtype=torch.int64, device=policy.device),
-        start_ids=policy.start_ids,
-    )
-    with torch.no_grad():
-        as_it_is = teacher_forced(policy, probe, want_entropy=False).logprobs_BR
-    return bool(torch.equal(as_it_is, Reference(policy, adapter_off=True).logprobs(probe)))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rollout import adapters
 from rollout.errors import Problem
 from rollout.prompts import Prompts
 from rollout.sampling import MOST_ROWS
@@ -93,6 +94,10 @@ def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings
         found.append(f"sampling.n: {sampling.n}, but ppo.credit {ppo.credit} compares samples of one prompt; set 2 or more")
     if ppo.reference == "adapter" and not hasattr(policy.model, "peft_config"):
         found.append("ppo.reference: adapter, but the policy has none; set model.peft, or ppo.reference to copy")
+    elif ppo.reference == "adapter" and (name := adapters.learns_in_base(policy.model)):
+        found.append(
+            f"ppo.reference: adapter, but {name} of the base learns, too, and stays changed where the adapter is off; set copy"
+        )
     if prompts is not None and len(prompts) == 0:
         found.append("prompts: there are none; check prompts.path and prompts.limit")
     copies_value = ppo.credit == "gae" and ppo.value == "separate"

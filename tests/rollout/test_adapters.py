@@ -348,3 +348,47 @@ def test_prefix_tuning_under_a_window_is_refused():
     with pytest.raises(Problem, match="PREFIX_TUNING with left padding: mistral counts its window"):
         logprobs(model, ids, mask)
     assert logprobs(model, rows[2][None], torch.ones_like(rows[2][None])).isfinite().all()
+
+
+# -- whether an adapter changes anything ------------------------------------------------------------------------------
+
+FRESH = {
+    kind: {key: value for key, value in given.items() if not key.startswith("init_")}
+    for kind, given in KINDS.items()
+    if kind in WEIGHT
+}
+FRESH["embedding"] = {"peft_type": "LORA", "r": 2, "target_modules": ["embed_tokens", "q_proj"]}
+FRESH["tokens"] = {"peft_type": "LORA", "r": 2, "trainable_token_indices": [20, 31]}
+FRESH["whole head"] = {"peft_type": "LORA", "r": 2, "modules_to_save": ["lm_head"]}
+
+
+@pytest.mark.parametrize("kind", FRESH)
+def test_whether_an_adapter_changes_anything_is_read_off_its_weights(kind):
+    """Fresh ones are the base bit for bit; one number moved anywhere, of a token that no probe asks for, is a change."""
+    torch.manual_seed(0)
+    model = adapters.add(tiny("llama"), FRESH[kind])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert adapters.changes_nothing(model) and not adapters.learns_in_base(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    _, ids, mask = ragged()
+    with torch.no_grad():
+        plain = logprobs(model, ids, mask)
+        moved = [p for name, p in model.named_parameters() if p.requires_grad and "lora_A" not in name]
+        if kind in ("LOKR", "VERA", "LOHA"):  # products: one factor alone is nothing yet
+            for parameter in moved:
+                parameter.add_(0.5)
+        else:
+            (moved[0] if kind == "embedding" else moved[-1]).view(-1)[-1 if kind in ("embedding", "tokens") else 0].add_(0.5)
+        if kind not in ("tokens", "embedding"):
+            assert not torch.equal(logprobs(model, ids, mask), plain)
+    assert not adapters.changes_nothing(model)
+
+
+def test_biases_of_the_base_that_learn_are_told():
+    model = adapters.add(tiny("gpt2"), {"peft_type": "LORA", "r": 2, "bias": "all"})
+    assert adapters.changes_nothing(model) and adapters.learns_in_base(model).endswith(".bias")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in WEIGHT])
+def test_virtual_tokens_always_change_something(kind):
+    assert not adapters.changes_nothing(adapters.add(tiny("llama"), KINDS[kind]))
