@@ -42,7 +42,7 @@ class Told:
 
     def take(self, result: Any) -> Told:
         """Keep a result; of a list, a tensor or what may never end (a generator) no more than shows that it is too much."""
-        if not isinstance(result, str | bytes | dict) and hasattr(result, "__iter__") and getattr(result, "ndim", True):
+        if not isinstance(result, str | bytes | dict) and hasattr(result, "__iter__") and getattr(result, "ndim", 1) != 0:
             result = list(itertools.islice(result, self.rows + 1))
         self.result = result
         return self

@@ -36,8 +36,8 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
     prompt_BP, mask_BP = left_pad([batch.ids[i] for i, _ in pairs], policy.pad_id, device)
     before = [stops.before(batch.ids[i]) for i, _ in pairs]
     ids, mask = encoder_input(prompt_BP, mask_BP) if policy.is_seq2seq else (prompt_BP, mask_BP)
-    habits, lengths = policy.habits, {len(row) for row in batch.ids}
-    if len(lengths) > 1 and not (habits.padding and len({habits.is_long(length) for length in lengths}) == 1):
+    habits, widths = policy.habits, {len(row) for row in batch.ids}
+    if len(widths) > 1 and not (habits.padding and len({habits.is_long(length) for length in widths}) == 1):
         raise Problem(f"prompts: {type(policy.core).__name__} takes no padding; give the reference path prompts of one length")
     start = torch.tensor(policy.start_ids, device=device)[None].expand(len(pairs), -1) if policy.is_seq2seq else prompt_BP
     real = torch.ones_like(start, dtype=torch.bool) if policy.is_seq2seq else mask_BP
@@ -47,7 +47,7 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
         max_new_tokens=sampling.max_new_tokens,
         do_sample=not sampling.greedy,
         eos_token_id=stops.all_ids or None,
-        use_cache=habits.caches((len(policy.start_ids) or max(lengths)) + sampling.max_new_tokens),
+        use_cache=habits.caches((len(policy.start_ids) or max(widths)) + sampling.max_new_tokens),
         return_dict_in_generate=True,
         output_scores=True,
         output_logits=True,

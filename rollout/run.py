@@ -76,6 +76,8 @@ def check_folder(run: RunSettings, config: Mapping[str, Any] | None = None) -> P
         raise Problem("run.dir: missing; say where the run is to be written, --run.dir DIR")
     if run.resume and run.overwrite:
         raise Problem("run.resume and run.overwrite: both true; choose one")
+    if run.allow_changes and not run.resume:
+        raise Problem("run.allow_changes: true, but nothing is resumed; add --run.resume true or leave it out")
     folder = Path(run.dir)
     if folder.exists() and not folder.is_dir():
         raise Problem(f"run.dir: {folder} is a file; name a folder")
@@ -117,9 +119,11 @@ def opened(run: RunSettings, config: Mapping[str, Any] | None = None) -> Iterato
 
 def begin(folder: Path, run: RunSettings) -> None:
     """Right before the first write, when all is loaded and checked: `overwrite` empties the folder. Main process only."""
-    if run.overwrite:
-        for entry in _content(folder):
+    try:
+        for entry in _content(folder) if run.overwrite else ():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    except OSError as error:
+        raise Problem(f"run.overwrite: {error.filename} cannot be removed: {error.strerror}") from error
     if not _content(folder):  # what was there before the first job is not a job's own
         write_text(folder / MARKER, "a job's folder: --run.overwrite true empties it\n")
 

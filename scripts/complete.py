@@ -24,7 +24,7 @@ from rollout.errors import Problem
 from rollout.policy import ModelSettings, Policy, load_policy
 from rollout.prompts import PromptSettings, load_prompts
 from rollout.sampling import Sampling
-from rollout.spelling import conversation_ids, text_ids, text_of
+from rollout.spelling import Speller, conversation_ids, text_ids, text_of
 from rollout.steering import Steering, load_spec
 from rollout.terminal import EARS, Live, Piece, columns, interruptible, legend, paint, pieces_of, visible, wants_colour
 from rollout.verify import verify
@@ -80,7 +80,7 @@ class Session:
     """A policy, how it is asked, and where its answers are shown."""
 
     def __init__(self, job: Job, policy: Policy):
-        self.job, self.policy = job, policy
+        self.job, self.policy, self.speller = job, policy, Speller(policy.tokenizer)
         self.steering = None
         if job.steering:
             self.steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed)
@@ -152,7 +152,7 @@ class Session:
         return confidence(self.tokens(done), done.logprobs or [], self.job.least, self.job.below)
 
     def tokens(self, done: Completed) -> list[str]:
-        return [self.policy.tokenizer.decode([token]) for token in done.ids]
+        return [self.speller.token(token) for token in done.ids]
 
     def pieces(self, done: Completed) -> list[Piece]:
         pieces, room = [], len(done.text)

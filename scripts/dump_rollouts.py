@@ -46,7 +46,7 @@ class Job:
 def main(job: Job) -> None:
     me = processes.start()
     if me.is_main:
-        for name in ("seed", "keep", "trackers"):
+        for name in ("seed", "keep", "trackers", "allow_changes"):
             if getattr(job.run, name) != getattr(RunSettings(), name):
                 print(f"run.{name}: has no effect on a dump{', sampling.seed has' if name == 'seed' else ''}", file=sys.stderr)
     with opened(job.run, dataclasses.asdict(job)) as folder:

@@ -16,6 +16,7 @@ import difflib
 import json
 import os
 import shutil
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -59,14 +60,16 @@ def main(job: TinyJob) -> None:
     missing = [name for name in names if job.overwrite or not is_there(out / name, name, job.seed)]
     for name in names:
         if name not in missing:
-            print(f"{out / name}: there already")
+            print(f"{out / name}: there already", flush=True)
     reserve(out, SPACE * len(missing))
     # One thread a world, two worlds at a time: the same bytes on any machine with the same libraries, however many cores.
     began = time.monotonic()
+    if missing:
+        print(f"{out}: making {', '.join(missing)}, half a minute each or more", file=sys.stderr, flush=True)
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         spread = pool.map if len(missing) > 1 else map
         for name, _ in zip(missing, spread(make, missing, [out] * len(missing), [job.seed] * len(missing)), strict=True):
-            print(f"{out / name}: made ({time.monotonic() - began:.0f} s)")
+            print(f"{out / name}: made ({time.monotonic() - began:.0f} s)", flush=True)
 
 
 def open_out(name: str) -> Path:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,7 @@ def main(job: QuickstartJob) -> None:
     )  # fmt: skip
     draw(out / "ppo")
     show(out, world, job)
-    print(f"\n{time.perf_counter() - began:.0f} s in all; {out / 'ppo'} holds metrics, samples, model and curves.png")
+    print(f"\n{time.perf_counter() - began:.0f} s in all; {out / 'ppo' / 'curves.png'} has the curves")
 
 
 def fresh(folder: Path, seed: int) -> list[str]:
@@ -91,9 +91,8 @@ def stage(folder: Path | None, script: str, *arguments: str) -> None:
             print(f"{folder}: there already")
             return
         note.unlink(missing_ok=True)
-    quiet = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}  # a bar is hundreds of lines in a file
     command = [sys.executable, str(ROOT / "scripts" / script), *absolute(arguments)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet})
+    done = subprocess.run(command, cwd=ROOT)
     if done.returncode:
         raise Problem(f"quickstart: {script} ended with status {done.returncode}; its message stands above")
     if note is not None:
@@ -121,18 +120,21 @@ def draw(run: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     steps = [row["step"] for row in rows]
     left.plot(steps, [row["reward/mean"] for row in rows], label="training")
     held = [(row["step"], row["eval/reward"]) for row in rows if "eval/reward" in row]
-    if held:
-        left.plot(*zip(*held, strict=True), "o", label="held out")
+    before = json.loads((run / "summary.json").read_text(encoding="utf-8"))["reward_before"]
+    left.plot(*zip((0, before), *held, strict=True), "o", label="held out")
     left.set(xlabel="step", ylabel="reward", ylim=(0, 1), title="reward")
     left.legend(loc="lower right")
     right.plot(steps, [row["kl/ref"] for row in rows], color="tab:red")
     right.set(xlabel="step", ylabel="nats", title="KL per response, to the policy before PPO")
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(run / "curves.png", dpi=120)
     pyplot.close(figure)
 
@@ -149,7 +151,7 @@ def show(out: Path, world: Path, job: QuickstartJob) -> None:
     for name, rows in said.items():
         print(f"\n{name}")
         for prompt, text in rows[: job.samples]:
-            print(f"  {prompt}{text}")
+            print("  " + textwrap.shorten(prompt + text, 118, placeholder=" ..."))
 
 
 def complete(model: Path, world: Path, job: QuickstartJob) -> list[tuple[str, str]]:

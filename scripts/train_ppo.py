@@ -10,7 +10,9 @@ RUN/samples.jsonl   best, worst and random rows    RUN/summary.json   before, af
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from configs.reader import door, to_mapping
@@ -57,8 +59,9 @@ def main(job: PPOJob) -> None:
     processes.on_main(lambda: check_folder(job.run, config) and None)  # before anything large is loaded
     torch.manual_seed(job.run.seed)  # fresh adapters
     policy = with_peft(load_policy(learnable(job.model), processes.start().device), job.model.peft)
+    folder = Path(job.run.dir)
     heldout = load_prompts(job.heldout, policy, job.sampling.max_new_tokens) if job.heldout.path else None
-    train(
+    summary = train(
         policy,
         load_prompts(job.prompts, policy, job.sampling.max_new_tokens),
         build_reward(job.reward, policy=policy, device=policy.device),
@@ -69,6 +72,10 @@ def main(job: PPOJob) -> None:
         heldout=heldout,
         config=config,
     )
+    if summary and processes.start().is_main:
+        print(f"{folder / 'model'}: the policy, which from_pretrained loads")
+        print(f"{folder / 'report.html'}: curves, and every token of the samples; metrics.jsonl and summary.json lie beside it")
+        print(f"next: python scripts/complete.py --model.path {shlex.quote(str(folder / 'model'))} PROMPT")
 
 
 def learnable(model: ModelSettings) -> ModelSettings:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from configs.reader import door, to_yaml
 
+from rollout import processes
 from training.reward_model import RewardJob, run_reward
 
 
 def main(job: RewardJob) -> None:
-    run_reward(job, to_yaml(job))
+    model = run_reward(job, to_yaml(job)).model
+    if processes.start().is_main:
+        print(f"{model}: the model, which from_pretrained loads; {model.parent / 'summary.json'}: what was measured")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,15 @@ def test_what_cannot_be_read_is_one_line(name, setting, content, parts, flags, t
     assert whole(tmp_path / "run") == [], "nothing was begun, nothing is left"
 
 
+def test_training_says_what_it_leaves_and_what_comes_next(flags, tmp_path, capfd):
+    assert leave("train_ppo", flags["train_ppo"]) == 0
+    model, page, following = capfd.readouterr().out.splitlines()[-3:]
+    for line, name in ((model, "model"), (page, "report.html")):
+        path, _, told = line.partition(": ")
+        assert path == str(tmp_path / "run" / name) and Path(path).exists() and told
+    assert following == f"next: python scripts/complete.py --model.path {tmp_path / 'run' / 'model'} PROMPT"
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_run_folder_in_use_is_left_alone(name, flags, tmp_path, capfd):
     (tmp_path / "run").mkdir()

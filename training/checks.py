@@ -6,6 +6,9 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from rollout.errors import Problem
 from rollout.prompts import Prompts
 from rollout.sampling import MOST_ROWS
@@ -92,6 +95,9 @@ def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings
         found.append("ppo.reference: adapter, but the policy has none; set model.peft, or ppo.reference to copy")
     if prompts is not None and len(prompts) == 0:
         found.append("prompts: there are none; check prompts.path and prompts.limit")
+    copies_value = ppo.credit == "gae" and ppo.value == "separate"
+    if copies_value or getattr(steering, "role", "") != "trainable":
+        found += float16_problems(policy.model)
     found += law_problems(sampling, ppo, steering)
     if ppo.kl_target is not None and _unweighed(sampling, ppo, steering):
         found.append(
@@ -115,6 +121,14 @@ def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings
             "k1, or ppo.kl_as loss, has the right one",
             ppo.kl_estimator,
         )
+
+
+def float16_problems(model: nn.Module) -> list[str]:
+    """Weights that learn in float16: Adam's squares of gradients below 2e-4 are 0 there, and so is the 1e-8 beside them."""
+    learns = next((name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16), "")
+    told = f"model.dtype: float16, in which weights that learn ({learns}) diverge; load them in float32 (with mixed_precision "
+    told += "fp16 in the accelerate config, if you like) or bfloat16, or train a LoRA (model.peft) and nothing else, which is float32 beside them"
+    return [told] if learns else []
 
 
 def _unweighed(sampling: Sampling, ppo: PPOSettings, steering: Any) -> bool:

@@ -31,8 +31,11 @@ def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, s
     history: dict[str, list[float]] = defaultdict(list)
     for epoch in range(settings.epochs):
         for rows in minibatches(experience.rollout, count=settings.minibatches, seed=seed, step=state.step, epoch=epoch):
-            for name, value in update(state, experience, rows, settings).items():
+            found = update(state, experience, rows, settings)
+            for name, value in found.items():
                 history[name].append(value)
+            if state.step == settings.value_warmup_steps and len(history["ppo/approx_kl"]) == 2:
+                check_first_move(found["ppo/approx_kl"], settings, state.step)
             if settings.stop_kl is not None and history["ppo/approx_kl"][-1] > settings.stop_kl:
                 break
         else:
@@ -151,10 +154,24 @@ def schedule(settings: PPOSettings, step: int) -> float:
 
 def check_finite(found: dict[str, float], step: int) -> None:
     """Stop before a loss or gradient that is no number reaches the weights. The sums are global: every rank stops."""
-    bad = [name for name in ("ppo/policy_loss", "value/loss", "ppo/grad_norm") if not math.isfinite(found.get(name, 0.0))]
+    watched = ("ppo/policy_loss", "ppo/approx_kl", "value/loss", "ppo/grad_norm")
+    bad = [name for name in watched if not math.isfinite(found.get(name, 0.0))]
     if bad:
         shown = ", ".join(f"{name} = {found[name]}" for name in bad)
         raise Problem(
             f"step {step + 1}: {shown}; the weights were left as they were. Likely causes: a learning rate that is too high "
             "(lower ppo.learning_rate), scores that are far too large, or float16 that overflows (use bfloat16 or float32)"
+        )
+
+
+def check_first_move(approx_kl: float, settings: PPOSettings, step: int) -> None:
+    """The run's second minibatch sees what one optimizer step did. Adam's first moves every weight by the learning rate,
+    whatever the rewards are, so this tells of the rate and the dtype alone. Where most ratios reach a clip of 0.2 it is 0.02;
+    at 1 a hundred tokens are e^100 times less likely, and nothing that is sampled from there on is of the policy that began."""
+    bound = max(1.0, settings.stop_kl or 0.0)
+    if approx_kl > bound:
+        raise Problem(
+            f"step {step + 1}: one optimizer step moved the policy by {approx_kl:.3g} nats per token (ppo/approx_kl), above "
+            f"{bound:g}; lower ppo.learning_rate ({settings.learning_rate:g}; 1e-5 is usual, 1e-4 for adapters), use float32 "
+            "weights (model.dtype), or set ppo.stop_kl above it where this is meant"
         )

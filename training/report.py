@@ -175,6 +175,7 @@ def figure(folders: Sequence[Path], out: Path, keys: Sequence[str] = FIGURE) -> 
     """The named metrics side by side, a line per run; metrics that no run has are left out."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise Problem("png: matplotlib is not installed; pip install matplotlib") from error
 
@@ -193,6 +194,7 @@ def figure(folders: Sequence[Path], out: Path, keys: Sequence[str] = FIGURE) -> 
             axis.axhline(target, color="0.5", linestyle=":", label="target")
         axis.set_title(key, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if len(runs) > 1:
             axis.legend(fontsize=8)

@@ -86,6 +86,13 @@ def read_run(path: Path, name: str) -> Run:
     steps = [int(line["step"]) for line in lines]
     keys = dict.fromkeys(key for line in lines for key, value in line.items() if key != "step" and _is_number(value))
     config = _text(path / "config.yaml")
+    summary = read_json(path / "summary.json")
+    # The evaluations before the first step and after the last stand in the summary.
+    if _is_number(before := summary.get("reward_before")) and steps and steps[0] == 1:
+        steps, lines = [0, *steps], [{"eval/reward": before, "eval/kl": 0.0}, *lines]
+        after = {"eval/reward": summary.get("reward_after"), "eval/kl": summary.get("kl_after")}
+        lines[-1] = after | lines[-1]
+        keys |= dict.fromkeys(after)
     return Run(
         name=name,
         steps=steps,
@@ -94,7 +101,7 @@ def read_run(path: Path, name: str) -> Run:
         config=config,
         kl_target=_kl_target(config),
         versions=read_json(path / "versions.json"),
-        summary={key: value for key, value in read_json(path / "summary.json").items() if not isinstance(value, dict | list)},
+        summary={key: value for key, value in summary.items() if not isinstance(value, dict | list)},
     )
 
 

@@ -48,9 +48,9 @@ def made_from(policy: Policy, prompts: Prompts, heldout: Prompts | None, reward:
         found["heldout.path"] = rows_fingerprint(heldout)
     for part in getattr(reward, "parts", ()):
         found[f"reward {part.name}"] = part.content()
-    if settings.replay:
+    if settings.replay and Path(settings.replay).is_dir():
         found["ppo.replay"] = values_fingerprint(record.sha256 for record in finished_shards(Path(settings.replay)))
-    if Path(settings.value).is_dir():
+    if settings.value not in ("separate", "shared") and Path(settings.value).is_dir():
         found["ppo.value"] = folder_fingerprint(Path(settings.value))
     return found
 

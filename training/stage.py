@@ -2,7 +2,7 @@
 
     RUN/config.yaml         the resolved settings and versions
     RUN/metrics.jsonl       an object per log of the trainer
-    RUN/checkpoints/        the trainer's own, for --run.resume
+    RUN/checkpoints/        the trainer's own, for --run.resume; begun.json: settings and hashes of the data and weights
     RUN/model/              the model with its tokenizer; the run folder links to its files, so it loads as a model, too
     RUN/adapter/            with model.peft: the adapter by itself (model/ holds the merged model)
     RUN/summary.json        what was measured
@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,7 @@ def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out
         "report_to": "none",  # trackers are told by the run's own log
         "seed": run.seed,
         "data_seed": run.seed,
+        "disable_tqdm": not sys.stderr.isatty(),  # a bar is hundreds of lines in a file
         "remove_unused_columns": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
@@ -337,12 +339,12 @@ def tell_cut(count: int, rows: int, longest: int | None, done: str = "cut at the
 
 @contextlib.contextmanager
 def bars_on_main(is_main: bool) -> Iterator[None]:
-    """Progress bars of datasets and transformers, on the main process only."""
+    """Progress bars of datasets and transformers, on the main process only, and in a terminal only."""
     import datasets
     from transformers.utils import logging
 
     bars, maps = logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
-    if not is_main:
+    if not (is_main and sys.stderr.isatty()):
         logging.disable_progress_bar()
         datasets.disable_progress_bars()
     try:

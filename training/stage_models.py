@@ -17,6 +17,7 @@ from rollout.errors import Problem
 from rollout.heads import save
 from rollout.policy import ModelSettings, ids_of, unwrap
 from rollout.run import written_aside
+from training.checks import float16_problems
 
 
 def load_base(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> Any:
@@ -49,6 +50,8 @@ def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loa
         model = adapters.load(model, adapter, trainable=True)
     if settings.peft:
         model = adapters.add(model, settings.peft)
+    if problems := float16_problems(model):
+        raise Problem(*problems)
     return model
 
 

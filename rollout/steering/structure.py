@@ -7,21 +7,28 @@
 The blocks are the outermost list of modules that holds the weights on the way to the output head. Inside a block, the
 attention is the child whose name says attention (not cross-attention), the mlp is the other child with matrices, or,
 where a block holds its two matrices itself (OPT, BART), the last of them. Wrappers that add the residual themselves
-(T5's layers, Bloom's modules) are opened, so that `attn_output` and `mlp_output` are what is added to the stream.
+(T5's layers, Bloom's modules) are opened, and what a block still does to their output before it is added (Gemma 2's norms) is
+seen in a pass over a few tokens, so that `attn_output` and `mlp_output` are what is added to the stream.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rollout import policy
 from rollout.errors import Problem
+from rollout.steering.hooks import unsteered
 from rollout.steering.spec import At
+
+logger = logging.getLogger(__name__)
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encdec|enc_dec|encoder_attn|inter_attention", re.IGNORECASE)
@@ -176,6 +183,93 @@ def mlp_of(block: nn.Module) -> nn.Module | None:
     return matrices[-1] if matrices else None
 
 
+# -- what is added to the stream ----------------------------------------------------------------------------------------
+
+
+def _calls(inner: nn.Module, watched: list[nn.Module]) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """(activation in, activation out) of modules in a pass over four tokens."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        into = next((value for value in (*args, kwargs.get("hidden_states")) if isinstance(value, Tensor)), None)
+        out = output if isinstance(output, Tensor) else next(iter(output.values() if isinstance(output, dict) else output))
+        if into is not None and isinstance(out, Tensor):
+            seen[module] = (
+                into.detach().float().flatten().clone(),
+                out.detach().float().flatten().clone(),
+            )  # adding in place changes them
+
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in watched]
+    device = next(inner.parameters()).device
+    ids = torch.arange(3, 7, device=device)[None] % policy.vocabulary_size(inner)
+    given = {"input_ids": ids, **({"decoder_input_ids": ids} if getattr(inner.config, "is_encoder_decoder", False) else {})}
+    try:
+        with torch.no_grad(), unsteered(), policy.no_dropout(inner):
+            inner(**given)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _added(inner: nn.Module, blocks: list[nn.Module], component: str) -> list[nn.Module]:
+    """For each block, the module that gives what the component adds to the stream; Problem where no module does."""
+    both = [{"attn_output": attention_of(block), "mlp_output": mlp_of(block)} for block in blocks]
+    plain = [found[component] for found in both]
+    if any(p.is_meta for p in inner.parameters()):
+        return plain  # type: ignore[return-value]
+    after = [[m for m in block.modules() if m is not block and not _has_matrices(m)] for block in blocks]
+    seen = _calls(inner, [m for k, block in enumerate(blocks) for m in {block, *after[k], *filter(None, both[k].values())}])
+    chosen: list[nn.Module] = []
+    for block, found, rest in zip(blocks, both, after, strict=True):
+        ends: dict[str, nn.Module] = {}
+        for name, module in found.items():
+            if module is None:
+                continue
+            inside = set(module.modules())
+            while module in seen:
+                out = seen[module][1]
+                # What reads just this and gives another thing: a norm or a scale behind it, not dropout, which does nothing.
+                takes = (m for m in rest if m in seen and m not in inside and torch.equal(seen[m][0], out))
+                step = next((m for m in takes if seen[m][1].shape == out.shape and not torch.equal(seen[m][1], out)), None)
+                if step is None:
+                    break
+                inside.add(step)
+                module = step
+            ends[name] = module
+        _check_sum(block, ends, seen, component)
+        chosen.append(ends[component])
+    return chosen
+
+
+def _check_sum(block: nn.Module, ends: dict[str, nn.Module], seen: dict[nn.Module, tuple[Tensor, Tensor]], name: str) -> None:
+    """Whether the block's output is its input plus both components. A factor on the way is refused, other ways are told."""
+    cross = any(_CROSS.search(child_name) for child_name, _ in _children(block))
+    if len(ends) < 2 or cross or any(module not in seen for module in (block, *ends.values())):
+        return
+    (into, out), parts = seen[block], torch.stack([seen[module][1] for module in ends.values()], dim=1)
+    slack = 100 * torch.finfo(next(block.parameters()).dtype).eps * float(into.norm() + out.norm())
+    if float((out - into - parts.sum(1)).norm()) <= slack:
+        return
+    factors = torch.linalg.lstsq(parts.double(), (out - into).double()[:, None]).solution[:, 0]
+    label = type(block).__name__
+    if float((out - into - parts @ factors.float()).norm()) > slack:
+        line = f"{label} is not its input plus attn_output plus mlp_output: {name} is what its module gives, before a norm, say"
+        if line not in _TOLD:
+            _TOLD.add(line)
+            logger.warning("steering: %s", line)
+        return
+    factor = float(factors[list(ends).index(name)])
+    if abs(factor - 1.0) > 1e-3:
+        raise Problem(
+            f"at.component: {label} adds {factor:.4g} times what its {type(ends[name]).__name__} gives, and no module gives "
+            f"that product; name the module itself, at: {{module: PATH}}, and divide the strength by {factor:.4g}"
+        )
+
+
+_TOLD: set[str] = set()
+
+
 def _projection(block: nn.Module, stack: Stack) -> tuple[nn.Module, int, int] | None:
     """(output projection, heads, width of a head): the attention's last matrix whose input is made of heads."""
     attention = next(
@@ -252,24 +346,22 @@ def locate(model: nn.Module, at: At, found: dict[str, Stack] | None = None) -> l
     if at.stack not in found:
         raise Problem(f"at.stack: {type(inner).__name__} has no {at.stack}; it has {', '.join(found)}")
     stack = found[at.stack]
-    points: list[Point] = []
-    for layer in layers_of(stack, at):
-        block = stack.blocks[layer]
-        if at.head:
-            points.append(_heads(block, stack, layer, at))
-            continue
-        if at.component in ("block_output", "block_input"):
-            module: nn.Module | None = block
-        else:
-            module = attention_of(block) if at.component == "attn_output" else mlp_of(block)
-        if module is None:
-            children = ", ".join(name for name, _ in block.named_children())
-            raise Problem(
-                f"at.component: block {layer} ({type(block).__name__}: {children}) has no {at.component} that could be found; "
-                "name the module: at: {module: PATH}"
-            )
-        points.append(Point(module, "input" if at.component == "block_input" else "output", stack.name, layer, stack.width))
-    return points
+    layers = layers_of(stack, at)
+    blocks = [stack.blocks[layer] for layer in layers]
+    if at.head:
+        return [_heads(block, stack, layer, at) for layer, block in zip(layers, blocks, strict=True)]
+    modules = blocks
+    if at.component in ("attn_output", "mlp_output"):
+        for layer, block in zip(layers, blocks, strict=True):
+            if (attention_of if at.component == "attn_output" else mlp_of)(block) is None:
+                children = ", ".join(name for name, _ in block.named_children())
+                raise Problem(
+                    f"at.component: block {layer} ({type(block).__name__}: {children}) has no {at.component} that could be "
+                    "found; name the module: at: {module: PATH}"
+                )
+        modules = _added(inner, blocks, at.component)
+    io = "input" if at.component == "block_input" else "output"
+    return [Point(module, io, stack.name, layer, stack.width) for layer, module in zip(layers, modules, strict=True)]
 
 
 def _heads(block: nn.Module, stack: Stack, layer: int, at: At) -> Point:

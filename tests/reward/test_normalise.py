@@ -23,6 +23,10 @@ def lengths(completions, **columns):
     return [None if text == "-" else float(len(text)) for text in completions]
 
 
+ZERO = {"kind": "regex", "pattern": "z"}
+"""A part that applies to every row: a row without any is refused."""
+
+
 def part(**fields) -> list[dict]:
     return [{"kind": "function", "function": lengths, "name": "len", **fields}]
 
@@ -36,7 +40,7 @@ def test_off_by_default():
 
 
 def test_fixed_mean_std_and_clip_come_before_the_weight():
-    reward = build_reward(part(normalise={"mean": 2.0, "std": 0.5}, clip=[-1.5, 1.0], weight=10.0) + [ZERO])
+    reward = build_reward([*part(normalise={"mean": 2.0, "std": 0.5}, clip=[-1.5, 1.0], weight=10.0), ZERO])
     scores = reward(*made(["a", "bb", "ccc", "-"]))
     assert scores.parts["len"][:3].tolist() == [-1.5, 0.0, 1.0] and scores.parts["len"][3].isnan()
     assert scores.total_B.tolist() == [-15.0, 0.0, 10.0, 0.0]

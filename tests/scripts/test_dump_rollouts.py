@@ -260,7 +260,8 @@ def launch(argv: list[str], **options: Any) -> subprocess.Popen[str]:
 def kill(launcher: subprocess.Popen[str], whom: str, chance: random.Random) -> None:
     """kill -9 of all processes at once, of the launcher alone, or of one worker; returns when all of them are gone."""
     family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
-    workers = [p for p in family if "dump_rollouts.py" in " ".join(p.cmdline()) and p.pid != launcher.pid]
+    alive = [p for p in family[1:] if p.status() != psutil.STATUS_ZOMBIE]  # one may just have done all of its work
+    workers = [p for p in alive if "dump_rollouts.py" in " ".join(p.cmdline())]
     for victim in {"all": family, "launcher": family[:1], "worker": [chance.choice(workers or family)]}[whom]:
         victim.send_signal(signal.SIGKILL)
     launcher.communicate()

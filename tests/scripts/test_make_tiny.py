@@ -44,6 +44,15 @@ def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
     assert [p for p in sorted(made) if (tmp_path / "reviews" / p).read_bytes() != (world / p).read_bytes()] == []
 
 
+def test_what_takes_long_is_told_before_it_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(make_tiny, "make", lambda name, out, seed: print(f"making {name}"))
+    make_tiny.main(TinyJob(out=str(tmp_path), worlds="reviews"))
+    said = capsys.readouterr()
+    assert said.err.startswith(f"{tmp_path}: making reviews") and said.out.splitlines()[-1].startswith(
+        f"{tmp_path / 'reviews'}: made"
+    )
+
+
 def test_text_goes_through_the_tokenizer_unchanged(tokenizer):
     draw = random.Random(1)
     for text in (reviews.review(draw, 0.5), "Ünïcode, 日本 and <tags>!\n\ttabs", " leading", ""):

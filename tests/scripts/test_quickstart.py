@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,16 @@ def test_the_quickstart_runs_every_stage_and_shows_what_changed(tiny_world, tmp_
     ]
     for text in ("mean reward", "share of kind words", "KL per response", "before\n", "after\n"):
         assert text in done.stdout
+    # What the README shows is this print, with other numbers: table and reviews alike.
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("```\n")
+    shown = next(block for block in readme if block.startswith(" " * 32 + "before")).splitlines()
+    printed = done.stdout.splitlines()
+    printed = printed[printed.index(shown[0]) :][: len(shown)]
+
+    def shape(lines):
+        return [re.sub(r"\d", "0", line) if i < 4 else line.split(" : ")[0] for i, line in enumerate(lines)]
+
+    assert shape(printed) == shape(shown)
     run = tmp_path / "ppo"
     for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "model/config.json", "curves.png"):
         assert (run / name).stat().st_size > 0, name

@@ -18,6 +18,7 @@ import torch
 
 from reward.base import build_reward
 from rollout.manifest import load_manifest
+from rollout.run import MARKER
 from rollout.store import read_dump
 from scripts.score_rollouts import Job, main
 from tests.dumps import flip_bit, made_dump, truncate
@@ -169,7 +170,7 @@ def test_two_processes_killed_half_way_and_resumed_leave_the_same_table(given, w
     kept = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert kept["finished"] and kept["world_size"] == 2
     assert files(tmp_path / "run") == files(whole)
-    assert not list((tmp_path / "run").glob(".*"))
+    assert [path.name for path in (tmp_path / "run").glob(".*")] == [MARKER]
 
 
 def test_ctrl_c_finishes_the_shard_and_leaves_with_75(given, whole, tmp_path, capsys):

@@ -107,11 +107,11 @@ def test_equal_responses_are_kept_once_and_never_paired(tmp_path: Path, monkeypa
     ("mode", "argv", "wanted"),
     [
         # samples of every prompt: (text, score)
-        ("best", [], {("twice", 0.9)}),
-        ("best", ["--select.count", "3"], {("twice", 0.9), ("once", 0.5)}),
-        ("worst", [], {("twice", 0.1)}),
-        ("reject", ["--select.threshold", "0.4"], {("twice", 0.9), ("once", 0.5)}),
-        ("pairs", [], {("twice", 0.9, "once", 0.5)}),
+        ("best", [], {("twice", 0.75)}),
+        ("best", ["--select.count", "3"], {("twice", 0.75), ("once", 0.5)}),
+        ("worst", [], {("twice", 0.125)}),
+        ("reject", ["--select.threshold", "0.375"], {("twice", 0.75), ("once", 0.5)}),
+        ("pairs", [], {("twice", 0.75, "once", 0.5)}),
     ],
 )
 def test_of_equal_responses_the_scores_say_which(
@@ -121,7 +121,7 @@ def test_of_equal_responses_the_scores_say_which(
 
     import tests.dumps
 
-    samples = [("twice", 0.1), ("once", 0.5), ("twice", 0.9), ("twice", 0.9)]
+    samples = [("twice", 0.125), ("once", 0.5), ("twice", 0.75), ("twice", 0.75)]
     monkeypatch.setattr(
         tests.dumps,
         "made_rows",

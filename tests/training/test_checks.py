@@ -8,11 +8,16 @@ import pytest
 import torch
 
 from rollout.errors import Problem
+from rollout.policy import ModelSettings
 from rollout.run import RunSettings
 from rollout.sampling import Sampling
+from tests.models import tiny_policy
+from tests.ppo_runs import LORA
 from training.checks import check_job
 from training.correction import Correction
 from training.ppo import PPOSettings
+from training.setup import with_peft
+from training.stage_models import load_trainable
 
 POLICY = SimpleNamespace(model=torch.nn.Linear(1, 1))
 
@@ -134,3 +139,38 @@ def test_counts_and_seeds_that_no_machine_can_hold_are_refused_at_once():
         with pytest.raises(Problem) as caught:
             build()
         assert len(caught.value.lines) == 1 and caught.value.lines[0].startswith(words), caught.value.lines
+
+
+def half(family: str = "gpt2"):
+    policy = tiny_policy(family)
+    policy.model.half()
+    return policy
+
+
+def test_float16_weights_that_learn_are_refused_and_adapters_on_them_are_not():
+    """In the job, and in the stages before it; bfloat16 and what does not learn are as they were."""
+    lora = with_peft(half(), LORA)
+    check_job(lora, [1], Sampling(), PPOSettings())
+    trained = SimpleNamespace(role="trainable", correction=None)
+    check_job(half(), [1], Sampling(), PPOSettings(value="shared"), trained)
+    bfloat = tiny_policy("gpt2")
+    bfloat.model.bfloat16()
+    check_job(bfloat, [1], Sampling(), PPOSettings())
+    for policy, steering in ((half(), None), (half("t5"), None), (half(), trained)):  # the last copies a value model
+        with pytest.raises(Problem, match=r"model.dtype: float16, in which weights that learn \(.*\) diverge") as found:
+            check_job(policy, [1], Sampling(), PPOSettings(), steering)
+        assert len(found.value.lines) == 1
+
+
+def test_the_supervised_stages_refuse_float16_alike(tmp_path):
+    """A reward model's new head learns whole beside its LoRA, so that is no way out there."""
+    tiny_policy("gpt2").model.save_pretrained(tmp_path)
+    load_trainable(ModelSettings(path=str(tmp_path), dtype="float16", peft=LORA), "policy", "causal")
+    scores = ("reward", "sequence_classification")
+    for peft, (role, head), more in (
+        (None, ("policy", "causal"), {}),
+        (None, scores, {"fresh": True, "num_labels": 1}),
+        (LORA, scores, {"fresh": True, "num_labels": 1}),
+    ):
+        with pytest.raises(Problem, match=r"model.dtype: float16, in which weights that learn \(.*\) diverge"):
+            load_trainable(ModelSettings(path=str(tmp_path), dtype="float16", peft=peft), role, head, **more)

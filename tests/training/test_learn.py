@@ -153,6 +153,19 @@ def test_the_gradient_is_clipped_after_accumulation():
     assert 0 < norm <= 1e-9 * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("family, peft", [("gpt2", None), ("llama", None), ("llama", LORA)])
+def test_a_first_optimizer_step_that_rewrites_the_policy_stops_the_run(family, peft):
+    """Rates a thousand times too high pass on a tiny model, a hundred thousand times do not; a stop_kl accepts them."""
+    for rate, settings in ((1e-2, {}), (20.0 if peft else 1.0, {}), (20.0 if peft else 1.0, {"stop_kl": 1e6})):
+        parts, prompts, ppo = job(family, peft, learning_rate=rate, value_learning_rate=1e-3, **settings)
+        experience = first_experience(parts, prompts, ppo)
+        if rate == 1e-2 or settings:
+            learn(parts.state, experience, ppo, seed=0)
+            continue
+        with pytest.raises(Problem, match=r"step 1: one optimizer step moved the policy by .* nats per token.*lower ppo.learn"):
+            learn(parts.state, experience, ppo, seed=0)
+
+
 LAWS = [
     {},
     {"temperature": 0.6},

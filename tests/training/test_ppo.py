@@ -19,7 +19,7 @@ from rollout.run import RunSettings
 from rollout.sampling import Sampling
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA, prompts_of, share_of_threes
-from training import checkpoint
+from training import checkpoint, resume
 from training.correction import Correction
 from training.ppo import PPOSettings, train
 from training.setup import with_peft
@@ -299,6 +299,30 @@ def interrupts(rollout, texts):
     if rollout.policy_step == 1:
         signal.raise_signal(signal.SIGINT)
     return share_of_threes(rollout, texts)
+
+
+def test_what_a_run_is_made_from_is_told_by_content(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(completions, **columns):\n    return [0.0] * len(completions)\n")
+    reward = build_reward([{"name": "mine", "kind": "function", "function": f"{tmp_path / 'mine.py'}:score"}])
+
+    def changed(policy, prompts=None):
+        now = resume.made_from(policy, prompts or prompts_of(policy), prompts_of(policy), reward, PPOSettings())
+        return {name for name in was if now[name] != was[name]}
+
+    policy = tiny_policy("llama")
+    was = resume.made_from(policy, prompts_of(policy), prompts_of(policy), reward, PPOSettings())
+    assert changed(tiny_policy("llama")) == set()
+    assert changed(policy, prompts_of(policy, 41)) == {"prompts.path"}
+    weight = policy.model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[17, 5] = weight[17, 5].nextafter(torch.tensor(9.0))  # the last bit of one of thousands
+    assert changed(policy) == {"model.path"}
+    (tmp_path / "mine.py").write_text("def score(completions, **columns):\n    return [1.0] * len(completions)\n")
+    assert changed(tiny_policy("llama")) == {"reward mine"}
+    lora = [
+        resume.made_from(with_peft(tiny_policy("llama"), LORA), prompts_of(policy), None, None, PPOSettings()) for _ in "ab"
+    ]
+    assert lora[0] == lora[1], "a fresh adapter is drawn anew, and comes from the checkpoint"
 
 
 def test_ctrl_c_finishes_the_step_saves_and_the_run_goes_on_as_if_undisturbed(tmp_path):

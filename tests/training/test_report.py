@@ -15,7 +15,7 @@ from rollout.errors import Problem
 from tests.browser import Browser
 from tests.dumps import made_dump, made_rows, write_scores
 from training import report
-from training.report_data import read_lines
+from training.report_data import read_lines, read_run
 
 HOSTILE = [
     "<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 2'>",
@@ -23,6 +23,8 @@ HOSTILE = [
     "שלום", "👩‍🚀", "\u202e", "\n", "\x00", "", "&lt;b&gt;", "{{script}}", "plain",
 ]  # fmt: skip
 STEPS, PER_STEP = 12, 3
+BEFORE = {"eval/reward": 0.3}
+"""What summary.json says of the policy before the first step."""
 
 
 def metrics(step, shift=0.0):
@@ -82,10 +84,10 @@ def test_every_number_of_the_run_is_in_the_page(run, tmp_path):
     folder, lines, rows = run
     held = blobs(report.report([folder], tmp_path / "page.html"))
     index = held["index"]
-    assert index["runs"][0]["metrics"]["step"] == list(range(1, STEPS + 1))
+    assert index["runs"][0]["metrics"]["step"] == list(range(STEPS + 1))
     for name in lines[3]:
         if name != "step":
-            assert index["runs"][0]["metrics"]["columns"][name] == [line.get(name) for line in lines]
+            assert index["runs"][0]["metrics"]["columns"][name] == [BEFORE.get(name), *(line.get(name) for line in lines)]
             assert sum(name in panel["keys"] for panel in index["panels"]) == 1, name
     assert [panel["target"] for panel in index["panels"] if "kl/ref" in panel["keys"]] == [2.25]
     shown = [row for chunk in range(len(held)) for row in held.get(f"rows-0-{chunk}", [])]
@@ -227,10 +229,10 @@ def test_every_curve_is_drawn_where_its_numbers_say(browser, run):
             continue
         path = browser.run(f"document.querySelector('path[data-label=\"{name}\"]').getAttribute('d')")
         points = [(float(x), float(y)) for x, y in re.findall(r"[ML]([-.0-9]+) ([-.0-9]+)", path)]
-        values = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        values = [(line["step"], line[name]) for line in [{"step": 0, **BEFORE}, *lines] if line.get(name) is not None]
         # One piece, but for the step that is missing and for the evaluations, which stand alone as rings.
-        assert len(points) == len(values) and path.count("M") == {"ppo/clip_fraction": 2, "eval/reward": 3}.get(name, 1)
-        assert path.count("a2.5") == {"ppo/clip_fraction": 2, "eval/reward": 6}.get(name, 0)
+        assert len(points) == len(values) and path.count("M") == {"ppo/clip_fraction": 2, "eval/reward": 4}.get(name, 1)
+        assert path.count("a2.5") == {"ppo/clip_fraction": 2, "eval/reward": 8}.get(name, 0)
         (step_a, a), (step_b, b) = values[0], values[-1]
         (x_a, y_a), (x_b, y_b) = points[0], points[-1]
         for (step, value), (x, y) in zip(values, points, strict=True):
@@ -244,12 +246,33 @@ def test_every_curve_is_drawn_where_its_numbers_say(browser, run):
 def test_the_crosshair_says_the_stored_numbers(browser, run):
     _, lines, _ = run
     browser.run("document.querySelector('.panel svg').focus()")
-    browser.key("ArrowRight")
-    browser.key("ArrowRight")
-    browser.key("ArrowRight")
+    for _ in range(4):  # before the first step, and three steps
+        browser.key("ArrowRight")
     said = browser.run("document.querySelector('.panel .keys').innerText")
     assert str(lines[2]["reward/mean"]) in said and "step 3" in said
     browser.run("document.activeElement.blur()")
+
+
+@pytest.mark.browser
+def test_legends_are_short_and_whole_under_the_pointer(browser, run):
+    """12 / 7 is 1.7142857142857142 in the file."""
+    found = browser.run("[...document.querySelectorAll('.keys b')].map(one => [one.innerText, one.title])")
+    assert max(len(text) for text, _ in found) <= 8
+    assert ["1.714", str(STEPS / 7)] in found
+    labels = browser.run("[...document.querySelectorAll('.tick[text-anchor=middle]')].map(one => one.textContent)")
+    assert labels and all(label.isdigit() for label in labels)
+
+
+def test_evaluations_before_and_after_a_run_are_points_of_its_curves(tmp_path):
+    """Where no evaluation was made in between, the summary has both."""
+    lines = [{"step": step, "reward/mean": step / 10} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "summary.json").write_text('{"reward_before": 0.1, "reward_after": 0.9, "kl_after": 2.5}')
+    found = read_run(tmp_path, "run")
+    assert found.steps == [0, 1, 2, 3]
+    assert found.metrics == {
+        "reward/mean": [None, 0.1, 0.2, 0.3], "eval/reward": [0.1, None, None, 0.9], "eval/kl": [0.0, None, None, 2.5],
+    }  # fmt: skip
 
 
 @pytest.mark.browser

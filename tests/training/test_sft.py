@@ -133,7 +133,7 @@ def test_an_encoder_decoder_learns_its_completions_and_where_they_stop(tmp_path,
 
 
 @pytest.mark.parametrize("family, auto", [("llama", AutoModelForCausalLM), ("t5", AutoModelForSeq2SeqLM)])
-def test_the_loss_falls_and_the_folder_loads_by_transformers_alone(tmp_path, family, auto):
+def test_the_loss_falls_and_the_folder_loads_by_transformers_alone(tmp_path, family, auto, capfd):
     made = job(tmp_path, PAIRS, family, heldout=PAIRS, steps=30, log_every=5)
     before = run_sft(dataclasses.replace(made, sft=dataclasses.replace(made.sft, steps=1, learning_rate=1e-12)))
     shutil.rmtree(tmp_path / "run")
@@ -142,6 +142,8 @@ def test_the_loss_falls_and_the_folder_loads_by_transformers_alone(tmp_path, fam
     for folder in (after.model, tmp_path / "run"):
         model, info = auto.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"] and AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
+    said = capfd.readouterr().err
+    assert "%|" not in said and "it/s" not in said, "bars are for terminals"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 30 and summary["world_size"] == 1 and summary["heldout_loss"] == after.metrics["heldout_loss"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

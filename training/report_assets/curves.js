@@ -20,7 +20,7 @@ function shape(name, attributes) {
   return made;
 }
 
-// Numbers as they were stored; only axis labels are shortened.
+// Numbers as they were stored. Axis labels and legends are shortened; what stands in a legend says it whole under the pointer.
 const exact = value => (value === null || value === undefined ? "none" : typeof value === "number" ? String(value) : typeof value === "string" ? value : JSON.stringify(value));
 
 function short(value) {
@@ -29,7 +29,7 @@ function short(value) {
   if (size >= 1e9) return (value / 1e9).toPrecision(3) + "G";
   if (size >= 1e6) return (value / 1e6).toPrecision(3) + "M";
   if (size >= 1e4) return (value / 1e3).toPrecision(3) + "k";
-  if (size < 1e-3) return value.toExponential(1);
+  if (size < 1e-3) return value.toExponential(2);
   return String(Number(value.toPrecision(4)));
 }
 
@@ -110,7 +110,7 @@ function drawPanel(holder, title, series, target, weight) {
       const swatch = element("span", {class: "swatch"});
       swatch.style.borderTopColor = one.colour;
       if (one.dash !== "none") swatch.style.borderTopStyle = "dashed";
-      return element("span", {}, swatch, one.label + " ", element("b", {text: place < 0 ? "none" : exact(one.values[place])}));
+      return element("span", {}, swatch, one.label + " ", element("b", {text: place < 0 || one.values[place] === null ? "none" : short(one.values[place]), title: place < 0 ? "none" : exact(one.values[place])}));
     }), ...(target === null ? [] : [element("span", {text: "target " + exact(target)})]), ...(step === null ? [] : [element("span", {text: "step " + step})]));
   };
   const near = event => {

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rollout.errors import Problem
 from rollout.steering import Steering
@@ -35,13 +36,35 @@ PRE_NORM = [
     "phi",
     "gpt_neox",
     "cohere",
+    # with norms between a component and the stream
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "glm4",
+    "exaone4",
 ]
+_GROUPED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "head_dim": 8}
+OTHERS = {"glm4": "glm4", "exaone4": "exaone4"}
+
+
+def of_family(family: str) -> Any:
+    """A model of the table; of the others one whose norms are far from the identity."""
+    if family not in OTHERS:
+        model = tiny(family)
+    else:
+        config = AutoConfig.for_model(OTHERS[family], vocab_size=64, num_key_value_heads=2, pad_token_id=0, **_GROUPED)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name and parameter.dim() == 1:
+            parameter.data.uniform_(0.5, 2.0)
+    return model
 
 
 @pytest.mark.parametrize("family", PRE_NORM)
 def test_block_output_is_input_plus_the_components(family: str) -> None:
     """The residual stream written down: output = input + attention (+ cross-attention) + mlp, with what was located."""
-    model = tiny(family)
+    model = of_family(family)
     found = stacks(model)
     seen: dict[str, Tensor] = {}
 
@@ -67,6 +90,51 @@ def test_block_output_is_input_plus_the_components(family: str) -> None:
     torch.testing.assert_close(
         seen["block_output"], seen["in"] + seen["attn_output"] + seen["mlp_output"], atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "glm4", "exaone4", "llama", "gpt_neox"])
+@pytest.mark.parametrize("component", ["attn_output", "mlp_output"])
+def test_steering_a_component_of_the_last_block_moves_its_output_by_the_vector(family: str, component: str) -> None:
+    """By definition: what is added to the stream reaches the last block's output as it is (the mlp reads it on the way where it
+    comes after, so attn_output is looked at in parallel blocks and through the mlp's own share)."""
+    model = of_family(family)
+    ids, block = torch.tensor([[5, 6, 7, 8]]), stacks(model)["decoder"].blocks[-1]
+    spec = {"at": {"layers": [-1], "component": component}, "vector": [0.3] * 32, "where": {"prompt": "all"}}
+    steering = Steering(model, {"sites": [spec]})
+    point = {name: locate(model, At(layers=(-1,), component=name))[0].module for name in ("attn_output", "mlp_output")}
+    seen: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda _, __, out, name=name: seen.update({name: out if isinstance(out, Tensor) else out[0]})
+        )
+        for name, module in (("block", block), ("mlp", point["mlp_output"]))
+    ]
+    with torch.no_grad():
+        model(ids)
+        plain = dict(seen)
+        with steering.active():
+            model(ids)
+    for handle in handles:
+        handle.remove()
+    moved = seen["block"] - plain["block"]
+    if component == "attn_output":
+        moved = moved - (seen["mlp"] - plain["mlp"])
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.3), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("component", ["attn_output", "mlp_output"])
+def test_a_factor_between_a_component_and_the_stream_is_refused(component: str) -> None:
+    model = tiny("granite", residual_multiplier=0.22)
+    with pytest.raises(Problem, match=r"at.component: GraniteDecoderLayer adds 0.22 times what its Granite\w+ gives"):
+        locate(model, At(layers="all", component=component))
+    assert locate(tiny("granite"), At(layers="all", component=component))  # its factor is 1: nothing is in the way
+
+
+def test_blocks_that_norm_the_sum_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("bart")
+    for _ in range(2):
+        assert locate(model, At(layers="all", component="mlp_output", stack="encoder"))
+    assert len([r for r in caplog.records if "BartEncoderLayer is not its input plus" in r.getMessage()]) == 1
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - NOT_HERE))
