@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,18 @@ def _read_csv(file: Path, delimiter: str, field: str) -> list[dict[str, Any]]:
     return rows
 
 
+_HALF = re.compile("[\ud800-\udfff]")
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys are all different: of two equal ones the first would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+        if half := _HALF.search(text):
+            raise ValueError(f"{half.group()!a} is half of a character, which no file can hold")
     return found
 
 

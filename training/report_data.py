@@ -114,7 +114,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, parse_float=_finite, parse_constant=_finite)
             if not isinstance(value, dict) or not _is_number(value.get("step")):
                 raise ValueError("no object with a step")
         except ValueError as error:
@@ -166,6 +166,10 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _finite(digits: str) -> float | None:
+    return number if math.isfinite(number := float(digits)) else None
 
 
 def _text(path: Path) -> str:

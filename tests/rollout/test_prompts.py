@@ -411,3 +411,15 @@ def test_a_reward_and_a_dump_say_the_same_of_a_row_in_every_order(tmp_path: Path
     assert all(found == kept[0] for found in kept) and all(found == scored[0] for found in scored)
     assert kept[0] == {row: {key: RAGGED[row].get(key) for key in ("level", "answer", "note")} for row in range(4)}
     assert scored[0][1] == {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize(
+    "row", ['{"prompt": "a\\ud800"}', '{"prompt": "a", "\\udfff": 1}', '{"prompt": "a", "b": {"c": "\\ud800"}}']
+)
+def test_half_a_character_is_one_line(tmp_path, name, row):
+    (tmp_path / name).write_text(f"[{row}]" if name.endswith(".json") else row)
+    with pytest.raises(Problem, match="is half of a character, which no file can hold"):
+        read_table(str(tmp_path / name))
+    (tmp_path / name).write_text('[{"prompt": "\\ud83d\\ude42"}]' if name.endswith(".json") else '{"prompt": "\\ud83d\\ude42"}')
+    assert read_table(str(tmp_path / name))[0]["prompt"] == "🙂"
