@@ -15,13 +15,14 @@ shortest exact form, tensors bit by bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,9 +162,16 @@ def read_head(path: Path) -> dict[str, Any]:
         return head
 
 
-def _written_by_us(path: Path) -> reading:
+@contextlib.contextmanager
+def _written_by_us(path: Path) -> Iterator[None]:
     """Checksums say that nothing was damaged since it was written; who wrote it is another question."""
-    return reading(f"{path}: not what a run writes (", "); --run.overwrite true starts again, another checkpoint goes on")
+    try:
+        with reading(f"{path}: not what a run writes (", "); --run.overwrite true starts again, another checkpoint goes on"):
+            yield
+    except Problem as problem:
+        if isinstance(problem.__cause__, RuntimeError) and processes.lost_peer(problem.__cause__):
+            raise problem.__cause__ from None
+        raise
 
 
 def read(path: Path) -> dict[str, Any]:

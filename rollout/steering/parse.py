@@ -172,6 +172,8 @@ def _op(fields: Fields | None) -> Op:
     for name, kinds in own.items():
         if fields.has(name) and kind not in kinds:
             fields.problem(name, f"has no effect with op {kind}; it goes with {', '.join(kinds)}")
+    if kind == "scale" and not fields.has("factor"):
+        fields.problem("factor", "missing; op scale needs one, e.g. 0.5")
     coordinates = fields.raw("coordinates")
     op = Op(
         type=kind,

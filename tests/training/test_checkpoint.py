@@ -356,3 +356,12 @@ def test_a_state_of_another_shape_is_one_line(tmp_path, change):
     (path / "state.json").write_text(json.dumps(head))
     with pytest.raises(Problem, match="step-000001: not what a run writes .*--run.overwrite true starts again"):
         checkpoint.load(path, make_state())
+
+
+def test_a_peer_that_is_lost_while_a_checkpoint_is_read_is_no_damage(monkeypatch, tmp_path):
+    """Its echo stays what it is; the same words of the file itself are a Problem."""
+    lost = RuntimeError("Connection closed by peer [127.0.0.1]:1")
+    for known in (True, False):
+        monkeypatch.setattr(checkpoint.processes, "lost_peer", lambda error, known=known: known and error is lost)
+        with pytest.raises(RuntimeError if known else Problem), checkpoint._written_by_us(tmp_path):
+            raise lost

@@ -104,6 +104,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"op": {"type": "rotated"}}, {}, "sites[0].op.params: missing"),
     ({"op": {"type": "function", "function": "none.py:f"}, "vector": None}, {}, "sites[0].op.function: none.py does not exist"),
     ({"op": {"type": "zero"}}, {}, "sites[0].vector: has no effect with op zero"),
+    ({"op": {"type": "scale"}, "vector": None}, {}, "sites[0].op.factor: missing; op scale needs one"),
     ({"where": {"steps": "none"}}, {}, "sites[0].where: selects nothing"),
     ({"where": {"steps": {"window": [4, 4]}}}, {}, "sites[0].where.steps.window: selects nothing: the window [4, 4) is empty"),
     ({"where": {"steps": []}}, {}, "sites[0].where.steps: selects nothing (an empty list)"),
