@@ -87,5 +87,7 @@ def said(error: BaseException) -> str:
     """An error of the user's own code in a line: type, message, and the line of code where it was raised."""
     message = (str(error).strip() or "no message").splitlines()[0]
     frames = traceback.extract_tb(error.__traceback__)
+    while len(frames) > 1 and frames[-1].name == "exit":  # trackers put a function of their own in sys.exit's place
+        frames.pop()
     place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
     return f"raised {type(error).__name__}: {message:.200}{place}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from rollout import adapters, processes
+from rollout import adapters, processes, virtual_tokens
 from rollout.batch import Rollout, Texts
 from rollout.errors import Problem
 from rollout.policy import Policy
@@ -132,7 +132,10 @@ def with_peft(policy: Policy, mapping: dict[str, Any] | None) -> Policy:
     if hasattr(policy.model, "peft_config"):
         raise Problem("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
     device = policy.device
-    return policy.with_model(adapters.add(policy.model, mapping).to(device))
+    adapted = policy.with_model(adapters.add(policy.model, mapping).to(device))
+    taken = virtual_tokens.count(adapted.model)  # room that no prompt or response can use
+    limits = {name: limit and limit - taken for name in ("context", "decoder_context") for limit in [getattr(policy, name)]}
+    return dataclasses.replace(adapted, **limits)
 
 
 def groups(actor_critic: ActorCritic, settings: PPOSettings) -> list[dict[str, Any]]:

@@ -417,3 +417,15 @@ def test_a_dense_native_reward_that_fails_on_one_row():
     scores = build_reward([{"kind": "function", "function": steps, "fallback": -1.0}])(rollout, texts)
     assert scores.per_token(rollout).tolist() == [[1.0, 1.0], [-1.0, 0.0], [1.0, 0.0]]
     assert scores.total_B.tolist() == [2.0, -1.0, 1.0]
+
+
+def test_the_users_own_line_is_named_where_a_tracker_has_put_a_function_in_sys_exits_place(tmp_path, monkeypatch):
+    own = sys.exit
+
+    def exit(code: object = 0) -> None:
+        own(code)
+
+    monkeypatch.setattr(sys, "exit", exit)
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(Problem, match=r"raised SystemExit: 0 \(line 2 of leaves.py\)"):
+        build_reward([{"kind": "function", "function": f"{tmp_path / 'leaves.py'}:f"}])
