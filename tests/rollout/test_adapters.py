@@ -137,7 +137,7 @@ def test_a_merged_model_computes_what_the_adapter_did(kind):
     before, base = logprobs(model, ids), logprobs(tiny("llama"), ids)
     merged = adapters.merge(model)
     assert type(merged).__name__ == "LlamaForCausalLM" and all(p.requires_grad for p in merged.parameters())
-    torch.testing.assert_close(logprobs(merged, ids), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logprobs(merged, ids), before, atol=1e-5, rtol=1e-5)  # a merged weight is rounded once more
     assert (before - base).abs().max() > 0.01
 
 

@@ -123,14 +123,15 @@ def test_streaming_equals_the_reference_path_and_transition_scores(family: str, 
     rollout, reference = rollout.trim(), reference.trim()
     for field in ("prompt_BP", "response_BR", "lengths_B", "ended_B", "stop_B", "row_B", "sample_B"):
         assert torch.equal(getattr(rollout, field), getattr(reference, field)), field
+    # Log-probs of up to 10 nats, each with a few roundings of 1e-6: kernels differ by how many rows a product has.
     for field in ("behaviour_logprobs_BR", "policy_logprobs_BR"):
-        assert (getattr(rollout, field) - getattr(reference, field)).abs().max() <= 1e-6, field
+        assert (getattr(rollout, field) - getattr(reference, field)).abs().max() <= 1e-5, field
     if not settings.greedy:
         transition = policy.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
         mask = rollout.mask_BR
         own = torch.zeros_like(rollout.behaviour_logprobs_BR)
         own[:, : transition.shape[1]] = transition[:, -output.sequences.shape[1] :][:, : own.shape[1]]
-        assert (own - rollout.behaviour_logprobs_BR)[mask].abs().max() <= 2e-6
+        assert (own - rollout.behaviour_logprobs_BR)[mask].abs().max() <= 1e-5
 
 
 # -- one row, one set of numbers: whatever the batch -------------------------------------------------------------------
