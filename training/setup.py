@@ -170,7 +170,8 @@ def _describe(folder: Path, config: Mapping[str, Any], changed: Sequence[str] = 
     """config.yaml, which --config reads back; the versions stand in it as comments, and what a resumed run changed."""
     notes = "".join(f"# {name}: {version}\n" for name, version in versions().items())
     if changed:
-        before = (folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").is_file() else ""
+        path = folder / "config.yaml"
+        before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         notes += "".join(line for line in before.splitlines(keepends=True) if line.startswith("# from step "))
         notes += "".join(f"# {line}\n" for line in changed)
     write_text(folder / "config.yaml", notes + yaml.dump(dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True))

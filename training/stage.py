@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 
 from rollout import processes
-from rollout.errors import Problem, Stopped
+from rollout.errors import Problem, Stopped, reading
 from rollout.fingerprint import tokenizer_fingerprint, values_fingerprint, weights_fingerprint
 from rollout.heads import savable
 from rollout.run import RunSettings, begin, disk_trouble, opened, versions, write_json, write_text
@@ -229,9 +229,11 @@ def _begin(trainer: Any, where: StageRun) -> str | None:
     start = newest_checkpoint(folder / "checkpoints") if run.resume else None
     changed = []
     if start is not None and (folder / BEGUN).is_file():
-        begun = json.loads((folder / BEGUN).read_text(encoding="utf-8"))
+        with reading(f"{folder / BEGUN}: not what a run writes (", "); --run.overwrite true starts again"):
+            begun = json.loads((folder / BEGUN).read_text(encoding="utf-8"))
+            saved, made_from = dict(begun["config"]), dict(begun["made_from"])
         free = [*resume.FREE, *(f"{name}.{field}" for name in where.config for field in ("log_every", "evaluate_every"))]
-        changed = resume.check(begun["config"], where.config, begun["made_from"], content, free, run.allow_changes)
+        changed = resume.check(saved, where.config, made_from, content, free, run.allow_changes)
         for line in changed:
             if ".weight_decay:" in line:
                 raise Problem(f"{line}; the trainer goes on with its own, start another run with --run.dir")

@@ -143,6 +143,7 @@ def one(seed: int, base: Path, scratch: Path) -> dict[str, object]:
 
 
 def main(folder: Path, first: int, last: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     base = folder / "base"
     if not base.exists():
 

@@ -349,6 +349,7 @@ def test_a_resumed_run_names_other_weights_and_prompts_and_takes_another_learnin
     assert [line.split(":")[0] for line in caught.value.lines] == ["ppo.learning_rate"], "eval_every only observes"
     before = checkpoint.read(checkpoint.newest(tmp_path / "run"))["tree"]["weights"]
     zero = {"learning_rate": 0.0, "value_learning_rate": 0.0}
+    (tmp_path / "run" / "config.yaml").write_bytes(b"\x80 was damaged")  # it is written anew
     resumable(tmp_path / "run", resume=True, allow=True, config=rates[1], **zero)
     after = checkpoint.read(checkpoint.newest(tmp_path / "run"))["tree"]["weights"]
     assert all(torch.equal(before[name], after[name]) for name in before), "the lower rate is the one that counts"

@@ -219,6 +219,13 @@ def test_other_data_weights_and_settings_are_told_on_a_resume(tmp_path, monkeypa
     with pytest.raises(Problem) as caught:
         run_sft(dataclasses.replace(resumed, sft=dataclasses.replace(made.sft, learning_rate=1e-3, log_every=2)))
     assert [line.split(":")[0] for line in caught.value.lines] == ["sft.learning_rate", "model.path", "prompts.path"]
+    begun = tmp_path / "run" / "checkpoints" / "begun.json"
+    kept = begun.read_text()
+    for damaged in ("[]", '{"config": 1, "made_from": {}}', kept[:-30]):
+        begun.write_text(damaged)
+        with pytest.raises(Problem, match="begun.json: not what a run writes"):
+            run_sft(resumed)
+    begun.write_text(kept)
     allowed = dataclasses.replace(resumed, run=dataclasses.replace(resumed.run, allow_changes=True))
     run_sft(dataclasses.replace(allowed, sft=dataclasses.replace(made.sft, learning_rate=0.0)))
     assert "sft.learning_rate: 0.0, but the run to resume has 0.01" in caplog.text
