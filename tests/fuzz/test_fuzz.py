@@ -21,7 +21,9 @@ def faults(folder: Path, first: int, last: int) -> list[dict]:
     assert len(found) == last - first
     assert {case["status"] for case in found} >= {0, 2}, "some go well, some are refused"
     print(f"{len(found)} cases, {sum(case['s'] for case in found):.0f} s, status 2: {sum(c['status'] == 2 for c in found)}")
-    return [case for case in found if case["fault"]]
+    wrong = [case for case in found if case["fault"]]
+    print(*map(json.dumps, wrong), sep="\n")  # whole: an assertion shortens them
+    return wrong
 
 
 @pytest.mark.slow
