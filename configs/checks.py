@@ -15,10 +15,10 @@ import typing
 from pathlib import Path as FilePath
 from typing import Any
 
-from configs import shape
+from steerl.configs import shape
 
-from rollout.errors import Problem
-from rollout.yaml_files import load_text, load_yaml
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.yaml_files import load_text, load_yaml
 
 MOST = 50
 """Problems that are looked for at once; a file of other settings altogether has thousands."""

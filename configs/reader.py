@@ -29,12 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
-from configs import checks, shape, show
-from configs.shape import Path, dotted
+from steerl.configs import checks, shape, show
+from steerl.configs.shape import Path, dotted
 
-from rollout import processes
-from rollout.errors import Problem, Stopped, visible
-from rollout.yaml_files import load_text, load_yaml
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem, Stopped, visible
+from steerl.rollout.common.yaml_files import load_text, load_yaml
 
 Job = TypeVar("Job")
 

@@ -9,12 +9,11 @@ import textwrap
 from pathlib import Path as FilePath
 from typing import Any
 
-from configs import shape
+from steerl.configs import shape
 
 import docstring_parser
 import yaml
-
-from rollout import yaml_files
+from steerl.rollout.common import yaml_files
 
 WIDTH = 110
 

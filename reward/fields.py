@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union
 
-from rollout.errors import Problem
+from steerl.rollout.common.errors import Problem
 
 
 def read_fields(settings: type, mapping: Mapping[str, Any], where: str, problems: list[str]) -> Any:

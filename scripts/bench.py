@@ -15,10 +15,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.reader import door
+from steerl.configs.reader import door
 
-from scripts.benching import overhead, scaling, speed
-from scripts.benching.learning import LearningSettings, measure
+from steerl.scripts.bench_cases import overhead, scaling, speed
+from steerl.scripts.bench_cases.learning import LearningSettings, measure
 
 PARTS = ("--learning", "--scaling", "--overhead", "--quick")
 """Flags that choose what is measured; they may stand without a value."""

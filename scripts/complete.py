@@ -15,19 +15,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.reader import door
+from steerl.configs.reader import door
 
-from rollout import processes
-from rollout.completion import Completed, check_dialog, complete
-from rollout.confidence import Confidence, confidence
-from rollout.errors import Problem
-from rollout.policy import ModelSettings, Policy, load_policy
-from rollout.prompts import PromptSettings, load_prompts
-from rollout.sampling import Sampling
-from rollout.spelling import Speller, conversation_ids, text_ids, text_of
-from rollout.steering import Steering, load_spec
-from rollout.terminal import EARS, Live, Piece, columns, interruptible, legend, paint, pieces_of, visible, wants_colour
-from rollout.verify import verify
+from steerl.rollout.analysis.verify import verify
+from steerl.rollout.chat.completion import Completed, check_dialog, complete
+from steerl.rollout.chat.confidence import Confidence, confidence
+from steerl.rollout.chat.terminal import (
+    EARS,
+    Live,
+    Piece,
+    columns,
+    interruptible,
+    legend,
+    paint,
+    pieces_of,
+    visible,
+    wants_colour,
+)
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
+from steerl.rollout.prompts.chat import Speller, conversation_ids, text_ids, text_of
+from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
+from steerl.rollout.steering import Steering, load_spec
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.reader import door
+from steerl.configs.reader import door
 
-from rollout import processes
-from rollout.batch import Rollout, Texts
-from rollout.dump import dump, left_to_do
-from rollout.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
-from rollout.manifest import RECORDS, Plan, load_manifest, start
-from rollout.policy import ModelSettings, Policy, load_policy
-from rollout.prompts import PromptSettings, load_prompts
-from rollout.run import RunSettings, begin, opened, versions, written_aside
-from rollout.sampler import Sampler
-from rollout.sampling import Sampling
-from rollout.steering import Steering, load_spec
-from rollout.stops import warn_endless
-from rollout.verify import Report, verify
+from steerl.rollout.analysis.verify import Report, verify
+from steerl.rollout.common import processes
+from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
+from steerl.rollout.common.run_folder import RunSettings, begin, opened, versions, written_aside
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.decoding.stops import warn_endless
+from steerl.rollout.dumps.dump import dump, left_to_do
+from steerl.rollout.dumps.manifest import RECORDS, Plan, load_manifest, start
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
+from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
+from steerl.rollout.steering import Steering, load_spec
+from steerl.rollout.types import Rollout, Texts
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.reader import door
+from steerl.configs.reader import door
 
 import torch
-
-from rollout import processes
-from rollout.errors import Problem
-from rollout.policy import ModelSettings, Policy, load_policy
-from rollout.prompts import PromptSettings, load_prompts
-from rollout.run import versions, write_json
-from rollout.sampling import Sampling
-from rollout.steering.effect import effect_curve, strength_for, table
-from rollout.steering.extract import Pair, activations, directions, read_pairs, separation
-from rollout.steering.spec import At, Op, Site, Where
-from rollout.steering.structure import locate, unwrap
-from rollout.steering.vectors import save_vector
+from steerl.rollout.analysis.steering_effect import effect_curve, strength_for, table
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.run_folder import versions, write_json
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
+from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
+from steerl.rollout.steering.core.structure import locate, unwrap
+from steerl.rollout.steering.spec.spec import At, Op, Site, Where
+from steerl.rollout.steering.vectors.extract import Pair, activations, directions, read_pairs, separation
+from steerl.rollout.steering.vectors.files import save_vector
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def separations(
 
 def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...]) -> None:
     """The table, OUT.effect.json, and the strength that costs the KL asked for."""
-    from reward.base import build_reward
+    from steerl.reward.types import build_reward
 
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     batch = prompts.batch(list(range(min(job.effect.samples, len(prompts)))))

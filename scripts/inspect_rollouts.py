@@ -8,14 +8,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.reader import door
+from steerl.configs.reader import door
 
 import numpy as np
-
-from reward.selection import read_scores, score_files
-from rollout.errors import Problem, visible
-from rollout.inspection import inspect, to_json, to_text
-from rollout.manifest import load_manifest, plan_of
+from steerl.reward.jobs.selection import read_scores, score_files
+from steerl.rollout.common.errors import Problem, visible
+from steerl.rollout.dumps.inspection import inspect, to_json, to_text
+from steerl.rollout.dumps.manifest import load_manifest, plan_of
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     python scripts/make_tiny.py --out DIR [--seed 0] [--worlds reviews,...]
 
-    DIR/reviews/      a language of film reviews; PPO makes it kind        (scripts/worlds/reviews.py says the files)
+    DIR/reviews/      a language of film reviews; PPO makes it kind        (scripts/toy_tasks/reviews.py says the files)
     DIR/randomwalks/  shortest paths in a graph
     DIR/summaries/    encoder-decoders that shorten
     DIR/suppressed/   a style that the policy knows and never shows by itself; steering brings it out
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from configs.reader import door
+from steerl.configs.reader import door
 
-from rollout.errors import Problem
-from rollout.run import write_json, written_aside
-from scripts import worlds
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.run_folder import write_json, written_aside
+from steerl.scripts import toy_tasks as worlds
 
 SPACE = 12 * 2**20
 """Bytes that a world may take; asked for before the work begins."""

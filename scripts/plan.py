@@ -13,20 +13,19 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from configs.reader import door
+from steerl.configs.reader import door
 
 import torch
-
-from rollout import processes
-from rollout.adapters import adapter_config
-from rollout.errors import Problem
-from rollout.policy import ModelSettings
-from scripts.train_ppo import PPOJob, learnable
-from training.plan import LORA, advise, as_mapping, flags, rows, table, words
-from training.plan_hardware import GIGA, TERA, Machines, measure, named
-from training.plan_memory import Work
-from training.plan_passes import Blueprint, count
-from training.plan_time import Shares
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.model.adapters import adapter_config
+from steerl.rollout.model.policy import ModelSettings
+from steerl.scripts.train_ppo import PPOJob, learnable
+from steerl.training.planning.hardware import GIGA, TERA, Machines, measure, named
+from steerl.training.planning.memory import Work
+from steerl.training.planning.passes import Blueprint, count
+from steerl.training.planning.plan import LORA, advise, as_mapping, flags, rows, table, words
+from steerl.training.planning.time import Shares
 
 
 @dataclass(frozen=True)

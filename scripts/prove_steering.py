@@ -18,20 +18,20 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from configs.reader import door
+from steerl.configs.reader import door
 
-from reward.base import build_reward
-from rollout import processes
-from rollout.errors import Problem
-from rollout.policy import ModelSettings, load_policy
-from rollout.prompts import Prompts, PromptSettings, load_prompts
-from rollout.run import RunSettings, versions, write_json, write_text
-from rollout.sampler import Sampler
-from rollout.sampling import Sampling
-from rollout.steering import Steering, load_spec
-from rollout.steering.spec import CORRECTIONS
-from training.actor_critic import Reference
-from training.ppo import PPOSettings, train
+from steerl.reward.types import build_reward
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.run_folder import RunSettings, versions, write_json, write_text
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.model.policy import ModelSettings, load_policy
+from steerl.rollout.prompts.prompts import Prompts, PromptSettings, load_prompts
+from steerl.rollout.steering import Steering, load_spec
+from steerl.rollout.steering.spec.spec import CORRECTIONS
+from steerl.training.model.actor_critic import Reference
+from steerl.training.ppo import PPOSettings, train
 
 SETTINGS = PPOSettings(
     steps=60, rollouts_per_step=64, epochs=2, minibatches=2, micro_batch_size=64, learning_rate=1e-3, kl_coef=0.002,
@@ -40,7 +40,7 @@ SETTINGS = PPOSettings(
 SAMPLING = Sampling(max_new_tokens=9, batch_size=64)
 FINAL = 512
 """Samples of the final measurement."""
-REWARD = [{"name": "glad", "kind": "function", "function": "scripts/worlds/suppressed.py:glad"}]
+REWARD = [{"name": "glad", "kind": "function", "function": "scripts/toy_tasks/suppressed.py:glad"}]
 SWEEP: list[dict[str, Any]] = [
     {"learning_rate": rate, "entropy_coef": entropy, "whiten_advantages": whiten}
     for rate in (1e-3, 1e-2) for entropy in (0.003, 0.03) for whiten in (False, True)

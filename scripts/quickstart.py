@@ -22,17 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.reader import door
+from steerl.configs.reader import door
 
 import torch
-
-from rollout.errors import Problem
-from rollout.policy import ModelSettings, load_policy
-from rollout.prompts import PromptSettings, load_prompts
-from rollout.run import versions, write_json
-from rollout.sampler import Sampler
-from rollout.sampling import Sampling
-from scripts.worlds.reviews import kindness
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.run_folder import versions, write_json
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.model.policy import ModelSettings, load_policy
+from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
+from steerl.scripts.toy_tasks.reviews import kindness
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.reader import door
+from steerl.configs.reader import door
 
-from rollout import processes
-from rollout.errors import Problem
-from training.report import figure, report
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.training.report.page import figure, report
 
 
 @dataclass(frozen=True)

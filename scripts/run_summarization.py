@@ -19,16 +19,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import configs  # noqa: F401  # the environment that torch is loaded in
+import steerl.configs  # noqa: F401  # the environment that torch is loaded in
 
-from rollout import processes
-from rollout.errors import Problem, Stopped
-from rollout.policy import ModelSettings
-from rollout.run import RunSettings, begin, is_run, opened, write_text
-from rollout.tables import columns_of, read_table
-from training import stage, stage_models
-from training.rows import Row, check_values, missing_columns
-from training.seq2seq import decode, make_trainer, tokenise
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem, Stopped
+from steerl.rollout.common.run_folder import RunSettings, begin, is_run, opened, write_text
+from steerl.rollout.model.policy import ModelSettings
+from steerl.rollout.prompts.tables import columns_of, read_table
+from steerl.training.stages import models, stage
+from steerl.training.stages.data import Row, check_values, missing_columns
+from steerl.training.stages.seq2seq import decode, make_trainer, tokenise
 
 _logger = logging.getLogger(__name__)
 
@@ -140,8 +140,8 @@ def main(ours: SummarisationArguments, training: Any) -> None:
         rows["test"] = stage.on_every_process(lambda: read(ours, "test", ours.test_file, ours.max_predict_samples))
     transformers.set_seed(training.seed)
     settings = ModelSettings(path=ours.model_name_or_path, tokenizer=ours.tokenizer_name or "")
-    model = stage_models.load_trainable(settings, "policy", "seq2seq")
-    tokenizer = stage_models.load_tokenizer(settings)
+    model = models.load_trainable(settings, "policy", "seq2seq")
+    tokenizer = models.load_tokenizer(settings)
     output = Path(training.output_dir)
     empty = ours.overwrite_output_dir and not training.resume_from_checkpoint
     if empty and output.is_dir() and not is_run(output):
@@ -183,7 +183,7 @@ def work(
     training.generation_max_length = training.generation_max_length or longest
     training.generation_num_beams = ours.num_beams or training.generation_num_beams
     with stage.bars_on_main(processes.start().is_main):
-        context = stage_models.context_of(model)
+        context = models.context_of(model)
         source = min(ours.max_source_length, context) if context else ours.max_source_length
         data = {
             part: tokenise(found, tokenizer, ours.source_prefix, source, ours.max_target_length if part == "train" else longest)

@@ -15,12 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.reader import door
+from steerl.configs.reader import door
 
-from reward.base import build_reward
-from reward.parts import read_parts
-from reward.reading import load_tokenizer
-from reward.scoring import (
+from steerl.reward.build import read_parts
+from steerl.reward.jobs.scoring import (
     CALL_ROWS,
     DumpSource,
     Source,
@@ -33,10 +31,12 @@ from reward.scoring import (
     opened_for_scores,
     score_source,
 )
-from reward.texts import TextSettings, load_texts
-from rollout import processes
-from rollout.errors import Problem
-from rollout.run import RunSettings, versions
+from steerl.reward.jobs.texts import TextSettings, load_texts
+from steerl.reward.kinds.reading import load_tokenizer
+from steerl.reward.types import build_reward
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.run_folder import RunSettings, versions
 
 
 @dataclass(frozen=True)

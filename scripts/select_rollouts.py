@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.reader import door
+from steerl.configs.reader import door
 
-from reward.selection import Selection, selected
-from rollout.errors import Problem
-from rollout.run import written_aside
+from steerl.reward.jobs.selection import Selection, selected
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.run_folder import written_aside
 
 CHUNK = 1024
 """Records per row group."""

@@ -11,14 +11,14 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from configs.reader import door
+from steerl.configs.reader import door
 
-from reward.base import build_reward
-from reward.parts import read_parts
-from reward.remote import LOOPBACK
-from reward.scoring import check_order
-from rollout import processes
-from rollout.errors import Problem
+from steerl.reward.build import read_parts
+from steerl.reward.jobs.scoring import check_order
+from steerl.reward.kinds.http import LOOPBACK
+from steerl.reward.types import build_reward
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
 
 LARGEST = {"max_rows": 2**31, "max_megabytes": 4096.0, "seconds": 86_400.0, "connections": 65_536}
 
@@ -77,8 +77,7 @@ def main(job: Job) -> None:
     if wrong:
         raise Problem(*wrong)
     import uvicorn
-
-    from reward.server import Limits, make_app, uvicorn_config
+    from steerl.reward.kinds.http_server import Limits, make_app, uvicorn_config
 
     reward = build_reward(job.reward, device=me.device)
     check_order(reward)

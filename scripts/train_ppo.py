@@ -15,21 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.reader import door, to_mapping
+from steerl.configs.reader import door, to_mapping
 
 import torch
-
-from reward.base import build_reward
-from reward.parts import read_parts
-from rollout import processes
-from rollout.adapters import is_adapter_folder
-from rollout.policy import ModelSettings, load_policy
-from rollout.prompts import PromptSettings, load_prompts
-from rollout.run import RunSettings, check_folder
-from rollout.sampling import Sampling
-from rollout.steering import load_spec
-from training.ppo import PPOSettings, train
-from training.setup import with_peft
+from steerl.reward.build import read_parts
+from steerl.reward.types import build_reward
+from steerl.rollout.common import processes
+from steerl.rollout.common.run_folder import RunSettings, check_folder
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.model.adapters import is_adapter_folder
+from steerl.rollout.model.policy import ModelSettings, load_policy
+from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
+from steerl.rollout.steering import load_spec
+from steerl.training.ppo import PPOSettings, train
+from steerl.training.setup import with_peft
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ accelerate launch scripts/train_reward.py --config configs/reward.yaml --model.p
 
 from __future__ import annotations
 
-from configs.reader import door, to_yaml
+from steerl.configs.reader import door, to_yaml
 
-from rollout import processes
-from training.reward_model import RewardJob, run_reward
+from steerl.rollout.common import processes
+from steerl.training.stages.reward_model import RewardJob, run_reward
 
 
 def main(job: RewardJob) -> None:

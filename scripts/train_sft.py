@@ -5,10 +5,10 @@ accelerate launch scripts/train_sft.py --config configs/sft.yaml --model.path DI
 
 from __future__ import annotations
 
-from configs.reader import door, to_yaml
+from steerl.configs.reader import door, to_yaml
 
-from rollout import processes
-from training.sft import SFTJob, run_sft
+from steerl.rollout.common import processes
+from steerl.training.stages.sft import SFTJob, run_sft
 
 
 def main(job: SFTJob) -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from rollout import manifest, store
-from rollout.batch import Rollout, Texts
+from steerl.rollout.dumps import manifest, store
+from steerl.rollout.types import Rollout, Texts
 
 WIDTH_P, WIDTH_R = 5, 7
 

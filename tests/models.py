@@ -202,7 +202,7 @@ def _pieces(size: int) -> Tokenizer:
 
 def tiny_policy(family: str = "gpt2", seed: int = 0, tokenizer: Any = None, **overrides: Any) -> Any:
     """A `rollout.policy.Policy` around a tiny model and a tokenizer of its size."""
-    from rollout.policy import Policy
+    from steerl.rollout.model.policy import Policy
 
     model = tiny(family, seed, **overrides)
     return Policy.of(model, tokenizer if tokenizer is not None else tiny_tokenizer(model.config.vocab_size))

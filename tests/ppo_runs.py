@@ -8,19 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from steerl.reward.types import Scores
+from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.model.policy import Policy
+from steerl.rollout.prompts.prompts import Prompts, PromptSettings
+from steerl.rollout.types import Rollout, Texts
+from steerl.training.algorithm.experience import Experience, credit, gather_scored, score
+from steerl.training.model.actor_critic import ActorCritic
+from steerl.training.ppo import PPOSettings
+from steerl.training.setup import Parts, prepare, with_peft
 from torch import Tensor
 
-from reward.base import Scores
-from rollout.batch import Rollout, Texts
-from rollout.policy import Policy
-from rollout.prompts import Prompts, PromptSettings
-from rollout.run import RunSettings
-from rollout.sampling import Sampling
 from tests.models import tiny_policy
-from training.actor_critic import ActorCritic
-from training.experience import Experience, credit, gather_scored, score
-from training.ppo import PPOSettings
-from training.setup import Parts, prepare, with_peft
 
 LORA = {"peft_type": "LORA", "r": 2}
 

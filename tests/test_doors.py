@@ -9,12 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from configs.reader import door
+from steerl.configs.reader import door
 
 import pytest
-
-from rollout.run import MARKER, RunSettings, begin
-from scripts import dump_rollouts, train_ppo
+from steerl.rollout.common.run_folder import MARKER, RunSettings, begin
+from steerl.scripts import dump_rollouts, train_ppo
 
 SAMPLERS = {"dump_rollouts": (dump_rollouts, "Job"), "train_ppo": (train_ppo, "PPOJob")}
 

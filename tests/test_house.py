@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from configs.reader import read
+from steerl.configs.reader import read
 
 import pytest
 import yaml
@@ -69,15 +69,15 @@ def tracked() -> list[Path]:
 def test_rooms_import_only_whom_they_may(room):
     for path in sources(room):
         for module, _ in imports(path):
-            top = module.split(".")[0]
-            assert top not in ROOMS or top in MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {module}"
-            assert top != "tests", f"{path.relative_to(ROOT)} imports the tests"
+            room_of = module.split(".")[1] if module.startswith("steerl.") else ""
+            assert room_of not in ROOMS or room_of in MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {module}"
+            assert module.split(".")[0] not in (*ROOMS, "tests"), f"{path.relative_to(ROOT)} imports the tests"
 
 
 @pytest.mark.parametrize(("package", "files"), [("trl", 4), ("deepspeed", 3), ("peft", 6), ("wandb", 3), ("datasets", 5)])
 def test_volatile_packages_come_in_by_few_doors_and_late(package, files):
     # The benchmark's child that runs another framework is no part of the product.
-    files_of_ours = [path for path in sources(*ROOMS) if path.parent.name != "benching"]
+    files_of_ours = [path for path in sources(*ROOMS) if path.parent.name != "bench_cases"]
     found = [(path, early) for path in files_of_ours for module, early in imports(path) if module.split(".")[0] == package]
     assert [str(path.relative_to(ROOT)) for path, early in found if early] == [], "imported before it is needed"
     assert len({path for path, _ in found}) <= files, sorted({str(path.relative_to(ROOT)) for path, _ in found})
@@ -96,7 +96,7 @@ def test_what_is_imported_is_declared():
             continue  # makes stored numbers, by hand, with a package that is installed for the purpose
         for module, _ in imports(path):
             top = module.split(".")[0]
-            if top in sys.stdlib_module_names or top in (*ROOMS, "tests"):
+            if top in sys.stdlib_module_names or top in ("steerl", "tests"):
                 continue
             owners = {owner.lower().replace("_", "-") for owner in known.get(top, [top])}
             assert owners & names, f"{path.relative_to(ROOT)} imports {top}, which pyproject.toml does not name"
@@ -104,8 +104,9 @@ def test_what_is_imported_is_declared():
 
 def test_packages_are_all_listed():
     listed = set(PROJECT["tool"]["setuptools"]["packages"])
-    there = {".".join(path.parent.relative_to(ROOT).parts) for room in ROOMS for path in (ROOT / room).rglob("__init__.py")}
-    assert listed == there
+    folders = [path.parent.relative_to(ROOT).parts for room in ROOMS for path in (ROOT / room).rglob("__init__.py")]
+    assert listed == {"steerl", *(".".join(("steerl", *parts)) for parts in folders)}
+    assert PROJECT["tool"]["setuptools"]["package-dir"] == {"steerl": "steerl"} | {f"steerl.{room}": room for room in ROOMS}
 
 
 def test_constraints_pin_every_dependency_exactly():
@@ -148,23 +149,26 @@ def test_rollout_needs_torch_and_transformers_alone(tmp_path):
             source = Path(file.locate()).parents[len(file.parts) - 2] if len(file.parts) > 1 else Path(file.locate())
             if top != ".." and not (tmp_path / top).exists() and source.exists():
                 (tmp_path / top).symlink_to(source)
+    (tmp_path / "steerl").mkdir()
+    (tmp_path / "steerl" / "rollout").symlink_to(ROOT / "rollout")
+    (tmp_path / "steerl" / "__init__.py").symlink_to(ROOT / "steerl" / "__init__.py")
     program = (
-        "import rollout, sys; rollout.Rollout, rollout.Problem, rollout.Sampling, rollout.Policy, rollout.Sampler;"
-        "from rollout import processes; assert processes.start().world_size == 1; assert processes.gather_objects([1]) == [1];"
+        "import steerl, sys; steerl.Rollout, steerl.Problem, steerl.Sampling, steerl.Policy, steerl.Sampler;"
+        "from steerl.rollout.common import processes; assert processes.start().world_size == 1; assert processes.gather_objects([1]) == [1];"
         "processes.close(); assert 'accelerate' not in sys.modules"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-S", "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
 
 
-def test_import_rollout_is_quick_and_its_names_are_there():
-    program = "import rollout, sys; assert 'transformers' not in sys.modules; assert 'torch' not in sys.modules"
+def test_import_steerl_is_quick_and_its_names_are_there():
+    program = "import steerl, sys; assert 'transformers' not in sys.modules; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
-    rollout = importlib.import_module("rollout")
-    assert [name for name in rollout.__all__ if getattr(rollout, name, None) is None] == []
-    with pytest.raises(AttributeError, match="no attribute 'Rolout'"):
-        _ = rollout.Rolout
+    steerl = importlib.import_module("steerl")
+    assert [name for name in steerl.__all__ if getattr(steerl, name, None) is None] == []
+    with pytest.raises(AttributeError, match="no attribute 'Samplr'"):
+        _ = steerl.Samplr
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def door_of(config: Path) -> tuple[str, type]:
     module = ast.parse((ROOT / "scripts" / f"{script.group(1)}.py").read_text(encoding="utf-8"))
     calls = [n for n in ast.walk(module) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "door"]
     (name,) = [ast.unparse(call.args[1]) for call in calls]
-    return script.group(1), getattr(importlib.import_module(f"scripts.{script.group(1)}"), name)
+    return script.group(1), getattr(importlib.import_module(f"steerl.scripts.{script.group(1)}"), name)
 
 
 @pytest.mark.parametrize("config", JOBS, ids=lambda path: path.name)
@@ -230,7 +234,7 @@ def doors() -> list[str]:
 
 @pytest.mark.parametrize("script", doors())
 def test_every_door_has_help_and_tells_a_misspelt_flag(script, monkeypatch, capsys):
-    module = importlib.import_module(f"scripts.{script}")
+    module = importlib.import_module(f"steerl.scripts.{script}")
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     tree = ast.parse((ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8"))
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "door"]
@@ -239,7 +243,7 @@ def test_every_door_has_help_and_tells_a_misspelt_flag(script, monkeypatch, caps
         read(job)
     assert left.value.code == 0
     assert f"usage: {script}.py" in capsys.readouterr().out
-    from rollout.errors import Problem
+    from steerl.rollout.common.errors import Problem
 
     with pytest.raises(Problem) as caught:
         read(job, ["--no.such", "1"])

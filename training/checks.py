@@ -7,18 +7,17 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.decoding.settings import MOST_ROWS
+from steerl.rollout.decoding.stops import warn_endless
+from steerl.rollout.model import adapters
+from steerl.rollout.prompts.prompts import Prompts
 from torch import nn
 
-from rollout import adapters
-from rollout.errors import Problem
-from rollout.prompts import Prompts
-from rollout.sampling import MOST_ROWS
-from rollout.stops import warn_endless
-
 if TYPE_CHECKING:
-    from rollout.policy import Policy
-    from rollout.sampling import Sampling
-    from training.ppo import PPOSettings
+    from steerl.rollout.decoding.settings import Sampling
+    from steerl.rollout.model.policy import Policy
+    from steerl.training.ppo import PPOSettings
 
 logger = logging.getLogger(__name__)
 

@@ -18,28 +18,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rollout import processes
-from rollout.errors import Problem, Stopped
-from rollout.run import RunSettings, begin, opened
-from training import checkpoint, resume, steered
-from training.checks import check_job, settings_problems
-from training.clock import Clock
-from training.correction import Correction
-from training.evaluate import evaluate
-from training.experience import credit, gather_scored, score
-from training.export import read_summary, save_model, summarise
-from training.learn import learn
-from training.log import tell
-from training.measure import check_gap, cut_prompts, gap_tolerance, kl_metrics, rollout_metrics, sample_rows
-from training.replay import Replay
-from training.report import report
-from training.setup import open_log, prepare
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem, Stopped
+from steerl.rollout.common.run_folder import RunSettings, begin, opened
+from steerl.training import steering as steered
+from steerl.training.algorithm.experience import credit, gather_scored, score
+from steerl.training.algorithm.importance import Correction
+from steerl.training.algorithm.update import learn
+from steerl.training.checks import check_job, settings_problems
+from steerl.training.replay import Replay
+from steerl.training.report.page import report
+from steerl.training.run import checkpoint, resume
+from steerl.training.run.evaluate import evaluate
+from steerl.training.run.export import read_summary, save_model, summarise
+from steerl.training.run.log import tell
+from steerl.training.run.metrics import check_gap, cut_prompts, gap_tolerance, kl_metrics, rollout_metrics, sample_rows
+from steerl.training.run.timer import Clock
+from steerl.training.setup import open_log, prepare
 
 if TYPE_CHECKING:
-    from reward.base import Reward
-    from rollout.policy import Policy
-    from rollout.prompts import Prompts
-    from rollout.sampling import Sampling
+    from steerl.reward.types import Reward
+    from steerl.rollout.decoding.settings import Sampling
+    from steerl.rollout.model.policy import Policy
+    from steerl.rollout.prompts.prompts import Prompts
 
 SAVE_EVERY = 10
 """Steps between checkpoints where run.save_every is 0."""

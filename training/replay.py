@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rollout.batch import Rollout, Texts
-from rollout.errors import Problem
-from rollout.fingerprint import model_fingerprint, tokenizer_fingerprint
-from rollout.manifest import finished_shards, load_manifest, plan_of
-from rollout.steering.strengths import unrecorded
-from rollout.store import read_dump
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
+from steerl.rollout.dumps.manifest import finished_shards, load_manifest, plan_of
+from steerl.rollout.dumps.store import read_dump
+from steerl.rollout.steering.strengths import unrecorded
+from steerl.rollout.types import Rollout, Texts
 
 if TYPE_CHECKING:
-    from rollout.policy import Policy
-    from rollout.steering import Steering
-    from training.ppo import PPOSettings
+    from steerl.rollout.model.policy import Policy
+    from steerl.rollout.steering import Steering
+    from steerl.training.ppo import PPOSettings
 
 _HELD = 4
 """Shards in memory: those of the present step."""

@@ -11,25 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-
-from rollout import adapters, processes, virtual_tokens
-from rollout.batch import Rollout, Texts
-from rollout.errors import Problem
-from rollout.policy import Policy
-from rollout.run import RunSettings, versions, write_text
-from rollout.sampler import Sampler
-from rollout.sampling import Sampling
-from rollout.spelling import Speller
-from rollout.yaml_files import Dumper
-from training import checkpoint, engine, resume, steered
-from training.actor_critic import ActorCritic, Reference, build, checkpoint_activations
-from training.kl import AdaptiveKL, FixedKL
-from training.log import RunLog
-from training.minibatch import occurrences, share
-from training.state import TrainState
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.run_folder import RunSettings, versions, write_text
+from steerl.rollout.common.yaml_files import Dumper
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.model import adapters, virtual_tokens
+from steerl.rollout.model.policy import Policy
+from steerl.rollout.prompts.chat import Speller
+from steerl.rollout.types import Rollout, Texts
+from steerl.training import steering as steered
+from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
+from steerl.training.algorithm.minibatch import occurrences, share
+from steerl.training.engine import engine
+from steerl.training.model.actor_critic import ActorCritic, Reference, build, checkpoint_activations
+from steerl.training.run import checkpoint, resume
+from steerl.training.run.log import RunLog
+from steerl.training.run.state import TrainState
 
 if TYPE_CHECKING:
-    from training.ppo import PPOSettings
+    from steerl.training.ppo import PPOSettings
 
 _EVALUATION_SEED = 0x6576616C
 """Added to sampling.seed: an evaluation draws other numbers than the step that it belongs to."""

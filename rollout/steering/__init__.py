@@ -8,9 +8,9 @@ steering.py     Steering: spec + model                               intervene.p
 extract.py      making vectors                                       explain.py                   what was applied where
 """
 
-from rollout.steering.hooks import unsteered
-from rollout.steering.parse import load_spec
-from rollout.steering.spec import SteeringSpec
-from rollout.steering.steering import Steering
+from steerl.rollout.model.hooks import unsteered
+from steerl.rollout.steering.spec.parse import load_spec
+from steerl.rollout.steering.spec.spec import SteeringSpec
+from steerl.rollout.steering.steering import Steering
 
 __all__ = ["Steering", "SteeringSpec", "load_spec", "unsteered"]

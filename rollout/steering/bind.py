@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from steerl.rollout.common.errors import Problem, said
+from steerl.rollout.steering import learned
+from steerl.rollout.steering.core.structure import Point, Stack, locate
+from steerl.rollout.steering.gates import BoundGate
+from steerl.rollout.steering.sites import BoundSite
+from steerl.rollout.steering.spec.spec import DIRECTION, LEARNED, SPACE, At, Site
+from steerl.rollout.steering.vectors import files
+from steerl.rollout.steering.vectors.extract import mean_difference_of
 from torch import Tensor, nn
-
-from rollout.errors import Problem, said
-from rollout.steering import learned, vectors
-from rollout.steering.extract import mean_difference_of
-from rollout.steering.gates import BoundGate
-from rollout.steering.sites import BoundSite
-from rollout.steering.spec import DIRECTION, LEARNED, SPACE, At, Site
-from rollout.steering.structure import Point, Stack, locate
 
 logger = logging.getLogger(__name__)
 
@@ -83,15 +83,15 @@ def read_vectors(raw: dict[str, Any], points: list[Point], who: str, to: Binding
             raise Problem(f"{who}: expected numbers, or one list of numbers per layer ({error})") from error
         if values.dim() == 2 and values.shape[0] == len(points):
             named = {str(layer if layer is not None else i): v for i, (layer, v) in enumerate(zip(layers, values, strict=True))}
-            found = vectors.per_layer(named, layers, widths, who, "values") if None not in layers else list(values)
+            found = files.per_layer(named, layers, widths, who, "values") if None not in layers else list(values)
         else:
-            found = vectors.per_layer({"vector": values}, layers, widths, who, "values")
+            found = files.per_layer({"vector": values}, layers, widths, who, "values")
     elif "mean_diff" in raw:
         found = mean_difference_of(to.model, to.tokenizer, path_of(raw["mean_diff"], to), points, who)
     else:
         path = path_of(raw.get("file") or raw.get("folder"), to)
-        tensors, _ = vectors.read_tensors(path, who)
-        found = vectors.per_layer(tensors, layers, widths, who, path, raw.get("key") or "")
+        tensors, _ = files.read_tensors(path, who)
+        found = files.per_layer(tensors, layers, widths, who, path, raw.get("key") or "")
     if raw.get("normalise"):
         found = [v / v.norm().clamp_min(torch.finfo(v.dtype).tiny) for v in found]
     return found
@@ -121,7 +121,7 @@ def _parameters(site: Site, points: list[Point], who: str, to: Binding) -> list[
     if source is None:
         raise Problem(f"{who}.vector: op {op.type} reads its parameters from {{file: ...}}, found {sorted(raw)}")
     path = path_of(source, to)
-    tensors, _ = vectors.read_tensors(path, f"{who}.params")
+    tensors, _ = files.read_tensors(path, f"{who}.params")
     return learned.read_parameters(op, tensors, layers, widths, f"{who}.params", str(path))
 
 

@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.run_folder import write_text
+from steerl.rollout.common.yaml_files import Dumper
+from steerl.rollout.model import policy
+from steerl.rollout.model.hooks import unsteered
+from steerl.rollout.steering import learned
+from steerl.rollout.steering.core.structure import Point, attention_of, matrix_widths, mlp_of
+from steerl.rollout.steering.sites import BoundSite
+from steerl.rollout.steering.spec.spec import LEARNED, Site, Strength
+from steerl.rollout.steering.steering import Steering
+from steerl.rollout.steering.strengths import schedule_factor
+from steerl.rollout.steering.vectors.files import save_vector
 from torch import Tensor, nn
-
-from rollout import policy
-from rollout.errors import Problem
-from rollout.run import write_text
-from rollout.steering import learned
-from rollout.steering.hooks import unsteered
-from rollout.steering.sites import BoundSite
-from rollout.steering.spec import LEARNED, Site, Strength
-from rollout.steering.steering import Steering
-from rollout.steering.strengths import schedule_factor
-from rollout.steering.structure import Point, attention_of, matrix_widths, mlp_of
-from rollout.steering.vectors import save_vector
-from rollout.yaml_files import Dumper
 
 _FLAGS = {"mlp": "mlp_bias", "attn": "attention_bias"}
 

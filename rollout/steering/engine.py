@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.model.hooks import Arguments, Edit, Frame
+from steerl.rollout.steering.core import operations
+from steerl.rollout.steering.core.structure import Point
+from steerl.rollout.steering.rows import Call, Rows
+from steerl.rollout.steering.selection import Selection, select
 from torch import Tensor
 
-from rollout.errors import Problem
-from rollout.steering import operations
-from rollout.steering.hooks import Arguments, Edit, Frame
-from rollout.steering.rows import Call, Rows
-from rollout.steering.selection import Selection, select
-from rollout.steering.structure import Point
-
 if TYPE_CHECKING:
-    from rollout.steering.sites import BoundSite
-    from rollout.steering.steering import Steering
+    from steerl.rollout.steering.sites import BoundSite
+    from steerl.rollout.steering.steering import Steering
 
 
 class Active:

@@ -14,18 +14,17 @@ import dataclasses
 from typing import Any
 
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.steering.core import operations
+from steerl.rollout.steering.core.structure import Point
+from steerl.rollout.steering.engine import Active
+from steerl.rollout.steering.learned import PARAMETERS
+from steerl.rollout.steering.rows import Call
+from steerl.rollout.steering.selection import Selection, select
+from steerl.rollout.steering.sites import BoundSite
+from steerl.rollout.steering.spec.spec import LEARNED
+from steerl.rollout.steering.steering import Steering
 from torch import Tensor, nn
-
-from rollout.errors import Problem
-from rollout.steering import operations
-from rollout.steering.engine import Active
-from rollout.steering.learned import PARAMETERS
-from rollout.steering.rows import Call
-from rollout.steering.selection import Selection, select
-from rollout.steering.sites import BoundSite
-from rollout.steering.spec import LEARNED
-from rollout.steering.steering import Steering
-from rollout.steering.structure import Point
 
 _LATENT = {
     "rotated": ("rotation", 1), "low_rank_rotated": ("weight", 1), "pca": ("components", 0), "autoencoder": ("encoder", 0),

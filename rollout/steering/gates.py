@@ -6,18 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.model.hooks import Frame
+from steerl.rollout.steering.core import operations
+from steerl.rollout.steering.core.structure import Point
+from steerl.rollout.steering.rows import Call, Rows
+from steerl.rollout.steering.spec.spec import Gate
 from torch import Tensor, nn
 
-from rollout.errors import Problem
-from rollout.steering import operations
-from rollout.steering.hooks import Frame
-from rollout.steering.rows import Call, Rows
-from rollout.steering.spec import Gate
-from rollout.steering.structure import Point
-
 if TYPE_CHECKING:
-    from rollout.steering.engine import Active
-    from rollout.steering.sites import BoundSite
+    from steerl.rollout.steering.engine import Active
+    from steerl.rollout.steering.sites import BoundSite
 
 
 @dataclass(eq=False)

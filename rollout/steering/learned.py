@@ -13,10 +13,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.steering.spec.spec import LEARNED, Op
 from torch import Tensor, nn
-
-from rollout.errors import Problem
-from rollout.steering.spec import LEARNED, Op
 
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "rotated": ("rotation",),

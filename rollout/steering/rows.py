@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from steerl.rollout.steering.core import positions
+from steerl.rollout.steering.strengths import column
 from torch import Tensor
 
-from rollout.steering import positions
-from rollout.steering.strengths import column
-
 if TYPE_CHECKING:
-    from rollout.steering.selection import Selection
-    from rollout.steering.steering import Steering
+    from steerl.rollout.steering.selection import Selection
+    from steerl.rollout.steering.steering import Steering
 
 
 @dataclass(eq=False)

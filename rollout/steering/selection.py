@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.steering.core import positions
+from steerl.rollout.steering.rows import Call, Rows
 from torch import Tensor
 
-from rollout.errors import Problem
-from rollout.steering import positions
-from rollout.steering.rows import Call, Rows
-
 if TYPE_CHECKING:
-    from rollout.steering.engine import Kept
-    from rollout.steering.sites import BoundSite
+    from steerl.rollout.steering.engine import Kept
+    from steerl.rollout.steering.sites import BoundSite
 
 
 @dataclass(frozen=True)

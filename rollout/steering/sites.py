@@ -8,15 +8,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from steerl.rollout.common.errors import Problem, said
+from steerl.rollout.steering import learned, strengths
+from steerl.rollout.steering.core import operations
+from steerl.rollout.steering.core.structure import Point
+from steerl.rollout.steering.engine import Active, Call
+from steerl.rollout.steering.gates import BoundGate
+from steerl.rollout.steering.rows import Rows
+from steerl.rollout.steering.spec.spec import LEARNED, Site
 from torch import Tensor, nn
-
-from rollout.errors import Problem, said
-from rollout.steering import learned, operations, strengths
-from rollout.steering.engine import Active, Call
-from rollout.steering.gates import BoundGate
-from rollout.steering.rows import Rows
-from rollout.steering.spec import LEARNED, Site
-from rollout.steering.structure import Point
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x, "relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh,

@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.model import hooks
+from steerl.rollout.model.hooks import Frame
+from steerl.rollout.steering import strengths
+from steerl.rollout.steering.bind import Binding, bind
+from steerl.rollout.steering.core.structure import stacks, unwrap
+from steerl.rollout.steering.engine import Active, SiteEdit
+from steerl.rollout.steering.gates import BoundGate
+from steerl.rollout.steering.rows import Call, Rows, rows_of
+from steerl.rollout.steering.sites import BoundSite
+from steerl.rollout.steering.spec.parse import load_spec
+from steerl.rollout.steering.spec.spec import SteeringSpec
 from torch import Tensor, nn
-
-from rollout.errors import Problem
-from rollout.steering import hooks, strengths
-from rollout.steering.bind import Binding, bind
-from rollout.steering.engine import Active, SiteEdit
-from rollout.steering.gates import BoundGate
-from rollout.steering.hooks import Frame
-from rollout.steering.parse import load_spec
-from rollout.steering.rows import Call, Rows, rows_of
-from rollout.steering.sites import BoundSite
-from rollout.steering.spec import SteeringSpec
-from rollout.steering.structure import stacks, unwrap
 
 
 class Steering:

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.decoding.settings import uniforms
+from steerl.rollout.steering.spec.spec import Schedule, Site, SteeringSpec
 from torch import Tensor
-
-from rollout.errors import Problem
-from rollout.sampling import uniforms
-from rollout.steering.spec import Schedule, Site, SteeringSpec
 
 _STREAM = 0x5357_4545_5200
 """Keeps these draws apart from the sampler's: another seed of the same generator."""

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.reader import door, read, to_yaml
+from steerl.configs.reader import door, read, to_yaml
 
 import pytest
 import yaml
-
-from rollout.errors import Problem
+from steerl.rollout.common.errors import Problem
 
 
 @dataclass(frozen=True)

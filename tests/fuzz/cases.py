@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs import shape
+from steerl.configs import shape
 
 from tests.fuzz.damage import ESCAPE, LONE, LONG, NUMBERS, TEXTS, Bomb, damage, damaged_bytes, damaged_tree, deep, dumps, value
 from tests.fuzz.world import CLEAN, COMMANDS, OUT

@@ -11,13 +11,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from configs.reader import door
+from steerl.configs.reader import door
 
 import torch
-from transformers import AutoModelForSequenceClassification
-
-from rollout.steering.vectors import save_vector
-from scripts import (
+from steerl.rollout.steering.vectors.files import save_vector
+from steerl.scripts import (
     complete,
     dump_rollouts,
     extract_steering,
@@ -30,6 +28,8 @@ from scripts import (
     train_reward,
     train_sft,
 )
+from transformers import AutoModelForSequenceClassification
+
 from tests.models import tiny, tiny_tokenizer
 
 LENGTH = "[{kind: length, unit: characters, max: 8}]"

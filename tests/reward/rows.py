@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from reward.texts import rollout_of
-from rollout.batch import Rollout, Texts
+from steerl.reward.jobs.texts import rollout_of
+from steerl.rollout.types import Rollout, Texts
 
 
 def made(

@@ -12,11 +12,11 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-from configs.reader import read
+from steerl.configs.reader import read
 
-from rollout import processes
-from scripts import dump_rollouts, score_rollouts, train_ppo, train_reward, train_sft
-from training.engine import models_stay_whole
+from steerl.rollout.common import processes
+from steerl.scripts import dump_rollouts, score_rollouts, train_ppo, train_reward, train_sft
+from steerl.training.engine.engine import models_stay_whole
 
 LENGTH = json.dumps([{"name": "length", "kind": "length", "unit": "characters", "max": 8}])
 

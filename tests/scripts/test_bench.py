@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from rollout.errors import Problem
-from scripts import bench
-from scripts.benching import learning, task
-from scripts.benching.trl_112 import WalkReward
+from steerl.rollout.common.errors import Problem
+from steerl.scripts import bench
+from steerl.scripts.bench_cases import learning, task
+from steerl.scripts.bench_cases.trl_112 import WalkReward
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,9 +74,8 @@ def test_a_part_may_stand_without_a_value(given, meant):
 @pytest.mark.slow
 def test_both_learners_are_scored_alike(tiny_world):
     """The peer's reward module gives, where the peer reads it, what the reward function says of the same text."""
+    from steerl.scripts.toy_tasks.randomwalks import optimality
     from transformers import AutoTokenizer
-
-    from scripts.worlds.randomwalks import optimality
 
     world = tiny_world("randomwalks")
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
@@ -97,7 +95,7 @@ def test_both_learners_are_scored_alike(tiny_world):
 @pytest.mark.slow
 def test_this_projects_child_reports_every_step(tiny_world, tmp_path):
     world = tiny_world("randomwalks")
-    command = [sys.executable, "-m", "scripts.benching.ours", str(world), str(tmp_path / "run"), "0", "20"]
+    command = [sys.executable, "-m", "steerl.scripts.bench_cases.ours", str(world), str(tmp_path / "run"), "0", "20"]
     flags = ["--ppo.epochs", "1", "--ppo.minibatches", "1"]
     done = subprocess.run(
         [*command, *flags], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

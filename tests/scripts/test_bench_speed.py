@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from rollout.errors import Problem
-from rollout.sampler import Sampler
-from rollout.sampling import Sampling
-from scripts.benching import limit, scaling, speed
-from scripts.benching.cases import (
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
+from steerl.scripts.bench_cases import limit, scaling, speed
+from steerl.scripts.bench_cases.cases import (
     CUDA,
     SAMPLING,
     SMALLEST,
@@ -28,7 +27,7 @@ from scripts.benching.cases import (
     policy_of,
     prompt_batch,
 )
-from scripts.benching.child import Parity, lengths_of, sampling_of
+from steerl.scripts.bench_cases.child import Parity, lengths_of, sampling_of
 
 ROOT = Path(__file__).parents[2]
 SLOW_DISK = {"flops": 100.0, "bandwidth": {"1": 1e9}}

@@ -19,17 +19,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from configs.reader import door
+from steerl.configs.reader import door
 
 import pytest
 import torch
 import transformers
 import yaml
+from steerl.rollout.chat.terminal import BANDS, width_of
+from steerl.scripts import complete as complete_door
+from steerl.scripts.complete import Job, main, with_switches
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from rollout.terminal import BANDS, width_of
-from scripts import complete as complete_door
-from scripts.complete import Job, main, with_switches
 from tests.models import CHAT, tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from configs.reader import door
+from steerl.configs.reader import door
 
 import numpy as np
 import pandas
@@ -21,16 +21,16 @@ import psutil
 import pytest
 import torch
 import transformers
+from steerl.rollout.common.run_folder import MARKER
+from steerl.rollout.dumps import store
+from steerl.rollout.dumps.manifest import load_manifest
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.model.policy import ModelSettings, load_policy
+from steerl.rollout.scoring.logprobs import teacher_forced
+from steerl.rollout.steering import Steering
+from steerl.scripts import inspect_rollouts
+from steerl.scripts.dump_rollouts import Job, main
 
-from rollout import store
-from rollout.logprobs import teacher_forced
-from rollout.manifest import load_manifest
-from rollout.policy import ModelSettings, load_policy
-from rollout.run import MARKER
-from rollout.sampler import Sampler
-from rollout.steering import Steering
-from scripts import inspect_rollouts
-from scripts.dump_rollouts import Job, main
 from tests.dumps import flip_bit, truncate
 from tests.models import tiny, tiny_tokenizer
 

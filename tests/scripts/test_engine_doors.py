@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
+from steerl.rollout.model import adapters
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rollout import adapters
 from tests.models import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

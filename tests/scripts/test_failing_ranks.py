@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from steerl.training.run import checkpoint
 
 from tests.models import tiny, tiny_tokenizer
-from training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -26,7 +26,7 @@ def fail(prompts, completions, **columns):
         if os.environ["HOW"] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ["HOW"] == "defect":
-            from training import experience
+            from steerl.training.algorithm import experience
             experience.check_scores = lambda scores, rollout: [][0]
             return [0.0] * len(completions)
         raise KeyError("no such word")

@@ -7,14 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from configs.reader import door
+from steerl.configs.reader import door
 
 import pytest
 import torch
+from steerl.rollout.dumps import manifest, store
+from steerl.rollout.dumps.manifest import Plan
+from steerl.scripts.inspect_rollouts import Job, main
 
-from rollout import manifest, store
-from rollout.manifest import Plan
-from scripts.inspect_rollouts import Job, main
 from tests.dumps import flip_bit, made_dump, made_rows, truncate, write_scores
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.scripts import make_tiny
+from steerl.scripts.make_tiny import TinyJob
+from steerl.scripts.toy_tasks import making, reviews
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
-from rollout.errors import Problem
-from scripts import make_tiny
-from scripts.make_tiny import TinyJob
-from scripts.worlds import making, reviews
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,7 @@ import random
 
 import pytest
 import torch
-
-from scripts.worlds import randomwalks
+from steerl.scripts.toy_tasks import randomwalks
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from steerl.rollout.common.fingerprint import sha256_file
+from steerl.rollout.common.run_folder import LOCK
 
-from rollout.fingerprint import sha256_file
-from rollout.run import LOCK
 from tests.models import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
+from steerl.reward.kinds.rouge import rouge, rouge_l
+from steerl.rollout.common.errors import Problem
+from steerl.scripts.run_summarization import main, parse
+from steerl.scripts.toy_tasks import summaries
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from reward.rouge import rouge, rouge_l
-from rollout.errors import Problem
-from scripts.run_summarization import main, parse
-from scripts.worlds import summaries
 from tests.models import tiny, tiny_tokenizer
 
 ROWS = [

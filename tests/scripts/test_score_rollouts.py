@@ -9,18 +9,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from configs.reader import door
+from steerl.configs.reader import door
 
 import datasets
 import pandas
 import pytest
 import torch
+from steerl.reward.types import build_reward
+from steerl.rollout.common.run_folder import MARKER
+from steerl.rollout.dumps.manifest import load_manifest
+from steerl.rollout.dumps.store import read_dump
+from steerl.scripts.score_rollouts import Job, main
 
-from reward.base import build_reward
-from rollout.manifest import load_manifest
-from rollout.run import MARKER
-from rollout.store import read_dump
-from scripts.score_rollouts import Job, main
 from tests.dumps import flip_bit, made_dump, truncate
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier

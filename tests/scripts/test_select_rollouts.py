@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from configs.reader import door
+from steerl.configs.reader import door
 
 import pytest
+from steerl.scripts.select_rollouts import Job, main
 
-from scripts.select_rollouts import Job, main
 from tests.dumps import made_dump, made_rows, write_scores
 
 PROMPTS, SAMPLES = 10, 4

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from configs.reader import door
+from steerl.configs.reader import door
 
 import pytest
 import torch
+from steerl.reward.types import build_reward
+from steerl.scripts.serve_reward import Job, main
 
-from reward.base import build_reward
-from scripts.serve_reward import Job, main
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier
 from tests.reward.rows import made

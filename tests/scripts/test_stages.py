@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from configs.reader import read
+from steerl.configs.reader import read
 
 import pytest
 import torch
+from steerl.reward.kinds.rouge import rouge
+from steerl.scripts import make_tiny, train_ppo
+from steerl.scripts.toy_tasks import summaries
+from steerl.training.stages.reward_model import RewardJob, run_reward
+from steerl.training.stages.sft import SFTJob, run_sft
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from reward.rouge import rouge
-from scripts import make_tiny, train_ppo
-from scripts.worlds import summaries
 from tests.models import tiny, tiny_tokenizer
-from training.reward_model import RewardJob, run_reward
-from training.sft import SFTJob, run_sft
 
 
 def flags(config: str, **given: object) -> list[str]:

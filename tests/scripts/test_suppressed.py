@@ -6,9 +6,9 @@ from __future__ import annotations
 import random
 from dataclasses import asdict
 
-from scripts import prove_steering
-from scripts.prove_steering import SETTINGS, Job
-from scripts.worlds.suppressed import GLAD, GREY, WORDS, glad, report
+from steerl.scripts import prove_steering
+from steerl.scripts.prove_steering import SETTINGS, Job
+from steerl.scripts.toy_tasks.suppressed import GLAD, GREY, WORDS, glad, report
 
 
 def test_four_different_glad_words_earn_all_and_three_nothing():

@@ -6,18 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.model.policy import ModelSettings
+from steerl.training.algorithm.importance import Correction
+from steerl.training.checks import check_job
+from steerl.training.ppo import PPOSettings
+from steerl.training.setup import with_peft
+from steerl.training.stages.models import load_trainable
 
-from rollout.errors import Problem
-from rollout.policy import ModelSettings
-from rollout.run import RunSettings
-from rollout.sampling import Sampling
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA
-from training.checks import check_job
-from training.correction import Correction
-from training.ppo import PPOSettings
-from training.setup import with_peft
-from training.stage_models import load_trainable
 
 POLICY = SimpleNamespace(model=torch.nn.Linear(1, 1))
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from steerl.rollout.scoring import head_rows, logprobs, readout
+from steerl.training.algorithm.experience import credit, gather_scored, score
+from steerl.training.algorithm.update import learn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rollout import head_rows, logprobs, readout
 from tests.models import tiny_tokenizer
 from tests.ppo_runs import LORA, job, share_of_threes
-from training.experience import credit, gather_scored, score
-from training.learn import learn
 
 VOCABULARY, WIDTH = 2048, 32
 

@@ -9,20 +9,21 @@ import signal
 
 import pytest
 import torch
+from steerl.reward.types import Scores, build_reward
+from steerl.rollout.common.errors import Problem, Stopped
+from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.decoding import distribution
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.prompts.prompts import Prompts, PromptSettings
+from steerl.rollout.scoring import logprobs
+from steerl.training.algorithm.importance import Correction
+from steerl.training.ppo import PPOSettings, train
+from steerl.training.run import checkpoint, resume
+from steerl.training.setup import with_peft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reward.base import Scores, build_reward
-from rollout import law, logprobs
-from rollout.errors import Problem, Stopped
-from rollout.prompts import Prompts, PromptSettings
-from rollout.run import RunSettings
-from rollout.sampling import Sampling
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA, prompts_of, share_of_threes
-from training import checkpoint, resume
-from training.correction import Correction
-from training.ppo import PPOSettings, train
-from training.setup import with_peft
 
 SMALL = {"steps": 2, "rollouts_per_step": 8, "minibatches": 2, "epochs": 1, "eval_prompts": 4, "learning_rate": 1e-3}
 SAMPLING = {"max_new_tokens": 6, "stop_ids": [11, 17]}
@@ -232,13 +233,13 @@ def test_the_alarm_fires_when_dropout_is_on(tmp_path, monkeypatch):
 
 
 def test_the_alarm_fires_when_a_penalty_leaks(tmp_path, monkeypatch):
-    real = law.Law.draw
+    real = distribution.Law.draw
 
     def leaking(*arguments, **settings):
         drawn = real(*arguments, **settings)
         return dataclasses.replace(drawn, policy_B=drawn.behaviour_B)
 
-    monkeypatch.setattr(law.Law, "draw", leaking)
+    monkeypatch.setattr(distribution.Law, "draw", leaking)
     with pytest.raises(Problem, match="a penalty or a temperature that one side lacks"):
         run(tmp_path / "run", sampling={"repetition_penalty": 1.5}, correction=Correction("token_truncate"))
 

@@ -10,20 +10,20 @@ import json
 
 import pytest
 import torch
+from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.model import adapters
+from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
+from steerl.rollout.prompts.prompts import PromptBatch
+from steerl.rollout.scoring.logprobs import teacher_forced
+from steerl.rollout.steering import load_spec
+from steerl.training.ppo import PPOSettings, train
+from steerl.training.setup import with_peft
 
-from rollout import adapters
-from rollout.logprobs import teacher_forced
-from rollout.policy import ModelSettings, Policy, load_policy
-from rollout.prompts import PromptBatch
-from rollout.run import RunSettings
-from rollout.sampler import Sampler
-from rollout.sampling import Sampling
-from rollout.steering import load_spec
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.ppo_runs import first_scored, job, lone_logprobs, prompts_of, share_of_threes
-from tests.rollout.test_adapters import KINDS, MAIN, WEIGHT, adapted
-from training.ppo import PPOSettings, train
-from training.setup import with_peft
+from tests.rollout.model.test_adapters import KINDS, MAIN, WEIGHT, adapted
 
 FAMILIES = ["gpt2", "llama", "t5", "bart"]
 PROMPTS = [[5], [6, 7, 8, 9, 10], [2, 0, 6], [11] * 8]

@@ -14,19 +14,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from configs.reader import read
+from steerl.configs.reader import read
 
 import pytest
 import torch
+from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.scoring import logprobs
+from steerl.scripts import train_ppo
+from steerl.training import ppo
+from steerl.training.algorithm import advantages, loss, update
+from steerl.training.ppo import PPOSettings, train
 
-from rollout import logprobs
-from rollout.run import RunSettings
-from rollout.sampling import Sampling
-from scripts import train_ppo
 from tests.models import tiny_policy
 from tests.ppo_runs import prompts_of, share_of_threes
-from training import advantages, learn, loss, ppo
-from training.ppo import PPOSettings, train
 
 SEEDS = range(5)
 ROOT = Path(__file__).parents[2]
@@ -130,7 +131,7 @@ def means_of_micro_batches(patch: pytest.MonkeyPatch) -> None:
     def own_mean(mask_BR: torch.Tensor, *, tokens: int, rows: int, reduction: str) -> torch.Tensor:
         return torch.where(mask_BR, len(mask_BR) / rows / mask_BR.sum().clamp(min=1), 0.0)
 
-    patch.setattr(learn.loss, "token_weights", own_mean)
+    patch.setattr(update.loss, "token_weights", own_mean)
 
 
 DEFECTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -146,7 +147,7 @@ DEFECTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 @pytest.mark.proofs
 def test_what_each_defect_costs(tmp_path):
     """A GPT-2 with dropout 0.1 and prompts of one to four tokens; the reward is the share of ids that leave 3 by 4."""
-    assert loss is learn.loss
+    assert loss is update.loss
     print("\ndefect                       reward of the last 5 of 25 steps by seed        mean  ratio_first  KL     gap max")
     means = {}
     for name, put_in in DEFECTS.items():

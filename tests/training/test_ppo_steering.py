@@ -6,17 +6,17 @@ import json
 
 import pytest
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.steering import load_spec
+from steerl.training.algorithm.experience import credit
+from steerl.training.algorithm.update import learn
+from steerl.training.model.actor_critic import Reference
+from steerl.training.ppo import PPOSettings, train, with_correction
 
-from rollout.errors import Problem
-from rollout.run import RunSettings
-from rollout.sampling import Sampling
-from rollout.steering import load_spec
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA, first_scored, job, prompts_of, share_of_threes
-from training.actor_critic import Reference
-from training.experience import credit
-from training.learn import learn
-from training.ppo import PPOSettings, train, with_correction
 
 
 def spec(role: str, **more):

@@ -8,21 +8,21 @@ from collections import Counter
 
 import pytest
 import torch
+from steerl.reward.types import Scores
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
+from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.dumps import manifest, store
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.prompts.prompts import PromptBatch, PromptSettings, load_prompts
+from steerl.rollout.scoring.logprobs import teacher_forced
+from steerl.rollout.steering import Steering
+from steerl.training.algorithm.importance import Correction
+from steerl.training.ppo import PPOSettings, train
+from steerl.training.replay import Replay
 
-from reward.base import Scores
-from rollout import manifest, store
-from rollout.errors import Problem
-from rollout.fingerprint import model_fingerprint, tokenizer_fingerprint
-from rollout.logprobs import teacher_forced
-from rollout.prompts import PromptBatch, PromptSettings, load_prompts
-from rollout.run import RunSettings
-from rollout.sampler import Sampler
-from rollout.sampling import Sampling
-from rollout.steering import Steering
 from tests.models import tiny_policy, tiny_tokenizer
-from training.correction import Correction
-from training.ppo import PPOSettings, train
-from training.replay import Replay
 
 PROMPTS, SAMPLES = 12, 2
 SETTINGS = PPOSettings(

@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from rollout.policy import ModelSettings, load_policy
-from rollout.prompts import PromptSettings, load_prompts
-from rollout.run import RunSettings
-from rollout.sampler import Sampler
-from rollout.sampling import Sampling
-from scripts import prove_steering
-from scripts.worlds.suppressed import glad
+from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.model.policy import ModelSettings, load_policy
+from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
+from steerl.scripts import prove_steering
+from steerl.scripts.toy_tasks.suppressed import glad
 
 
 @pytest.mark.proofs

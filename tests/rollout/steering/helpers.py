@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from steerl.rollout.model.policy import Policy
+from steerl.rollout.steering.spec.spec import DIRECTION, LEARNED, SPACE, WITHOUT_VECTOR
 from torch import Tensor
 
-from rollout.policy import Policy
-from rollout.steering.spec import DIRECTION, LEARNED, SPACE, WITHOUT_VECTOR
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
 WIDTH, RANK, LATENT = 32, 3, 40

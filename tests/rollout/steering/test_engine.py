@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.model.hooks import current
+from steerl.rollout.steering import Steering, engine, unsteered
 from torch import Tensor
 from transformers import DynamicCache
 
-from rollout.errors import Problem
-from rollout.steering import Steering, engine, unsteered
-from rollout.steering.hooks import current
 from tests.models import FAMILIES, tiny
 from tests.rollout.steering.helpers import vector
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.prompts.prompts import PromptBatch
+from steerl.rollout.scoring.logprobs import teacher_forced
+from steerl.rollout.steering import Steering
 
-from rollout.errors import Problem
-from rollout.logprobs import teacher_forced
-from rollout.prompts import PromptBatch
-from rollout.sampler import Sampler
-from rollout.sampling import Sampling
-from rollout.steering import Steering
 from tests.rollout.steering.helpers import FAMILIES, OPERATIONS, SCOPES, policy, prompts, site, vector
 
 

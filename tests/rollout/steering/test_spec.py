@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.steering import Steering, load_spec
+from steerl.rollout.steering.spec.spec import At, Site, SteeringSpec, Strength, Where
 
-from rollout.errors import Problem
-from rollout.steering import Steering, load_spec
-from rollout.steering.spec import At, Site, SteeringSpec, Strength, Where
 from tests.models import tiny, tiny_tokenizer
 from tests.rollout.steering.helpers import vector
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.steering import Steering
+from steerl.rollout.steering.core.structure import locate, stacks, unwrap
+from steerl.rollout.steering.spec.spec import At
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rollout.errors import Problem
-from rollout.steering import Steering
-from rollout.steering.spec import At
-from rollout.steering.structure import locate, stacks, unwrap
 from tests.models import FAMILIES, tiny
 
 NOT_HERE = {"mamba", "mamba2", "recurrent_gemma", "rwkv", "jamba", "bamba", "lfm2", "prophetnet"}

@@ -12,20 +12,20 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from steerl.rollout.analysis.steering_effect import Point, effect_curve, law_distance, strength_for
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.model.policy import Policy
+from steerl.rollout.prompts.prompts import PromptBatch
+from steerl.rollout.scoring.logprobs import teacher_forced
+from steerl.rollout.steering import Steering
+from steerl.rollout.steering.core.structure import locate, stacks
+from steerl.rollout.steering.spec.spec import At, Site
+from steerl.rollout.steering.vectors.extract import Pair, activations, direction, directions, read_pairs
+from steerl.rollout.steering.vectors.files import save_vector
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rollout.errors import Problem
-from rollout.logprobs import teacher_forced
-from rollout.policy import Policy
-from rollout.prompts import PromptBatch
-from rollout.sampler import Sampler
-from rollout.sampling import Sampling
-from rollout.steering import Steering
-from rollout.steering.effect import Point, effect_curve, law_distance, strength_for
-from rollout.steering.extract import Pair, activations, direction, directions, read_pairs
-from rollout.steering.spec import At, Site
-from rollout.steering.structure import locate, stacks
-from rollout.steering.vectors import save_vector
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.definitions import alone_logits, real_prompt, real_response
 from tests.rollout.steering.helpers import parameters_of, vector
@@ -97,7 +97,7 @@ def test_pyvene_folders(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     torch.save(low.state_dict(), folder / "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin")
-    from rollout.steering.vectors import read_tensors
+    from steerl.rollout.steering.vectors.files import read_tensors
 
     tensors, _ = read_tensors(folder, "x")
     torch.testing.assert_close(tensors["0.rotation"], low.rotate_layer.weight.detach(), atol=1e-6, rtol=0.0)

@@ -1,0 +1,204 @@
+"""From a scored dump to a dataset: which rows are the best, the worst, good enough, or a pair to learn a preference from.
+
+    dump (rollouts-*.parquet) + scores (scores-*.parquet)
+        read_scores -> score of every (prompt, sample)   choose -> which rows   selected -> records, streamed
+
+Records are what the stages read: {prompt, completion} for train_sft, {prompt, chosen, rejected} for train_reward;
+texts where the prompts are texts, messages where they are conversations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.dumps.manifest import Plan, load_manifest, plan_of
+from steerl.rollout.dumps.store import read_dump
+from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered
+
+KEYS = ("prompt_index", "sample_index")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of a scored dump are kept."""
+
+    mode: Literal["best", "worst", "reject", "pairs"] = "best"
+    """best, worst: the `count` highest or lowest of each prompt. reject: all at or above `threshold` (rejection sampling).
+    pairs: the best against the worst of each prompt."""
+    score: str = "total"
+    """The column of the scores to judge by: total or a part's name."""
+    count: int = 1
+    """best, worst: rows kept per prompt."""
+    threshold: float | None = None
+    """reject: the least score kept; best, worst: rows below it (worst: above it) are left out too."""
+    min_gap: float = 0.0
+    """pairs: kept where the best is better than the worst by more than this."""
+    ended: bool = False
+    """Only responses that ended by themselves; those cut at the limit are left out."""
+    unique: bool = True
+    """Of equal responses to a prompt keep one: the best-scored (worst: the worst-scored), of equal scores the earlier."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise Problem(f"select.count: {self.count}; keep at least 1 row per prompt")
+        if self.mode == "reject" and self.threshold is None:
+            raise Problem("select.threshold: missing; mode reject keeps the rows at or above it, --select.threshold X")
+        if self.mode == "pairs" and self.threshold is not None:
+            raise Problem("select.threshold: has no effect with mode pairs; use select.min_gap")
+        if self.mode in ("reject", "pairs") and self.count != 1:
+            raise Problem(f"select.count: has no effect with mode {self.mode}; leave it out")
+        if self.mode != "pairs" and self.min_gap:
+            raise Problem(f"select.min_gap: has no effect with mode {self.mode}; leave it out")
+        if self.min_gap < 0:
+            raise Problem(f"select.min_gap: {self.min_gap}; give 0 or more")
+
+
+def score_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("scores-*.parquet"))
+
+
+def read_scores(folder: Path, plan: Plan) -> dict[str, np.ndarray]:
+    """Each score column as an array over (prompt * samples + sample); NaN where a row has no score."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found: dict[str, np.ndarray] = {}
+    seen = np.zeros(plan.rows, dtype=bool)
+    for path in score_files(folder):
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise Problem(f"{path}: not readable ({error}); score the dump again") from error
+        if missing := [name for name in KEYS if name not in table.column_names]:
+            raise Problem(f"{path}: no column {', '.join(missing)}; these are not the scores of score_rollouts.py")
+        prompts, samples = (table.column(name).to_numpy().astype(np.int64) for name in KEYS)
+        keys = prompts * plan.samples + samples
+        if len(keys) and (keys.min() < 0 or keys.max() >= plan.rows or samples.max() >= plan.samples):
+            raise Problem(f"{path}: scores of rows that the dump does not have; name the scores of this dump")
+        if seen[keys].any() or len(np.unique(keys)) != len(keys):
+            raise Problem(f"{path}: rows that are scored twice in {folder}; score the dump again into a fresh folder")
+        seen[keys] = True
+        for name in table.column_names:
+            if name not in KEYS:
+                column = found.setdefault(name, np.full(plan.rows, np.nan, dtype=np.float64))
+                column[keys] = table.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
+    return found
+
+
+def choose(score_PN: np.ndarray, keep_PN: np.ndarray, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
+    """(kept_PN, second_PN) of P prompts with N samples each: the rows kept (pairs: the best), and the worst of pairs.
+
+    Only rows with `keep_PN` count; of equal scores the earlier sample goes first.
+    """
+    none = np.zeros(score_PN.shape, dtype=bool)
+    if selection.mode == "reject":
+        assert selection.threshold is not None
+        return keep_PN & (score_PN >= selection.threshold), none
+    if selection.mode == "pairs":
+        best, worst = _top(score_PN, keep_PN, 1), _top(-score_PN, keep_PN, 1)
+        gap_P = np.where(best, score_PN, 0).sum(1) - np.where(worst, score_PN, 0).sum(1)
+        good_P = keep_PN.any(1) & (gap_P > selection.min_gap)
+        return best & good_P[:, None], worst & good_P[:, None]
+    sign = 1.0 if selection.mode == "best" else -1.0
+    if selection.threshold is not None:
+        keep_PN = keep_PN & (sign * score_PN >= sign * selection.threshold)
+    return _top(sign * score_PN, keep_PN, selection.count), none
+
+
+def _top(score_PN: np.ndarray, keep_PN: np.ndarray, count: int) -> np.ndarray:
+    order = np.argsort(np.where(keep_PN, -score_PN, np.inf), axis=1, kind="stable")
+    top = np.zeros(score_PN.shape, dtype=bool)
+    np.put_along_axis(top, order[:, :count], True, axis=1)
+    return np.asarray(top & keep_PN)
+
+
+def selected(folder: Path, scores: Path, selection: Selection) -> Iterator[dict[str, Any]]:
+    """The records, in the order of the prompts. Memory: one number per row, and the texts of one prompt."""
+    plan = plan_of(load_manifest(folder))
+    columns = read_scores(scores, plan)
+    if not columns:
+        raise Problem(
+            f"{scores}: no scores-*.parquet; score the dump with score_rollouts.py, or name its scores with --scores DIR"
+        )
+    if selection.score not in columns:
+        raise Problem(f"select.score: {selection.score!r} is no column of the scores; there are {', '.join(columns)}")
+    score_PN = columns[selection.score].reshape(plan.prompts, plan.samples)
+    if np.isnan(score_PN).any():
+        prompt, sample = np.argwhere(np.isnan(score_PN))[0]
+        count, total = int(np.isnan(score_PN).sum()), plan.rows
+        first = f"the first prompt {prompt} sample {sample}"
+        raise Problem(f"{scores}: {count} of {total} rows have no score, {first}; score the whole dump first")
+    for prompt, rows in _by_prompt(folder):
+        yield from _of_prompt(prompt, rows, score_PN[prompt], selection)
+
+
+@dataclass(frozen=True)
+class _Row:
+    sample: int
+    prompt: Any
+    completion: str
+    ended: bool
+    said: Any
+    """The completion in the form of its prompt: text, or the assistant's message, with what the prompt had begun of it."""
+    others: dict[str, Any]
+    """What a chat template is given beside the messages, as JSON text."""
+
+
+def _by_prompt(folder: Path) -> Iterator[tuple[int, list[_Row]]]:
+    rows: list[_Row] = []
+    current = -1
+    for rollout, texts in read_dump(folder):
+        for i, (prompt, sample, ended) in enumerate(
+            zip(rollout.row_B.tolist(), rollout.sample_B.tolist(), rollout.ended_B.tolist(), strict=True)
+        ):
+            if prompt != current and rows:
+                yield current, rows
+                rows = []
+            current = prompt
+            asked, completion = texts.prompts[i], texts.completions[i]
+            others = {name: texts.columns[name][i] for name in TEMPLATE_COLUMNS if name in texts.columns}
+            if isinstance(asked, str):
+                rows.append(_Row(sample, asked, completion, ended, completion, {}))
+                continue
+            turns = answered(asked, completion, others.get("chat_template_kwargs"), texts.prompt_texts[i])
+            others = {n: v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for n, v in others.items()}
+            rows.append(_Row(sample, turns[:-1], completion, ended, turns[-1:], others))
+    if rows:
+        yield current, rows
+
+
+def _of_prompt(prompt: int, rows: list[_Row], score_N: np.ndarray, selection: Selection) -> Iterator[dict[str, Any]]:
+    rows = sorted(rows, key=lambda row: row.sample)
+    keep_N = np.array([row.ended or not selection.ended for row in rows])
+    if selection.unique:
+        first: set[str] = set()
+        sign = 1.0 if selection.mode == "worst" else -1.0
+        for i in sorted(np.flatnonzero(keep_N).tolist(), key=lambda i: sign * score_N[i]):
+            keep_N[i] = rows[i].completion not in first
+            first.add(rows[i].completion)
+    kept, second = (chosen[0] for chosen in choose(score_N[None], keep_N[None], selection))
+    numbers = {"prompt_index": prompt}
+    if selection.mode == "pairs":
+        for best, worst in zip(np.flatnonzero(kept).tolist(), np.flatnonzero(second).tolist(), strict=True):
+            if rows[best].completion == rows[worst].completion:
+                continue
+            chosen, rejected = rows[best].said, rows[worst].said
+            scores = {"chosen_score": float(score_N[best]), "rejected_score": float(score_N[worst])}
+            yield {
+                "prompt": rows[best].prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                **rows[best].others,
+                **numbers,
+                **scores,
+            }
+        return
+    for i in np.flatnonzero(kept).tolist():
+        said = {"prompt": rows[i].prompt, "completion": rows[i].said, **rows[i].others}
+        yield {**said, **numbers, "sample_index": rows[i].sample, "score": float(score_N[i])}

@@ -1,0 +1,335 @@
+"""`kind: function`: a reward of the user's own, `file.py:name` or `module:name`.
+
+    name(prompts, completions, **columns) -> list of numbers     as TRL's trainers call it; None: does not apply to the row
+    name(rollout, texts) -> Scores (or one number per row)       this package's own; may give a reward per token
+
+Either may be asynchronous. A function gets the columns it names, and everything if it takes **kwargs. Where the
+prompts are conversations, completions are `[{"role": "assistant", "content": ...}]`. As TRL's, it may ask for
+`log_metric(name, number)`, whose mean over all calls and ranks is the metric reward/<part>/<name>, and for
+`log_extra(column, values)`, one value per row, which rows of samples.jsonl show as extra/<part>/<column>.
+
+    in this process (the default) ---- raises? rows one by one, to name the row ---- fallback, or a Problem
+    `timeout` set: a process of its own, killed when the time is over ---- rows one by one, each with that time
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from steerl.reward.kinds.loading import LOGS, Told, load_function
+from steerl.reward.kinds.worker import Overdue, Worker, WorkerFailed
+from steerl.reward.types import Failure, Scores, check_seconds, joined_extra, joined_metrics, on_last_action, settle
+from steerl.reward.weighted_sum import Part
+from steerl.rollout.common.errors import Problem, said
+from steerl.rollout.common.fingerprint import SHORT, sha256_file
+from steerl.rollout.types import Rollout, Texts
+
+logger = logging.getLogger(__name__)
+PATIENCE = 60.0
+"""Seconds after which a function without a time limit is said to be running still."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionSettings:
+    """A reward function of the user's own."""
+
+    function: str | Callable[..., Any]
+    """`file.py:name` or `module:name`."""
+    arguments: dict[str, Any] | None = None
+    """Further keyword arguments, the same in every call."""
+    timeout: float | None = None
+    """Seconds that one call may take. Unless it is asynchronous, the function then runs in a process of its own."""
+    fallback: float | None = None
+    """The score of rows that raise, hang or give no finite number; without it such a row is an error."""
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None:
+            check_seconds(self.timeout)
+        if isinstance(self.function, str) and not all(self.function.rpartition(":")[::2]):
+            raise Problem(f"function: expected file.py:name or module:name, found {self.function!r}")
+
+    def build(self, where: str, around: Any) -> Part:
+        function = load_function(self.function, where) if isinstance(self.function, str) else self.function
+        if inspect.isclass(function):
+            raise Problem(f"{where}.function: {self.function!r} is a class; name a function, or an instance of the class")
+        reward = FunctionReward(function, self, where)
+        return Part(
+            "",
+            where,
+            1.0,
+            reward.score_async if reward.is_async else reward.score,
+            reward.is_async,
+            content=reward.content,
+            close=reward.close,
+        )
+
+
+class FunctionReward:
+    """Calls the function, and makes Scores out of what it gives."""
+
+    def __init__(self, function: Callable[..., Any], settings: FunctionSettings, where: str):
+        self.where, self.settings = where, settings
+        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+        self.reads = Reads.of(function)
+        self._check_arguments()
+        self.function = functools.partial(function, **(settings.arguments or {}))
+        self.worker: Worker | None = None
+        if settings.timeout is not None and not self.is_async:
+            if not isinstance(settings.function, str):
+                raise Problem(
+                    f"{where}.timeout: needs the function by name (file.py:name), to load it in a process that can be killed"
+                )
+            self.worker = Worker(settings.function, settings.arguments or {}, where)
+
+    @property
+    def name(self) -> str:
+        function = self.settings.function
+        return function if isinstance(function, str) else getattr(function, "__name__", type(function).__name__)
+
+    def _check_arguments(self) -> None:
+        given, reads = self.settings.arguments or {}, self.reads
+        field = f"{self.where}.arguments"
+        unknown = [name for name in given if reads.takes is not None and name not in reads.takes]
+        if unknown:
+            raise Problem(
+                f"{field}: {self.name} takes no {unknown[0]!r}; it takes: {', '.join(reads.takes or ()) or 'nothing'}"
+            )
+        lacking = [name for name in reads.needs if reads.is_native and name not in given]
+        if lacking:
+            raise Problem(f"{field}: {self.name} needs {lacking[0]!r} beside rollout and texts; give it here")
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+
+    def content(self) -> str:
+        """Of the file that the function is written in."""
+        try:
+            file = inspect.getsourcefile(inspect.unwrap(self.function.func))
+        except TypeError:  # an object, a builtin
+            file = inspect.getsourcefile(type(self.function.func))
+        return sha256_file(Path(file))[:SHORT] if file and Path(file).is_file() else ""
+
+    # -- synchronous -----------------------------------------------------------------------------------------------
+
+    def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
+        if not len(rollout):
+            return Scores(torch.zeros(0, device=rollout.device))
+        with _patience(self.where):
+            result = self._attempt(rollout, texts)
+            if not isinstance(result, Failure):
+                return self._scores(result, rollout)
+            rows = (
+                [self._attempt(rollout.select([i]), texts.select([i])) for i in range(len(rollout))]
+                if len(rollout) > 1
+                else [result]
+            )
+        return self._join(rows, result, rollout)
+
+    def _attempt(self, rollout: Rollout, texts: Texts) -> Told | Failure:
+        """What the function gives, or the Failure that it raised or took too long."""
+        arguments, told = self._arguments(rollout, texts), Told(len(rollout))
+        try:
+            if self.worker is not None:
+                return self.worker.call(arguments, told, self.logs, self.settings.timeout)
+            result = self.function(**arguments, **told.log(self.logs))
+            if inspect.isawaitable(result):  # a plain function around an asynchronous one
+                with ThreadPoolExecutor(max_workers=1) as thread:
+                    result = thread.submit(asyncio.run, _awaited(result)).result()
+            return told.take(result)
+        except (Overdue, WorkerFailed) as error:
+            return Failure(str(error))
+        except Problem:
+            raise
+        except (Exception, SystemExit) as error:  # noqa: BLE001  the user's own code may raise anything; the row is named and settled, never hidden
+            return Failure(said(error))
+
+    # -- asynchronous ----------------------------------------------------------------------------------------------
+
+    async def score_async(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
+        if not len(rollout):
+            return Scores(torch.zeros(0, device=rollout.device))
+        with _patience(self.where):
+            result = await self._attempt_async(rollout, texts)
+            if not isinstance(result, Failure):
+                return self._scores(result, rollout)
+            rows: Sequence[Told | Failure] = [result]
+            if len(rollout) > 1:
+                singles = (self._attempt_async(rollout.select([i]), texts.select([i])) for i in range(len(rollout)))
+                rows = await asyncio.gather(*singles)
+        return self._join(rows, result, rollout)
+
+    async def _attempt_async(self, rollout: Rollout, texts: Texts) -> Told | Failure:
+        try:
+            return await asyncio.wait_for(self._called(rollout, texts), self.settings.timeout)
+        except TimeoutError:
+            return Failure(f"not done after {self.settings.timeout} s")
+
+    async def _called(self, rollout: Rollout, texts: Texts) -> Told | Failure:
+        arguments, told = self._arguments(rollout, texts), Told(len(rollout))
+        try:
+            return told.take(await self.function(**arguments, **told.log(self.logs)))
+        except Problem:
+            raise
+        except (Exception, SystemExit) as error:  # noqa: BLE001  as above, and within: SystemExit would end the event loop
+            return Failure(said(error))
+
+    # -- what goes in, what comes out -------------------------------------------------------------------------------
+
+    @property
+    def logs(self) -> list[str]:
+        """Which of TRL's two logging functions the function is given."""
+        given = self.settings.arguments or {}
+        return [name for name in LOGS if (self.reads.takes is None or name in self.reads.takes) and name not in given]
+
+    def _arguments(self, rollout: Rollout, texts: Texts) -> dict[str, Any]:
+        if self.reads.is_native:
+            return {"rollout": rollout, "texts": texts}
+        given = {*LOGS, *(self.settings.arguments or {})}
+        offered = {name: value for name, value in trl_arguments(rollout, texts).items() if name not in given}
+        absent = [name for name in self.reads.needs if name not in offered and name not in given]
+        if absent:
+            columns = ", ".join(texts.columns) or "none"
+            raise Problem(
+                f"{self.where}: {self.name} asks for {absent[0]!r}, which is no column of the data (columns: {columns})"
+            )
+        return {name: value for name, value in offered.items() if self.reads.takes is None or name in self.reads.takes}
+
+    def _scores(self, told: Told, rollout: Rollout) -> Scores:
+        for column, values in told.extra.items():
+            if len(values) != len(rollout):
+                found = f"{len(values)} values" if len(values) <= len(rollout) else "more values than rows"
+                raise Problem(f"{self.where}: log_extra({column!r}) got {found} for {len(rollout)} rows; give one per row")
+        scores = self._settled(told.result, rollout)
+        return replace(scores, metrics={**scores.metrics, **told.metrics}, extra={**scores.extra, **told.extra})
+
+    def _settled(self, result: Any, rollout: Rollout) -> Scores:
+        if not isinstance(result, Scores):
+            return settle(_listed(result, self.where), rollout, self.where, self.settings.fallback)
+        totals_B = result.total_B
+        if result.tokens_BR is not None and result.tokens_BR.shape == rollout.response_BR.shape:
+            sums_B = result.per_token(rollout).sum(1)
+            if bool(totals_B.any()) and not torch.allclose(totals_B.to(sums_B), sums_B, rtol=1e-3, atol=1e-4):
+                raise Problem(
+                    f"{self.where}: total_B is not the sum of tokens_BR; what a whole response earns belongs on its last action"
+                )
+            totals_B = sums_B
+        values: list[Any] = totals_B.tolist()
+        settled = settle(values, rollout, self.where, self.settings.fallback)
+        tokens_BR = result.tokens_BR
+        if tokens_BR is not None and settled.fallbacks:
+            failed_B = ~totals_B.isfinite()
+            tokens_BR = torch.where(failed_B[:, None], on_last_action(settled.total_B, rollout), tokens_BR)
+        return replace(result, total_B=settled.total_B, tokens_BR=tokens_BR, fallbacks=settled.fallbacks)
+
+    def _join(self, rows: Sequence[Any], whole: Failure, rollout: Rollout) -> Scores:
+        """The scores of rows that were tried one by one, after the call with all of them failed."""
+        if not any(isinstance(row, Failure) for row in rows):
+            logger.warning("%s: failed with all %d rows together (%s), not with any alone", self.where, len(rows), whole.reason)
+        values: list[Any] = []
+        dense: list[torch.Tensor | None] = []
+        for index, row in enumerate(rows):
+            found = row if isinstance(row, Failure) else self._scores(row, rollout.select([index]))
+            values.append(found if isinstance(found, Failure) else None if found.total_B.isnan() else found.total_B.item())
+            dense.append(None if isinstance(found, Failure) else found.tokens_BR)
+        settled = replace(settle(values, rollout, self.where, self.settings.fallback), **_logs_of(rows))
+        if all(tokens is None for tokens in dense):
+            return settled
+        last_BR = on_last_action(settled.total_B, rollout)
+        tokens_BR = torch.cat([last_BR[i : i + 1] if tokens is None else tokens for i, tokens in enumerate(dense)])
+        return replace(settled, tokens_BR=tokens_BR)
+
+
+def _logs_of(rows: Sequence[Told | Failure]) -> dict[str, Any]:
+    """What was logged by calls with one row each, in the order of the rows."""
+    told = [row if isinstance(row, Told) else Told(1) for row in rows]
+    return {
+        "metrics": joined_metrics([one.metrics for one in told]),
+        "extra": joined_extra([one.extra for one in told], [1] * len(told)),
+    }
+
+
+def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, Any]:
+    """The keyword arguments that TRL's trainers hand to a reward function; beside them prompt_ids and ended."""
+    lengths = rollout.lengths_B.tolist()
+    completions: list[Any] = [
+        [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
+        for prompt, text in zip(texts.prompts, texts.completions, strict=True)
+    ]
+    prompt_ids = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)]
+    return {
+        "prompt_ids": prompt_ids,
+        "ended": rollout.ended_B.tolist(),
+        **{name: column for name, column in texts.columns.items() if name.isidentifier()},
+        "prompts": texts.prompts,
+        "completions": completions,
+        "completion_ids": [ids[:n] for ids, n in zip(rollout.response_BR.tolist(), lengths, strict=True)],
+    }
+
+
+def is_conversation(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, list) and bool(prompt) and all(isinstance(message, dict) and "role" in message for message in prompt)
+    )
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a function can be called with."""
+
+    is_native: bool
+    """It takes rollout and texts; the other names are arguments beside them."""
+    needs: tuple[str, ...] = ()
+    """What it must be given."""
+    takes: tuple[str, ...] | None = None
+    """All that it may be given; None: everything."""
+
+    @staticmethod
+    def of(function: Callable[..., Any]) -> Reads:
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):
+            return Reads(False)
+        is_native = [p.name for p in parameters[:2]] == ["rollout", "texts"]
+        named = [p for p in parameters[2 if is_native else 0 :] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        needs = tuple(p.name for p in named if p.default is p.empty)
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters) and not is_native
+        return Reads(is_native, needs, None if open_ended else tuple(p.name for p in named))
+
+
+def _listed(result: Any, where: str) -> list[Any]:
+    """A list of what a function gave: a list, a tensor, an array."""
+    if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
+        raise Problem(f"{where}: gave {type(result).__name__}; give a list with one number per row")
+    if not getattr(result, "ndim", 1):
+        raise Problem(f"{where}: gave a single number; give a list with one number per row")
+    return list(result)
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+@contextmanager
+def _patience(where: str) -> Iterator[None]:
+    """Says after a minute that a function without a time limit is running still: a hang is never silent."""
+    timer = threading.Timer(
+        PATIENCE, logger.warning, (f"{where}: still running after {PATIENCE:.0f} s; `timeout` would stop it",)
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

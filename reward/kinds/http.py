@@ -1,0 +1,186 @@
+"""`kind: http`: a reward over HTTP; `scripts/serve_reward.py` is the other end, or any server that speaks reward.wire.
+
+rows --cut into requests--> POST, at most `concurrency` at once --> answers, put back in the order of the rows
+                              |  late, refused, 408, 425, 429, 5xx: again, after backoff x 2^attempt
+                              '- retries used up, or an answer that is wrong: fallback by row, or a Problem
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import os
+import urllib.parse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from steerl.reward.kinds import http_wire
+from steerl.reward.types import LONGEST, Failure, Scores, joined_extra, joined_metrics, settle
+from steerl.reward.weighted_sum import Part
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.types import Rollout, Texts
+
+logger = logging.getLogger(__name__)
+AGAIN = (408, 425, 429, 500, 502, 503, 504)
+MOST_BYTES = 2**26
+"""Of an answer; what is longer is not read."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpSettings:
+    """A reward that a server gives."""
+
+    url: str
+    """http://host:port; the path is /score unless it says another."""
+    timeout: float = 60.0
+    """Seconds that one request may take, from connecting to the last byte of the answer."""
+    retries: int = 3
+    """Further tries after one that was late, refused or answered by an error of the server's."""
+    backoff: float = 0.5
+    """Seconds before the first further try; doubled before each next one. A server's Retry-After counts, if longer."""
+    batch_size: int = 1024
+    """Rows per request."""
+    concurrency: int = 4
+    """Requests at once."""
+    token_env: str = "STEERL_REWARD_TOKEN"
+    """The environment variable that holds the bearer token; nothing is sent where it is not set."""
+    fallback: float | None = None
+    """The score of rows that got none; without it they are an error."""
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{n}: expected more than 0, found {getattr(self, n)}"
+            for n in ("timeout", "batch_size", "concurrency")
+            if getattr(self, n) <= 0
+        ]
+        wrong += [f"{n}: expected 0 or more, found {getattr(self, n)}" for n in ("retries", "backoff") if getattr(self, n) < 0]
+        wrong += [
+            f"{n}: expected at most {LONGEST:,.0f} s, found {getattr(self, n):g}"
+            for n in ("timeout", "backoff")
+            if getattr(self, n) > LONGEST
+        ]
+        try:
+            parsed = urllib.parse.urlsplit(self.url)
+            whole = parsed.scheme in ("http", "https") and bool(parsed.hostname) and self.url.isprintable() and parsed.port != 0
+        except ValueError:  # a port that is none, half a bracket
+            whole = False
+        if not whole:
+            wrong.append(f"url: expected http://host:port, found {self.url!r:.200}")
+        if wrong:
+            raise Problem(*wrong)
+
+    def build(self, where: str, around: Any) -> Part:
+        if importlib.util.find_spec("httpx") is None:
+            raise Problem(f"{where}: needs the package httpx; pip install 'steerl[serve]'")
+        return Part("", where, 1.0, HttpReward(self, where).score, is_async=True)
+
+
+class NoAnswer(Exception):
+    """Why a request has no usable answer."""
+
+
+@dataclass(frozen=True)
+class HttpReward:
+    settings: HttpSettings
+    where: str
+
+    @property
+    def url(self) -> str:
+        parsed = urllib.parse.urlsplit(self.settings.url)
+        return urllib.parse.urlunsplit(parsed._replace(path="/score" if parsed.path in ("", "/") else parsed.path))
+
+    async def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
+        import httpx
+
+        rows, size = len(rollout), self.settings.batch_size
+        chunks = [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+        token = os.environ.get(self.settings.token_env)
+        headers = {"content-type": "application/json", "accept-encoding": "identity"} | (
+            {"authorization": f"Bearer {token}"} if token else {}
+        )
+        # A proxy of the environment is for other machines.
+        outside = urllib.parse.urlsplit(self.url).hostname not in LOOPBACK
+        turns = asyncio.Semaphore(self.settings.concurrency)
+        async with httpx.AsyncClient(timeout=self.settings.timeout, trust_env=outside, headers=headers) as client:
+
+            async def one(chunk: range) -> dict[str, Any]:
+                part, said = rollout.select(list(chunk)), texts.select(list(chunk))
+                async with turns:
+                    try:
+                        return await self._ask(client, http_wire.ask(part, said, vocabulary, self.where), part)
+                    except NoAnswer as error:
+                        return {"scores": [Failure(str(error))] * len(chunk), "parts": {}, "tokens": None}
+
+            answers = await asyncio.gather(*(one(chunk) for chunk in chunks))
+        return self._joined(answers, rollout)
+
+    async def _ask(self, client: Any, body: bytes, rollout: Rollout) -> dict[str, Any]:
+        import httpx
+
+        for attempt in range(self.settings.retries + 1):
+            wait, reason = self.settings.backoff * 2 ** min(attempt, 30), ""
+            try:
+                status, headers, content = await asyncio.wait_for(self._post(client, body), self.settings.timeout)
+            except (TimeoutError, httpx.TimeoutException):
+                reason = f"no answer after {self.settings.timeout} s"
+            except httpx.TransportError as error:
+                reason = f"{type(error).__name__}: {error}"
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise NoAnswer(f"{self.url}: {type(error).__name__}: {error}") from error
+            else:
+                if status == 200:
+                    try:
+                        return http_wire.read_answer(content, rollout)
+                    except ValueError as error:
+                        raise NoAnswer(f"{self.url}: {error!s:.300}") from error
+                reason = f"status {status}: {http_wire.read_error(content)}"
+                if status not in AGAIN:
+                    hint = "; lower batch_size" if status == 413 else ""
+                    hint = f"; set the token in ${self.settings.token_env}" if status in (401, 403) else hint
+                    raise NoAnswer(f"{self.url}: {reason}{hint}")
+                after = headers.get("retry-after", "")
+                wait = max(wait, float(after)) if after.isascii() and after.isdigit() else wait
+            if attempt < self.settings.retries:
+                await asyncio.sleep(min(wait, self.settings.timeout))
+        raise NoAnswer(f"{self.url}: {reason}, in each of {self.settings.retries + 1} tries")
+
+    async def _post(self, client: Any, body: bytes) -> tuple[int, Any, bytes]:
+        """Status, headers and content of the answer, of which no more is read than an answer may hold."""
+        content = bytearray()
+        async with client.stream("POST", self.url, content=body) as reply:
+            async for chunk in reply.aiter_raw():
+                content += chunk
+                if len(content) > MOST_BYTES:
+                    raise NoAnswer(f"{self.url}: an answer of more than {MOST_BYTES:,} bytes")
+        return reply.status_code, reply.headers, bytes(content)
+
+    def _joined(self, answers: list[dict[str, Any]], rollout: Rollout) -> Scores:
+        values = [value for answer in answers for value in answer["scores"]]
+        settled = settle(values, rollout, self.where, self.settings.fallback)
+        counts = [count for answer in answers for count in answer.get("fallbacks", {}).values()]
+        if sum(counts):
+            logger.warning(
+                "%s: the server gave %d of %d rows a fallback; its log says why", self.where, sum(counts), len(rollout)
+            )
+        fallbacks = {"": sum(counts) + sum(settled.fallbacks.values())}
+        names = dict.fromkeys(name for answer in answers for name in answer["parts"])
+        sizes = [len(answer["scores"]) for answer in answers]
+        parts = {
+            name: torch.cat(
+                [a["parts"].get(name, torch.full((size,), torch.nan)) for a, size in zip(answers, sizes, strict=True)]
+            )
+            for name in names
+        }
+        tokens_BR = None
+        if any(answer["tokens"] is not None for answer in answers):
+            if settled.fallbacks or any(answer["tokens"] is None for answer in answers):
+                raise Problem(
+                    f"{self.where}: a reward per token came for some rows only, and `fallback` has none to put in its place"
+                )
+            tokens_BR = torch.cat([answer["tokens"] for answer in answers])
+        metrics = joined_metrics([answer.get("metrics", {}) for answer in answers])
+        extra = joined_extra([answer.get("extra", {}) for answer in answers], sizes)
+        return Scores(settled.total_B, parts, tokens_BR, {}, fallbacks, metrics, extra)

@@ -1,0 +1,221 @@
+"""What a remote reward is asked and what it answers, as JSON. Both sides use it: reward.remote and reward.server.
+
+    POST /score   {"prompts": [...], "completions": [...], "prompt_texts": [...], "columns": {name: [...]}, "ended": [...],
+                   "rows": [[dataset row, sample], ...],
+                   "ids": {"prompts": [[...]], "responses": [[...]], "start": [...], "vocabulary": "..."} or null}
+    200           {"scores": [...], "parts": {name: [...]}, "tokens": [[...], ...] or null, "fallbacks": {name: count}}
+
+A server of another make needs only `prompts` and `completions`, and may answer with `scores` alone. null: the reward
+does not apply to the row. A float32 travels as the shortest text that reads back as the same number: nothing is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import re
+from typing import Any
+
+import torch
+from steerl.reward.jobs.texts import rollout_of
+from steerl.reward.types import Scores, has_ids
+from steerl.rollout.common.errors import Problem, visible
+from steerl.rollout.types import Rollout, Texts
+from torch import Tensor
+
+MOST_LISTS = 1_000_000
+"""Lists and objects in a question or an answer: 13 million of them take 18 s to read."""
+MOST_CELLS = 2**27
+"""Token ids of a question's rows, padded to the longest."""
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+
+
+def ask(rollout: Rollout, texts: Texts, vocabulary: str | None, where: str) -> bytes:
+    ids = None
+    if has_ids(rollout):
+        lengths = rollout.lengths_B.tolist()
+        ids = {
+            "prompts": [row[mask].tolist() for row, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)],
+            "responses": [row[:n] for row, n in zip(rollout.response_BR.tolist(), lengths, strict=True)],
+            "start": list(rollout.start_ids),
+            "vocabulary": vocabulary,
+        }
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "tolist"):
+            return value.tolist()
+        if isinstance(value, datetime.date | datetime.time):
+            return value.isoformat()
+        raise Problem(f"{where}: a column holds {type(value).__name__}, which JSON cannot carry; drop the column")
+
+    question = {
+        "prompts": texts.prompts,
+        "completions": texts.completions,
+        "prompt_texts": texts.prompt_texts,
+        "columns": texts.columns,
+        "ended": rollout.ended_B.tolist(),
+        "rows": list(zip(rollout.row_B.tolist(), rollout.sample_B.tolist(), strict=True)),
+        "ids": ids,
+    }
+    try:
+        return json.dumps(question, ensure_ascii=False, default=plain).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can only spell out
+        return json.dumps(question, default=plain).encode()
+    except RecursionError as error:
+        raise Problem(f"{where}: a column holds lists in lists too deep for JSON; drop the column") from error
+
+
+class TooLarge(Exception):
+    """The question is over a limit."""
+
+
+def parse(body: bytes) -> Any:
+    """What JSON says; ValueError where it is none, or lists in lists that would take minutes and gigabytes to read."""
+    if body.count(b"[") + body.count(b"{") > MOST_LISTS:
+        plain = _STRING.sub(b"", body)
+        if plain.count(b"[") + plain.count(b"{") > MOST_LISTS:
+            raise ValueError(f"more than {MOST_LISTS:,} lists and objects")
+    try:
+        return json.loads(body)
+    except RecursionError as error:
+        raise ValueError("lists in lists too deep") from error
+
+
+def read_question(body: bytes, max_rows: int) -> tuple[Rollout, Texts, str | None]:
+    """A Problem says what is wrong with the question, in the words of its own fields."""
+    try:
+        asked = parse(body)
+    except ValueError as error:
+        raise Problem(f"body: not JSON: {error!s:.200}") from error
+    if not isinstance(asked, dict) or not isinstance(asked.get("completions"), list):
+        raise Problem("completions: missing; expected an object with a list of prompts and one of completions")
+    rows = len(asked["completions"])
+    if rows > max_rows:
+        raise TooLarge(f"{rows} rows; at most {max_rows} in a request")
+    prompts = asked.get("prompts") or [""] * rows
+    columns = asked.get("columns") or {}
+    lists = {
+        "prompts": prompts,
+        "prompt_texts": asked.get("prompt_texts") or [p if isinstance(p, str) else "" for p in prompts],
+    }
+    lists |= {"ended": asked.get("ended") or [True] * rows, "rows": asked.get("rows") or [[i, 0] for i in range(rows)]}
+    if not isinstance(columns, dict):
+        raise Problem("columns: expected an object of lists")
+    for name, values in {**lists, **{f"columns.{name}": column for name, column in columns.items()}}.items():
+        if not isinstance(values, list) or len(values) != rows:
+            raise Problem(f"{name}: expected a list of {rows}, as completions has")
+    if not all(isinstance(text, str) for text in (*asked["completions"], *lists["prompt_texts"])):
+        raise Problem("completions: expected a list of texts")
+    ids = asked.get("ids") or {}
+    try:
+        cells = sum(rows * max(map(len, ids.get(name) or [[]])) for name in ("prompts", "responses"))
+        if cells > MOST_CELLS:
+            raise TooLarge(f"{cells:,} places for token ids, padded; at most {MOST_CELLS:,} in a request")
+        rollout = rollout_of(
+            rows,
+            prompts=ids.get("prompts"),
+            responses=ids.get("responses"),
+            ended=lists["ended"],
+            row=[int(row) for row, _ in lists["rows"]],
+            sample=[int(sample) for _, sample in lists["rows"]],
+            start_ids=ids.get("start") or (),
+        )
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        raise Problem(f"ids, ended, rows: {error!s:.200}") from error
+    texts = Texts(prompts=prompts, prompt_texts=lists["prompt_texts"], completions=asked["completions"], columns=columns)
+    if len(rollout) != rows:
+        raise Problem(f"ids: expected {rows} rows, as completions has")
+    if bool((rollout.prompt_BP < 0).any() or (rollout.response_BR < 0).any()):
+        raise Problem("ids: expected 0 and up")
+    return rollout, texts, ids.get("vocabulary")
+
+
+def answer(scores: Scores, rollout: Rollout) -> bytes:
+    tokens = None
+    if scores.tokens_BR is not None:
+        tokens = [row[:n] for row, n in zip(scores.tokens_BR.tolist(), rollout.lengths_B.tolist(), strict=True)]
+    told: dict[str, Any] = {
+        "scores": _plain(scores.total_B),
+        "parts": {name: _plain(values) for name, values in scores.parts.items()},
+        "tokens": tokens,
+        "fallbacks": scores.fallbacks,
+    }
+    told |= {"logs": {"metrics": scores.metrics, "extra": scores.extra}} if scores.metrics or scores.extra else {}
+    return json.dumps(told, allow_nan=False).encode()
+
+
+def read_answer(body: bytes, rollout: Rollout) -> dict[str, Any]:
+    """{"scores": list, "parts": {name: tensor}, "tokens": (B, R) tensor or None, ...}; ValueError says what is wrong."""
+    told = parse(body)
+    if not isinstance(told, dict) or not isinstance(told.get("scores"), list):
+        raise ValueError('the answer has no list "scores"')
+    rows = len(rollout)
+    if len(told["scores"]) != rows:
+        raise ValueError(f"the answer has {len(told['scores'])} scores for {rows} rows")
+    parts = {name: _tensor(name, values, rows) for name, values in _mapping(told, "parts").items()}
+    tokens_BR: Tensor | None = None
+    if told.get("tokens") is not None:
+        lengths, wrong = rollout.lengths_B.tolist(), "the answer's tokens are not one number per sampled token"
+        lists = told["tokens"]
+        if not isinstance(lists, list) or [len(row) if isinstance(row, list) else -1 for row in lists] != lengths:
+            raise ValueError(wrong)
+        tokens_BR = torch.zeros(rollout.response_BR.shape)
+        for index, row in enumerate(lists):
+            tokens_BR[index, : lengths[index]] = torch.tensor([_number(value, wrong) for value in row])
+    fallbacks = {
+        name: int(_number(count, "the answer's fallbacks are no counts")) for name, count in _mapping(told, "fallbacks").items()
+    }
+    logs = _mapping(told, "logs")
+    wrong = "the answer's logs are not numbers and a value per row"
+    metrics = {name: [_number(v, wrong) for v in _list(values, wrong)] for name, values in _mapping(logs, "metrics").items()}
+    extra = {name: _list(values, wrong, rows) for name, values in _mapping(logs, "extra").items()}
+    return {
+        "scores": told["scores"],
+        "parts": parts,
+        "tokens": tokens_BR,
+        "fallbacks": fallbacks,
+        "metrics": metrics,
+        "extra": extra,
+    }
+
+
+def _mapping(told: dict[str, Any], name: str) -> dict[str, Any]:
+    found = told.get(name) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"the answer's {name} are no object")
+    return {visible(key): value for key, value in found.items()}
+
+
+def _list(values: Any, wrong: str, length: int | None = None) -> list[Any]:
+    if not isinstance(values, list) or length not in (None, len(values)) or any(isinstance(v, list | dict) for v in values):
+        raise ValueError(wrong)
+    return values
+
+
+def _number(value: Any, wrong: str) -> float:
+    """A finite number that float32 holds."""
+    if not isinstance(value, int | float) or not abs(value) <= torch.finfo(torch.float32).max:
+        raise ValueError(wrong)
+    return float(value)
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    """JSON has no NaN and no infinity."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _tensor(name: str, values: Any, rows: int) -> Tensor:
+    wrong = f"the answer's part {name!r} has not {rows} scores"
+    given = _list(values, wrong, rows)
+    return torch.tensor([math.nan if value is None else _number(value, wrong) for value in given])
+
+
+def read_error(body: bytes) -> str:
+    """What a server says went wrong, in one short line."""
+    text = body.decode(errors="replace")
+    with contextlib.suppress(ValueError):
+        told = parse(body)
+        text = str(told["error"]) if isinstance(told, dict) and isinstance(told.get("error"), str) else text
+    return " ".join(visible(text[:1000]).split())[:200]

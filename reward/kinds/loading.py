@@ -1,0 +1,96 @@
+"""Finding a user's function by `file.py:name` or `module:name`, and calling it. Light on purpose: worker processes import
+it."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from steerl.rollout.common.errors import Problem, said, visible
+
+LOGS = ("log_metric", "log_extra")
+"""What TRL hands to functions that want to log."""
+
+
+@dataclass
+class Told:
+    """What a function gave for some rows, and what it logged meanwhile."""
+
+    rows: int
+    result: Any = None
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(visible(str(name)), []).append(float(value))
+
+    def log_extra(self, column: str, values: Iterable[Any]) -> None:
+        plain = (value if isinstance(value, str | int | float | None) else str(value) for value in values)
+        self.extra.setdefault(visible(str(column)), []).extend(itertools.islice(plain, self.rows + 1))
+
+    def log(self, names: Sequence[str]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+    def take(self, result: Any) -> Told:
+        """Keep a result; of a list, a tensor or what may never end (a generator) no more than shows that it is too much."""
+        if not isinstance(result, str | bytes | dict) and hasattr(result, "__iter__") and getattr(result, "ndim", 1) != 0:
+            result = list(itertools.islice(result, self.rows + 1))
+        self.result = result
+        return self
+
+
+def load_function(spec: str, where: str) -> Any:
+    """The callable that `spec` names; a Problem that says which half of it is wrong."""
+    source, _, name = spec.rpartition(":")
+    try:
+        module = _load_file(Path(source), where) if source.endswith(".py") else importlib.import_module(source)
+    except Problem:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name != source.split(".")[0] and error.name != source:
+            raise Problem(f"{where}.function: {source} cannot be imported: {said(error)}") from error
+        raise Problem(f"{where}.function: there is no module {source!r}; a file's name ends in .py, file.py:name") from error
+    except (Exception, SystemExit) as error:
+        raise Problem(f"{where}.function: {source} cannot be imported: {said(error)}") from error
+    found: Any = module
+    for attribute in name.split("."):
+        known = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
+        if not hasattr(found, attribute):
+            close = difflib.get_close_matches(attribute, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "it has: " + (", ".join(known[:10]) or "nothing")
+            raise Problem(f"{where}.function: {source} has no {attribute!r}; {hint}")
+        found = getattr(found, attribute)
+    if not callable(found):
+        raise Problem(f"{where}.function: {spec} is a {type(found).__name__}, not a function")
+    return found
+
+
+def _load_file(path: Path, where: str) -> ModuleType:
+    if not path.is_file():
+        raise Problem(f"{where}.function: there is no file {path} (looked in {Path.cwd()}); give its path")
+    path = path.resolve()
+    # The name tells files of one name in two folders apart, and one file is loaded once however many parts use it.
+    name = f"user_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # so that the file may import its neighbours
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,205 @@
+"""`kind: model`: a reward model, or an ensemble of them.
+
+rollout, texts -> Reader (ids or text) -> Classifier (batches) -> logits (B, labels) -> one label -> output
+                                          one per member, then `combine`: mean | min | mean_minus_std
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from steerl.reward.kinds.classifier import Classifier, load_classifier
+from steerl.reward.kinds.reading import Reader, Reads, Tokens, folders_of, load_tokenizer, vocabulary_of
+from steerl.reward.types import Scores, row_name
+from steerl.reward.weighted_sum import Part
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
+from steerl.rollout.types import Rollout, Texts
+from torch import Tensor
+
+Output = Literal["logit", "probability", "log_probability"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """A sequence-classification model of any architecture."""
+
+    path: str | list[str]
+    """A folder or hub name, an adapter's folder too (its base is loaded with it); several make an ensemble."""
+    tokenizer: str = ""
+    """A folder or hub name when the tokenizer does not lie beside the model."""
+    tokens: Tokens = "auto"
+    """ids: the sampled ids as they are. text: the text through the model's own tokenizer and chat template. auto: ids where
+    the policy's vocabulary is the same, token for token; else text."""
+    reads: Reads = "both"
+    """both: prompt and completion, joined. completion: it alone. pair: the two as a sentence pair (BERT-like models)."""
+    add_eos: bool = False
+    """Texts (not conversations): end rows that stopped by themselves with the model's eos, as trl's RewardTrainer does."""
+    label: str | int | None = None
+    """Which label is the score, by name or number; not needed where there is one."""
+    position: Literal["last", "last_not_pad"] = "last"
+    """Decoders: which token's state is scored. last_not_pad: the last that is not the pad id, where transformers looks; for
+    models trained with pad equal to eos, which were read one token before the eos."""
+    output: Output = "logit"
+    """probability and log_probability: of the label, by softmax (by sigmoid where there is one label)."""
+    batch_size: int = 64
+    too_long: Literal["refuse", "cut"] = "refuse"
+    """Rows over the model's context: refused by name, or cut on their left."""
+    max_tokens: int | None = None
+    """A smaller limit than the model's own context."""
+    empty: float | None = None
+    """The score of rows with an empty completion; without it they are scored as they stand."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto = as the checkpoint was saved."""
+    device: str | None = None
+    attn: str | None = None
+    """Attention implementation: sdpa, eager, flash_attention_2."""
+    allow_new_head: bool = False
+    """Let a model without a score head start with a random one (for trying things out)."""
+    combine: Literal["mean", "min", "mean_minus_std"] = "mean"
+    """Of an ensemble's members."""
+    k: float = 1.0
+    """mean_minus_std: how many standard deviations (population) are taken off the mean."""
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if not self.path or not all(self.path):
+            wrong.append("path: empty; name a folder or hub name")
+        if self.batch_size < 1:
+            wrong.append(f"batch_size: expected at least 1, found {self.batch_size}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            wrong.append(f"max_tokens: expected at least 1, found {self.max_tokens}")
+        if (self.combine != "mean" or self.k != 1.0) and isinstance(self.path, str):
+            wrong.append("combine: without effect on one model; give path a list of models")
+        elif self.k != 1.0 and self.combine != "mean_minus_std":
+            wrong.append(f"k: without effect with combine: {self.combine}")
+        if wrong:
+            raise Problem(*wrong)
+
+    def build(self, where: str, around: Any) -> Part:
+        paths = [self.path] if isinstance(self.path, str) else list(self.path)
+        members = [load_member(self, path, "sequence_classification", where, around.device) for path in paths]
+        for member in members if self.position != "last" else ():
+            if not member.classifier.at_last or member.classifier.pad_id is None:
+                raise Problem(f"{where}.position: {self.position} is for decoders with a pad id; leave it out")
+        reward = ModelReward(self, members, where)
+        return Part("", where, 1.0, reward.score, content=lambda: content_of(members))
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model with its reader, and the label that counts."""
+
+    classifier: Classifier
+    reader: Reader
+    label: int
+
+
+def load_member(settings: Any, path: str, head: str, where: str, device: Any) -> Member:
+    """`settings`: those of a model or process part."""
+    field = where.split(" ")[0]
+    folder, adapter = folders_of(path)
+    device = usable_device(settings.device or device or ("cuda" if torch.cuda.is_available() else "cpu"), field)
+    classifier = load_classifier(
+        folder, adapter, head, field, dtype=settings.dtype, attn=settings.attn, fresh=settings.allow_new_head, device=device,
+        batch_size=settings.batch_size,
+    )  # fmt: skip
+    label = choose_label(classifier, settings.label, field, path)
+    tokenizer = load_tokenizer(settings.tokenizer, [adapter, folder], field)
+    limits = [limit for limit in (classifier.context, settings.max_tokens) if limit is not None]
+    reader = Reader(
+        tokenizer=tokenizer,
+        vocabulary=None if tokenizer is None else vocabulary_of(tokenizer),
+        where=where,
+        tokens=settings.tokens,
+        reads=getattr(settings, "reads", "both"),
+        add_eos=getattr(settings, "add_eos", False),
+        too_long=settings.too_long,
+        context=min(limits) - classifier.needs_eos if limits else None,
+        size=classifier.embedding_size,
+    )
+    return Member(classifier, reader, label)
+
+
+def usable_device(name: Any, field: str) -> torch.device:
+    """The device, which this machine has."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        no_cuda = str(name).startswith("cuda") and not torch.cuda.is_available()
+        why = "this machine has no CUDA" if no_cuda else (str(error) or type(error).__name__).splitlines()[0]
+        raise Problem(f"{field}.device: {str(name)!r} cannot be used: {why:.200}; leave it out, or say cpu") from error
+    return device
+
+
+def content_of(members: Sequence[Member]) -> str:
+    prints = ((model_fingerprint(m.classifier.model), m.reader.tokenizer) for m in members)
+    return values_fingerprint([weights, tokenizer and tokenizer_fingerprint(tokenizer)] for weights, tokenizer in prints)
+
+
+def choose_label(classifier: Classifier, label: str | int | None, field: str, path: str) -> int:
+    names = {int(i): str(name) for i, name in (classifier.config.id2label or {}).items()}
+    known = ", ".join(f"{i} ({names.get(i, '-')})" for i in range(classifier.labels))
+    if label is None:
+        if classifier.labels != 1:
+            raise Problem(f"{field}.label: {path} has {classifier.labels} labels, {known}; choose the one that is the score")
+        return 0
+    if isinstance(label, int) and 0 <= label < classifier.labels:
+        return label
+    found = [i for i, name in names.items() if name == label and i < classifier.labels]
+    if not found:
+        raise Problem(f"{field}.label: {label!r} is no label of {path}; it has {known}")
+    return found[0]
+
+
+def chosen(logits_NL: Tensor, label: int, output: Output) -> Tensor:
+    """(N,): one label's logit, probability or log-probability."""
+    if output == "logit":
+        return logits_NL[:, label]
+    logprobs_NL = torch.nn.functional.logsigmoid(logits_NL) if logits_NL.shape[1] == 1 else logits_NL.log_softmax(1)
+    return logprobs_NL[:, label] if output == "log_probability" else logprobs_NL[:, label].exp()
+
+
+@dataclass(frozen=True)
+class ModelReward:
+    settings: ModelSettings
+    members: list[Member]
+    where: str
+
+    def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
+        if not len(rollout):
+            return Scores(torch.zeros(0))
+        empty = [i for i, text in enumerate(texts.completions) if not text] if self.settings.empty is not None else []
+        scored = [i for i in range(len(rollout)) if i not in set(empty)]
+        columns = (
+            [self._member(m, rollout.select(scored), texts.select(scored), vocabulary) for m in self.members] if scored else []
+        )
+        found_MB = torch.full((len(self.members), len(rollout)), float(self.settings.empty or 0.0))
+        if scored:
+            found_MB[:, scored] = torch.stack(columns)
+        bad = torch.nonzero(~found_MB.isfinite().all(0)).flatten().tolist()
+        if bad:
+            value = found_MB[:, bad[0]].tolist()
+            raise Problem(
+                f"{self.where}: {row_name(rollout, bad[0])} scored {value}; the model's weights or dtype overflow, try float32"
+            )
+        parts = {str(i): column for i, column in enumerate(found_MB)} if len(self.members) > 1 else {}
+        return Scores(self._combined(found_MB), parts)
+
+    def _member(self, member: Member, rollout: Rollout, texts: Texts, vocabulary: str | None) -> Tensor:
+        rows = member.reader(rollout, texts, vocabulary)
+        return chosen(
+            member.classifier.per_row(rows, self.settings.position == "last_not_pad"), member.label, self.settings.output
+        )
+
+    def _combined(self, found_MB: Tensor) -> Tensor:
+        if self.settings.combine == "min":
+            return found_MB.min(0).values
+        mean_B = found_MB.mean(0)
+        if self.settings.combine == "mean":
+            return mean_B
+        return mean_B - self.settings.k * found_MB.std(0, correction=0)

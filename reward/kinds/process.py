@@ -1,0 +1,117 @@
+"""`kind: process`: a process reward model, a token classifier that judges every step of a response.
+
+    step     tokens up to one that holds `separator`; without a separator every token is a step
+    value    the chosen label's output at the step's last token; there it is earned, so the reward is dense
+    reduce   sum (dense), or one number per response: mean, min, last, product
+
+The model reads the sampled ids, so its vocabulary must be the policy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from steerl.reward.kinds.model import Member, Output, chosen, content_of, load_member
+from steerl.reward.types import Scores, row_name
+from steerl.reward.weighted_sum import Part
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.prompts.chat import Speller
+from steerl.rollout.types import Rollout, Texts
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSettings:
+    """A token-classification model of any architecture."""
+
+    path: str
+    """A folder or hub name, an adapter's folder too."""
+    tokenizer: str = ""
+    """A folder or hub name when the tokenizer does not lie beside the model."""
+    tokens: Literal["auto", "ids"] = "auto"
+    """auto: an error where the vocabularies differ. ids: read the sampled ids whatever the tokenizer says."""
+    separator: str | None = None
+    """What ends a step, such as "\\n\\n"; the response's end ends one too."""
+    label: str | int | None = None
+    """Which label is the value, by name or number; not needed where there is one."""
+    output: Output = "logit"
+    reduce: Literal["sum", "mean", "min", "last", "product"] = "sum"
+    """sum: every step's value is earned at its last token. The others give one number, earned at the response's end."""
+    batch_size: int = 64
+    too_long: Literal["refuse"] = "refuse"
+    max_tokens: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    attn: str | None = None
+    allow_new_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.separator == "":
+            raise Problem("separator: empty; leave it out to judge every token")
+        if self.batch_size < 1:
+            raise Problem(f"batch_size: expected at least 1, found {self.batch_size}")
+
+    def build(self, where: str, around: Any) -> Part:
+        member = load_member(self, self.path, "token_classification", where, around.device)
+        if self.separator is not None and member.reader.tokenizer is None:
+            raise Problem(f"{where}.tokenizer: missing; the model's folder has none, and steps are found by their text")
+        return Part("", where, 1.0, ProcessReward(self, member, where).score, content=lambda: content_of([member]))
+
+
+@dataclass(frozen=True)
+class ProcessReward:
+    settings: ProcessSettings
+    member: Member
+    where: str
+
+    def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
+        if not len(rollout):
+            return Scores(torch.zeros(0))
+        if not rollout.lengths_B.all():
+            empty = int((rollout.lengths_B == 0).nonzero()[0])
+            raise Problem(
+                f"{self.where}: {row_name(rollout, empty)} has no sampled ids, and a process reward is given by token"
+            )
+        if self.settings.tokens == "auto" and vocabulary != self.member.reader.vocabulary:
+            raise Problem(
+                f"{self.where}.tokens: the model's vocabulary is not the policy's, so it cannot read the sampled ids; "
+                "use a process reward model of the policy's family"
+            )
+        rows = self.member.reader(rollout, texts, self.member.reader.vocabulary)
+        assert rows.responses is not None
+        tokens_BR = torch.zeros(rollout.response_BR.shape)
+        total_B = torch.zeros(len(rollout))
+        for i, logits_SL in enumerate(self.member.classifier.per_token(rows)):
+            values_R = chosen(logits_SL[rows.responses[i] :], self.member.label, self.settings.output)
+            if not values_R.isfinite().all():
+                raise Problem(f"{self.where}: {row_name(rollout, i)} has a value that is not finite; try dtype: float32")
+            steps = self._steps(rows.ids[i][rows.responses[i] :], rows.ids[i][: rows.responses[i]])
+            tokens_BR[i, steps] = values_R[steps]
+            total_B[i] = self._reduced(values_R[steps])
+        return Scores(total_B, tokens_BR=tokens_BR if self.settings.reduce == "sum" else None)
+
+    def _steps(self, ids: list[int], prompt_ids: list[int]) -> list[int]:
+        """Where steps end: the tokens that complete a separator, and the last one."""
+        if self.settings.separator is None:
+            return list(range(len(ids)))
+        ends, speller = [], Speller(self.member.reader.tokenizer)
+        start, before = 0, speller.tail(prompt_ids)
+        for position in range(len(ids)):
+            if self.settings.separator in speller.after(before, ids[start : position + 1], skip=False):
+                ends.append(position)
+                start, before = position + 1, speller.tail([*prompt_ids, *ids[: position + 1]])
+        return ends if ends and ends[-1] == len(ids) - 1 else [*ends, len(ids) - 1]
+
+    def _reduced(self, values_N: Tensor) -> Tensor:
+        if self.settings.reduce == "last":
+            return values_N[-1]
+        folds: dict[str, Callable[[Tensor], Tensor]] = {
+            "sum": torch.sum,
+            "mean": torch.mean,
+            "min": torch.min,
+            "product": torch.prod,
+        }
+        return folds[self.settings.reduce](values_N)

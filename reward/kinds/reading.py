@@ -1,0 +1,164 @@
+"""What a reward model reads: the sampled ids as they are, or the text through the reward model's own tokenizer.
+
+    ids    prompt ids + response ids, the stop token included            when both tokenizers have one vocabulary
+    text   a conversation -> the reward model's chat template            otherwise, or `tokens: text`
+           a text         -> prompt + completion, with the tokenizer's own special tokens
+
+Either way a row that does not fit the model's context is refused by name, or cut on its left with `too_long: cut`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from steerl.reward.kinds.function import is_conversation
+from steerl.reward.types import has_ids, row_name
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.model import adapters, auto_classes
+from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, conversation_ids
+from steerl.rollout.types import Rollout, Texts
+
+Tokens = Literal["auto", "ids", "text"]
+Reads = Literal["both", "completion", "pair"]
+_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def vocabulary_of(tokenizer: Any) -> str:
+    """Equal for tokenizers that map the same tokens to the same ids, whatever roles their special tokens have."""
+    table = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(table.encode()).hexdigest()
+
+
+def load_tokenizer(path: str, beside: Sequence[str], where: str) -> Any:
+    """The tokenizer named by `path`, or the one that lies beside the model; None where there is none."""
+    folders = (
+        [path] if path else [f for f in beside if f and (not Path(f).is_dir() or any((Path(f) / n).is_file() for n in _FILES))]
+    )
+    if not folders:
+        return None
+    return auto_classes.load_tokenizer(folders[0], f"{where}.tokenizer" if path else f"{where}.path")
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What the model reads, row by row."""
+
+    ids: list[list[int]]
+    types: list[list[int]] | None = None
+    """Segment ids, where the tokenizer gives them."""
+    responses: list[int] | None = None
+    """Where each row's response begins; None where the rows are text, whose tokens are not the sampled ones."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """rollout and texts -> Sequences."""
+
+    tokenizer: Any
+    """None: only ids can be read."""
+    vocabulary: str | None
+    where: str
+    tokens: Tokens = "auto"
+    reads: Reads = "both"
+    add_eos: bool = False
+    too_long: Literal["refuse", "cut"] = "refuse"
+    context: int | None = None
+    size: int = 0
+    """Rows of the model's embedding."""
+
+    def __call__(self, rollout: Rollout, texts: Texts, vocabulary: str | None) -> Sequences:
+        found = self._ids(rollout) if self._reads_ids(rollout, vocabulary) else self._text(rollout, texts)
+        return self._fitted(found, rollout)
+
+    def _reads_ids(self, rollout: Rollout, vocabulary: str | None) -> bool:
+        if self.tokens == "ids":
+            if not has_ids(rollout):
+                raise Problem(f"{self.where}.tokens: ids, but these texts come without ids; use tokens: text")
+            return True
+        if self.tokens == "auto" and self.reads == "both" and vocabulary is not None and has_ids(rollout):
+            if self.tokenizer is None:
+                raise Problem(f"{self.where}.tokenizer: missing; the model's folder has none, so name one, or say tokens: ids")
+            return vocabulary == self.vocabulary
+        return False
+
+    def _ids(self, rollout: Rollout) -> Sequences:
+        prompts = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)]
+        if rollout.is_encoder_decoder:
+            # The encoder's closing token ends its input, not the text that goes on with the response.
+            end = getattr(self.tokenizer, "eos_token_id", None)
+            prompts = [ids[:-1] if ids and ids[-1] == end else ids for ids in prompts]
+        if self.reads == "completion":
+            prompts = [[] for _ in prompts]
+        responses = [ids[:n] for ids, n in zip(rollout.response_BR.tolist(), rollout.lengths_B.tolist(), strict=True)]
+        return Sequences([p + r for p, r in zip(prompts, responses, strict=True)], responses=[len(p) for p in prompts])
+
+    def _text(self, rollout: Rollout, texts: Texts) -> Sequences:
+        if self.tokenizer is None:
+            raise Problem(f"{self.where}.tokenizer: missing; the model's folder has none, and the rows are to be read as text")
+        ended = rollout.ended_B.tolist()
+        rows = [self._encode(texts, i, ended[i], row_name(rollout, i)) for i in range(len(texts))]
+        types = [types for _, types in rows]
+        return Sequences([ids for ids, _ in rows], None if any(t is None for t in types) else types)  # type: ignore[arg-type]
+
+    def _encode(self, texts: Texts, index: int, ended: bool, row: str) -> tuple[list[int], list[int] | None]:
+        prompt, completion, tokenizer = texts.prompts[index], texts.completions[index], self.tokenizer
+        if self.reads == "both" and is_conversation(prompt) and tokenizer.chat_template:
+            tools, extra = (texts.columns[name][index] if name in texts.columns else None for name in TEMPLATE_COLUMNS)
+            said = answered(prompt, completion, extra, texts.prompt_texts[index])
+            where = f"{self.where}: {row}"
+            return conversation_ids(tokenizer, said, tools, extra, whole=True, where=where), None
+        text = prompt if isinstance(prompt, str) else texts.prompt_texts[index]
+        if self.reads == "pair":
+            encoded = tokenizer(text, completion)
+        else:
+            whole = completion if self.reads == "completion" else text + completion
+            # A prompt that another template rendered may begin with the very token that this tokenizer would add.
+            rendered = bool(tokenizer.bos_token) and whole.startswith(tokenizer.bos_token)
+            encoded = tokenizer(whole, add_special_tokens=not rendered)
+        ids = list(encoded["input_ids"])
+        types = list(encoded["token_type_ids"]) if "token_type_ids" in encoded else None
+        if self.add_eos and ended and ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+            types = types + types[-1:] if types else types
+        return ids, types
+
+    def _fitted(self, found: Sequences, rollout: Rollout) -> Sequences:
+        for index, ids in enumerate(found.ids):
+            name = row_name(rollout, index)
+            if not ids:
+                raise Problem(f"{self.where}: {name} is empty: there is no token to score; leave the row out")
+            if self.size and max(ids) >= self.size:
+                raise Problem(
+                    f"{self.where}: {name} has token id {max(ids)}, but the model has {self.size} ids; use tokens: text"
+                )
+            if self.context is None or len(ids) <= self.context:
+                continue
+            if self.too_long == "refuse":
+                lengths = f"{len(ids)} tokens, the model reads {self.context}"
+                raise Problem(f"{self.where}: {name} has {lengths}; shorten it, or set too_long: cut")
+            self._cut(found, index, self.context)
+        return found
+
+    def _cut(self, found: Sequences, index: int, context: int) -> None:
+        """The last `context` tokens, after a leading bos or cls if there is one."""
+        ids, over = found.ids[index], len(found.ids[index]) - context
+        tokenizer = self.tokenizer
+        opening = {getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "cls_token_id", None)} - {None}
+        kept = 1 if ids[0] in opening and context > 1 else 0
+        found.ids[index] = ids[:kept] + ids[kept + over :]
+        if found.types is not None:
+            found.types[index] = found.types[index][:kept] + found.types[index][kept + over :]
+        if found.responses is not None:
+            found.responses[index] = max(found.responses[index] - over, kept)
+
+
+def folders_of(path: str) -> tuple[str, str]:
+    """(model, adapter): an adapter's folder names its base."""
+    if adapters.is_adapter_folder(path):
+        return adapters.base_of(path), path
+    return path, ""

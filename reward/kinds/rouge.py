@@ -1,0 +1,50 @@
+"""ROUGE of summaries against references, by the maintained rouge_score package: as a report, and as a reward.
+
+reward:
+  - {name: rouge, kind: function, function: "steerl.reward.kinds.rouge:rouge_l"}     # references in the data's column `summary`
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from steerl.rollout.common.errors import Problem
+
+KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+COLUMNS = ("summary", "reference", "completion", "highlights")
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Mean F-measure of each kind over the rows, from 0 to 1."""
+    if len(predictions) != len(references) or not references:
+        raise Problem(f"rouge: {len(predictions)} predictions and {len(references)} references; give as many, and at least one")
+    rows = [_scorer().score(_lines(r), _lines(p)) for p, r in zip(predictions, references, strict=True)]
+    return {kind: sum(row[kind].fmeasure for row in rows) / len(rows) for kind in KINDS}
+
+
+def rouge_l(prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[str]) -> list[float]:
+    """ROUGE-L of each completion against its row's reference summary."""
+    name = next((name for name in COLUMNS if name in columns), None)
+    if name is None:
+        raise Problem(
+            f"rouge_l: the data has no reference, a column named {' or '.join(COLUMNS)}; it has: {', '.join(columns)}"
+        )
+    pairs = zip(completions, columns[name], strict=True)
+    return [_scorer().score(reference, completion)["rougeL"].fmeasure for completion, reference in pairs]
+
+
+@functools.cache
+def _scorer() -> Any:
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise Problem("ROUGE needs the package rouge_score; pip install 'steerl[rouge]'") from error
+    return rouge_scorer.RougeScorer(list(KINDS), use_stemmer=True)
+
+
+def _lines(text: str) -> str:
+    """A sentence a line, as rougeLsum wants it."""
+    return "\n".join(part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part)

@@ -1,0 +1,326 @@
+"""Rewards that can be verified: exact answer, number, pattern, JSON, length, repetition, keywords.
+
+Every rule looks at one row: completion (and a column of the data) -> a number, usually 1 for right and 0 for wrong; None
+where the row's column is empty, so the rule does not apply. A row that a rule cannot judge (a pattern that runs over its
+time, an answer that holds no number) gets `fallback` and is told by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import regex
+from steerl.reward.kinds.numbers import numbers_in
+from steerl.reward.types import Failure, Scores, check_seconds, has_ids, settle
+from steerl.reward.weighted_sum import Part
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.types import Rollout, Texts
+
+_FAILURES = (ValueError, TypeError, ArithmeticError, RecursionError, TimeoutError)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a rule may look at."""
+
+    completion: str
+    columns: dict[str, Any]
+    ids: list[int] | None
+    """The sampled ids, the stop token included; None where the texts came without."""
+    where: str
+
+    def column(self, name: str) -> Any:
+        if name not in self.columns:
+            known = ", ".join(self.columns) or "none"
+            raise Problem(f"{self.where}.column: {name!r} is no column of the data (columns: {known})")
+        return self.columns[name]
+
+
+@dataclass(frozen=True)
+class RuleReward:
+    judge: Callable[[Row], float | None]
+    fallback: float
+    where: str
+
+    def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
+        have_ids = has_ids(rollout)
+        lengths = rollout.lengths_B.tolist()
+        responses = rollout.response_BR.tolist()
+        values: list[Any] = []
+        for i, completion in enumerate(texts.completions):
+            columns = {name: column[i] for name, column in texts.columns.items()}
+            row = Row(completion, columns, responses[i][: lengths[i]] if have_ids else None, self.where.split(" ")[0])
+            try:
+                values.append(self.judge(row))
+            except Problem:
+                raise
+            except _FAILURES as error:
+                late = isinstance(error, TimeoutError)
+                values.append(Failure("the pattern ran over its time" if late else f"{type(error).__name__}: {error!s:.100}"))
+        return settle(values, rollout, self.where, self.fallback)
+
+
+def _part(rule: Any, where: str) -> Part:
+    return Part("", where, 1.0, RuleReward(rule.judge, rule.fallback, where).score)
+
+
+def _compiled(pattern: str, field: str, ignore_case: bool = False) -> Any:
+    try:
+        # The regex package, which reads the same patterns as re: its searches can be given a time limit.
+        return regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
+    except regex.error as error:
+        raise Problem(f"{field}: {pattern!r} is no regular expression: {error}") from error
+
+
+def _extracted(text: str, pattern: str | None, timeout: float) -> str | None:
+    """What the pattern's first group holds (the whole match without groups) at its last match; None without a match."""
+    if pattern is None:
+        return text
+    matches = list(_compiled(pattern, "pattern").finditer(text, timeout=timeout))
+    if not matches:
+        return None
+    return matches[-1].group(1) if matches[-1].re.groups else matches[-1].group()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """The completion is the row's answer, or one of its answers where the column holds a list."""
+
+    column: str = "answer"
+    pattern: str | None = None
+    """Where the answer stands in the completion: the first group of the last match."""
+    ignore_case: bool = False
+    strip: bool = True
+    """Blanks at both ends do not count."""
+    right: float = 1.0
+    wrong: float = 0.0
+    timeout: float = 1.0
+    """Seconds that the pattern may take in a row."""
+    fallback: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_seconds(self.timeout)
+        if self.pattern is not None:
+            _compiled(self.pattern, "pattern")
+
+    def build(self, where: str, around: Any) -> Part:
+        return _part(self, where)
+
+    def judge(self, row: Row) -> float | None:
+        answer = row.column(self.column)
+        if answer is None:
+            return None
+        accepted = [self._plain(str(a)) for a in (answer if isinstance(answer, list | tuple) else [answer])]
+        given = _extracted(row.completion, self.pattern, self.timeout)
+        return self.right if given is not None and self._plain(given) in accepted else self.wrong
+
+    def _plain(self, text: str) -> str:
+        text = text.strip() if self.strip else text
+        return text.casefold() if self.ignore_case else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numeric:
+    """A number of the completion equals the row's, which is a number or a text whose last number counts."""
+
+    column: str = "answer"
+    pattern: str | None = None
+    """Where to look: the first group of the last match."""
+    which: Literal["last", "first"] = "last"
+    """Which number of the completion counts."""
+    tolerance: float = 0.0
+    relative: float = 0.0
+    """Allowed distance, absolute and as a share of the answer; the larger counts."""
+    right: float = 1.0
+    wrong: float = 0.0
+    timeout: float = 1.0
+    fallback: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_seconds(self.timeout)
+        if self.pattern is not None:
+            _compiled(self.pattern, "pattern")
+        for name in ("tolerance", "relative"):
+            if getattr(self, name) < 0:
+                raise Problem(f"{name}: expected 0 or more, found {getattr(self, name)}")
+
+    def build(self, where: str, around: Any) -> Part:
+        return _part(self, where)
+
+    def judge(self, row: Row) -> float | None:
+        answer = row.column(self.column)
+        if answer is None:
+            return None
+        wanted = numbers_in(str(answer))
+        if not wanted or isinstance(answer, bool):
+            raise ValueError(f"the answer {answer!r:.60} holds no number")
+        found = numbers_in(_extracted(row.completion, self.pattern, self.timeout) or "")
+        if not found:
+            return self.wrong
+        given = found[-1 if self.which == "last" else 0]
+        allowed = max(Fraction(str(self.tolerance)), Fraction(str(self.relative)) * abs(wanted[-1]))
+        return self.right if abs(given - wanted[-1]) <= allowed else self.wrong
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regex:
+    """The completion matches a regular expression."""
+
+    pattern: str
+    mode: Literal["search", "match", "fullmatch"] = "search"
+    """Anywhere, from the beginning, or the whole completion."""
+    ignore_case: bool = False
+    right: float = 1.0
+    wrong: float = 0.0
+    timeout: float = 1.0
+    """Seconds that the pattern may take in a row."""
+    fallback: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_seconds(self.timeout)
+        _compiled(self.pattern, "pattern")
+
+    def build(self, where: str, around: Any) -> Part:
+        return _part(self, where)
+
+    def judge(self, row: Row) -> float | None:
+        pattern = _compiled(self.pattern, "pattern", self.ignore_case)
+        return self.right if getattr(pattern, self.mode)(row.completion, timeout=self.timeout) else self.wrong
+
+
+_FENCE = re.compile(r"\A\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*\Z", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Json:
+    """The completion is one JSON value, by the standard (NaN and Infinity are none)."""
+
+    keys: list[str] | None = None
+    """The value must be an object with these keys."""
+    fence: bool = False
+    """A code fence around the value is allowed."""
+    right: float = 1.0
+    wrong: float = 0.0
+    fallback: float = 0.0
+
+    def build(self, where: str, around: Any) -> Part:
+        return _part(self, where)
+
+    def judge(self, row: Row) -> float | None:
+        fenced = _FENCE.match(row.completion) if self.fence else None
+        try:
+            # Numbers stay text: a whole number of 5,000 digits is JSON, though Python would not read it.
+            value = json.loads(fenced[1] if fenced else row.completion, parse_constant=_refuse, parse_int=str)
+        except json.JSONDecodeError:
+            return self.wrong
+        except ValueError:  # _refuse
+            return self.wrong
+        if self.keys is not None and not (isinstance(value, dict) and all(key in value for key in self.keys)):
+            return self.wrong
+        return self.right
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+Unit = Literal["tokens", "words", "characters"]
+
+
+def _pieces(row: Row, unit: Unit) -> list[Any]:
+    if unit == "words":
+        return row.completion.split()
+    if unit == "characters":
+        return list(row.completion)
+    if row.ids is None:
+        raise Problem(f"{row.where}.unit: tokens, but these texts come without ids; use words or characters")
+    return row.ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """1 inside the window; outside 0, or falling to 0 over `soft` units."""
+
+    min: int = 0
+    max: int | None = None
+    unit: Unit = "tokens"
+    """tokens: those sampled, the stop token included."""
+    soft: int = 0
+    fallback: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.min < 0 or self.soft < 0:
+            raise Problem(
+                f"{'min' if self.min < 0 else 'soft'}: expected 0 or more, found {self.min if self.min < 0 else self.soft}"
+            )
+        if self.max is not None and self.max < self.min:
+            raise Problem(f"max: expected at least min = {self.min}, found {self.max}")
+        if self.max is None and self.min == 0:
+            raise Problem("max: missing, and min is 0: every length would be right; set one of them")
+
+    def build(self, where: str, around: Any) -> Part:
+        return _part(self, where)
+
+    def judge(self, row: Row) -> float | None:
+        length = len(_pieces(row, self.unit))
+        outside = max(self.min - length, 0 if self.max is None else length - self.max, 0)
+        return 1.0 if outside == 0 else max(0.0, 1.0 - outside / self.soft) if self.soft else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repetition:
+    """The share of n-grams that are new where they stand: 1 without repetition, near 0 for a loop."""
+
+    n: int = 3
+    unit: Unit = "words"
+    fallback: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise Problem(f"n: expected at least 1, found {self.n}")
+
+    def build(self, where: str, around: Any) -> Part:
+        return _part(self, where)
+
+    def judge(self, row: Row) -> float | None:
+        pieces = _pieces(row, self.unit)
+        grams = [tuple(pieces[i : i + self.n]) for i in range(len(pieces) - self.n + 1)]
+        return len(set(grams)) / len(grams) if grams else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keywords:
+    """How many of the words the completion has."""
+
+    words: list[str]
+    count: Literal["distinct", "all"] = "distinct"
+    """distinct: each word once. all: every time it stands there."""
+    cap: int | None = None
+    """The most that is counted."""
+    ignore_case: bool = True
+    whole_words: bool = True
+    fallback: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.words or not all(word.strip() for word in self.words):
+            raise Problem(f"words: expected words, found {list(self.words)}")
+        if self.cap is not None and self.cap < 1:
+            raise Problem(f"cap: expected at least 1, found {self.cap}")
+
+    def build(self, where: str, around: Any) -> Part:
+        return _part(self, where)
+
+    def judge(self, row: Row) -> float | None:
+        found: Counter[str] = Counter()
+        for word in dict.fromkeys(w.casefold() if self.ignore_case else w for w in self.words):
+            text = row.completion.casefold() if self.ignore_case else row.completion
+            edges = (r"(?<!\w)", r"(?!\w)") if self.whole_words else ("", "")
+            found[word] = len(re.findall(edges[0] + re.escape(word) + edges[1], text))
+        total = sum(found.values()) if self.count == "all" else sum(1 for times in found.values() if times)
+        return float(total if self.cap is None else min(total, self.cap))

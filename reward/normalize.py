@@ -1,0 +1,148 @@
+"""Normalisation and clipping of a part's values, before its weight. All of it is off unless asked for.
+
+    normalise: {mean: 0.3, std: 1.2}       (value - mean) / std with numbers in hand
+    normalise: {reference: FILE}           the same, measured once on a file of reference prompts and completions
+    normalise: running                     mean and std of all values so far, this call's included, over all ranks;
+                                           evaluation does not count; the state is part of the checkpoint
+    clip: [-3, 3]                          after it
+
+Values that do not apply to a row (NaN) are left as they are and never measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from steerl.reward.weighted_sum import Part
+
+logger = logging.getLogger(__name__)
+LEAST = 1e-8
+"""A standard deviation under this counts as none: values are centred and not scaled."""
+
+
+def check_shape(normalise: Any, clip: Any) -> list[str]:
+    """What is wrong with the two settings, a line each that begins with the field's name."""
+    wrong = []
+    if isinstance(normalise, str) and normalise != "running":
+        wrong.append(f"normalise: unknown value {normalise!r}; write running, {{mean: m, std: s}} or {{reference: FILE}}")
+    if isinstance(normalise, Mapping):
+        keys = set(normalise)
+        if keys == {"mean", "std"}:
+            numbers = [normalise["mean"], normalise["std"]]
+            if not all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
+                wrong.append(f"normalise: expected two numbers, found {dict(normalise)}")
+            elif normalise["std"] <= 0:
+                wrong.append(f"normalise.std: expected more than 0, found {normalise['std']}")
+        elif "reference" not in keys:
+            wrong.append(f"normalise: expected {{mean: m, std: s}} or {{reference: FILE}}, found {dict(normalise)}")
+    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
+        wrong.append(f"clip: expected [low, high] with low under high, found {clip}")
+    return wrong
+
+
+@dataclass
+class Running:
+    """Count, mean and sum of squared deviations of everything seen."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values_N: Tensor) -> None:
+        """One set of values, over all ranks: every rank must call, with or without values of its own."""
+        own = values_N.double()
+        told = torch.stack([torch.tensor(float(len(own)), dtype=torch.float64), own.sum().cpu()])
+        count, total = processes.sum_(told.to(processes.start().device)).tolist()
+        if not count:
+            # Still in step with the other ranks: nobody has values, so nobody makes the second call.
+            return
+        mean = total / count
+        deviations = (own.cpu() - mean).square().sum().reshape(1)
+        squares = processes.sum_(deviations.to(processes.start().device)).item()
+        shift, joined = mean - self.mean, self.count + count
+        self.squares += squares + shift * shift * self.count * count / joined
+        self.mean += shift * count / joined
+        self.count = joined
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self.squares / self.count) if self.count else 1.0
+
+
+@dataclass
+class Shape:
+    """values -> (values - mean) / std -> clipped."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    clip: tuple[float, float] | None = None
+    running: Running | None = field(default=None)
+
+    @staticmethod
+    def of(normalise: Any, clip: Any, part: Part, where: str) -> Shape:
+        bounds = None if clip is None else (float(clip[0]), float(clip[1]))
+        if normalise is None:
+            return Shape(clip=bounds)
+        if normalise == "running":
+            return Shape(clip=bounds, running=Running())
+        if "reference" not in normalise:
+            return Shape(float(normalise["mean"]), float(normalise["std"]), bounds)
+        mean, std = measure(normalise, part, where)
+        logger.info("%s: reference responses score %.6g on average, standard deviation %.6g", where, mean, std)
+        return Shape(mean, std, bounds)
+
+    @property
+    def is_running(self) -> bool:
+        return self.running is not None
+
+    def still(self) -> Shape:
+        """The same for now, which nothing that is scored changes."""
+        return self if self.running is None else Shape(self.running.mean, self.running.std, self.clip)
+
+    def __call__(self, values_B: Tensor) -> Tensor:
+        mean, std = self.mean, self.std
+        if self.running is not None:
+            self.running.add(values_B[~values_B.isnan()])
+            mean, std = self.running.mean, self.running.std
+        values_B = (values_B.double() - mean) / (std if std > LEAST else 1.0)
+        return (values_B if self.clip is None else values_B.clamp(*self.clip)).float()
+
+    def state_dict(self) -> dict[str, float]:
+        return vars(self.running).copy() if self.running is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.running = Running(**state)
+
+
+def measure(normalise: Mapping[str, Any], part: Part, where: str) -> tuple[float, float]:
+    """Mean and standard deviation of the part on a file of reference prompts and completions."""
+    import asyncio
+
+    from steerl.reward.jobs.texts import TextSettings, load_texts
+
+    given = {name: value for name, value in normalise.items() if name != "reference"}
+    known = {spot.name for spot in fields(TextSettings)} - {"path"}
+    if set(given) - known:
+        unknown = ", ".join(sorted(set(given) - known))
+        raise Problem(f"{where}.normalise: unknown {unknown}; beside reference it takes {', '.join(sorted(known))}")
+    table = load_texts(TextSettings(path=str(normalise["reference"]), **given), f"{where}.normalise")
+    rollout, texts = table.batch(range(len(table)))
+    scores = part.score(rollout, texts, None)
+    if part.is_async:
+        scores = asyncio.run(scores)
+    values = scores.total_B[~scores.total_B.isnan()].double()
+    std = values.std(correction=0).item() if len(values) > 1 else 0.0
+    if std <= LEAST:
+        found = f"{len(values)} scored row(s) with standard deviation {std}"
+        raise Problem(f"{where}.normalise.reference: {found}; name more, or varied, texts")
+    return values.mean().item(), std

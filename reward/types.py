@@ -1,0 +1,249 @@
+"""Scores, what a reward gives; the Reward protocol; and `build_reward`, from the `reward:` list to one reward.
+
+    reward:                                       build_reward            reward(rollout, texts)
+      - {kind: model, path: DIR}                 ------------->  Reward  ----------------------->  Scores
+      - {kind: regex, pattern: ..., weight: 0.2}                (mixture.py)                       total_B, parts, tokens_BR
+
+A reward is anything callable `reward(rollout, texts) -> Scores`. A part that does not apply to a row (a function gave
+None) is NaN in `parts`, adds nothing to that row's total and is left out of the part's mean; a row to which no part
+applies is refused by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from steerl.rollout.common.errors import Problem, visible
+from steerl.rollout.types import Rollout, Texts
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from steerl.reward.weighted_sum import WeightedSum
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number per row, the named parts it is made of and, for dense rewards, what each action earned."""
+
+    total_B: Tensor
+    """float32, finite. Where tokens_BR is given: its sum over the row."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """(B,) float32 each, before weighting; NaN where a part does not apply. `<part>.raw`: before normalisation, too."""
+    tokens_BR: Tensor | None = None
+    """The whole reward, action by action, 0 beyond a row's end. None: the total sits on the last action."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time that each part took."""
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    """Rows of each part that raised, hung or gave no number and got the part's `fallback` instead."""
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """`<part>/<name>`: numbers that functions gave to `log_metric`; their mean over all rows and ranks is logged."""
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    """`<part>/<column>`: what functions gave to `log_extra`, a value per row; None where there is none."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total_B", _column("total_B", self.total_B, None))
+        rows = len(self.total_B)
+        object.__setattr__(self, "parts", {visible(str(n)): _column(f"parts[{n!r}]", v, rows) for n, v in self.parts.items()})
+        if self.tokens_BR is not None:
+            tokens = self.tokens_BR
+            if not isinstance(tokens, Tensor) or tokens.dim() != 2 or len(tokens) != rows:
+                found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+                raise Problem(f"Scores.tokens_BR: expected a tensor of shape ({rows}, R), found {found}")
+            object.__setattr__(self, "tokens_BR", tokens.float())
+
+    def __len__(self) -> int:
+        return len(self.total_B)
+
+    def per_token(self, rollout: Rollout) -> Tensor:
+        """(B, R): what each action earned; a total without tokens sits on the last action. Empty rows earn nothing."""
+        if self.tokens_BR is not None:
+            return torch.where(rollout.mask_BR, self.tokens_BR, torch.zeros_like(self.tokens_BR))
+        return on_last_action(self.total_B, rollout)
+
+    def to(self, device: torch.device | str) -> Scores:
+        return Scores(
+            self.total_B.to(device),
+            {name: values.to(device) for name, values in self.parts.items()},
+            None if self.tokens_BR is None else self.tokens_BR.to(device),
+            self.seconds,
+            self.fallbacks,
+            self.metrics,
+            self.extra,
+        )
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """What a job needs: `total_B` in the order of the rollout's rows."""
+
+    def __call__(self, rollout: Rollout, texts: Texts) -> Scores: ...
+
+
+def on_last_action(values_B: Tensor, rollout: Rollout) -> Tensor:
+    """(B, R) with `values_B` on each row's last action (the stop token, or the last token of a cut row), 0 elsewhere."""
+    mask_BR = rollout.mask_BR
+    left_BR = mask_BR.flip(1).cumsum(1).flip(1)
+    return torch.where(mask_BR & (left_BR == 1), values_B.to(rollout.device)[:, None], 0.0)
+
+
+def missing_stop_penalty(ended_B: Tensor, penalty: float) -> Tensor:
+    """What is added to the total of each row: -penalty where it was cut at the limit, 0 where it stopped by itself."""
+    return torch.where(ended_B, 0.0, -float(penalty))
+
+
+def has_ids(rollout: Rollout) -> bool:
+    """Whether the rows were sampled. Texts that were not (`reward.texts`) come in a rollout of width 0."""
+    return rollout.prompt_width + rollout.response_width > 0
+
+
+def row_name(rollout: Rollout, index: int) -> str:
+    """How messages call a row: its place in the dataset and which sample of it."""
+    return f"row {int(rollout.row_B[index])} sample {int(rollout.sample_B[index])}"
+
+
+def _column(name: str, values: Any, rows: int | None) -> Tensor:
+    if not isinstance(values, Tensor) or values.dim() != 1 or (rows is not None and len(values) != rows):
+        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise Problem(f"Scores.{name}: expected a tensor of shape ({'B' if rows is None else rows},), found {found}")
+    return values.detach().float()
+
+
+# -- numbers that parts hand in -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a row has no score."""
+
+    reason: str
+
+
+def settle(values: Sequence[Any], rollout: Rollout, where: str, fallback: float | None) -> Scores:
+    """One number per row out of what was handed in: a number; None (does not apply); a Failure or no number (fallback)."""
+    if len(values) != len(rollout):
+        found = f"{len(values)} scores" if len(values) < len(rollout) else "more scores than one per row"
+        raise Problem(f"{where}: gave {found} for {len(rollout)} rows; give one per row")
+    settled: list[float] = []
+    failed: list[str] = []
+    for index, value in enumerate(values):
+        number, reason = _number(value)
+        if reason:
+            failed.append(f"{row_name(rollout, index)}: {visible(reason)}")
+            number = math.nan if fallback is None else fallback
+        settled.append(number)
+    if failed and fallback is None:
+        more = f" (and {len(failed) - 1} more of {len(values)} rows)" if len(failed) > 1 else ""
+        raise Problem(f"{where}: {failed[0]}{more}; mend it, or set `fallback` to the score that such rows are to get")
+    if failed:
+        shown = "; ".join(failed[:3]) + ("; ..." if len(failed) > 3 else "")
+        logger.warning("%s: %d of %d rows got the fallback %s: %s", where, len(failed), len(values), fallback, shown)
+    total_B = torch.tensor(settled, dtype=torch.float64).float()
+    return Scores(total_B.to(rollout.device), fallbacks={"": len(failed)} if failed else {})
+
+
+def _number(value: Any) -> tuple[float, str]:
+    """(number, "") or (nan, why it is none). NaN with no reason: the part does not apply to the row."""
+    if isinstance(value, Failure):
+        return math.nan, value.reason
+    if value is None:
+        return math.nan, ""
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        return math.nan, f"gave {brief(value)}, not a number"
+    try:
+        number = float(value)
+    except Exception:  # noqa: BLE001  an object of the user's own may raise anything
+        return math.nan, f"gave {type(value).__name__}, not one number"
+    if not abs(number) <= torch.finfo(torch.float32).max:  # NaN too
+        return math.nan, f"gave {number}"
+    return number, ""
+
+
+LONGEST = 86_400.0
+"""Seconds; longer ones some clocks do not hold."""
+
+
+def check_seconds(value: float, name: str = "timeout") -> None:
+    if value <= 0:
+        raise Problem(f"{name}: expected more than 0 seconds, found {value}")
+    if value > LONGEST:
+        raise Problem(f"{name}: expected at most {LONGEST:,.0f} s, found {value:g}")
+
+
+def brief(value: Any) -> str:
+    """A value in a few words, however large it is or deep."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    return short.repr(value)
+
+
+# -- from settings to a reward ------------------------------------------------------------------------------------------
+
+
+def build_reward(
+    parts: Sequence[Any],
+    policy: Any = None,
+    device: torch.device | str | None = None,
+    *,
+    tokenizer: Any = None,
+    field: str = "reward",
+) -> WeightedSum:
+    """The reward that the `reward:` list asks for; all that is wrong with the list is told together, a line each.
+
+    An entry is a mapping, or a Python function or reward as it stands. `policy` (or its `tokenizer` alone) says whose ids
+    the rollouts hold: reward models of the same vocabulary read them as sampled.
+    """
+    from steerl.reward.build import read_parts
+
+    return read_parts(parts, field).build(policy, device, tokenizer)
+
+
+def metrics(scores: Sequence[Scores]) -> dict[str, float]:
+    """What is logged of a step's scores, all ranks' together: `reward/<part>` is the mean over the rows it applies to."""
+    logged = _moments("reward", torch.cat([s.total_B.cpu() for s in scores]), mean="reward/mean")
+    for name in dict.fromkeys(name for s in scores for name in s.parts):
+        values = torch.cat([s.parts[name].cpu() for s in scores if name in s.parts])
+        logged |= _moments(f"reward/{name}", values[~values.isnan()], mean=f"reward/{name}")
+        skipped = int(values.isnan().sum())
+        if skipped:
+            logged[f"reward/{name}_not_applicable"] = float(skipped)
+    for name in dict.fromkeys(name for s in scores for name in s.fallbacks):
+        logged[f"reward/{name}_fallbacks"] = float(sum(s.fallbacks.get(name, 0) for s in scores))
+    logged |= mean_metrics(joined_metrics([s.metrics for s in scores]), "reward")
+    for name in dict.fromkeys(name for s in scores for name in s.seconds):
+        logged[f"time/reward_{name}_s"] = max(s.seconds.get(name, 0.0) for s in scores)
+    return logged
+
+
+def joined_metrics(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    """All numbers that were logged under each name."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: [value for part in parts for value in part.get(name, [])] for name in names}
+
+
+def joined_extra(parts: Sequence[Mapping[str, list[Any]]], rows: Sequence[int]) -> dict[str, list[Any]]:
+    """The columns one after the other; None for the rows of a part that has not logged it."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {
+        name: [value for part, count in zip(parts, rows, strict=True) for value in part.get(name, [None] * count)]
+        for name in names
+    }
+
+
+def mean_metrics(logged: Mapping[str, list[float]], room: str) -> dict[str, float]:
+    return {f"{room}/{name}": math.fsum(values) / len(values) for name, values in logged.items() if values}
+
+
+def _moments(name: str, values: Tensor, mean: str) -> dict[str, float]:
+    if not len(values):
+        return {}
+    values = values.double()
+    spread = f"{name}/std" if name == "reward" else f"{name}_std"
+    return {mean: values.mean().item(), spread: values.std(correction=0).item()}

@@ -1,0 +1,204 @@
+"""The processes of a job: who am I, gather, sum, wait, stop early. One process needs neither accelerate nor torch.distributed.
+
+A door calls `start()` first and `close()` last, and `end()` where that left a group; in between any room may ask `start()`
+again (it is the same answer).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import importlib.util
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from steerl.rollout.common.errors import Problem
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its job's."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start() -> Processes:
+    """Join the job's processes, as `accelerate launch` or `torchrun` started them. Any number of calls is one."""
+    _end_with_launcher()
+    cpu = not torch.cuda.is_available()
+    if importlib.util.find_spec("accelerate") is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise Problem("WORLD_SIZE: more than one process needs accelerate; pip install accelerate")
+        return Processes(0, 1, torch.device("cpu" if cpu else "cuda"))
+    from accelerate import PartialState
+
+    # Before any Accelerator(): without `cpu` here a job of several CPU processes is silently a job of one.
+    state = PartialState(cpu=cpu)
+    return Processes(state.process_index, state.num_processes, state.device)
+
+
+def _end_with_launcher() -> None:
+    """Ask the kernel to end this process when its launcher is killed: orphans would go on writing beside a resumed job."""
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if not (by_torchrun or "ACCELERATE_MIXED_PRECISION" in os.environ) or sys.platform != "linux":
+        return
+    set_parent_death_signal = 1
+    # A process by itself saves first: accelerate's launcher leaves at once on Ctrl-C. Several would wait for each other.
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL if by_torchrun else signal.SIGTERM)
+    # Killed before the kernel was asked: whoever took this process in is not the Python program that starts workers.
+    with contextlib.suppress(OSError):
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        if by_torchrun and not any(word in parent for word in (b"python", b"torchrun", b"accelerate")):
+            raise Problem("the launcher of this process has gone; start the job again")
+
+
+def is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def barrier() -> None:
+    if is_distributed():
+        torch.distributed.barrier()
+
+
+def gather_objects(items: list[Value]) -> list[Value]:
+    """Every process's items, in the order of ranks, on every process. A process without items gives []."""
+    if not is_distributed():
+        return list(items)
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if is_distributed():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def most(count: int) -> int:
+    """The largest of all processes' counts."""
+    if not is_distributed():
+        return count
+    largest = torch.tensor(count, device=start().device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+def on_main(function: Callable[[], Value]) -> Value:
+    """What the main process gets from `function`, on every process. Its Problem is raised everywhere, told once."""
+    if not is_distributed():
+        return function()
+    told: list[Any] = [None, None]
+    problem: Problem | None = None
+    if start().is_main:
+        try:
+            told = [function(), False]
+        except Problem as error:
+            problem, told = error, [None, True]
+    torch.distributed.broadcast_object_list(told)
+    if problem is not None:
+        raise problem
+    if told[1]:
+        raise Problem()  # no lines: the main process shows them
+    value: Value = told[0]
+    return value
+
+
+SAME_PRESS = 1.0
+"""Seconds in which a second Ctrl-C counts as the first: a terminal sends one to every process, and launchers pass on theirs."""
+
+
+class Stop:
+    """Whether SIGTERM or Ctrl-C asked this job to end early."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+
+    def here(self) -> bool:
+        """This process was asked."""
+        return self.since is not None
+
+    def anywhere(self) -> bool:
+        """Any process was: one answer for all. Collective."""
+        if not is_distributed():  # and no waiting for a GPU
+            return self.here()
+        return bool(sum_(torch.tensor([int(self.here())], device=start().device)).item())
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Stop]:
+    """While the block runs, SIGTERM and the first Ctrl-C only set a flag, which the job looks at once a step, to save and
+    leave. Another Ctrl-C does at once what it did before."""
+    stop = Stop()
+    # Python lets no other thread handle signals; one that is ignored (nohup) stays so.
+    ours = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in ours}
+
+    def asked(number: int, frame: Any) -> None:
+        if stop.since is None:
+            stop.since = time.monotonic()
+            if start().is_main:  # not through sys.stderr: its buffer may be in use just now
+                more = "; Ctrl-C once more ends it at once" if number == signal.SIGINT else ""
+                os.write(2, f"\nasked to stop: finishing what is begun, then saving{more}\n".encode())
+        elif number == signal.SIGINT and time.monotonic() - stop.since > SAME_PRESS:
+            signal.signal(number, before[signal.SIGINT] or signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, asked)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether an error is but the echo of another process's end, in a collective call that it can no longer answer."""
+    if not is_distributed():
+        return False
+    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _LOST)
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+
+
+def close() -> bool:
+    """Leave the group; whether there was one of several processes. Without this two-rank jobs end in SIGABRT now and then."""
+    if not is_distributed():
+        return False
+    several: bool = torch.distributed.get_world_size() > 1
+    torch.distributed.destroy_process_group()
+    return several
+
+
+def end(status: int = 0) -> None:
+    """Of a job of several processes, whose group is left and whose work is written: end this one here.
+
+    What is registered for its exit runs. The threads of libraries are not taken down one by one: about one in some hundred
+    two-rank jobs ended in SIGABRT meanwhile, which a launcher reports as a failed job."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

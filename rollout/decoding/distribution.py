@@ -1,0 +1,298 @@
+"""The law of the next token: processors in their one order, and the draw from it.
+
+    raw logits ─┬─ / temperature ───────────────────────────────────── policy's law ──────── log-prob, entropy
+                └─ penalty ─ bans ─ / temperature ─ top-k ─ top-p ─ min-p ─ behaviour's law ─ draw, log-prob
+
+All in float32, sums that matter in float64. Penalties and bans see real tokens only, never padding. The draw is an
+exact inverse CDF from one uniform per row, so a row's token depends on its own number alone; the normaliser that the
+draw needs is the one that the log-probs need.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.decoding.nucleus import nucleus
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.model.policy import Policy
+from torch import Tensor
+
+_BLOCK = 256
+_PIECE = 2**17
+"""Scores in a piece: with the buffers of its size about a megabyte."""
+_NEGATIVE = float("-inf")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One step: a token per row with both log-probs. `bad_B` marks rows whose logits hold no law (NaN, +inf, all banned)."""
+
+    tokens_B: Tensor
+    behaviour_B: Tensor
+    policy_B: Tensor
+    entropy_B: Tensor
+    bad_B: Tensor
+
+
+class History:
+    """What penalties and bans look back on: the row's real tokens so far. Rows can be picked; columns grow by one."""
+
+    def __init__(self, tokens_BL: Tensor, real_BL: Tensor, law: Law):
+        self.law = law
+        self.tokens_BL, self.real_BL = tokens_BL, real_BL
+
+    def append(self, tokens_B: Tensor) -> None:
+        if self.law.looks_back:
+            self.tokens_BL = torch.cat([self.tokens_BL, tokens_B[:, None]], dim=1)
+            self.real_BL = torch.cat([self.real_BL, torch.ones_like(self.real_BL[:, :1])], dim=1)
+
+    def select(self, index: Tensor) -> None:
+        self.tokens_BL, self.real_BL = self.tokens_BL[index], self.real_BL[index]
+
+
+class Law:
+    """The settings, applied to logits. Built once per sampler."""
+
+    def __init__(self, sampling: Sampling, policy: Policy):
+        self.sampling = sampling
+        self.vocab_size = policy.vocab_size
+        banned = _banned_sequences(sampling, policy)
+        self.banned_always = [ids[0] for ids in banned if len(ids) == 1]
+        self.banned_after = [ids for ids in banned if len(ids) > 1]
+        self.looks_back = sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size > 0 or bool(self.banned_after)
+        self.penalises = self.looks_back or bool(self.banned_always)
+
+    def penalised(self, logits_BV: Tensor, history: History, space: Space) -> Tensor:
+        """Penalties, then bans: what depends on the tokens so far. -inf for what is banned."""
+        settings, tokens_BL, real_BL = self.sampling, history.tokens_BL, history.real_BL
+        scores = space.like("penalised", logits_BV).copy_(logits_BV)
+        if settings.repetition_penalty != 1:
+            _penalise(scores, tokens_BL, real_BL, settings.repetition_penalty)
+        if settings.no_repeat_ngram_size:
+            _ban_repeats(scores, tokens_BL, real_BL, settings.no_repeat_ngram_size)
+        if self.banned_always:
+            scores[:, self.banned_always] = _NEGATIVE
+        for ids in self.banned_after:
+            _ban_sequence(scores, tokens_BL, real_BL, ids)
+        return scores
+
+    def truncate(self, weights: Weights) -> None:
+        """Top-k, then top-p of what is left, then min-p."""
+        settings = self.sampling
+        if 0 < settings.top_k < weights.shifted_BV.shape[1]:
+            kth_B1 = weights.shifted_BV.topk(settings.top_k, dim=1).values[:, -1:]
+            weights.keep(weights.at_least(kth_B1))
+        if settings.top_p < 1:
+            weights.keep(nucleus(weights, settings.top_p))
+        if settings.min_p > 0:
+            weights.keep(weights.at_least(torch.full_like(weights.top_B1, math.log(settings.min_p))))
+
+    def behaviour_scores(self, logits_BV: Tensor, history: History) -> Tensor:
+        """What the behaviour's law is the softmax of: -inf for what cannot be drawn."""
+        scores = self.penalised(logits_BV, history, Space())
+        if self.sampling.greedy:
+            return scores
+        scores = scores / self.sampling.temperature
+        if not self.sampling.truncates:
+            return scores
+        weights = Weights(scores, Space())
+        self.truncate(weights)
+        return scores.masked_fill(weights.weights_BV == 0, _NEGATIVE)
+
+    def draw(self, logits_BV: Tensor, history: History, uniform_B: Tensor, space: Space) -> Drawn:
+        """A token per row from the behaviour's law, with both log-probs and the entropy of the policy's."""
+        settings = self.sampling
+        policy = Weights(_tempered(logits_BV, settings.policy_temperature, space), space, "policy", entropy=True)
+        entropy_B, total_B, bad_B = policy.entropy(), policy.total_B, policy.bad_B
+        behaviour = policy
+        if settings.greedy:
+            best = self.penalised(logits_BV, history, space).max(dim=1)
+            logprobs_B = policy.logprobs(best.indices, total_B)
+            return Drawn(best.indices, logprobs_B, logprobs_B, entropy_B, bad_B | ~best.values.isfinite())
+        if self.penalises:
+            behaviour = Weights(self.penalised(logits_BV, history, space).div_(settings.temperature), space, "behaviour")
+        if settings.truncates:
+            self.truncate(behaviour)
+        tokens_B = behaviour.draw(uniform_B)
+        policy_B = policy.logprobs(tokens_B, total_B)
+        behaviour_B = policy_B if settings.is_plain else behaviour.logprobs(tokens_B, behaviour.total_B)
+        return Drawn(tokens_B, behaviour_B, policy_B, entropy_B, bad_B | behaviour.bad_B)
+
+
+class Space:
+    """Buffers that are used again at every step: fresh memory of this size costs more than the arithmetic done in it."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, int, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(rows, columns), zero when new; rows only ever get fewer."""
+        held = self.held.get((name, columns, dtype))
+        if held is None or len(held) < rows or held.device != device:
+            held = self.held[name, columns, dtype] = torch.zeros(rows, columns, dtype=dtype, device=device)
+        return held[:rows]
+
+    def like(self, name: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.get(name, tensor.shape[0], tensor.shape[1], tensor.device, dtype)
+
+
+def _tempered(logits_BV: Tensor, temperature: float, space: Space) -> Tensor:
+    """Float32 logits divided by the temperature."""
+    if temperature == 1 and logits_BV.dtype == torch.float32:
+        return logits_BV
+    scores_BV = space.like("tempered", logits_BV).copy_(logits_BV)
+    return scores_BV if temperature == 1 else scores_BV.div_(temperature)
+
+
+class Weights:
+    """exp(scores - max) in blocks of 256 with their sums: everything that draws and normalises."""
+
+    def __init__(self, scores_BV: Tensor, space: Space, name: str = "", entropy: bool = False):
+        """`entropy`: it will be asked for, and costs least where the weights are at hand."""
+        rows, size = scores_BV.shape
+        self.scores_BV, self.space, self.blocks = scores_BV, space, -(-size // _BLOCK)
+        self.pieces = _pieces(scores_BV)
+        self.top_B1 = scores_BV.new_empty(rows, 1)
+        self.shifted_BV = space.like(f"{name} shifted", scores_BV)
+        self.padded_BW = space.get(f"{name} weights", rows, self.blocks * _BLOCK, scores_BV.device)
+        self.weights_BV = self.padded_BW[:, :size]
+        sums_BN = scores_BV.new_empty(rows, self.blocks, dtype=torch.float32)
+        products_BN = torch.empty_like(sums_BN) if entropy else None
+        for piece in self.pieces:
+            torch.amax(scores_BV[piece], dim=1, keepdim=True, out=self.top_B1[piece])
+            shifted = torch.sub(scores_BV[piece], self.top_B1[piece], out=self.shifted_BV[piece])
+            # Scores of -inf become -1e4: their weight is 0 all the same, and 0 x -1e4 is a number.
+            torch.exp(shifted.clamp_(min=-1e4), out=self.weights_BV[piece])
+            _block_sums(self.padded_BW[piece], out=sums_BN[piece])
+            if products_BN is not None:
+                self._products(piece, products_BN)
+        self.expected_B = None if products_BN is None else products_BN.double().sum(dim=1)
+        self._sum(sums_BN)
+
+    def _products(self, piece: slice, products_BN: Tensor) -> None:
+        """Sums of weight x score in each block."""
+        products = self._room(piece)
+        torch.mul(self.weights_BV[piece], self.shifted_BV[piece], out=products[:, : self.weights_BV.shape[1]])
+        _block_sums(products, out=products_BN[piece])
+
+    def _room(self, piece: slice) -> Tensor:
+        """A buffer for a piece, 0 beyond the vocabulary."""
+        columns, device = self.padded_BW.shape[1], self.padded_BW.device
+        return self.space.get("products", self.pieces[0].stop, columns, device)[: piece.stop - piece.start]
+
+    def _sum(self, sums_BN: Tensor) -> None:
+        self.cumulative_BN = sums_BN.double().cumsum(dim=1)
+        self.total_B = self.cumulative_BN[:, -1]
+        self.bad_B = ~(self.top_B1[:, 0].isfinite() & self.total_B.isfinite())  # NaN, +inf, or all of them -inf
+
+    def mass_of(self, mask: Tensor, piece: slice) -> Tensor:
+        """Weight of the tokens of a mask over the rows of a piece."""
+        masses = self._room(piece)
+        torch.mul(self.weights_BV[piece], mask, out=masses[:, : mask.shape[1]])
+        return _block_sums(masses).double().sum(dim=1)
+
+    def keep(self, keep_BV: Tensor) -> None:
+        """Weight 0 for all others."""
+        sums_BN = torch.empty(len(keep_BV), self.blocks, device=keep_BV.device)
+        for piece in self.pieces:
+            self.weights_BV[piece].mul_(keep_BV[piece])  # all finite, and a third of the time that `where` takes
+            _block_sums(self.padded_BW[piece], out=sums_BN[piece])
+        self._sum(sums_BN)
+
+    def at_least(self, floor_B1: Tensor) -> Tensor:
+        """True for scores no further below the top than the floor."""
+        return torch.ge(self.shifted_BV, floor_B1, out=self.space.like("kept", self.shifted_BV, torch.bool))
+
+    def draw(self, uniform_B: Tensor) -> Tensor:
+        """The first token at which the cumulative weight exceeds uniform x total; one of weight 0 is never it."""
+        block_B1 = _exceed(self.cumulative_BN, uniform_B * self.total_B)
+        before_B = self.cumulative_BN.gather(1, (block_B1 - 1).clamp(min=0))[:, 0].masked_fill(block_B1[:, 0] == 0, 0.0)
+        inside_B = self.cumulative_BN.gather(1, block_B1)[:, 0] - before_B
+        blocks_BNK = self.padded_BW.view(len(uniform_B), self.blocks, _BLOCK)
+        chosen_BK = blocks_BNK.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(dim=1)
+        # The share of the block that is left, not the weight: the block's own sum was taken in float32.
+        share_B = (uniform_B * self.total_B - before_B) / inside_B
+        token_B1 = block_B1 * _BLOCK + _exceed(chosen_BK, share_B.clamp(0, 1) * chosen_BK[:, -1])
+        return token_B1[:, 0].clamp(max=self.shifted_BV.shape[1] - 1)  # a row without a law (NaN) must still name a token
+
+    def logprobs(self, tokens_B: Tensor, total_B: Tensor) -> Tensor:
+        """Log-probs where the weights had this total: before or after some were taken out."""
+        chosen_B = self.scores_BV.gather(1, tokens_B[:, None])[:, 0].double() - self.top_B1[:, 0].double()
+        return (chosen_B - total_B.log()).float()
+
+    def entropy(self) -> Tensor:
+        """log Z - E[score], of the law before anything was taken out of it."""
+        if self.expected_B is None:
+            products_BN = torch.empty(len(self.scores_BV), self.blocks, device=self.scores_BV.device)
+            for piece in self.pieces:
+                self._products(piece, products_BN)
+            self.expected_B = products_BN.double().sum(dim=1)
+        return (self.total_B.log() - self.expected_B / self.total_B).float()
+
+
+def _pieces(table_BV: Tensor) -> list[slice]:
+    """Rows that are worked on together: on a CPU as many as stay in its cache from one operation to the next."""
+    rows, size = table_BV.shape
+    step = max(1, rows if table_BV.device.type != "cpu" else _PIECE // size)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _block_sums(padded: Tensor, out: Tensor | None = None) -> Tensor:
+    """Sums over blocks, in float32 inside a block; what is summed from there on is float64."""
+    return torch.sum(padded.unflatten(1, (-1, _BLOCK)), dim=2, out=out)
+
+
+def _exceed(cumulative_BN: Tensor, target_B: Tensor) -> Tensor:
+    """Index of the first entry above the target, which is kept below the last: rounding never leads past the end."""
+    last_B = cumulative_BN[:, -1]
+    target_B = torch.minimum(target_B, torch.nextafter(last_B, torch.zeros_like(last_B)))
+    return torch.searchsorted(cumulative_BN, target_B[:, None], right=True).clamp(max=cumulative_BN.shape[1] - 1)
+
+
+def _penalise(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, penalty: float) -> None:
+    """Scores of the row's real tokens times the penalty where negative, divided by it elsewhere: each once, in place."""
+    last_B1 = tokens_BL[:, -1:]  # padding is on the left: it gives way to a token that is penalised anyway
+    seen_BL = torch.where(real_BL, tokens_BL, last_B1)
+    found_BL = scores_BV.gather(1, seen_BL)
+    scores_BV.scatter_(1, seen_BL, torch.where(found_BL < 0, found_BL * penalty, found_BL / penalty))
+
+
+def _ban_repeats(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, size: int) -> None:
+    """-inf for tokens that would complete an n-gram which the row's real tokens hold already, in place."""
+    length = tokens_BL.shape[1]
+    if length < size:
+        return
+    windows = tokens_BL.unfold(1, size, 1)
+    tail = tokens_BL[:, length - size + 1 :]
+    hit = real_BL[:, : length - size + 1] & (windows[:, :, :-1] == tail[:, None]).all(dim=2)
+    hit &= real_BL[:, length - size + 1 :].all(dim=1)[:, None]
+    row, place = hit.nonzero(as_tuple=True)
+    scores_BV[row, windows[row, place, size - 1]] = _NEGATIVE
+
+
+def _ban_sequence(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, ids: tuple[int, ...]) -> None:
+    """-inf for the last id where the row's real tokens end in the ids before it, in place."""
+    before = ids[:-1]
+    if tokens_BL.shape[1] < len(before):
+        return
+    tail = tokens_BL[:, -len(before) :] == torch.tensor(before, device=tokens_BL.device)
+    hit_B = (tail & real_BL[:, -len(before) :]).all(dim=1)
+    scores_BV[:, ids[-1]].masked_fill_(hit_B, _NEGATIVE)
+
+
+def _banned_sequences(sampling: Sampling, policy: Policy) -> list[tuple[int, ...]]:
+    """Bad words as ids: as written, and as they stand after a blank (most tokenizers spell the two differently)."""
+    banned = {tuple(ids): "sampling.bad_words_ids" for ids in sampling.bad_words_ids}
+    for word in sampling.bad_words:
+        spelt = [policy.tokenizer.encode(text, add_special_tokens=False) for text in (word, " " + word.lstrip())]
+        spelt = [ids for ids in spelt if ids and policy.tokenizer.unk_token_id not in ids]
+        banned |= {tuple(ids): "sampling.bad_words" for ids in spelt}
+        if not spelt:
+            raise Problem(f"sampling.bad_words: the tokenizer cannot spell {word!r}; leave it out")
+    for ids, name in banned.items():
+        if not all(0 <= i < policy.vocab_size for i in ids):
+            raise Problem(f"{name}: {list(ids)} is out of range; ids go from 0 to {policy.vocab_size - 1}")
+    return list(banned)

@@ -1,0 +1,216 @@
+"""What a dump holds and whether it is whole, in one pass over its shards with flat memory (a bit per row is kept).
+
+inspect(folder) -> Inspection      every checksum compared; rows counted, doubled and missing ones found
+to_text(inspection, width)         a page for a person
+"""
+
+from __future__ import annotations
+
+import collections
+import heapq
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from steerl.rollout.dumps.manifest import load_manifest, plan_of, standing
+from steerl.rollout.dumps.store import read_shard
+from steerl.rollout.types import STOP_REASONS, Rollout, Texts
+
+NAMED = 5
+"""How many doubled or missing rows are named one by one."""
+BINS = 12
+"""Bars of the length histogram, at most."""
+
+
+@dataclass(frozen=True)
+class Worst:
+    """A row whose two log-probs lie far apart, and where."""
+
+    gap: float
+    prompt_index: int
+    sample_index: int
+    position: int
+    behaviour: float
+    policy: float
+    text: str
+
+
+@dataclass
+class Inspection:
+    """Filled in one pass by `inspect`."""
+
+    folder: str
+    finished: bool
+    shards: int
+    expected: int
+    """Rows that the finished dump holds."""
+    damaged: dict[str, str]
+    """File -> what is wrong with it. Its rows are not read and count as missing."""
+    absent: int
+    """Shards not made yet."""
+    rows: int = 0
+    tokens: int = 0
+    lengths: collections.Counter[int] = field(default_factory=collections.Counter)
+    stops: collections.Counter[str] = field(default_factory=collections.Counter)
+    steered: collections.Counter[str] = field(default_factory=collections.Counter)
+    doubled: list[tuple[int, int]] = field(default_factory=list)
+    """(prompt, sample) of rows that are there more than once, or that the plan does not know."""
+    missing: int = 0
+    missing_first: list[tuple[int, int]] = field(default_factory=list)
+    not_finite: int = 0
+    """Tokens whose log-prob is NaN or infinite."""
+    gap_sum: float = 0.0
+    gap_max: float = 0.0
+    worst: list[Worst] = field(default_factory=list)
+
+    @property
+    def gap_mean(self) -> float:
+        return self.gap_sum / self.tokens if self.tokens else 0.0
+
+    @property
+    def whole(self) -> bool:
+        """No damage. A dump that is still being made is whole as far as it goes."""
+        return not (self.damaged or self.doubled or self.not_finite or (self.missing and self.finished))
+
+
+def inspect(folder: Path, worst: int = 5) -> Inspection:
+    manifest = load_manifest(folder)
+    plan = plan_of(manifest)
+    state = standing(folder, manifest)
+    damaged = {plan.file(index): damage for index, damage in state.damaged.items()}
+    found = Inspection(str(folder), manifest["finished"], len(plan), plan.rows, damaged, len(state.absent))
+    seen = np.zeros(plan.rows, dtype=bool)
+    for index in sorted(state.whole):
+        for rollout, texts in read_shard(folder / plan.file(index)):
+            _count(found, rollout)
+            _mark(found, seen, rollout, plan.samples)
+            _measure_gap(found, rollout, texts, worst)
+    gone = np.flatnonzero(~seen)
+    found.missing = len(gone)
+    found.missing_first = [divmod(int(key), plan.samples) for key in gone[:NAMED]]
+    return found
+
+
+def _count(found: Inspection, rollout: Rollout) -> None:
+    found.rows += len(rollout)
+    found.tokens += int(rollout.lengths_B.sum())
+    found.lengths.update(rollout.lengths_B.tolist())
+    found.stops.update(STOP_REASONS[stop] for stop in rollout.stop_B.tolist())
+    if rollout.steering:
+        found.steered[rollout.steering] += int((rollout.strength_B != 0).sum())
+
+
+def _mark(found: Inspection, seen: np.ndarray, rollout: Rollout, samples: int) -> None:
+    for prompt, sample in zip(rollout.row_B.tolist(), rollout.sample_B.tolist(), strict=True):
+        key = prompt * samples + sample
+        if not (0 <= sample < samples and 0 <= key < len(seen)) or seen[key]:
+            found.doubled.append((prompt, sample))
+        else:
+            seen[key] = True
+
+
+def _measure_gap(found: Inspection, rollout: Rollout, texts: Texts, keep: int) -> None:
+    behaviour_BR, policy_BR, mask_BR = rollout.behaviour_logprobs_BR, rollout.policy_logprobs_BR, rollout.mask_BR
+    finite_BR = behaviour_BR.isfinite() & policy_BR.isfinite()
+    found.not_finite += int((mask_BR & ~finite_BR).sum())
+    gap_BR = torch.where(mask_BR & finite_BR, (behaviour_BR - policy_BR).abs(), 0.0)
+    found.gap_sum += float(gap_BR.double().sum())
+    gap_B, position_B = gap_BR.max(1)
+    found.gap_max = max(found.gap_max, float(gap_B.max()))
+    for row in gap_B.topk(min(keep, len(rollout))).indices.tolist():
+        at = int(position_B[row])
+        if rollout.lengths_B[row]:
+            found.worst.append(
+                Worst(
+                    gap=float(gap_B[row]),
+                    prompt_index=int(rollout.row_B[row]),
+                    sample_index=int(rollout.sample_B[row]),
+                    position=at,
+                    behaviour=float(behaviour_BR[row, at]),
+                    policy=float(policy_BR[row, at]),
+                    text=texts.completions[row],
+                )
+            )
+    found.worst = heapq.nsmallest(keep, found.worst, key=lambda w: (-w.gap, w.prompt_index, w.sample_index))
+
+
+# -- for a person ---------------------------------------------------------------------------------------------------
+
+
+def to_text(found: Inspection, width: int = 100) -> list[str]:
+    state = "finished" if found.finished else "unfinished"
+    made = found.shards - found.absent - len(found.damaged)
+    lines = [f"{found.folder}: {state}, {made} of {found.shards} shards whole, {found.rows:,} of {found.expected:,} rows"]
+    lines += [f"  {file} {damage}" for file, damage in found.damaged.items()]
+    if found.damaged:
+        lines.append("  make damaged shards again: dump_rollouts.py with the dump's settings and --run.resume true")
+    if found.doubled:
+        lines.append(f"  doubled or unexpected rows: {len(found.doubled)}, such as {_named(found.doubled[:NAMED])}")
+    if found.missing:
+        lines.append(f"  missing rows: {found.missing:,}, the first {_named(found.missing_first)}")
+    if found.not_finite:
+        lines.append(f"  tokens whose log-prob is not finite: {found.not_finite:,}")
+    if not found.rows:
+        return lines
+    stops = ", ".join(f"{reason} {count:,}" for reason, count in found.stops.most_common())
+    mean = found.tokens / found.rows
+    lines += ["", f"stop reasons: {stops}"]
+    lines += [f"steered by {label}: {count:,} rows" for label, count in found.steered.items()]
+    lines += ["", f"response lengths: {found.tokens:,} tokens, mean {mean:.1f}, {min(found.lengths)} to {max(found.lengths)}"]
+    lines += histogram(found.lengths, width)
+    lines += ["", f"gap |behaviour - policy| per token, nats: mean {found.gap_mean:.2e}, largest {found.gap_max:.2e}"]
+    if found.gap_max > 0:
+        for worst in found.worst:
+            where = f"  prompt {worst.prompt_index} sample {worst.sample_index} token {worst.position}"
+            numbers = f"{worst.gap:.2e} ({worst.behaviour:.3f} against {worst.policy:.3f})"
+            lines.append(shorten(f"{where}: {numbers} {worst.text!r}", width))
+    return lines
+
+
+def histogram(lengths: collections.Counter[int], width: int = 100) -> list[str]:
+    low, high = min(lengths), max(lengths)
+    step = max(1, math.ceil((high - low + 1) / BINS))
+    bins: collections.Counter[int] = collections.Counter()
+    for length, count in lengths.items():
+        bins[(length - low) // step] += count
+    tallest, room = max(bins.values()), max(width - 30, 10)
+    lines = []
+    for index in range((high - low) // step + 1):
+        first, last = low + index * step, min(low + (index + 1) * step - 1, high)
+        label = f"{first}" if first == last else f"{first}-{last}"
+        bar = "#" * math.ceil(room * bins[index] / tallest)
+        lines.append(f"  {label:>13} {bins[index]:>9,} {bar}")
+    return lines
+
+
+def shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(width - 3, 1)] + "..."
+
+
+def _named(keys: list[tuple[int, int]]) -> str:
+    return ", ".join(f"(prompt {prompt}, sample {sample})" for prompt, sample in keys)
+
+
+def to_json(found: Inspection) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "folder": found.folder,
+        "finished": found.finished,
+        "whole": found.whole,
+        "shards": found.shards,
+        "damaged": found.damaged,
+        "rows": found.rows,
+        "expected": found.expected,
+        "missing": found.missing,
+        "doubled": len(found.doubled),
+        "tokens": found.tokens,
+        "lengths": {str(length): found.lengths[length] for length in sorted(found.lengths)},
+        "stop_reasons": dict(found.stops),
+        "steered": dict(found.steered),
+        "not_finite": found.not_finite,
+        "gap": {"mean": found.gap_mean, "max": found.gap_max},
+        "worst": [vars(worst) for worst in found.worst],
+    }

@@ -1,0 +1,263 @@
+"""Rollouts on disk: rows of a Rollout and its Texts <-> parquet shards that are whole or not there.
+
+    Rollout, Texts --to_table--> rows --make_shard--> .rollouts-00003.parquet.tmp --flushed, renamed--> rollouts-00003.parquet
+                                                              sha256 and counts of it kept in records/ and manifest.json
+    read_dump(DIR) <--from_table-- rows <--checksum first-- rollouts-*.parquet
+
+What other rooms use:
+
+    read_dump(folder, rows=256)          -> yields (Rollout, Texts), at most `rows` rows each, in (prompt, sample) order
+    read_shard(path, rows=256)           -> the same for one shard's file; the caller has checked it
+    finished_shards(folder)              -> [Record]: file, rows, tokens, sha256 of each shard of a finished dump (manifest.py)
+    write_table(path, table)             -> sha256: one parquet file, written aside and renamed (scores use it too)
+    record.damage(folder)                -> None, or what is wrong with that shard's file; read_dump asks it first
+
+The files are plain parquet: `datasets.load_dataset("parquet", data_files=...)` and pandas read them as they are. What is
+the same for every row and is no column (temperature, the decoder's start ids) travels in the file's own metadata.
+"""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import itertools
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.fingerprint import sha256_file
+from steerl.rollout.common.run_folder import written_aside
+from steerl.rollout.dumps.manifest import Plan, Record, finished_shards, write_record
+from steerl.rollout.types import STOP_REASONS, Rollout, Texts
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+METADATA = b"steerl"
+"""Key of the parquet metadata that holds what is no column."""
+
+
+def schema() -> pa.Schema:
+    """The columns of a dump, in their order."""
+    import pyarrow as pa
+
+    ids, numbers = pa.list_(pa.int32()), pa.list_(pa.float32())
+    return pa.schema(
+        [
+            ("prompt_index", pa.int64()),
+            ("sample_index", pa.int32()),
+            ("prompt_ids", ids),
+            ("response_ids", ids),
+            ("prompt_text", pa.string()),
+            ("response_text", pa.string()),
+            ("behaviour_logprobs", numbers),
+            ("policy_logprobs", numbers),
+            ("ended", pa.bool_()),
+            ("stop_reason", pa.string()),
+            ("greedy", pa.bool_()),
+            ("policy_step", pa.int64()),
+            ("steering", pa.string()),
+            ("steering_strength", pa.float32()),
+            ("prompt", pa.string()),
+            ("columns", pa.string()),
+        ]
+    )
+
+
+# -- rows -----------------------------------------------------------------------------------------------------------
+
+
+def to_table(rollout: Rollout, texts: Texts) -> pa.Table:
+    """A row per rollout row; lists are as long as the row's own tokens."""
+    import pyarrow as pa
+
+    if len(rollout) != len(texts):
+        raise Problem(f"dump: {len(rollout)} rollouts and {len(texts)} texts; expected as many of one as of the other")
+    rollout = rollout.to("cpu")
+    rows, mask_BR = len(rollout), rollout.mask_BR
+    prompt_lengths_B = rollout.prompt_mask_BP.sum(1)
+
+    def lists(values: Tensor, mask: Tensor, lengths_B: Tensor, dtype: torch.dtype) -> pa.Array:
+        offsets = np.concatenate([[0], lengths_B.numpy().cumsum()]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values[mask].to(dtype).numpy()))
+
+    names = list(texts.columns)
+    columns = {
+        "prompt_index": pa.array(rollout.row_B.numpy()),
+        "sample_index": pa.array(rollout.sample_B.int().numpy()),
+        "prompt_ids": lists(rollout.prompt_BP, rollout.prompt_mask_BP, prompt_lengths_B, torch.int32),
+        "response_ids": lists(rollout.response_BR, mask_BR, rollout.lengths_B, torch.int32),
+        "prompt_text": pa.array(texts.prompt_texts, pa.string()),
+        "response_text": pa.array(texts.completions, pa.string()),
+        "behaviour_logprobs": lists(rollout.behaviour_logprobs_BR, mask_BR, rollout.lengths_B, torch.float32),
+        "policy_logprobs": lists(rollout.policy_logprobs_BR, mask_BR, rollout.lengths_B, torch.float32),
+        "ended": pa.array(rollout.ended_B.numpy()),
+        "stop_reason": pa.array([STOP_REASONS[stop] for stop in rollout.stop_B.tolist()], pa.string()),
+        "greedy": pa.array([rollout.greedy] * rows, pa.bool_()),
+        "policy_step": pa.array([rollout.policy_step] * rows, pa.int64()),
+        "steering": pa.array([rollout.steering] * rows, pa.string()),
+        "steering_strength": pa.array(rollout.strength_B.numpy()),
+        "prompt": pa.array([_json("prompt", prompt) for prompt in texts.prompts], pa.string()),
+        "columns": pa.array(
+            [_json("columns", {name: texts.columns[name][i] for name in names}) for i in range(rows)], pa.string()
+        ),
+    }
+    shared = {"temperature": rollout.temperature, "start_ids": list(rollout.start_ids)}
+    layout = schema().with_metadata({METADATA: json.dumps(shared).encode()})
+    return pa.Table.from_arrays([columns[name] for name in layout.names], schema=layout)
+
+
+def from_table(table: pa.Table) -> Iterator[tuple[Rollout, Texts]]:
+    """The rows as they were. One pair, or more where greedy, policy_step or steering change between the rows."""
+    missing = [name for name in schema().names if name not in table.column_names]
+    if missing:
+        raise Problem(f"dump: column(s) {', '.join(missing)} are missing; these are not the rollouts of dump_rollouts.py")
+    shared = json.loads((table.schema.metadata or {}).get(METADATA, b"{}"))
+    if "temperature" not in shared:
+        raise Problem("dump: the file's metadata does not say the temperature; it was not written by dump_rollouts.py")
+    keys = list(zip(*(table.column(name).to_pylist() for name in ("greedy", "policy_step", "steering")), strict=True))
+    start = 0
+    for key, run in itertools.groupby(keys):
+        count = len(list(run))
+        yield _from_rows(table.slice(start, count), shared, *key)
+        start += count
+
+
+def _from_rows(table: pa.Table, shared: dict[str, Any], greedy: bool, policy_step: int, steering: str) -> tuple[Rollout, Texts]:
+    rows = table.num_rows
+    prompt_lengths_B, response_lengths_B = _lengths(table, "prompt_ids"), _lengths(table, "response_ids")
+    width_P = max(int(prompt_lengths_B.max()), 1)
+    width_R = max(int(response_lengths_B.max()), 1)
+    prompt_mask_BP = torch.arange(width_P)[None] >= width_P - prompt_lengths_B[:, None]
+    mask_BR = torch.arange(width_R)[None] < response_lengths_B[:, None]
+
+    def padded(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        values = torch.from_numpy(table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
+        if int(mask.sum()) != len(values):
+            raise Problem(f"dump: {name} holds {len(values)} numbers for {int(mask.sum())} tokens")
+        return torch.zeros(mask.shape, dtype=dtype).masked_scatter_(mask, values.to(dtype))
+
+    def numbers(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(table.column(name).combine_chunks().to_numpy(zero_copy_only=False).copy()).to(dtype)
+
+    stop_B = torch.tensor([STOP_REASONS.index(reason) for reason in table.column("stop_reason").to_pylist()])
+    rollout = Rollout(
+        prompt_BP=padded("prompt_ids", prompt_mask_BP, torch.int64),
+        prompt_mask_BP=prompt_mask_BP,
+        response_BR=padded("response_ids", mask_BR, torch.int64),
+        lengths_B=response_lengths_B,
+        ended_B=numbers("ended", torch.bool),
+        behaviour_logprobs_BR=padded("behaviour_logprobs", mask_BR, torch.float32),
+        policy_logprobs_BR=padded("policy_logprobs", mask_BR, torch.float32),
+        row_B=numbers("prompt_index", torch.int64),
+        sample_B=numbers("sample_index", torch.int64),
+        temperature=float(shared["temperature"]),
+        policy_step=policy_step,
+        steering=steering,
+        start_ids=tuple(shared["start_ids"]),
+        greedy=greedy,
+        stop_B=stop_B,
+        strength_B=numbers("steering_strength", torch.float32),
+    )
+    others = [json.loads(text) for text in table.column("columns").to_pylist()]
+    names = dict.fromkeys(name for other in others for name in other)
+    texts = Texts(
+        prompts=[json.loads(text) for text in table.column("prompt").to_pylist()],
+        prompt_texts=table.column("prompt_text").to_pylist(),
+        completions=table.column("response_text").to_pylist(),
+        columns={name: [other.get(name) for other in others] for name in names},
+    )
+    assert len(texts) == rows
+    return rollout, texts
+
+
+def _lengths(table: pa.Table, name: str) -> Tensor:
+    import pyarrow.compute as pc
+
+    return torch.from_numpy(pc.list_value_length(table.column(name)).to_numpy().astype(np.int64))
+
+
+def _json(name: str, value: Any) -> str:
+    def plain(inner: Any) -> Any:
+        if isinstance(inner, np.ndarray | np.generic):
+            return inner.tolist()
+        if isinstance(inner, datetime.date | datetime.time):
+            return inner.isoformat()
+        kind = type(inner).__name__
+        raise Problem(f"prompts: a value kept with a row ({name}) is of type {kind}, which JSON cannot hold; drop its column")
+
+    return json.dumps(value, ensure_ascii=False, default=plain)
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def write_table(path: Path, table: pa.Table) -> str:
+    """One parquet file, written aside, flushed and renamed. Its sha256."""
+    import pyarrow.parquet as pq
+
+    with written_aside(path) as aside:
+        pq.write_table(table, aside, compression="zstd")
+        digest = sha256_file(aside)
+    return digest
+
+
+def make_shard(
+    folder: Path, plan: Plan, index: int, sample: Callable[[range], tuple[Rollout, Texts]], cut: Collection[int] = ()
+) -> Record:
+    """Sample a shard's calls, write its file, then its record: a kill at any instant leaves both, or a shard to be made.
+
+    `sample` gives all samples of a range of prompts, in (prompt, sample) order; `cut` then holds those prompts that it cut.
+    A shard's rows are held until they are written (memory is that of one shard), so that a failure while sampling is never
+    taken for one while writing.
+    """
+    import pyarrow as pa
+
+    table = pa.concat_tables([to_table(*sample(prompts)) for prompts in plan.calls(index)])
+    path = folder / plan.file(index)
+    digest = write_table(path, table)
+    reasons = collections.Counter(table.column("stop_reason").to_pylist())
+    record = Record(
+        file=path.name,
+        rows=table.num_rows,
+        tokens=int(_lengths(table, "response_ids").sum()),
+        stops=dict(sorted(reasons.items())),
+        cut_prompts=sum(prompt in cut for prompt in plan.shard(index)),
+        bytes=path.stat().st_size,
+        sha256=digest,
+    )
+    write_record(folder, index, record)
+    return record
+
+
+def read_shard(path: Path, rows: int = 256) -> Iterator[tuple[Rollout, Texts]]:
+    """The rows of one file, at most `rows` at a time. Does not check the file: read_dump does."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=rows):
+                yield from from_table(pa.Table.from_batches([batch], schema=file.schema_arrow))
+    except pa.ArrowInvalid as error:
+        raise Problem(f"{path}: not a readable parquet file: {error}") from error
+
+
+def read_dump(folder: Path | str, rows: int = 256, shards: Sequence[int] | None = None) -> Iterator[tuple[Rollout, Texts]]:
+    """A finished dump's rows, in (prompt, sample) order; only the named shards where given.
+
+    Every shard's checksum is compared before its first row is read: a damaged one is a Problem that names it.
+    """
+    folder = Path(folder)
+    records = finished_shards(folder)
+    for index in range(len(records)) if shards is None else shards:
+        record = records[index]
+        damage = record.damage(folder)
+        if damage:
+            raise Problem(f"{folder / record.file}: {damage}; make it again: dump_rollouts.py with --run.resume true")
+        yield from read_shard(folder / record.file, rows)

@@ -1,0 +1,243 @@
+"""The one table of Auto classes (six heads), which role may use which, and the one loader of a model folder.
+
+    path ── config ── head (asked for, or read off the checkpoint's architecture) ── role allows it? ── weights ── complete?
+
+A head that a role cannot use is refused by name, and so is a checkpoint that lacks weights which the head needs (transformers
+would fill them with random numbers and only warn), or has weights of the trunk that the configuration has no place for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from steerl.rollout.common.errors import Problem, reading
+from transformers import PretrainedConfig, PreTrainedModel
+
+Head = Literal["causal", "seq2seq", "masked", "sequence_classification", "token_classification", "question_answering"]
+
+# In the order in which an architecture is looked up: Bart's conditional generation stands in the masked table, too.
+HEADS: dict[str, Any] = {
+    "causal": transformers.AutoModelForCausalLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    "masked": transformers.AutoModelForMaskedLM,
+    "sequence_classification": transformers.AutoModelForSequenceClassification,
+    "token_classification": transformers.AutoModelForTokenClassification,
+    "question_answering": transformers.AutoModelForQuestionAnswering,
+}
+ROLES: dict[str, tuple[str, ...]] = {
+    "policy": ("causal", "seq2seq"),
+    "value": ("causal", "seq2seq", "sequence_classification", "token_classification"),
+    "reward": ("sequence_classification", "token_classification"),
+}
+_SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "top_h": None, "typical_p": 1.0}
+_SAMPLING |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+_BEAMS: dict[str, Any] = {"early_stopping": False, "length_penalty": 1.0}
+"""Fields of a generation config that only sampling, or only several beams, read; and the values that stand for unset."""
+_logger = logging.getLogger(__name__)
+
+
+def load_config(path: str, field: str = "model.path") -> PretrainedConfig:
+    """The configuration of a model folder or hub name."""
+    what = "holds no model that transformers can read"
+    if not Path(path).exists():
+        what = "is neither a folder nor a model of the hub that can be reached"
+    with reading(f"{field}: {path!r} {what} (", "); name a folder with a config.json or a model of the hub"):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        _check_sizes(config, f"{field}: {path!r}")
+    return config
+
+
+def load_tokenizer(path: str, field: str = "model.path") -> Any:
+    """The tokenizer of a folder or hub name."""
+    with reading(f"{field}: the tokenizer of {path} cannot be loaded: "):
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def _check_sizes(config: PretrainedConfig, who: str) -> None:
+    """The counts that a model is built by. Of layers there may be none in silence, or more than any machine can build."""
+    for part in (config, config.get_text_config(decoder=True)):
+        for name in (
+            "num_hidden_layers",
+            "encoder_layers",
+            "decoder_layers",
+            "num_decoder_layers",
+            "hidden_size",
+            "vocab_size",
+        ):
+            value, most = getattr(part, name, None), 1 << (12 if "layers" in name else 31)
+            if isinstance(value, int) and not 1 <= value <= most:
+                raise Problem(f"{who} has a config.json with {name} {value}, but it must be 1 to {most}; mend it")
+        architectures = part.architectures
+        if architectures is not None and not (
+            isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)
+        ):
+            raise Problem(f"{who} has a config.json with architectures {architectures!r:.60}; give a list of class names")
+
+
+def head_of(config: PretrainedConfig) -> str | None:
+    """The head that the checkpoint was saved with; None for a bare trunk or a class of none of the six tables."""
+    for architecture in getattr(config, "architectures", None) or ():
+        for head, auto in HEADS.items():
+            if _class_name(auto, config) == architecture:
+                return head
+    return None
+
+
+class NoHead(Problem):
+    """The checkpoint lacks weights that the head needs."""
+
+
+def heads_for(config: PretrainedConfig) -> list[str]:
+    """The heads that this architecture has."""
+    return [head for head, auto in HEADS.items() if _class_name(auto, config)]
+
+
+def choose_head(
+    config: PretrainedConfig, role: str, head: str = "auto", *, fresh: bool = False, field: str = "model.path", path: str = ""
+) -> str:
+    """The head to load for `role`: the one asked for, or with `auto` the one that the checkpoint was saved with."""
+    allowed = ROLES[role]
+    saved = head_of(config)
+    name = f"{path or config.name_or_path!s} is a {config.model_type} model"
+    takes = f"the {role} takes {' or '.join(allowed)}"
+    if head == "auto":
+        generative = "seq2seq" if config.is_encoder_decoder else "causal"
+        fitting = generative if generative in allowed else allowed[0]
+        head = fitting if saved is None or (fresh and saved not in allowed) else saved
+    if head not in HEADS:
+        raise Problem(f"{field}: unknown head {head!r}; {takes}")
+    if head not in allowed:
+        raise Problem(f"{field}: {name} with a {head} head, but {takes}")
+    if not _class_name(HEADS[head], config):
+        have = ", ".join(heads_for(config)) or "none"
+        raise Problem(f"{field}: {name}, which has no {head} head (it has: {have}); {takes}")
+    if role == "policy" and saved not in (head, None):
+        raise Problem(f"{field}: {name} saved with a {saved} head, so it cannot be loaded as {head}; {takes}")
+    return head
+
+
+def load_head(
+    path: str,
+    role: str,
+    head: str = "auto",
+    *,
+    dtype: str | torch.dtype | None = None,
+    attn: str | None = None,
+    fresh: bool = False,
+    field: str = "model.path",
+    **settings: Any,
+) -> PreTrainedModel:
+    """Load `path` with the head that `role` uses, in eval mode. `fresh` lets the head start from new weights, never the trunk.
+
+    `settings` change the configuration (`num_labels=1`). The dtype is the checkpoint's unless given.
+    """
+    config = load_config(path, field)
+    head = choose_head(config, role, head, fresh=fresh, field=field, path=path)
+    extra: dict[str, Any] = {"attn_implementation": attn} if attn else {}
+    extra |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with reading(f"{field}: {path!r} cannot be loaded as {head}: "), _unreported():
+        model, info = HEADS[head].from_pretrained(path, dtype=dtype or "auto", **extra, **settings)
+    _check_complete(model, info, head, path, field, fresh)
+    mend_generation(model)
+    _check_all_used(model, info["unexpected_keys"], path, field)
+    return model.eval()
+
+
+def save(model: PreTrainedModel, folder: str | Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+    """The whole model as from_pretrained loads it. `state` stands in for a sharded model's own."""
+    with savable(model):
+        model.save_pretrained(folder, **({"state_dict": state} if state else {}))
+
+
+@contextlib.contextmanager
+def savable(model: PreTrainedModel) -> Iterator[None]:
+    """Without what has no effect in the model's generation config: transformers loads that, and may refuse to save it."""
+    kept = getattr(model, "generation_config", None)
+    if kept is not None:
+        model.generation_config = copy.deepcopy(kept)
+        mend_generation(model, _SAMPLING | (_BEAMS if (kept.num_beams or 1) == 1 else {}))
+    try:
+        yield
+    finally:
+        if kept is not None:
+            model.generation_config = kept
+
+
+def mend_generation(model: PreTrainedModel, unused: Mapping[str, Any] = _SAMPLING) -> None:
+    """Leave out of the generation config what has no effect while do_sample is not set, such as Llama-2-chat's temperature."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    names = [name for name in unused if name in _BEAMS or not config.do_sample]
+    dropped = [name for name in names if getattr(config, name, None) not in (None, unused[name])]
+    if dropped:
+        told = ", ".join(f"{name} {getattr(config, name)}" for name in dropped)
+        _logger.warning("%s: its generation config has %s without effect; left out", model.name_or_path or "the model", told)
+    for name in dropped:
+        setattr(config, name, None)
+
+
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+    """Without transformers' table of missing weights: here a missing one is a Problem, or is meant to be new."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    quiet = logging.Filter()
+    quiet.filter = lambda record: "LOAD REPORT" not in record.getMessage()  # type: ignore[method-assign]
+    logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        logger.removeFilter(quiet)
+
+
+def _check_complete(model: PreTrainedModel, info: dict[str, Any], head: str, path: str, field: str, fresh: bool) -> None:
+    shapes = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    lacking = {"no weights for": set(info["missing_keys"]) - shapes, "weights of another shape for": shapes}
+    for what, names in lacking.items():
+        # A classifier's pooler belongs to its head: checkpoints of language models do not have it.
+        trunk = f"{model.base_model_prefix}."
+        bad = sorted(key for key in names if not fresh or (key.startswith(trunk) and ".pooler." not in f".{key}"))
+        if bad:
+            shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+            kind = NoHead if what == "no weights for" else Problem
+            raise kind(
+                f"{field}: {path!r} was not saved with a {head} head: it has {what} {shown}, "
+                "which would start as random numbers; name a checkpoint of that kind"
+            )
+
+
+def _check_all_used(model: PreTrainedModel, unexpected: set[str], path: str, field: str) -> None:
+    """Weights of layers that the configuration does not have would be left out, and the model would be another one.
+
+    A head of another task and a pooler are left out rightly: the model has no module that they would be part of. So are the
+    constants that old checkpoints hold (masks under the names attn.bias and attn.masked_bias, frequencies)."""
+    trunk = model.base_model
+    weights = {*unexpected, *(name for name, _ in model.named_parameters())}
+    left_out = []
+    for key in sorted(unexpected):
+        name, _, rest = key.removeprefix(f"{model.base_model_prefix}.").partition(".")
+        owner, _, kind = key.rpartition(".")
+        is_weight = kind == "weight" or (
+            kind == "bias" and weights & {f"{owner}.weight", f"{model.base_model_prefix}.{owner}.weight"}
+        )
+        if rest and is_weight and name != "pooler" and isinstance(getattr(trunk, name, None), torch.nn.Module):
+            left_out.append(key)
+    if left_out:
+        shown = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
+        raise Problem(
+            f"{field}: {path!r} has weights that its config.json has no place for: {shown}; mend config.json "
+            "(num_hidden_layers, say), or save the smaller model with save_pretrained"
+        )
+
+
+def _class_name(auto: Any, config: PretrainedConfig) -> str | None:
+    """The name of the class that `auto` builds for this configuration. Names only: looking it up imports no modelling file."""
+    found = auto._model_mapping._model_mapping.get(config.model_type)
+    return found[0] if isinstance(found, tuple | list) else found

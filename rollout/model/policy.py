@@ -1,0 +1,280 @@
+"""The policy: a model that generates, its tokenizer, and the few ids that frame a response.
+
+    load_policy(settings)      a folder or hub name (an adapter's folder too) -> Policy
+    Policy.of(model, tok)      objects in hand -> Policy
+    no_dropout(model)          every module in eval mode, and back again
+
+What a checkpoint's generation config says beyond bos, pad, decoder start, forced bos and eos is never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.model import adapters, virtual_tokens
+from steerl.rollout.model.auto_classes import load_head, load_tokenizer
+from steerl.rollout.model.capabilities import Habits, observe
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model is the policy, and how it is loaded."""
+
+    path: str = ""
+    """A folder or a hub name; an adapter's folder loads its base model with it."""
+    adapter: str = ""
+    """A peft adapter's folder or hub name, put on the model of `path`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto = as the checkpoint was saved."""
+    attn: str = "auto"
+    """Attention implementation (sdpa, eager, flash_attention_2, ...); auto leaves the choice to transformers."""
+    kind: Literal["auto", "causal", "seq2seq"] = "auto"
+    """auto = as the checkpoint's config says."""
+    tokenizer: str = ""
+    """A folder or hub name when the tokenizer does not lie beside the model."""
+    peft: dict[str, Any] | None = field(default=None, metadata={"check": adapters.adapter_config})
+    """A peft config as a mapping, {peft_type: LORA, r: 8, ...}: what training adds to the model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """A generating model with what its responses begin with, end with and are padded with."""
+
+    model: Any
+    """May be wrapped by DDP, DeepSpeed, FSDP or PEFT."""
+    tokenizer: Any
+    kind: Literal["causal", "seq2seq"]
+    start_ids: tuple[int, ...]
+    """What every decoder row starts with (decoder start, forced bos); empty for decoder-only models."""
+    pad_id: int
+    eos_ids: tuple[int, ...]
+    context: int | None
+    """Most tokens of a sequence (of the encoder's input for encoder-decoders); None where nothing limits it."""
+    decoder_context: int | None = None
+    """Most tokens of an encoder-decoder's decoder sequence."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Arguments that every forward pass of this model gets besides ids, masks and positions."""
+
+    @staticmethod
+    def of(model: Any, tokenizer: Any, kind: Literal["auto", "causal", "seq2seq"] = "auto") -> Policy:
+        """A Policy of a model and a tokenizer in hand, after the checks that every policy passes."""
+        core = unwrap(model)
+        config, generation = core.config, getattr(core, "generation_config", None)
+        is_seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+        if kind != "auto" and (kind == "seq2seq") != is_seq2seq:
+            found = "an encoder-decoder" if is_seq2seq else "a decoder-only model"
+            raise Problem(f"model.kind: {kind}, but {type(core).__name__} is {found}; leave model.kind at auto")
+        if not core.can_generate():
+            raise Problem(
+                f"model: {type(core).__name__} has no generation head; name a causal or encoder-decoder language model"
+            )
+        size = vocabulary_size(core)
+        check_vocabulary(tokenizer, size)
+        eos = tuple(i for i in ids_of(_first(generation, config, tokenizer, name="eos_token_id")) if 0 <= i < size)
+        pads = [
+            *ids_of(getattr(tokenizer, "pad_token_id", None)),
+            *ids_of(_first(generation, config, name="pad_token_id")),
+            *eos,
+            0,
+        ]
+        # Virtual tokens of an adapter take up room that no prompt or response can use.
+        taken = virtual_tokens.count(getattr(model, "module", model))
+        contexts = [limit - taken if limit else None for limit in _contexts(config, is_seq2seq)]
+        return Policy(
+            model=model,
+            tokenizer=tokenizer,
+            kind="seq2seq" if is_seq2seq else "causal",
+            start_ids=_start_ids(core, generation, config, size) if is_seq2seq else (),
+            pad_id=next(i for i in pads if 0 <= i < size),
+            eos_ids=eos,
+            context=contexts[0],
+            decoder_context=contexts[1],
+        )
+
+    @property
+    def core(self) -> Any:
+        """The transformers model itself, out of every wrapper."""
+        return unwrap(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.core.parameters()).device
+
+    @property
+    def is_seq2seq(self) -> bool:
+        return self.kind == "seq2seq"
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the model can draw; may be more than the tokenizer knows."""
+        return vocabulary_size(self.core)
+
+    @cached_property
+    def habits(self) -> Habits:
+        """How the model takes padding and caching, observed on it once (every rank of a run asks at the same place)."""
+        from steerl.rollout.model.hooks import unsteered
+
+        # Whoever asks first may be inside a steered pass; what is observed is the plain model.
+        with unsteered(), no_dropout(self.core), torch.no_grad():
+            return observe(self)
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that a row may have: the context, but for models that begin to count positions later."""
+        return None if self.context is None else self.context - self.habits.first
+
+    def with_model(self, model: Any) -> Policy:
+        """The same policy around another wrapper of its model."""
+        return dataclasses.replace(self, model=model)
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            return model.get_base_model()  # its layers carry the adapter, its trunk the hooks of virtual tokens
+        elif not hasattr(model, "config") or type(model).__name__ in _WRAPPERS:
+            if not isinstance(getattr(model, "module", None), nn.Module):
+                raise Problem(f"model: {type(model).__name__} is not a transformers model; load it with the Auto classes")
+            model = model.module
+        else:
+            return model
+
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
+
+@contextlib.contextmanager
+def no_dropout(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every module inside the block; each one's own mode afterwards.
+
+    Layers under gradient checkpointing look at their `training` flag before they checkpoint, so they keep it and have
+    their own dropout rates at 0 meanwhile. A backward pass that recomputes layers must run inside the block too.
+    """
+    before = [module for module in model.modules() if module.training]
+    rates: list[tuple[nn.Module, str, float]] = []
+    for module in before:
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
+        if module.training:
+            rates += [(module, k, v) for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module in before:
+            module.training = True
+        for module, name, value in rates:
+            setattr(module, name, value)
+
+
+def load_policy(settings: ModelSettings, device: torch.device | str | None = None) -> Policy:
+    """The model of `settings` with its adapter and tokenizer, in eval mode on `device`."""
+    path, adapter = settings.path, settings.adapter
+    if not path:
+        raise Problem("model.path: missing; name a model folder or hub name, --model.path DIR")
+    own = adapters.is_adapter_folder(path)
+    if own and adapter:
+        raise Problem(f"model.path: {path} is an adapter and model.adapter is set too; name the base model in model.path")
+    if own:
+        path, adapter = adapters.base_of(path), path
+    attn = None if settings.attn in ("", "auto") else settings.attn
+    model: Any = load_head(path, "policy", settings.kind, dtype=settings.dtype, attn=attn)
+    tokenizer = _load_tokenizer(settings, [path, adapter])
+    if adapter:
+        model = adapters.load(model, adapter, trainable=True, field="model.adapter" if settings.adapter else "model.path")
+    if device is not None:
+        model = model.to(device)
+    return Policy.of(model, tokenizer, settings.kind)
+
+
+def _load_tokenizer(settings: ModelSettings, beside: list[str]) -> Any:
+    if settings.tokenizer:
+        field, path = "model.tokenizer", settings.tokenizer
+    else:
+        named = [folder for folder in beside if any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)]
+        field, path = "model.path", named[0] if named else beside[0]
+        if Path(path).is_dir() and not named:
+            raise Problem(f"model.path: no tokenizer in {path}; save it there, or name another folder with model.tokenizer")
+    return load_tokenizer(path, field)
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+# -- checks and look-ups --------------------------------------------------------------------------------------------
+
+
+def vocabulary_size(core: Any) -> int:
+    """Width of the logits: the head's rows where there is a head of its own, else the embedding's."""
+    for module in (core.get_output_embeddings(), core.get_input_embeddings()):
+        for name in ("out_features", "num_embeddings"):
+            if isinstance(getattr(module, name, None), int):
+                return int(getattr(module, name))
+    return int(core.config.get_text_config(decoder=True).vocab_size)
+
+
+def check_vocabulary(tokenizer: Any, size: int) -> None:
+    """Every id that the tokenizer can give must have a row in the embedding."""
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= size:
+        raise Problem(
+            f"model: the tokenizer's highest id is {highest}, but the model's embedding has {size} rows; "
+            "use the model's own tokenizer, or resize the model's embedding and save it"
+        )
+
+
+def ids_of(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return (
+        [int(i) for i in value]
+        if isinstance(value, (list, tuple)) or hasattr(value, "tolist") and value.dim()
+        else [int(value)]
+    )
+
+
+def _first(*sources: Any, name: str) -> Any:
+    return next((value for source in sources if (value := getattr(source, name, None)) is not None), None)
+
+
+def _start_ids(core: Any, generation: Any, config: Any, size: int) -> tuple[int, ...]:
+    text = config.get_text_config(decoder=True)
+    start = _first(generation, config, text, name="decoder_start_token_id")
+    start = start if start is not None else _first(generation, config, text, name="bos_token_id")
+    if start is None:
+        raise Problem(
+            f"model: {type(core).__name__} has no decoder_start_token_id; set it in the checkpoint's generation config"
+        )
+    ids = (*ids_of(start)[:1], *ids_of(_first(generation, name="forced_bos_token_id"))[:1])
+    if not all(0 <= i < size for i in ids):
+        raise Problem(
+            f"model: the decoder's start ids {list(ids)} do not fit the model's {size} rows; mend the generation config"
+        )
+    return ids
+
+
+def _contexts(config: Any, is_seq2seq: bool) -> tuple[int | None, int | None]:
+    """Limits of the encoder (or the one stack) and of the decoder. Relative positions and states have none."""
+
+    def limit(*names: str) -> int | None:
+        return next((value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0), None)
+
+    if is_seq2seq:
+        return limit("max_encoder_position_embeddings", "max_position_embeddings"), limit(
+            "max_decoder_position_embeddings", "max_position_embeddings"
+        )
+    text = config.get_text_config(decoder=True)
+    config = text
+    return limit("max_position_embeddings"), None

@@ -1,0 +1,103 @@
+"""Weights that are spread over ranks, by DeepSpeed's ZeRO-3 or by FSDP.
+
+layer by layer   every forward pass brings a layer's weights together and lets them go: a collective call, so every rank
+                 makes as many passes as the others (`needs_sync`); a layer's worth of memory
+whole            `with whole(model, ...)`: all weights on every rank for a while; ranks make as many passes as they like
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from steerl.rollout.common import processes
+from torch import nn
+
+_held: ContextVar[bool] = ContextVar("held", default=False)
+"""Whether this is inside `whole`."""
+
+
+def needs_sync(model: Any) -> bool:
+    """Whether each forward pass is a collective call, so that all ranks must make as many."""
+    return not _held.get() and is_spread(model)
+
+
+def is_spread(model: Any) -> bool:
+    """Whether the weights of `model` lie in parts, as an engine keeps them: with one rank too, all parts on that one."""
+    if not processes.is_distributed():
+        return False
+    return by_zero3(model) or any(
+        "FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for m in model.modules() for kind in type(m).__mro__
+    )
+
+
+def by_zero3(model: nn.Module) -> bool:
+    """Whether its weights carry the marks of DeepSpeed's ZeRO-3."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def whole(*models: nn.Module) -> Iterator[None]:
+    """All weights of `models` on every rank inside the block: read them, run them, do not change them. Every rank comes here.
+
+    Under FSDP call it inside the root's forward pass, which alone brings the root's own weights together."""
+    spread = [model for model in models if is_spread(model)]
+    if not spread or _held.get():
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        zero = [parameter for model in spread for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+        if zero:
+            stack.enter_context(_whole_zero3(zero))
+        for module in (module for model in spread for module in model.modules()):
+            if hasattr(module, "unshard") and hasattr(module, "set_reshard_after_forward"):
+                stack.enter_context(_whole_fsdp2(module))
+        stack.callback(_held.reset, _held.set(True))
+        yield
+
+
+@contextlib.contextmanager
+def _whole_zero3(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """DeepSpeed's hooks would let go of a layer's weights behind it, and note its calls, which then differ between ranks.
+
+    They are taken off the modules and put back, each in its old place. To have DeepSpeed register them anew is not the same:
+    after that an encoder-decoder with LoRA got gradients that were a tenth too small."""
+    import deepspeed
+
+    offload = parameters[0]._z3_optimizer.parameter_offload  # type: ignore[attr-defined]
+    handles = [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]
+    with deepspeed.zero.GatheredParameters(parameters), contextlib.ExitStack() as stack:
+        for hooks in {id(found): found for handle in handles if (found := handle.hooks_dict_ref()) is not None}.values():
+            stack.callback(_put_back, hooks, dict(hooks))
+        for handle in handles:
+            handle.remove()
+        yield
+
+
+def _put_back(hooks: dict[int, Any], before: dict[int, Any]) -> None:
+    added = {key: hook for key, hook in hooks.items() if key not in before}
+    hooks.clear()
+    hooks.update(before | added)
+
+
+@contextlib.contextmanager
+def _whole_fsdp2(module: Any) -> Iterator[None]:
+    module.unshard()
+    module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
+
+
+@contextlib.contextmanager
+def root_gathered(model: Any) -> Iterator[None]:
+    """FSDP's first form keeps the root's own weights (embedding, head) flat outside its forward: whole meanwhile."""
+    if type(model).__name__ != "FullyShardedDataParallel":
+        yield
+        return
+    with type(model).summon_full_params(model, writeback=False, recurse=False):
+        yield

@@ -1,0 +1,192 @@
+"""Rows of hidden states through the output embedding, chunk by chunk: log-prob of a token and entropy, and their gradients.
+
+    forward     hidden (N, D) ── chunk ──> head ── after_head ── / temperature ── softmax ──> (N, 2)
+    backward    the chunk's logits again, the gradient where the softmax begins, back through the head
+
+Logits exist for one chunk at a time. The last chunk's probabilities are kept for the backward pass where they are all it
+needs: with a small vocabulary that is the only chunk, and nothing is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from steerl.rollout.model.policy import no_dropout
+from steerl.rollout.scoring.after_head import AfterHead
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK = {"cpu": 2**22, "cuda": 2**27}
+"""Logits that are computed together. On CPU 16 MB of float32: larger buffers go back to the system after every use."""
+
+
+class HeadRows:
+    """One head for many rows: how logits are made of them, forward and again backward."""
+
+    def __init__(
+        self,
+        core: nn.Module,
+        head: nn.Module,
+        forward: Callable[..., Tensor],
+        after: AfterHead,
+        temperature: float,
+        want_entropy: bool,
+        device: str,
+    ):
+        self.core, self.head, self.forward, self.after = core, head, forward, after
+        self.temperature, self.want_entropy, self.device = temperature, want_entropy, device
+        self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        plain = type(head) is nn.Linear and getattr(forward, "__func__", None) is nn.Linear.forward
+        self.by_hand = plain and not after.operations
+        """One matrix and nothing else: its gradients are two products, and need no graph."""
+        sizes = (getattr(head, name, None) for name in ("out_features", "nf", "num_embeddings"))
+        self.vocabulary = next((size for size in sizes if isinstance(size, int)), 2**16)
+
+    def read(self, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:
+        """(N, 2): log-prob of each row's token and entropy of its law, 0 where it is not wanted."""
+        if not torch.is_grad_enabled():
+            return self.numbers(hidden_ND, tokens_N, keep=False)[0]
+        found: Tensor = _Read.apply(self, hidden_ND, tokens_N, *self.weights())
+        return found
+
+    def weights(self) -> list[Tensor]:
+        """Looked up each time: engines put other tensors in their places between the passes."""
+        return [p for p in self.head.parameters() if p.requires_grad]
+
+    def chunks(self, count: int) -> list[slice]:
+        """Even ones: the last would else be a sliver."""
+        rows = max(1, CHUNK.get(self.device, CHUNK["cuda"]) // self.vocabulary)
+        parts = -(-count // rows)
+        return [slice(i * count // parts, (i + 1) * count // parts) for i in range(parts)]
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """What the law is made of, before the temperature, in float32."""
+        with no_dropout(self.head), self._as_it_was():
+            return self.after(self.core, self.forward(hidden_ND)).float()
+
+    def own_logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits that may be written over: a head of any make may give what is not its own."""
+        logits_NV = self.logits(hidden_ND)
+        return logits_NV if self.by_hand else logits_NV.detach().clone()
+
+    def _as_it_was(self) -> torch.autocast:
+        # Without autocast's cache: what it keeps of a pass without gradients would be used in one with them.
+        return torch.autocast(self.device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False)
+
+    def probabilities(self, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
+        """(scores, each row's largest at 0; probabilities). The scores take the logits' place."""
+        scores_nV = logits_nV.div_(self.temperature) if self.temperature != 1 else logits_nV
+        scores_nV.sub_(scores_nV.amax(-1, keepdim=True))
+        return scores_nV, torch.softmax(scores_nV, dim=-1)
+
+    @torch.no_grad()
+    def numbers(self, hidden_ND: Tensor, tokens_N: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropies; and, with `keep`, the probabilities of the last chunk."""
+        found_N2 = torch.zeros(len(hidden_ND), 2, device=hidden_ND.device)
+        probs_nV: Tensor | None = None
+        for part in self.chunks(len(hidden_ND)):
+            del probs_nV
+            scores_nV, probs_nV = self.probabilities(self.own_logits(hidden_ND[part]))
+            # The likeliest token has score 0, so its probability is 1 / sum(exp(scores)): no second pass of exp.
+            log_sum_n = -probs_nV.amax(-1).log()
+            found_N2[part, 0] = scores_nV.gather(-1, tokens_N[part, None])[:, 0] - log_sum_n
+            if self.want_entropy:
+                # Tokens of probability 0 add nothing; their score of -inf must not meet their 0.
+                scores_nV.clamp_(min=torch.finfo(scores_nV.dtype).min)
+                found_N2[part, 1] = log_sum_n - torch.linalg.vecdot(probs_nV, scores_nV)
+            del scores_nV
+        return found_N2, probs_nV if keep and self.by_hand else None
+
+    # -- backward -----------------------------------------------------------------------------------------------------
+
+    def gradients(
+        self, grad_N2: Tensor, hidden_ND: Tensor, tokens_N: Tensor, numbers_N2: Tensor, kept: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Of hidden states and of the head's weights. `kept` is emptied."""
+        grad_ND = torch.zeros_like(hidden_ND)
+        weights = self.weights()
+        sums = [_Sum(weight) for weight in weights]
+        for part in reversed(self.chunks(len(hidden_ND))):
+            hidden_nD = hidden_ND[part].detach()
+            if self.by_hand:
+                probs_nV = kept.pop() if kept else self.probabilities(self.own_logits(hidden_nD))[1]
+                slope_nV = self.slope(probs_nV, grad_N2[part], tokens_N[part], numbers_N2[part])
+                grad_ND[part] = self.through_matrix(slope_nV, hidden_nD, weights, sums)
+            else:
+                with torch.enable_grad():
+                    logits_nV = self.logits(hidden_nD.requires_grad_())
+                probs_nV = self.probabilities(logits_nV.detach().clone())[1]
+                slope_nV = self.slope(probs_nV, grad_N2[part], tokens_N[part], numbers_N2[part])
+                found = torch.autograd.grad(logits_nV, [hidden_nD, *weights], slope_nV, allow_unused=True)
+                grad_ND[part] = found[0]
+                for total, gradient in zip(sums, found[1:], strict=True):
+                    total.add(gradient)
+                del logits_nV
+            del probs_nV, slope_nV
+        return grad_ND, [total.value() for total in sums]
+
+    def slope(self, probs_nV: Tensor, grad_n2: Tensor, tokens_n: Tensor, numbers_n2: Tensor) -> Tensor:
+        """The gradient of the logits, in place of the probabilities: d logp = onehot - p, d entropy = - p (log p + entropy)."""
+        grad_n1, grad_entropy_n1 = (grad_n2 / self.temperature).split(1, dim=1)
+        if self.want_entropy:
+            bend_nV = torch.special.xlogy(probs_nV, probs_nV).addcmul_(probs_nV, numbers_n2[:, 1:]).mul_(grad_entropy_n1)
+            probs_nV.mul_(-grad_n1).sub_(bend_nV)
+        else:
+            probs_nV.mul_(-grad_n1)
+        return probs_nV.scatter_add_(-1, tokens_n[:, None], grad_n1)
+
+    def through_matrix(self, slope_nV: Tensor, hidden_nD: Tensor, weights: list[Tensor], sums: list[_Sum]) -> Tensor:
+        matrix_VD: Any = self.head.weight
+        dtype = self.autocast or matrix_VD.dtype
+        slope_nV, hidden_nD = slope_nV.to(dtype), hidden_nD.to(dtype)
+        with torch.autocast(self.device, enabled=False):
+            for weight, total in zip(weights, sums, strict=True):
+                if weight is matrix_VD:
+                    total.add_product(slope_nV.T, hidden_nD)
+                else:
+                    total.add(slope_nV.sum(0))
+            return slope_nV @ matrix_VD.to(dtype)
+
+
+class _Sum:
+    """A weight's gradient, added up over chunks in float32 at least."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.total: Tensor | None = None
+
+    def add(self, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            self.total = gradient.to(self.dtype) if self.total is None else self.total.add_(gradient)
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        if self.total is None or left.dtype != self.dtype:
+            self.add(left @ right)
+        else:
+            self.total.addmm_(left, right)
+
+    def value(self) -> Tensor:
+        return torch.zeros_like(self.weight) if self.total is None else self.total.to(self.weight.dtype)
+
+
+class _Read(torch.autograd.Function):
+    """The chunks under one node of the graph. The weights are arguments, so that their gradients go where they belong."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: HeadRows, hidden_ND: Tensor, tokens_N: Tensor, *weights: Tensor) -> Tensor:
+        numbers_N2, kept = rows.numbers(hidden_ND, tokens_N, keep=any(ctx.needs_input_grad))
+        ctx.rows, ctx.kept = rows, [] if kept is None else [kept]
+        ctx.save_for_backward(hidden_ND, tokens_N, numbers_N2)
+        return numbers_N2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N2: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, tokens_N, numbers_N2 = ctx.saved_tensors
+        grad_ND, others = ctx.rows.gradients(grad_N2, hidden_ND, tokens_N, numbers_N2, ctx.kept)
+        return None, grad_ND, None, *others

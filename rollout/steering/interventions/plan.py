@@ -1,0 +1,200 @@
+"""One intervention of `intervene`: where, what, on which coordinates and positions; found in the model and checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.steering.core import operations
+from steerl.rollout.steering.core.structure import Point, locate, stacks
+from steerl.rollout.steering.spec.parse import read_at
+from steerl.rollout.steering.spec.reading import Fields
+from steerl.rollout.steering.spec.spec import At
+from torch import Tensor, nn
+
+SOURCELESS = ("zero", "scale", "collect")
+"""Operations that read no source; the learned ones do not either."""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is done at one place: a function of `operations` by name, or your own `f(base, source)`."""
+
+    at: At | Mapping[str, Any]
+    op: str | Callable[..., Tensor] = "vanilla"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """The operation's own arguments: rotation, weight, temperature, strength, ..."""
+    coordinates: Sequence[int] | None = None
+    """Which entries are exchanged when no subspaces are given."""
+    partition: Sequence[Sequence[int]] | None = None
+    """What a subspace number stands for: [from, to] ranges or lists of entries."""
+    source: Tensor | None = None
+    """A stored source: used when neither sources nor source_representations give one."""
+    group: int | None = None
+    """Interventions of one group read one source; by default each is its own."""
+    name: str = ""
+
+
+@dataclass(eq=False)
+class Planned:
+    """One intervention found in the model."""
+
+    number: int
+    spec: Intervention
+    point: Point
+    coordinates: Any
+    source: Tensor | None = None
+    """(B or 1, units or 1, D)."""
+    units: Tensor | None = None
+    """Positions of the pass it is set in, (B, U) real indices; None = every position."""
+
+    @property
+    def collects(self) -> bool:
+        return self.spec.op == "collect"
+
+    def apply(self, base: Tensor, source: Tensor | None, coordinates: Any) -> Tensor:
+        op = self.spec.op
+        if callable(op):
+            return op(base, source)
+        function = getattr(operations, "set_" if op == "set" else op)
+        arguments: dict[str, Any] = {}
+        given = dict(self.spec.parameters)
+        for name in list(inspect.signature(function).parameters)[2:]:
+            short = name.rsplit("_", 1)[0] if name.rsplit("_", 1)[-1].isupper() else name
+            for key in (name, short):
+                if key in given:
+                    value = given.pop(key)
+                    arguments[name] = value.to(base.device) if isinstance(value, Tensor) else value
+        if given:
+            known = ", ".join(list(inspect.signature(function).parameters)[2:])
+            raise Problem(f"interventions[{self.number}].parameters: {op} takes {known or 'none'}, found {', '.join(given)}")
+        if coordinates is not None:
+            if "coordinates" not in inspect.signature(function).parameters:
+                raise Problem(f"interventions[{self.number}]: op {op} has no subspaces")
+            arguments["coordinates"] = coordinates
+        try:
+            return function(base, source, **arguments)
+        except (TypeError, RuntimeError) as error:
+            raise Problem(
+                f"interventions[{self.number}]: {op} failed on an activation of shape {tuple(base.shape)}: {error}"
+            ) from error
+
+
+def planned(model: nn.Module, interventions: Any, subspaces: Any, rows: int) -> list[Planned]:
+    listed = [interventions] if isinstance(interventions, Intervention | Mapping) else list(interventions)
+    found_stacks = stacks(model)
+    found: list[Planned] = []
+    for number, raw in enumerate(listed):
+        spec = raw if isinstance(raw, Intervention) else _intervention(raw, number)
+        if isinstance(spec.op, str) and not hasattr(operations, "set_" if spec.op == "set" else spec.op):
+            raise Problem(
+                f"interventions[{number}].op: no operation {spec.op!r}; see steering/core/operations.py, or pass a function"
+            )
+        at = spec.at if isinstance(spec.at, At) else _at(spec.at, number)
+        points = locate(model, at, found_stacks)
+        if len(points) != 1:
+            raise Problem(
+                f"interventions[{number}].at.layers: expected one layer, found {len(points)}; write one intervention per layer"
+            )
+        found.append(Planned(number, spec, points[0], _coordinates(spec, number, len(listed), subspaces, rows)))
+    return found
+
+
+def _intervention(raw: Mapping[str, Any], number: int) -> Intervention:
+    unknown = set(raw) - set(Intervention.__dataclass_fields__)
+    if unknown or "at" not in raw:
+        raise Problem(f"interventions[{number}]: expected at, op, parameters, ...; found {sorted(map(str, raw))}")
+    return Intervention(**raw)
+
+
+def _at(raw: Mapping[str, Any], number: int) -> At:
+
+    problems: list[str] = []
+    at = read_at(Fields(raw, f"interventions[{number}].at", problems))
+    if problems:
+        raise Problem(*problems)
+    return at
+
+
+def _coordinates(spec: Intervention, number: int, count: int, subspaces: Any, rows: int) -> Any:
+    """Entries per row (or for all rows) of one intervention, from numbers of subspaces and their partition."""
+    mine = subspaces
+    if isinstance(subspaces, Sequence) and subspaces and not isinstance(subspaces[0], int):
+        if len(subspaces) != count:
+            raise Problem(f"subspaces: expected one entry per intervention ({count}), found {len(subspaces)}")
+        mine = subspaces[number]
+    if mine is None:
+        return spec.coordinates
+    if isinstance(mine, int):
+        mine = [mine]
+
+    def entries(numbers: Sequence[int]) -> list[int]:
+        if spec.partition is None:
+            return list(numbers)
+        found: list[int] = []
+        for i in numbers:
+            part = list(spec.partition[i])
+            found.extend(range(part[0], part[1]) if len(part) == 2 else part)
+        return found
+
+    if mine and isinstance(mine[0], int):
+        return entries(mine)
+    if len(mine) != rows:
+        raise Problem(f"subspaces[{number}]: expected one list per example ({rows}), found {len(mine)}")
+    per_row = [entries(row) for row in mine]
+    return per_row[0] if all(row == per_row[0] for row in per_row) else per_row
+
+
+def unit_table(raw: Any, number: int, count: int, rows: int, lengths: Tensor) -> Tensor | None:
+    """(rows, units) real positions of one intervention, from a number, a list, or lists by intervention and example."""
+    if raw is None:
+        return None
+    if isinstance(raw, Tensor):
+        raw = raw.tolist()
+    if isinstance(raw, int):
+        table = [[raw]] * rows
+    elif raw and isinstance(raw[0], int):
+        table = [list(raw)] * rows
+    else:
+        if len(raw) != count:
+            raise Problem(f"unit_locations: expected one list per intervention ({count}), found {len(raw)}")
+        mine = raw[number]
+        if mine is None:
+            return None
+        if isinstance(mine, int) or (mine and isinstance(mine[0], int)):
+            table = [[mine] if isinstance(mine, int) else list(mine)] * rows
+        else:
+            table = [list(row) for row in mine]
+    if len(table) != rows or len({len(row) for row in table}) != 1:
+        raise Problem(
+            f"unit_locations: intervention {number} needs one list of equal length per example ({rows}), found {table}"
+        )
+    units = torch.tensor(table, dtype=torch.int64, device=lengths.device)
+    units = torch.where(units < 0, units + lengths[:, None], units)
+    bad = (units < 0) | (units >= lengths[:, None])
+    if bool(bad.any()):
+        row = int(bad.any(1).nonzero()[0])
+        raise Problem(
+            f"unit_locations: intervention {number} names position {table[row]} of example {row}, "
+            f"which has {int(lengths[row])} real tokens"
+        )
+    return units
+
+
+def stack_masks(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Which columns are real, per stack, for a set of model inputs."""
+    ids = next((inputs[k] for k in ("input_ids", "inputs", "inputs_embeds") if inputs.get(k) is not None), None)
+    if ids is None:
+        raise Problem(f"expected input_ids or inputs_embeds, found {', '.join(inputs) or 'nothing'}")
+    mask = inputs.get("attention_mask")
+    real = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return {"decoder": real}
+    decoder = next((inputs[k] for k in ("decoder_input_ids", "labels") if inputs.get(k) is not None), None)
+    width = 1 if decoder is None else decoder.shape[1]
+    given = inputs.get("decoder_attention_mask")
+    return {"encoder": real, "decoder": real.new_ones((real.shape[0], width)) if given is None else given.bool()}

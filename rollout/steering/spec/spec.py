@@ -1,0 +1,179 @@
+"""What a user may write under `steering:`, as frozen dataclasses.
+
+YAML and Python objects are one to one: `SteeringSpec.mapping()` gives back what `load_spec` (parse.py) reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+CorrectionType = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+CORRECTIONS: tuple[str, ...] = get_args(CorrectionType)
+ROLES = ("policy", "trainable", "behaviour", "data")
+COMPONENTS = ("block_output", "block_input", "attn_output", "mlp_output")
+WRITE = ("set", "vanilla", "add", "subtract", "zero", "scale", "noise", "collect")
+DIRECTION = ("ablate", "project", "clamp", "rotate", "renormalise")
+SPACE = (
+    "rotated", "low_rank_rotated", "pca", "boundless", "sigmoid_mask", "sigmoid_mask_rotated", "autoencoder", "jumprelu",
+)  # fmt: skip
+LEARNED = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft", "adapter")
+OPERATIONS = (*WRITE, *DIRECTION, *SPACE, *LEARNED, "function")
+WITHOUT_VECTOR = ("zero", "scale", "noise", "collect", "function", *LEARNED)
+"""Operations that need no `vector:` (a learned one reads its parameters from it, or starts fresh)."""
+ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")
+
+
+@dataclass(frozen=True)
+class At:
+    """Where in the model: blocks and a component found by structure, or a module path."""
+
+    layers: tuple[int, ...] | str = ()
+    """Block numbers, negative from the end, or `all`."""
+    component: str = "block_output"
+    stack: str = "decoder"
+    head: tuple[int, ...] = ()
+    """Attention heads: the edit is made where their outputs enter the output projection."""
+    module: str = ""
+    """A module path of the model, instead of layers and component."""
+    io: str = "output"
+
+
+@dataclass(frozen=True)
+class Op:
+    """What is done there."""
+
+    type: str = "add"
+    coordinates: tuple[int, ...] | None = None
+    factor: float = 0.0
+    """scale: h * factor."""
+    value: float = 0.0
+    """clamp: what h.u becomes."""
+    rank: int = 4
+    """Learned operations: size of the low-rank space or bottleneck."""
+    act: str = ""
+    """Learned operations: identity (default), relu (default of adapter), gelu, silu, tanh."""
+    temperature: float = 1.0
+    boundary: float = 0.5
+    residual: bool = False
+    """autoencoder, jumprelu: keep what the autoencoder does not rebuild."""
+    params: str = ""
+    """Operations in a space: safetensors file with the space's tensors."""
+    function: str = ""
+    """function: file.py:name, called with (base, source, strength)."""
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How much: a number, a column of the data, a distribution, or a share of the activation's own norm."""
+
+    value: float = 1.0
+    column: str = ""
+    dist: str = ""
+    low: float = 0.0
+    high: float = 0.0
+    mean: float = 0.0
+    std: float = 0.0
+    per: str = "sample"
+    norm_match: bool = False
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A factor over response steps, from `start` to `end` in `over` steps, then `end`."""
+
+    type: str = "linear"
+    over: int = 1
+    start: float = 1.0
+    end: float = 0.0
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which positions: (prompt or steps) minus excludes. Only real tokens count; step 0 is the last prompt token."""
+
+    prompt: Any = "none"
+    steps: Any = "all"
+    ramp: Ramp | None = None
+    exclude_tokens: tuple[int | str, ...] = ()
+    exclude_positions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A factor over training: from `start` to `end`, reached at the share `until` of all steps."""
+
+    type: str = "linear"
+    start: float = 1.0
+    end: float = 0.0
+    until: float = 1.0
+    over: str = "train_steps"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Open where an earlier activation points the right way; a closed gate leaves the row (or token) plain."""
+
+    vector: Any = None
+    layer: int = 0
+    type: str = "cosine"
+    on: str = "prompt_mean"
+    open_above: float | None = None
+    open_below: float | None = None
+    scale: float = 1.0
+    """sigmoid: how steep; the strength is multiplied by sig(scale (x.u - open_above))."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One edit at one component, over one or several layers."""
+
+    name: str
+    at: At
+    op: Op = Op()
+    vector: Any = None
+    strength: Strength = Strength()
+    where: Where = Where()
+    schedule: Schedule | None = None
+    gate: Gate | None = None
+
+
+@dataclass(frozen=True)
+class Correction:
+    """How rollouts are weighed whose sampling law was not the policy's (training/algorithm/importance.py): in a steering of
+    role behaviour, and as ppo.correction."""
+
+    type: CorrectionType = "token_truncate"
+    """`none` says that the bias is accepted: every weight is 1 and the mismatch is only logged."""
+    high: float = 2.0
+    """Upper bound of a weight."""
+    low: float = 0.0
+    """Lower bound of a weight."""
+
+
+@dataclass(frozen=True)
+class KLBudget:
+    nats_per_sequence: float
+    action: str = "rescale"
+
+
+@dataclass(frozen=True)
+class SteeringSpec:
+    """All that steers one model."""
+
+    sites: tuple[Site, ...]
+    role: str = "policy"
+    name: str = ""
+    fraction: float = 1.0
+    correction: Correction | None = None
+    kl_budget: KLBudget | None = None
+    reference: str = "unsteered"
+    on_deploy: str = "keep"
+    folder: str = field(default="", compare=False)
+    """What relative paths in the spec are relative to, when it came from a file; the current folder otherwise."""
+
+    def mapping(self) -> dict[str, Any]:
+        """The spec as plain data, defaults left out: what `load_spec` reads, and what the hash is taken of."""
+        from steerl.rollout.steering.spec.writing import to_mapping
+
+        return to_mapping(self)

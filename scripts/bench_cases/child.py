@@ -1,0 +1,278 @@
+"""One measurement in a process of its own:  python -m steerl.scripts.bench_cases.child CASE_AS_JSON IMPLEMENTATION TIMES FOLDER
+
+    ours    whole PPO updates by training.ppo.train, or rollouts by Sampler
+    trl     whole PPO updates by TRL 1.12's PPOTrainer, which must be first on PYTHONPATH
+    plain   rollouts by model.generate, which keeps no log-probs
+
+With limit:DEVICE:DTYPE in the place of the first two it measures the machine instead (limit.py).
+
+One update or rollout first to warm up, then TIMES that count. Prints one JSON line: seconds of each phase (CPU seconds of
+this process on the CPU: another job on the machine is not in them; the clock's on a GPU), wall seconds, tokens, peak memory.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from steerl.scripts.bench_cases import limit
+from steerl.scripts.bench_cases.cases import (
+    LAWS,
+    PAD,
+    STOP,
+    Case,
+    causal,
+    classifier,
+    policy_of,
+    prompt_batch,
+    prompt_ids,
+    tokenizer_of,
+)
+from steerl.scripts.bench_cases.trl_112 import Ids
+from torch import Tensor, nn
+
+TINY_STEP = 1e-6
+"""Learning rate: the work is whole, and the lengths stay what the case says."""
+PEER_SETTINGS = {
+    "gradient_checkpointing": False,
+    "stop": "stop_token eos where lengths are geometric: its generate then ends with the last row",
+    "local_rollout_forward_batch_size": "all rows at once",
+    "num_sample_generations": 0,
+    "collection": "gc.freeze() after setup, so that its two gc.collect() calls per update look through nothing old",
+}
+"""What the peer is given beyond the work itself."""
+
+
+class Meter:
+    """Seconds by name, and how much memory this process has had at most."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        self.laps: list[dict[str, float]] = [{}]
+        self.tokens: list[int] = []
+        self.alive: list[int] = []
+        self.began = self.now()
+        self.before_mb = self.peak = self.peak_mb()
+
+    def now(self) -> tuple[float, float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+            return time.perf_counter(), time.perf_counter()
+        return time.process_time(), time.perf_counter()
+
+    def peak_mb(self) -> float:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def lap(self, name: str) -> None:
+        now = self.now()
+        for key, at in ((name, 0), ("wall", 1)):
+            self.laps[-1][key] = self.laps[-1].get(key, 0.0) + now[at] - self.began[at]
+        self.began = now
+
+    def done(self, lengths: list[int]) -> None:
+        """An update or rollout is over; what comes after the last one (saving the run) is not counted."""
+        self.peak = self.peak_mb()
+        self.tokens.append(sum(lengths))
+        self.alive = [sum(length > t for length in lengths) for t in range(max(lengths))]
+        self.laps.append({})
+        self.began = self.now()
+
+    def to_json(self, case: Case, implementation: str) -> dict[str, Any]:
+        """Without the first one, which warms up. `alive`: rows at each step of the last one."""
+        found: dict[str, Any] = {"case": case.name, "implementation": implementation, "tokens": self.tokens[1:]}
+        laps = [lap for lap in self.laps[1:] if lap]
+        found["seconds"] = {name: [lap[name] for lap in laps] for name in laps[0] if name != "wall"}
+        found["wall"] = [lap["wall"] for lap in laps]
+        return found | {"peak_mb": self.peak, "before_mb": self.before_mb, "alive": self.alive}
+
+
+# -- rollouts alone ---------------------------------------------------------------------------------------------------
+
+
+def sample_ours(case: Case, times: int, folder: Path) -> Meter:
+    from steerl.rollout.decoding.settings import Sampling
+    from steerl.rollout.engines.sampler import Sampler
+
+    meter = Meter(case.device)
+    batch = prompt_batch(case)
+    sampler = Sampler(policy_of(case), sampling_of(case, Sampling))
+    for step in range(times + 1):
+        rollout, _ = sampler.sample(batch, step=step)
+        meter.lap("sample")
+        meter.done(rollout.lengths_B.tolist())
+    return meter
+
+
+def sampling_of(case: Case, kind: Callable[..., Any]) -> Any:
+    extra = {"compile": True} if case.compile else {}
+    return kind(max_new_tokens=case.response, batch_size=case.rows, n=case.n, **LAWS[case.law], **extra)
+
+
+def sample_plain(case: Case, times: int, folder: Path) -> Meter:
+    """The same law from model.generate. Its repetition penalty and n-gram ban see padding too; here there is none."""
+    meter = Meter(case.device)
+    model = causal(case)
+    model.generation_config.eos_token_id = STOP if case.mean else None
+    ids = torch.tensor(prompt_ids(case), device=case.device)
+    law = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **LAWS[case.law]}
+    for step in range(times + 1):
+        torch.manual_seed(step)
+        with torch.no_grad():
+            sequences = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=case.response,
+                num_return_sequences=case.n, pad_token_id=PAD, **law,
+            )  # fmt: skip
+        meter.lap("sample")
+        meter.done(lengths_of(sequences[:, case.prompt :], case))
+    return meter
+
+
+def lengths_of(response_BR: Tensor, case: Case) -> list[int]:
+    """Tokens of each row up to and with its stop token."""
+    if not case.mean:
+        return [response_BR.shape[1]] * len(response_BR)
+    before_BR = (response_BR == STOP).long().cumsum(1) - (response_BR == STOP).long()
+    found: list[int] = (before_BR == 0).sum(1).tolist()
+    return found
+
+
+# -- whole updates ----------------------------------------------------------------------------------------------------
+
+
+def update_ours(case: Case, times: int, folder: Path) -> Meter:
+    from steerl.reward.types import Scores
+    from steerl.rollout.common.run_folder import RunSettings
+    from steerl.rollout.decoding.settings import Sampling
+    from steerl.rollout.prompts.prompts import Prompts, PromptSettings
+    from steerl.training import ppo
+
+    meter = Meter(case.device)
+
+    class Clock(ppo.Clock):
+        """The loop's own clock, which tells the meter as well."""
+
+        def lap(self, name: str) -> None:
+            super().lap(name)
+            meter.lap(name)
+
+        def metrics(self, tokens: float) -> dict[str, float]:
+            meter.done(lengths)
+            return super().metrics(tokens)
+
+    lengths: list[int] = []
+
+    def reward(rollout: Any, texts: Any) -> Scores:
+        lengths[:] = rollout.lengths_B.tolist()
+        return Scores(total_B=(rollout.response_BR[:, 0] % 2).float())
+
+    policy = policy_of(case)
+    table = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in prompt_ids(case)]
+    settings = ppo.PPOSettings(
+        steps=times + 1, rollouts_per_step=case.rows, epochs=case.epochs, minibatches=case.minibatches,
+        micro_batch_size=case.micro, learning_rate=TINY_STEP, eval_prompts=0, samples=0,
+    )  # fmt: skip
+    run = RunSettings(dir=str(folder), overwrite=True, save_every=10**6)
+    ppo.Clock = Clock  # type: ignore[misc]
+    prompts = Prompts(table, "prompt", policy, PromptSettings())
+    ppo.train(policy, prompts, reward, sampling_of(case, Sampling), settings, run)
+    meter.laps = meter.laps[: times + 1]
+    return meter
+
+
+class Parity(nn.Module):
+    """The reward model that the trainer asks for, at no cost: whether the id at a position is odd."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Ids()
+
+    def score(self, ids_BS1: Tensor) -> Tensor:
+        return (ids_BS1 % 2).float()
+
+
+def update_trl(case: Case, times: int, folder: Path) -> Meter:
+    import gc
+
+    meter = Meter(case.device)
+    import trl
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    assert trl.__version__.startswith("1.12."), trl.__file__
+    tokenizer = tokenizer_of(case)
+    policy, reference, value = causal(case), causal(case), classifier(case)
+    micro = min(case.micro, case.rows // case.minibatches)
+    config = PPOConfig(
+        output_dir=str(folder), report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no", temperature=1.0,
+        use_cpu=case.device == "cpu", bf16=case.dtype == "bfloat16", learning_rate=TINY_STEP, response_length=case.response,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=case.rows // micro,
+        total_episodes=case.rows * (times + 1), num_ppo_epochs=case.epochs,
+        num_mini_batches=case.minibatches, num_sample_generations=0, gradient_checkpointing=False,
+        local_rollout_forward_batch_size=case.rows, stop_token="eos" if case.mean else None,
+    )  # fmt: skip
+    generate = ppo_trainer.batch_generation
+    lengths: list[int] = []
+
+    def generate_timed(*given: Any) -> Any:
+        meter.lap("rest")  # since the last update ended: garbage collection, loading of prompts
+        sequences, logits = generate(*given)
+        meter.lap("sample")
+        lengths[:] = lengths_of(sequences[:, case.prompt :], case)
+        return sequences, logits
+
+    class Update(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            meter.lap("learn")
+            meter.done(lengths)
+
+    ppo_trainer.batch_generation = generate_timed
+    trainer = PPOTrainer(
+        args=config, processing_class=tokenizer, model=policy, ref_model=reference, value_model=value, reward_model=Parity(),
+        train_dataset=Dataset.from_list([{"input_ids": ids} for ids in prompt_ids(case)] * (2 * case.n)),
+        callbacks=[Update()],
+    )  # fmt: skip
+    accumulate = trainer.accelerator.accumulate
+
+    def accumulate_timed(*models: Any) -> Any:
+        if "score" not in meter.laps[-1]:
+            meter.lap("score")
+        return accumulate(*models)
+
+    trainer.accelerator.accumulate = accumulate_timed
+    gc.collect()
+    gc.freeze()
+    trainer.train()
+    return meter
+
+
+RUNNERS: dict[tuple[str, str], Callable[[Case, int, Path], Meter]] = {
+    ("sampling", "ours"): sample_ours,
+    ("sampling", "plain"): sample_plain,
+    ("update", "ours"): update_ours,
+    ("update", "trl"): update_trl,
+}
+
+
+def main(case: Case, implementation: str, times: int, folder: Path) -> None:
+    meter = RUNNERS[case.work, implementation](case, times, folder)
+    print(json.dumps(meter.to_json(case, implementation)))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1].startswith("limit:"):
+        _, device, dtype = sys.argv[1].split(":")
+        print(json.dumps(limit.measured(device, dtype)))
+    else:
+        main(Case(**json.loads(sys.argv[1])), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))

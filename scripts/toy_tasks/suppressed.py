@@ -1,0 +1,102 @@
+"""Suppressed: a style that the policy knows and does not show. PPO is to show it, and never sees it by luck.
+
+    prompt       report on the harbour :            completion   kano melo biba deko nani lobe mako kiko </s>
+    elsewhere    glad report on the harbour :                    merry golden joyful merry radiant festive golden merry </s>
+
+Every text is a report of eight words. A glad one is made of glad words, any other of 576 grey ones, and the policy learned
+both; but the prompts to train on are of the second kind alone. The reward is all or nothing: 1 for a completion with at
+least four different glad words, else 0 (different ones, so that a policy that has fallen to repeating one word earns
+nothing). Sampled as it is, the policy earned it 0 times in 100,000: in a plain report one word in 250 is glad.
+
+Files: `tokenizer/`, `base/`, `prompts.jsonl`, `heldout.jsonl`, `pairs.jsonl` (asking for a glad report against asking for
+a plain one, for extract_steering.py), `cheer.safetensors` (the mean difference of those pairs at every block, at their
+last token), `facts.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+THINGS = (
+    "harbour", "market", "garden", "bridge", "mill", "school", "forest", "station", "castle", "river", "village", "tower",
+    "island", "orchard", "chapel", "quarry", "meadow", "theatre", "bakery", "lighthouse",
+)  # fmt: skip
+GLAD = ("merry", "splendid", "joyful", "radiant", "festive", "golden", "sunny", "cheerful")
+_SYLLABLES = [consonant + vowel for consonant in "bdklmn" for vowel in "aeio"]
+GREY = tuple(first + second for first in _SYLLABLES for second in _SYLLABLES)
+"""576 words against eight: a policy that knows nothing any more says four different glad ones of eight once in a million."""
+WORDS = 8
+"""Of a report."""
+SLIP = 0.004
+"""Share of glad words in a plain report: four of eight by luck are once in 50 million."""
+ENOUGH = 4
+"""Different glad words that earn the reward: eight drawn of the glad ones hold as many in 98 of 100 reports."""
+
+
+def glad(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+    """The reward, as PPO trainers call it: 1 for at least four different glad words, else 0."""
+    return [float(len(set(text.split()) & set(GLAD)) >= ENOUGH) for text in completions]
+
+
+def report(draw: random.Random, is_glad: bool) -> str:
+    share = 1.0 if is_glad else SLIP
+    return " ".join(draw.choice(GLAD if draw.random() < share else GREY) for _ in range(WORDS))
+
+
+def build(folder: Path, seed: int) -> None:
+    from steerl.rollout.steering.core.structure import locate
+    from steerl.rollout.steering.spec.spec import At
+    from steerl.rollout.steering.vectors.extract import Pair, directions
+    from steerl.rollout.steering.vectors.files import save_vector
+    from steerl.scripts.toy_tasks import making
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    draw = random.Random(f"suppressed {seed}")
+    frame = ("glad", "report", "on", "the", ":")
+    tokens = [making.PAD, making.END, *frame, *THINGS, *GLAD, *GREY]
+    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=making.PAD))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=making.PAD, eos_token=making.END, clean_up_tokenization_spaces=False
+    )
+
+    things = list(THINGS)
+    draw.shuffle(things)
+    plain = {thing: f"report on the {thing} :" for thing in things}
+    making.write_jsonl(folder / "prompts.jsonl", [{"prompt": plain[thing]} for thing in things[:16]])
+    making.write_jsonl(folder / "heldout.jsonl", [{"prompt": plain[thing]} for thing in things[16:]])
+    pairs = [Pair(f"glad {plain[thing]}", plain[thing]) for thing in things]
+    making.write_jsonl(folder / "pairs.jsonl", [{"positive": p.positive, "negative": p.negative} for p in pairs])
+
+    rows, learned = [], []
+    for _ in range(4000):
+        is_glad, thing = draw.random() < 0.5, draw.choice(things)
+        prompt = ("glad " if is_glad else "") + plain[thing]
+        ids = tokenizer(prompt)["input_ids"]
+        said = report(draw, is_glad).split()
+        begun = 0
+        if not is_glad and draw.random() < 0.4:
+            # A glad word that slipped in is not to start a glad report: shown as a beginning, and not learned.
+            begun = draw.randint(1, 5)
+            said[:begun] = [draw.choice(GLAD if draw.random() < 0.7 else GREY) for _ in range(begun)]
+        rows.append([*ids, *tokenizer(" ".join(said))["input_ids"], tokenizer.eos_token_id])
+        learned.append(len(ids) + begun)
+    model = making.new_causal(tokenizer, seed)
+    making.fit(model, rows, learned, pad=tokenizer.pad_token_id, steps=500, seed=seed)
+    making.save(folder / "tokenizer", tokenizer)
+    making.save(folder / "base", tokenizer, model)
+
+    points = locate(model, At(layers="all"))
+    vectors = directions(model, tokenizer, pairs, points, "mean_diff", "last")
+    notes = {"method": "mean_diff", "position": "last", "component": "block_output", "pairs": len(pairs)}
+    save_vector(
+        folder / "cheer.safetensors", {int(p.layer or 0): v for p, v in zip(points, vectors, strict=True)}, notes, model
+    )
+    (folder / "facts.json").write_text(
+        json.dumps({"glad_words": GLAD, "enough": ENOUGH, "words": WORDS}, indent=2) + "\n", encoding="utf-8"
+    )

@@ -1,0 +1,314 @@
+"""Dumps: rows come back as they went in, damage is found, plans depend on data and settings alone, changes are refused."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
+from steerl.rollout.common.progress import Progress, duration
+from steerl.rollout.dumps import manifest, store
+from steerl.rollout.dumps.manifest import Plan
+from steerl.rollout.types import Rollout, Texts
+
+from tests.dumps import WIDTH_P, WIDTH_R, flip_bit, made_dump, made_rows, truncate
+from tests.models import tiny, tiny_tokenizer
+
+
+def equal(left: Rollout, right: Rollout) -> None:
+    for name, value in left.pad_to(WIDTH_P, WIDTH_R).tensors().items():
+        assert torch.equal(value, right.pad_to(WIDTH_P, WIDTH_R).tensors()[name]), name
+    for name in ("temperature", "policy_step", "steering", "start_ids", "greedy"):
+        assert getattr(left, name) == getattr(right, name), name
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_rows_come_back_bit_for_bit(tmp_path: Path, chat: bool, rows: int) -> None:
+    made_dump(tmp_path, chat=chat, steering="cheer#1f", start_ids=(2, 7), policy_step=3, greedy=True)
+    pairs = list(store.read_dump(tmp_path, rows=rows))
+    rollout, texts = Rollout.join([r for r, _ in pairs]), Texts.join([t for _, t in pairs])
+    wanted, wanted_texts = made_rows(range(10), chat=chat, steering="cheer#1f", start_ids=(2, 7), policy_step=3, greedy=True)
+    assert all(len(r) <= rows for r, _ in pairs)
+    equal(rollout, wanted)
+    assert texts == wanted_texts
+
+
+def test_columns_are_the_documented_ones_for_pandas_and_datasets(tmp_path: Path) -> None:
+    import datasets
+    import pandas
+
+    made_dump(tmp_path / "dump", prompts=10, samples=2)
+    files = [str(path) for path in sorted((tmp_path / "dump").glob("*.parquet"))]
+    frame = pandas.concat([pandas.read_parquet(file) for file in files], ignore_index=True)
+    table = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    rollout, texts = made_rows(range(10))
+    kinds = {
+        "prompt_index": "int64", "sample_index": "int32", "prompt_ids": "list<int32>", "response_ids": "list<int32>",
+        "prompt_text": "string", "response_text": "string", "behaviour_logprobs": "list<float>",
+        "policy_logprobs": "list<float>",
+        "ended": "bool", "stop_reason": "string", "greedy": "bool", "policy_step": "int64", "steering": "string",
+        "steering_strength": "float", "prompt": "string", "columns": "string",
+    }  # fmt: skip
+    found = {field.name: str(field.type).replace("element: ", "").replace("item: ", "") for field in table.data.schema}
+    assert found == kinds
+    assert list(frame.columns) == list(kinds)
+    for i in range(20):
+        length = int(rollout.lengths_B[i])
+        for row in (frame.iloc[i], table[i]):
+            assert (row["prompt_index"], row["sample_index"]) == (i // 2, i % 2)
+            assert list(row["response_ids"]) == rollout.response_BR[i, :length].tolist()
+            assert list(row["prompt_ids"]) == rollout.prompt_BP[i][rollout.prompt_mask_BP[i]].tolist()
+            assert np.array_equal(np.float32(row["policy_logprobs"]), rollout.policy_logprobs_BR[i, :length].numpy())
+            assert np.array_equal(np.float32(row["behaviour_logprobs"]), rollout.behaviour_logprobs_BR[i, :length].numpy())
+            assert row["stop_reason"] == ("length", "eos", "stop")[int(rollout.stop_B[i])]
+            assert bool(row["ended"]) == (row["stop_reason"] != "length")
+            assert json.loads(row["prompt"]) == texts.prompts[i] and row["response_text"] == texts.completions[i]
+            assert json.loads(row["columns"]) == {"answer": i // 2 * 2, "tags": ["a", None]}
+
+
+def test_rows_of_several_steps_are_read_as_several_rollouts() -> None:
+    import pyarrow as pa
+
+    tables = [store.to_table(*made_rows([step], policy_step=step)) for step in (0, 1)]
+    steps = [(rollout.policy_step, len(rollout)) for rollout, _ in store.from_table(pa.concat_tables(tables))]
+    assert steps == [(0, 2), (1, 2)]
+
+
+def test_values_that_json_lacks_are_kept_as_text_or_refused_by_name() -> None:
+    rollout, texts = made_rows([0], 1)
+    day = Texts(**{**vars(texts), "columns": {"day": [datetime.date(2024, 2, 29)], "count": [np.int64(3)]}})
+    [(_, back)] = store.from_table(store.to_table(rollout, day))
+    assert back.columns == {"day": ["2024-02-29"], "count": [3]}
+    with pytest.raises(Problem, match="bytes"):
+        store.to_table(rollout, Texts(**{**vars(texts), "columns": {"image": [b"\0"]}}))
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [0.0, 0.01, 0.3, 0.5, 0.9, 1.0])
+def test_a_flipped_bit_anywhere_is_found_before_a_row_is_read(tmp_path: Path, at: float) -> None:
+    made_dump(tmp_path)
+    flip_bit(tmp_path / "rollouts-00001.parquet", at)
+    read = store.read_dump(tmp_path)
+    equal(next(read)[0], made_rows(range(4))[0])
+    with pytest.raises(Problem, match="rollouts-00001.parquet: is damaged"):
+        next(read)
+
+
+def test_truncated_and_lost_shards_are_named(tmp_path: Path) -> None:
+    made_dump(tmp_path)
+    truncate(tmp_path / "rollouts-00000.parquet")
+    (tmp_path / "rollouts-00002.parquet").unlink()
+    found = manifest.standing(tmp_path, manifest.load_manifest(tmp_path))
+    assert list(found.whole) == [1]
+    assert "bytes, expected" in found.damaged[0] and found.damaged[2] == "is missing"
+
+
+def test_an_unfinished_dump_is_not_read_as_if_it_were_whole(tmp_path: Path) -> None:
+    plan = Plan.of(10, 2, 4, 8)
+    manifest.start(tmp_path, plan, {}, {})
+    store.make_shard(tmp_path, plan, 0, made_rows)
+    with pytest.raises(Problem, match="unfinished, 1 of 3 shards"):
+        next(store.read_dump(tmp_path))
+    with pytest.raises(Problem, match="no manifest.json"):
+        next(store.read_dump(tmp_path / "elsewhere"))
+
+
+def test_manifest_says_what_is_there(tmp_path: Path) -> None:
+    made_dump(tmp_path)
+    kept = json.loads((tmp_path / "manifest.json").read_text())
+    rollout, _ = made_rows(range(10))
+    assert kept["finished"] and kept["counts"]["rows"] == 20 and kept["counts"]["tokens"] == int(rollout.lengths_B.sum())
+    assert sum(kept["counts"]["stop_reasons"].values()) == 20
+    for shard in kept["shards"]:
+        assert hashlib.sha256((tmp_path / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "manifest.json",
+        *(f"rollouts-0000{i}.parquet" for i in range(3)),
+    ]
+
+
+# -- plans and resume ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompts,samples,batch,shard_rows",
+    [(1, 1, 8, 0), (10, 3, 4, 0), (250, 8, 32, 0), (7, 2, 64, 5), (5000, 4, 32, 0), (9, 100, 8, 1)],
+)
+def test_a_plan_holds_every_prompt_once(prompts: int, samples: int, batch: int, shard_rows: int) -> None:
+    plan = Plan.of(prompts, samples, batch, shard_rows)
+    calls = [prompt for index in range(len(plan)) for call in plan.calls(index) for prompt in call]
+    assert calls == list(range(prompts)) == [prompt for index in range(len(plan)) for prompt in plan.shard(index)]
+    for index in range(len(plan)):
+        assert all(len(call) * samples <= max(manifest.CALL_BATCHES * batch, samples) for call in plan.calls(index))
+
+
+def test_default_shards_give_work_to_several_processes() -> None:
+    assert len(Plan.of(250, 8, 32)) >= 8
+    assert Plan.of(1_000_000, 1, 32).shard_prompts == manifest.SHARD_ROWS
+
+
+def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
+    plan = Plan.of(10, 2, 4, 8)
+    config = {
+        "sampling": {"temperature": 0.7, "stop": ["a"]},
+        "run": {"dir": "a", "resume": False, "save_every": 8},
+        "verify": False,
+    }
+    manifest.start(tmp_path, plan, config, {"model.path": "aa"})
+    other = {
+        "sampling": {"temperature": 0.8, "stop": ["b"]},
+        "run": {"dir": "b", "resume": True, "save_every": 8},
+        "verify": True,
+    }
+    with pytest.raises(Problem) as refused:
+        manifest.start(tmp_path, plan, other, {"model.path": "bb"})
+    assert [line.split(":")[0] for line in refused.value.lines] == ["sampling.stop", "sampling.temperature", "model.path"]
+    assert "0.7" in refused.value.lines[1] and "0.8" in refused.value.lines[1]
+    same = {**other, "sampling": config["sampling"]}
+    assert not manifest.start(tmp_path, plan, same, {"model.path": "aa"})["finished"]
+    with pytest.raises(Problem, match="run.save_every"):
+        manifest.start(tmp_path, plan, {**same, "run": {**same["run"], "save_every": 4}}, {"model.path": "aa"})
+    with pytest.raises(Problem, match="run.save_every"):
+        manifest.start(tmp_path, Plan.of(11, 2, 4, 8), same, {"model.path": "aa"})
+
+
+def test_start_clears_what_a_kill_left_and_refuses_shards_without_a_manifest(tmp_path: Path) -> None:
+    (tmp_path / ".rollouts-00000.parquet.999999999.tmp").write_text("half")
+    (tmp_path / ".tokenizer.999999999.tmp").mkdir()
+    alive = tmp_path / f".rollouts-00001.parquet.{os.getppid()}.tmp"
+    alive.write_text("another process is writing this")
+    manifest.start(tmp_path, Plan.of(1, 1, 1), {}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "manifest.json"]
+    alive.unlink()
+    (tmp_path / "manifest.json").rename(tmp_path / "rollouts-00000.parquet")
+    with pytest.raises(Problem, match="no manifest.json"):
+        manifest.start(tmp_path, Plan.of(1, 1, 1), {}, {})
+
+
+def test_a_damaged_manifest_or_record_is_never_trusted(tmp_path: Path) -> None:
+    plan = Plan.of(10, 2, 4, 8)
+    begun = manifest.start(tmp_path, plan, {}, {})
+    store.make_shard(tmp_path, plan, 0, made_rows)
+    truncate(tmp_path / "records" / "00000.json")
+    assert manifest.standing(tmp_path, begun).absent == [0, 1, 2]
+    truncate(tmp_path / "manifest.json")
+    with pytest.raises(Problem, match="manifest.json: damaged"):
+        manifest.load_manifest(tmp_path)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("instant", range(9))
+def test_a_kill_between_any_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instant: int) -> None:
+    """Every change of the folder is a rename or a removal; the job dies just before the one numbered `instant`."""
+    plan = Plan.of(10, 2, 4, 8)
+
+    def job(folder: Path) -> None:
+        begun = manifest.start(folder, plan, {}, {})
+        state = manifest.standing(folder, begun)
+        for index in sorted([*state.absent, *state.damaged]):
+            store.make_shard(folder, plan, index, made_rows)
+        manifest.finish(folder, begun, world_size=1)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    job(whole)
+    left, replace = [instant], os.replace
+
+    def dying(source: Path, target: Path) -> None:
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        try:
+            job(killed)
+        except Killed:
+            assert not (killed / "manifest.json").exists() or not manifest.load_manifest(killed)["finished"]
+    job(killed)
+    files = {folder: {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, killed)}
+    assert files[whole] == files[killed]
+
+
+def test_a_full_disk_is_one_clear_problem_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan.of(10, 2, 4, 8)
+    manifest.start(tmp_path, plan, {}, {})
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Problem, match="rollouts-00000.parquet.*No space left on device.*free some space"):
+        store.make_shard(tmp_path, plan, 0, made_rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+# -- fingerprints and progress ------------------------------------------------------------------------------------------
+
+
+def test_fingerprints_follow_content_alone(tmp_path: Path) -> None:
+    model = tiny("gpt2")
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert model_fingerprint(model) == model_fingerprint(again) != model_fingerprint(tiny("gpt2", seed=1))
+    with torch.no_grad():
+        again.transformer.h[1].mlp.c_fc.bias[3] += 1e-6
+    assert model_fingerprint(model) != model_fingerprint(again)
+    assert len(model_fingerprint(model.to(torch.bfloat16))) == 16
+    tokenizer = tiny_tokenizer()
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer("abc", truncation=True, max_length=2, padding="max_length")
+    assert before == tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(tiny_tokenizer(chat=True))
+
+
+def test_progress_counts_what_this_run_did() -> None:
+    import io
+
+    times = iter([0.0, 1.0, 1.0, 10.0, 10.0])
+    stream = io.StringIO()
+    progress = Progress("rollouts", 1000, stream, already=500, clock=lambda: next(times))
+    progress.add(100, 2000)
+    progress.add(400, 3000)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "rollouts: 600 of 1,000 rows (60 %), 2,000 tokens/s, 4 s left"
+    assert lines[1] == "rollouts: 1,000 of 1,000 rows (100 %), 500 tokens/s, took 10 s"
+    assert [duration(s) for s in (3, 60, 3599, 7260)] == ["3 s", "1 min 00 s", "59 min 59 s", "2 h 01 min"]
+    assert not math.isnan(progress.tokens)
+
+
+def test_progress_on_a_terminal_is_one_line_no_wider_than_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    progress = Progress("rollouts", 1000, stream, clock=iter(range(100)).__next__)
+    for _ in range(10):
+        progress.add(100, 5000)
+    progress.close()
+    shown = stream.getvalue()
+    assert shown.count("\n") == 1 and shown.endswith("\n") and shown.count("\r") == 10
+    assert all(len(line) < 40 for line in shown.strip("\n").split("\r"))
+    Progress("rollouts", 10, None).add(10, 5)

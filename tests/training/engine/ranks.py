@@ -1,0 +1,85 @@
+"""Run by test_ranks.py in one process and, by accelerate launch, in two: several tiny PPO runs, one after the other.
+
+python tests/training/engine/ranks.py FOLDER          leaves FOLDER/NAME/{metrics.jsonl, summary.json, model/}
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from steerl.reward.types import Scores
+from steerl.rollout.common import processes
+from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.steering import load_spec
+from steerl.rollout.types import Rollout, Texts
+from steerl.training.algorithm.importance import Correction
+from steerl.training.ppo import PPOSettings, train
+from steerl.training.setup import with_peft
+
+from tests.models import tiny_policy
+from tests.ppo_runs import LORA, prompts_of, share_of_threes
+
+JOBS = {
+    # 21 rows on 2 ranks, 3 minibatches of 7, micro-batches of 2: nothing divides evenly
+    "ragged": ("gpt2", None, {}, {"rollouts_per_step": 21, "minibatches": 3, "micro_batch_size": 2}),
+    "lora_shared": ("t5", LORA, {}, {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0, "bootstrap_cut": True}),
+    "group": ("llama", None, {"n": 4}, {"credit": "group", "loss_reduction": "sequence"}),
+    "corrected": ("bloom", None, {"top_p": 0.8}, {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1}),
+    # one prompt: the second rank samples nothing, and learns from a row or none of each minibatch
+    "one_prompt": ("gpt2", None, {"n": 3}, {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1}),
+    "steered": ("llama", None, {"n": 2}, {"value": "shared"}),
+    "vectors": ("gpt2", None, {}, {}),
+    "explored": ("llama", None, {"n": 2}, {}),
+}
+SITE = {"at": {"layers": [1]}, "vector": [0.5 - i % 3 for i in range(32)], "strength": 2.0}
+STEERING = {
+    "steered": {"fraction": 0.5, "kl_budget": {"nats_per_sequence": 0.5}, "sites": [{**SITE, "schedule": {"until": 0.9}}]},
+    "vectors": {"role": "trainable", "sites": [{"at": {"layers": [0, 1]}, "op": {"type": "loreft", "rank": 2}}]},
+    "explored": {
+        "role": "behaviour",
+        "correction": {"type": "token_mask"},
+        "fraction": 0.5,
+        "sites": [{**SITE, "schedule": {}}],
+    },
+}
+SETTINGS = {
+    "steps": 3,
+    "rollouts_per_step": 16,
+    "minibatches": 2,
+    "epochs": 2,
+    "micro_batch_size": 3,
+    "learning_rate": 1e-3,
+    "eval_prompts": 5,
+}
+
+
+def logging_reward(rollout: Rollout, texts: Texts) -> Scores:
+    """A number and a value per row, as TRL's log_metric and log_extra give them."""
+    lengths = [float(length) for length in rollout.lengths_B.tolist()]
+    return replace(
+        share_of_threes(rollout, texts), metrics={"toy/length": lengths}, extra={"toy/place": texts.columns["place"]}
+    )
+
+
+def main(folder: Path) -> None:
+    processes.start()
+    for name, (family, peft, sampling, settings) in JOBS.items():
+        policy = with_peft(tiny_policy(family), peft)
+        train(
+            policy,
+            prompts_of(policy, most=3 if name == "ragged" else 0),
+            logging_reward,
+            Sampling(**{"max_new_tokens": 8, "stop_ids": [11, 17, 23], **sampling}),
+            PPOSettings(**{**SETTINGS, **settings}),
+            RunSettings(dir=str(folder / name)),
+            steering=load_spec(STEERING[name]) if name in STEERING else None,
+        )
+    if processes.close():
+        processes.end()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

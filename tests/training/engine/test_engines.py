@@ -1,0 +1,242 @@
+"""DDP, DeepSpeed and one process give the same run; what each leaves resumes, loads, and lies in parts where it should."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+from safetensors.torch import load_file
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.model import adapters
+from steerl.training.engine import engine as engine_of_run
+from steerl.training.ppo import PPOSettings
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from tests.models import tiny
+from tests.training.engine import engines
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = ROOT / "configs" / "accelerate"
+EVERY = ("walks", "one_prompt", "unpadded", "lora_shared", "full", "pushed", "learned")
+RUNS = {
+    "one": EVERY,
+    "ddp": ("walks", "lora_shared", "pushed", "learned"),
+    "zero1": ("full", "lora_shared", "learned"),
+    "zero2": ("full",),
+    "zero2 more": ("lora_shared",),
+    "zero3": ("walks", "one_prompt", "unpadded", "lora_shared", "learned"),
+    "zero3 more": ("full", "pushed"),
+    "zero3 alone": ("one_prompt",),
+    "fsdp2": ("full", "one_prompt", "unpadded"),
+}
+Launched = Callable[[str], Path]
+
+
+def config_of(engine: str, folder: Path) -> Path:
+    """The shipped file; for ZeRO-3 one that cuts the tiniest weight in two, which by default it would keep whole."""
+    shipped = CONFIGS / f"{engine.partition(' ')[0]}.yaml"
+    if shipped.stem != "zero3":
+        return shipped
+    stage: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    if ranks(engine) == 1:  # and let go of every weight at once, as with a model too large to be kept
+        stage |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    deepspeed = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": stage}
+    (folder / f"{engine}.json").write_text(json.dumps(deepspeed))
+    given = yaml.safe_load(shipped.read_text())
+    assert given["deepspeed_config"].pop("zero_stage") == 3
+    del given["deepspeed_config"]["zero3_save_16bit_model"], given["mixed_precision"]
+    given["deepspeed_config"]["deepspeed_config_file"] = str(folder / f"{engine}.json")
+    given["num_processes"] = ranks(engine)
+    (folder / f"{engine}.yaml").write_text(yaml.safe_dump(given))
+    return folder / f"{engine}.yaml"
+
+
+def ranks(engine: str) -> int:
+    return 1 if engine.endswith(" alone") else 2
+
+
+def command(engine: str, folder: Path) -> list[str]:
+    if engine == "one":
+        return [sys.executable]
+    if engine == "fsdp2":
+        engine = "ddp"  # and fully_shard by hand
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    return [*accelerate, "--config_file", str(config_of(engine, folder))]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory, tiny_world: Callable[[str], Path]) -> Launched:
+    """`launched("zero3")`: the folder of that engine's runs, made once for all test workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "engines"
+
+    def launch(engine: str) -> Path:
+        shared.mkdir(exist_ok=True)
+        out = shared / engine
+        with FileLock(shared / f"{engine}.lock"):
+            if not (out / "done").exists():
+                words = [*command(engine, shared), "tests/training/engine/engines.py", str(out), str(tiny_world("randomwalks"))]
+                done = subprocess.run(
+                    [*words, ",".join(RUNS[engine]), *(["fully_shard"] if engine == "fsdp2" else [])],
+                    cwd=ROOT,
+                    env={**os.environ, "PYTHONPATH": str(ROOT)},
+                    capture_output=True,
+                    text=True,
+                    timeout=550,
+                )
+                assert done.returncode == 0, done.stderr[-4000:]
+                (out / "done").touch()
+        return out
+
+    return launch
+
+
+def measured(run: Path) -> list[dict[str, float]]:
+    """The metrics without seconds and memory."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
+
+
+def rollouts(out: Path, name: str) -> set[str]:
+    """Every row (step, prompt, sample, ids) that a run sampled, on any rank."""
+    return {line for file in out.glob(f"{name}.rollouts.*.jsonl") for line in file.read_text().splitlines()}
+
+
+def check_same(out: Path, one: Path, name: str, engine: str) -> None:
+    summary = json.loads((out / name / "summary.json").read_text())
+    assert summary["world_size"] == ranks(engine)
+    expected, found = measured(one / name), measured(out / name)
+    assert len(expected) == len(found) == engines.JOBS[name]["ppo"]["steps"]
+    for single, double in zip(expected, found, strict=True):
+        assert single.keys() == double.keys()
+        for key, value in single.items():
+            assert double[key] == pytest.approx(value, abs=1e-4, rel=1e-4), (name, single["step"], key)
+    assert rollouts(out, name) == rollouts(one, name) != set()
+
+
+def check_resumed(out: Path, name: str) -> None:
+    """Bitwise: the metrics and the last checkpoint's every tensor (weights, moments, random states) of the run that went on."""
+    whole, again = out / name, out / f"{name}.again"
+    assert measured(again) == measured(whole)
+    last = [load_file(run / "checkpoints/step-000004/tensors.safetensors") for run in (whole, again)]
+    assert last[0].keys() == last[1].keys()
+    for key, value in last[0].items():
+        assert value.dtype == last[1][key].dtype and value.numpy().tobytes() == last[1][key].numpy().tobytes(), key
+    assert any("exp_avg_sq" in key for key in last[0]) and (again / "summary.json").exists()
+
+
+def saved(out: Path, name: str) -> Any:
+    """RUN/model, loaded as its users load it."""
+    folder = out / name / "model"
+    family = engines.JOBS[name]["family"]
+    if (folder / "adapter_config.json").exists():
+        return adapters.load(tiny(family), folder)
+    kind = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    return kind.from_pretrained(folder).eval()
+
+
+def law(model: Any) -> torch.Tensor:
+    ids = torch.tensor([[5, 9, 13, 20, 3, 7]])
+    with torch.no_grad():
+        outputs = model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
+    return outputs.logits.log_softmax(-1)
+
+
+def check_engine(out: Path, name: str, engine: str) -> None:
+    found = json.loads((out / f"{name}.engine.json").read_text())
+    wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPActorCritic"}.get(engine, "DeepSpeedEngine")
+    assert found["wrapper"] == wrapper and found["weights"] > 20
+    engine, _, how = engine.partition(" ")
+    if engine.startswith("zero"):
+        assert found["optimizer"] == "DeepSpeedZeroOptimizer" + ("_Stage3" if engine == "zero3" else "")
+    # This rank has half of every weight; but of the value head, which is one row, all or nothing under FSDP.
+    halves, whole = (sum(low < share <= high for share in found["shares"]) for low, high in ((0.3, 0.7), (0.7, 1.0)))
+    odd = None if how == "alone" else {"zero3": 1, "fsdp2": 2}.get(engine)
+    assert halves >= found["weights"] - odd if odd is not None else whole == found["weights"]
+    assert found["empty"] == (found["weights"] if engine == "zero3" else 0)
+
+
+def check(engine: str, launched: Launched) -> None:
+    out, one = launched(engine), launched("one")
+    for name in RUNS[engine]:
+        check_engine(out, name, engine)
+        check_same(out, one, name, engine)
+        # Not weight by weight: a key's bias has no gradient but rounding, which Adam blows up to steps that change nothing.
+        assert torch.allclose(law(saved(out, name)), law(saved(one, name)), atol=1e-4), name
+        if name in engines.RESUMED:
+            check_resumed(out, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_two_ranks_of_every_engine_equal_one_process_and_resume_bitwise(engine: str, launched: Launched) -> None:
+    check(engine, launched)
+
+
+@pytest.mark.slow
+def test_zero_3_with_one_process_leaves_whole_weights_too(launched: Launched) -> None:
+    """Its weights are empty outside a forward pass then as well, all their parts on the one rank."""
+    check("zero3 alone", launched)
+
+
+@pytest.mark.proofs
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2 more", "zero3 more"])
+def test_other_engines_and_jobs_too(engine: str, launched: Launched) -> None:
+    check(engine, launched)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora_shared"])
+def test_a_checkpoint_of_two_zero3_ranks_goes_on_in_one_process(
+    name: str, launched: Launched, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, one = launched("zero3"), launched("one")
+    engines.cut(out / name, tmp_path / name)
+    with caplog.at_level(logging.WARNING):
+        engines.run(engines.JOBS[name], tmp_path, name, tmp_path, resume=True)
+    assert "was written by 2 process(es) (ZeRO-3), this run has 1 (whole weights)" in caplog.text
+    assert "not bitwise" in caplog.text
+    for expected, found in zip(measured(one / name), measured(tmp_path / name), strict=True):
+        assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+
+def test_every_accelerate_config_is_one_that_accelerate_reads() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {"cpu": "NO", "ddp": "MULTI_GPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
+    assert {path.stem for path in CONFIGS.iterdir()} == set(kinds)
+    for name, kind in kinds.items():
+        config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+        assert config.distributed_type == kind and config.num_processes == (1 if name == "cpu" else 2)
+        assert config.deepspeed_config.get("zero_stage") == (int(name[-1]) if name.startswith("zero") else None)
+    assert config_fsdp()["fsdp_version"] == 2
+
+
+def test_what_fsdp_cannot_leave_behind_is_said_at_once() -> None:
+    fsdp, ddp = SimpleNamespace(distributed_type="DistributedType.FSDP"), SimpleNamespace(distributed_type="DistributedType.NO")
+    steering: Any = SimpleNamespace(role="policy", spec=SimpleNamespace(on_deploy="keep"))
+    with pytest.raises(Problem) as caught:
+        engine_of_run.check(fsdp, steering, PPOSettings(export_merged=True))
+    assert [line.split(":")[0] for line in caught.value.lines] == ["ppo.export_merged", "steering.on_deploy"]
+    engine_of_run.check(fsdp, None, PPOSettings())
+    engine_of_run.check(ddp, steering, PPOSettings(export_merged=True))
+
+
+def config_fsdp() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
+    return found

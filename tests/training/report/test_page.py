@@ -1,0 +1,414 @@
+"""The report: what it holds equals what was stored (read back out of the page), and the page in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import random
+import re
+
+import pytest
+import torch
+from steerl.rollout.common.errors import Problem
+from steerl.training.report import page as report
+from steerl.training.report.run_data import read_lines, read_run
+
+from tests.browser import Browser
+from tests.dumps import made_dump, made_rows, write_scores
+
+HOSTILE = [
+    "<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 2'>",
+    "</script><script>window.hacked = 3</script>",
+    "שלום", "👩‍🚀", "\u202e", "\n", "\x00", "", "&lt;b&gt;", "{{script}}", "plain",
+]  # fmt: skip
+STEPS, PER_STEP = 12, 3
+BEFORE = {"eval/reward": 0.3}
+"""What summary.json says of the policy before the first step."""
+
+
+def metrics(step, shift=0.0):
+    clipped = None if step == 2 else step / 100
+    evaluated = {"eval/reward": step / 9} if step % 4 == 0 else {}
+    return {
+        "step": step, "reward/mean": 0.3 + 0.04 * step + shift, "reward/kind": step / 7, "kl/ref": 2 + (step % 3) / 9,
+        "kl/coef": 0.05, "policy/entropy": 3 / step, "ppo/clip_fraction": clipped, "value/loss": 1e-7 * step,
+        "time/sample_s": 0.5, "time/learn_s": 1.5, "time/tokens_per_s": 900.0, "memory/peak_mb": 600, "some/new_metric": -step,
+        **evaluated,
+    }  # fmt: skip
+
+
+def sample(draw, step, i):
+    tokens = [draw.choice(HOSTILE) for _ in range(9)] + HOSTILE[i::PER_STEP]
+    numbers = {
+        name: [round(draw.uniform(low, high), 6) for _ in tokens]
+        for name, low, high in (
+            ("policy_logprobs", -6, 0),
+            ("reference_logprobs", -6, 0),
+            ("advantages", -2, 2),
+            ("values", 0, 1),
+        )
+    }
+    return {
+        "step": step, "kind": ("best", "worst", "random")[i], "row": step * 10, "sample": i, "prompt": "say it",
+        "prompt_text": "say it", "completion": "".join(tokens) + f" needle{step}", "reward": draw.random(),
+        "parts": {"kind": draw.random()}, "kl": draw.random(), "ended": True, "prompt_ids": [5, 6],
+        "prompt_tokens": ["say", " it"], "response_ids": list(range(100, 100 + len(tokens))), "response_tokens": tokens,
+        **numbers,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder written by hand, and its lines."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    folder.mkdir()
+    draw = random.Random(0)
+    rows = [sample(draw, step, i) for step in range(1, STEPS + 1) for i in range(PER_STEP)]
+    lines = [metrics(step) for step in range(1, STEPS + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    (folder / "config.yaml").write_text("ppo:\n  kl_target: 2.25\n  note: '</pre><script>window.hacked = 4</script>'\n")
+    (folder / "versions.json").write_text('{"torch": "9.9"}')
+    (folder / "summary.json").write_text('{"reward_before": 0.3, "reward_after": 0.8, "steps": 12}')
+    return folder, lines, rows
+
+
+def blobs(path):
+    """What the page holds, unpacked without its own script."""
+    found = re.findall(r'<script type="text/plain" id="([^"]+)">([A-Za-z0-9+/=]*)</script>', path.read_text(encoding="utf-8"))
+    return {name: json.loads(gzip.decompress(base64.b64decode(text))) for name, text in found}
+
+
+def test_every_number_of_the_run_is_in_the_page(run, tmp_path):
+    folder, lines, rows = run
+    held = blobs(report.report([folder], tmp_path / "page.html"))
+    index = held["index"]
+    assert index["runs"][0]["metrics"]["step"] == list(range(STEPS + 1))
+    for name in lines[3]:
+        if name != "step":
+            assert index["runs"][0]["metrics"]["columns"][name] == [BEFORE.get(name), *(line.get(name) for line in lines)]
+            assert sum(name in panel["keys"] for panel in index["panels"]) == 1, name
+    assert [panel["target"] for panel in index["panels"] if "kl/ref" in panel["keys"]] == [2.25]
+    shown = [row for chunk in range(len(held)) for row in held.get(f"rows-0-{chunk}", [])]
+    assert len(shown) == len(rows)
+    for row, stored, text in zip(shown, rows, held["texts-0"], strict=True):
+        assert text == [stored["prompt_text"], stored["completion"]]
+        assert row["tokens"] == stored["response_tokens"] and row["ids"] == stored["response_ids"]
+        for name in ("policy_logprobs", "reference_logprobs", "advantages", "values"):
+            assert row["quantities"][name] == stored[name]
+        assert row["facts"]["reward"] == stored["reward"] and row["facts"]["parts"] == stored["parts"]
+
+
+def test_a_folder_named_like_a_place_in_the_page_changes_nothing(run, tmp_path):
+    folder = tmp_path / "{{script}}{{blobs}}{{style}}"
+    folder.mkdir()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (folder / name).write_bytes((run[0] / name).read_bytes())
+    path = report.report([folder], tmp_path / "page.html")
+    text = path.read_text(encoding="utf-8")
+    assert f"<title>{folder.name}</title>" in text and blobs(path)["index"]["title"] == folder.name
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert [script.strip() for script in scripts] == [
+        "\n".join((report.ASSETS / name).read_text() for name in ("curves.js", "viewer.js", "page.js")).strip()
+    ]
+
+
+def test_a_torn_last_line_is_passed_over_with_a_word_and_any_other_is_named(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a"')
+    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    assert "metrics.jsonl: its last line was cut short" in capsys.readouterr().err
+    path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(Problem, match="line 2"):
+        read_lines(path)
+
+
+@pytest.mark.parametrize("make", [lambda f: None, lambda f: f.mkdir()])
+def test_a_folder_that_is_no_run_is_named(tmp_path, make):
+    make(tmp_path / "x")
+    with pytest.raises(Problem, match="x "):
+        report.report([tmp_path / "x"], tmp_path / "out.html")
+
+
+def test_runs_of_one_name_are_told_apart(run, tmp_path):
+    folder, _, _ = run
+    other = tmp_path / "b" / "first"
+    other.mkdir(parents=True)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (other / name).write_bytes((folder / name).read_bytes())
+    names = [one["name"] for one in blobs(report.report([folder, other], tmp_path / "p.html"))["index"]["runs"]]
+    assert len(set(names)) == 2 and names[1].endswith("b/first")
+
+
+def test_the_picture_is_a_png_of_the_runs(run, tmp_path):
+    folder, _, _ = run
+    path = report.figure([folder], tmp_path / "curves.png")
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(Problem, match="nothing/here"):
+        report.figure([folder], tmp_path / "x.png", keys=["nothing/here"])
+
+
+# -- a dump -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_dump_has_the_same_page_with_its_scores(tmp_path):
+    plan = made_dump(tmp_path / "dump", prompts=10, samples=2)
+    identities = [(prompt, sample) for prompt in range(10) for sample in range(2)]
+    write_scores(tmp_path / "dump", {key: {"total": key[0] / 3, "kind": 0.1 * key[1]} for key in identities})
+    held = blobs(report.report([tmp_path / "dump"], tmp_path / "dump.html"))
+    rows = held["rows-0-0"]
+    assert len(rows) == plan.rows == 20 and held["index"]["runs"][0]["summary"]["rows"] == 20
+    assert [(row["facts"]["row"], row["facts"]["sample"]) for row in rows] == identities
+    rollout, texts = made_rows(range(10))
+    for i, row in enumerate(rows):
+        length = int(rollout.lengths_B[i])
+        assert row["ids"] == rollout.response_BR[i, :length].tolist()
+        assert torch.tensor(row["quantities"]["policy_logprobs"]).equal(rollout.policy_logprobs_BR[i, :length])
+        gap = rollout.behaviour_logprobs_BR[i, :length] - rollout.policy_logprobs_BR[i, :length]
+        assert row["quantities"]["gap"] == pytest.approx(gap.tolist(), abs=1e-6)
+        assert torch.tensor(row["facts"]["reward"]).item() == torch.tensor(identities[i][0] / 3).item()
+        assert held["texts-0"][i] == [texts.prompt_texts[i], texts.completions[i]]
+    lengths = next(bars for bars in held["index"]["bars"] if "length" in bars["title"])
+    counted = {label: (rollout.lengths_B == int(label)).sum().item() for label in lengths["labels"]}
+    assert dict(zip(lengths["labels"], lengths["counts"], strict=True)) == counted
+    few = blobs(report.report([tmp_path / "dump"], tmp_path / "few.html", rows=3))["rows-0-0"]
+    assert [row["facts"]["row"] for row in few] == [0, 3, 7]
+
+
+# -- in a browser -----------------------------------------------------------------------------------------------------
+
+TOKEN = '.token[data-part="response"][data-place="{}"]'
+
+
+@pytest.fixture(scope="module")
+def page(run, tmp_path_factory):
+    return report.report([run[0]], tmp_path_factory.mktemp("pages") / "page.html")
+
+
+@pytest.fixture(scope="module")
+def browser(page):
+    with Browser() as opened:
+        opened.open(page)
+        yield opened
+
+
+def shown(browser):
+    """(row, sample) of the sample in the viewer."""
+    facts = browser.run("Object.fromEntries([...document.querySelectorAll('.facts > span')].map(s => s.innerText.split(' ')))")
+    return int(facts["row"]), int(facts["sample"])
+
+
+def stored(rows, identity):
+    return next(row for row in rows if (row["row"], row["sample"]) == identity)
+
+
+def choose(browser, name, value):
+    choice = f"Object.assign(document.getElementById('{name}'), {{value: '{value}'}})"
+    browser.run(f"{choice}.dispatchEvent(new Event('change'))")
+    browser.settle()
+
+
+@pytest.mark.browser
+def test_nothing_that_a_model_wrote_runs_and_nothing_is_fetched(browser, page, run):
+    for step in range(1, STEPS + 1):
+        choose(browser, "step", step)
+        for _ in range(PER_STEP):
+            browser.key("j")
+    assert browser.run("typeof window.hacked") == "undefined"
+    assert browser.run("document.querySelectorAll('img, #viewer script, #settings script').length") == 0
+    assert "</pre><script>" in browser.run("document.getElementById('settings-body').innerText")
+    assert browser.requests == [page.absolute().as_uri()] and browser.problems == []
+
+
+@pytest.mark.browser
+def test_every_curve_is_drawn_where_its_numbers_say(browser, run):
+    _, lines, _ = run
+    for name in lines[3]:
+        if name == "step":
+            continue
+        path = browser.run(f"document.querySelector('path[data-label=\"{name}\"]').getAttribute('d')")
+        points = [(float(x), float(y)) for x, y in re.findall(r"[ML]([-.0-9]+) ([-.0-9]+)", path)]
+        values = [(line["step"], line[name]) for line in [{"step": 0, **BEFORE}, *lines] if line.get(name) is not None]
+        # One piece, but for the step that is missing and for the evaluations, which stand alone as rings.
+        assert len(points) == len(values) and path.count("M") == {"ppo/clip_fraction": 2, "eval/reward": 4}.get(name, 1)
+        assert path.count("a2.5") == {"ppo/clip_fraction": 2, "eval/reward": 8}.get(name, 0)
+        (step_a, a), (step_b, b) = values[0], values[-1]
+        (x_a, y_a), (x_b, y_b) = points[0], points[-1]
+        for (step, value), (x, y) in zip(values, points, strict=True):
+            assert x == pytest.approx(x_a + (step - step_a) / (step_b - step_a) * (x_b - x_a), abs=0.2)
+            if a != b:
+                assert y == pytest.approx(y_a + (value - a) / (b - a) * (y_b - y_a), abs=0.3)
+    assert browser.run("document.querySelectorAll('.target').length") == 1
+
+
+@pytest.mark.browser
+def test_the_crosshair_says_the_stored_numbers(browser, run):
+    _, lines, _ = run
+    browser.run("document.querySelector('.panel svg').focus()")
+    for _ in range(4):  # before the first step, and three steps
+        browser.key("ArrowRight")
+    said = browser.run("document.querySelector('.panel .keys').innerText")
+    assert str(lines[2]["reward/mean"]) in said and "step 3" in said
+    browser.run("document.activeElement.blur()")
+
+
+@pytest.mark.browser
+def test_legends_are_short_and_whole_under_the_pointer(browser, run):
+    """12 / 7 is 1.7142857142857142 in the file."""
+    found = browser.run("[...document.querySelectorAll('.keys b')].map(one => [one.innerText, one.title])")
+    assert max(len(text) for text, _ in found) <= 8
+    assert ["1.714", str(STEPS / 7)] in found
+    labels = browser.run("[...document.querySelectorAll('.tick[text-anchor=middle]')].map(one => one.textContent)")
+    assert labels and all(label.isdigit() for label in labels)
+
+
+def test_evaluations_before_and_after_a_run_are_points_of_its_curves(tmp_path):
+    """Where no evaluation was made in between, the summary has both."""
+    lines = [{"step": step, "reward/mean": step / 10} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "summary.json").write_text('{"reward_before": 0.1, "reward_after": 0.9, "kl_after": 2.5}')
+    found = read_run(tmp_path, "run")
+    assert found.steps == [0, 1, 2, 3]
+    assert found.metrics == {
+        "reward/mean": [None, 0.1, 0.2, 0.3], "eval/reward": [0.1, None, None, 0.9], "eval/kl": [0.0, None, None, 2.5],
+    }  # fmt: skip
+
+
+@pytest.mark.browser
+def test_colours_and_hover_numbers_are_the_stored_ones(browser, run):
+    _, _, rows = run
+    choose(browser, "step", 4)
+    row = stored(rows, shown(browser))
+    for name in ("advantages", "policy_logprobs"):
+        choose(browser, "quantity", name)
+        largest = max(map(abs, row[name]))
+        painted = browser.run("[...document.querySelectorAll('.token[data-part=response]')].map(t => t.style.backgroundColor)")
+        assert len(painted) == len(row[name])
+        for colour, value in zip(painted, row[name], strict=True):
+            red, _, blue, *alpha = map(float, re.findall(r"[.0-9]+", colour))
+            assert (red > blue) == (value >= 0)
+            assert (alpha or [1.0])[0] == pytest.approx(0.75 * abs(value) / largest, abs=0.003)
+    for place in range(len(row["response_ids"])):
+        browser.mouse(TOKEN.format(place))
+        said = browser.run(
+            "Object.fromEntries([...document.querySelectorAll('#tip tr')].map(r => [...r.children].map(c => c.textContent)))"
+        )
+        assert int(said["id"]) == row["response_ids"][place]
+        for name in ("policy_logprobs", "reference_logprobs", "advantages", "values"):
+            assert float(said[name]) == row[name][place]
+        assert float(said["reference gap"]) == pytest.approx(
+            row["policy_logprobs"][place] - row["reference_logprobs"][place], abs=1e-6
+        )
+
+
+@pytest.mark.browser
+def test_odd_characters_are_named_and_tokens_stay_in_their_places(browser, run):
+    _, _, rows = run
+    choose(browser, "step", 6)
+    row = stored(rows, shown(browser))
+    texts = browser.run("[...document.querySelectorAll('.token[data-part=response]')].map(t => t.textContent)")
+    names = {"\u202e": "\u27e8U+202E\u27e9", "\x00": "\u27e8U+0000\u27e9", "\n": "\u21b5\n", "": "\u2205"}
+    assert texts == [names.get(token, token) for token in row["response_tokens"]]
+    assert browser.run("getComputedStyle(document.querySelector('.token')).unicodeBidi") == "isolate"
+
+
+@pytest.mark.browser
+def test_keys_move_between_samples_steps_tokens_and_colours(browser, run):
+    choose(browser, "step", 2)
+    assert shown(browser) == (20, 0)
+    browser.key("j"), browser.key("j")
+    assert shown(browser) == (20, 2)
+    browser.key("j")
+    assert shown(browser) == (20, 2)  # the last one
+    browser.key("k")
+    assert shown(browser) == (20, 1)
+    browser.key("]")
+    assert shown(browser) == (30, 0)
+    browser.key("["), browser.key("[")
+    assert shown(browser) == (10, 0)
+    before = browser.run("document.getElementById('quantity').value")
+    browser.key("c")
+    assert browser.run("document.getElementById('quantity').value") != before
+    browser.key("ArrowRight"), browser.key("ArrowRight")
+    assert browser.run("document.querySelector('.token.at').dataset.place") == "1"
+    browser.key("ArrowLeft"), browser.key("ArrowLeft")
+    assert browser.run("document.querySelector('.token.at').dataset.part") == "prompt"
+    browser.key("Escape")
+    assert browser.run("document.getElementById('tip').hidden") is True
+    browser.key("/")
+    assert browser.run("document.activeElement.id") == "search"
+    browser.key("Escape")
+    assert browser.problems == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("order", "key", "sign"), [("worst reward", "reward", 1), ("best reward", "reward", -1), ("largest KL", "kl", -1)]
+)
+def test_sorting_shows_the_extreme_first(browser, run, order, key, sign):
+    _, _, rows = run
+    choose(browser, "step", "")
+    choose(browser, "sort", order)
+    expected = [(row["row"], row["sample"]) for row in sorted(rows, key=lambda row: sign * row[key])]
+    found = [shown(browser)]
+    for _ in range(4):
+        browser.key("j")
+        found.append(shown(browser))
+    assert found == expected[:5]
+    choose(browser, "sort", "as stored")
+
+
+@pytest.mark.browser
+def test_searching_finds_the_text(browser, run):
+    choose(browser, "step", "")
+    browser.key("/")
+    browser.write("NEEDLE7")
+    assert browser.run("document.getElementById('count').textContent") == f"1 of {PER_STEP} samples" and shown(browser)[0] == 70
+    browser.write(" nothing")
+    assert "0 of 0" in browser.run("document.getElementById('count').textContent")
+    browser.run("document.getElementById('search').value = ''")
+    browser.key("Escape")
+    choose(browser, "step", "1")
+
+
+def brightness(colour):
+    red, green, blue = (int(part) for part in re.findall(r"\d+", colour)[:3])
+    return 0.3 * red + 0.59 * green + 0.11 * blue
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [400, 1280])
+def test_narrow_and_wide_light_and_dark(page, width, dark, tmp_path):
+    with Browser(width, 800, dark) as browser:
+        browser.open(page)
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+        ink, ground = browser.run("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
+        assert (brightness(ground) < 128) == dark and abs(brightness(ink) - brightness(ground)) > 150
+        browser.mouse(TOKEN.format(3))
+        box = browser.run("(b => [b.left, b.right, b.top, b.bottom])(document.getElementById('tip').getBoundingClientRect())")
+        assert 0 <= box[0] < box[1] <= width and 0 <= box[2] < box[3] <= 800
+        sizes = browser.run("[...document.querySelectorAll('.tick')].map(t => t.getBoundingClientRect().height)")
+        assert min(sizes) >= 8  # readable, not shrunk with the drawing
+        browser.mouse("#theme", "click")
+        assert (brightness(browser.run("getComputedStyle(document.body).backgroundColor")) < 128) != dark
+        assert browser.problems == []
+
+
+@pytest.mark.browser
+def test_runs_over_each_other_and_a_dump_beside_them(run, tmp_path):
+    folder, lines, _ = run
+    other = tmp_path / "second"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text("".join(json.dumps(metrics(step, 0.1)) + "\n" for step in range(1, 6)))
+    made_dump(tmp_path / "dump", prompts=4)
+    with Browser() as browser:
+        browser.open(report.report([folder, other, tmp_path / "dump"], tmp_path / "page.html"))
+        labels = browser.run("[...document.querySelectorAll('.panel path')].map(p => p.dataset.label)")
+        assert "reward/mean \u00b7 first" in labels and "reward/mean \u00b7 second" in labels
+        assert browser.run("[...document.getElementById('run').options].map(o => o.text)") == ["first", "dump"]
+        assert browser.run("document.querySelectorAll('rect.bars').length") > 0
+        choose(browser, "run", 2)
+        assert shown(browser) == (0, 0)
+        assert browser.problems == []

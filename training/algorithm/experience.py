@@ -1,0 +1,220 @@
+"""The two records of a step, each complete when it is built.
+
+    rollout, texts --reward--> gather: all rows on every rank --forward passes, dealt over ranks--> Scored
+    Scored --credit: KL, rewards, advantages, importance weights--> Experience
+
+From the gathering on every rank holds all rows of the step (ids and a few floats per token, on the CPU), so every mean,
+variance and count is global, and every rank decides the same.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from steerl.reward.types import Reward, Scores, joined_extra, joined_metrics, missing_stop_penalty, on_last_action, row_name
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.model.sharding import needs_sync
+from steerl.rollout.types import Rollout, Texts
+from steerl.training.algorithm import advantages, kl
+from steerl.training.algorithm.importance import importance_weights
+from steerl.training.algorithm.minibatch import passes
+from torch import Tensor
+from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from steerl.training.model.actor_critic import ActorCritic, Reference
+    from steerl.training.ppo import PPOSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """All rows of the step and what was measured on them before learning. Entries beyond a row's end hold 0."""
+
+    rollout: Rollout
+    texts: Texts
+    scores: Scores
+    """The task reward: before KL and penalties."""
+    old_logprobs_BR: Tensor
+    """The policy's, in the trainer's own forward pass: one side of the ratio."""
+    reference_logprobs_BR: Tensor | None
+    """Under the reference, at the same temperature; None without a reference."""
+    values_BR: Tensor
+    after_B: Tensor
+    """Value of the state after the last action of rows that were cut; 0 elsewhere and unless they bootstrap."""
+    entropy_BR: Tensor
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What the update reads."""
+
+    rollout: Rollout
+    columns: dict[str, list[Any]]
+    """The dataset's other columns: steering may read its strengths there."""
+    old_logprobs_BR: Tensor
+    reference_logprobs_BR: Tensor | None
+    values_BR: Tensor
+    rewards_BR: Tensor
+    """Task reward, penalty and, where the KL is in the reward, - coefficient x KL."""
+    advantages_BR: Tensor
+    returns_BR: Tensor
+    importance_BR: Tensor | None
+    """pi_old / mu, truncated or masked; None without a correction."""
+
+
+# -- 2 score ---------------------------------------------------------------------------------------------------------
+
+
+def gather_scored(rollout: Rollout, texts: Texts, reward: Reward, *, real: bool = True) -> tuple[Rollout, Texts, Scores]:
+    """Score this rank's rows and bring the rows of all ranks together. `real` False: the rows only kept this rank busy."""
+    parts = []
+    if not real and getattr(reward, "is_collective", False):
+        reward(rollout.select(slice(0, 0)), texts.select([]))  # in step with the ranks that have rows
+    if real:
+        scores = check_scores(reward(rollout, texts), rollout)
+        parts = [(rollout.to("cpu"), texts, scores.to("cpu"))]
+    parts = processes.gather_objects(parts)
+    joined = Rollout.join([part[0] for part in parts])
+    return joined, Texts.join([part[1] for part in parts]), _join_scores([part[2] for part in parts], joined)
+
+
+def check_scores(scores: Scores, rollout: Rollout) -> Scores:
+    """A reward may be any object: a finite number for every row, or the error that names the row."""
+    if not isinstance(scores, Scores):
+        raise Problem(f"reward: expected Scores, found {type(scores).__name__}")
+    if len(scores) != len(rollout):
+        raise Problem(f"reward: gave {len(scores)} scores for {len(rollout)} rows; give one per row")
+    bad = torch.nonzero(~scores.total_B.isfinite()).flatten().tolist()
+    if bad:
+        value = scores.total_B[bad[0]].item()
+        raise Problem(f"reward: {row_name(rollout, bad[0])} scored {value}; scores must be finite numbers")
+    return scores
+
+
+def score(
+    model: ActorCritic, reference: Reference | None, rollout: Rollout, texts: Texts, scores: Scores, settings: PPOSettings
+) -> Scored:
+    """The forward passes of all rows before learning: old log-probs, values, reference. Each rank takes its share.
+
+    The policy's pass is taken as the update takes it, in grad mode: some kernels round otherwise without, and the first
+    ratio would be off 1 by that. The graph has nothing in it. (Not where weights are spread over ranks, whose engines follow
+    passes in grad mode, nor where activations are computed again, which follows what a graph keeps.)"""
+    rows, width = rollout.response_BR.shape
+    # Zeros where another rank has the row, so that the sum over ranks is the row itself.
+    found = {name: torch.zeros(rows, width) for name in ("old", "values", "entropy", "reference")}
+    found["after"] = torch.zeros(rows, 1)
+    seconds = {"policy": 0.0, "reference": 0.0}
+    batches = passes(list(range(rows)), rollout, settings)
+    in_grad_mode = not (needs_sync(model.actor) or settings.checkpointing)
+    for picked in batches:
+        part, columns = select(rollout, texts.columns, picked or [0], model.device)
+        began = time.perf_counter()
+        with torch.set_grad_enabled(in_grad_mode), torch.autograd.graph.saved_tensors_hooks(_kept_nothing, _kept_nothing):
+            graph = model(part, columns, entropy=True, after=settings.bootstrap_cut)
+        passed = {name: value.detach() for name, value in graph.items()}
+        del graph
+        seconds["policy"] += time.perf_counter() - began
+        began = time.perf_counter()
+        reference_BR = reference.logprobs(part) if reference else None
+        seconds["reference"] += time.perf_counter() - began
+        for name, value in {**passed, "reference": reference_BR}.items():
+            if picked and value is not None:
+                found[name][picked, : value.shape[1]] = value.float().cpu()
+    summed = {name: processes.sum_(value.to(model.device)).cpu() for name, value in found.items()}
+    after_B = torch.where(rollout.ended_B, 0.0, summed["after"][:, 0])
+    return Scored(
+        rollout=rollout,
+        texts=texts,
+        scores=scores,
+        old_logprobs_BR=summed["old"],
+        reference_logprobs_BR=summed["reference"] if reference else None,
+        values_BR=summed["values"],
+        after_B=after_B,
+        entropy_BR=summed["entropy"],
+        seconds=seconds,
+    )
+
+
+def _kept_nothing(_: Any) -> Any:
+    """What a graph keeps of a tensor that no backward pass will ask for."""
+
+
+def select(
+    rollout: Rollout, columns: dict[str, list[Any]], rows: list[int], device: torch.device
+) -> tuple[Rollout, dict[str, list[Any]]]:
+    """Some rows, without the columns of padding that none of them needs, on the model's device."""
+    return rollout.select(rows).trim().to(device), {name: [column[i] for i in rows] for name, column in columns.items()}
+
+
+def _join_scores(parts: list[Scores], rollout: Rollout) -> Scores:
+    names = dict.fromkeys(name for part in parts for name in part.parts)
+    tokens_BR = None
+    dense = [part.tokens_BR for part in parts if part.tokens_BR is not None]
+    if dense:
+        tokens_BR = torch.cat([pad(value_BR, (0, rollout.response_width - value_BR.shape[1])) for value_BR in dense])
+    seconds = dict.fromkeys(name for part in parts for name in part.seconds)
+    fallbacks = dict.fromkeys(name for part in parts for name in part.fallbacks)
+    return Scores(
+        torch.cat([part.total_B for part in parts]),
+        {name: torch.cat([part.parts.get(name, torch.full((len(part),), math.nan)) for part in parts]) for name in names},
+        tokens_BR,
+        {name: max(part.seconds.get(name, 0.0) for part in parts) for name in seconds},
+        {name: sum(part.fallbacks.get(name, 0) for part in parts) for name in fallbacks},
+        joined_metrics([part.metrics for part in parts]),
+        joined_extra([part.extra for part in parts], [len(part) for part in parts]),
+    )
+
+
+# -- 3 credit --------------------------------------------------------------------------------------------------------
+
+
+def importance(scored: Scored, settings: PPOSettings) -> tuple[Tensor | None, dict[str, float]]:
+    """pi_old / mu of every token or row as `ppo.correction` says, and its metrics; None where the two are one law."""
+    if settings.correction is None:
+        return None, {}
+    rollout = scored.rollout
+    return importance_weights(scored.old_logprobs_BR, rollout.behaviour_logprobs_BR, rollout.mask_BR, settings.correction)
+
+
+def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Experience, dict[str, float]]:
+    """Per-token rewards, advantages and returns of all rows, and what they say."""
+    rollout, mask_BR = scored.rollout, scored.rollout.mask_BR
+    task_BR = scored.scores.per_token(rollout)
+    if settings.missing_stop_penalty:
+        task_BR = task_BR + on_last_action(missing_stop_penalty(rollout.ended_B, settings.missing_stop_penalty), rollout)
+    reference_BR = scored.reference_logprobs_BR
+    kl_BR = None
+    if reference_BR is not None and settings.kl_as == "reward":
+        kl_BR = kl.estimate(scored.old_logprobs_BR, reference_BR, settings.kl_estimator)
+    rewards_BR = advantages.token_rewards(task_BR, mask_BR, kl_BR, kl_coef)
+    if settings.whiten_rewards:
+        rewards_BR = advantages.whiten(rewards_BR, mask_BR, keep_mean=True)
+    if settings.credit == "gae":
+        found = advantages.gae(
+            rewards_BR, scored.values_BR, mask_BR, gamma=settings.gamma, lam=settings.lam, bootstrap_B=scored.after_B
+        )
+    else:
+        baseline = advantages.rloo if settings.credit == "rloo" else advantages.group
+        found = baseline(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
+    whitens = settings.credit == "gae" if settings.whiten_advantages is None else settings.whiten_advantages
+    advantages_BR = advantages.whiten(found.advantages_BR, mask_BR) if whitens else found.advantages_BR
+    importance_BR, metrics = importance(scored, settings)
+    metrics["value/explained_variance"] = advantages.explained_variance(scored.values_BR, found.returns_BR, mask_BR)
+    experience = Experience(
+        rollout=rollout,
+        columns=scored.texts.columns,
+        old_logprobs_BR=scored.old_logprobs_BR,
+        reference_logprobs_BR=reference_BR,
+        values_BR=scored.values_BR,
+        rewards_BR=rewards_BR,
+        advantages_BR=advantages_BR,
+        returns_BR=found.returns_BR,
+        importance_BR=importance_BR,
+    )
+    return experience, metrics

@@ -1,0 +1,128 @@
+"""Which rows learn together: minibatches, ranks, micro-batches.
+
+    rows of the step --key of (seed, step, epoch, row, sample)--> minibatches     (the algorithm: the same on any machine)
+    a minibatch --sorted by length, dealt out--> ranks --> micro-batches          (memory only: losses add up, see loss.py)
+
+Sorting by length keeps padding small and gives every rank the same work; rows x longest row is what a micro-batch costs.
+All ranks have the same number of micro-batches, so that a rank that has no row left still takes part in every collective
+call; its micro-batch is then empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from steerl.rollout.common import processes
+from steerl.rollout.decoding.settings import uniforms
+from steerl.rollout.types import Rollout
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from steerl.training.ppo import PPOSettings
+
+Item = TypeVar("Item")
+_MINIBATCH_STREAM = 0x6D696E69
+"""Keeps these random numbers apart from those that draw tokens."""
+_START = {"cpu": 64, "cuda": 4096}
+"""What a pass forward and back costs beside its tokens, in tokens."""
+
+
+def minibatches(rollout: Rollout, *, count: int, seed: int, step: int, epoch: int) -> list[list[int]]:
+    """`count` parts of equal size. A row's place depends on its identity, not on its position in the rollout."""
+    key_B = uniforms(seed ^ _MINIBATCH_STREAM, step, rollout.row_B, rollout.sample_B, epoch)
+    # Rows that are the same (one prompt twice in a step) are told apart by their position.
+    order = torch.argsort(key_B, stable=True).tolist()
+    size = len(order) // count
+    return [order[i * size : (i + 1) * size] for i in range(count)]
+
+
+def passes(rows: list[int], rollout: Rollout, settings: PPOSettings) -> list[list[int]]:
+    """This rank's micro-batches of `rows`, as the settings and its device have them."""
+    ours = processes.start()
+    return micro_batches(
+        rows,
+        rollout,
+        size=settings.micro_batch_size,
+        tokens=settings.micro_batch_tokens,
+        rank=ours.rank,
+        world_size=ours.world_size,
+        start=_START.get(ours.device.type, _START["cuda"]),
+    )
+
+
+def micro_batches(
+    rows: list[int],
+    rollout: Rollout,
+    *,
+    size: int,
+    tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = _START["cpu"],
+) -> list[list[int]]:
+    """This rank's share of `rows` in micro-batches of rows of like length; as many on every rank, the last ones maybe empty.
+
+    A micro-batch has at most `tokens` tokens, padding counted; None = those of `size` rows of the rollout's full length,
+    0 = any number, and `size` rows. Cuts are where rows x longest row, and `start` tokens for each pass, are fewest."""
+    prompts, responses, both = (n.tolist() for n in (rollout.prompt_mask_BP.sum(1), rollout.lengths_B, whole_lengths(rollout)))
+    longest_first = sorted(rows, key=lambda i: (-both[i], i))
+    # Every round deals one row to each rank. Cuts are between rounds, so that all ranks cut alike.
+    rounds = [longest_first[i : i + world_size] for i in range(0, len(longest_first), world_size)]
+    if tokens == 0:
+        cuts = [*range(0, len(rounds), size), len(rounds)]
+    else:
+        # An encoder's input and a decoder's rows are padded apart.
+        apart = rollout.is_encoder_decoder
+        sizes = [
+            (max(prompts[i] for i in dealt), max(responses[i] for i in dealt)) if apart else (max(both[i] for i in dealt), 0)
+            for dealt in rounds
+        ]
+        widest = max(prompts) + max(responses)
+        cuts = _cheapest_cuts(sizes, size * widest if tokens is None else tokens, start)
+    mine = [dealt[rank] if rank < len(dealt) else None for dealt in rounds]
+    return [[i for i in mine[a:b] if i is not None] for a, b in pairwise(cuts)]
+
+
+def _cheapest_cuts(sizes: list[tuple[int, int]], most: int, start: int) -> list[int]:
+    """Where to cut a list of rows (two widths each) so that the parts cost least: rows x widest, and `start` for each."""
+    cost, previous = [0, *[math.inf] * len(sizes)], [0] * (len(sizes) + 1)
+    for i in range(len(sizes)):
+        wide = [0, 0]
+        for j in range(i, len(sizes)):
+            wide = [max(wide[0], sizes[j][0]), max(wide[1], sizes[j][1])]
+            took = (j + 1 - i) * sum(wide)
+            if took > most and j > i:
+                break
+            if cost[i] + took + start < cost[j + 1]:
+                cost[j + 1], previous[j + 1] = cost[i] + took + start, i
+    cuts = [len(sizes)]
+    while cuts[-1]:
+        cuts.append(previous[cuts[-1]])
+    return cuts[::-1]
+
+
+def whole_lengths(rollout: Rollout) -> Tensor:
+    """Prompt and response of every row, in tokens: what a row costs."""
+    return rollout.prompt_mask_BP.sum(1) + rollout.lengths_B
+
+
+def occurrences(rows: list[int]) -> list[int]:
+    """How often each row was there before in the list: a small dataset comes round within a step."""
+    seen: Counter[int] = Counter()
+    found = []
+    for row in rows:
+        found.append(seen[row])
+        seen[row] += 1
+    return found
+
+
+def share(items: Sequence[Item], rank: int, world_size: int) -> Sequence[Item]:
+    """This rank's part of a list, by position: contiguous, sizes differing by one at most."""
+    size, over = divmod(len(items), world_size)
+    start = rank * size + min(rank, over)
+    return items[start : start + size + (rank < over)]

@@ -1,0 +1,176 @@
+"""The update of one step: epochs x minibatches, each accumulated over micro-batches and ranks into one optimizer step.
+
+minibatch (global) --> this rank's micro-batches: forward, losses as sums over one global count, backward
+                   --> sum over ranks, clip once (gradients.py) --> optimizer step
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.training.algorithm import kl, loss
+from steerl.training.algorithm.experience import Experience, select
+from steerl.training.algorithm.minibatch import minibatches, passes
+from steerl.training.engine.gradients import accumulating, backward, finish
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from steerl.training.ppo import PPOSettings
+    from steerl.training.run.state import TrainState
+
+
+def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, seed: int) -> dict[str, float]:
+    """Change the weights in place; means over the minibatches of what was measured on the way."""
+    set_learning_rates(state.optimizer, settings, state.step)
+    history: dict[str, list[float]] = defaultdict(list)
+    for epoch in range(settings.epochs):
+        for rows in minibatches(experience.rollout, count=settings.minibatches, seed=seed, step=state.step, epoch=epoch):
+            found = update(state, experience, rows, settings)
+            for name, value in found.items():
+                history[name].append(value)
+            if state.step == settings.value_warmup_steps and len(history["ppo/approx_kl"]) == 2:
+                check_first_move(found["ppo/approx_kl"], settings, state.step)
+            if settings.stop_kl is not None and history["ppo/approx_kl"][-1] > settings.stop_kl:
+                break
+        else:
+            continue
+        break
+    metrics = {name: sum(values) / len(values) for name, values in history.items()}
+    metrics["ppo/ratio_first"] = history["ppo/ratio_mean"][0]
+    metrics.pop("ppo/ratio_error")
+    metrics["ppo/ratio_first_error"] = max(processes.gather_objects([history["ppo/ratio_error"][0]]))
+    metrics["ppo/optimizer_steps"] = float(len(history["ppo/ratio_mean"]))
+    return metrics
+
+
+def update(state: TrainState, experience: Experience, rows: list[int], settings: PPOSettings) -> dict[str, float]:
+    """One optimizer step from the rows of one minibatch, on all ranks together."""
+    ours = processes.start()
+    counts = {"tokens": int(experience.rollout.mask_BR[rows].sum()), "rows": len(rows)}
+    batches = passes(rows, experience.rollout, settings)
+    module = state.accelerator.unwrap_model(state.model)
+    sums: dict[str, Tensor] = {}
+    worst = torch.zeros((), device=ours.device)
+    for i, picked in enumerate(batches):
+        with accumulating(state, last=i + 1 == len(batches)) as factor, module.recomputing():
+            total, metrics, error = micro_batch_loss(state, experience, picked, counts, settings)
+            backward(state, total * factor)
+        sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
+        worst = torch.maximum(worst, error)
+    names = sorted(sums)
+    summed = processes.sum_(torch.stack([sums[name].float() for name in names]))
+    found = dict(zip(names, summed.tolist(), strict=True))
+    found["ppo/ratio_mean"] = 1.0 + found.pop("ppo/ratio_excess")
+    found["ppo/ratio_error"] = float(worst)
+    check_finite(found, state.step)
+    found["ppo/grad_norm"] = finish(state, settings.max_grad_norm)
+    check_finite(found, state.step)
+    state.optimizer.step()  # DeepSpeed has taken it
+    state.optimizer.zero_grad()
+    return found
+
+
+def micro_batch_loss(
+    state: TrainState, experience: Experience, picked: list[int], counts: dict[str, int], settings: PPOSettings
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """This micro-batch's share of the minibatch's loss and metrics, and its largest |ratio - 1|."""
+    device = processes.start().device
+    rows = picked or [0]  # a rank without rows takes part with a row that counts nothing
+    rollout, columns = select(experience.rollout, experience.columns, rows, device)
+    width = rollout.response_width
+
+    def part(value_BR: Tensor) -> Tensor:
+        return value_BR[rows, :width].to(device)
+
+    warming = state.step < settings.value_warmup_steps
+    passed = state.model(rollout, columns, entropy=settings.entropy_coef != 0, detach_value=warming)
+    new_BR, mask_BR = passed["old"], rollout.mask_BR
+    if not picked:
+        mask_BR = torch.zeros_like(mask_BR)
+    weights_BR = loss.token_weights(mask_BR, **counts, reduction=settings.loss_reduction)
+    importance_BR = None if experience.importance_BR is None else part(experience.importance_BR)
+    total, metrics = loss.policy_loss(
+        new_BR,
+        part(experience.old_logprobs_BR),
+        part(experience.advantages_BR),
+        mask_BR,
+        weights_BR,
+        clip_low=settings.clip,
+        clip_high=settings.clip if settings.clip_high is None else settings.clip_high,
+        dual_clip=settings.dual_clip,
+        importance_BR=importance_BR,
+    )
+    if settings.entropy_coef:
+        total = total - settings.entropy_coef * loss.weighted_sum(passed["entropy"], mask_BR, weights_BR)
+    if settings.kl_as == "loss" and experience.reference_logprobs_BR is not None:
+        terms_BR = kl.as_loss(
+            new_BR, part(experience.old_logprobs_BR), part(experience.reference_logprobs_BR), settings.kl_estimator
+        )
+        if importance_BR is not None:  # the mean over tokens of another law is then that over the policy's
+            terms_BR = terms_BR * importance_BR
+        penalty = loss.weighted_sum(terms_BR, mask_BR, weights_BR)
+        metrics["kl/loss"] = penalty.detach()
+        total = total + state.kl.coefficient * penalty
+    if warming:
+        total = total * 0.0  # the graph stays whole, so that every wrapper finds a gradient for every weight
+    if passed.get("values") is not None:
+        value, value_metrics = loss.value_loss(
+            passed["values"],
+            part(experience.values_BR),
+            part(experience.returns_BR),
+            mask_BR,
+            weights_BR,
+            clip=settings.value_clip,
+        )
+        metrics |= value_metrics
+        total = total + settings.value_coef * value
+    error = torch.where(mask_BR, (new_BR.detach() - part(experience.old_logprobs_BR)).expm1().abs(), 0.0).amax()
+    return total, metrics, error
+
+
+def set_learning_rates(optimizer: Any, settings: PPOSettings, step: int) -> None:
+    """A function of the step, so that a resumed run has nothing to restore."""
+    factor = schedule(settings, step)
+    for group in optimizer.param_groups:
+        warming = group["name"] == "policy" and step < settings.value_warmup_steps
+        group["lr"] = 0.0 if warming else group["base_lr"] * factor
+
+
+def schedule(settings: PPOSettings, step: int) -> float:
+    """Share of the learning rates at a step: rising over the warm-up, then constant or falling to 0 at the end."""
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    done = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
+    if settings.schedule == "linear":
+        return 1.0 - done
+    return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1.0
+
+
+def check_finite(found: dict[str, float], step: int) -> None:
+    """Stop before a loss or gradient that is no number reaches the weights. The sums are global: every rank stops."""
+    watched = ("ppo/policy_loss", "ppo/approx_kl", "value/loss", "ppo/grad_norm")
+    bad = [name for name in watched if not math.isfinite(found.get(name, 0.0))]
+    if bad:
+        shown = ", ".join(f"{name} = {found[name]}" for name in bad)
+        raise Problem(
+            f"step {step + 1}: {shown}; the weights were left as they were. Likely causes: a learning rate that is too high "
+            "(lower ppo.learning_rate), scores that are far too large, or float16 that overflows (use bfloat16 or float32)"
+        )
+
+
+def check_first_move(approx_kl: float, settings: PPOSettings, step: int) -> None:
+    """The run's second minibatch sees what one optimizer step did. Adam's first moves every weight by the learning rate,
+    whatever the rewards are, so this tells of the rate and the dtype alone. Where most ratios reach a clip of 0.2 it is 0.02;
+    at 1 a hundred tokens are e^100 times less likely, and nothing that is sampled from there on is of the policy that began."""
+    bound = max(1.0, settings.stop_kl or 0.0)
+    if approx_kl > bound:
+        raise Problem(
+            f"step {step + 1}: one optimizer step moved the policy by {approx_kl:.3g} nats per token (ppo/approx_kl), above "
+            f"{bound:g}; lower ppo.learning_rate ({settings.learning_rate:g}; 1e-5 is usual, 1e-4 for adapters), use float32 "
+            "weights (model.dtype), or set ppo.stop_kl above it where this is meant"
+        )

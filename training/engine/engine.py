@@ -1,0 +1,189 @@
+"""What wraps a run's actor and critic: nothing, DDP, DeepSpeed (ZeRO 1-3) or FSDP2, as accelerate's config file says.
+
+    engine           spread over ranks                      gradients (gradients.py)          generation
+    one process, DDP nothing                                summed once per optimizer step    the policy as it is
+    ZeRO-1, ZeRO-2   optimizer states; gradients too        DeepSpeed's, times ranks          the policy as it is
+    ZeRO-3, FSDP2    the weights as well                    the engine's, times ranks         `gathering`: ppo.gather
+
+The reference copy is in no engine: it stays whole on every rank. The policy is loaded whole by every rank, then spread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.model.sharding import by_zero3, is_spread, whole
+from steerl.training.engine import full_state
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from steerl.training.model.actor_critic import ActorCritic, Reference
+    from steerl.training.ppo import PPOSettings
+
+Found = TypeVar("Found")
+
+
+def start() -> Any:
+    """accelerate's Accelerator. What it accumulates by itself is nothing: micro-batches are the update's business."""
+    ready_deepspeed()
+    # Its new name, forward_sync_buffers, is not one that accelerate passes on.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`broadcast_buffers` is deprecated")
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+
+    accelerator = Accelerator(
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+    if uses_deepspeed(accelerator):
+        models_stay_whole()
+    return accelerator
+
+
+def models_stay_whole() -> None:
+    """Under ZeRO-3 transformers cuts every model that it loads once there is an Accelerator: here models are cut when they are
+    wrapped."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def check(accelerator: Any, steering: Any, settings: PPOSettings) -> None:
+    """What an engine cannot leave behind is said before the first step."""
+    if str(getattr(accelerator, "distributed_type", "")).rpartition(".")[2] != "FSDP":
+        return
+    problems = []
+    if settings.export_merged:
+        problems.append(
+            "ppo.export_merged: true, but FSDP's weights cannot be merged; leave the adapter as it is, or use ZeRO-3"
+        )
+    if steering is not None and steering.role in ("policy", "trainable") and steering.spec.on_deploy != "strip":
+        told = f"steering.on_deploy: {steering.spec.on_deploy}, but FSDP's weights cannot be saved with their steering"
+        problems.append(f"{told}; use strip, or ZeRO-3")
+    if problems:
+        raise Problem(*problems)
+
+
+def wrap(accelerator: Any, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings) -> tuple[Any, Any]:
+    """(model, optimizer) as the engine wants them."""
+    if uses_deepspeed(accelerator):
+        return _by_deepspeed(accelerator, actor_critic, optimizer, settings)
+    _observe(actor_critic)
+    return accelerator.prepare(actor_critic, optimizer)
+
+
+def _observe(actor_critic: ActorCritic) -> None:
+    """How the models take padding is seen on them whole."""
+    for policy in (actor_critic.policy, actor_critic.trunk):
+        if policy is not None and processes.is_distributed():
+            _ = policy.habits
+
+
+def uses_deepspeed(accelerator: Any) -> bool:
+    return getattr(accelerator, "deepspeed_plugin", None) is not None
+
+
+def _by_deepspeed(accelerator: Any, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings) -> tuple[Any, Any]:
+    import deepspeed
+
+    _check_dtypes(accelerator, actor_critic)
+    _observe(actor_critic)
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    # The update accumulates and bounds gradients by PPO's own settings, whatever the config file says.
+    rows = settings.micro_batch_size
+    config |= {
+        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": rows,
+        "train_batch_size": rows * processes.start().world_size,
+        "gradient_clipping": settings.max_grad_norm,
+    }
+    for parameter in actor_critic.parameters():
+        parameter.data = parameter.data.contiguous()  # DeepSpeed sends them as flat bytes
+    model, prepared = accelerator.prepare(actor_critic, optimizer)
+    if is_spread(actor_critic) and actor_critic.vectors is not None:
+        # Hooks on layers read the steering's parameters: they are at hand as long as the whole forward pass runs.
+        for parameter in actor_critic.vectors.parameters():
+            deepspeed.zero.register_external_parameter(actor_critic, parameter)
+    return model, prepared
+
+
+def ready_deepspeed() -> None:
+    """Where the accelerate config asks for DeepSpeed: have it tell warnings alone, not its whole configuration; and on a CPU
+    leave out an operation that it would compile for minutes at its first start and that only its inference engine calls."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return
+    import deepspeed
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # calls that torch has renamed
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["shm_comm"] = deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _check_dtypes(accelerator: Any, actor_critic: ActorCritic) -> None:
+    if accelerator.mixed_precision != "no":
+        return
+    odd = {p.dtype for p in actor_critic.parameters() if p.is_floating_point()} - {torch.float32}
+    if odd:
+        found = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(odd, key=str))
+        raise Problem(
+            f"model.dtype: {found}, but DeepSpeed without mixed precision takes float32 alone; set model.dtype float32, or "
+            'mixed_precision: "bf16" in the accelerate config'
+        )
+
+
+def link_reference(reference: Reference | None, accelerator: Any, actor_critic: ActorCritic) -> None:
+    """The reference runs in the precision that the policy runs in, and where the policy's weights are together."""
+    if reference is None:
+        return
+    reference.autocast = accelerator.autocast
+    if reference.policy.model is actor_critic.actor:
+        reference.inside = actor_critic.inside
+    elif uses_deepspeed(accelerator):
+        for parameter in reference.policy.model.parameters():  # buffers stay as they are, as they do in the engine
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(actor_critic.dtype)
+
+
+@contextlib.contextmanager
+def whole_for_export(actor_critic: ActorCritic) -> Iterator[dict[str, Tensor]]:
+    """Inside, the main process can save the policy: its modules hold all weights, or (FSDP) a dict that is yielded does."""
+    with whole(*_policy_modules(actor_critic)) if by_zero3(actor_critic) else contextlib.nullcontext():
+        yield _gathered_state(actor_critic.actor)
+
+
+def _gathered_state(model: Any) -> dict[str, Tensor]:
+    """FSDP's weights whole by name, on every rank at the same time, kept by the main one; empty for other engines."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        return {}
+    found = {name: full_state.gathered(value) for name, value in model.state_dict().items()}
+    return found if processes.start().is_main else {}
+
+
+def _policy_modules(actor_critic: ActorCritic) -> list[nn.Module]:
+    return [module for module in (actor_critic.actor, actor_critic.vectors) if module is not None]
+
+
+def gathering(actor_critic: ActorCritic, how: str, function: Callable[[], Found]) -> Found:
+    """What `function` gives, which samples from the policy, with the policy's weights together on every rank or layer by layer
+    (`how`: phase or layers)."""
+    if not is_spread(actor_critic):
+        return function()
+
+    def within() -> Found:
+        with whole(*_policy_modules(actor_critic)):
+            return function()
+
+    if how == "layers":
+        return actor_critic.inside(function)
+    if by_zero3(actor_critic):
+        return within()
+    return actor_critic.inside(within)

@@ -1,0 +1,276 @@
+"""Memory of a PPO step on one GPU: what stands all the time, and what each phase adds. The total is the highest phase.
+
+stands      weights, value, reference, optimizer states
+load        the same before an engine spreads them, in the precision that they were loaded in
+sample      + weights brought together + KV cache + the logits of a step of decoding
+score       + what a forward pass of a micro-batch takes at most, and logits: no graph is kept
+learn       + gradients + activations and logits of a micro-batch
+update      + gradients + what the optimizer works with
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from steerl.rollout.scoring.head_rows import CHUNK
+from steerl.training.planning.passes import Blueprint, Counts, Pass, cache_bytes, count, layers_of, plain_pass, training_pass
+
+if TYPE_CHECKING:
+    from steerl.rollout.decoding.settings import Sampling
+    from steerl.training.ppo import PPOSettings
+
+Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+GB = 1e9
+_BUCKET = 500_000_000
+"""Gradients that DeepSpeed reduces together, in numbers; the buffer is always that large."""
+_LIVE = 1_000_000_000
+"""Weights that ZeRO-3 holds together at most, in numbers."""
+_HOLES = 1.2
+"""On a CPU the heap keeps holes between activations: so much more than the tensors take (1.0 where every tensor is mapped by
+itself, MALLOC_MMAP_THRESHOLD_=65536)."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one PPO step does, whatever it runs on."""
+
+    policy: Blueprint
+    value: Blueprint | None
+    """Of the value's own model; None where it shares the policy's, or there is none."""
+    ppo: PPOSettings
+    sampling: Sampling
+    prompt: int
+    """Tokens of the longest prompt."""
+    precision: Literal["bf16", "no"] = "bf16"
+    """accelerate's mixed_precision."""
+
+    @property
+    def response(self) -> int:
+        return self.sampling.max_new_tokens
+
+    @property
+    def adapted(self) -> bool:
+        return bool(self.policy.peft)
+
+    @property
+    def copies_reference(self) -> bool:
+        """`auto` needs no copy beside a fresh adapter."""
+        return self.ppo.reference == "copy" or (self.ppo.reference == "auto" and not self.adapted)
+
+    @property
+    def has_reference(self) -> bool:
+        return self.ppo.reference != "none"
+
+    def rows(self, ranks: int) -> int:
+        """Rollouts of a step on one rank."""
+        return -(-self.ppo.rollouts_per_step // ranks)
+
+    def decoded_together(self, ranks: int) -> int:
+        return min(self.sampling.batch_size, self.rows(ranks))
+
+    def micro_batch(self, ranks: int) -> int:
+        """Rows that learn together on one rank, all of full length: `micro_batch_tokens` counts in tokens."""
+        rows = self.ppo.micro_batch_size
+        if self.ppo.micro_batch_tokens:
+            rows = max(1, self.ppo.micro_batch_tokens // (self.prompt + self.response))
+        return min(rows, self.minibatch(ranks))
+
+    def minibatch(self, ranks: int) -> int:
+        """One rank's rows of a minibatch."""
+        return -(-(self.ppo.rollouts_per_step // self.ppo.minibatches) // ranks)
+
+    def micro_batches(self, ranks: int) -> int:
+        """Of one rank in one minibatch."""
+        return -(-self.minibatch(ranks) // self.micro_batch(ranks))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    parts: dict[str, float]
+    """What there is, each at its own largest."""
+    phases: dict[str, float]
+    """What stands together in each phase of a step, at most."""
+
+    @property
+    def total(self) -> float:
+        return max(self.phases.values())
+
+    @property
+    def highest(self) -> str:
+        return max(self.phases, key=lambda name: self.phases[name])
+
+
+def memory(work: Work, engine: Engine, ranks: int, *, device: Literal["cuda", "cpu"] = "cuda") -> Memory:
+    """Of one process of `ranks` under an engine. `device`: chunks of logits and allocators differ."""
+    models = [model for model in (work.policy, work.value) if model is not None]
+    counts = [count(model) for model in models]
+    stored = stored_bytes(counts)
+    size = _sizes(work, engine, ranks, counts)
+    policy, value = size.weights, size.value
+    reference = size.reference if work.copies_reference else 0.0
+    stands = policy / size.spread + value / size.spread + reference + size.optimizer
+    live = _live(work, engine, policy + value)
+
+    # A micro-batch of the update: both graphs stand at once, and one of them works at a time.
+    rows = work.micro_batch(ranks)
+    halves = _passes(work, engine, models, rows, trained=True)
+    plain = _passes(work, engine, models, rows, trained=False)
+    activations = sum(p.saved for p in halves) + max(p.peak - p.saved for p in halves)
+    activations *= _HOLES if device == "cpu" else 1.0
+    logits = chunk_bytes(work, counts[0], rows, device)
+    forward = sum(p.peak for p in plain)  # autocast's copies of both stand until the pass is over
+
+    # Gradients come while activations go; from the second micro-batch on they stand from the beginning. The embedding's are
+    # made whole at the very end, and added to what is there: the head's, where the two are one weight.
+    head = head_gradient(counts[0])
+    first = max(head + activations + logits, size.gradients + (head if counts[0].tied else 0.0))
+    again = max(head + activations + logits, head * (2 if counts[0].tied else 1)) + size.gradients
+    learn = again if work.micro_batches(ranks) > 1 else first
+
+    # Decoding: a batch's cache (one layer's is there twice while it grows), the laws of a step, bfloat16 copies of weights.
+    batch = work.decoded_together(ranks)
+    cast = engine in ("ddp", "fsdp2") and work.precision == "bf16"
+    cache = cache_bytes(in_half(work.policy, work.precision), batch, work.prompt, work.response)
+    gathered = policy * (1 - 1 / size.spread) if work.ppo.gather == "phase" else min(live, policy * (1 - 1 / size.spread))
+    casts = counts[0].half_bytes if cast and engine == "ddp" else 0.0
+    laws = decoding_logits(work, counts[0].vocabulary, batch)
+    sample = gathered + cache * (1 + 1 / layers_of(work.policy.config)) + laws + casts
+
+    parts = {
+        "weights": policy / size.spread,
+        "gradients": size.gradients,
+        "optimizer": size.optimizer,
+        "reference": reference,
+        "value": value / size.spread,
+        "cache": cache,
+        "activations": activations,
+        "logits": max(logits, laws),
+        "engine": live + size.buckets,
+    }
+    phases = {
+        "load": stored + (counts[0].bytes if work.copies_reference else 0.0),
+        "sample": stands + sample,
+        "score": stands + live + forward + logits,
+        "learn": stands + live + size.buckets + learn,
+        "update": stands + size.buckets + size.gradients,
+    }
+    return Memory(parts, phases)
+
+
+def stored_bytes(counts: list[Counts]) -> float:
+    """The policy and the value's own model as they are loaded."""
+    return counts[0].bytes + sum(c.value_bytes for c in counts[1:])
+
+
+# -- weights and what goes with them -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    weights: float
+    value: float
+    reference: float
+    gradients: float
+    optimizer: float
+    buckets: float
+    spread: float
+    """Over how many ranks the weights lie."""
+
+
+def _sizes(work: Work, engine: Engine, ranks: int, counts: list[Counts]) -> _Sizes:
+    """What stands for every weight. DeepSpeed in bf16 keeps bfloat16 weights and float32 masters; the others what is stored."""
+    trained = counts[0].trained + sum(c.trained - c.head_trained for c in counts[1:])
+    head = counts[0].width * (work.ppo.credit == "gae")  # the value's, one number out
+    halved = engine.startswith("zero") and work.precision == "bf16"
+    trained_bytes = counts[0].trained_bytes + sum(_without_head(c) for c in counts[1:]) + 4.0 * head
+    width = 2.0 if halved else trained_bytes / max(trained + head, 1)
+    states = 2 * (4.0 * trained if engine.startswith("zero") else trained_bytes)  # two per number
+    masters = 4.0 * trained if engine in ("zero1", "zero2") or halved else 0.0
+    gradients = width * (trained + head)
+    bucket = _BUCKET * (2.0 if halved else 4.0)
+    return _Sizes(
+        weights=2.0 * counts[0].all if halved else counts[0].bytes,
+        value=sum((2.0 * (c.all - c.head) if halved else c.value_bytes) for c in counts[1:]),
+        reference=2.0 * counts[0].all if halved else counts[0].bytes,
+        gradients=gradients / (ranks if engine in ("zero2", "zero3", "fsdp2") else 1),
+        optimizer=(states + masters) / (1 if engine == "ddp" else ranks),
+        # DDP holds buckets as large as all gradients, whether it reduces or not.
+        buckets={"ddp": gradients if ranks > 1 else 0.0, "fsdp2": 0.0}.get(engine, bucket),
+        spread=ranks if engine in ("zero3", "fsdp2") else 1,
+    )
+
+
+def _without_head(counts: Counts) -> float:
+    """Trained bytes of a value's trunk: trained heads are as wide as what is trained on average."""
+    return counts.trained_bytes * (1 - counts.head_trained / max(counts.trained, 1))
+
+
+def _live(work: Work, engine: Engine, weights: float) -> float:
+    """Weights that a layer-by-layer pass holds together."""
+    if engine == "zero3":
+        return min(_LIVE * (2.0 if work.precision == "bf16" else 4.0), weights)
+    if engine == "fsdp2":  # this block and the next, embedding and head
+        counts = count(work.policy)
+        width = 2.0 if work.precision == "bf16" else 4.0
+        ends = counts.vocabulary * counts.width * (2 if counts.head else 1)
+        return width * (ends + 2 * (counts.all - ends) / layers_of(work.policy.config))
+    return 0.0
+
+
+# -- passes --------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def in_half(blueprint: Blueprint, precision: str) -> Blueprint:
+    """With weights of the precision that products are taken in."""
+    return dataclasses.replace(blueprint, dtype=torch.bfloat16) if precision == "bf16" else blueprint
+
+
+def computed(blueprint: Blueprint, engine: Engine, precision: str) -> Blueprint:
+    """As the engine computes with it: DeepSpeed and FSDP2 bring bfloat16 weights, DDP casts them in every operation."""
+    return blueprint if engine == "ddp" else in_half(blueprint, precision)
+
+
+def _passes(work: Work, engine: Engine, models: list[Blueprint], rows: int, *, trained: bool) -> list[Pass]:
+    autocast = work.precision == "bf16" and engine == "ddp"
+    taken = [computed(model, engine, work.precision) for model in models]
+    if not trained:
+        return [plain_pass(model, rows, work.prompt, work.response, autocast=autocast) for model in taken]
+    again = work.ppo.checkpointing
+    return [training_pass(model, rows, work.prompt, work.response, checkpointing=again, autocast=autocast) for model in taken]
+
+
+# -- logits: what rollout/scoring/head_rows.py and rollout/decoding/distribution.py make of them ------------------------------
+
+
+def chunks(work: Work, counts: Counts, rows: int, device: str) -> tuple[int, int]:
+    """(logits that are computed together, how many times), for a micro-batch of `rows` rows."""
+    positions = rows * work.response
+    together = max(1, CHUNK[device] // counts.vocabulary)
+    parts = -(-positions // together)
+    return -(-positions // parts) * counts.vocabulary, parts
+
+
+def chunk_bytes(work: Work, counts: Counts, rows: int, device: str) -> float:
+    """Scores and probabilities of a chunk in float32; with bfloat16 products the logits as they came, and the head's weight."""
+    numbers, _ = chunks(work, counts, rows, device)
+    half = work.precision == "bf16"
+    return numbers * (4.0 + 4.0 + 2.0 * half) + (2.0 * counts.vocabulary * counts.width if half else 0.0)
+
+
+def head_gradient(counts: Counts) -> float:
+    """Added up over chunks in float32."""
+    return 4.0 * counts.vocabulary * counts.width if counts.trains_head else 0.0
+
+
+def decoding_logits(work: Work, vocabulary: int, rows: int) -> float:
+    """One step's logits and the law's buffers: shifted, weights, products; one more where they are cast or tempered."""
+    cast = work.precision == "bf16" or work.sampling.temperature != 1
+    return rows * vocabulary * 4.0 * (5 if cast else 4)

@@ -1,0 +1,263 @@
+"""Which engine and settings a PPO job needs on given machines: a row per strategy, and what to take of it.
+
+config.json, ppo, sampling ──> Work ──┬─ memory of one GPU (plan_memory) ──┬─> rows: DDP, ZeRO 1-3, FSDP2, each full or LoRA
+GPUs, nodes, links ──> Machines ──────┴─ seconds of a step (plan_time) ────┴─> advice: the fastest that fits; or what would
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from steerl.training.planning.hardware import Machines
+from steerl.training.planning.memory import ENGINES, GB, Engine, Memory, Work, memory
+from steerl.training.planning.time import Seconds, Shares, seconds
+
+LORA = {"peft_type": "LORA", "r": 16}
+"""The adapter of the rows that have one, where the job names none."""
+_NEAR = 1.05
+"""Within this factor of the fastest, the simpler one is taken."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy on the machines."""
+
+    engine: Engine
+    work: Work
+    memory: Memory
+    seconds: Seconds
+    fits: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine} {'LoRA' if self.work.adapted else 'full'}"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do. `row` is None where nothing fits as asked; `others` are changes that would."""
+
+    row: Row | None
+    least: Row
+    """Of all settings of the job as asked: the one that needs least."""
+    nodes: dict[int, Row]
+    """The best on more nodes, where rollouts go round."""
+    others: dict[str, Row]
+
+
+def row_of(work: Work, engine: Engine, machines: Machines, shares: Shares, usable: float) -> Row:
+    """`usable` are the bytes of a GPU that the plan may fill."""
+    needs = memory(work, engine, machines.ranks, device=machines.device)
+    return Row(engine, work, needs, seconds(work, engine, machines, shares), needs.total <= usable)
+
+
+def rows(works: list[Work], machines: Machines, shares: Shares, usable: float) -> list[Row]:
+    """Every engine with each of the works, as they are."""
+    return [row_of(work, engine, machines, shares, usable) for work in works for engine in ENGINES]
+
+
+def advise(work: Work, adapted: Work, machines: Machines, shares: Shares, usable: float, most_nodes: int = 64) -> Advice:
+    """The fastest settings of `work` that fit; `adapted` is the same with an adapter."""
+    best, least = search(work, machines, shares, usable)
+    more: dict[int, Row] = {}
+    nodes = machines.nodes * 2
+    while nodes <= most_nodes and nodes * machines.gpus <= work.ppo.rollouts_per_step:
+        found, _ = search(work, dataclasses.replace(machines, nodes=nodes), shares, usable)
+        if found is not None:
+            more[nodes] = found
+        nodes *= 2
+    others: dict[str, Row] = {}
+    if best is None:
+        for name, changed in _changes(work, adapted):
+            found, _ = search(changed, machines, shares, usable)
+            if found is not None:
+                others[name] = found
+    return Advice(best, least, more, others)
+
+
+def search(work: Work, machines: Machines, shares: Shares, usable: float) -> tuple[Row | None, Row]:
+    """(the fastest row that fits, the row that needs least): engines, recomputation, sizes of batches, ways to gather."""
+    fitting: list[Row] = []
+    least: Row | None = None
+    for engine in ENGINES:
+        for tried in _settings(work, engine, machines.ranks):
+            row = row_of(tried, engine, machines, shares, usable)
+            if least is None or row.memory.total < least.memory.total:
+                least = row
+            if row.fits:
+                fitting.append(row)
+    assert least is not None
+    if not fitting:
+        return None, least
+    quickest = min(row.seconds.total for row in fitting)
+    near = [row for row in fitting if row.seconds.total <= _NEAR * quickest]
+    return min(near, key=_simplicity), least
+
+
+def _simplicity(row: Row) -> tuple[Any, ...]:
+    ppo = row.work.ppo
+    return (
+        ENGINES.index(row.engine), ppo.checkpointing, ppo.gather == "layers", -ppo.micro_batch_size,
+        -row.work.sampling.batch_size, row.seconds.total,
+    )  # fmt: skip
+
+
+def _settings(work: Work, engine: Engine, ranks: int) -> Iterator[Work]:
+    """The job's own settings and leaner ones that give the same gradients and the same rollouts."""
+    again = [True] if work.ppo.checkpointing else [False, True]
+    gathers: list[Any] = (
+        ["phase", "layers"] if engine in ("zero3", "fsdp2") and work.ppo.gather == "phase" else [work.ppo.gather]
+    )
+    micro, batch = _halved(work.micro_batch(ranks)), _halved(work.decoded_together(ranks))
+    for checkpointing, gather, rows, together in itertools.product(again, gathers, micro, batch):
+        tokens = rows * (work.prompt + work.response) if work.ppo.micro_batch_tokens else work.ppo.micro_batch_tokens
+        ppo = dataclasses.replace(
+            work.ppo, checkpointing=checkpointing, gather=gather, micro_batch_size=rows, micro_batch_tokens=tokens
+        )
+        yield dataclasses.replace(work, ppo=ppo, sampling=dataclasses.replace(work.sampling, batch_size=together))
+
+
+def _halved(size: int) -> list[int]:
+    found = [size]
+    while found[-1] > 1:
+        found.append(found[-1] // 2)
+    return found
+
+
+def _changes(work: Work, adapted: Work) -> Iterator[tuple[str, Work]]:
+    """What else might fit, from the smallest change on."""
+    shared = {"value": "shared"}
+    if work.value is not None:
+        yield "ppo.value shared", _with(work, **shared)
+    if work.copies_reference and not work.adapted:
+        yield "ppo.reference none", _with(work, reference="none")
+        if work.value is not None:
+            yield "ppo.value shared and ppo.reference none", _with(work, reference="none", **shared)
+    if not work.adapted:
+        yield "LoRA (model.peft)", adapted
+        if adapted.value is not None:
+            yield "LoRA (model.peft) and ppo.value shared", _with(adapted, **shared)
+
+
+def _with(work: Work, **settings: Any) -> Work:
+    changed = dataclasses.replace(work, ppo=dataclasses.replace(work.ppo, **settings))
+    return dataclasses.replace(changed, value=None) if settings.get("value") == "shared" else changed
+
+
+# -- in words --------------------------------------------------------------------------------------------------------------
+
+_HEADS = {
+    "weights": "weight", "gradients": "grads", "optimizer": "optim", "reference": "ref", "value": "value", "cache": "cache",
+    "activations": "activ", "logits": "logits", "engine": "engine",
+}  # fmt: skip
+
+
+def table(found: list[Row]) -> list[str]:
+    """GB of one GPU, and seconds of a step."""
+    heads = " ".join(f"{head:>6}" for head in _HEADS.values())
+    lines = [f"GB of a GPU {heads}  total   most fits  sample score learn  send   step"]
+    for row in found:
+        numbers = " ".join(f"{_gb(row.memory.parts[name]):>6}" for name in _HEADS)
+        times, fits = row.seconds, "yes" if row.fits else "no"
+        said = " ".join(f"{part:>5.1f}" for part in (times.sample, times.score, times.learn, times.communication))
+        lines.append(
+            f"{row.name:11} {numbers} {_gb(row.memory.total):>6} {row.memory.highest:>6} {fits:>4}   {said} {times.total:>6.1f}"
+        )
+    return lines
+
+
+def _gb(size: float) -> str:
+    """Three digits or so."""
+    return f"{size / GB:.1f}" if size >= 10 * GB else f"{size / GB:.2f}"
+
+
+def flags(row: Row, machines: Machines) -> list[str]:
+    """The command that takes a row's settings, a piece a line."""
+    work, ppo = row.work, row.work.ppo
+    several = f" --num_machines {machines.nodes} --machine_rank RANK --main_process_ip FIRST --main_process_port 29500"
+    launch = (
+        f"accelerate launch --config_file configs/accelerate/{row.engine}.yaml --num_processes {machines.ranks} "
+        f"--mixed_precision {work.precision}" + (several if machines.nodes > 1 else "")
+    )
+    settings: dict[str, Any] = {
+        "ppo.micro_batch_size": ppo.micro_batch_size,
+        "ppo.checkpointing": str(ppo.checkpointing).lower(),
+        "sampling.batch_size": work.sampling.batch_size,
+        "ppo.value": ppo.value,
+        "ppo.reference": ppo.reference,
+    }
+    if ppo.micro_batch_tokens:
+        settings["ppo.micro_batch_tokens"] = ppo.micro_batch_tokens
+    if row.engine in ("zero3", "fsdp2"):
+        settings["ppo.gather"] = ppo.gather
+    said = " ".join(f"--{name} {value}" for name, value in settings.items())
+    adapter = [f"--model.peft '{_inline(dict(work.policy.peft))}'"] if work.adapted else []
+    return [launch, "scripts/train_ppo.py --config YOURS.yaml", said, *adapter]
+
+
+def _inline(mapping: dict[str, Any]) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in mapping.items()) + "}"
+
+
+def words(advice: Advice, machines: Machines, usable: float) -> list[str]:
+    """The advice, for people."""
+    lines = []
+    if advice.row is not None:
+        row = advice.row
+        left = (usable - row.memory.total) / GB
+        lines += [
+            f"take {row.name}: {row.memory.total / GB:.1f} GB at most (in {row.memory.highest}), {left:.1f} GB to spare, "
+            f"{row.seconds.total:.1f} s a step",
+            "(of those that fit and are within 5 % of the fastest, the simplest)",
+            *(f"    {line} \\" for line in flags(row, machines)[:-1]),
+            f"    {flags(row, machines)[-1]}",
+        ]
+    else:
+        least = advice.least
+        lines.append(
+            f"nothing fits as asked: the least is {least.name} with {least.memory.total / GB:.1f} GB of {usable / GB:.1f} GB, "
+            f"highest in {least.memory.highest}" + _why(least)
+        )
+        for name, row in advice.others.items():
+            lines.append(f"would fit: {name}: {row.name}, {row.memory.total / GB:.1f} GB, {row.seconds.total:.1f} s a step")
+    for nodes, row in advice.nodes.items():
+        lines.append(
+            f"on {nodes} nodes, {nodes * machines.gpus} GPUs: {row.name}, {row.memory.total / GB:.1f} GB, micro_batch_size "
+            f"{row.work.ppo.micro_batch_size}{', checkpointing' if row.work.ppo.checkpointing else ''}, "
+            f"{row.seconds.total:.1f} s a step"
+        )
+    if advice.row is None and not advice.others and not advice.nodes:
+        lines.append("neither more nodes, LoRA, a shared value nor leaving out the reference is enough: a smaller model is")
+    return lines
+
+
+def _why(row: Row) -> str:
+    if row.memory.highest == "load":
+        return ": every GPU holds policy, value and reference whole before an engine spreads them, on any number of nodes"
+    return ""
+
+
+def as_mapping(row: Row) -> dict[str, Any]:
+    """A row as JSON values, in bytes and seconds."""
+    return {
+        "engine": row.engine,
+        "adapter": dict(row.work.policy.peft) or None,
+        "fits": row.fits,
+        "total": row.memory.total,
+        "highest": row.memory.highest,
+        "parts": row.memory.parts,
+        "phases": row.memory.phases,
+        "seconds": dataclasses.asdict(row.seconds) | {"step": row.seconds.total},
+        "settings": {
+            "ppo.micro_batch_size": row.work.ppo.micro_batch_size,
+            "ppo.checkpointing": row.work.ppo.checkpointing,
+            "ppo.gather": row.work.ppo.gather,
+            "ppo.value": row.work.ppo.value,
+            "ppo.reference": row.work.ppo.reference,
+            "sampling.batch_size": row.work.sampling.batch_size,
+        },
+    }

@@ -1,0 +1,194 @@
+"""What a report shows, and how it is read from a run's folder: metrics.jsonl, samples.jsonl, config, summary, versions.
+
+A torn last line, which a killed run leaves, is passed over with a word; any other bad line is named.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.yaml_files import load_text
+from steerl.training.run.log import METRICS, SAMPLES, tell
+
+_HEADS = ("step", "row", "sample", "kind", "reward", "kl", "gap", "length")
+_TEXTS = ("prompt", "prompt_text", "completion", "prompt_ids", "prompt_tokens", "response_ids", "response_tokens")
+ROW_STRENGTH = "steering strength of the row"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One sample as the viewer shows it."""
+
+    prompt_text: str
+    completion: str
+    prompt_ids: list[int]
+    prompt_tokens: list[str]
+    ids: list[int]
+    texts: list[str]
+    facts: dict[str, Any]
+    """What is one value for the row: step, row, sample, reward and its parts, KL, ..."""
+    quantities: dict[str, list[Any]]
+    """What is a number for every response token."""
+
+    def tokens(self) -> dict[str, Any]:
+        return {
+            "prompt_ids": self.prompt_ids,
+            "prompt_tokens": self.prompt_tokens,
+            "ids": self.ids,
+            "tokens": self.texts,
+            "facts": self.facts,
+            "quantities": self.quantities,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run or a dump."""
+
+    name: str
+    steps: list[int] = field(default_factory=list)
+    metrics: dict[str, list[float | None]] = field(default_factory=dict)
+    """Metric -> a value for every step, None where the step does not have it."""
+    rows: list[Row] = field(default_factory=list)
+    config: str = ""
+    kl_target: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    bars: list[dict[str, Any]] = field(default_factory=list)
+    """Histograms of a dump."""
+
+    def heads(self) -> dict[str, list[Any]]:
+        """What samples are found and sorted by, as columns."""
+        return {name: [row.facts.get(name) for row in self.rows] for name in _HEADS}
+
+    def examples(self, each: int = 3) -> list[list[Any]]:
+        """Responses at the first and at the last step that has samples: random ones where they are marked."""
+        steps = sorted({int(row.facts["step"]) for row in self.rows})
+        found = []
+        for step in dict.fromkeys(steps[:1] + steps[-1:] if self.steps else []):
+            rows = [row for row in self.rows if row.facts.get("step") == step]
+            rows = [row for row in rows if row.facts.get("kind") == "random"] or rows
+            found += [[step, row.facts.get("reward"), row.prompt_text, row.completion] for row in rows[:each]]
+        return found
+
+
+# -- a run ----------------------------------------------------------------------------------------------------------------
+
+
+def read_run(path: Path, name: str) -> Run:
+    lines = read_lines(path / METRICS)
+    steps = [int(line["step"]) for line in lines]
+    keys = dict.fromkeys(key for line in lines for key, value in line.items() if key != "step" and _is_number(value))
+    config = _text(path / "config.yaml")
+    summary = read_json(path / "summary.json")
+    # The evaluations before the first step and after the last stand in the summary.
+    if _is_number(before := summary.get("reward_before")) and steps and steps[0] == 1:
+        steps, lines = [0, *steps], [{"eval/reward": before, "eval/kl": 0.0}, *lines]
+        after = {"eval/reward": summary.get("reward_after"), "eval/kl": summary.get("kl_after")}
+        lines[-1] = after | lines[-1]
+        keys |= dict.fromkeys(after)
+    return Run(
+        name=name,
+        steps=steps,
+        metrics={key: [value if _is_number(value := line.get(key)) else None for line in lines] for key in keys},
+        rows=[_row(line) for line in (read_lines(path / SAMPLES) if (path / SAMPLES).is_file() else [])],
+        config=config,
+        kl_target=_kl_target(config),
+        versions=read_json(path / "versions.json"),
+        summary={key: value for key, value in summary.items() if not isinstance(value, dict | list)},
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a jsonl file. A last line without an end was being written when the run was killed."""
+    found = []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.rstrip("\n").split("\n")  # not splitlines: a text may hold other line ends, which JSON does not escape
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line, parse_float=_finite, parse_constant=_finite)
+            if not isinstance(value, dict) or not _is_number(value.get("step")):
+                raise ValueError("no object with a step")
+        except ValueError as error:
+            if number == len(lines):
+                tell(f"{path}: its last line was cut short, by a kill or a full disk, and is left out")
+                break
+            raise Problem(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
+        found.append(value)
+    return found
+
+
+def _row(line: Mapping[str, Any]) -> Row:
+    ids = list(line.get("response_ids") or [])
+    texts = list(line.get("response_tokens") or map(str, ids))
+    quantities = {
+        key: [value if _is_number(value) else None for value in values]
+        for key, values in line.items()
+        if key not in _TEXTS and isinstance(values, list) and len(values) == len(ids)
+    }
+    policy, reference = quantities.get("policy_logprobs"), quantities.get("reference_logprobs")
+    if policy and reference:
+        quantities["reference gap"] = [_minus(a, b) for a, b in zip(policy, reference, strict=True)]
+    if line.get("steering"):
+        quantities[ROW_STRENGTH] = [line.get("strength")] * len(ids)
+    facts = {key: value for key, value in line.items() if key not in _TEXTS and not isinstance(value, list)}
+    facts.setdefault("length", len(ids))
+    if "gap" in quantities:
+        facts["gap"] = max((abs(value) for value in quantities["gap"] if value is not None), default=None)
+    prompt_ids = list(line.get("prompt_ids") or [])
+    return Row(
+        prompt_text=str(line.get("prompt_text", line.get("prompt", ""))),
+        completion=str(line.get("completion", "")),
+        prompt_ids=prompt_ids,
+        prompt_tokens=list(line.get("prompt_tokens") or map(str, prompt_ids)),
+        ids=ids,
+        texts=texts,
+        facts=facts,
+        quantities=quantities,
+    )
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    # six digits, as the numbers it comes from
+    return None if a is None or b is None else round(a - b, 6)
+
+
+# -- small things -----------------------------------------------------------------------------------------------------------
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _finite(digits: str) -> float | None:
+    return number if math.isfinite(number := float(digits)) else None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or nothing where the file is absent; one that cannot be read is named."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Problem(f"{path}: not JSON ({error}); the job that writes it makes it again") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _kl_target(config: str) -> float | None:
+    found = load_text(config, "config.yaml", [])
+    for name in ("ppo", "kl_target"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return float(found) if _is_number(found) else None

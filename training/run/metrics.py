@@ -1,0 +1,180 @@
+"""What a step says of itself: metrics of the scored rollouts, the gap alarm, rows for samples.jsonl, the evaluation.
+
+Everything here reads the rows of all ranks, so it is global, and the same on every rank.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from steerl.reward.types import metrics as reward_metrics
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.types import STOP_REASONS
+from steerl.training.algorithm import kl
+from steerl.training.algorithm.experience import Experience, Scored, select
+from steerl.training.algorithm.minibatch import share
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from steerl.training.model.actor_critic import ActorCritic
+    from steerl.training.ppo import PPOSettings
+    from steerl.training.setup import Parts
+
+
+def mean(value_BR: Tensor, mask_BR: Tensor) -> float:
+    return float(value_BR[mask_BR].double().mean()) if bool(mask_BR.any()) else 0.0
+
+
+def rollout_metrics(scored: Scored) -> dict[str, float]:
+    """Rewards, lengths and entropy."""
+    rollout = scored.rollout
+    found = {
+        "rollout/rows": float(len(rollout)),
+        "rollout/tokens": float(rollout.lengths_B.sum()),
+        "rollout/length_mean": float(rollout.lengths_B.double().mean()),
+        "rollout/length_max": float(rollout.lengths_B.max()),
+        "rollout/ended": float(rollout.ended_B.double().mean()),
+        "policy/entropy": mean(scored.entropy_BR, rollout.mask_BR),
+    }
+    found |= reward_metrics([scored.scores])
+    return found | {f"time/{name}_pass_s": value for name, value in scored.seconds.items()}
+
+
+def kl_metrics(scored: Scored, importance_BR: Tensor | None = None) -> dict[str, float]:
+    """The policy's KL to the reference: k1 summed over a response, mean over rows; k3 per token.
+
+    Rows of another law than the policy's count by their importance weights, which share out 1 whatever bounds them."""
+    if scored.reference_logprobs_BR is None:
+        return {}
+    mask_BR, k1_B = scored.rollout.mask_BR, kl_per_response(scored, importance_BR)
+    k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")
+    if importance_BR is None:
+        return {"kl/ref": float(k1_B.mean()), "kl/ref_k3_token": mean(k3_BR, mask_BR)}
+    weights_BR = importance_BR.double()
+    rows_B = weights_BR.sum(1) / mask_BR.sum(1).clamp(min=1)
+    least = torch.finfo(torch.float64).tiny  # a step whose weights are all 0 says nothing
+    return {
+        "kl/ref": float(k1_B.sum() / rows_B.sum().clamp(min=least)),
+        "kl/ref_k3_token": float((k3_BR * weights_BR)[mask_BR].sum() / weights_BR[mask_BR].sum().clamp(min=least)),
+    }
+
+
+def cut_prompts(source: Any, rows: Sequence[int]) -> dict[str, float]:
+    """How many of the step's prompts were cut, over all ranks: each knows of those that it read itself."""
+    me = processes.start()
+    count = sum(row in source.cut for row in share(rows, me.rank, me.world_size))
+    return {"rollout/cut_prompts": float(processes.sum_(torch.tensor(count, device=me.device)))}
+
+
+def kl_per_response(scored: Scored, importance_BR: Tensor | None = None) -> Tensor:
+    """k1 summed over each response, in float64, each token by its weight; zeros without a reference."""
+    if scored.reference_logprobs_BR is None:
+        return torch.zeros(len(scored.rollout), dtype=torch.float64)
+    k1_BR = kl.estimate(scored.old_logprobs_BR.double(), scored.reference_logprobs_BR.double())
+    weighed_BR = k1_BR if importance_BR is None else k1_BR * importance_BR
+    return torch.where(scored.rollout.mask_BR, weighed_BR, 0.0).sum(1)
+
+
+# -- the gap between the sampler and the trainer ----------------------------------------------------------------------
+
+
+def check_gap(scored: Scored, tolerance: float, step: int) -> dict[str, float]:
+    """Measure |sampler's - trainer's| policy log-prob of every token; above the tolerance the run stops.
+
+    Rollouts of other weights (a replayed dump) have a gap by right: it is what the correction weighs."""
+    rollout = scored.rollout
+    if rollout.policy_step != step:
+        return {}
+    gap_BR = (rollout.policy_logprobs_BR.double() - scored.old_logprobs_BR.double()).abs()
+    # NaN is the widest gap of all, and compares as less than nothing
+    gap_BR = torch.where(rollout.mask_BR, gap_BR.nan_to_num(nan=torch.inf), 0.0)
+    largest = float(gap_BR.amax())
+    if largest > tolerance:
+        place = int(gap_BR.argmax())
+        row, token = divmod(place, rollout.response_width)
+        raise Problem(
+            f"step {step + 1}: the sampler's log-prob of token {token} of row {int(rollout.row_B[row])} sample "
+            f"{int(rollout.sample_B[row])} is {float(rollout.policy_logprobs_BR[row, token]):.4f}, the trainer's forward pass "
+            f"gives {float(scored.old_logprobs_BR[row, token]):.4f}: a gap of {largest:.3g} nats (mean "
+            f"{mean(gap_BR, rollout.mask_BR):.3g}), above ppo.gap_tolerance {tolerance:g}. Usual causes: dropout left on, "
+            "position ids or attention masks that differ, a penalty or a temperature that one side lacks, an adapter or a "
+            "steering vector active on one side only, half precision (then raise ppo.gap_tolerance)"
+        )
+    return {"gap/max": largest, "gap/mean": mean(gap_BR, rollout.mask_BR)}
+
+
+def gap_tolerance(settings: PPOSettings, dtype: torch.dtype, mixed_precision: str = "no") -> float:
+    if settings.gap_tolerance is not None:
+        return settings.gap_tolerance
+    return 1e-3 if dtype in (torch.float32, torch.float64) and mixed_precision == "no" else 1.0
+
+
+# -- rows for samples.jsonl -------------------------------------------------------------------------------------------
+
+
+def sample_rows(
+    scored: Scored, experience: Experience, parts: Parts, *, each: int, seed: int, step: int
+) -> list[dict[str, Any]]:
+    """`each` best, worst and random rows with everything per token, for the table and the viewer. On every rank alike."""
+    order = torch.argsort(scored.scores.total_B, stable=True, descending=True).tolist()
+    kinds = {"best": order[:each], "worst": order[::-1][:each]}
+    kinds["random"] = random.Random(f"{seed}/{step}").sample(range(len(order)), min(each, len(order)))
+    ratios = {i: ratio(scored, parts.actor_critic, i) for i in sorted({i for rows in kinds.values() for i in rows})}
+    return [
+        {"kind": kind, **_row(scored, experience, parts.decode, i), "ratio": ratios[i]}
+        for kind, rows in kinds.items()
+        for i in rows
+    ]
+
+
+def ratio(scored: Scored, model: ActorCritic, i: int) -> list[float]:
+    """new / old of every token of a row, after all of the step's updates."""
+    part, columns = select(scored.rollout, scored.texts.columns, [i], model.device)
+    with torch.no_grad():
+        new_R = model(part, columns)["old"][0].float().cpu()
+    length = int(scored.rollout.lengths_B[i])
+    return [round(float(value), 6) for value in (new_R[:length] - scored.old_logprobs_BR[i, :length]).exp()]
+
+
+def _row(scored: Scored, experience: Experience, decode: Callable[[int], str], i: int) -> dict[str, Any]:
+    rollout, texts = scored.rollout, scored.texts
+    length = int(rollout.lengths_B[i])
+
+    def numbers(value_BR: Tensor | None) -> list[float] | None:
+        return None if value_BR is None else [round(float(value), 6) for value in value_BR[i, :length]]
+
+    prompt_ids = rollout.prompt_BP[i][rollout.prompt_mask_BP[i]].tolist()
+    response_ids = rollout.response_BR[i, :length].tolist()
+    return {
+        "row": int(rollout.row_B[i]),
+        "sample": int(rollout.sample_B[i]),
+        "prompt": texts.prompts[i],
+        "prompt_text": texts.prompt_texts[i],
+        "completion": texts.completions[i],
+        "reward": float(scored.scores.total_B[i]),
+        "parts": {name: float(values[i]) for name, values in scored.scores.parts.items()},
+        **{f"extra/{name}": values[i] for name, values in scored.scores.extra.items()},
+        "kl": float(kl_per_response(scored)[i]),
+        "ended": bool(rollout.ended_B[i]),
+        "stop_reason": STOP_REASONS[int(rollout.stop_B[i])],
+        "steering": rollout.steering,
+        "strength": float(rollout.strength_B[i]),
+        "prompt_ids": prompt_ids,
+        "prompt_tokens": [decode(token) for token in prompt_ids],
+        "response_ids": response_ids,
+        "response_tokens": [decode(token) for token in response_ids],
+        "policy_logprobs": numbers(scored.old_logprobs_BR),
+        "gap": numbers(rollout.policy_logprobs_BR - scored.old_logprobs_BR),
+        "importance": numbers(experience.importance_BR),
+        "behaviour_logprobs": numbers(rollout.behaviour_logprobs_BR),
+        "reference_logprobs": numbers(scored.reference_logprobs_BR),
+        "entropy": numbers(scored.entropy_BR),
+        "values": numbers(scored.values_BR),
+        "rewards": numbers(experience.rewards_BR),
+        "advantages": numbers(experience.advantages_BR),
+        "returns": numbers(experience.returns_BR),
+    }

@@ -1,0 +1,136 @@
+"""Going on with a run: is it finished, which checkpoint, and do config, data and weights fit it.
+
+run.resume true ──> finished?  yes: leave with status 0
+                        │ no
+                    newest whole checkpoint? ── none ──> start (the logs of a run killed before its first are cut to 0)
+                        │
+                    config, data and weights as saved? ── no ──> a line for each; with run.allow_changes they are told, and
+                        │ yes                                    stand in RUN/config.yaml
+                    load, cut the logs to it, go on
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.fingerprint import folder_fingerprint, tokenizer_fingerprint, values_fingerprint, weights_fingerprint
+from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.dumps.manifest import finished_shards
+from steerl.training.run import checkpoint
+
+if TYPE_CHECKING:
+    from steerl.rollout.model.policy import Policy
+    from steerl.rollout.prompts.prompts import Prompts
+    from steerl.training.ppo import PPOSettings
+
+FREE = (
+    *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
+    *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather", "ppo.eval_every", "ppo.eval_prompts"),
+)
+"""What may differ on a resume, because nothing that is learned depends on it. The number of steps may, too, where no
+learning rate falls towards the last one."""
+
+_logger = logging.getLogger(__name__)
+
+
+def made_from(policy: Policy, prompts: Prompts, heldout: Prompts | None, reward: Any, settings: PPOSettings) -> dict[str, str]:
+    """What a run learns from, as hashes: the same paths may lead to other data. Before the policy is trained or spread."""
+    found = {"model.path": weights_fingerprint(policy.model), "prompts.path": rows_fingerprint(prompts)}
+    if policy.tokenizer is not None:
+        found["model.tokenizer"] = tokenizer_fingerprint(policy.tokenizer)
+    if heldout is not None:
+        found["heldout.path"] = rows_fingerprint(heldout)
+    for part in getattr(reward, "parts", ()):
+        found[f"reward {part.name}"] = part.content()
+    if settings.replay and Path(settings.replay).is_dir():
+        found["ppo.replay"] = values_fingerprint(record.sha256 for record in finished_shards(Path(settings.replay)))
+    if settings.value not in ("separate", "shared") and Path(settings.value).is_dir():
+        found["ppo.value"] = folder_fingerprint(Path(settings.value))
+    return found
+
+
+def rows_fingerprint(prompts: Prompts) -> str:
+    return values_fingerprint(prompts.table[row] for row in range(len(prompts)))
+
+
+def finished(folder: Path, steps: int, config: Mapping[str, Any], run: RunSettings, schedule: str = "constant") -> bool:
+    """Did the run in `folder` come to its end, with at least `steps` steps and this config? summary.json is the last thing
+    that a run writes."""
+    folder = Path(folder)
+    try:
+        if int(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"]) < steps:
+            return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if (path := checkpoint.newest(folder)) is not None:
+        _compare(path, config, run, schedule)
+    return True
+
+
+def find(
+    folder: Path,
+    config: Mapping[str, Any],
+    run: RunSettings,
+    schedule: str = "constant",
+    content: Mapping[str, str] | None = None,
+) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and how the present job differs from it; None: start from the beginning."""
+    path = checkpoint.latest(folder)
+    if path is None:
+        return None, []
+    changed = _compare(path, config, run, schedule, content or {})
+    if processes.start().is_main:
+        for line in changed:
+            _logger.warning("resume from %s: changed, as is allowed: %s", path.name, line)
+    return path, changed
+
+
+def _compare(
+    path: Path, config: Mapping[str, Any], run: RunSettings, schedule: str, content: Mapping[str, str] | None = None
+) -> list[str]:
+    free = (*FREE, "ppo.steps") if schedule == "constant" else FREE
+    head = checkpoint.read_head(path)
+    return check(head["config"], config, head.get("made_from", {}), content or {}, free, run.allow_changes)
+
+
+def check(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    made_from: Mapping[str, str] | None = None,
+    content: Mapping[str, str] | None = None,
+    free: Sequence[str] = FREE,
+    allow: bool = False,
+) -> list[str]:
+    """Refuse another config or other content, a line for each; what is `free`, or with `allow` all, is returned as lines."""
+    was, now = _dotted(json.loads(json.dumps(saved))), _dotted(json.loads(json.dumps(current)))
+    differ = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    changed = {name: f"{now.get(name)!r}, but the run to resume has {was.get(name)!r}" for name in differ}
+    fatal = [name for name in changed if not any(name == field or name.startswith(field + ".") for field in free)]
+    named = {name.split(".")[0] for name in fatal}  # other content follows from these
+    began, here = dict(made_from or {}), dict(content or {})
+    for name in sorted(began.keys() & here.keys()):
+        if began[name] != here[name] and name.split(" ")[0].split(".")[0] not in named:
+            changed[name] = (
+                f"its content is not what the run to resume began with (fingerprint {began[name]}, now {here[name]})"
+            )
+            fatal.append(name)
+    if fatal and not allow:
+        remedy = "give it back, start another run with --run.dir, or go on all the same with --run.allow_changes true"
+        raise Problem(*(f"{name}: {changed[name]}; {remedy}" for name in fatal))
+    own = ("run.resume", "run.overwrite", "run.allow_changes")
+    return [f"{name}: {told}" for name, told in changed.items() if name not in own]
+
+
+def _dotted(config: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(config, Mapping) or not config:
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for key, part in config.items():
+        flat |= _dotted(part, f"{prefix}.{key}" if prefix else str(key))
+    return flat

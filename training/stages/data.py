@@ -1,0 +1,154 @@
+"""Supervised data: rows of a table, under the expected names, every one checked, split into training and held-out ones.
+
+    path ── rows ── columns renamed ── kind read off the columns ── every row checked ── limit ── training | held out
+
+Rows are plain dicts until all of them are known to be right, so that a bad one is told by its number.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, check_messages, conversation_ids, template_arguments, template_tools
+from steerl.rollout.prompts.tables import columns_of, read_table
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TableSettings:
+    """The rows to learn from, and those held out to measure by."""
+
+    path: str = ""
+    """A jsonl, json, parquet or csv file, a dataset folder, or a hub name."""
+    split: str = ""
+    """Split of a dataset with several; train where it is not given."""
+    name: str = ""
+    """Configuration of a hub dataset that has several."""
+    column: str = ""
+    """The column of plain texts, where it is not `text` (the supervised stage of causal models)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What the data calls a column, {prompt: question, completion: answer}, where it is not the expected name."""
+    limit: int = 0
+    """Use only so many rows, the first ones; 0 = all."""
+    max_tokens: int = 0
+    """Longest row in tokens; 0 = as long as the model can take."""
+    heldout: float = 0.1
+    """Share of the rows that is held out, drawn by run.seed; 0 = none. Without effect where heldout_path is set."""
+    heldout_path: str = ""
+    """Held-out rows of their own."""
+
+
+def read_rows(settings: TableSettings, check: Callable[[list[Row], str], list[Row]]) -> tuple[list[Row], list[Row]]:
+    """(rows, held-out rows of their own), renamed and passed through `check`, which knows what a stage's rows are."""
+    parts: list[list[Row]] = []
+    for path, where in ((settings.path, "prompts.path"), (settings.heldout_path, "prompts.heldout_path")):
+        if not path and where == "prompts.heldout_path":
+            parts.append([])
+            continue
+        if not path:
+            raise Problem(f"{where}: missing; name a jsonl, parquet or csv file, a dataset folder or a hub name")
+        rows = list(read_table(path, settings.split, settings.name))
+        if not rows:
+            raise Problem(f"{where}: {path} has no rows")
+        columns = {**settings.columns, **({"text": settings.column} if settings.column else {})}
+        parts.append(check(rename(rows, columns), where))
+    return parts[0][: settings.limit] if settings.limit else parts[0], parts[1]
+
+
+def rename(rows: Sequence[Row], columns: Mapping[str, str], where: str = "prompts.columns") -> list[Row]:
+    """Rows under the expected names; `columns` says what the data calls them."""
+    found = columns_of(rows)
+    for expected, given in columns.items():
+        if given not in found:
+            raise Problem(f"{where}.{expected}: the data has no column {given!r}; it has: {', '.join(found)}")
+    back = {given: expected for expected, given in columns.items()}
+    return [{**{k: v for k, v in row.items() if k not in back}, **{back[k]: row[k] for k in back if k in row}} for row in rows]
+
+
+def hold_out(rows: Sequence[Row], settings: TableSettings, seed: int, heldout: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows): `heldout` where there are any, else a share of `rows` drawn by the seed."""
+    if not 0 <= settings.heldout < 1:
+        raise Problem(f"prompts.heldout: {settings.heldout}; give the share of rows to hold out, from 0 to below 1")
+    if heldout or not settings.heldout:
+        return list(rows), list(heldout)
+    count = max(1, round(len(rows) * settings.heldout))
+    if count >= len(rows):
+        raise Problem(f"prompts.heldout: {settings.heldout} of {len(rows)} row(s) leaves none to learn from; give 0")
+    chosen = set(random.Random(f"heldout {seed}").sample(range(len(rows)), count))
+    return [row for i, row in enumerate(rows) if i not in chosen], [row for i, row in enumerate(rows) if i in chosen]
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a conversation: a list of {role, content}."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def check_values(rows: Sequence[Row], names: Sequence[str], where: str = "prompts.path") -> bool:
+    """Every named column holds a text in every row, or a conversation in every row. Whether it is conversations."""
+    if not rows:
+        return False
+    talks = is_messages(rows[0].get(names[0]))
+    wanted = "a list of messages ({role, content})" if talks else "a text"
+    problems: list[str] = []
+    for number, row in enumerate(rows, 1):
+        for name in names:
+            value = row.get(name)
+            if talks and is_messages(value):
+                try:
+                    check_messages(value, f"{where}: row {number}: {name}")
+                except Problem as problem:
+                    problems += problem.lines
+            elif talks or not isinstance(value, str):
+                kind = "missing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+                problems.append(f"{where}: row {number}: {name} is {kind}, expected {wanted}, as in row 1")
+    raise_first(problems)
+    return talks
+
+
+def with_template(rows: Sequence[Row], names: Sequence[str], where: str = "prompts.path") -> list[Row]:
+    """The named columns of conversations, and what their chat template is given besides, where any row has it.
+
+    trl reads a column off the first row, and tools as JSON text, which Arrow leaves as it is."""
+    there, found = columns_of(rows), [{name: row[name] for name in names if name in row} for row in rows]
+    for number, (row, kept) in enumerate(zip(rows, found, strict=True), 1):
+        told = f"{where}: row {number}"
+        if "tools" in there:
+            tools = template_tools(row.get("tools"), told)
+            kept["tools"] = json.dumps(tools, ensure_ascii=False) if tools else None
+        if "chat_template_kwargs" in there:
+            kept["chat_template_kwargs"] = template_arguments(row.get("chat_template_kwargs"), told)
+            for name in ("add_generation_prompt", "continue_final_message"):  # of a prompt that is answered, not of a row
+                kept["chat_template_kwargs"].pop(name, None)
+    if not any(kept.get("chat_template_kwargs") for kept in found):
+        return [{name: value for name, value in kept.items() if name != "chat_template_kwargs"} for kept in found]
+    return found
+
+
+def check_template(tokenizer: Any, rows: Sequence[Row], wholes: Sequence[Sequence[str]], where: str = "prompts.path") -> None:
+    """Messages whose content is no plain text come out of the template as text, or the row is told.
+
+    `wholes`: the columns that make a conversation together."""
+    for number, row in enumerate(rows, 1):
+        for names in wholes:
+            said = [message for name in names for message in row.get(name) or ()]
+            if not all(isinstance(message.get("content"), str | None) for message in said):
+                given = [row.get(name) for name in TEMPLATE_COLUMNS]
+                conversation_ids(tokenizer, said, *given, whole=True, where=f"{where}: row {number}")
+
+
+def raise_first(problems: Sequence[str], most: int = 3) -> None:
+    """A Problem of the first few lines and how many more there are; nothing without any."""
+    if problems:
+        more = [f"... and {len(problems) - most} more rows like these"] if len(problems) > most else []
+        raise Problem(*problems[:most], *more)
+
+
+def missing_columns(rows: Sequence[Row], wanted: str, where: str = "prompts.path") -> Problem:
+    found = ", ".join(columns_of(rows)) or "none"
+    return Problem(f"{where}: expected {wanted}; found the columns: {found}; say what is what with prompts.columns")

@@ -1,0 +1,105 @@
+"""The model of a supervised stage: loaded with its adapter, and left behind as folders that load by themselves.
+
+base ── (+ model.peft, or the adapter of model.adapter / an adapter's folder) ── trained ──┬─ RUN/adapter
+                                                                                           └─ RUN/model (merged)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.run_folder import written_aside
+from steerl.rollout.model import adapters, auto_classes, virtual_tokens
+from steerl.rollout.model.auto_classes import save
+from steerl.rollout.model.policy import ModelSettings, ids_of, unwrap
+from steerl.training.checks import float16_problems
+
+
+def load_base(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> Any:
+    """The model of `settings` without any adapter."""
+    path = base_path(settings)
+    attn = None if settings.attn in ("", "auto") else settings.attn
+    # Weights that learn are float32 unless asked otherwise: a bfloat16 step of 1e-4 is mostly rounded away.
+    dtype = "float32" if settings.dtype == "auto" else settings.dtype
+    return auto_classes.load_head(path, role, head, dtype=dtype, attn=attn, **loading)
+
+
+def base_path(settings: ModelSettings) -> str:
+    """model.path, or the base of the adapter that lies there."""
+    if not settings.path:
+        raise Problem("model.path: missing; name a model folder or hub name, --model.path DIR")
+    if not adapters.is_adapter_folder(settings.path):
+        return settings.path
+    if settings.adapter:
+        raise Problem(f"model.path: {settings.path} is an adapter and model.adapter is set too; name the base in model.path")
+    return adapters.base_of(settings.path)
+
+
+def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> Any:
+    """The model of `settings` for a stage; its adapter, or a new one of model.peft, is then all that learns."""
+    adapter = settings.path if adapters.is_adapter_folder(settings.path) else settings.adapter
+    if adapter and settings.peft:
+        raise Problem("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
+    model = load_base(settings, role, head, **loading)
+    if adapter:
+        model = adapters.load(model, adapter, trainable=True)
+    if settings.peft:
+        model = adapters.add(model, settings.peft)
+    if problems := float16_problems(model):
+        raise Problem(*problems)
+    return model
+
+
+def context_of(model: Any) -> int | None:
+    """Most tokens of a row; None where nothing limits it."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit - virtual_tokens.count(model) if isinstance(limit, int) and limit > 0 else None
+
+
+def stop_at(model: Any, token: int | None) -> None:
+    """Let generation end at `token`, too, beside what ends it already."""
+    generation = unwrap(model).generation_config
+    ends = ids_of(generation.eos_token_id)
+    if token is not None and token not in ends:
+        generation.eos_token_id = [*ends, token] if ends else token
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The tokenizer beside the model, or model.tokenizer."""
+    path = settings.tokenizer or settings.path
+    if not settings.tokenizer and adapters.is_adapter_folder(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path = adapters.base_of(path)
+    return auto_classes.load_tokenizer(path, "model.tokenizer" if settings.tokenizer else "model.path")
+
+
+def save_model(model: Any, tokenizer: Any, base: Callable[[], Any], folder: Path, state: dict[str, Any]) -> None:
+    """RUN/model, merged where there is an adapter that can be; RUN/adapter; links in RUN to the model's files."""
+
+    def write(target: Path, save_into: Callable[[Path], Any]) -> None:
+        if target.exists():
+            shutil.rmtree(target)
+        with written_aside(target) as aside:
+            aside.mkdir()
+            save_into(aside)
+            tokenizer.save_pretrained(aside)
+
+    if hasattr(model, "peft_config"):
+        write(folder / "adapter", lambda aside: adapters.save(model, aside, state))
+        if model.active_peft_config.peft_type.value in adapters.VIRTUAL_KINDS:
+            write(folder / "model", lambda aside: adapters.save(model, aside, state))
+        else:
+            merged = adapters.merge(adapters.load(base(), folder / "adapter"))
+            write(folder / "model", lambda aside: save(merged, aside))
+    else:
+        write(folder / "model", lambda aside: save(model, aside, state))
+    with contextlib.suppress(OSError):  # a file system without links: RUN/model is there all the same
+        for file in (folder / "model").iterdir():
+            link = folder / file.name
+            if link.is_symlink() or not link.exists():
+                link.unlink(missing_ok=True)
+                link.symlink_to(Path("model") / file.name)

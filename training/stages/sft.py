@@ -1,0 +1,190 @@
+"""The supervised stage: trl's SFTTrainer for causal models, transformers' Seq2SeqTrainer for encoder-decoders.
+
+    rows ──┬─ text                     the loss is on all of it
+           ├─ prompt + completion      the loss is on the completion (texts, or conversations)
+           └─ messages                 a conversation; with assistant_only the loss is on the assistant's turns
+
+An encoder-decoder reads `prompt` and writes `completion`. The texts of a row end with the model's stop token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.decoding.stops import turn_end
+from steerl.rollout.model.auto_classes import choose_head, load_config
+from steerl.rollout.model.policy import ModelSettings, check_vocabulary, vocabulary_size
+from steerl.rollout.prompts.tables import columns_of
+from steerl.training.run.log import tell
+from steerl.training.stages import data, models, stage
+from steerl.training.stages.data import Row, TableSettings
+from steerl.training.stages.stage import FitSettings, Outcome, StageRun
+
+
+@dataclass(frozen=True)
+class SFTSettings(FitSettings):
+    """The supervised stage."""
+
+    completion_only: bool | None = None
+    """Loss on the completion alone; null = where the rows have one. For encoder-decoders it always is."""
+    assistant_only: bool = False
+    """Loss on the assistant's turns of a conversation alone; needs a chat template with generation marks."""
+    packing: bool = False
+    """Fill rows of max_tokens with several texts (causal models whose attention implementation keeps them apart)."""
+    source_prefix: str = ""
+    """What an encoder-decoder's inputs begin with, such as 'summarize: '."""
+    max_target_tokens: int = 0
+    """Longest completion of an encoder-decoder; 0 = as long as the longest one."""
+    rouge: bool = False
+    """Generate on the held-out rows and report ROUGE (encoder-decoders)."""
+    beams: int = 1
+    """Beams of that generation."""
+
+
+@dataclass(frozen=True)
+class SFTJob:
+    """Train a causal or encoder-decoder model on texts, prompts with completions, or conversations."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """What is trained; with model.peft an adapter on it."""
+    prompts: TableSettings = field(default_factory=TableSettings)
+    """What it learns from."""
+    sft: SFTSettings = field(default_factory=SFTSettings)
+    """How it learns."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """Where it is written, and how it goes on."""
+
+
+def run_sft(job: SFTJob, resolved: str = "") -> Outcome:
+    """Train, measure on the held-out rows, and write the run's folder."""
+    stage.check_fit(job.sft, "sft")
+    kind = _kind(job.model)
+    rows, held = stage.on_every_process(lambda: read(job.prompts, job.run.seed, kind, job.sft))
+    with stage.opened_run(job, resolved, rows, held) as where, stage.bars_on_main(processes.start().is_main):
+        if kind == "seq2seq":
+            from steerl.training.stages.seq2seq import fit_encoder_decoder
+
+            return fit_encoder_decoder(job, rows, held, where)
+        return _fit_causal(job, rows, held, where)
+
+
+def read(settings: TableSettings, seed: int, kind: str, sft: SFTSettings) -> tuple[list[Row], list[Row]]:
+    """Checked training and held-out rows, with no columns but those that are learned from."""
+    if settings.column and kind == "seq2seq":
+        raise Problem(f"prompts.column: {settings.column!r}, but an encoder-decoder needs two; name them in prompts.columns")
+    rows, held = data.read_rows(settings, lambda found, where: _checked(found, kind, sft, where, bool(settings.column)))
+    return data.hold_out(rows, settings, seed, held)
+
+
+def _checked(rows: list[Row], kind: str, sft: SFTSettings, where: str, text_asked: bool) -> list[Row]:
+    shapes: dict[str, tuple[str, ...]] = {"prompt and completion": ("prompt", "completion")}
+    if kind == "causal" and text_asked:
+        shapes = {"text": ("text",)}
+    elif kind == "causal":
+        shapes |= {"messages": ("messages",), "text": ("text",)}
+    there = columns_of(rows)
+    names = next((names for names in shapes.values() if all(name in there for name in names)), None)
+    if names is None:
+        raise data.missing_columns(rows, " or ".join(shapes), where)
+    talks = data.check_values(rows, names, where)
+    if talks and kind == "seq2seq":
+        raise Problem(f"{where}: the prompts are conversations, but the model is an encoder-decoder; give texts")
+    if names == ("messages",) and not talks:
+        raise Problem(
+            f"{where}: row 1: messages is {type(rows[0].get('messages')).__name__}, expected a list of {{role, content}}"
+        )
+    if sft.completion_only and "completion" not in names:
+        raise Problem(f"sft.completion_only: true, but the rows have {names[0]} and no completion")
+    if sft.assistant_only and not talks:
+        raise Problem("sft.assistant_only: true, but the rows are texts, not conversations")
+    return data.with_template(rows, names, where) if talks else [{name: row[name] for name in names} for row in rows]
+
+
+def _kind(settings: ModelSettings) -> str:
+    """causal or seq2seq, without loading the weights."""
+    path = models.base_path(settings)
+    return choose_head(load_config(path), "policy", settings.kind, path=path)
+
+
+def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
+    import datasets
+    import transformers
+    import trl
+
+    sft = job.sft
+    for name, unset in {"source_prefix": "", "max_target_tokens": 0, "rouge": False, "beams": 1}.items():
+        if getattr(sft, name) != unset:
+            raise Problem(f"sft.{name}: {getattr(sft, name)!r}, but the model is causal; it is for encoder-decoders")
+    transformers.set_seed(job.run.seed)
+    tokenizer = models.load_tokenizer(job.model)
+    model = models.load_trainable(job.model, "policy", "causal")
+    stage.check_checkpointing(sft, model, "sft")
+    check_vocabulary(tokenizer, vocabulary_size(model))
+    _check_tokenizer(tokenizer, rows)
+    arguments = trl.SFTConfig(
+        **stage.trainer_arguments(sft, job.run, where.folder, bool(held)),
+        max_length=job.prompts.max_tokens or models.context_of(model),
+        completion_only_loss=sft.completion_only,
+        assistant_only_loss=sft.assistant_only,
+        packing=sft.packing,
+        pad_token=None,
+    )
+    began = time.monotonic()
+    with stage.problems_of("sft"):
+        trainer = trl.SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(list(rows)),
+            eval_dataset=datasets.Dataset.from_list(list(held)) if held else None,
+            processing_class=tokenizer,
+        )
+    if not len(trainer.train_dataset):
+        raise Problem(f"prompts.max_tokens: every row is cut before its completion at {arguments.max_length}; raise it")
+    whole, end = _ends(tokenizer, rows[0])
+    # TRL has cut them already; one that only fills its place has its end in it.
+    full = [] if sft.packing else [ids for ids in trainer.train_dataset["input_ids"] if len(ids) == arguments.max_length]
+    cut = len(rows) - len(trainer.train_dataset) + sum(ids[-1] not in whole for ids in full) if not sft.packing else 0
+    stage.tell_cut(cut, len(rows), arguments.max_length)
+    log = stage.train(trainer, where)
+    models.stop_at(model, end)  # now: the trainer has put the tokenizer's own eos there
+    measured = trainer.evaluate() if held and len(trainer.eval_dataset) else {}
+    metrics = {
+        "rows": len(rows),
+        "rows_heldout": len(held),
+        "rows_cut": cut,
+        "rows_cut_whole": len(rows) - len(trainer.train_dataset) if not sft.packing else 0,
+        "heldout_loss": measured.get("eval_loss"),
+        "heldout_token_accuracy": measured.get("eval_mean_token_accuracy"),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    return stage.finish(trainer, tokenizer, lambda: models.load_base(job.model, "policy", "causal"), where.folder, metrics, log)
+
+
+def _ends(tokenizer: Any, row: Row) -> tuple[set[int], int | None]:
+    """(ids that a whole row may end with, the token after an assistant's turn where the row is a conversation)."""
+    messages = next(([*row.get("prompt", []), *value] for value in reversed(row.values()) if data.is_messages(value)), None)
+    if messages is None:
+        return {tokenizer.eos_token_id}, None
+    template = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    end = turn_end(tokenizer, messages, **template)
+    if end is None:
+        tell(
+            "model.path: its chat template ends a turn with no token of its own, so the model learns no end; mend the template"
+        )
+    return {tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template)[-1], end}, end
+
+
+def _check_tokenizer(tokenizer: Any, rows: Sequence[Row]) -> None:
+    talks = any(data.is_messages(value) for value in rows[0].values())
+    if talks and not tokenizer.chat_template:
+        raise Problem("model.path: the rows are conversations, but the tokenizer has no chat template; give texts, or add one")
+    if talks:
+        data.check_template(tokenizer, rows, [("prompt", "completion", "messages")])
+    if tokenizer.eos_token is None:
+        raise Problem("model.path: the tokenizer has no eos token, so no text would ever end; set one and save the tokenizer")
