@@ -1,6 +1,6 @@
 """Settings: YAML of the shipped jobs, and the reader. Imported by scripts alone, by them first (pyproject.toml sorts it so).
 
-What has to be in the environment before torch and deepspeed are imported is set here, for the doors only.
+What has to be in the environment before torch and deepspeed are imported is set here, for the commands only.
 """
 
 import importlib.util

@@ -17,7 +17,7 @@ from typing import Any
 
 from steerl.configs import shape
 
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.yaml_files import load_text, load_yaml
 
 MOST = 50
@@ -138,7 +138,7 @@ def _parser(wanted: Any) -> Any:
 
 
 def build(section: type, tree: dict[str, Any], problems: list[str], path: shape.Path = (), complete: bool = True) -> Any:
-    """The dataclass of a checked tree; None where it cannot be built. A section's own Problem joins the others."""
+    """The dataclass of a checked tree; None where it cannot be built. A section's own UserError joins the others."""
     before = len(problems)
     values: dict[str, Any] = {}
     buildable = True
@@ -168,7 +168,7 @@ def build(section: type, tree: dict[str, Any], problems: list[str], path: shape.
         return None
     try:
         return section(**values)
-    except Problem as problem:
+    except UserError as problem:
         problems += problem.lines
         return None
 
@@ -182,7 +182,7 @@ def judge_further(spot: dataclasses.Field[Any], path: shape.Path, value: Any, pr
         return
     try:
         spot.metadata["check"](value)
-    except Problem as problem:
+    except UserError as problem:
         place = shape.dotted(path)
         for line in problem.lines:
             inside = re.match(r"[\w.\[\]]+: ", line)

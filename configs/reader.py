@@ -11,9 +11,9 @@
                                    v
                               the Job, built
 
-A door is a Job dataclass, a `main(job)` and `door(main, Job)`. Fields of the Job are sections (dataclasses beside the
+A command is a Job dataclass, a `main(job)` and `run_command(main, Job)`. Fields of the Job are sections (dataclasses beside the
 code that reads them) or plain values. A field with `metadata={"positional": True}` is given without a flag; one with
-`metadata={"check": function}` is shown to that function as well, whose Problem is told with all the others.
+`metadata={"check": function}` is shown to that function as well, whose UserError is told with all the others.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from steerl.configs import checks, shape, show
 from steerl.configs.shape import Path, dotted
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem, Stopped, visible
+from steerl.rollout.common.errors import Stopped, UserError, visible
 from steerl.rollout.common.yaml_files import load_text, load_yaml
 
 Job = TypeVar("Job")
 
 
-def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] | None = None) -> None:
-    """Read the settings, join the other processes, run `main`. A Problem is a line each on stderr and status 2; a job that a
+def run_command(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] | None = None) -> None:
+    """Read the settings, join the other processes, run `main`. A UserError is a line each on stderr and status 2; a job that a
     signal ended early, and that goes on with --run.resume true, leaves with status 75.
 
     Of a job's processes the one that fails says why; those that lose it by that say so in a line, with status 1."""
@@ -53,7 +53,7 @@ def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] |
         reading = False
         processes.start()
         main(job)
-    except Problem as problem:
+    except UserError as problem:
         failed = 2
         # Every process reads the same settings, so one tells what is wrong with them; later each speaks for itself.
         for line in () if reading and rank else problem.lines:
@@ -92,14 +92,14 @@ def door(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] |
 
 
 class _Record(logging.LogRecord):
-    """What any library logs while a door runs may quote a stranger's words: they must not steer the terminal."""
+    """What any library logs while a command runs may quote a stranger's words: they must not steer the terminal."""
 
     def getMessage(self) -> str:
         return visible(super().getMessage())
 
 
 def read(job_type: type[Job], argv: Sequence[str] | None = None) -> Job:
-    """The settings that `argv` (the command line, unless given) asks for; a Problem with every line that is wrong."""
+    """The settings that `argv` (the command line, unless given) asks for; a UserError with every line that is wrong."""
     command = split(job_type, sys.argv[1:] if argv is None else argv)
     if command.help:
         print(show.help_text(job_type))
@@ -114,7 +114,7 @@ def read(job_type: type[Job], argv: Sequence[str] | None = None) -> Job:
     if problems:
         told = list(dict.fromkeys(problems))
         more = [f"{len(told) - checks.MOST:,} more problems of this kind are left for later"] if len(told) > checks.MOST else []
-        raise Problem(*told[: checks.MOST], *more)
+        raise UserError(*told[: checks.MOST], *more)
     if command.print_config:
         print(show.commented_yaml(job_type, job), end="")
         raise SystemExit(0)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from steerl.reward.fields import near, read_fields, unknown_choice
 from steerl.reward.normalize import Shape, check_shape
-from steerl.reward.weighted_sum import Part, WeightedSum
-from steerl.rollout.common.errors import Problem
+from steerl.reward.weighted_sum import RewardTerm, WeightedSum
+from steerl.rollout.common.errors import UserError
 
 # kind -> where its settings are; they are imported when a job asks for the kind. Each has `build(where, around) -> Part`.
 KINDS: dict[str, tuple[str, str]] = {
     "function": ("steerl.reward.kinds.function", "FunctionSettings"),
-    "model": ("steerl.reward.kinds.model", "ModelSettings"),
+    "model": ("steerl.reward.kinds.model", "RewardModelSettings"),
     "process": ("steerl.reward.kinds.process", "ProcessSettings"),
     "http": ("steerl.reward.kinds.http", "HttpSettings"),
     "exact": ("steerl.reward.kinds.rules", "Exact"),
@@ -79,32 +79,32 @@ class Entries:
         device = device if device is not None else getattr(policy, "device", None)
         vocabulary = vocabulary_of(tokenizer) if tokenizer is not None else None
         around = Surroundings(None if device is None else torch.device(device), vocabulary)
-        parts: list[Part] = []
+        parts: list[RewardTerm] = []
         problems: list[str] = []
         for entry in self.entries:
             try:
-                part: Part = entry.own.build(entry.where, around)
+                part: RewardTerm = entry.own.build(entry.where, around)
                 part = dataclasses.replace(part, name=str(entry.common.name), weight=entry.common.weight)
                 if entry.common.normalise is not None or entry.common.clip is not None:
                     shape = Shape.of(entry.common.normalise, entry.common.clip, part, entry.where)
                     part = dataclasses.replace(part, shape=shape)
                 parts.append(part)
-            except Problem as problem:
+            except UserError as problem:
                 problems += problem.lines
         if problems:
             for part in parts:
                 part.close()
-            raise Problem(*problems)
+            raise UserError(*problems)
         return WeightedSum(tuple(parts), vocabulary)
 
 
-def read_parts(parts: Sequence[Any], field: str = "reward") -> Entries:
+def read_terms(parts: Sequence[Any], field: str = "reward") -> Entries:
     if callable(parts) or isinstance(parts, Mapping):
         parts = [parts]
     if not isinstance(parts, Sequence) or isinstance(parts, str):
-        raise Problem(f"{field}: expected a list of parts, found {type(parts).__name__}; write it as [{{kind: ...}}]")
+        raise UserError(f"{field}: expected a list of parts, found {type(parts).__name__}; write it as [{{kind: ...}}]")
     if not parts:
-        raise Problem(f"{field}: empty; name at least one part, such as {{kind: function, function: file.py:name}}")
+        raise UserError(f"{field}: empty; name at least one part, such as {{kind: function, function: file.py:name}}")
     problems: list[str] = []
     read = [_read_entry(part, f"{field}[{index}]", problems) for index, part in enumerate(parts)]
     entries = [entry for entry in read if entry is not None]
@@ -116,7 +116,7 @@ def read_parts(parts: Sequence[Any], field: str = "reward") -> Entries:
         elif name is not None:
             names[name] = entry.where.split(" ")[0]
     if problems:
-        raise Problem(*problems)
+        raise UserError(*problems)
     return Entries(tuple(_named(entries, set(names))))
 
 

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union
 
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 
 def read_fields(settings: type, mapping: Mapping[str, Any], where: str, problems: list[str]) -> Any:
@@ -36,7 +36,7 @@ def read_fields(settings: type, mapping: Mapping[str, Any], where: str, problems
         return None
     try:
         return settings(**values)
-    except Problem as problem:  # the dataclass says which field of its own is wrong
+    except UserError as problem:  # the dataclass says which field of its own is wrong
         problems += [f"{where}.{line}" for line in problem.lines]
         return None
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from steerl.reward.weighted_sum import Part
+    from steerl.reward.weighted_sum import RewardTerm
 
 logger = logging.getLogger(__name__)
 LEAST = 1e-8
@@ -89,7 +89,7 @@ class Shape:
     running: Running | None = field(default=None)
 
     @staticmethod
-    def of(normalise: Any, clip: Any, part: Part, where: str) -> Shape:
+    def of(normalise: Any, clip: Any, part: RewardTerm, where: str) -> Shape:
         bounds = None if clip is None else (float(clip[0]), float(clip[1]))
         if normalise is None:
             return Shape(clip=bounds)
@@ -124,7 +124,7 @@ class Shape:
         self.running = Running(**state)
 
 
-def measure(normalise: Mapping[str, Any], part: Part, where: str) -> tuple[float, float]:
+def measure(normalise: Mapping[str, Any], part: RewardTerm, where: str) -> tuple[float, float]:
     """Mean and standard deviation of the part on a file of reference prompts and completions."""
     import asyncio
 
@@ -134,7 +134,7 @@ def measure(normalise: Mapping[str, Any], part: Part, where: str) -> tuple[float
     known = {spot.name for spot in fields(TextSettings)} - {"path"}
     if set(given) - known:
         unknown = ", ".join(sorted(set(given) - known))
-        raise Problem(f"{where}.normalise: unknown {unknown}; beside reference it takes {', '.join(sorted(known))}")
+        raise UserError(f"{where}.normalise: unknown {unknown}; beside reference it takes {', '.join(sorted(known))}")
     table = load_texts(TextSettings(path=str(normalise["reference"]), **given), f"{where}.normalise")
     rollout, texts = table.batch(range(len(table)))
     scores = part.score(rollout, texts, None)
@@ -144,5 +144,5 @@ def measure(normalise: Mapping[str, Any], part: Part, where: str) -> tuple[float
     std = values.std(correction=0).item() if len(values) > 1 else 0.0
     if std <= LEAST:
         found = f"{len(values)} scored row(s) with standard deviation {std}"
-        raise Problem(f"{where}.normalise.reference: {found}; name more, or varied, texts")
+        raise UserError(f"{where}.normalise.reference: {found}; name more, or varied, texts")
     return values.mean().item(), std

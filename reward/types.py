@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from steerl.rollout.common.errors import Problem, visible
+from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
 
@@ -56,7 +56,7 @@ class Scores:
             tokens = self.tokens_BR
             if not isinstance(tokens, Tensor) or tokens.dim() != 2 or len(tokens) != rows:
                 found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-                raise Problem(f"Scores.tokens_BR: expected a tensor of shape ({rows}, R), found {found}")
+                raise UserError(f"Scores.tokens_BR: expected a tensor of shape ({rows}, R), found {found}")
             object.__setattr__(self, "tokens_BR", tokens.float())
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ def row_name(rollout: Rollout, index: int) -> str:
 def _column(name: str, values: Any, rows: int | None) -> Tensor:
     if not isinstance(values, Tensor) or values.dim() != 1 or (rows is not None and len(values) != rows):
         found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise Problem(f"Scores.{name}: expected a tensor of shape ({'B' if rows is None else rows},), found {found}")
+        raise UserError(f"Scores.{name}: expected a tensor of shape ({'B' if rows is None else rows},), found {found}")
     return values.detach().float()
 
 
@@ -130,7 +130,7 @@ def settle(values: Sequence[Any], rollout: Rollout, where: str, fallback: float 
     """One number per row out of what was handed in: a number; None (does not apply); a Failure or no number (fallback)."""
     if len(values) != len(rollout):
         found = f"{len(values)} scores" if len(values) < len(rollout) else "more scores than one per row"
-        raise Problem(f"{where}: gave {found} for {len(rollout)} rows; give one per row")
+        raise UserError(f"{where}: gave {found} for {len(rollout)} rows; give one per row")
     settled: list[float] = []
     failed: list[str] = []
     for index, value in enumerate(values):
@@ -141,7 +141,7 @@ def settle(values: Sequence[Any], rollout: Rollout, where: str, fallback: float 
         settled.append(number)
     if failed and fallback is None:
         more = f" (and {len(failed) - 1} more of {len(values)} rows)" if len(failed) > 1 else ""
-        raise Problem(f"{where}: {failed[0]}{more}; mend it, or set `fallback` to the score that such rows are to get")
+        raise UserError(f"{where}: {failed[0]}{more}; mend it, or set `fallback` to the score that such rows are to get")
     if failed:
         shown = "; ".join(failed[:3]) + ("; ..." if len(failed) > 3 else "")
         logger.warning("%s: %d of %d rows got the fallback %s: %s", where, len(failed), len(values), fallback, shown)
@@ -172,9 +172,9 @@ LONGEST = 86_400.0
 
 def check_seconds(value: float, name: str = "timeout") -> None:
     if value <= 0:
-        raise Problem(f"{name}: expected more than 0 seconds, found {value}")
+        raise UserError(f"{name}: expected more than 0 seconds, found {value}")
     if value > LONGEST:
-        raise Problem(f"{name}: expected at most {LONGEST:,.0f} s, found {value:g}")
+        raise UserError(f"{name}: expected at most {LONGEST:,.0f} s, found {value:g}")
 
 
 def brief(value: Any) -> str:
@@ -200,9 +200,9 @@ def build_reward(
     An entry is a mapping, or a Python function or reward as it stands. `policy` (or its `tokenizer` alone) says whose ids
     the rollouts hold: reward models of the same vocabulary read them as sampled.
     """
-    from steerl.reward.build import read_parts
+    from steerl.reward.build import read_terms
 
-    return read_parts(parts, field).build(policy, device, tokenizer)
+    return read_terms(parts, field).build(policy, device, tokenizer)
 
 
 def metrics(scores: Sequence[Scores]) -> dict[str, float]:

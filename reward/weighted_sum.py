@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from steerl.reward.normalize import Shape
 from steerl.reward.types import Scores, on_last_action, row_name
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Part:
+class RewardTerm:
     """One entry of the `reward:` list, ready to use."""
 
     name: str
@@ -44,7 +44,7 @@ class Part:
 class WeightedSum:
     """The reward of a job: `total = sum of weight x part`, in float64, kept as float32."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[RewardTerm, ...]
     vocabulary: str | None = None
     """Which vocabulary the rollout's ids belong to (`reward.reading.vocabulary_of`); None where that is not known."""
     leaves_out: bool = False
@@ -62,7 +62,7 @@ class WeightedSum:
 
     def __call__(self, rollout: Rollout, texts: Texts) -> Scores:
         if len(rollout) != len(texts):
-            raise Problem(f"reward: the rollout has {len(rollout)} rows, the texts {len(texts)}")
+            raise UserError(f"reward: the rollout has {len(rollout)} rows, the texts {len(texts)}")
         slow = [part for part in self.parts if part.is_async]
         with ThreadPoolExecutor(max_workers=1) as thread:
             # A thread of its own: the caller may sit inside a running event loop (notebooks).
@@ -72,8 +72,8 @@ class WeightedSum:
                 found |= dict(zip((part.name for part in slow), waiting.result(), strict=True))
         return self._sum(rollout, found)
 
-    async def _gather(self, parts: Sequence[Part], rollout: Rollout, texts: Texts) -> list[Any]:
-        async def one(part: Part) -> tuple[Scores, float]:
+    async def _gather(self, parts: Sequence[RewardTerm], rollout: Rollout, texts: Texts) -> list[Any]:
+        async def one(part: RewardTerm) -> tuple[Scores, float]:
             started = time.perf_counter()
             return await part.score(rollout, texts, self.vocabulary), time.perf_counter() - started
 
@@ -111,7 +111,7 @@ class WeightedSum:
         total_B = (sequence_B if dense_BR is None else sequence_B + dense_BR.sum(1)).float()
         bad = torch.nonzero(~total_B.isfinite()).flatten().tolist()
         if bad:
-            raise Problem(
+            raise UserError(
                 f"reward: {row_name(rollout, bad[0])} has the total {total_B[bad[0]].item()}; weights or values are too large"
             )
         if not self.leaves_out:
@@ -127,7 +127,7 @@ class WeightedSum:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         missing = sorted(set(self.state_dict()) ^ set(state))
         if missing:
-            raise Problem(f"reward: the saved state and this job differ in the normalised part(s) {', '.join(missing)}")
+            raise UserError(f"reward: the saved state and this job differ in the normalised part(s) {', '.join(missing)}")
         for part in self.parts:
             if part.shape is not None and part.name in state:
                 part.shape.load_state_dict(state[part.name])
@@ -138,40 +138,40 @@ class WeightedSum:
             part.close()
 
 
-def _timed(part: Part, rollout: Rollout, texts: Texts, vocabulary: str | None) -> tuple[Scores, float]:
+def _timed(part: RewardTerm, rollout: Rollout, texts: Texts, vocabulary: str | None) -> tuple[Scores, float]:
     started = time.perf_counter()
     return part.score(rollout, texts, vocabulary), time.perf_counter() - started
 
 
-def _check(part: Part, scores: Scores, rollout: Rollout) -> None:
+def _check(part: RewardTerm, scores: Scores, rollout: Rollout) -> None:
     """A row per row, no infinity, and tokens that fit the rollout."""
     if not isinstance(scores, Scores):
-        raise Problem(f"{part.where}: expected Scores, found {type(scores).__name__}")
+        raise UserError(f"{part.where}: expected Scores, found {type(scores).__name__}")
     if len(scores) != len(rollout):
-        raise Problem(f"{part.where}: gave {len(scores)} scores for {len(rollout)} rows; give one per row")
+        raise UserError(f"{part.where}: gave {len(scores)} scores for {len(rollout)} rows; give one per row")
     bad = torch.nonzero(scores.total_B.isinf()).flatten().tolist()
     if bad:
-        raise Problem(
+        raise UserError(
             f"{part.where}: {row_name(rollout, bad[0])} scored {scores.total_B[bad[0]].item()}; scores must be finite"
         )
     if scores.tokens_BR is None:
         return
     if part.shape is not None:
-        raise Problem(f"{part.where}: gives a reward per token, which `normalise` and `clip` do not change; leave them out")
+        raise UserError(f"{part.where}: gives a reward per token, which `normalise` and `clip` do not change; leave them out")
     if scores.tokens_BR.shape != rollout.response_BR.shape:
         expected, shape = tuple(rollout.response_BR.shape), tuple(scores.tokens_BR.shape)
-        raise Problem(f"{part.where}: tokens_BR has shape {shape}, the responses {expected}; give one number per action")
+        raise UserError(f"{part.where}: tokens_BR has shape {shape}, the responses {expected}; give one number per action")
     real_BR = torch.where(rollout.mask_BR, scores.tokens_BR, 0.0)
     bad = torch.nonzero(~real_BR.isfinite().all(1)).flatten().tolist()
     if bad:
-        raise Problem(f"{part.where}: {row_name(rollout, bad[0])} has a reward per token that is not finite")
+        raise UserError(f"{part.where}: {row_name(rollout, bad[0])} has a reward per token that is not finite")
 
 
 def _refuse_lonely_rows(applies_B: Tensor, rollout: Rollout) -> None:
     lonely = torch.nonzero(~applies_B).flatten().tolist()
     if lonely:
         names = ", ".join(row_name(rollout, index) for index in lonely[:3]) + (", ..." if len(lonely) > 3 else "")
-        raise Problem(
+        raise UserError(
             f"reward: no part applies to {len(lonely)} of {len(rollout)} rows ({names}): each gave None there; "
             "leave such rows out of the data, or add a part that scores every row"
         )

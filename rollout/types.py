@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from torch import Tensor
 
 STOP_LENGTH, STOP_EOS, STOP_USER = 0, 1, 2
@@ -86,7 +86,7 @@ class Rollout:
 
     def __post_init__(self) -> None:
         if not isinstance(self.ended_B, Tensor):
-            raise Problem(f"Rollout.ended_B: expected a bool tensor, found {type(self.ended_B).__name__}")
+            raise UserError(f"Rollout.ended_B: expected a bool tensor, found {type(self.ended_B).__name__}")
         if self.stop_B is None:
             object.__setattr__(self, "stop_B", self.ended_B.long() * STOP_EOS)
         if self.strength_B is None:
@@ -98,15 +98,15 @@ class Rollout:
                 continue
             if not isinstance(value, Tensor) or value.dtype != dtype:
                 found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise Problem(f"Rollout.{name}: expected a tensor of {dtype}, found {found}")
+                raise UserError(f"Rollout.{name}: expected a tensor of {dtype}, found {found}")
             if value.dim() != len(dims):
-                raise Problem(f"Rollout.{name}: expected {len(dims)} dimension(s) ({dims}), found shape {tuple(value.shape)}")
+                raise UserError(f"Rollout.{name}: expected {len(dims)} dimension(s) ({dims}), found shape {tuple(value.shape)}")
             for dim, size in zip(dims, value.shape, strict=True):
                 known, first = sizes.setdefault(dim, (size, name))
                 if known != size:
-                    raise Problem(f"Rollout.{name}: expected {dim} = {known} as in {first}, found shape {tuple(value.shape)}")
+                    raise UserError(f"Rollout.{name}: expected {dim} = {known} as in {first}, found shape {tuple(value.shape)}")
         if self.lengths_B.numel() and (int(self.lengths_B.min()) < 0 or int(self.lengths_B.max()) > self.response_width):
-            raise Problem(f"Rollout.lengths_B: expected 0 to R = {self.response_width}, found {self.lengths_B.tolist()}")
+            raise UserError(f"Rollout.lengths_B: expected 0 to R = {self.response_width}, found {self.lengths_B.tolist()}")
 
     # -- derived ------------------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class Rollout:
         """Wider: prompts grow on the left, responses on the right, with values that mean nothing (masked, 0)."""
         left, right = prompt_width - self.prompt_width, response_width - self.response_width
         if left < 0 or right < 0:
-            raise Problem(f"Rollout.pad_to({prompt_width}, {response_width}): the rollout is wider already")
+            raise UserError(f"Rollout.pad_to({prompt_width}, {response_width}): the rollout is wider already")
         wide: dict[str, Any] = {}
         for name, value in self.tensors().items():
             dims = _TENSORS[name][0]
@@ -197,13 +197,13 @@ class Rollout:
     def join(parts: Sequence[Rollout]) -> Rollout:
         """One rollout of all rows, padded to the widest. The parts must agree in everything that is not per row."""
         if not parts:
-            raise Problem("Rollout.join: nothing to join")
+            raise UserError("Rollout.join: nothing to join")
         first = parts[0]
         for name in ("temperature", "policy_step", "steering", "start_ids", "greedy"):
             for part in parts:
                 if getattr(part, name) != getattr(first, name):
                     found = f"{getattr(first, name)!r} and {getattr(part, name)!r}"
-                    raise Problem(f"Rollout.join: {name} differs between the parts: {found}")
+                    raise UserError(f"Rollout.join: {name} differs between the parts: {found}")
         prompt, response = max(p.prompt_width for p in parts), max(p.response_width for p in parts)
         wide = [p.pad_to(prompt, response) for p in parts]
         names = [n for n in _TENSORS if all(getattr(p, n) is not None for p in wide)]
@@ -229,7 +229,7 @@ class Texts:
         rows = len(self.prompts)
         for name, column in {"prompt_texts": self.prompt_texts, "completions": self.completions, **self.columns}.items():
             if len(column) != rows:
-                raise Problem(f"Texts.{name}: expected {rows} rows as in prompts, found {len(column)}")
+                raise UserError(f"Texts.{name}: expected {rows} rows as in prompts, found {len(column)}")
 
     def __len__(self) -> int:
         return len(self.prompts)

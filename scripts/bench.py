@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 from steerl.scripts.bench_cases import overhead, scaling, speed
 from steerl.scripts.bench_cases.learning import LearningSettings, measure
@@ -62,4 +62,4 @@ def spelled_out(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    door(main, Job, spelled_out(sys.argv[1:]))
+    run_command(main, Job, spelled_out(sys.argv[1:]))

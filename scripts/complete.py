@@ -1,7 +1,7 @@
 """Completions in a terminal: python scripts/complete.py --model.path DIR "prompt"
 
 A prompt (or several), a file of them (--prompts.path), or, without either, a chat; text from a pipe is one prompt.
-Tokens are coloured by their probability in a terminal, plain when piped; --json true is for programs.
+Tokens are colored by their probability in a terminal, plain when piped; --json true is for programs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 from steerl.rollout.analysis.verify import verify
 from steerl.rollout.chat.completion import Completed, check_dialog, complete
@@ -30,10 +30,10 @@ from steerl.rollout.chat.terminal import (
     paint,
     pieces_of,
     visible,
-    wants_colour,
+    wants_color,
 )
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.chat import Speller, conversation_ids, text_ids, text_of
@@ -72,11 +72,11 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.prompt and self.prompts.path:
-            raise Problem("prompt: given, and prompts.path too; choose one")
+            raise UserError("prompt: given, and prompts.path too; choose one")
         if self.system and not self.chat and (self.prompt or self.prompts.path):
-            raise Problem("system: has no effect on texts; add --chat true")
+            raise UserError("system: has no effect on texts; add --chat true")
         if self.least < 1 or not 0 < self.below <= 1:
-            raise Problem(f"least, below: {self.least} and {self.below}; give 1 or more, and a probability")
+            raise UserError(f"least, below: {self.least} and {self.below}; give 1 or more, and a probability")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Session:
         self.steering = None
         if job.steering:
             self.steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed)
-        self.colour = wants_colour(sys.stdout) if job.color == "auto" else job.color == "always"
+        self.color = wants_color(sys.stdout) if job.color == "auto" else job.color == "always"
 
     # -- asking -----------------------------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ class Session:
             assert self.steering is not None
             sides = [(head, self.pieces(each)) for head, each in zip(("unsteered", self.steering.label), done, strict=True)]
             width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-            say("\n".join(columns(sides[0], sides[1], width or 80, self.colour)) + "\n")
+            say("\n".join(columns(sides[0], sides[1], width or 80, self.color)) + "\n")
         self.report(done)
 
     def report(self, done: list[Completed]) -> None:
@@ -153,7 +153,7 @@ class Session:
 
     def tell(self, done: Completed) -> None:
         """A line per token, and the report."""
-        if self.colour:
+        if self.color:
             say(legend() + "\n")
         for token, logprob in zip(self.tokens(done), done.logprobs or [], strict=True):
             say(f"{logprob:10.4f}  {token!r}\n")
@@ -180,7 +180,7 @@ class Session:
         return "".join(self.paint(piece) for piece in self.pieces(done))
 
     def paint(self, piece: Piece) -> str:
-        return paint(piece, self.colour, raw=not sys.stdout.isatty())
+        return paint(piece, self.color, raw=not sys.stdout.isatty())
 
     def record(self, one: Asked, done: list[Completed]) -> dict[str, Any]:
         def of(each: Completed) -> dict[str, Any]:
@@ -235,7 +235,7 @@ class Session:
                 asked = [*dialog, {"role": "user", "content": line}] if is_chat else line
                 try:
                     text, _ = self.stream(ask(self.policy, asked), step=turn)
-                except Problem as problem:
+                except UserError as problem:
                     print("\n".join(problem.lines), file=sys.stderr)
                     continue  # the dialog stands as it was
                 except KeyboardInterrupt:  # between the block that hears it and its own except
@@ -249,7 +249,7 @@ def ask(policy: Policy, prompt: Any) -> Asked:
         return Asked(prompt, text_ids(policy, prompt))
     check_dialog(prompt)
     if not getattr(policy.tokenizer, "chat_template", None):
-        raise Problem(
+        raise UserError(
             "chat: the tokenizer has no chat template; give texts without --chat, or save a template with the tokenizer"
         )
     return Asked(prompt, conversation_ids(policy.tokenizer, prompt))
@@ -266,7 +266,7 @@ def read_prompts(job: Job, policy: Policy) -> list[Asked]:
     if job.prompts.path.endswith(".txt"):
         path = Path(job.prompts.path)
         if not path.is_file():
-            raise Problem(f"prompts.path: {path} does not exist; check the path")
+            raise UserError(f"prompts.path: {path} does not exist; check the path")
         texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     elif job.prompts.path:
         prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
@@ -277,7 +277,7 @@ def read_prompts(job: Job, policy: Policy) -> list[Asked]:
     elif not texts and not sys.stdin.isatty():
         texts = [sys.stdin.read().rstrip("\n")]
         if not texts[0]:
-            raise Problem('prompt: missing; give one, python scripts/complete.py --model.path DIR "prompt"')
+            raise UserError('prompt: missing; give one, python scripts/complete.py --model.path DIR "prompt"')
     if job.chat:
         begin = [{"role": "system", "content": job.system}] if job.system else []
         texts = [text if isinstance(text, list) else [*begin, {"role": "user", "content": text}] for text in texts]
@@ -324,4 +324,4 @@ def with_switches(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    door(main, Job, with_switches(sys.argv[1:]))
+    run_command(main, Job, with_switches(sys.argv[1:]))

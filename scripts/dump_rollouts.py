@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 from steerl.rollout.analysis.verify import Report, verify
 from steerl.rollout.common import processes
@@ -121,4 +121,4 @@ def save_tokenizer(folder: Path, policy: Policy) -> None:
 
 
 if __name__ == "__main__":
-    door(main, Job)
+    run_command(main, Job)

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 import torch
 from steerl.rollout.analysis.steering_effect import effect_curve, strength_for, table
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import versions, write_json
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
@@ -85,7 +85,7 @@ def main(job: Job) -> None:
     pairs = read_pairs(Path(job.extract.pairs), "extract.pairs")
     kept = round(len(pairs) * job.extract.held_out)
     if len(pairs) - kept < 1:
-        raise Problem(
+        raise UserError(
             f"extract.held_out: {job.extract.held_out:g} leaves none of {len(pairs)} pairs to make the vector from; set less"
         )
     used, held = pairs[: len(pairs) - kept], pairs[len(pairs) - kept :]
@@ -93,12 +93,12 @@ def main(job: Job) -> None:
     at = At(layers=tuple(job.extract.layers) or "all", component=job.extract.component, stack=job.extract.stack)
     try:
         points = locate(model, at)
-    except Problem as problem:
-        raise Problem(*(line.replace("at.", "extract.", 1) for line in problem.lines)) from problem
+    except UserError as problem:
+        raise UserError(*(line.replace("at.", "extract.", 1) for line in problem.lines)) from problem
     vectors = directions(model, policy.tokenizer, used, points, job.extract.method, job.extract.position)
     for point, vector in zip(points, vectors, strict=True):
         if not bool(vector.any()):
-            raise Problem(
+            raise UserError(
                 f"extract.pairs: positive and negative texts give the same activations at layer {point.layer}; use other pairs"
             )
     if job.extract.normalise:
@@ -133,7 +133,7 @@ def check(job: Job) -> None:
     if job.reward and not job.prompts.path:
         problems.append("prompts.path: missing; the effect curve samples from prompts (remove reward to make the vector alone)")
     if problems:
-        raise Problem(*problems)
+        raise UserError(*problems)
 
 
 def separations(
@@ -184,4 +184,4 @@ def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...])
 
 
 if __name__ == "__main__":
-    door(main, Job)
+    run_command(main, Job)

@@ -8,11 +8,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 import numpy as np
 from steerl.reward.jobs.selection import read_scores, score_files
-from steerl.rollout.common.errors import Problem, visible
+from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.dumps.inspection import inspect, to_json, to_text
 from steerl.rollout.dumps.manifest import load_manifest, plan_of
 
@@ -32,7 +32,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.worst < 0:
-            raise Problem(f"worst: {self.worst}, but it must be 0 or more")
+            raise UserError(f"worst: {self.worst}, but it must be 0 or more")
 
 
 def score_lines(folder: Path, dump: Path) -> dict[str, dict[str, float]]:
@@ -65,4 +65,4 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    door(main, Job)
+    run_command(main, Job)

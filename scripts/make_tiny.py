@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import write_json, written_aside
 from steerl.scripts import toy_tasks as worlds
 
@@ -51,11 +51,11 @@ def main(job: TinyJob) -> None:
     names = [name for name in job.worlds.replace(" ", "").split(",") if name]
     known = worlds.available()
     if not names:
-        raise Problem(f"worlds: none named; choose from {', '.join(known)}")
+        raise UserError(f"worlds: none named; choose from {', '.join(known)}")
     for name in [name for name in names if name not in known]:
         near = difflib.get_close_matches(name, known, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
-        raise Problem(f"worlds: {name!r} is unknown; {remedy}")
+        raise UserError(f"worlds: {name!r} is unknown; {remedy}")
     out = open_out(job.out)
     missing = [name for name in names if job.overwrite or not is_there(out / name, name, job.seed)]
     for name in names:
@@ -75,11 +75,11 @@ def main(job: TinyJob) -> None:
 def open_out(name: str) -> Path:
     out = Path(name)
     if out.exists() and not out.is_dir():
-        raise Problem(f"out: {out} is a file; name a folder")
+        raise UserError(f"out: {out} is a file; name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Problem(f"out: cannot make {out}: {error.strerror}; name a folder that can be written") from error
+        raise UserError(f"out: cannot make {out}: {error.strerror}; name a folder that can be written") from error
     return out
 
 
@@ -94,7 +94,7 @@ def is_there(folder: Path, name: str, seed: int) -> bool:
     if found.get("world") == name and found.get("seed") == seed:
         return True
     what = f"the world of seed {found['seed']}" if "seed" in found else "something else"
-    raise Problem(f"out: {folder} holds {what}; name another folder, or --overwrite true")
+    raise UserError(f"out: {folder} holds {what}; name another folder, or --overwrite true")
 
 
 def reserve(out: Path, size: int) -> None:
@@ -107,7 +107,7 @@ def reserve(out: Path, size: int) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise Problem(f"out: {out} cannot be written: {error.strerror}; {size >> 20} MB are needed") from error
+        raise UserError(f"out: {out} cannot be written: {error.strerror}; {size >> 20} MB are needed") from error
     finally:
         probe.unlink(missing_ok=True)
 
@@ -132,4 +132,4 @@ def make(name: str, out: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    door(main, TinyJob)
+    run_command(main, TinyJob)

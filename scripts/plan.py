@@ -13,11 +13,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.adapters import adapter_config
 from steerl.rollout.model.policy import ModelSettings
 from steerl.scripts.train_ppo import PPOJob, learnable
@@ -103,7 +103,7 @@ def check(job: Job) -> None:
     if not 0 <= job.headroom < 1:
         problems.append(f"headroom: {job.headroom:g}, but it is a share of the memory; set 0 or more and less than 1")
     if problems:
-        raise Problem(*problems)
+        raise UserError(*problems)
 
 
 def machines_of(job: Job) -> Machines:
@@ -156,4 +156,4 @@ def heading(job: Job, work: Work, machines: Machines) -> list[str]:
 
 
 if __name__ == "__main__":
-    door(main, Job)
+    run_command(main, Job)

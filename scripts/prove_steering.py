@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 from steerl.reward.types import build_reward
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings, versions, write_json, write_text
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
@@ -99,7 +99,7 @@ def arms(job: Job) -> list[Arm]:
             found.append(Arm(name, None, replace(SETTINGS, **changes), job.sweep_seeds))
     unknown = set(job.arms) - {arm.name for arm in found}
     if unknown:
-        raise Problem(f"arms: unknown {sorted(unknown)[0]!r}; choose from {', '.join(arm.name for arm in found)}")
+        raise UserError(f"arms: unknown {sorted(unknown)[0]!r}; choose from {', '.join(arm.name for arm in found)}")
     return [arm for arm in found if not job.arms or arm.name in job.arms]
 
 
@@ -129,7 +129,9 @@ def measure(job: Job, arm: Arm, seed: int, folder: Path) -> None:
     policy, held = loaded(job, str(folder / "model"), "heldout")
     spec = folder / "model" / "steering.yaml"
     if spec.exists() != arm.name.startswith("trainable"):
-        raise Problem(f"{folder}: expected {'a' if arm.name.startswith('trainable') else 'no'} steering.yaml beside the model")
+        raise UserError(
+            f"{folder}: expected {'a' if arm.name.startswith('trainable') else 'no'} steering.yaml beside the model"
+        )
     steering = Steering(policy.core, spec, policy.tokenizer) if spec.exists() else None
     settings = replace(SAMPLING, n=FINAL // len(held), batch_size=FINAL, seed=10_000 + seed)
     rollout, texts = Sampler(policy, settings, steering).sample(held.batch(list(range(len(held)))))
@@ -233,9 +235,9 @@ def run_all(job: Job, chosen: list[Arm], folder: Path) -> dict[str, list[dict[st
 
 def main(job: Job) -> None:
     if not job.run.dir:
-        raise Problem("run.dir: missing; say where the runs are to be written, --run.dir DIR")
+        raise UserError("run.dir: missing; say where the runs are to be written, --run.dir DIR")
     if not (Path(job.world) / "base").exists():
-        raise Problem(f"world: {job.world} is not there; make it: python scripts/make_tiny.py --out tiny --worlds suppressed")
+        raise UserError(f"world: {job.world} is not there; make it: python scripts/make_tiny.py --out tiny --worlds suppressed")
     folder = Path(job.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = arms(job)
@@ -256,4 +258,4 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    door(main, Job)
+    run_command(main, Job)

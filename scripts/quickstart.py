@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import versions, write_json
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
@@ -80,7 +80,7 @@ def fresh(folder: Path, seed: int) -> list[str]:
 
 
 def stage(folder: Path | None, script: str, *arguments: str) -> None:
-    """Run a door as its own process, from the checkout's root, and show the command; not again what is there already."""
+    """Run a command as its own process, from the checkout's root, and show the command; not again what is there already."""
     print(f"\n$ python scripts/{shlex.join([script, *arguments])}", flush=True)
     made_by: dict[str, Any] = {"script": script, "arguments": list(arguments), "code": code_hash(), "versions": versions()}
     del made_by["versions"]["git"]  # the commit alone changes nothing
@@ -93,7 +93,7 @@ def stage(folder: Path | None, script: str, *arguments: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / script), *absolute(arguments)]
     done = subprocess.run(command, cwd=ROOT)
     if done.returncode:
-        raise Problem(f"quickstart: {script} ended with status {done.returncode}; its message stands above")
+        raise UserError(f"quickstart: {script} ended with status {done.returncode}; its message stands above")
     if note is not None:
         write_json(note, made_by)
 
@@ -164,4 +164,4 @@ def complete(model: Path, world: Path, job: QuickstartJob) -> list[tuple[str, st
 
 
 if __name__ == "__main__":
-    door(main, QuickstartJob)
+    run_command(main, QuickstartJob)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.training.report.page import figure, report
 
 
@@ -30,7 +30,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.rows < 0:
-            raise Problem(f"rows: {self.rows}, but it must be 0 or more")
+            raise UserError(f"rows: {self.rows}, but it must be 0 or more")
 
 
 def main(job: Job) -> None:
@@ -43,4 +43,4 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    door(main, Job)
+    run_command(main, Job)

@@ -1,4 +1,4 @@
-"""The summarisation command line that transformers' users know, over this project's supervised stage.
+"""The summarization command line that transformers' users know, over this project's supervised stage.
 
     python scripts/run_summarization.py --model_name_or_path DIR --do_train --do_eval --train_file F --validation_file F \\
         --text_column article --summary_column summary --source_prefix "summarize: " --output_dir OUT \\
@@ -22,13 +22,13 @@ from typing import Any, NoReturn
 import steerl.configs  # noqa: F401  # the environment that torch is loaded in
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem, Stopped
+from steerl.rollout.common.errors import Stopped, UserError
 from steerl.rollout.common.run_folder import RunSettings, begin, is_run, opened, write_text
 from steerl.rollout.model.policy import ModelSettings
 from steerl.rollout.prompts.tables import columns_of, read_table
 from steerl.training.stages import models, stage
 from steerl.training.stages.data import Row, check_values, missing_columns
-from steerl.training.stages.seq2seq import decode, make_trainer, tokenise
+from steerl.training.stages.seq2seq import decode, make_trainer, tokenize
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ KNOWN_COLUMNS = {
 
 @dataclass
 class SummarisationArguments:
-    """What is summarised, and with which model; the rest are transformers' training arguments."""
+    """What is summarized, and with which model; the rest are transformers' training arguments."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or hub name of an encoder-decoder."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Folder or hub name, where it is not the model's."})
@@ -72,41 +72,41 @@ class SummarisationArguments:
 
 
 def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, Any]:
-    """The command line as (ours, transformers' Seq2SeqTrainingArguments); a Problem in a line where it is wrong."""
+    """The command line as (ours, transformers' Seq2SeqTrainingArguments); a UserError in a line where it is wrong."""
     import torch
     import transformers
 
     class Parser(transformers.HfArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise Problem(f"{message}; see --help")
+            raise UserError(f"{message}; see --help")
 
     parser = Parser((SummarisationArguments, transformers.Seq2SeqTrainingArguments))
     parser.set_defaults(report_to="none", use_cpu=not torch.cuda.is_available(), disable_tqdm=not sys.stderr.isatty())
     try:
         ours, training = parser.parse_args_into_dataclasses(args=list(argv))
     except (ValueError, TypeError) as error:
-        if isinstance(error, Problem):
+        if isinstance(error, UserError):
             raise
-        raise Problem(" ".join(str(error).split())) from error
+        raise UserError(" ".join(str(error).split())) from error
     return ours, training
 
 
 def read(ours: SummarisationArguments, part: str, file: str | None, limit: int | None) -> list[Row]:
     """The rows of train, validation or test as {prompt, completion}."""
     if file is None and ours.dataset_name is None:
-        raise Problem(f"{part}_file: missing; name a jsonl, json, csv or parquet file, or a dataset with --dataset_name")
+        raise UserError(f"{part}_file: missing; name a jsonl, json, csv or parquet file, or a dataset with --dataset_name")
     if file is not None and ours.dataset_name is not None:
         _logger.warning("dataset_name %s has no effect on %s: %s_file is set", ours.dataset_name, part, part)
     source = file or ours.dataset_name or ""
     rows = list(read_table(source, "" if file else part, ours.dataset_config_name or "", f"{part}_file"))
     if not rows:
-        raise Problem(f"{part}_file: {source} has no rows")
+        raise UserError(f"{part}_file: {source} has no rows")
     names = columns_of(rows)
     known = KNOWN_COLUMNS.get(ours.dataset_name or "", (names[0], names[1] if len(names) > 1 else "")) if not file else names
     chosen = {"prompt": ours.text_column or known[0], "completion": ours.summary_column or (known[1] if len(known) > 1 else "")}
     for role, flag in (("prompt", "text_column"), ("completion", "summary_column")):
         if chosen[role] not in names:
-            raise Problem(f"{flag}: {chosen[role]!r} is no column of {source}; it has: {', '.join(names)}")
+            raise UserError(f"{flag}: {chosen[role]!r} is no column of {source}; it has: {', '.join(names)}")
     if chosen["prompt"] == chosen["completion"]:
         raise missing_columns(rows, "a column of texts and one of summaries", f"{part}_file")
     # Rows without a text or a summary are left out, as everybody's script for this task does.
@@ -117,7 +117,7 @@ def read(ours: SummarisationArguments, part: str, file: str | None, limit: int |
             "%s: %d of %d rows have no text or no summary and are left out", part, len(found) - len(whole), len(found)
         )
     if not whole:
-        raise Problem(f"{part}_file: no row has both a {chosen['prompt']} and a {chosen['completion']}")
+        raise UserError(f"{part}_file: no row has both a {chosen['prompt']} and a {chosen['completion']}")
     check_values(whole, ("prompt", "completion"), f"{part}_file")
     return whole[:limit] if limit else whole
 
@@ -126,9 +126,9 @@ def main(ours: SummarisationArguments, training: Any) -> None:
     import transformers
 
     if not (training.do_train or training.do_eval or training.do_predict):
-        raise Problem("nothing to do: give --do_train, --do_eval or --do_predict")
+        raise UserError("nothing to do: give --do_train, --do_eval or --do_predict")
     if training.do_predict and not training.predict_with_generate:
-        raise Problem("do_predict: needs --predict_with_generate; without it there is nothing that could be written")
+        raise UserError("do_predict: needs --predict_with_generate; without it there is nothing that could be written")
     rows: dict[str, list[Row]] = {}
     if training.do_train:
         rows["train"] = stage.on_every_process(lambda: read(ours, "train", ours.train_file, ours.max_train_samples))
@@ -157,16 +157,16 @@ def main(ours: SummarisationArguments, training: Any) -> None:
 
 @contextlib.contextmanager
 def flags_named() -> Iterator[None]:
-    """Problems of the run's folder in the words of this door's flags."""
+    """Problems of the run's folder in the words of this command's flags."""
     words = {"run.dir": "output_dir", "--run.resume true": "--resume_from_checkpoint PATH"}
     words |= {"--run.overwrite true": "--overwrite_output_dir", "run.overwrite": "overwrite_output_dir"}
     try:
         yield
-    except Problem as problem:
+    except UserError as problem:
         lines = list(problem.lines)
         for ours, theirs in words.items():
             lines = [line.replace(ours, theirs) for line in lines]
-        raise Problem(*lines) from problem
+        raise UserError(*lines) from problem
 
 
 def work(
@@ -186,7 +186,7 @@ def work(
         context = models.context_of(model)
         source = min(ours.max_source_length, context) if context else ours.max_source_length
         data = {
-            part: tokenise(found, tokenizer, ours.source_prefix, source, ours.max_target_length if part == "train" else longest)
+            part: tokenize(found, tokenizer, ours.source_prefix, source, ours.max_target_length if part == "train" else longest)
             for part, found in rows.items()
         }
         trainer = make_trainer(
@@ -222,13 +222,13 @@ def keep(trainer: Any, part: str, metrics: dict[str, Any]) -> None:
     trainer.save_metrics(part, metrics)
 
 
-def door(argv: Sequence[str] | None = None) -> None:
-    """The flags are transformers' own, so this door reads them with its parser; otherwise as configs.reader.door."""
+def run_command(argv: Sequence[str] | None = None) -> None:
+    """The flags are transformers' own, so this command reads them with its parser; otherwise as configs.reader.command."""
     failed = 0
     try:
         processes.start()
         main(*parse(sys.argv[1:] if argv is None else argv))
-    except Problem as problem:
+    except UserError as problem:
         failed = 2
         for line in problem.lines:
             print(line, file=sys.stderr)
@@ -244,4 +244,4 @@ def door(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    door()
+    run_command()

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
-from steerl.reward.build import read_parts
+from steerl.reward.build import read_terms
 from steerl.reward.jobs.scoring import (
     CALL_ROWS,
     DumpSource,
@@ -35,7 +35,7 @@ from steerl.reward.jobs.texts import TextSettings, load_texts
 from steerl.reward.kinds.reading import load_tokenizer
 from steerl.reward.types import build_reward
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings, versions
 
 
@@ -54,7 +54,7 @@ class Job:
     dump: DumpSettings = field(default_factory=DumpSettings)
     texts: TextSettings = field(default_factory=TextSettings)
     """Instead of a dump: texts or conversations that were not sampled here."""
-    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_parts})
+    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_terms})
     """The parts of the reward; each is a column of the scores."""
     run: RunSettings = field(default_factory=RunSettings)
 
@@ -90,13 +90,13 @@ def write(job: Job, folder: Path, name: str, source: Source, tokenizer: Any) -> 
 def open_source(job: Job, dump: Path | None) -> tuple[Source, Any]:
     """The rows, and the tokenizer that their ids are of."""
     if (dump is None) == (not job.texts.path):
-        raise Problem("dump.dir and texts.path: name one of them, the dump or the texts to score")
+        raise UserError("dump.dir and texts.path: name one of them, the dump or the texts to score")
     if dump is None:
         if job.run.save_every < 0:
-            raise Problem(f"run.save_every: {job.run.save_every}; give the rows of a shard, 0 for {CALL_ROWS}")
+            raise UserError(f"run.save_every: {job.run.save_every}; give the rows of a shard, 0 for {CALL_ROWS}")
         return TextSource(load_texts(job.texts, "texts"), job.run.save_every or CALL_ROWS), None
     if job.run.save_every:
-        raise Problem("run.save_every: has no effect on the scores of a dump, which are cut as the dump is; leave it out")
+        raise UserError("run.save_every: has no effect on the scores of a dump, which are cut as the dump is; leave it out")
     source = DumpSource.of(dump)
     return source, load_tokenizer("", [str(dump / "tokenizer")], "dump") if (dump / "tokenizer").is_dir() else None
 
@@ -111,4 +111,4 @@ def show(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    door(main, Job)
+    run_command(main, Job)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
-from steerl.reward.jobs.selection import Selection, selected
-from steerl.rollout.common.errors import Problem
+from steerl.reward.jobs.selection import SelectionSettings, selected
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import written_aside
 
 CHUNK = 1024
@@ -32,7 +32,7 @@ class Job:
     """The dataset's file, .jsonl or .parquet."""
     scores: str | None = None
     """The folder of its scores; none: the dump's own."""
-    select: Selection = field(default_factory=Selection)
+    select: SelectionSettings = field(default_factory=SelectionSettings)
     overwrite: bool = False
     """Replace the file where it is there already."""
 
@@ -72,25 +72,27 @@ def _table(records: list[dict[str, Any]], schema: Any, path: Path) -> Any:
             return pa.Table.from_pylist(records, schema=schema)
     except pa.ArrowException as error:
         told = str(error).splitlines()[0]
-        raise Problem(f"out: these rows are not of one kind ({told}), which parquet needs; write {path.stem}.jsonl") from error
-    raise Problem(f"out: later rows hold what the first {CHUNK} do not, which parquet needs; write {path.stem}.jsonl")
+        raise UserError(
+            f"out: these rows are not of one kind ({told}), which parquet needs; write {path.stem}.jsonl"
+        ) from error
+    raise UserError(f"out: later rows hold what the first {CHUNK} do not, which parquet needs; write {path.stem}.jsonl")
 
 
 def main(job: Job) -> None:
     path = Path(job.out)
     if path.suffix not in (".jsonl", ".parquet"):
-        raise Problem(f"out: {job.out or 'missing'}; name the dataset's file, --out FILE.jsonl or FILE.parquet")
+        raise UserError(f"out: {job.out or 'missing'}; name the dataset's file, --out FILE.jsonl or FILE.parquet")
     if path.exists() and not job.overwrite:
-        raise Problem(f"out: {path} is there already; add --overwrite true or name another file")
+        raise UserError(f"out: {path} is there already; add --overwrite true or name another file")
     if not path.parent.is_dir():
-        raise Problem(f"out: the folder {path.parent} does not exist; make it or name another")
+        raise UserError(f"out: the folder {path.parent} does not exist; make it or name another")
     records = selected(Path(job.dir), Path(job.scores or job.dir), job.select)
     first = next(records, None)
     if first is None:
-        raise Problem(f"select: no row of {job.dir} is kept by mode {job.select.mode}; loosen threshold, min_gap or ended")
+        raise UserError(f"select: no row of {job.dir} is kept by mode {job.select.mode}; loosen threshold, min_gap or ended")
     count = write(path, itertools.chain([first], records))
     print(f"{path}: {count:,} {'pairs' if job.select.mode == 'pairs' else 'rows'}")
 
 
 if __name__ == "__main__":
-    door(main, Job)
+    run_command(main, Job)

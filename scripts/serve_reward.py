@@ -11,14 +11,14 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
-from steerl.reward.build import read_parts
+from steerl.reward.build import read_terms
 from steerl.reward.jobs.scoring import check_order
 from steerl.reward.kinds.http import LOOPBACK
 from steerl.reward.types import build_reward
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 LARGEST = {"max_rows": 2**31, "max_megabytes": 4096.0, "seconds": 86_400.0, "connections": 65_536}
 
@@ -50,7 +50,7 @@ class ServeSettings:
 class Job:
     """Offer a reward over HTTP."""
 
-    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_parts})
+    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_terms})
     """The parts of the reward."""
     serve: ServeSettings = field(default_factory=ServeSettings)
 
@@ -75,7 +75,7 @@ def main(job: Job) -> None:
     if missing:
         wrong.append(f"serve: needs the package(s) {' and '.join(missing)}; pip install 'steerl[serve]'")
     if wrong:
-        raise Problem(*wrong)
+        raise UserError(*wrong)
     import uvicorn
     from steerl.reward.kinds.http_server import Limits, make_app, uvicorn_config
 
@@ -87,7 +87,7 @@ def main(job: Job) -> None:
     try:
         socket = config.bind_socket()
     except SystemExit as error:  # uvicorn logs why, and would leave with its own status
-        raise Problem(
+        raise UserError(
             f"serve.port: {serve.host}:{serve.port} cannot be bound; choose another, or 0 for any free one"
         ) from error
     host = f"[{serve.host}]" if ":" in serve.host else serve.host
@@ -100,4 +100,4 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    door(main, Job)
+    run_command(main, Job)

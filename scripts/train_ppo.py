@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerl.configs.reader import door, to_mapping
+from steerl.configs.reader import run_command, to_mapping
 
 import torch
-from steerl.reward.build import read_parts
+from steerl.reward.build import read_terms
 from steerl.reward.types import build_reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.run_folder import RunSettings, check_folder
@@ -45,7 +45,7 @@ class PPOJob:
     """How rollouts are drawn."""
     steering: dict[str, Any] | str | None = field(default=None, metadata={"check": load_spec})
     """What is done to activations while sampling and learning: a mapping, or the path of a YAML file with it."""
-    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_parts})
+    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_terms})
     """The parts of the reward."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
     """The algorithm."""
@@ -84,4 +84,4 @@ def learnable(model: ModelSettings) -> ModelSettings:
 
 
 if __name__ == "__main__":
-    door(main, PPOJob)
+    run_command(main, PPOJob)

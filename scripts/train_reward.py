@@ -5,7 +5,7 @@ accelerate launch scripts/train_reward.py --config configs/reward.yaml --model.p
 
 from __future__ import annotations
 
-from steerl.configs.reader import door, to_yaml
+from steerl.configs.reader import run_command, to_yaml
 
 from steerl.rollout.common import processes
 from steerl.training.stages.reward_model import RewardJob, run_reward
@@ -18,4 +18,4 @@ def main(job: RewardJob) -> None:
 
 
 if __name__ == "__main__":
-    door(main, RewardJob)
+    run_command(main, RewardJob)

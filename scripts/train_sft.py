@@ -5,7 +5,7 @@ accelerate launch scripts/train_sft.py --config configs/sft.yaml --model.path DI
 
 from __future__ import annotations
 
-from steerl.configs.reader import door, to_yaml
+from steerl.configs.reader import run_command, to_yaml
 
 from steerl.rollout.common import processes
 from steerl.training.stages.sft import SFTJob, run_sft
@@ -18,4 +18,4 @@ def main(job: SFTJob) -> None:
 
 
 if __name__ == "__main__":
-    door(main, SFTJob)
+    run_command(main, SFTJob)

@@ -32,7 +32,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--few", type=int, metavar="N", help="of every parametrised test the first N cases only, for a quick look")
+    parser.addoption("--few", type=int, metavar="N", help="of every parametrized test the first N cases only, for a quick look")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ from steerl.rollout.types import Rollout, Texts
 from steerl.training.algorithm.experience import Experience, credit, gather_scored, score
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.ppo import PPOSettings
-from steerl.training.setup import Parts, prepare, with_peft
+from steerl.training.setup import Components, prepare, with_peft
 from torch import Tensor
 
 from tests.models import tiny_policy
@@ -42,7 +42,7 @@ def share_of_threes(rollout: Rollout, texts: Texts) -> Scores:
 
 def job(
     family: str = "gpt2", peft: Any = None, sampling: Any = None, steering: Any = None, overrides: Any = None, **settings: Any
-) -> tuple[Parts, Prompts, PPOSettings]:
+) -> tuple[Components, Prompts, PPOSettings]:
     """(parts, prompts, settings) of a tiny run, ready for its first step."""
     policy = with_peft(tiny_policy(family, **(overrides or {})), peft)
     small = {"rollouts_per_step": 16, "minibatches": 2, "epochs": 2, "micro_batch_size": 5, "learning_rate": 1e-3}
@@ -53,13 +53,13 @@ def job(
     return parts, prompts_of(policy), ppo
 
 
-def first_scored(parts: Parts, prompts: Prompts, ppo: PPOSettings):
+def first_scored(parts: Components, prompts: Prompts, ppo: PPOSettings):
     rows = prompts.take(0, 0, ppo.rollouts_per_step // parts.sampler.sampling.n)
     rollout, texts = parts.sampler.sample(prompts.batch(rows), step=0)
     return score(parts.actor_critic, parts.reference, *gather_scored(rollout, texts, share_of_threes), ppo)
 
 
-def first_experience(parts: Parts, prompts: Prompts, ppo: PPOSettings) -> Experience:
+def first_experience(parts: Components, prompts: Prompts, ppo: PPOSettings) -> Experience:
     return credit(first_scored(parts, prompts, ppo), ppo, ppo.kl_coef)[0]
 
 

@@ -1,4 +1,4 @@
-"""The house rules: who imports whom, what is declared, that every shipped YAML is read by its door, that the README is true."""
+"""The house rules: who imports whom, what is declared, that every shipped YAML is read by its command, that the README is true."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_rollout_needs_torch_and_transformers_alone(tmp_path):
     (tmp_path / "steerl" / "rollout").symlink_to(ROOT / "rollout")
     (tmp_path / "steerl" / "__init__.py").symlink_to(ROOT / "steerl" / "__init__.py")
     program = (
-        "import steerl, sys; steerl.Rollout, steerl.Problem, steerl.Sampling, steerl.Policy, steerl.Sampler;"
+        "import steerl, sys; steerl.Rollout, steerl.UserError, steerl.Sampling, steerl.Policy, steerl.Sampler;"
         "from steerl.rollout.common import processes; assert processes.start().world_size == 1; assert processes.gather_objects([1]) == [1];"
         "processes.close(); assert 'accelerate' not in sys.modules"
     )
@@ -204,7 +204,9 @@ def door_of(config: Path) -> tuple[str, type]:
     script = re.search(rf"scripts/(\w+)\.py[^\n]*--config configs/{config.name}", said)
     assert script, f"{config.name}: the comment at its top names no command scripts/NAME.py --config configs/{config.name}"
     module = ast.parse((ROOT / "scripts" / f"{script.group(1)}.py").read_text(encoding="utf-8"))
-    calls = [n for n in ast.walk(module) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "door"]
+    calls = [
+        n for n in ast.walk(module) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "run_command"
+    ]
     (name,) = [ast.unparse(call.args[1]) for call in calls]
     return script.group(1), getattr(importlib.import_module(f"steerl.scripts.{script.group(1)}"), name)
 
@@ -228,24 +230,28 @@ def test_every_accelerate_config_is_read_by_accelerate(config):
     assert yaml.safe_load(config.read_text(encoding="utf-8"))["distributed_type"] != "MULTI_CPU", "starts one process, silently"
 
 
-def doors() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "door(main" in path.read_text(encoding="utf-8"))
+def commands() -> list[str]:
+    return sorted(
+        path.stem for path in (ROOT / "scripts").glob("*.py") if "run_command(main" in path.read_text(encoding="utf-8")
+    )
 
 
-@pytest.mark.parametrize("script", doors())
+@pytest.mark.parametrize("script", commands())
 def test_every_door_has_help_and_tells_a_misspelt_flag(script, monkeypatch, capsys):
     module = importlib.import_module(f"steerl.scripts.{script}")
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     tree = ast.parse((ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8"))
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "door"]
+    calls = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "run_command"
+    ]
     job = getattr(module, ast.unparse(calls[0].args[1]))
     with pytest.raises(SystemExit) as left:
         read(job)
     assert left.value.code == 0
     assert f"usage: {script}.py" in capsys.readouterr().out
-    from steerl.rollout.common.errors import Problem
+    from steerl.rollout.common.errors import UserError
 
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         read(job, ["--no.such", "1"])
     assert any(line.startswith("no.such: unknown (command line, value '1')") for line in caught.value.lines)
 
@@ -327,7 +333,7 @@ def run_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run(tiny_world, tmp_path, monkeypatch, capfd):
-    """One after the other, as they stand, in an empty folder that sees this checkout's doors; make only says what it would."""
+    """One after the other, as they stand, in an empty folder that sees this checkout's commands; make only says what it would."""
     for folder, world in (("runs/tiny", "reviews"), ("tiny", "suppressed")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / world).symlink_to(tiny_world(world))

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import MOST_ROWS
 from steerl.rollout.decoding.stops import warn_endless
 from steerl.rollout.model import adapters
@@ -82,7 +82,7 @@ def settings_problems(ppo: PPOSettings) -> list[str]:
 
 
 def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings, steering: Any = None) -> None:
-    """Raise a Problem with a line for everything in the job that does not fit together."""
+    """Raise a UserError with a line for everything in the job that does not fit together."""
     found: list[str] = []
     if ppo.rollouts_per_step % sampling.n:
         found.append(
@@ -109,7 +109,7 @@ def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings
             "set the type to token_truncate, or leave kl_target out"
         )
     if found:
-        raise Problem(*found)
+        raise UserError(*found)
     if not ppo.replay and isinstance(prompts, Prompts):
         warn_endless(policy, sampling, prompts.table[0][prompts.column])
     if ppo.reference == "none" and ppo.kl_coef:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem, Stopped
+from steerl.rollout.common.errors import Stopped, UserError
 from steerl.rollout.common.run_folder import RunSettings, begin, opened
 from steerl.training import steering as steered
 from steerl.training.algorithm.experience import credit, gather_scored, score
@@ -30,10 +30,10 @@ from steerl.training.replay import Replay
 from steerl.training.report.page import report
 from steerl.training.run import checkpoint, resume
 from steerl.training.run.evaluate import evaluate
-from steerl.training.run.export import read_summary, save_model, summarise
-from steerl.training.run.log import tell
+from steerl.training.run.export import read_summary, save_model, summarize
+from steerl.training.run.log import log_line
 from steerl.training.run.metrics import check_gap, cut_prompts, gap_tolerance, kl_metrics, rollout_metrics, sample_rows
-from steerl.training.run.timer import Clock
+from steerl.training.run.timer import Timer
 from steerl.training.setup import open_log, prepare
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class PPOSettings:
     whiten_rewards: bool = False
     """Scale per-token rewards to variance one, keeping their mean."""
     whiten_advantages: bool | None = None
-    """Standardise the advantages of a step; unset = only with gae."""
+    """Standardize the advantages of a step; unset = only with gae."""
     bootstrap_cut: bool = False
     """Rows cut at the limit go on with the value of the state they were cut at, instead of 0."""
     missing_stop_penalty: float = 0.0
@@ -147,7 +147,7 @@ class PPOSettings:
 
     def __post_init__(self) -> None:
         if problems := settings_problems(self):
-            raise Problem(*problems)
+            raise UserError(*problems)
 
 
 def train(
@@ -170,7 +170,7 @@ def train(
     given = config or {}
     with opened(run, given) as folder, processes.stop_signal() as stop:
         if run.resume and processes.on_main(lambda: resume.finished(folder, settings.steps, given, run, settings.schedule)):
-            tell(f"{folder}: finished already; more ppo.steps go on with it, --run.overwrite true starts again")
+            log_line(f"{folder}: finished already; more ppo.steps go on with it, --run.overwrite true starts again")
             return read_summary(folder)
         made_from = processes.on_main(lambda: resume.made_from(policy, prompts, heldout, reward, settings))
         parts = prepare(policy, reward, sampling, settings, run, steering)
@@ -188,20 +188,20 @@ def train(
 
         stopped = stop.anywhere()
         while state.step < settings.steps and not stopped:
-            clock = Clock()
+            timer = Timer()
 
             # 1 sample: this rank's prompts, `sampling.n` rows each; or the stored rows of a dump
             rows = source.take(run.seed, state.prompt_position, count)
             rollout, texts, real = parts.draw(source, sampler, rows, progress=state.step / settings.steps)
-            clock.lap("sample")
+            timer.lap("sample")
 
             # 2 score: the reward; from here on all rows on every rank; the forward passes before learning
             everything = gather_scored(rollout, texts, reward, real=real)
-            clock.lap("reward")
+            timer.lap("reward")
             scored = score(parts.actor_critic, parts.reference, *everything, settings)
             metrics = rollout_metrics(scored) | check_gap(scored, tolerance, state.step) | steered.metrics(parts, scored)
             metrics |= cut_prompts(source, rows)
-            clock.lap("score")
+            timer.lap("score")
 
             # 3 credit: rewards less KL, advantages, returns, importance weights
             experience, found = credit(scored, settings, state.kl.coefficient)
@@ -211,15 +211,15 @@ def train(
             metrics |= learn(state, experience, settings, seed=run.seed)
             state.kl.update(metrics.get("kl/ref", 0.0), len(scored.rollout))
             steered.budget(parts, metrics, state.step)
-            clock.lap("learn")
+            timer.lap("learn")
 
             # 5 record: metrics, samples, evaluation, checkpoint
-            state.advance(count, metrics, clock.seconds())
+            state.advance(count, metrics, timer.seconds())
             if settings.eval_every and state.step % settings.eval_every == 0:
                 metrics |= evaluate(parts, examined, settings)
-                clock.lap("evaluate")
+                timer.lap("evaluate")
             tokens, kl = metrics["rollout/tokens"], metrics.get("kl/ref", 0.0)
-            log.metrics(state.step, metrics | clock.metrics(tokens))
+            log.metrics(state.step, metrics | timer.metrics(tokens))
             log.samples(
                 state.step, sample_rows(scored, experience, parts, each=settings.samples, seed=run.seed, step=state.step)
             )
@@ -233,7 +233,7 @@ def train(
         if state.step < settings.steps:
             raise Stopped(f"stopped after step {state.step} of {settings.steps} and saved; --run.resume true goes on")
         save_model(folder, parts, settings)
-        summary = summarise(folder, parts, evaluate(parts, examined, settings))
+        summary = summarize(folder, parts, evaluate(parts, examined, settings))
         processes.on_main(lambda: report([folder]))
     return summary
 

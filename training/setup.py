@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings, versions, write_text
 from steerl.rollout.common.yaml_files import Dumper
 from steerl.rollout.decoding.settings import Sampling
@@ -38,7 +38,7 @@ _EVALUATION_SEED = 0x6576616C
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class Components:
     """What stays the same over the steps; `state` holds all that changes."""
 
     policy: Policy
@@ -84,7 +84,7 @@ class Parts:
 
 def prepare(
     policy: Policy, reward: Any, sampling: Sampling, settings: PPOSettings, run: RunSettings, steering_spec: Any = None
-) -> Parts:
+) -> Components:
     """Build the parts of a run. Copies of the policy are taken before steering is attached to it."""
     from accelerate.utils import set_seed
 
@@ -112,7 +112,7 @@ def prepare(
         if settings.kl_target is None
         else AdaptiveKL(settings.kl_coef, settings.kl_target, settings.kl_horizon)
     )
-    return Parts(
+    return Components(
         policy=policy,
         actor_critic=actor_critic,
         reference=reference,
@@ -132,7 +132,7 @@ def with_peft(policy: Policy, mapping: dict[str, Any] | None) -> Policy:
     if not mapping:
         return policy
     if hasattr(policy.model, "peft_config"):
-        raise Problem("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
+        raise UserError("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
     device = policy.device
     adapted = policy.with_model(adapters.add(policy.model, mapping).to(device))
     taken = virtual_tokens.count(adapted.model)  # room that no prompt or response can use

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from steerl.rollout.analysis.steering_table import edits_per_row
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering, unsteered
@@ -23,14 +23,14 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from steerl.training.algorithm.experience import Scored
-    from steerl.training.setup import Parts
+    from steerl.training.setup import Components
 
 logger = logging.getLogger(__name__)
 _STEP = (0.5, 2.0)
 """How much a rescaling may change the strength in one training step."""
 
 
-def metrics(parts: Parts, scored: Scored) -> dict[str, float]:
+def metrics(parts: Components, scored: Scored) -> dict[str, float]:
     """What steering did to this step's rows. KL: of the law sampled from, from the unsteered policy."""
     steering, rollout = parts.steering, scored.rollout
     if steering is None or not rollout.steering:
@@ -57,7 +57,7 @@ def metrics(parts: Parts, scored: Scored) -> dict[str, float]:
     return found
 
 
-def _unsteered_logprobs(parts: Parts, scored: Scored) -> Tensor | None:
+def _unsteered_logprobs(parts: Components, scored: Scored) -> Tensor | None:
     """The unsteered policy's log-probs: at hand for role behaviour; the reference's for role trainable (the same model);
     an extra pass for role policy, and only where a budget asks for it."""
     steering: Steering = parts.steering
@@ -75,7 +75,7 @@ def _unsteered_logprobs(parts: Parts, scored: Scored) -> Tensor | None:
         return parts.actor_critic.inside(passed)
 
 
-def budget(parts: Parts, found: dict[str, float], step: int) -> None:
+def budget(parts: Components, found: dict[str, float], step: int) -> None:
     """Hold KL per steered response to the budget. Rescaling never goes above the strength that the spec asks for."""
     steering = parts.steering
     limit = None if steering is None else steering.spec.kl_budget
@@ -90,7 +90,7 @@ def budget(parts: Parts, found: dict[str, float], step: int) -> None:
         allowed = f"above steering.kl_budget {limit.nats_per_sequence:g}"
         said = f"step {step + 1}: steered responses cost {spent:.2f} nats of KL, {allowed}"
         if limit.action == "error":
-            raise Problem(f"{said}; lower the strength, steer fewer steps, or set kl_budget.action to rescale")
+            raise UserError(f"{said}; lower the strength, steer fewer steps, or set kl_budget.action to rescale")
         logger.warning("%s", said)
 
 
@@ -99,23 +99,23 @@ def check(steering: Steering | None, policy: Any, merges: bool) -> None:
     if steering is None or steering.spec.on_deploy != "fold":
         return
     if steering.role not in ("policy", "trainable"):
-        raise Problem(
+        raise UserError(
             f"steering.on_deploy: fold leaves the steering in the model, and role {steering.role} leaves a plain one; use strip"
         )
     if hasattr(policy.model, "peft_config") and not merges:
-        raise Problem(
+        raise UserError(
             "steering.on_deploy: fold writes into the model, and the run saves an adapter alone; "
             "set ppo.export_merged true, or use keep"
         )
     check_fold(steering)
 
 
-def _deploys(parts: Parts, how: str) -> bool:
+def _deploys(parts: Components, how: str) -> bool:
     steering = parts.steering
     return steering is not None and steering.role in ("policy", "trainable") and steering.spec.on_deploy == how
 
 
-def to_save(parts: Parts) -> Any:
+def to_save(parts: Components) -> Any:
     """The model that is saved: the policy's own, or a copy with the steering folded in."""
     model = parts.policy.model
     if _deploys(parts, "fold"):
@@ -126,7 +126,7 @@ def to_save(parts: Parts) -> Any:
     return model
 
 
-def save_beside(parts: Parts, folder: Path) -> None:
+def save_beside(parts: Components, folder: Path) -> None:
     """steering.yaml and its files, for on_deploy keep."""
     if _deploys(parts, "keep"):
         save(parts.steering, folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.dumps.manifest import Plan, load_manifest, plan_of
 from steerl.rollout.dumps.store import read_dump
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered
@@ -25,7 +25,7 @@ KEYS = ("prompt_index", "sample_index")
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectionSettings:
     """Which rows of a scored dump are kept."""
 
     mode: Literal["best", "worst", "reject", "pairs"] = "best"
@@ -46,17 +46,17 @@ class Selection:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise Problem(f"select.count: {self.count}; keep at least 1 row per prompt")
+            raise UserError(f"select.count: {self.count}; keep at least 1 row per prompt")
         if self.mode == "reject" and self.threshold is None:
-            raise Problem("select.threshold: missing; mode reject keeps the rows at or above it, --select.threshold X")
+            raise UserError("select.threshold: missing; mode reject keeps the rows at or above it, --select.threshold X")
         if self.mode == "pairs" and self.threshold is not None:
-            raise Problem("select.threshold: has no effect with mode pairs; use select.min_gap")
+            raise UserError("select.threshold: has no effect with mode pairs; use select.min_gap")
         if self.mode in ("reject", "pairs") and self.count != 1:
-            raise Problem(f"select.count: has no effect with mode {self.mode}; leave it out")
+            raise UserError(f"select.count: has no effect with mode {self.mode}; leave it out")
         if self.mode != "pairs" and self.min_gap:
-            raise Problem(f"select.min_gap: has no effect with mode {self.mode}; leave it out")
+            raise UserError(f"select.min_gap: has no effect with mode {self.mode}; leave it out")
         if self.min_gap < 0:
-            raise Problem(f"select.min_gap: {self.min_gap}; give 0 or more")
+            raise UserError(f"select.min_gap: {self.min_gap}; give 0 or more")
 
 
 def score_files(folder: Path) -> list[Path]:
@@ -74,15 +74,15 @@ def read_scores(folder: Path, plan: Plan) -> dict[str, np.ndarray]:
         try:
             table = pq.read_table(path)
         except (pa.ArrowInvalid, OSError) as error:
-            raise Problem(f"{path}: not readable ({error}); score the dump again") from error
+            raise UserError(f"{path}: not readable ({error}); score the dump again") from error
         if missing := [name for name in KEYS if name not in table.column_names]:
-            raise Problem(f"{path}: no column {', '.join(missing)}; these are not the scores of score_rollouts.py")
+            raise UserError(f"{path}: no column {', '.join(missing)}; these are not the scores of score_rollouts.py")
         prompts, samples = (table.column(name).to_numpy().astype(np.int64) for name in KEYS)
         keys = prompts * plan.samples + samples
         if len(keys) and (keys.min() < 0 or keys.max() >= plan.rows or samples.max() >= plan.samples):
-            raise Problem(f"{path}: scores of rows that the dump does not have; name the scores of this dump")
+            raise UserError(f"{path}: scores of rows that the dump does not have; name the scores of this dump")
         if seen[keys].any() or len(np.unique(keys)) != len(keys):
-            raise Problem(f"{path}: rows that are scored twice in {folder}; score the dump again into a fresh folder")
+            raise UserError(f"{path}: rows that are scored twice in {folder}; score the dump again into a fresh folder")
         seen[keys] = True
         for name in table.column_names:
             if name not in KEYS:
@@ -91,7 +91,7 @@ def read_scores(folder: Path, plan: Plan) -> dict[str, np.ndarray]:
     return found
 
 
-def choose(score_PN: np.ndarray, keep_PN: np.ndarray, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
+def choose(score_PN: np.ndarray, keep_PN: np.ndarray, selection: SelectionSettings) -> tuple[np.ndarray, np.ndarray]:
     """(kept_PN, second_PN) of P prompts with N samples each: the rows kept (pairs: the best), and the worst of pairs.
 
     Only rows with `keep_PN` count; of equal scores the earlier sample goes first.
@@ -118,22 +118,22 @@ def _top(score_PN: np.ndarray, keep_PN: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(top & keep_PN)
 
 
-def selected(folder: Path, scores: Path, selection: Selection) -> Iterator[dict[str, Any]]:
+def selected(folder: Path, scores: Path, selection: SelectionSettings) -> Iterator[dict[str, Any]]:
     """The records, in the order of the prompts. Memory: one number per row, and the texts of one prompt."""
     plan = plan_of(load_manifest(folder))
     columns = read_scores(scores, plan)
     if not columns:
-        raise Problem(
+        raise UserError(
             f"{scores}: no scores-*.parquet; score the dump with score_rollouts.py, or name its scores with --scores DIR"
         )
     if selection.score not in columns:
-        raise Problem(f"select.score: {selection.score!r} is no column of the scores; there are {', '.join(columns)}")
+        raise UserError(f"select.score: {selection.score!r} is no column of the scores; there are {', '.join(columns)}")
     score_PN = columns[selection.score].reshape(plan.prompts, plan.samples)
     if np.isnan(score_PN).any():
         prompt, sample = np.argwhere(np.isnan(score_PN))[0]
         count, total = int(np.isnan(score_PN).sum()), plan.rows
         first = f"the first prompt {prompt} sample {sample}"
-        raise Problem(f"{scores}: {count} of {total} rows have no score, {first}; score the whole dump first")
+        raise UserError(f"{scores}: {count} of {total} rows have no score, {first}; score the whole dump first")
     for prompt, rows in _by_prompt(folder):
         yield from _of_prompt(prompt, rows, score_PN[prompt], selection)
 
@@ -173,7 +173,7 @@ def _by_prompt(folder: Path) -> Iterator[tuple[int, list[_Row]]]:
         yield current, rows
 
 
-def _of_prompt(prompt: int, rows: list[_Row], score_N: np.ndarray, selection: Selection) -> Iterator[dict[str, Any]]:
+def _of_prompt(prompt: int, rows: list[_Row], score_N: np.ndarray, selection: SelectionSettings) -> Iterator[dict[str, Any]]:
     rows = sorted(rows, key=lambda row: row.sample)
     keep_N = np.array([row.ended or not selection.ended for row in rows])
     if selection.unique:

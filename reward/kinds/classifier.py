@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from steerl.reward.kinds.reading import Sequences
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, capabilities
 from steerl.rollout.model.auto_classes import NoHead, head_of, load_config, load_head
 from torch import Tensor
@@ -228,7 +228,7 @@ def load_classifier(
         except NoHead as problem:
             if fresh:  # it is the trunk that lacks weights
                 raise
-            raise Problem(f"{problem}, or set allow_new_head: true") from problem
+            raise UserError(f"{problem}, or set allow_new_head: true") from problem
         if adapter:
             model = adapters.load(model, adapter, field=f"{where}.path")
     model = model.to(device).eval().requires_grad_(False)

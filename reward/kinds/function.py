@@ -8,7 +8,7 @@ prompts are conversations, completions are `[{"role": "assistant", "content": ..
 `log_metric(name, number)`, whose mean over all calls and ranks is the metric reward/<part>/<name>, and for
 `log_extra(column, values)`, one value per row, which rows of samples.jsonl show as extra/<part>/<column>.
 
-    in this process (the default) ---- raises? rows one by one, to name the row ---- fallback, or a Problem
+    in this process (the default) ---- raises? rows one by one, to name the row ---- fallback, or a UserError
     `timeout` set: a process of its own, killed when the time is over ---- rows one by one, each with that time
 """
 
@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steerl.reward.kinds.loading import LOGS, Told, load_function
+from steerl.reward.kinds.loading import LOGS, CallResult, load_function
 from steerl.reward.kinds.worker import Overdue, Worker, WorkerFailed
 from steerl.reward.types import Failure, Scores, check_seconds, joined_extra, joined_metrics, on_last_action, settle
-from steerl.reward.weighted_sum import Part
-from steerl.rollout.common.errors import Problem, said
+from steerl.reward.weighted_sum import RewardTerm
+from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.common.fingerprint import SHORT, sha256_file
 from steerl.rollout.types import Rollout, Texts
 
@@ -57,14 +57,14 @@ class FunctionSettings:
         if self.timeout is not None:
             check_seconds(self.timeout)
         if isinstance(self.function, str) and not all(self.function.rpartition(":")[::2]):
-            raise Problem(f"function: expected file.py:name or module:name, found {self.function!r}")
+            raise UserError(f"function: expected file.py:name or module:name, found {self.function!r}")
 
-    def build(self, where: str, around: Any) -> Part:
+    def build(self, where: str, around: Any) -> RewardTerm:
         function = load_function(self.function, where) if isinstance(self.function, str) else self.function
         if inspect.isclass(function):
-            raise Problem(f"{where}.function: {self.function!r} is a class; name a function, or an instance of the class")
+            raise UserError(f"{where}.function: {self.function!r} is a class; name a function, or an instance of the class")
         reward = FunctionReward(function, self, where)
-        return Part(
+        return RewardTerm(
             "",
             where,
             1.0,
@@ -87,7 +87,7 @@ class FunctionReward:
         self.worker: Worker | None = None
         if settings.timeout is not None and not self.is_async:
             if not isinstance(settings.function, str):
-                raise Problem(
+                raise UserError(
                     f"{where}.timeout: needs the function by name (file.py:name), to load it in a process that can be killed"
                 )
             self.worker = Worker(settings.function, settings.arguments or {}, where)
@@ -102,12 +102,12 @@ class FunctionReward:
         field = f"{self.where}.arguments"
         unknown = [name for name in given if reads.takes is not None and name not in reads.takes]
         if unknown:
-            raise Problem(
+            raise UserError(
                 f"{field}: {self.name} takes no {unknown[0]!r}; it takes: {', '.join(reads.takes or ()) or 'nothing'}"
             )
         lacking = [name for name in reads.needs if reads.is_native and name not in given]
         if lacking:
-            raise Problem(f"{field}: {self.name} needs {lacking[0]!r} beside rollout and texts; give it here")
+            raise UserError(f"{field}: {self.name} needs {lacking[0]!r} beside rollout and texts; give it here")
 
     def close(self) -> None:
         if self.worker is not None:
@@ -137,9 +137,9 @@ class FunctionReward:
             )
         return self._join(rows, result, rollout)
 
-    def _attempt(self, rollout: Rollout, texts: Texts) -> Told | Failure:
+    def _attempt(self, rollout: Rollout, texts: Texts) -> CallResult | Failure:
         """What the function gives, or the Failure that it raised or took too long."""
-        arguments, told = self._arguments(rollout, texts), Told(len(rollout))
+        arguments, told = self._arguments(rollout, texts), CallResult(len(rollout))
         try:
             if self.worker is not None:
                 return self.worker.call(arguments, told, self.logs, self.settings.timeout)
@@ -150,7 +150,7 @@ class FunctionReward:
             return told.take(result)
         except (Overdue, WorkerFailed) as error:
             return Failure(str(error))
-        except Problem:
+        except UserError:
             raise
         except (Exception, SystemExit) as error:  # noqa: BLE001  the user's own code may raise anything; the row is named and settled, never hidden
             return Failure(said(error))
@@ -164,23 +164,23 @@ class FunctionReward:
             result = await self._attempt_async(rollout, texts)
             if not isinstance(result, Failure):
                 return self._scores(result, rollout)
-            rows: Sequence[Told | Failure] = [result]
+            rows: Sequence[CallResult | Failure] = [result]
             if len(rollout) > 1:
                 singles = (self._attempt_async(rollout.select([i]), texts.select([i])) for i in range(len(rollout)))
                 rows = await asyncio.gather(*singles)
         return self._join(rows, result, rollout)
 
-    async def _attempt_async(self, rollout: Rollout, texts: Texts) -> Told | Failure:
+    async def _attempt_async(self, rollout: Rollout, texts: Texts) -> CallResult | Failure:
         try:
             return await asyncio.wait_for(self._called(rollout, texts), self.settings.timeout)
         except TimeoutError:
             return Failure(f"not done after {self.settings.timeout} s")
 
-    async def _called(self, rollout: Rollout, texts: Texts) -> Told | Failure:
-        arguments, told = self._arguments(rollout, texts), Told(len(rollout))
+    async def _called(self, rollout: Rollout, texts: Texts) -> CallResult | Failure:
+        arguments, told = self._arguments(rollout, texts), CallResult(len(rollout))
         try:
             return told.take(await self.function(**arguments, **told.log(self.logs)))
-        except Problem:
+        except UserError:
             raise
         except (Exception, SystemExit) as error:  # noqa: BLE001  as above, and within: SystemExit would end the event loop
             return Failure(said(error))
@@ -201,16 +201,16 @@ class FunctionReward:
         absent = [name for name in self.reads.needs if name not in offered and name not in given]
         if absent:
             columns = ", ".join(texts.columns) or "none"
-            raise Problem(
+            raise UserError(
                 f"{self.where}: {self.name} asks for {absent[0]!r}, which is no column of the data (columns: {columns})"
             )
         return {name: value for name, value in offered.items() if self.reads.takes is None or name in self.reads.takes}
 
-    def _scores(self, told: Told, rollout: Rollout) -> Scores:
+    def _scores(self, told: CallResult, rollout: Rollout) -> Scores:
         for column, values in told.extra.items():
             if len(values) != len(rollout):
                 found = f"{len(values)} values" if len(values) <= len(rollout) else "more values than rows"
-                raise Problem(f"{self.where}: log_extra({column!r}) got {found} for {len(rollout)} rows; give one per row")
+                raise UserError(f"{self.where}: log_extra({column!r}) got {found} for {len(rollout)} rows; give one per row")
         scores = self._settled(told.result, rollout)
         return replace(scores, metrics={**scores.metrics, **told.metrics}, extra={**scores.extra, **told.extra})
 
@@ -221,7 +221,7 @@ class FunctionReward:
         if result.tokens_BR is not None and result.tokens_BR.shape == rollout.response_BR.shape:
             sums_B = result.per_token(rollout).sum(1)
             if bool(totals_B.any()) and not torch.allclose(totals_B.to(sums_B), sums_B, rtol=1e-3, atol=1e-4):
-                raise Problem(
+                raise UserError(
                     f"{self.where}: total_B is not the sum of tokens_BR; what a whole response earns belongs on its last action"
                 )
             totals_B = sums_B
@@ -251,9 +251,9 @@ class FunctionReward:
         return replace(settled, tokens_BR=tokens_BR)
 
 
-def _logs_of(rows: Sequence[Told | Failure]) -> dict[str, Any]:
+def _logs_of(rows: Sequence[CallResult | Failure]) -> dict[str, Any]:
     """What was logged by calls with one row each, in the order of the rows."""
-    told = [row if isinstance(row, Told) else Told(1) for row in rows]
+    told = [row if isinstance(row, CallResult) else CallResult(1) for row in rows]
     return {
         "metrics": joined_metrics([one.metrics for one in told]),
         "extra": joined_extra([one.extra for one in told], [1] * len(told)),
@@ -311,9 +311,9 @@ class Reads:
 def _listed(result: Any, where: str) -> list[Any]:
     """A list of what a function gave: a list, a tensor, an array."""
     if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
-        raise Problem(f"{where}: gave {type(result).__name__}; give a list with one number per row")
+        raise UserError(f"{where}: gave {type(result).__name__}; give a list with one number per row")
     if not getattr(result, "ndim", 1):
-        raise Problem(f"{where}: gave a single number; give a list with one number per row")
+        raise UserError(f"{where}: gave a single number; give a list with one number per row")
     return list(result)
 
 

@@ -2,7 +2,7 @@
 
 rows --cut into requests--> POST, at most `concurrency` at once --> answers, put back in the order of the rows
                               |  late, refused, 408, 425, 429, 5xx: again, after backoff x 2^attempt
-                              '- retries used up, or an answer that is wrong: fallback by row, or a Problem
+                              '- retries used up, or an answer that is wrong: fallback by row, or a UserError
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from steerl.reward.kinds import http_wire
 from steerl.reward.types import LONGEST, Failure, Scores, joined_extra, joined_metrics, settle
-from steerl.reward.weighted_sum import Part
-from steerl.rollout.common.errors import Problem
+from steerl.reward.weighted_sum import RewardTerm
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import Rollout, Texts
 
 logger = logging.getLogger(__name__)
@@ -70,12 +70,12 @@ class HttpSettings:
         if not whole:
             wrong.append(f"url: expected http://host:port, found {self.url!r:.200}")
         if wrong:
-            raise Problem(*wrong)
+            raise UserError(*wrong)
 
-    def build(self, where: str, around: Any) -> Part:
+    def build(self, where: str, around: Any) -> RewardTerm:
         if importlib.util.find_spec("httpx") is None:
-            raise Problem(f"{where}: needs the package httpx; pip install 'steerl[serve]'")
-        return Part("", where, 1.0, HttpReward(self, where).score, is_async=True)
+            raise UserError(f"{where}: needs the package httpx; pip install 'steerl[serve]'")
+        return RewardTerm("", where, 1.0, HttpReward(self, where).score, is_async=True)
 
 
 class NoAnswer(Exception):
@@ -177,7 +177,7 @@ class HttpReward:
         tokens_BR = None
         if any(answer["tokens"] is not None for answer in answers):
             if settled.fallbacks or any(answer["tokens"] is None for answer in answers):
-                raise Problem(
+                raise UserError(
                     f"{self.where}: a reward per token came for some rows only, and `fallback` has none to put in its place"
                 )
             tokens_BR = torch.cat([answer["tokens"] for answer in answers])

@@ -29,7 +29,7 @@ from starlette.routing import Route
 from steerl.reward.kinds import http_wire
 from steerl.reward.kinds.http import LOOPBACK
 from steerl.reward.weighted_sum import WeightedSum
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def make_app(reward: WeightedSum, limits: Limits, token: str | None, hosts: Coll
             rollout, texts, vocabulary = http_wire.read_question(body, limits.max_rows)
             try:
                 scores = dataclasses.replace(serving, vocabulary=vocabulary)(rollout, texts)
-            except Problem as problem:
+            except UserError as problem:
                 raise Failed(str(problem)) from problem
             return http_wire.answer(scores, rollout)
 
@@ -85,7 +85,7 @@ def make_app(reward: WeightedSum, limits: Limits, token: str | None, hosts: Coll
             name = secrets.token_hex(4)
             logger.warning("failure %s: %s", name, failed)
             return _error(422, f"the reward failed on this request; the server's log has the cause, failure {name}")
-        except Problem as problem:
+        except UserError as problem:
             logger.warning("refused: %s", problem)
             return _error(422, str(problem))
         except ClientDisconnect:

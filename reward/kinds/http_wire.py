@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from steerl.reward.jobs.texts import rollout_of
 from steerl.reward.types import Scores, has_ids
-from steerl.rollout.common.errors import Problem, visible
+from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def ask(rollout: Rollout, texts: Texts, vocabulary: str | None, where: str) -> b
             return value.tolist()
         if isinstance(value, datetime.date | datetime.time):
             return value.isoformat()
-        raise Problem(f"{where}: a column holds {type(value).__name__}, which JSON cannot carry; drop the column")
+        raise UserError(f"{where}: a column holds {type(value).__name__}, which JSON cannot carry; drop the column")
 
     question = {
         "prompts": texts.prompts,
@@ -64,7 +64,7 @@ def ask(rollout: Rollout, texts: Texts, vocabulary: str | None, where: str) -> b
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can only spell out
         return json.dumps(question, default=plain).encode()
     except RecursionError as error:
-        raise Problem(f"{where}: a column holds lists in lists too deep for JSON; drop the column") from error
+        raise UserError(f"{where}: a column holds lists in lists too deep for JSON; drop the column") from error
 
 
 class TooLarge(Exception):
@@ -84,13 +84,13 @@ def parse(body: bytes) -> Any:
 
 
 def read_question(body: bytes, max_rows: int) -> tuple[Rollout, Texts, str | None]:
-    """A Problem says what is wrong with the question, in the words of its own fields."""
+    """A UserError says what is wrong with the question, in the words of its own fields."""
     try:
         asked = parse(body)
     except ValueError as error:
-        raise Problem(f"body: not JSON: {error!s:.200}") from error
+        raise UserError(f"body: not JSON: {error!s:.200}") from error
     if not isinstance(asked, dict) or not isinstance(asked.get("completions"), list):
-        raise Problem("completions: missing; expected an object with a list of prompts and one of completions")
+        raise UserError("completions: missing; expected an object with a list of prompts and one of completions")
     rows = len(asked["completions"])
     if rows > max_rows:
         raise TooLarge(f"{rows} rows; at most {max_rows} in a request")
@@ -102,12 +102,12 @@ def read_question(body: bytes, max_rows: int) -> tuple[Rollout, Texts, str | Non
     }
     lists |= {"ended": asked.get("ended") or [True] * rows, "rows": asked.get("rows") or [[i, 0] for i in range(rows)]}
     if not isinstance(columns, dict):
-        raise Problem("columns: expected an object of lists")
+        raise UserError("columns: expected an object of lists")
     for name, values in {**lists, **{f"columns.{name}": column for name, column in columns.items()}}.items():
         if not isinstance(values, list) or len(values) != rows:
-            raise Problem(f"{name}: expected a list of {rows}, as completions has")
+            raise UserError(f"{name}: expected a list of {rows}, as completions has")
     if not all(isinstance(text, str) for text in (*asked["completions"], *lists["prompt_texts"])):
-        raise Problem("completions: expected a list of texts")
+        raise UserError("completions: expected a list of texts")
     ids = asked.get("ids") or {}
     try:
         cells = sum(rows * max(map(len, ids.get(name) or [[]])) for name in ("prompts", "responses"))
@@ -123,12 +123,12 @@ def read_question(body: bytes, max_rows: int) -> tuple[Rollout, Texts, str | Non
             start_ids=ids.get("start") or (),
         )
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-        raise Problem(f"ids, ended, rows: {error!s:.200}") from error
+        raise UserError(f"ids, ended, rows: {error!s:.200}") from error
     texts = Texts(prompts=prompts, prompt_texts=lists["prompt_texts"], completions=asked["completions"], columns=columns)
     if len(rollout) != rows:
-        raise Problem(f"ids: expected {rows} rows, as completions has")
+        raise UserError(f"ids: expected {rows} rows, as completions has")
     if bool((rollout.prompt_BP < 0).any() or (rollout.response_BR < 0).any()):
-        raise Problem("ids: expected 0 and up")
+        raise UserError("ids: expected 0 and up")
     return rollout, texts, ids.get("vocabulary")
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from steerl.rollout.common.errors import Problem, said, visible
+from steerl.rollout.common.errors import UserError, said, visible
 
 LOGS = ("log_metric", "log_extra")
 """What TRL hands to functions that want to log."""
 
 
 @dataclass
-class Told:
+class CallResult:
     """What a function gave for some rows, and what it logged meanwhile."""
 
     rows: int
@@ -40,7 +40,7 @@ class Told:
     def log(self, names: Sequence[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
 
-    def take(self, result: Any) -> Told:
+    def take(self, result: Any) -> CallResult:
         """Keep a result; of a list, a tensor or what may never end (a generator) no more than shows that it is too much."""
         if not isinstance(result, str | bytes | dict) and hasattr(result, "__iter__") and getattr(result, "ndim", 1) != 0:
             result = list(itertools.islice(result, self.rows + 1))
@@ -49,41 +49,41 @@ class Told:
 
 
 def load_function(spec: str, where: str) -> Any:
-    """The callable that `spec` names; a Problem that says which half of it is wrong."""
+    """The callable that `spec` names; a UserError that says which half of it is wrong."""
     source, _, name = spec.rpartition(":")
     try:
         module = _load_file(Path(source), where) if source.endswith(".py") else importlib.import_module(source)
-    except Problem:
+    except UserError:
         raise
     except ModuleNotFoundError as error:
         if error.name != source.split(".")[0] and error.name != source:
-            raise Problem(f"{where}.function: {source} cannot be imported: {said(error)}") from error
-        raise Problem(f"{where}.function: there is no module {source!r}; a file's name ends in .py, file.py:name") from error
+            raise UserError(f"{where}.function: {source} cannot be imported: {said(error)}") from error
+        raise UserError(f"{where}.function: there is no module {source!r}; a file's name ends in .py, file.py:name") from error
     except (Exception, SystemExit) as error:
-        raise Problem(f"{where}.function: {source} cannot be imported: {said(error)}") from error
+        raise UserError(f"{where}.function: {source} cannot be imported: {said(error)}") from error
     found: Any = module
     for attribute in name.split("."):
         known = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
         if not hasattr(found, attribute):
             close = difflib.get_close_matches(attribute, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "it has: " + (", ".join(known[:10]) or "nothing")
-            raise Problem(f"{where}.function: {source} has no {attribute!r}; {hint}")
+            raise UserError(f"{where}.function: {source} has no {attribute!r}; {hint}")
         found = getattr(found, attribute)
     if not callable(found):
-        raise Problem(f"{where}.function: {spec} is a {type(found).__name__}, not a function")
+        raise UserError(f"{where}.function: {spec} is a {type(found).__name__}, not a function")
     return found
 
 
 def _load_file(path: Path, where: str) -> ModuleType:
     if not path.is_file():
-        raise Problem(f"{where}.function: there is no file {path} (looked in {Path.cwd()}); give its path")
+        raise UserError(f"{where}.function: there is no file {path} (looked in {Path.cwd()}); give its path")
     path = path.resolve()
     # The name tells files of one name in two folders apart, and one file is loaded once however many parts use it.
     name = f"user_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # so that the file may import its neighbours
+        sys.path.append(str(path.parent))  # so that the file may import its neighbors
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -14,8 +14,8 @@ import torch
 from steerl.reward.kinds.classifier import Classifier, load_classifier
 from steerl.reward.kinds.reading import Reader, Reads, Tokens, folders_of, load_tokenizer, vocabulary_of
 from steerl.reward.types import Scores, row_name
-from steerl.reward.weighted_sum import Part
-from steerl.rollout.common.errors import Problem
+from steerl.reward.weighted_sum import RewardTerm
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
 from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
@@ -24,7 +24,7 @@ Output = Literal["logit", "probability", "log_probability"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class RewardModelSettings:
     """A sequence-classification model of any architecture."""
 
     path: str | list[str]
@@ -77,16 +77,16 @@ class ModelSettings:
         elif self.k != 1.0 and self.combine != "mean_minus_std":
             wrong.append(f"k: without effect with combine: {self.combine}")
         if wrong:
-            raise Problem(*wrong)
+            raise UserError(*wrong)
 
-    def build(self, where: str, around: Any) -> Part:
+    def build(self, where: str, around: Any) -> RewardTerm:
         paths = [self.path] if isinstance(self.path, str) else list(self.path)
         members = [load_member(self, path, "sequence_classification", where, around.device) for path in paths]
         for member in members if self.position != "last" else ():
             if not member.classifier.at_last or member.classifier.pad_id is None:
-                raise Problem(f"{where}.position: {self.position} is for decoders with a pad id; leave it out")
+                raise UserError(f"{where}.position: {self.position} is for decoders with a pad id; leave it out")
         reward = ModelReward(self, members, where)
-        return Part("", where, 1.0, reward.score, content=lambda: content_of(members))
+        return RewardTerm("", where, 1.0, reward.score, content=lambda: content_of(members))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def usable_device(name: Any, field: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         no_cuda = str(name).startswith("cuda") and not torch.cuda.is_available()
         why = "this machine has no CUDA" if no_cuda else (str(error) or type(error).__name__).splitlines()[0]
-        raise Problem(f"{field}.device: {str(name)!r} cannot be used: {why:.200}; leave it out, or say cpu") from error
+        raise UserError(f"{field}.device: {str(name)!r} cannot be used: {why:.200}; leave it out, or say cpu") from error
     return device
 
 
@@ -146,13 +146,13 @@ def choose_label(classifier: Classifier, label: str | int | None, field: str, pa
     known = ", ".join(f"{i} ({names.get(i, '-')})" for i in range(classifier.labels))
     if label is None:
         if classifier.labels != 1:
-            raise Problem(f"{field}.label: {path} has {classifier.labels} labels, {known}; choose the one that is the score")
+            raise UserError(f"{field}.label: {path} has {classifier.labels} labels, {known}; choose the one that is the score")
         return 0
     if isinstance(label, int) and 0 <= label < classifier.labels:
         return label
     found = [i for i, name in names.items() if name == label and i < classifier.labels]
     if not found:
-        raise Problem(f"{field}.label: {label!r} is no label of {path}; it has {known}")
+        raise UserError(f"{field}.label: {label!r} is no label of {path}; it has {known}")
     return found[0]
 
 
@@ -166,7 +166,7 @@ def chosen(logits_NL: Tensor, label: int, output: Output) -> Tensor:
 
 @dataclass(frozen=True)
 class ModelReward:
-    settings: ModelSettings
+    settings: RewardModelSettings
     members: list[Member]
     where: str
 
@@ -184,7 +184,7 @@ class ModelReward:
         bad = torch.nonzero(~found_MB.isfinite().all(0)).flatten().tolist()
         if bad:
             value = found_MB[:, bad[0]].tolist()
-            raise Problem(
+            raise UserError(
                 f"{self.where}: {row_name(rollout, bad[0])} scored {value}; the model's weights or dtype overflow, try float32"
             )
         parts = {str(i): column for i, column in enumerate(found_MB)} if len(self.members) > 1 else {}

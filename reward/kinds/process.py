@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from steerl.reward.kinds.model import Member, Output, chosen, content_of, load_member
 from steerl.reward.types import Scores, row_name
-from steerl.reward.weighted_sum import Part
-from steerl.rollout.common.errors import Problem
+from steerl.reward.weighted_sum import RewardTerm
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
@@ -50,15 +50,15 @@ class ProcessSettings:
 
     def __post_init__(self) -> None:
         if self.separator == "":
-            raise Problem("separator: empty; leave it out to judge every token")
+            raise UserError("separator: empty; leave it out to judge every token")
         if self.batch_size < 1:
-            raise Problem(f"batch_size: expected at least 1, found {self.batch_size}")
+            raise UserError(f"batch_size: expected at least 1, found {self.batch_size}")
 
-    def build(self, where: str, around: Any) -> Part:
+    def build(self, where: str, around: Any) -> RewardTerm:
         member = load_member(self, self.path, "token_classification", where, around.device)
         if self.separator is not None and member.reader.tokenizer is None:
-            raise Problem(f"{where}.tokenizer: missing; the model's folder has none, and steps are found by their text")
-        return Part("", where, 1.0, ProcessReward(self, member, where).score, content=lambda: content_of([member]))
+            raise UserError(f"{where}.tokenizer: missing; the model's folder has none, and steps are found by their text")
+        return RewardTerm("", where, 1.0, ProcessReward(self, member, where).score, content=lambda: content_of([member]))
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class ProcessReward:
             return Scores(torch.zeros(0))
         if not rollout.lengths_B.all():
             empty = int((rollout.lengths_B == 0).nonzero()[0])
-            raise Problem(
+            raise UserError(
                 f"{self.where}: {row_name(rollout, empty)} has no sampled ids, and a process reward is given by token"
             )
         if self.settings.tokens == "auto" and vocabulary != self.member.reader.vocabulary:
-            raise Problem(
+            raise UserError(
                 f"{self.where}.tokens: the model's vocabulary is not the policy's, so it cannot read the sampled ids; "
                 "use a process reward model of the policy's family"
             )
@@ -87,7 +87,7 @@ class ProcessReward:
         for i, logits_SL in enumerate(self.member.classifier.per_token(rows)):
             values_R = chosen(logits_SL[rows.responses[i] :], self.member.label, self.settings.output)
             if not values_R.isfinite().all():
-                raise Problem(f"{self.where}: {row_name(rollout, i)} has a value that is not finite; try dtype: float32")
+                raise UserError(f"{self.where}: {row_name(rollout, i)} has a value that is not finite; try dtype: float32")
             steps = self._steps(rows.ids[i][rows.responses[i] :], rows.ids[i][: rows.responses[i]])
             tokens_BR[i, steps] = values_R[steps]
             total_B[i] = self._reduced(values_R[steps])

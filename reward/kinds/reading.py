@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from steerl.reward.kinds.function import is_conversation
 from steerl.reward.types import has_ids, row_name
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, auto_classes
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, conversation_ids
 from steerl.rollout.types import Rollout, Texts
@@ -78,11 +78,13 @@ class Reader:
     def _reads_ids(self, rollout: Rollout, vocabulary: str | None) -> bool:
         if self.tokens == "ids":
             if not has_ids(rollout):
-                raise Problem(f"{self.where}.tokens: ids, but these texts come without ids; use tokens: text")
+                raise UserError(f"{self.where}.tokens: ids, but these texts come without ids; use tokens: text")
             return True
         if self.tokens == "auto" and self.reads == "both" and vocabulary is not None and has_ids(rollout):
             if self.tokenizer is None:
-                raise Problem(f"{self.where}.tokenizer: missing; the model's folder has none, so name one, or say tokens: ids")
+                raise UserError(
+                    f"{self.where}.tokenizer: missing; the model's folder has none, so name one, or say tokens: ids"
+                )
             return vocabulary == self.vocabulary
         return False
 
@@ -99,7 +101,9 @@ class Reader:
 
     def _text(self, rollout: Rollout, texts: Texts) -> Sequences:
         if self.tokenizer is None:
-            raise Problem(f"{self.where}.tokenizer: missing; the model's folder has none, and the rows are to be read as text")
+            raise UserError(
+                f"{self.where}.tokenizer: missing; the model's folder has none, and the rows are to be read as text"
+            )
         ended = rollout.ended_B.tolist()
         rows = [self._encode(texts, i, ended[i], row_name(rollout, i)) for i in range(len(texts))]
         types = [types for _, types in rows]
@@ -131,16 +135,16 @@ class Reader:
         for index, ids in enumerate(found.ids):
             name = row_name(rollout, index)
             if not ids:
-                raise Problem(f"{self.where}: {name} is empty: there is no token to score; leave the row out")
+                raise UserError(f"{self.where}: {name} is empty: there is no token to score; leave the row out")
             if self.size and max(ids) >= self.size:
-                raise Problem(
+                raise UserError(
                     f"{self.where}: {name} has token id {max(ids)}, but the model has {self.size} ids; use tokens: text"
                 )
             if self.context is None or len(ids) <= self.context:
                 continue
             if self.too_long == "refuse":
                 lengths = f"{len(ids)} tokens, the model reads {self.context}"
-                raise Problem(f"{self.where}: {name} has {lengths}; shorten it, or set too_long: cut")
+                raise UserError(f"{self.where}: {name} has {lengths}; shorten it, or set too_long: cut")
             self._cut(found, index, self.context)
         return found
 

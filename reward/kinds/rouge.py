@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 COLUMNS = ("summary", "reference", "completion", "highlights")
@@ -20,7 +20,9 @@ COLUMNS = ("summary", "reference", "completion", "highlights")
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Mean F-measure of each kind over the rows, from 0 to 1."""
     if len(predictions) != len(references) or not references:
-        raise Problem(f"rouge: {len(predictions)} predictions and {len(references)} references; give as many, and at least one")
+        raise UserError(
+            f"rouge: {len(predictions)} predictions and {len(references)} references; give as many, and at least one"
+        )
     rows = [_scorer().score(_lines(r), _lines(p)) for p, r in zip(predictions, references, strict=True)]
     return {kind: sum(row[kind].fmeasure for row in rows) / len(rows) for kind in KINDS}
 
@@ -29,7 +31,7 @@ def rouge_l(prompts: Sequence[Any], completions: Sequence[str], **columns: Seque
     """ROUGE-L of each completion against its row's reference summary."""
     name = next((name for name in COLUMNS if name in columns), None)
     if name is None:
-        raise Problem(
+        raise UserError(
             f"rouge_l: the data has no reference, a column named {' or '.join(COLUMNS)}; it has: {', '.join(columns)}"
         )
     pairs = zip(completions, columns[name], strict=True)
@@ -41,7 +43,7 @@ def _scorer() -> Any:
     try:
         from rouge_score import rouge_scorer
     except ImportError as error:
-        raise Problem("ROUGE needs the package rouge_score; pip install 'steerl[rouge]'") from error
+        raise UserError("ROUGE needs the package rouge_score; pip install 'steerl[rouge]'") from error
     return rouge_scorer.RougeScorer(list(KINDS), use_stemmer=True)
 
 

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import regex
 from steerl.reward.kinds.numbers import numbers_in
 from steerl.reward.types import Failure, Scores, check_seconds, has_ids, settle
-from steerl.reward.weighted_sum import Part
-from steerl.rollout.common.errors import Problem
+from steerl.reward.weighted_sum import RewardTerm
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import Rollout, Texts
 
 _FAILURES = (ValueError, TypeError, ArithmeticError, RecursionError, TimeoutError)
@@ -38,7 +38,7 @@ class Row:
     def column(self, name: str) -> Any:
         if name not in self.columns:
             known = ", ".join(self.columns) or "none"
-            raise Problem(f"{self.where}.column: {name!r} is no column of the data (columns: {known})")
+            raise UserError(f"{self.where}.column: {name!r} is no column of the data (columns: {known})")
         return self.columns[name]
 
 
@@ -58,7 +58,7 @@ class RuleReward:
             row = Row(completion, columns, responses[i][: lengths[i]] if have_ids else None, self.where.split(" ")[0])
             try:
                 values.append(self.judge(row))
-            except Problem:
+            except UserError:
                 raise
             except _FAILURES as error:
                 late = isinstance(error, TimeoutError)
@@ -66,8 +66,8 @@ class RuleReward:
         return settle(values, rollout, self.where, self.fallback)
 
 
-def _part(rule: Any, where: str) -> Part:
-    return Part("", where, 1.0, RuleReward(rule.judge, rule.fallback, where).score)
+def _part(rule: Any, where: str) -> RewardTerm:
+    return RewardTerm("", where, 1.0, RuleReward(rule.judge, rule.fallback, where).score)
 
 
 def _compiled(pattern: str, field: str, ignore_case: bool = False) -> Any:
@@ -75,7 +75,7 @@ def _compiled(pattern: str, field: str, ignore_case: bool = False) -> Any:
         # The regex package, which reads the same patterns as re: its searches can be given a time limit.
         return regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
     except regex.error as error:
-        raise Problem(f"{field}: {pattern!r} is no regular expression: {error}") from error
+        raise UserError(f"{field}: {pattern!r} is no regular expression: {error}") from error
 
 
 def _extracted(text: str, pattern: str | None, timeout: float) -> str | None:
@@ -109,7 +109,7 @@ class Exact:
         if self.pattern is not None:
             _compiled(self.pattern, "pattern")
 
-    def build(self, where: str, around: Any) -> Part:
+    def build(self, where: str, around: Any) -> RewardTerm:
         return _part(self, where)
 
     def judge(self, row: Row) -> float | None:
@@ -148,9 +148,9 @@ class Numeric:
             _compiled(self.pattern, "pattern")
         for name in ("tolerance", "relative"):
             if getattr(self, name) < 0:
-                raise Problem(f"{name}: expected 0 or more, found {getattr(self, name)}")
+                raise UserError(f"{name}: expected 0 or more, found {getattr(self, name)}")
 
-    def build(self, where: str, around: Any) -> Part:
+    def build(self, where: str, around: Any) -> RewardTerm:
         return _part(self, where)
 
     def judge(self, row: Row) -> float | None:
@@ -186,7 +186,7 @@ class Regex:
         check_seconds(self.timeout)
         _compiled(self.pattern, "pattern")
 
-    def build(self, where: str, around: Any) -> Part:
+    def build(self, where: str, around: Any) -> RewardTerm:
         return _part(self, where)
 
     def judge(self, row: Row) -> float | None:
@@ -209,7 +209,7 @@ class Json:
     wrong: float = 0.0
     fallback: float = 0.0
 
-    def build(self, where: str, around: Any) -> Part:
+    def build(self, where: str, around: Any) -> RewardTerm:
         return _part(self, where)
 
     def judge(self, row: Row) -> float | None:
@@ -239,7 +239,7 @@ def _pieces(row: Row, unit: Unit) -> list[Any]:
     if unit == "characters":
         return list(row.completion)
     if row.ids is None:
-        raise Problem(f"{row.where}.unit: tokens, but these texts come without ids; use words or characters")
+        raise UserError(f"{row.where}.unit: tokens, but these texts come without ids; use words or characters")
     return row.ids
 
 
@@ -256,15 +256,15 @@ class Length:
 
     def __post_init__(self) -> None:
         if self.min < 0 or self.soft < 0:
-            raise Problem(
+            raise UserError(
                 f"{'min' if self.min < 0 else 'soft'}: expected 0 or more, found {self.min if self.min < 0 else self.soft}"
             )
         if self.max is not None and self.max < self.min:
-            raise Problem(f"max: expected at least min = {self.min}, found {self.max}")
+            raise UserError(f"max: expected at least min = {self.min}, found {self.max}")
         if self.max is None and self.min == 0:
-            raise Problem("max: missing, and min is 0: every length would be right; set one of them")
+            raise UserError("max: missing, and min is 0: every length would be right; set one of them")
 
-    def build(self, where: str, around: Any) -> Part:
+    def build(self, where: str, around: Any) -> RewardTerm:
         return _part(self, where)
 
     def judge(self, row: Row) -> float | None:
@@ -283,9 +283,9 @@ class Repetition:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise Problem(f"n: expected at least 1, found {self.n}")
+            raise UserError(f"n: expected at least 1, found {self.n}")
 
-    def build(self, where: str, around: Any) -> Part:
+    def build(self, where: str, around: Any) -> RewardTerm:
         return _part(self, where)
 
     def judge(self, row: Row) -> float | None:
@@ -309,11 +309,11 @@ class Keywords:
 
     def __post_init__(self) -> None:
         if not self.words or not all(word.strip() for word in self.words):
-            raise Problem(f"words: expected words, found {list(self.words)}")
+            raise UserError(f"words: expected words, found {list(self.words)}")
         if self.cap is not None and self.cap < 1:
-            raise Problem(f"cap: expected at least 1, found {self.cap}")
+            raise UserError(f"cap: expected at least 1, found {self.cap}")
 
-    def build(self, where: str, around: Any) -> Part:
+    def build(self, where: str, around: Any) -> RewardTerm:
         return _part(self, where)
 
     def judge(self, row: Row) -> float | None:

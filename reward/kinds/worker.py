@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steerl.reward.kinds.loading import Told
+    from steerl.reward.kinds.loading import CallResult
 
 STARTUP = 600.0
 """Seconds that importing the function's file may take."""
@@ -46,7 +46,7 @@ class Worker:
         self.pipe: Connection | None = None
         self.turn = threading.Lock()
 
-    def call(self, arguments: dict[str, Any], told: Told, logs: Sequence[str], timeout: float | None) -> Told:
+    def call(self, arguments: dict[str, Any], told: CallResult, logs: Sequence[str], timeout: float | None) -> CallResult:
         """`told`: what is to be filled. `logs`: which of its methods the function is given."""
         with self.turn:
             if self.process is None or self.process.poll() is not None:
@@ -59,12 +59,12 @@ class Worker:
                 raise WorkerFailed(f"its process ended (exit status {self._status()})") from error
             if kind == "raised":
                 raise WorkerFailed(value)
-            filled: Told = value
+            filled: CallResult = value
             return filled
 
     def _start(self) -> None:
-        """A Problem where it does not start: no fallback is for that."""
-        from steerl.rollout.common.errors import Problem
+        """A UserError where it does not start: no fallback is for that."""
+        from steerl.rollout.common.errors import UserError
 
         self.close()
         here, there = Pipe()
@@ -76,14 +76,14 @@ class Worker:
             self.pipe.send_bytes(pickle.dumps((self.function, self.where, [p for p in sys.path if p])))
             kind, value = self._receive(STARTUP, f"its file was not imported after {STARTUP:.0f} s")
         except Overdue as error:
-            raise Problem(f"{self.where}: {error}") from error
+            raise UserError(f"{self.where}: {error}") from error
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            raise Problem(
+            raise UserError(
                 f"{self.where}: the process for {self.function} ended while it started (exit status {self._status()})"
             ) from error
         if kind == "raised":
             self.close()
-            raise Problem(*value)
+            raise UserError(*value)
 
     def _status(self) -> int | None:
         code = self.process.wait() if self.process is not None else None
@@ -115,11 +115,11 @@ def serve(pipe: Connection) -> None:
     spec, where, paths = pickle.loads(pipe.recv_bytes())
     sys.path += [path for path in paths if path not in sys.path]  # last: what may hide a module there does not here
     from steerl.reward.kinds.loading import load_function
-    from steerl.rollout.common.errors import Problem, said
+    from steerl.rollout.common.errors import UserError, said
 
     try:
         function = load_function(spec, where)
-    except Problem as problem:
+    except UserError as problem:
         pipe.send_bytes(pickle.dumps(("raised", problem.lines)))
         return
     pipe.send_bytes(pickle.dumps(("ready", None)))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.hooks import unsteered
@@ -78,7 +78,7 @@ def effect_curve(
         tokens = int(rollout.lengths_B.sum())
         values = measure(rollout, texts).double()
         if values.shape != (len(rollout),) or not bool(torch.isfinite(values).all()):
-            raise Problem(f"measure: expected one finite number per response ({len(rollout)}), found {values}")
+            raise UserError(f"measure: expected one finite number per response ({len(rollout)}), found {values}")
         found.append(Point(strength, float(values.mean()), float(kl_BR.sum()) / max(tokens, 1), float(kl_BR.sum(1).mean())))
     return found
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from steerl.rollout.decoding.distribution import History, Law
+from steerl.rollout.decoding.distribution import Distribution, History
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import Policy, no_dropout
 from steerl.rollout.scoring.logprobs import forward_inputs, pick, teacher_forced
@@ -118,7 +118,7 @@ def _each_alone(
 
 def _behaviour_alone(policy: Policy, rollout: Rollout, sampling: Sampling) -> Tensor:
     """Behaviour log-probs of every row by itself: the law applied step by step to its own raw logits."""
-    law, alone_BR = Law(sampling, policy), torch.zeros_like(rollout.behaviour_logprobs_BR)
+    law, alone_BR = Distribution(sampling, policy), torch.zeros_like(rollout.behaviour_logprobs_BR)
     for row in range(len(rollout)):
         one = rollout.select([row]).trim()
         logits_RV = policy.core(**forward_inputs(policy, one)).logits[0, -one.response_width :]

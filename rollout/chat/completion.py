@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from steerl.rollout.chat.confidence import prompt_logprobs
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops
 from steerl.rollout.engines.sampler import OnToken, Sampler
@@ -62,7 +62,7 @@ def text_completion(
 ) -> list[dict[str, Any]]:
     """[{"generation": str}] of texts; with `logprobs` also "tokens" and "logprobs". `more` as for `generate`."""
     if isinstance(prompts, str):
-        raise Problem("prompts: one text; give a list of texts")
+        raise UserError("prompts: one text; give a list of texts")
     ids = [text_ids(policy, prompt) for prompt in prompts]
     found = _complete(policy, ids, temperature, top_p, max_gen_len, logprobs, echo, more)
     return [{"generation": _text(policy, done, echo), **(_numbers(policy, done, echo) if logprobs else {})} for done in found]
@@ -81,7 +81,9 @@ def chat_completion(
     for index, dialog in enumerate(dialogs):
         check_dialog(dialog, f"dialogs[{index}]")
     if not getattr(policy.tokenizer, "chat_template", None):
-        raise Problem("dialogs: the tokenizer has no chat template; use text_completion, or save a template with the tokenizer")
+        raise UserError(
+            "dialogs: the tokenizer has no chat template; use text_completion, or save a template with the tokenizer"
+        )
     ids = [conversation_ids(policy.tokenizer, list(dialog)) for dialog in dialogs]
     found = _complete(policy, ids, temperature, top_p, max_gen_len, logprobs, False, more)
     return [
@@ -135,13 +137,13 @@ def _complete(
         raise TypeError(f"unknown argument(s) {', '.join(unknown)}; known are {', '.join(known)}")
     most, context = more.get("max_batch_size"), _context(policy, more.get("max_seq_len"))
     if not len(prompt_ids):
-        raise Problem("prompts: none; give at least one")
+        raise UserError("prompts: none; give at least one")
     if most is not None and len(prompt_ids) > most:
-        raise Problem(f"prompts: {len(prompt_ids)} of them, more than max_batch_size {most}; give fewer at once")
+        raise UserError(f"prompts: {len(prompt_ids)} of them, more than max_batch_size {most}; give fewer at once")
     if max_gen_len is None and context is None:
-        raise Problem("max_gen_len: this model's context has no limit; say how many tokens at most")
+        raise UserError("max_gen_len: this model's context has no limit; say how many tokens at most")
     if max_gen_len is not None and max_gen_len < 0:
-        raise Problem(f"max_gen_len: {max_gen_len}; give 0 or more")
+        raise UserError(f"max_gen_len: {max_gen_len}; give 0 or more")
     wanted = max_gen_len if max_gen_len is not None else (context or 1) - 1
     sampling = Sampling(
         temperature=temperature or 1.0,
@@ -180,14 +182,14 @@ def complete(
     `on_token` as for Sampler.sample.
     """
     if sampling.n != 1:
-        raise Problem(f"sampling.n: {sampling.n}, but a prompt has one completion; leave it at 1, or dump rollouts")
+        raise UserError(f"sampling.n: {sampling.n}, but a prompt has one completion; leave it at 1, or dump rollouts")
     prompts = [[int(token) for token in ids] for ids in prompt_ids]
     context = _context(policy, None) if context is None else context
     limit = sampling.max_new_tokens if limit is None else limit
     for row, ids in enumerate(prompts):
         _check_prompt(policy, row, ids, context)
     if echo and policy.is_seq2seq:
-        raise Problem("echo: an encoder-decoder does not predict its prompt, so there is nothing to echo; leave it out")
+        raise UserError("echo: an encoder-decoder does not predict its prompt, so there is nothing to echo; leave it out")
     room = [_room(policy, len(ids), limit, context) for ids in prompts]
     done: dict[int, Completed] = {}
     for most in sorted(set(room), reverse=True):
@@ -220,10 +222,10 @@ def complete(
 def check_dialog(dialog: Sequence[dict[str, Any]], where: str = "dialog") -> None:
     """A system message first or not at all, then user and assistant in turn, a user's last; tools answer an assistant."""
     if not len(dialog):
-        raise Problem(f"{where}: no messages; a dialog begins with a system or a user message")
+        raise UserError(f"{where}: no messages; a dialog begins with a system or a user message")
     for at, message in enumerate(dialog):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or message.get("content") is None:
-            raise Problem(f"{where}[{at}]: expected {{'role': ..., 'content': ...}}, found {str(message)[:80]}")
+            raise UserError(f"{where}[{at}]: expected {{'role': ..., 'content': ...}}, found {str(message)[:80]}")
     roles = [message["role"] for message in dialog]
     turns = roles[1:] if roles[0] == "system" else roles
     offset = len(roles) - len(turns)
@@ -232,26 +234,26 @@ def check_dialog(dialog: Sequence[dict[str, Any]], where: str = "dialog") -> Non
     for at, role in enumerate(turns):
         if role not in follows[before]:
             after = before or ("system" if offset else "nothing")
-            raise Problem(
+            raise UserError(
                 f"{where}[{at + offset}]: role {role!r} after {after!r}, expected {' or '.join(follows[before])}; "
                 "a system message first, then user and assistant in turn"
             )
         before = role
     if before not in ("user", "tool"):
-        raise Problem(
+        raise UserError(
             f"{where}: the last message is the {before or 'system'}'s; it must be the user's, which is to be answered"
         )
 
 
 def _check_prompt(policy: Policy, row: int, ids: list[int], context: int | None) -> None:
     if not ids:
-        raise Problem(f"prompts[{row}]: empty; a model needs at least one token to go on from")
+        raise UserError(f"prompts[{row}]: empty; a model needs at least one token to go on from")
     wrong = next((token for token in ids if not 0 <= token < policy.vocab_size), None)
     if wrong is not None:
-        raise Problem(f"prompts[{row}]: the id {wrong} is out of range; ids go from 0 to {policy.vocab_size - 1}")
+        raise UserError(f"prompts[{row}]: the id {wrong} is out of range; ids go from 0 to {policy.vocab_size - 1}")
     room = policy.context if policy.is_seq2seq else context
     if room is not None and len(ids) > room:
-        raise Problem(f"prompts[{row}]: {len(ids)} tokens, more than the {room} of the context; shorten it")
+        raise UserError(f"prompts[{row}]: {len(ids)} tokens, more than the {room} of the context; shorten it")
 
 
 def _context(policy: Policy, asked: int | None) -> int | None:
@@ -262,7 +264,7 @@ def _context(policy: Policy, asked: int | None) -> int | None:
     if asked is None:
         return own
     if asked < 1 or (own is not None and asked > own):
-        raise Problem(
+        raise UserError(
             f"max_seq_len: {asked}; give 1 to {own if own is not None else 'any number'}, what the model's context holds"
         )
     return asked
@@ -270,8 +272,8 @@ def _context(policy: Policy, asked: int | None) -> int | None:
 
 def _room(policy: Policy, length: int, limit: int, context: int | None) -> int:
     """Tokens that a completion may have: what the context leaves, or the length beyond which the model has another law."""
-    used, switch = 0 if policy.is_seq2seq else length, policy.habits.boundary
-    ends = [end for end in (context, switch) if end is not None and not (end == switch and policy.habits.is_long(length))]
+    used, switch = 0 if policy.is_seq2seq else length, policy.capabilities.boundary
+    ends = [end for end in (context, switch) if end is not None and not (end == switch and policy.capabilities.is_long(length))]
     return min([limit, *(end - used for end in ends)])
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.sampler import left_pad
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import Speller, text_ids
@@ -109,16 +109,16 @@ def sequence_logprob(policy: Policy, prompt: str | Sequence[int], response: str 
     goes_on = [] if policy.is_seq2seq else before
     after = Speller(policy.tokenizer).ids(goes_on, response) if isinstance(response, str) else list(response)
     if not before:
-        raise Problem("prompt: empty; a model needs at least one token to go on from")
+        raise UserError("prompt: empty; a model needs at least one token to go on from")
     if not len(after):
         return 0.0
     for name, ids in (("prompt", before), ("response", after)):
         if not all(0 <= token < policy.vocab_size for token in ids):
-            raise Problem(f"{name}: an id is out of range; ids go from 0 to {policy.vocab_size - 1}")
+            raise UserError(f"{name}: an id is out of range; ids go from 0 to {policy.vocab_size - 1}")
     room = policy.decoder_context if policy.is_seq2seq else policy.context
     used = len(after) + (len(policy.start_ids) if policy.is_seq2seq else len(before))
     if room is not None and used > room + 1:  # the last token is predicted, never read
-        raise Problem(
+        raise UserError(
             f"response: prompt and response have {used} tokens, more than the model's context of {room}; shorten them"
         )
     with torch.no_grad():

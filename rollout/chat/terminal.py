@@ -1,8 +1,8 @@
-"""Tokens on a terminal: text as it becomes whole, colours by probability, two texts side by side in columns.
+"""Tokens on a terminal: text as it becomes whole, colors by probability, two texts side by side in columns.
 
-    ids --Pieces--> text that ends on whole characters --paint--> with a colour --columns--> lines no wider than the window
+    ids --Pieces--> text that ends on whole characters --paint--> with a color --columns--> lines no wider than the window
 
-Strings in, strings out; who writes them where is the door's. And Ctrl-C: what it stops, and where it is not heard.
+Strings in, strings out; who writes them where is the command's. And Ctrl-C: what it stops, and where it is not heard.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import Tensor
 
 RESET = "\x1b[0m"
 BANDS: tuple[tuple[float, str], ...] = ((0.05, "\x1b[31m"), (0.25, "\x1b[33m"), (0.6, "\x1b[36m"), (1.01, "\x1b[32m"))
-"""Probability below which a colour is used: red, yellow, cyan, green."""
+"""Probability below which a color is used: red, yellow, cyan, green."""
 _BEHIND = 6
-"""Tokens decoded again before the new one: spelling of a piece may depend on its neighbours."""
+"""Tokens decoded again before the new one: spelling of a piece may depend on its neighbors."""
 NARROW = 60
 """Columns under which two texts stand one below the other."""
 
 
-def wants_colour(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+def wants_color(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
     """On a terminal that can show it, unless NO_COLOR asks for none."""
     return stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
 
@@ -95,17 +95,17 @@ def pieces_of(tokenizer: Any, ids: Sequence[int], logprobs: Sequence[float | Non
     return [piece for piece in (*found, stream.rest()) if piece is not None]
 
 
-def paint(piece: Piece, colour: bool, raw: bool = False) -> str:
-    """The piece, coloured by its probability; a colour never runs over a line's end. `raw`: as it is, for pipes."""
+def paint(piece: Piece, color: bool, raw: bool = False) -> str:
+    """The piece, colored by its probability; a color never runs over a line's end. `raw`: as it is, for pipes."""
     text = piece.text if raw else visible(piece.text)
-    if not colour or piece.logprob is None:
+    if not color or piece.logprob is None:
         return text
     band = next((code for limit, code in BANDS if math.exp(piece.logprob) < limit), BANDS[-1][1])
     return "\n".join(f"{band}{line}{RESET}" if line else "" for line in text.split("\n"))
 
 
 def legend() -> str:
-    """What the colours mean, in them."""
+    """What the colors mean, in them."""
     names = [f"< {limit:g}" for limit, _ in BANDS[:-1]] + [f">= {BANDS[-2][0]:g}"]
     return "probability " + "  ".join(f"{code}{name}{RESET}" for name, (_, code) in zip(names, BANDS, strict=True))
 
@@ -121,7 +121,7 @@ def _columns(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def wrap(pieces: Sequence[Piece], width: int, colour: bool) -> list[tuple[str, int]]:
+def wrap(pieces: Sequence[Piece], width: int, color: bool) -> list[tuple[str, int]]:
     """Lines of painted text, each with its width in columns, none wider than `width` (at least 2)."""
     lines: list[tuple[str, int]] = []
     line, used = "", 0
@@ -130,25 +130,25 @@ def wrap(pieces: Sequence[Piece], width: int, colour: bool) -> list[tuple[str, i
         for character in visible(piece.text).replace("\t", "    "):
             size = _columns(character)
             if character == "\n" or used + size > width:
-                lines.append((line + paint(Piece(run, piece.logprob), colour), used))
+                lines.append((line + paint(Piece(run, piece.logprob), color), used))
                 line, used, run = "", 0, ""
                 if character == "\n":
                     continue
             run, used = run + character, used + size
-        line += paint(Piece(run, piece.logprob), colour)
+        line += paint(Piece(run, piece.logprob), color)
     return [*lines, (line, used)]
 
 
-def columns(left: tuple[str, Sequence[Piece]], right: tuple[str, Sequence[Piece]], width: int, colour: bool) -> Iterator[str]:
+def columns(left: tuple[str, Sequence[Piece]], right: tuple[str, Sequence[Piece]], width: int, color: bool) -> Iterator[str]:
     """Two headed texts as lines: side by side, or one below the other in a narrow window."""
     if width < NARROW:
         for head, pieces in (left, right):
             yield f"{head}:"
-            yield from (line for line, _ in wrap(pieces, max(width - 1, 2), colour))
+            yield from (line for line, _ in wrap(pieces, max(width - 1, 2), color))
         return
     half = (width - 3) // 2
     sides = [
-        [(clipped(head, half), width_of(clipped(head, half))), *wrap(pieces, half, colour)] for head, pieces in (left, right)
+        [(clipped(head, half), width_of(clipped(head, half))), *wrap(pieces, half, color)] for head, pieces in (left, right)
     ]
     for (one, used), (two, _) in zip_longest(*sides, fillvalue=("", 0)):
         yield f"{one}{' ' * (half - used)} | {two}".rstrip()

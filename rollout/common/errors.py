@@ -1,6 +1,6 @@
-"""The one error that is the user's to mend, and how a door shows it.
+"""The one error that is the user's to mend, and how a command shows it.
 
-A `Problem` says what, where, the value found and what to do, in one line. Doors print it and leave with status 2;
+A `UserError` says what, where, the value found and what to do, in one line. Doors print it and leave with status 2;
 anything else that escapes is a defect of ours and keeps its traceback.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 
-class Problem(ValueError):
+class UserError(ValueError):
     """Bad input: one clear line for the user. Several problems found together are raised once, a line each."""
 
     def __init__(self, *lines: str):
@@ -42,7 +42,7 @@ class Stopped(Exception):
 
 
 class reading:
-    """While a library reads a file of the user's: what it raises is a Problem, `before` and `after` what it says.
+    """While a library reads a file of the user's: what it raises is a UserError, `before` and `after` what it says.
 
     Libraries promise no class for a damaged file (a text where config.json has a number is a TypeError here, an IndexError
     there, and tokenizers raises plain Exception), so such a block holds their call and nothing else.
@@ -55,8 +55,8 @@ class reading:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, Problem) and _may_be_the_files(error):
-            raise Problem(f"{self.before}{one_line(error)}{self.after}") from error
+        if error is not None and not isinstance(error, UserError) and _may_be_the_files(error):
+            raise UserError(f"{self.before}{one_line(error)}{self.after}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """The processes of a job: who am I, gather, sum, wait, stop early. One process needs neither accelerate nor torch.distributed.
 
-A door calls `start()` first and `close()` last, and `end()` where that left a group; in between any room may ask `start()`
+A command calls `start()` first and `close()` last, and `end()` where that left a group; in between any room may ask `start()`
 again (it is the same answer).
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from torch import Tensor
 
 Value = TypeVar("Value")
@@ -46,7 +46,7 @@ def start() -> Processes:
     cpu = not torch.cuda.is_available()
     if importlib.util.find_spec("accelerate") is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise Problem("WORLD_SIZE: more than one process needs accelerate; pip install accelerate")
+            raise UserError("WORLD_SIZE: more than one process needs accelerate; pip install accelerate")
         return Processes(0, 1, torch.device("cpu" if cpu else "cuda"))
     from accelerate import PartialState
 
@@ -67,7 +67,7 @@ def _end_with_launcher() -> None:
     with contextlib.suppress(OSError):
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
         if by_torchrun and not any(word in parent for word in (b"python", b"torchrun", b"accelerate")):
-            raise Problem("the launcher of this process has gone; start the job again")
+            raise UserError("the launcher of this process has gone; start the job again")
 
 
 def is_distributed() -> bool:
@@ -105,21 +105,21 @@ def most(count: int) -> int:
 
 
 def on_main(function: Callable[[], Value]) -> Value:
-    """What the main process gets from `function`, on every process. Its Problem is raised everywhere, told once."""
+    """What the main process gets from `function`, on every process. Its UserError is raised everywhere, told once."""
     if not is_distributed():
         return function()
     told: list[Any] = [None, None]
-    problem: Problem | None = None
+    problem: UserError | None = None
     if start().is_main:
         try:
             told = [function(), False]
-        except Problem as error:
+        except UserError as error:
             problem, told = error, [None, True]
     torch.distributed.broadcast_object_list(told)
     if problem is not None:
         raise problem
     if told[1]:
-        raise Problem()  # no lines: the main process shows them
+        raise UserError()  # no lines: the main process shows them
     value: Value = told[0]
     return value
 

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.nucleus import nucleus
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import Policy
@@ -40,7 +40,7 @@ class Drawn:
 class History:
     """What penalties and bans look back on: the row's real tokens so far. Rows can be picked; columns grow by one."""
 
-    def __init__(self, tokens_BL: Tensor, real_BL: Tensor, law: Law):
+    def __init__(self, tokens_BL: Tensor, real_BL: Tensor, law: Distribution):
         self.law = law
         self.tokens_BL, self.real_BL = tokens_BL, real_BL
 
@@ -53,7 +53,7 @@ class History:
         self.tokens_BL, self.real_BL = self.tokens_BL[index], self.real_BL[index]
 
 
-class Law:
+class Distribution:
     """The settings, applied to logits. Built once per sampler."""
 
     def __init__(self, sampling: Sampling, policy: Policy):
@@ -65,12 +65,12 @@ class Law:
         self.looks_back = sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size > 0 or bool(self.banned_after)
         self.penalises = self.looks_back or bool(self.banned_always)
 
-    def penalised(self, logits_BV: Tensor, history: History, space: Space) -> Tensor:
+    def penalized(self, logits_BV: Tensor, history: History, space: Space) -> Tensor:
         """Penalties, then bans: what depends on the tokens so far. -inf for what is banned."""
         settings, tokens_BL, real_BL = self.sampling, history.tokens_BL, history.real_BL
-        scores = space.like("penalised", logits_BV).copy_(logits_BV)
+        scores = space.like("penalized", logits_BV).copy_(logits_BV)
         if settings.repetition_penalty != 1:
-            _penalise(scores, tokens_BL, real_BL, settings.repetition_penalty)
+            _penalize(scores, tokens_BL, real_BL, settings.repetition_penalty)
         if settings.no_repeat_ngram_size:
             _ban_repeats(scores, tokens_BL, real_BL, settings.no_repeat_ngram_size)
         if self.banned_always:
@@ -92,7 +92,7 @@ class Law:
 
     def behaviour_scores(self, logits_BV: Tensor, history: History) -> Tensor:
         """What the behaviour's law is the softmax of: -inf for what cannot be drawn."""
-        scores = self.penalised(logits_BV, history, Space())
+        scores = self.penalized(logits_BV, history, Space())
         if self.sampling.greedy:
             return scores
         scores = scores / self.sampling.temperature
@@ -109,11 +109,11 @@ class Law:
         entropy_B, total_B, bad_B = policy.entropy(), policy.total_B, policy.bad_B
         behaviour = policy
         if settings.greedy:
-            best = self.penalised(logits_BV, history, space).max(dim=1)
+            best = self.penalized(logits_BV, history, space).max(dim=1)
             logprobs_B = policy.logprobs(best.indices, total_B)
             return Drawn(best.indices, logprobs_B, logprobs_B, entropy_B, bad_B | ~best.values.isfinite())
         if self.penalises:
-            behaviour = Weights(self.penalised(logits_BV, history, space).div_(settings.temperature), space, "behaviour")
+            behaviour = Weights(self.penalized(logits_BV, history, space).div_(settings.temperature), space, "behaviour")
         if settings.truncates:
             self.truncate(behaviour)
         tokens_B = behaviour.draw(uniform_B)
@@ -252,9 +252,9 @@ def _exceed(cumulative_BN: Tensor, target_B: Tensor) -> Tensor:
     return torch.searchsorted(cumulative_BN, target_B[:, None], right=True).clamp(max=cumulative_BN.shape[1] - 1)
 
 
-def _penalise(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, penalty: float) -> None:
+def _penalize(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, penalty: float) -> None:
     """Scores of the row's real tokens times the penalty where negative, divided by it elsewhere: each once, in place."""
-    last_B1 = tokens_BL[:, -1:]  # padding is on the left: it gives way to a token that is penalised anyway
+    last_B1 = tokens_BL[:, -1:]  # padding is on the left: it gives way to a token that is penalized anyway
     seen_BL = torch.where(real_BL, tokens_BL, last_B1)
     found_BL = scores_BV.gather(1, seen_BL)
     scores_BV.scatter_(1, seen_BL, torch.where(found_BL < 0, found_BL * penalty, found_BL / penalty))
@@ -291,8 +291,8 @@ def _banned_sequences(sampling: Sampling, policy: Policy) -> list[tuple[int, ...
         spelt = [ids for ids in spelt if ids and policy.tokenizer.unk_token_id not in ids]
         banned |= {tuple(ids): "sampling.bad_words" for ids in spelt}
         if not spelt:
-            raise Problem(f"sampling.bad_words: the tokenizer cannot spell {word!r}; leave it out")
+            raise UserError(f"sampling.bad_words: the tokenizer cannot spell {word!r}; leave it out")
     for ids, name in banned.items():
         if not all(0 <= i < policy.vocab_size for i in ids):
-            raise Problem(f"{name}: {list(ids)} is out of range; ids go from 0 to {policy.vocab_size - 1}")
+            raise UserError(f"{name}: {list(ids)} is out of range; ids go from 0 to {policy.vocab_size - 1}")
     return list(banned)

@@ -1,6 +1,6 @@
 """The streaming decode loop that generate is handed: draws every token itself and keeps four numbers of each.
 
-    generate ── closed config, encoder, cache ──> Stream(model, input_ids, ...)
+    generate ── closed config, encoder, cache ──> DecodeLoop(model, input_ids, ...)
         prefill ─┬─ copies: one prompt's cache becomes its n samples'
                  └─> logits of the last column ─ law ─ token, log-probs, entropy ─ stops ─┬─ all ended: out
                        ^                                                                  ├─ few left: drop ended rows
@@ -17,8 +17,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.common.errors import Problem
-from steerl.rollout.decoding.distribution import Drawn, History, Law, Space
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.decoding.distribution import Distribution, Drawn, History, Space
 from steerl.rollout.decoding.stops import Stops
 from steerl.rollout.model.generation_state import can_pick, pick_rows, step_forward
 from steerl.rollout.types import STOP_LENGTH, STOP_USER
@@ -31,12 +31,12 @@ _KEEP_ABOVE = 0.9
 """Ended rows are dropped when less than this share is alive; each drop copies the cache once."""
 
 
-class Stream:
+class DecodeLoop:
     """One batch's decoding. Call it through `generate(custom_generate=...)`; the results are its fields afterwards."""
 
     def __init__(
         self,
-        law: Law,
+        law: Distribution,
         stops: Stops,
         *,
         uniforms_BR: Tensor,
@@ -142,7 +142,7 @@ class Stream:
         if bad:
             place = int(alive.place[bad_A.nonzero()[0, 0]])
             who = self.names[place] if self.names else f"row {place}"
-            raise Problem(
+            raise UserError(
                 f"sampling: the logits of {who} at token {t} hold no law (NaN, infinite, or every token banned); "
                 "check the model's weights and dtype, and the bans in the sampling settings"
             )

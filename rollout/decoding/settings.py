@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Sampling:
         if self.temperature == 0:
             problems.append("sampling.temperature: 0 has no law to draw from; set sampling.greedy true for the likeliest token")
         if problems:
-            raise Problem(*problems)
+            raise UserError(*problems)
         if self.greedy and (ignored := [name for name in ("temperature", "top_k", "top_p", "min_p") if self._changed(name)]):
             logger.warning(
                 "sampling.greedy: the likeliest token is the same under %s, which have no effect", ", ".join(ignored)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import Problem
-from steerl.rollout.decoding.distribution import History, Law, Space, Weights
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.decoding.distribution import Distribution, History, Space, Weights
 from steerl.rollout.decoding.settings import ClosedGenerationConfig, Sampling, uniforms
 from steerl.rollout.decoding.stops import Stops
 from steerl.rollout.engines.sampler import left_pad
@@ -27,7 +27,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *, step: int = 0) -> tuple[Rollout, Any]:
     """The rollout of `batch` in one generate call, and generate's own output beside it."""
     device = policy.device
-    law, stops = Law(sampling, policy), Stops(sampling, policy)
+    law, stops = Distribution(sampling, policy), Stops(sampling, policy)
     stops.to(device)
     pairs = [(i, j) for i in range(len(batch)) for j in range(sampling.n)]
     row_B = torch.tensor([batch.rows[i] for i, _ in pairs], device=device)
@@ -35,9 +35,11 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
     prompt_BP, mask_BP = left_pad([batch.ids[i] for i, _ in pairs], policy.pad_id, device)
     before = [stops.before(batch.ids[i]) for i, _ in pairs]
     ids, mask = encoder_input(prompt_BP, mask_BP) if policy.is_seq2seq else (prompt_BP, mask_BP)
-    habits, widths = policy.habits, {len(row) for row in batch.ids}
-    if len(widths) > 1 and not (habits.padding and len({habits.is_long(length) for length in widths}) == 1):
-        raise Problem(f"prompts: {type(policy.core).__name__} takes no padding; give the reference path prompts of one length")
+    capabilities, widths = policy.capabilities, {len(row) for row in batch.ids}
+    if len(widths) > 1 and not (capabilities.padding and len({capabilities.is_long(length) for length in widths}) == 1):
+        raise UserError(
+            f"prompts: {type(policy.core).__name__} takes no padding; give the reference path prompts of one length"
+        )
     start = torch.tensor(policy.start_ids, device=device)[None].expand(len(pairs), -1) if policy.is_seq2seq else prompt_BP
     real = torch.ones_like(start, dtype=torch.bool) if policy.is_seq2seq else mask_BP
     uniforms_BR = uniforms(sampling.seed, step, row_B, sample_B, torch.arange(sampling.max_new_tokens, device=device))
@@ -46,14 +48,14 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
         max_new_tokens=sampling.max_new_tokens,
         do_sample=not sampling.greedy,
         eos_token_id=stops.all_ids or None,
-        use_cache=habits.caches((len(policy.start_ids) or max(widths)) + sampling.max_new_tokens),
+        use_cache=capabilities.caches((len(policy.start_ids) or max(widths)) + sampling.max_new_tokens),
         return_dict_in_generate=True,
         output_scores=True,
         output_logits=True,
     )
     with no_dropout(policy.core), torch.no_grad(), _Draws(uniforms_BR):
         output = policy.core.generate(
-            **generate_arguments(policy, ids, mask, policy.habits.first),
+            **generate_arguments(policy, ids, mask, policy.capabilities.first),
             generation_config=config,
             logits_processor=LogitsProcessorList([_LawProcessor(law, real)]),
             stopping_criteria=StoppingCriteriaList([_StopCriteria(stops, start.shape[1], before)] if stops.has_strings else []),
@@ -108,7 +110,7 @@ def _end(stops: Stops, ids: list[int], before: list[int]) -> tuple[int, int]:
 class _LawProcessor(LogitsProcessor):
     """The behaviour's law as the one processor of generate."""
 
-    def __init__(self, law: Law, real_BP: Tensor):
+    def __init__(self, law: Distribution, real_BP: Tensor):
         self.law, self.real_BP = law, real_BP
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

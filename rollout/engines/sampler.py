@@ -1,6 +1,6 @@
 """Sampler: prompts -> generate -> Rollout. The one entry to sampling.
 
-PromptBatch ── rows x samples ── parts of like length ── generate(custom_generate=Stream) ──┬─ Rollout  ids, log-probs
+PromptBatch ── rows x samples ── parts of like length ── generate(custom_generate=DecodeLoop) ──┬─ Rollout  ids, log-probs
                                                                                             └─ Texts    what they say
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding import compiled
-from steerl.rollout.decoding.distribution import Law
-from steerl.rollout.decoding.loop import Stream
+from steerl.rollout.decoding.distribution import Distribution
+from steerl.rollout.decoding.loop import DecodeLoop
 from steerl.rollout.decoding.settings import ClosedGenerationConfig, Sampling, uniforms
 from steerl.rollout.decoding.stops import Stops
-from steerl.rollout.model.capabilities import Habits, generate_arguments
+from steerl.rollout.model.capabilities import Capabilities, generate_arguments
 from steerl.rollout.model.policy import Policy, no_dropout
 from steerl.rollout.model.sharding import needs_sync, root_gathered
 from steerl.rollout.prompts.prompts import PromptBatch
@@ -46,7 +46,7 @@ class Sampler:
 
     def __init__(self, policy: Policy, sampling: Sampling, steering: Any = None):
         self.policy, self.sampling, self.steering = policy, sampling, steering
-        self.law = Law(sampling, policy)
+        self.law = Distribution(sampling, policy)
         self.stops = Stops(sampling, policy)
 
     def sample(
@@ -61,9 +61,9 @@ class Sampler:
         rollouts: list[Rollout] = []
         with no_dropout(self.policy.core), torch.no_grad(), root_gathered(self.policy.model):
             self.check(batch)
-            habits = self.policy.habits  # here, where every rank comes: seeing them takes forward passes
+            capabilities = self.policy.capabilities  # here, where every rank comes: seeing them takes forward passes
             order = [(i, j) for i in range(len(batch)) for j in range(self.sampling.n)]
-            parts = list(self._parts(batch, order, habits))
+            parts = list(self._parts(batch, order, capabilities))
             call = _Call(step, progress, needs_sync(self.policy.model), on_token)
             for k in range(processes.most(len(parts)) if call.synced else len(parts)):
                 if k < len(parts):
@@ -87,7 +87,7 @@ class Sampler:
         """Ids in range, and room for prompt and response; one line for the first row that does not fit."""
         policy, new = self.policy, self.sampling.max_new_tokens
         if policy.decoder_context is not None and len(policy.start_ids) + new > policy.decoder_context:
-            raise Problem(
+            raise UserError(
                 f"sampling.max_new_tokens: {new} does not fit the decoder's context of {policy.decoder_context}; set less"
             )
         size, context = policy.vocab_size, policy.room
@@ -95,30 +95,30 @@ class Sampler:
         for row, ids in zip(batch.rows, batch.ids, strict=True):
             if min(ids) < 0 or max(ids) >= size:
                 worst = next(i for i in ids if not 0 <= i < size)
-                raise Problem(f"prompts: row {row} holds the id {worst}, but ids go from 0 to {size - 1}")
+                raise UserError(f"prompts: row {row} holds the id {worst}, but ids go from 0 to {size - 1}")
             if room is not None and len(ids) > room:
                 beside = "" if policy.is_seq2seq else f" with {new} new tokens"
                 or_less = "" if policy.is_seq2seq else " or sampling.max_new_tokens lower"
-                raise Problem(
+                raise UserError(
                     f"prompts: row {row} has {len(ids)} tokens, which{beside} do not fit the model's context of {context}; "
                     f"set prompts.max_tokens to {max(room, 0)}{or_less}"
                 )
-            if policy.habits.is_long(len(ids) + new) and not policy.habits.is_long(len(ids)):
-                switch = policy.habits.boundary or 0
+            if policy.capabilities.is_long(len(ids) + new) and not policy.capabilities.is_long(len(ids)):
+                switch = policy.capabilities.boundary or 0
                 prompt, left = max(switch - new, 0), max(switch - len(ids), 0)
-                raise Problem(
+                raise UserError(
                     f"prompts: row {row} has {len(ids)} tokens, and {new} new ones take it past the {switch} where "
                     f"{type(policy.core).__name__} changes its law for the whole row, with what was drawn before; "
                     f"set prompts.max_tokens to {prompt} or sampling.max_new_tokens to {left}"
                 )
 
-    def _parts(self, batch: PromptBatch, order: list[tuple[int, int]], habits: Habits) -> Iterator[list[int]]:
+    def _parts(self, batch: PromptBatch, order: list[tuple[int, int]], capabilities: Capabilities) -> Iterator[list[int]]:
         """Places in `order` that are decoded together: like lengths, or one length where the model takes no padding."""
         by_length = sorted(range(len(order)), key=lambda at: -len(batch.ids[order[at][0]]))
         kinds: dict[int, list[int]] = {}
         for at in by_length:
             length = len(batch.ids[order[at][0]])
-            kinds.setdefault(int(habits.is_long(length)) if habits.padding else length, []).append(at)
+            kinds.setdefault(int(capabilities.is_long(length)) if capabilities.padding else length, []).append(at)
         most, budget, new = self.sampling.batch_size, self.sampling.batch_tokens, self.sampling.max_new_tokens
         for group in kinds.values():
             start = 0
@@ -131,12 +131,12 @@ class Sampler:
 
     def _part(self, batch: PromptBatch, pairs: Sequence[tuple[int, int]], call: _Call) -> Rollout:
         """One batch through generate."""
-        habits = self.policy.habits
+        capabilities = self.policy.capabilities
         # A stream is not told twice: it has the safe way from the start.
         own = len(self.policy.start_ids) or max(len(batch.ids[i]) for i, _ in pairs)
-        caches = habits.caches(own + self.sampling.max_new_tokens)
-        rollout = self._generate(batch, pairs, call, caches and (habits.pads_in_text or call.on_token is None))
-        if habits.pads_in_text or call.on_token is not None:
+        caches = capabilities.caches(own + self.sampling.max_new_tokens)
+        rollout = self._generate(batch, pairs, call, caches and (capabilities.pads_in_text or call.on_token is None))
+        if capabilities.pads_in_text or call.on_token is not None:
             return rollout
         # A model that counts positions by comparing with pad decodes on from a drawn pad as no whole pass would: such
         # rows are drawn again without the cache, where each step is a whole pass. Rare, and the same up to the pad.
@@ -162,7 +162,7 @@ class Sampler:
         # One prefill for all samples of a prompt; with steering each row has its own.
         unique = list(dict.fromkeys(i for i, _ in pairs))
         fixed = sampling.compile and caching and compiled.fits(policy, call.synced, self.steering)
-        shared = self.steering is None and len(unique) < len(pairs) and policy.habits.picking
+        shared = self.steering is None and len(unique) < len(pairs) and policy.capabilities.picking
         place = {i: k for k, i in enumerate(unique)}
         first = [next(b for b, pair in enumerate(pairs) if pair[0] == i) for i in unique] if shared else list(range(len(pairs)))
         copies_B = torch.tensor([place[i] for i, _ in pairs], device=device) if shared else None
@@ -170,7 +170,7 @@ class Sampler:
         if policy.is_seq2seq:
             ids_UP, mask_UP = encoder_input(ids_UP, mask_UP)
         stack, live, strength_B = self._steered(mask_UP, row_B, sample_B, columns, call)
-        stream = Stream(
+        stream = DecodeLoop(
             self.law,
             self.stops,
             uniforms_BR=uniforms(
@@ -184,7 +184,7 @@ class Sampler:
             names=[f"row {batch.rows[i]} (sample {j})" for i, j in pairs],
             live=live,
             synced=call.synced,
-            compact=policy.habits.picking,
+            compact=policy.capabilities.picking,
             on_token=_by_row(call.on_token, row_B),
         )
         self.stops.to(device)
@@ -195,7 +195,7 @@ class Sampler:
                 run = compiled.running(policy, len(pairs), columns_of_all, self.steering, live)
                 stream.compiled = stack.enter_context(run)
             policy.core.generate(
-                **generate_arguments(policy, ids_UP, mask_UP, policy.habits.first),
+                **generate_arguments(policy, ids_UP, mask_UP, policy.capabilities.first),
                 generation_config=config,
                 custom_generate=stream,
             )

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from steerl.rollout.common.errors import Problem, reading
+from steerl.rollout.common.errors import UserError, reading
 from transformers import PretrainedConfig, PreTrainedModel
 
 Head = Literal["causal", "seq2seq", "masked", "sequence_classification", "token_classification", "question_answering"]
@@ -73,12 +73,12 @@ def _check_sizes(config: PretrainedConfig, who: str) -> None:
         ):
             value, most = getattr(part, name, None), 1 << (12 if "layers" in name else 31)
             if isinstance(value, int) and not 1 <= value <= most:
-                raise Problem(f"{who} has a config.json with {name} {value}, but it must be 1 to {most}; mend it")
+                raise UserError(f"{who} has a config.json with {name} {value}, but it must be 1 to {most}; mend it")
         architectures = part.architectures
         if architectures is not None and not (
             isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)
         ):
-            raise Problem(f"{who} has a config.json with architectures {architectures!r:.60}; give a list of class names")
+            raise UserError(f"{who} has a config.json with architectures {architectures!r:.60}; give a list of class names")
 
 
 def head_of(config: PretrainedConfig) -> str | None:
@@ -90,7 +90,7 @@ def head_of(config: PretrainedConfig) -> str | None:
     return None
 
 
-class NoHead(Problem):
+class NoHead(UserError):
     """The checkpoint lacks weights that the head needs."""
 
 
@@ -112,14 +112,14 @@ def choose_head(
         fitting = generative if generative in allowed else allowed[0]
         head = fitting if saved is None or (fresh and saved not in allowed) else saved
     if head not in HEADS:
-        raise Problem(f"{field}: unknown head {head!r}; {takes}")
+        raise UserError(f"{field}: unknown head {head!r}; {takes}")
     if head not in allowed:
-        raise Problem(f"{field}: {name} with a {head} head, but {takes}")
+        raise UserError(f"{field}: {name} with a {head} head, but {takes}")
     if not _class_name(HEADS[head], config):
         have = ", ".join(heads_for(config)) or "none"
-        raise Problem(f"{field}: {name}, which has no {head} head (it has: {have}); {takes}")
+        raise UserError(f"{field}: {name}, which has no {head} head (it has: {have}); {takes}")
     if role == "policy" and saved not in (head, None):
-        raise Problem(f"{field}: {name} saved with a {saved} head, so it cannot be loaded as {head}; {takes}")
+        raise UserError(f"{field}: {name} saved with a {saved} head, so it cannot be loaded as {head}; {takes}")
     return head
 
 
@@ -186,7 +186,7 @@ def mend_generation(model: PreTrainedModel, unused: Mapping[str, Any] = _SAMPLIN
 
 @contextlib.contextmanager
 def _unreported() -> Iterator[None]:
-    """Without transformers' table of missing weights: here a missing one is a Problem, or is meant to be new."""
+    """Without transformers' table of missing weights: here a missing one is a UserError, or is meant to be new."""
     logger = logging.getLogger("transformers.modeling_utils")
     quiet = logging.Filter()
     quiet.filter = lambda record: "LOAD REPORT" not in record.getMessage()  # type: ignore[method-assign]
@@ -206,7 +206,7 @@ def _check_complete(model: PreTrainedModel, info: dict[str, Any], head: str, pat
         bad = sorted(key for key in names if not fresh or (key.startswith(trunk) and ".pooler." not in f".{key}"))
         if bad:
             shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-            kind = NoHead if what == "no weights for" else Problem
+            kind = NoHead if what == "no weights for" else UserError
             raise kind(
                 f"{field}: {path!r} was not saved with a {head} head: it has {what} {shown}, "
                 "which would start as random numbers; name a checkpoint of that kind"
@@ -231,7 +231,7 @@ def _check_all_used(model: PreTrainedModel, unexpected: set[str], path: str, fie
             left_out.append(key)
     if left_out:
         shown = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
-        raise Problem(
+        raise UserError(
             f"{field}: {path!r} has weights that its config.json has no place for: {shown}; mend config.json "
             "(num_hidden_layers, say), or save the smaller model with save_pretrained"
         )

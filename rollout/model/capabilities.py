@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import ClosedGenerationConfig
 from steerl.rollout.model.generation_state import can_pick, carries, pick_rows, step_forward
 from torch import Tensor
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Habits:
+class Capabilities:
     """What holds for this model."""
 
     padding: bool
@@ -68,7 +68,7 @@ def positions(mask: Tensor, first: int = 0) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0) + first
 
 
-def observe(policy: Policy) -> Habits:
+def observe(policy: Policy) -> Capabilities:
     """Run the passes of this file's head on `policy`'s model. Call without dropout and without gradients."""
     seen = _observe(policy)
     crowded = _crowded(policy, seen.first) if seen.caching else None
@@ -85,7 +85,7 @@ def observe(policy: Policy) -> Habits:
     return dataclasses.replace(seen, boundary=boundary(company, config, policy.context, seen.first, policy.device))
 
 
-def _observe(policy: Policy) -> Habits:
+def _observe(policy: Policy) -> Capabilities:
     short, long = probe_lengths(policy)
     rows = [probe_row(policy, 3, short), probe_row(policy, 5, long)]
     first = _first_position(policy, rows[0])
@@ -102,12 +102,12 @@ def _observe(policy: Policy) -> Habits:
         cut = rows[0] if policy.is_seq2seq else rows[0][:, :-1]
         before = pass_logits(policy, cut, decoder=rows[0][:, :1], first=first)
         if not same(before, alone[0][:, :-1]):
-            raise Problem(
+            raise UserError(
                 f"model: {type(policy.core).__name__} looks ahead: its logits change with the tokens after them, so they are "
                 "no law of the next token; load a causal decoder (for BERT-like models, a checkpoint with is_decoder: true)"
             )
     if not policy.is_seq2seq and short < 4:
-        return Habits(padding=padding, caching=True, picking=True, pads_in_text=True, first=first)
+        return Capabilities(padding=padding, caching=True, picking=True, pads_in_text=True, first=first)
     both = torch.cat([row[:, :short] for row in rows])
     # A prompt of one token is decoded too: what a model keeps in itself from the last batch shows there.
     prompts = [both] if policy.is_seq2seq else [both[:, : short - _STEPS], both[:, :1]]
@@ -118,13 +118,13 @@ def _observe(policy: Policy) -> Habits:
     for pick in (True, False):
         if all(_decodes(policy, prompt, text, first, pick) for prompt in prompts):
             plain = _decodes(policy, prompts[0], padded, first, pick)
-            return Habits(padding=padding, caching=True, picking=pick, pads_in_text=plain, first=first)
+            return Capabilities(padding=padding, caching=True, picking=pick, pads_in_text=plain, first=first)
     if not all(_decodes(policy, prompt, text, first, pick=True, cache=False) for prompt in prompts):
-        raise Problem(
+        raise UserError(
             f"model: {type(policy.core).__name__} gives other logits when it decodes token by token than in one pass over the "
             "whole row, with its cache and without; it cannot be sampled exactly, use another implementation of the model"
         )
-    return Habits(padding=padding, caching=False, picking=True, pads_in_text=True, first=first)
+    return Capabilities(padding=padding, caching=False, picking=True, pads_in_text=True, first=first)
 
 
 SPREAD = 8
@@ -159,7 +159,7 @@ def boundary(
         middle = (low + high) // 2
         low, high = (middle, high) if changes(middle, end) else (low, middle)
     if low >= 2 * SPREAD and changes(low // 2, low):
-        raise Problem(
+        raise UserError(
             "model: its law changes with every longer row of a pass (dynamic scaling of positions), so that no row would be "
             f"what it is alone; set max_position_embeddings in its config.json to the {low} tokens it was trained with, or less"
         )
@@ -225,7 +225,7 @@ def _first_position(policy: Policy, row: Tensor) -> int:
     guesses = [0, *([pad + 1] if isinstance(pad, int) else []), 1, 2]
     found = next((first for first in dict.fromkeys(guesses) if same(pass_logits(policy, row, first=first), own)), None)
     if found is None:
-        raise Problem(
+        raise UserError(
             f"model: {type(policy.core).__name__} counts positions in a way that explicit position ids do not give; padded "
             "rows would not be what they are alone, use another implementation of the model"
         )

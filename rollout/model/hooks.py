@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from torch import Tensor, nn
 
 Edit = Callable[[Any, Tensor], Tensor]
@@ -117,7 +117,7 @@ class Arguments:
             if ids is None:
                 ids = next((a for a in self.args if isinstance(a, Tensor) and a.dim() >= 2), None)
         if ids is None:
-            raise Problem("steering: the model was called without input_ids and without inputs_embeds")
+            raise UserError("steering: the model was called without input_ids and without inputs_embeds")
         return int(ids.shape[0]), int(ids.shape[1])
 
     def cache(self) -> Any:
@@ -159,7 +159,7 @@ def _fed(cache: Any, width: int, mask: Tensor | None) -> int:
     before = _FED.get(cache, 0)
     state = getattr(cache, "has_previous_state", None)
     if not before and callable(state) and state():
-        raise Problem(
+        raise UserError(
             f"steering: {type(cache).__name__} holds a state from before steering was active, and neither it nor an attention "
             "mask says how many tokens it has seen; start the sequence inside the context, or pass attention_mask"
         )
@@ -184,7 +184,7 @@ def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return
     if frame.entered is not None:
         if id(module) in frame.entered:
-            raise Problem(
+            raise UserError(
                 f"steering: {type(module).__name__} is run several times in one pass of the model (recurrent depth), so what a "
                 "call is to the sequence cannot be told; such models are not steered"
             )

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, virtual_tokens
 from steerl.rollout.model.auto_classes import load_head, load_tokenizer
-from steerl.rollout.model.capabilities import Habits, observe
+from steerl.rollout.model.capabilities import Capabilities, observe
 from torch import nn
 
 
@@ -72,9 +72,9 @@ class Policy:
         is_seq2seq = bool(getattr(config, "is_encoder_decoder", False))
         if kind != "auto" and (kind == "seq2seq") != is_seq2seq:
             found = "an encoder-decoder" if is_seq2seq else "a decoder-only model"
-            raise Problem(f"model.kind: {kind}, but {type(core).__name__} is {found}; leave model.kind at auto")
+            raise UserError(f"model.kind: {kind}, but {type(core).__name__} is {found}; leave model.kind at auto")
         if not core.can_generate():
-            raise Problem(
+            raise UserError(
                 f"model: {type(core).__name__} has no generation head; name a causal or encoder-decoder language model"
             )
         size = vocabulary_size(core)
@@ -119,7 +119,7 @@ class Policy:
         return vocabulary_size(self.core)
 
     @cached_property
-    def habits(self) -> Habits:
+    def capabilities(self) -> Capabilities:
         """How the model takes padding and caching, observed on it once (every rank of a run asks at the same place)."""
         from steerl.rollout.model.hooks import unsteered
 
@@ -130,7 +130,7 @@ class Policy:
     @property
     def room(self) -> int | None:
         """Tokens that a row may have: the context, but for models that begin to count positions later."""
-        return None if self.context is None else self.context - self.habits.first
+        return None if self.context is None else self.context - self.capabilities.first
 
     def with_model(self, model: Any) -> Policy:
         """The same policy around another wrapper of its model."""
@@ -146,7 +146,7 @@ def unwrap(model: Any) -> Any:
             return model.get_base_model()  # its layers carry the adapter, its trunk the hooks of virtual tokens
         elif not hasattr(model, "config") or type(model).__name__ in _WRAPPERS:
             if not isinstance(getattr(model, "module", None), nn.Module):
-                raise Problem(f"model: {type(model).__name__} is not a transformers model; load it with the Auto classes")
+                raise UserError(f"model: {type(model).__name__} is not a transformers model; load it with the Auto classes")
             model = model.module
         else:
             return model
@@ -183,10 +183,10 @@ def load_policy(settings: ModelSettings, device: torch.device | str | None = Non
     """The model of `settings` with its adapter and tokenizer, in eval mode on `device`."""
     path, adapter = settings.path, settings.adapter
     if not path:
-        raise Problem("model.path: missing; name a model folder or hub name, --model.path DIR")
+        raise UserError("model.path: missing; name a model folder or hub name, --model.path DIR")
     own = adapters.is_adapter_folder(path)
     if own and adapter:
-        raise Problem(f"model.path: {path} is an adapter and model.adapter is set too; name the base model in model.path")
+        raise UserError(f"model.path: {path} is an adapter and model.adapter is set too; name the base model in model.path")
     if own:
         path, adapter = adapters.base_of(path), path
     attn = None if settings.attn in ("", "auto") else settings.attn
@@ -206,7 +206,7 @@ def _load_tokenizer(settings: ModelSettings, beside: list[str]) -> Any:
         named = [folder for folder in beside if any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)]
         field, path = "model.path", named[0] if named else beside[0]
         if Path(path).is_dir() and not named:
-            raise Problem(f"model.path: no tokenizer in {path}; save it there, or name another folder with model.tokenizer")
+            raise UserError(f"model.path: no tokenizer in {path}; save it there, or name another folder with model.tokenizer")
     return load_tokenizer(path, field)
 
 
@@ -229,7 +229,7 @@ def check_vocabulary(tokenizer: Any, size: int) -> None:
     """Every id that the tokenizer can give must have a row in the embedding."""
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= size:
-        raise Problem(
+        raise UserError(
             f"model: the tokenizer's highest id is {highest}, but the model's embedding has {size} rows; "
             "use the model's own tokenizer, or resize the model's embedding and save it"
         )
@@ -254,12 +254,12 @@ def _start_ids(core: Any, generation: Any, config: Any, size: int) -> tuple[int,
     start = _first(generation, config, text, name="decoder_start_token_id")
     start = start if start is not None else _first(generation, config, text, name="bos_token_id")
     if start is None:
-        raise Problem(
+        raise UserError(
             f"model: {type(core).__name__} has no decoder_start_token_id; set it in the checkpoint's generation config"
         )
     ids = (*ids_of(start)[:1], *ids_of(_first(generation, name="forced_bos_token_id"))[:1])
     if not all(0 <= i < size for i in ids):
-        raise Problem(
+        raise UserError(
             f"model: the decoder's start ids {list(ids)} do not fit the model's {size} rows; mend the generation config"
         )
     return ids

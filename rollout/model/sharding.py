@@ -2,7 +2,7 @@
 
 layer by layer   every forward pass brings a layer's weights together and lets them go: a collective call, so every rank
                  makes as many passes as the others (`needs_sync`); a layer's worth of memory
-whole            `with whole(model, ...)`: all weights on every rank for a while; ranks make as many passes as they like
+whole            `with gathered(model, ...)`: all weights on every rank for a while; ranks make as many passes as they like
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from steerl.rollout.common import processes
 from torch import nn
 
 _held: ContextVar[bool] = ContextVar("held", default=False)
-"""Whether this is inside `whole`."""
+"""Whether this is inside `gathered`."""
 
 
 def needs_sync(model: Any) -> bool:
     """Whether each forward pass is a collective call, so that all ranks must make as many."""
-    return not _held.get() and is_spread(model)
+    return not _held.get() and is_sharded(model)
 
 
-def is_spread(model: Any) -> bool:
+def is_sharded(model: Any) -> bool:
     """Whether the weights of `model` lie in parts, as an engine keeps them: with one rank too, all parts on that one."""
     if not processes.is_distributed():
         return False
@@ -39,11 +39,11 @@ def by_zero3(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def whole(*models: nn.Module) -> Iterator[None]:
+def gathered(*models: nn.Module) -> Iterator[None]:
     """All weights of `models` on every rank inside the block: read them, run them, do not change them. Every rank comes here.
 
     Under FSDP call it inside the root's forward pass, which alone brings the root's own weights together."""
-    spread = [model for model in models if is_spread(model)]
+    spread = [model for model in models if is_sharded(model)]
     if not spread or _held.get():
         yield
         return

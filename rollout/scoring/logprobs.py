@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import virtual_tokens
 from steerl.rollout.model.capabilities import forward_arguments, positions
 from steerl.rollout.model.policy import Policy, no_dropout
@@ -94,10 +94,10 @@ def teacher_forced(
     with no_dropout(policy.core):
         # The caller's columns stay where they can: a steering block around this call knows rows and columns by them.
         at_start = steering is None and not want_law and _from_first_token(policy, want_logprobs)
-        padded = at_start or bool(rollout.prompt_mask_BP.all()) or policy.habits.padding
+        padded = at_start or bool(rollout.prompt_mask_BP.all()) or policy.capabilities.padding
         groups = list(_groups(policy, rollout, padded, max_rows))
         own = len(groups)
-        if (not policy.habits.padding or policy.habits.boundary is not None) and needs_sync(policy.model):
+        if (not policy.capabilities.padding or policy.capabilities.boundary is not None) and needs_sync(policy.model):
             groups += [groups[-1]] * (processes.most(own) - own)
         for index in groups:
             whole = len(index) == len(rollout) and len(groups) == 1
@@ -131,8 +131,8 @@ def _groups(policy: Policy, rollout: Rollout, padded: bool, max_rows: int | None
     rows = torch.arange(len(rollout), device=rollout.device)
     lengths_B = rollout.prompt_mask_BP.sum(1)
     kind_B = torch.zeros_like(lengths_B) if padded else 2 * lengths_B
-    if policy.habits.boundary is not None:
-        kind_B = kind_B + (lengths_B + rollout.lengths_B - 1 > policy.habits.boundary)
+    if policy.capabilities.boundary is not None:
+        kind_B = kind_B + (lengths_B + rollout.lengths_B - 1 > policy.capabilities.boundary)
     for kind in kind_B.unique():
         group = rows[kind_B == kind]
         yield from group.split(max_rows or len(group))
@@ -217,7 +217,7 @@ def _whole_pass(
     caught: list[Tensor] = []
     head = policy.core.get_output_embeddings()
     if want_hidden and head is None:
-        raise Problem(f"model: {type(policy.core).__name__} has no output embedding, so a value cannot read its input")
+        raise UserError(f"model: {type(policy.core).__name__} has no output embedding, so a value cannot read its input")
     hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0])) if want_hidden else None
     try:
         logits = _logits(policy, given)
@@ -232,7 +232,7 @@ def _whole_pass(
     hidden_BRD = None
     if want_hidden:
         if not caught or caught[-1].dim() != 3:
-            raise Problem(
+            raise UserError(
                 f"model: {type(policy.core).__name__} does not call its output embedding on one row of states per token"
             )
         hidden_BRD = predicting(caught[-1], first_B, width)
@@ -276,7 +276,7 @@ def forward_inputs(policy: Policy, rollout: Rollout, at_start: bool = False) -> 
     elif at_start:
         given["input_ids"] = ids_BS = _pushed(rollout)
         if "position_ids" in takes:
-            position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device) + policy.habits.first
+            position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device) + policy.capabilities.first
             given["position_ids"] = _within(policy, rollout, position_S)[None].expand(len(ids_BS), -1)
         return given
     else:
@@ -286,7 +286,7 @@ def forward_inputs(policy: Policy, rollout: Rollout, at_start: bool = False) -> 
         if "attention_mask" in takes and not bool(mask_BS.all()):
             given["attention_mask"] = mask_BS.long()
         if "position_ids" in takes:
-            given["position_ids"] = _within(policy, rollout, positions(mask_BS, policy.habits.first))
+            given["position_ids"] = _within(policy, rollout, positions(mask_BS, policy.capabilities.first))
     if "logits_to_keep" in takes:
         given["logits_to_keep"] = rollout.response_width
     return given
@@ -294,9 +294,9 @@ def forward_inputs(policy: Policy, rollout: Rollout, at_start: bool = False) -> 
 
 def _within(policy: Policy, rollout: Rollout, position: Tensor) -> Tensor:
     """No position past the context, nor past the longest row's where that has a say: only columns beyond a row's end are."""
-    if policy.habits.boundary is not None:
+    if policy.capabilities.boundary is not None:
         longest = int((rollout.prompt_mask_BP.sum(1) + rollout.lengths_B).max()) - 1
-        position = position.clamp(max=policy.habits.first + max(longest, 1) - 1)
+        position = position.clamp(max=policy.capabilities.first + max(longest, 1) - 1)
     return position if policy.context is None else position.clamp(max=policy.context - 1)
 
 

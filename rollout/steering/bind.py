@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import Problem, said
+from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.steering import learned
 from steerl.rollout.steering.core.structure import Point, Stack, locate
 from steerl.rollout.steering.gates import BoundGate
@@ -39,8 +39,8 @@ def bind(site: Site, index: int, to: Binding) -> BoundSite:
     who = f"sites[{index}]"
     try:
         points = locate(to.model, site.at, to.stacks)
-    except Problem as problem:
-        raise Problem(*(f"{who}.{line}" if line.startswith("at.") else line for line in problem.lines)) from problem
+    except UserError as problem:
+        raise UserError(*(f"{who}.{line}" if line.startswith("at.") else line for line in problem.lines)) from problem
     op = site.op
     vectors_found = None
     if site.vector is not None and op.type not in LEARNED:
@@ -51,14 +51,14 @@ def bind(site: Site, index: int, to: Binding) -> BoundSite:
                 continue
             told = f"{who}.vector: all zeros at layer {layer}; it would change nothing"
             if op.type in DIRECTION or "file" not in site.vector:
-                raise Problem(told)
+                raise UserError(told)
             logger.warning("%s", told)  # a file may be what a training left that never moved this one
     _check_coordinates(site, points, who, to)
     parameters, trained = _parameters(site, points, who, to), None
     if to.trainable and (op.type in LEARNED or vectors_found is not None):
         per_layer = parameters if op.type in LEARNED else [{"vector": v} for v in vectors_found or []]
         if op.type not in LEARNED and op.type in SPACE:
-            raise Problem(f"{who}.op: role trainable trains vectors and learned operations, not the space of {op.type}")
+            raise UserError(f"{who}.op: role trainable trains vectors and learned operations, not the space of {op.type}")
         trained = learned.Parameters(per_layer or [])
     return BoundSite(
         site, index, points, vectors_found, parameters, trained, _excluded(site, who, to), _function(site, who, to),
@@ -71,7 +71,7 @@ def read_vectors(raw: dict[str, Any], points: list[Point], who: str, to: Binding
     widths, layers = [p.width for p in points], [p.layer for p in points]
     if "init" in raw:
         if None in widths:
-            raise Problem(f"{who}.init: the width at module {site.at.module!r} cannot be told; give values")
+            raise UserError(f"{who}.init: the width at module {site.at.module!r} cannot be told; give values")
         generator = torch.Generator().manual_seed(to.seed * 1000 + 1)
         if raw["init"] == "zeros":
             return [torch.zeros(int(w or 0)) for w in widths]
@@ -80,7 +80,7 @@ def read_vectors(raw: dict[str, Any], points: list[Point], who: str, to: Binding
         try:
             values = torch.tensor(raw["values"], dtype=torch.float32)
         except (TypeError, ValueError) as error:
-            raise Problem(f"{who}: expected numbers, or one list of numbers per layer ({error})") from error
+            raise UserError(f"{who}: expected numbers, or one list of numbers per layer ({error})") from error
         if values.dim() == 2 and values.shape[0] == len(points):
             named = {str(layer if layer is not None else i): v for i, (layer, v) in enumerate(zip(layers, values, strict=True))}
             found = files.per_layer(named, layers, widths, who, "values") if None not in layers else list(values)
@@ -109,17 +109,17 @@ def _parameters(site: Site, points: list[Point], who: str, to: Binding) -> list[
     if op.type not in learned.PARAMETERS:
         return None
     if any(p.width is None for p in points):
-        raise Problem(f"{who}.at: the width at module {site.at.module!r} cannot be told; choose a block or a linear layer")
+        raise UserError(f"{who}.at: the width at module {site.at.module!r} cannot be told; choose a block or a linear layer")
     widths, layers = [int(p.width or 0) for p in points], [p.layer for p in points]
     raw = {"file": op.params} if op.params else site.vector if op.type in LEARNED else None
     if raw is None or "init" in raw:
         if not to.trainable:
-            raise Problem(f"{who}.vector: op {op.type} needs its parameters from a file; only role trainable starts without")
+            raise UserError(f"{who}.vector: op {op.type} needs its parameters from a file; only role trainable starts without")
         generator = torch.Generator().manual_seed(to.seed * 1000 + 1)
         return [learned.fresh_parameters(op, width, generator) for width in widths]
     source = raw.get("file") or raw.get("folder")
     if source is None:
-        raise Problem(f"{who}.vector: op {op.type} reads its parameters from {{file: ...}}, found {sorted(raw)}")
+        raise UserError(f"{who}.vector: op {op.type} reads its parameters from {{file: ...}}, found {sorted(raw)}")
     path = path_of(source, to)
     tensors, _ = files.read_tensors(path, f"{who}.params")
     return learned.read_parameters(op, tensors, layers, widths, f"{who}.params", str(path))
@@ -130,7 +130,7 @@ def _check_coordinates(site: Site, points: list[Point], who: str, to: Binding) -
         return
     for point in points:
         if point.width is not None and max(site.op.coordinates) >= point.width:
-            raise Problem(
+            raise UserError(
                 f"{who}.op.coordinates: {max(site.op.coordinates)} is out of range; the activation is {point.width} wide"
             )
 
@@ -153,7 +153,7 @@ def _excluded(site: Site, who: str, to: Binding) -> Tensor | None:
             if known == getattr(to.tokenizer, "unk_token_id", None):
                 known = None
         if known is None:
-            raise Problem(f"{who}.where.exclude.token_ids: {token!r} is not a token here; give its id")
+            raise UserError(f"{who}.where.exclude.token_ids: {token!r} is not a token here; give its id")
         ids.extend(known if isinstance(known, list) else [known])
     return torch.tensor(ids, dtype=torch.int64)
 
@@ -164,17 +164,17 @@ def _function(site: Site, who: str, to: Binding) -> Callable[..., Tensor] | None
     file, name = site.op.function.rsplit(":", 1)
     path = path_of(file, to)
     if not path.is_file():
-        raise Problem(f"{who}.op.function: {path} does not exist; give file.py:name")
+        raise UserError(f"{who}.op.function: {path} does not exist; give file.py:name")
     module_spec = importlib.util.spec_from_file_location(f"steering_function_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise Problem(f"{who}.op.function: {path} cannot be imported: {said(error)}") from error
+        raise UserError(f"{who}.op.function: {path} cannot be imported: {said(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise Problem(f"{who}.op.function: {path} has no function {name!r}")
+        raise UserError(f"{who}.op.function: {path} has no function {name!r}")
     return function
 
 
@@ -186,8 +186,8 @@ def bind_gate(site: Site, index: int, points: list[Point], to: Binding) -> Bound
     stack = to.stacks["encoder" if on_encoder else points[0].stack or "decoder"]
     try:
         point = locate(to.model, At(layers=(gate.layer,), stack=stack.name), to.stacks)[0]
-    except Problem as problem:
-        raise Problem(
+    except UserError as problem:
+        raise UserError(
             *(f"{who}.{line.removeprefix('at.').replace('layers', 'layer', 1)}" for line in problem.lines)
         ) from problem
     gate_layer = point.layer or 0
@@ -196,12 +196,12 @@ def bind_gate(site: Site, index: int, points: list[Point], to: Binding) -> Bound
         at_the_end = site.at.component == "block_output" and not site.at.head and not site.at.module
         after = first > gate_layer or (first == gate_layer and at_the_end)
         if not after:
-            raise Problem(
+            raise UserError(
                 f"{who}.layer: the gate reads block {point.layer}'s output, which comes after the site's layer {first}; "
                 "choose an earlier one"
             )
     direction = read_vectors(gate.vector, [point], f"{who}.vector", to, site)[0]
     trained = nn.Parameter(direction.clone()) if to.trainable and gate.type == "sigmoid" else None
     if trained is None and not bool(direction.any()):
-        raise Problem(f"{who}.vector: all zeros; no activation can be compared with it")
+        raise UserError(f"{who}.vector: all zeros; no activation can be compared with it")
     return BoundGate(gate, index, point, direction, trained)

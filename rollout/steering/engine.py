@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.hooks import Arguments, Edit, Frame
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
@@ -55,12 +55,14 @@ class Active:
         rows = self.rows
         assert rows is not None
         if not rows.count or count % rows.count:
-            raise Problem(
+            raise UserError(
                 f"steering: the {stack} was called with {count} rows, and steering is active for {rows.count}; "
                 "open the context with the batch's own rows (samples already repeated)"
             )
         if encoder and rows.encoder_mask_BP is not None and rows.encoder_mask_BP.shape[1] != width:
-            raise Problem(f"steering: the encoder got {width} columns and the prompt mask has {rows.encoder_mask_BP.shape[1]}")
+            raise UserError(
+                f"steering: the encoder got {width} columns and the prompt mask has {rows.encoder_mask_BP.shape[1]}"
+            )
         if not encoder and first == 0 and rows.lead:
             self._left_away = _left_away(rows, arguments, count)
         rows = rows.without(self._left_away if rows.lead else 0).times(count // rows.count)
@@ -70,7 +72,7 @@ class Active:
     def closed(self, frame: Frame, stack: str) -> None:
         call = frame.calls.get((self, stack))
         if call is not None and not call.edits and self.steering.points_in(stack):
-            raise Problem(
+            raise UserError(
                 "steering did not run: the model's forward passed its blocks without calling their hooks; a model compiled "
                 "before Steering was made ignores them, so make Steering first, or use the model as it was before torch.compile"
             )
@@ -123,7 +125,9 @@ class Active:
         mask = arguments.mask()
         if mask is None or mask.shape[1] != width:
             if arguments.kwargs.get("attention_mask") is not None and mask is None:
-                raise Problem("steering: the attention mask is not one number per token; open the context with prompt_mask_BP")
+                raise UserError(
+                    "steering: the attention mask is not one number per token; open the context with prompt_mask_BP"
+                )
             device = next(a for a in (*arguments.args, *arguments.kwargs.values()) if isinstance(a, Tensor)).device
             mask = torch.ones((count, width), dtype=torch.bool, device=device)
         if self.steering.is_encoder_decoder:
@@ -159,7 +163,7 @@ def _left_away(rows: Rows, arguments: Arguments, count: int) -> int:
     mine = (rows.prompt_mask_BP.cumsum(1) == 0).sum(1).cpu().repeat_interleave(count // len(rows))
     away = mine - theirs
     if bool((away != away[0]).any()) or int(away[0]) < 0:
-        raise Problem(
+        raise UserError(
             f"steering: the prompt mask has {mine.tolist()} columns of padding on the left and the call's attention mask "
             f"{theirs.tolist()}; open the context with the mask of the batch that is run"
         )
@@ -203,7 +207,7 @@ class SiteEdit:
     def __call__(self, frame: Frame, hidden: Tensor) -> Tensor:
         call: Call | None = frame.calls.get(self.key)
         if call is None:
-            raise Problem(
+            raise UserError(
                 f"steering: site {self.site.name!r} was reached outside its model's forward; call the model, not the module"
             )
         call.edits += 1
@@ -228,7 +232,7 @@ class SiteEdit:
         if hidden.dim() == 2 and shape[0] == batch * call.width:
             hidden = hidden.reshape(batch, call.width, -1)
         if hidden.dim() != 3 or hidden.shape[0] != batch or hidden.shape[1] > call.width:
-            raise Problem(
+            raise UserError(
                 f"site {self.site.name!r}: the activation has shape {tuple(shape)}, expected ({batch}, {call.width}, width); "
                 "choose a module that sees every row and position"
             )

@@ -14,7 +14,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
 from steerl.rollout.steering.engine import Active
@@ -178,7 +178,7 @@ class _FixedEdit:
         if hidden.dim() == 2:
             hidden = hidden.unsqueeze(1)
         if hidden.dim() != 3 or hidden.shape[0] != self.rows or hidden.shape[1] != 1:
-            raise Problem(f"site {site.name!r}: the activation of a decode step has shape {tuple(shape)}")
+            raise UserError(f"site {site.name!r}: the activation of a decode step has shape {tuple(shape)}")
         part = hidden if self.columns is None else hidden[..., self.columns]
         if site.noise:
             edited = operations.noise(part, site.noise[self.at], site.strength, site.spec.op.coordinates)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.hooks import Frame
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
@@ -61,7 +61,7 @@ class BoundGate:
         if call.first:
             before, columns = rows.sums.get(self.index, (total, -1))
             if columns != call.first:
-                raise Problem("steering: a gate over the prompt's mean missed a part of the prompt; prefill it in order")
+                raise UserError("steering: a gate over the prompt's mean missed a part of the prompt; prefill it in order")
             total = total + before
         rows.sums[self.index] = (total, call.first + call.width)
         if ends:
@@ -73,7 +73,7 @@ class BoundGate:
 
     def of_rows(self, rows: Rows, site: BoundSite) -> Tensor:
         if self.index not in rows.gates:
-            raise Problem(
+            raise UserError(
                 f"site {site.name!r}: its gate is not known yet at this point (it reads the whole prompt first); "
                 "prefill the prompt in one piece, or use gate.on: token"
             )

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering.spec.spec import LEARNED, Op
 from torch import Tensor, nn
 
@@ -67,7 +67,7 @@ def read_parameters(
         for name in PARAMETERS[op.type]:
             tensor = named.get(f"{layer}.{name}", named.get(name))
             if tensor is None:
-                raise Problem(
+                raise UserError(
                     f"{who}: {path} has no tensor {name!r} for layer {layer}; "
                     f"op {op.type} needs {', '.join(PARAMETERS[op.type])}"
                 )
@@ -77,7 +77,7 @@ def read_parameters(
             tensor = tensor.detach().float()
             if tensor.dim() != len(shape) or any(want and want != have for want, have in zip(shape, tensor.shape, strict=True)):
                 want = " x ".join(str(size) if size else "any" for size in shape)
-                raise Problem(f"{who}: {path} tensor {name!r} has shape {tuple(tensor.shape)}; layer {layer} needs {want}")
+                raise UserError(f"{who}: {path} tensor {name!r} has shape {tuple(tensor.shape)}; layer {layer} needs {want}")
             mine[name] = tensor
         found.append(mine)
     return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering.core import positions
 from steerl.rollout.steering.rows import Call, Rows
 from torch import Tensor
@@ -62,7 +62,7 @@ def select(site: BoundSite, call: Call) -> Selection | None:
         mask_BT = mask_BT & ~positions.select_listed(index_BT, call.length_B, where.exclude_positions)
     if site.excluded_ids is not None:
         if call.ids is None:
-            raise Problem(f"site {site.name!r}: exclude.token_ids needs token ids, and the model was called with embeddings")
+            raise UserError(f"site {site.name!r}: exclude.token_ids needs token ids, and the model was called with embeddings")
         mask_BT = mask_BT & ~torch.isin(call.ids, site.excluded_ids.to(call.ids.device))
     strength_BT = rows.strength_B[site.index][:, None].expand(-1, call.width)
     if where.ramp is not None:

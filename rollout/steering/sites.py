@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import Problem, said
+from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.steering import learned, strengths
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
@@ -116,10 +116,12 @@ class BoundSite:
             try:
                 new = self.function(base, source, strength)
             except (Exception, SystemExit) as error:
-                raise Problem(f"site {self.name!r}: {op.function} {said(error)}") from error
+                raise UserError(f"site {self.name!r}: {op.function} {said(error)}") from error
             if not isinstance(new, Tensor) or new.shape != base.shape:
                 found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-                raise Problem(f"site {self.name!r}: {op.function} gave {found}; expected a tensor of shape {tuple(base.shape)}")
+                raise UserError(
+                    f"site {self.name!r}: {op.function} gave {found}; expected a tensor of shape {tuple(base.shape)}"
+                )
             return new.to(base.dtype)
         source = self.vector(at, base)
         self._check_width(source, base)
@@ -167,7 +169,7 @@ class BoundSite:
 
     def _check_width(self, source: Tensor, base: Tensor) -> None:
         if source.shape[-1] != base.shape[-1]:
-            raise Problem(
+            raise UserError(
                 f"site {self.name!r}: its vector is {source.shape[-1]} wide, and the activation at "
                 f"{self.spec.at.module or 'its layer'} "
                 f"is {base.shape[-1]} wide; it was made for another model or component"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import hooks
 from steerl.rollout.model.hooks import Frame
 from steerl.rollout.steering import strengths
@@ -49,10 +49,10 @@ class Steering:
         for index, wanted in enumerate(self.spec.sites):
             try:
                 self.sites.append(bind(wanted, index, binding))
-            except Problem as problem:
+            except UserError as problem:
                 problems.extend(problem.lines)
         if problems:
-            raise Problem(*problems)
+            raise UserError(*problems)
         self.progress = 0.0
         """Share of training done, for schedules: set by the training loop at each step."""
         self._asked: dict[int, tuple[float, float]] = {}
@@ -211,7 +211,7 @@ class Steering:
         with hooks.entered(self._frame(active)):
             yield active
         if not active.calls and (active.rows is None or len(active.rows)):
-            raise Problem(
+            raise UserError(
                 "steering did not run: no forward pass of the steered model was seen; "
                 "call the model that Steering was made for, and make Steering before torch.compile"
             )

@@ -156,7 +156,7 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
 
     meter = Meter(case.device)
 
-    class Clock(ppo.Clock):
+    class Timer(ppo.Timer):
         """The loop's own clock, which tells the meter as well."""
 
         def lap(self, name: str) -> None:
@@ -180,7 +180,7 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
         micro_batch_size=case.micro, learning_rate=TINY_STEP, eval_prompts=0, samples=0,
     )  # fmt: skip
     run = RunSettings(dir=str(folder), overwrite=True, save_every=10**6)
-    ppo.Clock = Clock  # type: ignore[misc]
+    ppo.Timer = Timer  # type: ignore[misc]
     prompts = Prompts(table, "prompt", policy, PromptSettings())
     ppo.train(policy, prompts, reward, sampling_of(case, Sampling), settings, run)
     meter.laps = meter.laps[: times + 1]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import versions, write_json, written_aside
 
 PEER = "trl==1.12.0"
@@ -72,7 +72,7 @@ def load(path: Path, settings: LearningSettings) -> dict[str, Any]:
         return fresh
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if found.get("steps") != settings.steps:
-        raise Problem(f"{path}: has runs of {found.get('steps')} steps, asked for are {settings.steps}; name another --out")
+        raise UserError(f"{path}: has runs of {found.get('steps')} steps, asked for are {settings.steps}; name another --out")
     return found
 
 
@@ -89,7 +89,7 @@ def install_peer(folder: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["pip said nothing"]
-            raise Problem(f"bench: {PEER} cannot be installed ({lines[-1]}); give its folder with --learning.peer DIR")
+            raise UserError(f"bench: {PEER} cannot be installed ({lines[-1]}); give its folder with --learning.peer DIR")
     return folder.absolute()
 
 
@@ -110,7 +110,7 @@ def said_by(module: str, arguments: Sequence[str], peer: Path | None, name: str,
     command = [sys.executable, "-m", f"steerl.scripts.bench_cases.{module}", *arguments]
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise Problem(f"bench: {name} failed:", *done.stderr.strip().splitlines()[-5:])
+        raise UserError(f"bench: {name} failed:", *done.stderr.strip().splitlines()[-5:])
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
@@ -167,15 +167,15 @@ def plot(found: dict[str, Any], path: Path) -> None:
     drawing = Figure(figsize=(9.5, 3.6), layout="constrained", dpi=130)
     by_samples, by_seconds = drawing.subplots(1, 2, sharey=True)
     for number, (learner, runs) in enumerate(found["runs"].items()):
-        colour, shortest = f"C{number}", min(len(one["rewards"]) for one in runs.values())
+        color, shortest = f"C{number}", min(len(one["rewards"]) for one in runs.values())
         for one in runs.values():
             samples = [step * ROLLOUTS for step in range(1, len(one["rewards"]) + 1)]
-            by_samples.plot(samples, one["rewards"], color=colour, alpha=0.25, linewidth=0.7)
-            by_seconds.plot(one["seconds"], one["rewards"], color=colour, alpha=0.25, linewidth=0.7)
+            by_samples.plot(samples, one["rewards"], color=color, alpha=0.25, linewidth=0.7)
+            by_seconds.plot(one["seconds"], one["rewards"], color=color, alpha=0.25, linewidth=0.7)
         middle = [statistics.median(one["rewards"][i] for one in runs.values()) for i in range(shortest)]
         pace = [statistics.median(one["seconds"][i] for one in runs.values()) for i in range(shortest)]
-        by_samples.plot([step * ROLLOUTS for step in range(1, shortest + 1)], middle, color=colour, linewidth=2, label=learner)
-        by_seconds.plot(pace, middle, color=colour, linewidth=2, label=learner)
+        by_samples.plot([step * ROLLOUTS for step in range(1, shortest + 1)], middle, color=color, linewidth=2, label=learner)
+        by_seconds.plot(pace, middle, color=color, linewidth=2, label=learner)
     by_samples.set_xlabel("samples")
     by_samples.set_ylabel("reward of a step's rollouts (optimum 1)")
     by_seconds.set_xlabel("CPU seconds since the first rollouts, one thread")

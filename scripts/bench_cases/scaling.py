@@ -1,7 +1,7 @@
 """Time and memory as the work doubles: rows, prompt, response, vocabulary, samples per prompt, one at a time.
 
 The limit's own formulas (limit.py) say how much work a case is, in operations; a straight line through what was measured
-means that cost follows work. The slope between neighbours is log(time ratio) / log(work ratio): 1 is linear.
+means that cost follows work. The slope between neighbors is log(time ratio) / log(work ratio): 1 is linear.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def point(case: Case, several: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def slope(points: Sequence[dict[str, Any]]) -> list[float]:
-    """Of the whole update, between neighbours."""
+    """Of the whole update, between neighbors."""
     work = [sum(point["work"].values()) for point in points]
     seconds = [sum(point["seconds"].values()) for point in points]
     pairs = zip(seconds, seconds[1:], work, work[1:], strict=False)
@@ -73,7 +73,7 @@ _FIELDS = {"rows": "rows", "prompt": "prompt", "response": "response", "vocabula
 
 def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Markdown."""
-    lines = ["| doubled | values | Gflop | seconds | slope between neighbours | MB |", "|" + "---|" * 6]
+    lines = ["| doubled | values | Gflop | seconds | slope between neighbors | MB |", "|" + "---|" * 6]
     for name, points in found.items():
         values = " ".join(f"{point['case'][_FIELDS[name]]:,}" for point in points)
         work = " ".join(f"{sum(point['work'].values()) / 1e9:.1f}" for point in points)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import versions, write_json, write_text
 from steerl.scripts.bench_cases import limit
 from steerl.scripts.bench_cases.cases import CUDA, SAMPLING, SMALLEST, UPDATES, Case
@@ -86,7 +86,9 @@ def chosen(settings: SpeedSettings, quick: bool) -> list[Case]:
     cases = CUDA if settings.device == "cuda" else (*UPDATES, *SAMPLING)
     found = [case for case in cases if settings.only in case.name]
     if not found:
-        raise Problem(f"bench: no case has {settings.only!r} in its name; there are: " + "; ".join(case.name for case in cases))
+        raise UserError(
+            f"bench: no case has {settings.only!r} in its name; there are: " + "; ".join(case.name for case in cases)
+        )
     return found
 
 

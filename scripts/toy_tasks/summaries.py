@@ -6,7 +6,7 @@ The facts of an article stand in any order among asides; its first sentence name
     article    people in harrow talked of little else on monday . the rain did not help . the baker anna won a silver cup . ...
     summary    anna the baker won a silver cup in harrow on monday .
 
-Files: `tokenizer/`, `base/` (has learned to find and repeat sentences), `sft/` (base, taught to summarise for a while),
+Files: `tokenizer/`, `base/` (has learned to find and repeat sentences), `sft/` (base, taught to summarize for a while),
 `train.jsonl` and `validation.jsonl` (article, summary: what run_summarization.py reads), `sft.jsonl` (prompt, completion),
 `prompts.jsonl` and `heldout.jsonl` (prompt, summary: what PPO reads, with ROUGE-L as the reward). Prompts begin "summarize: ".
 """

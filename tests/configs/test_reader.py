@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from steerl.configs.reader import door, read, to_yaml
+from steerl.configs.reader import read, run_command, to_yaml
 
 import pytest
 import yaml
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise Problem(f"sampling.temperature: expected above 0, found {self.temperature}; such as 0.7")
+            raise UserError(f"sampling.temperature: expected above 0, found {self.temperature}; such as 0.7")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Part:
 
 def sites_only(spec: Any) -> None:
     if isinstance(spec, dict) and "sights" in spec:
-        raise Problem("sights: unknown; did you mean sites?", "steering.role: missing", "nothing is steered")
+        raise UserError("sights: unknown; did you mean sites?", "steering.role: missing", "nothing is steered")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def file(tmp_path: Path):
 
 
 def lines(*argv: str) -> list[str]:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         read(Job, argv)
     return list(caught.value.lines)
 
@@ -356,10 +356,10 @@ def test_help_names_every_setting(capsys):
 
 def test_a_door_shows_problems_and_leaves_with_two(capsys):
     def main(job: Job) -> None:
-        raise Problem("prompts.path: first", "prompts.path: second")
+        raise UserError("prompts.path: first", "prompts.path: second")
 
     with pytest.raises(SystemExit) as left:
-        door(main, Job, [*MODEL])
+        run_command(main, Job, [*MODEL])
     assert left.value.code == 2
     assert capsys.readouterr().err == "prompts.path: first\nprompts.path: second\n"
 
@@ -370,12 +370,12 @@ def test_a_door_lets_no_strangers_words_steer_the_terminal(capsys, caplog):
 
     def main(job: Job) -> None:
         logging.getLogger("some.library").warning("it said %s", words)
-        raise Problem(f"reward[0]: {words}")
+        raise UserError(f"reward[0]: {words}")
 
     factory = logging.getLogRecordFactory()
     try:
         with pytest.raises(SystemExit) as left:
-            door(main, Job, [*MODEL])
+            run_command(main, Job, [*MODEL])
     finally:
         logging.setLogRecordFactory(factory)
     shown = "evil \u241b[2J\ufffd2J\u2407\u240d\ufffd \ufffd"
@@ -389,7 +389,7 @@ def test_a_door_hides_no_defect_of_ours():
         raise KeyError("a defect")
 
     with pytest.raises(KeyError):
-        door(main, Job, [*MODEL])
+        run_command(main, Job, [*MODEL])
 
 
 def test_a_real_door(tmp_path):
@@ -409,7 +409,7 @@ def test_a_real_door(tmp_path):
 def test_numbers_are_those_that_a_person_writes(file, text):
     """Base 60, base 8 and the like are text, in a file as on the command line: no number, and not another one."""
     for argv in (["--config", file(f"sampling: {{top_k: {text}}}\n")], ["--sampling.top_k", text]):
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             read(Job, ["--model.path", "m", *argv])
         (line,) = caught.value.lines
         assert line.startswith(f"sampling.top_k: expected a whole number, found '{text}'")
@@ -448,7 +448,7 @@ def test_plain_numbers_stay_numbers(file, text, value):
     ],
 )  # fmt: skip
 def test_hostile_texts_are_refused_in_bounded_time(file, text, words):
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         read(Job, ["--model.path", "m", "--config", file(text)])
     assert sum(words in line for line in caught.value.lines) == 1, caught.value.lines
     assert len(caught.value.lines) <= 51 and max(map(len, caught.value.lines)) < 400
@@ -462,7 +462,7 @@ def test_flags_meet_the_same_bounds():
         ("--sampling.temperature", "1e400"): "expected a number",
         ("--model.peft", "{a: [" + "[" * 200 + "]" * 200 + "]}"): "nested more than 64 deep",
     }.items():
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             read(Job, ["--model.path", "m", *argv])
         assert len(caught.value.lines) == 1 and words in caught.value.lines[0], caught.value.lines
 
@@ -472,6 +472,6 @@ def test_a_name_that_no_file_can_have_is_one_line(capsys):
         Path("n" * 300).read_text()
 
     with pytest.raises(SystemExit) as left:
-        door(main, Job, ["--model.path", "m"])
+        run_command(main, Job, ["--model.path", "m"])
     assert left.value.code == 2
     assert capsys.readouterr().err == f"{'n' * 60}...: 300 characters; no file can have this name\n"

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 import torch
 from steerl.rollout.steering.vectors.files import save_vector
@@ -83,7 +83,7 @@ CLEAN: dict[str, list[str]] = {
 
 def run(command: str, argv: list[str]) -> None:
     main, job = COMMANDS[command]
-    door(main, job, argv)
+    run_command(main, job, argv)
 
 
 def make(folder: Path) -> None:

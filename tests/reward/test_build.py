@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from steerl.reward.build import KINDS, Common, read_parts
+from steerl.reward.build import KINDS, Common, read_terms
 from steerl.reward.types import build_reward
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 from tests.reward.rows import made
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def lines(parts) -> tuple[str, ...]:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         build_reward(parts)
     return caught.value.lines
 
@@ -114,4 +114,4 @@ def test_the_shipped_list_of_kinds_is_complete_and_at_the_defaults():
         for spot in spots:
             if spot.default is not dataclasses.MISSING and (part["kind"], spot.name) != ("length", "max"):
                 assert part[spot.name] == spot.default, (part["kind"], spot.name)
-    read_parts(shipped)
+    read_terms(shipped)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from steerl.reward.normalize import Running
 from steerl.reward.types import build_reward
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 from tests.reward.rows import made
 
@@ -56,7 +56,7 @@ def test_measured_on_reference_responses(tmp_path):
 
 def test_references_without_spread_are_refused(tmp_path):
     (tmp_path / "reference.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
-    with pytest.raises(Problem, match=r"reward\[0\].*normalise.reference: 1 scored row\(s\) with standard deviation 0"):
+    with pytest.raises(UserError, match=r"reward\[0\].*normalise.reference: 1 scored row\(s\) with standard deviation 0"):
         build_reward(part(normalise={"reference": str(tmp_path / "reference.jsonl")}))
 
 
@@ -79,7 +79,7 @@ def test_the_running_state_goes_through_a_checkpoint():
     rows = made(["dd", "eeeeee"])
     assert torch.equal(first(*rows).total_B, second(*rows).total_B)
     assert build_reward(part()).state_dict() == {}
-    with pytest.raises(Problem, match=r"the saved state and this job differ in the normalised part\(s\) len"):
+    with pytest.raises(UserError, match=r"the saved state and this job differ in the normalised part\(s\) len"):
         build_reward(part()).load_state_dict(first.state_dict())
 
 
@@ -152,5 +152,5 @@ def test_rewards_per_token_are_not_normalised():
     def steps(rollout, texts):
         return Scores(torch.zeros(1), tokens_BR=torch.ones(1, 2))
 
-    with pytest.raises(Problem, match="gives a reward per token, which `normalise` and `clip` do not change"):
+    with pytest.raises(UserError, match="gives a reward per token, which `normalise` and `clip` do not change"):
         build_reward([{"kind": "function", "function": steps, "clip": [0, 1]}])(*made(["ab"]))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from steerl.reward.types import Scores, build_reward, metrics, missing_stop_penalty
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 from tests.reward.rows import made
 
@@ -56,7 +56,7 @@ def test_a_row_to_which_no_part_applies_is_refused():
         return [1.0, 3.0, None]
 
     with pytest.raises(
-        Problem, match=r"reward: no part applies to 1 of 3 rows \(row 12 sample 0\): each gave None there; leave"
+        UserError, match=r"reward: no part applies to 1 of 3 rows \(row 12 sample 0\): each gave None there; leave"
     ):
         build_reward([some, others])(*made(["a", "b", "c"]))
 
@@ -65,7 +65,7 @@ def test_a_total_that_float32_cannot_hold_is_refused():
     def huge(completions, **columns):
         return [1.0, 1e30]
 
-    with pytest.raises(Problem, match="reward: row 11 sample 0 has the total inf; weights or values are too large"):
+    with pytest.raises(UserError, match="reward: row 11 sample 0 has the total inf; weights or values are too large"):
         build_reward([{"kind": "function", "function": huge, "weight": 1e30}])(*made(["a", "b"]))
 
 
@@ -107,7 +107,7 @@ def test_dense_rewards_may_not_contradict_their_total():
     def steps(rollout, texts):
         return Scores(torch.tensor([5.0]), tokens_BR=torch.tensor([[1.0, 1.0]]))
 
-    with pytest.raises(Problem, match=r"reward\[0\] \(steps\): total_B is not the sum of tokens_BR"):
+    with pytest.raises(UserError, match=r"reward\[0\] \(steps\): total_B is not the sum of tokens_BR"):
         build_reward([steps])(*made(["ab"]))
 
 
@@ -137,7 +137,7 @@ def test_no_rows_no_calls():
     ],
 )
 def test_scores_say_which_field_is_wrong(values, message):
-    with pytest.raises(Problem, match=message):
+    with pytest.raises(UserError, match=message):
         Scores(**values)
 
 
@@ -148,7 +148,7 @@ def test_a_reward_that_is_infinite_or_too_short_names_part_and_row():
     def infinite(rollout, texts):
         return Scores(torch.tensor([0.0, math.inf]))
 
-    with pytest.raises(Problem, match=r"reward\[0\] \(short\): gave 1 scores for 2 rows"):
+    with pytest.raises(UserError, match=r"reward\[0\] \(short\): gave 1 scores for 2 rows"):
         build_reward([short])(*made(["a", "b"]))
-    with pytest.raises(Problem, match=r"reward\[0\] \(infinite\): row 11 sample 0: gave inf"):
+    with pytest.raises(UserError, match=r"reward\[0\] \(infinite\): row 11 sample 0: gave inf"):
         build_reward([infinite])(*made(["a", "b"]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.scripts import bench
 from steerl.scripts.bench_cases import learning, task
 from steerl.scripts.bench_cases.trl_112 import WalkReward
@@ -54,7 +54,7 @@ def test_a_mean_is_of_every_seed_or_not_given(tmp_path):
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
     (tmp_path / "learning.json").write_text(json.dumps({"steps": 7, "runs": {}}))
-    with pytest.raises(Problem, match="runs of 7 steps"):
+    with pytest.raises(UserError, match="runs of 7 steps"):
         learning.load(tmp_path / "learning.json", learning.LearningSettings(steps=100))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.scripts.bench_cases import limit, scaling, speed
@@ -121,7 +121,7 @@ def test_medians_ratios_and_ranges_are_over_all_rounds():
 
 
 def test_a_case_that_is_not_there_is_named():
-    with pytest.raises(Problem, match="no case has 'V7'"):
+    with pytest.raises(UserError, match="no case has 'V7'"):
         speed.chosen(speed.SpeedSettings(only="V7"), quick=False)
     assert len(speed.chosen(speed.SpeedSettings(device="cuda"), quick=False)) == len(CUDA)
 

@@ -1,4 +1,4 @@
-"""The completion door: through pipes, and in a pseudo-terminal: colours, interrupts, wide characters, narrow windows."""
+"""The completion command: through pipes, and in a pseudo-terminal: colors, interrupts, wide characters, narrow windows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from tests.models import CHAT, tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
 WIDE = "日本語質問回答東京京都🙂🎉ＡＢ漢字仮名交文"
 
 
@@ -74,7 +74,7 @@ def steering(folder: Path) -> str:
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     code: Any = 0
     try:
-        door(main, Job, with_switches(list(argv)))
+        run_command(main, Job, with_switches(list(argv)))
     except SystemExit as left:
         code = left.code
     out, err = capsys.readouterr()
@@ -177,7 +177,7 @@ def test_bad_input_is_one_line(models_: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 class Terminal:
-    """The door in a pseudo-terminal of a given size, as a person would use it."""
+    """The command in a pseudo-terminal of a given size, as a person would use it."""
 
     def __init__(self, *argv: str, columns: int = 80, rows: int = 24):
         self.master, slave = pty.openpty()
@@ -238,7 +238,7 @@ def test_colours_in_a_terminal_are_those_of_the_probabilities(models_: Path, cap
     assert terminal.leave() == 0
     _, out, _ = run(capsys, *argv, "--json")
     record = json.loads(out)
-    assert COLOUR.sub("", terminal.text) == record["generation"] + "\n"
+    assert COLOR.sub("", terminal.text) == record["generation"] + "\n"
     bands = [next(code for limit, code in BANDS if 2.718281828**number < limit) for number in record["logprobs"]]
     wanted = "".join(
         f"{band}{text}\x1b[0m" for band, text in zip(bands, record["tokens"], strict=True) if text not in ("\n", "</s>")
@@ -295,11 +295,11 @@ def test_an_interrupt_between_two_steps_of_a_chat_does_not_end_it(models_: Path,
 @pytest.mark.slow
 def test_an_interrupted_completion_ends_with_130_and_resets_the_colour(models_: Path) -> None:
     terminal = Terminal("--model.path", str(models_ / "long"), "--sampling.max_new_tokens", "6000", "hello")
-    terminal.until(lambda text: len(COLOUR.sub("", text)) > 20)
+    terminal.until(lambda text: len(COLOR.sub("", text)) > 20)
     terminal.type("\x03")
     assert terminal.leave() == 130
     shown = terminal.text.replace("^C", "")
-    assert "Traceback" not in shown and shown.count("\x1b[0m") * 2 == len(COLOUR.findall(shown)) and shown.endswith("\n")
+    assert "Traceback" not in shown and shown.count("\x1b[0m") * 2 == len(COLOR.findall(shown)) and shown.endswith("\n")
 
 
 @pytest.mark.slow
@@ -308,7 +308,7 @@ def test_wide_characters_in_a_narrow_and_a_normal_window(models_: Path, tmp_path
     argv = ["--model.path", str(models_ / "wide"), "--sampling.max_new_tokens", "90", "--sampling.seed", "1", "日本 a"]
     terminal = Terminal(*argv, "--steering", steering(tmp_path), columns=columns)
     assert terminal.leave() == 0
-    lines = COLOUR.sub("", terminal.text).splitlines()
+    lines = COLOR.sub("", terminal.text).splitlines()
     assert any(character in WIDE for line in lines for character in line)
     assert max(width_of(line) for line in lines) <= columns
     if columns == 80:  # the bar stands in one column, whatever stands left of it

@@ -1,4 +1,4 @@
-"""The dump door, with real files and real processes: rows against teacher forcing, resume, damage, kills, a full disk."""
+"""The dump command, with real files and real processes: rows against teacher forcing, resume, damage, kills, a full disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 import numpy as np
 import pandas
@@ -61,7 +61,7 @@ SMALL = ("--prompts.limit", "12", "--sampling.n", "3", "--run.save_every", "9")
 
 def dump(argv: list[str]) -> int:
     try:
-        door(main, Job, argv)
+        run_command(main, Job, argv)
     except SystemExit as left:
         return int(left.code or 0)
     return 0

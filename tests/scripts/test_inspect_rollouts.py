@@ -1,4 +1,4 @@
-"""Inspection through its door: its counts against plain loops over the rows, and what it finds where something is wrong."""
+"""Inspection through its command: its counts against plain loops over the rows, and what it finds where something is wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.dumps import flip_bit, made_dump, made_rows, truncate, write_scores
 def inspect(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     code: Any = 0
     try:
-        door(main, Job, list(argv))
+        run_command(main, Job, list(argv))
     except SystemExit as left:
         code = left.code
     out, err = capsys.readouterr()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.scripts import make_tiny
 from steerl.scripts.make_tiny import TinyJob
 from steerl.scripts.toy_tasks import making, reviews
@@ -134,24 +134,24 @@ def test_what_is_there_is_kept_and_nothing_else_is_replaced(quick, tmp_path, cap
     before = (tmp_path / "reviews" / "x").stat().st_mtime_ns
     make_tiny.main(TinyJob(out=str(tmp_path), worlds="reviews"))
     assert (tmp_path / "reviews" / "x").stat().st_mtime_ns == before
-    with pytest.raises(Problem, match="holds the world of seed 0; name another folder, or --overwrite true"):
+    with pytest.raises(UserError, match="holds the world of seed 0; name another folder, or --overwrite true"):
         make_tiny.main(TinyJob(out=str(tmp_path), worlds="reviews", seed=1))
     make_tiny.main(TinyJob(out=str(tmp_path), worlds="reviews", seed=1, overwrite=True))
     assert (tmp_path / "reviews" / "x").read_text() == "1"
     (tmp_path / "other" / "reviews").mkdir(parents=True)
-    with pytest.raises(Problem, match="holds something else"):
+    with pytest.raises(UserError, match="holds something else"):
         make_tiny.main(TinyJob(out=str(tmp_path / "other"), worlds="reviews"))
 
 
 def test_unknown_worlds_and_bad_folders(quick, tmp_path):
-    with pytest.raises(Problem, match="worlds: 'revews' is unknown; did you mean reviews"):
+    with pytest.raises(UserError, match="worlds: 'revews' is unknown; did you mean reviews"):
         make_tiny.main(TinyJob(out=str(tmp_path), worlds="revews"))
-    with pytest.raises(Problem, match="worlds: none named"):
+    with pytest.raises(UserError, match="worlds: none named"):
         make_tiny.main(TinyJob(out=str(tmp_path), worlds=" , "))
     (tmp_path / "file").write_text("")
-    with pytest.raises(Problem, match="is a file; name a folder"):
+    with pytest.raises(UserError, match="is a file; name a folder"):
         make_tiny.main(TinyJob(out=str(tmp_path / "file"), worlds="reviews"))
-    with pytest.raises(Problem, match="cannot make"):
+    with pytest.raises(UserError, match="cannot make"):
         make_tiny.main(TinyJob(out=str(tmp_path / "file" / "in"), worlds="reviews"))
 
 
@@ -161,7 +161,7 @@ def test_a_world_that_fails_half_way_leaves_nothing(monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(make_tiny.worlds, "builder", lambda name: full)
-    with pytest.raises(Problem, match="reviews: cannot be written: No space left on device"):
+    with pytest.raises(UserError, match="reviews: cannot be written: No space left on device"):
         make_tiny.main(TinyJob(out=str(tmp_path), worlds="reviews"))
     assert list(tmp_path.iterdir()) == []
 

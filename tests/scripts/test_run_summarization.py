@@ -1,4 +1,4 @@
-"""The summarisation command line: what it leaves and measures, and one line for each bad flag; the world it is tried on."""
+"""The summarization command line: what it leaves and measures, and one line for each bad flag; the world it is tried on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from steerl.reward.kinds.rouge import rouge, rouge_l
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.scripts.run_summarization import main, parse
 from steerl.scripts.toy_tasks import summaries
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -136,7 +136,7 @@ def test_rouge_is_the_harmonic_mean_of_recall_and_precision():
     ]
     found = rouge(["the cat sat", "x"], ["the cat sat", "y"])
     assert found["rougeL"] == found["rouge1"] == found["rouge2"] == found["rougeLsum"] == 0.5
-    with pytest.raises(Problem, match="no reference, a column named summary .* it has: title"):
+    with pytest.raises(UserError, match="no reference, a column named summary .* it has: title"):
         rouge_l(["p"], ["a"], title=["b"])
 
 
@@ -155,7 +155,7 @@ def test_rouge_is_the_harmonic_mean_of_recall_and_precision():
     ],
 )
 def test_a_bad_flag_is_one_clear_line(job, flags, words):
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         job(*flags)
     (line,) = caught.value.lines
     assert all(word in line for word in words), line
@@ -164,11 +164,11 @@ def test_a_bad_flag_is_one_clear_line(job, flags, words):
 def test_a_causal_model_and_a_full_folder_are_refused(job, tmp_path):
     tiny("gpt2").save_pretrained(tmp_path / "gpt2")
     tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(Problem, match="gpt2 model, which has no seq2seq head"):
+    with pytest.raises(UserError, match="gpt2 model, which has no seq2seq head"):
         job("--do_train", model=str(tmp_path / "gpt2"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
-    with pytest.raises(Problem, match="out is not empty; add .*--overwrite_output_dir"):
+    with pytest.raises(UserError, match="out is not empty; add .*--overwrite_output_dir"):
         job("--do_train")
     assert (tmp_path / "out" / "old").exists()
 
@@ -188,7 +188,9 @@ def test_a_folder_that_a_job_wrote_is_emptied_and_not_what_is_read_from_it(job, 
     (tmp_path / "out" / "stale").touch()
     job("--do_train", "--max_steps", "1", "--overwrite_output_dir")
     assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out" / "stale").exists()
-    with pytest.raises(Problem, match="model_name_or_path: .*out lies in output_dir, which --overwrite_output_dir would empty"):
+    with pytest.raises(
+        UserError, match="model_name_or_path: .*out lies in output_dir, which --overwrite_output_dir would empty"
+    ):
         job("--do_train", "--max_steps", "1", "--overwrite_output_dir", model=str(tmp_path / "out"))
     assert (tmp_path / "out" / "model.safetensors").exists()
 

@@ -1,4 +1,4 @@
-"""The scoring door, with real files and real processes: tables against rewards called by hand, kills, damage, bad input."""
+"""The scoring command, with real files and real processes: tables against rewards called by hand, kills, damage, bad input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 import datasets
 import pandas
@@ -75,7 +75,7 @@ def flags(given: Path, run: Path, *more: str) -> list[str]:
 
 def score(argv: list[str]) -> int:
     try:
-        door(main, Job, argv)
+        run_command(main, Job, argv)
     except SystemExit as left:
         return int(left.code or 0)
     return 0
@@ -318,7 +318,9 @@ def test_a_reward_file_that_calls_sys_exit_leaves_with_two_and_its_name(place, t
     (tmp_path / "texts.jsonl").write_text('{"completion": "a"}\n')
     reward = json.dumps([{"kind": "function", "function": f"{tmp_path}/leaves.py:f"}])
     with pytest.raises(SystemExit) as left:
-        door(main, Job, ["--texts.path", str(tmp_path / "texts.jsonl"), "--reward", reward, "--run.dir", str(tmp_path / "run")])
+        run_command(
+            main, Job, ["--texts.path", str(tmp_path / "texts.jsonl"), "--reward", reward, "--run.dir", str(tmp_path / "run")]
+        )
     (line,) = capsys.readouterr().err.splitlines()
     assert left.value.code == 2
     assert line.startswith("reward[0] (function)") and "SystemExit: 0" in line and "leaves.py" in line

@@ -1,4 +1,4 @@
-"""The server's door as a process of its own: another job's `kind: http` asks it; bad settings are a line each."""
+"""The server's command as a process of its own: another job's `kind: http` asks it; bad settings are a line each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 import pytest
 import torch
@@ -60,6 +60,6 @@ def test_another_process_asks_it(tmp_path):
 def test_bad_settings(changes, line, capsys, monkeypatch):
     monkeypatch.delenv("STEERL_REWARD_TOKEN", raising=False)
     with pytest.raises(SystemExit) as left:
-        door(main, Job, ["--reward", "[{kind: length, max: 3}]", *changes])
+        run_command(main, Job, ["--reward", "[{kind: length, max: 3}]", *changes])
     assert left.value.code == 2
     assert line in capsys.readouterr().err

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import ModelSettings
@@ -23,7 +23,7 @@ POLICY = SimpleNamespace(model=torch.nn.Linear(1, 1))
 
 
 def lines(**settings) -> tuple[str, ...]:
-    with pytest.raises(Problem) as found:
+    with pytest.raises(UserError) as found:
         PPOSettings(**settings)
     return found.value.lines
 
@@ -61,7 +61,7 @@ def test_a_learning_rate_of_zero_is_legal():
 
 
 def refused(sampling=None, **settings) -> str:
-    with pytest.raises(Problem) as found:
+    with pytest.raises(UserError) as found:
         check_job(POLICY, [1], Sampling(**sampling or {}), PPOSettings(**settings))
     return "\n".join(found.value.lines)
 
@@ -75,7 +75,7 @@ def test_one_sample_has_nothing_to_compare_with():
 
 
 def test_no_prompts():
-    with pytest.raises(Problem, match="prompts: there are none"):
+    with pytest.raises(UserError, match="prompts: there are none"):
         check_job(POLICY, [], Sampling(), PPOSettings())
 
 
@@ -107,7 +107,7 @@ def test_steered_exploration_needs_a_correction_and_no_truncation():
         (Sampling(), PPOSettings(), "steering.correction: missing"),
         (Sampling(top_p=0.5), PPOSettings(correction=Correction("token_truncate")), "sampling: top_k, top_p or min_p together"),
     ):
-        with pytest.raises(Problem, match=text.replace(".", r"\.")):
+        with pytest.raises(UserError, match=text.replace(".", r"\.")):
             check_job(POLICY, [1], sampling, settings, steering)
     check_job(POLICY, [1], Sampling(), PPOSettings(), SimpleNamespace(role="behaviour", correction=Correction("none")))
 
@@ -117,7 +117,7 @@ def test_a_kl_of_another_law_is_weighed_or_not_held(caplog):
     none, explores = Correction("none"), SimpleNamespace(role="behaviour", correction=Correction("none"))
     told = "ppo.kl_target: with a correction of type none the KL that is measured is the sampler's"
     assert told in refused({"top_p": 0.9}, kl_target=1.0, correction=none)
-    with pytest.raises(Problem, match="the KL that is measured is the sampler's"):
+    with pytest.raises(UserError, match="the KL that is measured is the sampler's"):
         check_job(POLICY, [1], Sampling(), PPOSettings(kl_target=1.0), explores)
     check_job(POLICY, [1], Sampling(top_p=0.9), PPOSettings(kl_target=1.0, correction=Correction("token_mask")))
     check_job(POLICY, [1], Sampling(), PPOSettings(kl_target=1.0, kl_as="loss", correction=none))
@@ -136,7 +136,7 @@ def test_counts_and_seeds_that_no_machine_can_hold_are_refused_at_once():
         (lambda: RunSettings(seed=2**63), "run.seed: 9223372036854775808, but it must be 0 to 4294967295"),
         (lambda: RunSettings(keep=0), "run.keep: 0, but it must be 1 or more"),
     ):  # fmt: skip
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             build()
         assert len(caught.value.lines) == 1 and caught.value.lines[0].startswith(words), caught.value.lines
 
@@ -157,7 +157,7 @@ def test_float16_weights_that_learn_are_refused_and_adapters_on_them_are_not():
     bfloat.model.bfloat16()
     check_job(bfloat, [1], Sampling(), PPOSettings())
     for policy, steering in ((half(), None), (half("t5"), None), (half(), trained)):  # the last copies a value model
-        with pytest.raises(Problem, match=r"model.dtype: float16, in which weights that learn \(.*\) diverge") as found:
+        with pytest.raises(UserError, match=r"model.dtype: float16, in which weights that learn \(.*\) diverge") as found:
             check_job(policy, [1], Sampling(), PPOSettings(), steering)
         assert len(found.value.lines) == 1
 
@@ -172,5 +172,5 @@ def test_the_supervised_stages_refuse_float16_alike(tmp_path):
         (None, scores, {"fresh": True, "num_labels": 1}),
         (LORA, scores, {"fresh": True, "num_labels": 1}),
     ):
-        with pytest.raises(Problem, match=r"model.dtype: float16, in which weights that learn \(.*\) diverge"):
+        with pytest.raises(UserError, match=r"model.dtype: float16, in which weights that learn \(.*\) diverge"):
             load_trainable(ModelSettings(path=str(tmp_path), dtype="float16", peft=peft), role, head, **more)

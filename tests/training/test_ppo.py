@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 from steerl.reward.types import Scores, build_reward
-from steerl.rollout.common.errors import Problem, Stopped
+from steerl.rollout.common.errors import Stopped, UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding import distribution
 from steerl.rollout.decoding.settings import Sampling
@@ -220,7 +220,7 @@ def test_the_alarm_fires_when_position_ids_are_withheld(tmp_path, monkeypatch):
     real = logprobs.forward_inputs
     monkeypatch.setattr(logprobs, "aligned", False)  # rows without padding before them need no explicit positions
     monkeypatch.setattr(logprobs, "forward_inputs", lambda *a: {k: v for k, v in real(*a).items() if k != "position_ids"})
-    with pytest.raises(Problem, match=r"step 1: the sampler's log-prob .* above ppo.gap_tolerance 0.001. Usual causes"):
+    with pytest.raises(UserError, match=r"step 1: the sampler's log-prob .* above ppo.gap_tolerance 0.001. Usual causes"):
         run(tmp_path / "run")
 
 
@@ -228,19 +228,19 @@ def test_the_alarm_fires_when_dropout_is_on(tmp_path, monkeypatch):
     import contextlib
 
     monkeypatch.setattr(logprobs, "no_dropout", lambda model: contextlib.nullcontext(model.train()))
-    with pytest.raises(Problem, match="dropout left on"):
+    with pytest.raises(UserError, match="dropout left on"):
         run(tmp_path / "run", overrides={"resid_pdrop": 0.3})
 
 
 def test_the_alarm_fires_when_a_penalty_leaks(tmp_path, monkeypatch):
-    real = distribution.Law.draw
+    real = distribution.Distribution.draw
 
     def leaking(*arguments, **settings):
         drawn = real(*arguments, **settings)
         return dataclasses.replace(drawn, policy_B=drawn.behaviour_B)
 
-    monkeypatch.setattr(distribution.Law, "draw", leaking)
-    with pytest.raises(Problem, match="a penalty or a temperature that one side lacks"):
+    monkeypatch.setattr(distribution.Distribution, "draw", leaking)
+    with pytest.raises(UserError, match="a penalty or a temperature that one side lacks"):
         run(tmp_path / "run", sampling={"repetition_penalty": 1.5}, correction=Correction("token_truncate"))
 
 
@@ -262,7 +262,7 @@ def test_without_the_defect_the_same_run_is_quiet(tmp_path):
     ],
 )
 def test_a_bad_reward_is_named(tmp_path, reward, text):
-    with pytest.raises(Problem, match=text):
+    with pytest.raises(UserError, match=text):
         run(tmp_path / "run", reward=reward)
 
 
@@ -273,7 +273,7 @@ def test_scores_that_blow_up_stop_the_run_with_the_step(tmp_path):
         seen.append(len(rollout))
         return Scores(torch.full((len(rollout),), 3e38 if len(seen) > 2 else 0.5) * (1 + rollout.row_B % 2))
 
-    with pytest.raises(Problem, match=r"step 2: .*(loss|norm).* = (nan|inf|-inf)|scored inf"):
+    with pytest.raises(UserError, match=r"step 2: .*(loss|norm).* = (nan|inf|-inf)|scored inf"):
         run(tmp_path / "run", reward=exploding, steps=3, whiten_advantages=False)
 
 
@@ -342,10 +342,10 @@ def test_a_resumed_run_names_other_weights_and_prompts_and_takes_another_learnin
     with pytest.raises(Stopped):
         resumable(tmp_path / "run", reward=interrupts, config=rates[0])
     fewer = {"seed": 1, "prompts": lambda policy: prompts_of(policy, 39), "resume": True}
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         resumable(tmp_path / "run", config=rates[0], **fewer)
     assert [line.split(":")[0] for line in caught.value.lines] == ["model.path", "prompts.path"]
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         resumable(tmp_path / "run", config=rates[1], resume=True)
     assert [line.split(":")[0] for line in caught.value.lines] == ["ppo.learning_rate"], "eval_every only observes"
     before = checkpoint.read(checkpoint.newest(tmp_path / "run"))["tree"]["weights"]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.steering import load_spec
@@ -105,5 +105,5 @@ def test_rows_are_learned_from_under_the_steering_they_were_drawn_under(tmp_path
 
 def test_exploration_without_a_correction_is_refused():
     policy = tiny_policy("gpt2")
-    with pytest.raises(Problem, match=r"steering.correction: missing"):
+    with pytest.raises(UserError, match=r"steering.correction: missing"):
         train(policy, prompts_of(policy), share_of_threes, Sampling(), PPOSettings(), RunSettings(), steering=spec("behaviour"))

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from steerl.reward.types import Scores
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
@@ -194,13 +194,13 @@ def test_steered_rows_are_replayed_as_they_were_drawn(tmp_path, name):
 def test_rows_whose_steering_is_not_in_the_record_are_refused(tmp_path, name):
     spec = {**DRAWN, **NEVER}[name]
     policy, folder, _ = steered_dump(tmp_path, spec, seed=3)
-    with pytest.raises(Problem) as found:
+    with pytest.raises(UserError) as found:
         replayed_gap(policy, folder, spec, seed=8)
     (line,) = found.value.lines
     assert line.startswith(f"ppo.replay: {folder}") and "holds the first site's strength alone" in line
     assert ("set run.seed to 3" in line) == (name in DRAWN)
     other = tiny_policy("llama", seed=2)  # whose rows are of no step of its own
-    with pytest.raises(Problem, match="holds the first site's strength alone"):
+    with pytest.raises(UserError, match="holds the first site's strength alone"):
         replayed_gap(other, folder, spec, seed=3)
 
 
@@ -218,7 +218,7 @@ def test_exploration_is_replayed_whatever_drew_it(tmp_path):
 
 def test_another_tokenizer_is_refused(dump):
     other = tiny_policy("llama", seed=1, tokenizer=tiny_tokenizer(64, kind="word"))
-    with pytest.raises(Problem, match="another tokenizer"):
+    with pytest.raises(UserError, match="another tokenizer"):
         Replay(dump, other, SETTINGS)
 
 
@@ -229,19 +229,19 @@ def test_other_weights_are_told_and_weighed(dump, caplog):
 
 def test_a_smaller_vocabulary_without_a_tokenizer_is_refused_by_the_id(dump):
     small = dataclasses.replace(tiny_policy("llama", seed=1, vocab_size=16), tokenizer=None)
-    with pytest.raises(Problem, match=r"rollouts-0000\d.parquet holds the id \d+, the policy's vocabulary ends at 15"):
+    with pytest.raises(UserError, match=r"rollouts-0000\d.parquet holds the id \d+, the policy's vocabulary ends at 15"):
         Replay(dump, small, SETTINGS).sample(list(range(PROMPTS)))
 
 
 def test_an_encoder_decoder_does_not_take_a_causal_models_rows(dump):
     other = dataclasses.replace(tiny_policy("t5"), tokenizer=None)
-    with pytest.raises(Problem, match="begins responses with"):
+    with pytest.raises(UserError, match="begins responses with"):
         Replay(dump, other, SETTINGS).sample([0])
 
 
 def test_greedy_rows_are_refused(tmp_path, policy):
     folder = make_dump(tmp_path / "greedy", policy, greedy=True, samples=1)
-    with pytest.raises(Problem, match="greedy rows, which have no law"):
+    with pytest.raises(UserError, match="greedy rows, which have no law"):
         Replay(folder, policy, dataclasses.replace(SETTINGS)).sample([0])
 
 
@@ -255,13 +255,13 @@ def test_greedy_rows_are_refused(tmp_path, policy):
     ],
 )
 def test_settings_that_do_not_fit_are_named(tmp_path, dump, changes, told):
-    with pytest.raises(Problem, match=told):
+    with pytest.raises(UserError, match=told):
         replayed(tmp_path / "run", dump, tiny_policy("llama", seed=1), **changes)
 
 
 def test_one_sample_a_prompt_cannot_be_compared(tmp_path, policy):
     folder = make_dump(tmp_path / "single", policy, samples=1)
-    with pytest.raises(Problem, match="one sample per prompt"):
+    with pytest.raises(UserError, match="one sample per prompt"):
         Replay(folder, policy, dataclasses.replace(SETTINGS, credit="rloo"))
 
 
@@ -270,10 +270,10 @@ def test_a_damaged_or_unfinished_dump_is_named(tmp_path, policy):
     replay = Replay(folder, policy, SETTINGS)
     shard = folder / "rollouts-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(Problem, match=r"rollouts-00001.parquet: is damaged"):
+    with pytest.raises(UserError, match=r"rollouts-00001.parquet: is damaged"):
         replay.sample(list(range(PROMPTS)))
     described = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(described | {"finished": False}))
-    with pytest.raises(Problem, match="unfinished"):
+    with pytest.raises(UserError, match="unfinished"):
         Replay(folder, policy, SETTINGS)
     assert Counter(path.suffix for path in folder.iterdir())[".parquet"] == len(replay.plan)

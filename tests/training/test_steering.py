@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from steerl.rollout.analysis.steering_effect import law_distance
 from steerl.rollout.analysis.steering_table import applied, edits_per_row, table
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
@@ -164,7 +164,7 @@ def test_the_budget_brings_the_kl_down(role: str, tmp_path: Path) -> None:
 def test_the_budget_may_stop_the_run(tmp_path: Path) -> None:
     spec = load_spec({"sites": [SITE], "kl_budget": {"nats_per_sequence": 0.01, "action": "error"}})
     policy = tiny_policy("llama")
-    with pytest.raises(Problem, match=r"step 1: steered responses cost .* above steering.kl_budget 0.01"):
+    with pytest.raises(UserError, match=r"step 1: steered responses cost .* above steering.kl_budget 0.01"):
         train(
             policy,
             prompts_of(policy),
@@ -211,7 +211,7 @@ def completions(model: Any, steering: Steering | None = None) -> Tensor:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gpt_neox", "t5"])
 def test_a_trained_vector_saved_loaded_and_folded_gives_the_same_completions(family: str, tmp_path: Path) -> None:
     if family == "t5":
-        with pytest.raises(Problem, match="no option for one; use keep"):
+        with pytest.raises(UserError, match="no option for one; use keep"):
             fold(Steering(tiny("t5"), {"sites": [{**SITE, "where": EVERYWHERE}]}), tiny("t5"))
         return
     spec = load_spec(
@@ -311,10 +311,10 @@ def test_strip_leaves_a_plain_model(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_folded_is_said_at_the_start(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises(Problem, match=words):
+    with pytest.raises(UserError, match=words):
         check_fold(Steering(tiny("llama"), {"sites": [{**SITE, **change}]}))
     policy = tiny_policy("llama")
-    with pytest.raises(Problem, match=words):
+    with pytest.raises(UserError, match=words):
         train(
             policy, prompts_of(policy), share_of_threes, Sampling(max_new_tokens=4), PPOSettings(steps=1), RunSettings(dir=str(tmp_path / "r")),
             steering=load_spec({"sites": [{**SITE, **change}], "on_deploy": "fold"}),
@@ -324,13 +324,13 @@ def test_what_cannot_be_folded_is_said_at_the_start(change: dict[str, Any], word
 
 def test_a_model_whose_parts_do_not_add_up_is_not_folded() -> None:
     """olmo2 norms what its mlp gives before adding it: a bias in the matrix is another thing, and is refused."""
-    with pytest.raises(Problem, match="use keep"):
+    with pytest.raises(UserError, match="use keep"):
         fold(Steering(tiny("olmo2"), {"sites": [{**SITE, "where": EVERYWHERE}]}), tiny("olmo2"))
 
 
 def test_role_data_is_not_for_ppo() -> None:
     policy = tiny_policy("llama")
-    with pytest.raises(Problem, match="role: data|data is for dumps"):
+    with pytest.raises(UserError, match="role: data|data is for dumps"):
         train(
             policy,
             prompts_of(policy),

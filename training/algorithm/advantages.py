@@ -35,7 +35,7 @@ def gae(
     lam: float = 0.95,
     bootstrap_B: Tensor | None = None,
 ) -> Credit:
-    """Generalised advantage estimation. Time is actions: what comes after an action is the next one, however far off.
+    """Generalized advantage estimation. Time is actions: what comes after an action is the next one, however far off.
     Beyond the last there is neither value nor carry; `bootstrap_B` is the value of the state after it, for rows that were
     cut (0 for rows that ended)."""
     rewards_BR = torch.where(mask_BR, rewards_BR, 0.0)
@@ -62,7 +62,7 @@ def rloo(rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float =
 
 
 def group(rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float = 1.0, eps: float = 1e-4) -> Credit:
-    """Group-relative: the row's discounted return, standardised among the samples of its prompt (n - 1 in the variance)."""
+    """Group-relative: the row's discounted return, standardized among the samples of its prompt (n - 1 in the variance)."""
     total_B = discounted_sum(rewards_BR, mask_BR, gamma)
     count_B = _group_sum(torch.ones_like(total_B), group_B)
     centred_B = total_B - _group_sum(total_B, group_B) / count_B

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from steerl.reward.types import Reward, Scores, joined_extra, joined_metrics, missing_stop_penalty, on_last_action, row_name
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.types import Rollout, Texts
 from steerl.training.algorithm import advantages, kl
@@ -87,13 +87,13 @@ def gather_scored(rollout: Rollout, texts: Texts, reward: Reward, *, real: bool 
 def check_scores(scores: Scores, rollout: Rollout) -> Scores:
     """A reward may be any object: a finite number for every row, or the error that names the row."""
     if not isinstance(scores, Scores):
-        raise Problem(f"reward: expected Scores, found {type(scores).__name__}")
+        raise UserError(f"reward: expected Scores, found {type(scores).__name__}")
     if len(scores) != len(rollout):
-        raise Problem(f"reward: gave {len(scores)} scores for {len(rollout)} rows; give one per row")
+        raise UserError(f"reward: gave {len(scores)} scores for {len(rollout)} rows; give one per row")
     bad = torch.nonzero(~scores.total_B.isfinite()).flatten().tolist()
     if bad:
         value = scores.total_B[bad[0]].item()
-        raise Problem(f"reward: {row_name(rollout, bad[0])} scored {value}; scores must be finite numbers")
+        raise UserError(f"reward: {row_name(rollout, bad[0])} scored {value}; scores must be finite numbers")
     return scores
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.training.algorithm import kl, loss
 from steerl.training.algorithm.experience import Experience, select
 from steerl.training.algorithm.minibatch import minibatches, passes
@@ -157,7 +157,7 @@ def check_finite(found: dict[str, float], step: int) -> None:
     bad = [name for name in watched if not math.isfinite(found.get(name, 0.0))]
     if bad:
         shown = ", ".join(f"{name} = {found[name]}" for name in bad)
-        raise Problem(
+        raise UserError(
             f"step {step + 1}: {shown}; the weights were left as they were. Likely causes: a learning rate that is too high "
             "(lower ppo.learning_rate), scores that are far too large, or float16 that overflows (use bfloat16 or float32)"
         )
@@ -169,7 +169,7 @@ def check_first_move(approx_kl: float, settings: PPOSettings, step: int) -> None
     at 1 a hundred tokens are e^100 times less likely, and nothing that is sampled from there on is of the policy that began."""
     bound = max(1.0, settings.stop_kl or 0.0)
     if approx_kl > bound:
-        raise Problem(
+        raise UserError(
             f"step {step + 1}: one optimizer step moved the policy by {approx_kl:.3g} nats per token (ppo/approx_kl), above "
             f"{bound:g}; lower ppo.learning_rate ({settings.learning_rate:g}; 1e-5 is usual, 1e-4 for adapters), use float32 "
             "weights (model.dtype), or set ppo.stop_kl above it where this is meant"

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
-from steerl.rollout.model.sharding import by_zero3, is_spread, whole
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.model.sharding import by_zero3, gathered, is_sharded
 from steerl.training.engine import full_state
 from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ def check(accelerator: Any, steering: Any, settings: PPOSettings) -> None:
         told = f"steering.on_deploy: {steering.spec.on_deploy}, but FSDP's weights cannot be saved with their steering"
         problems.append(f"{told}; use strip, or ZeRO-3")
     if problems:
-        raise Problem(*problems)
+        raise UserError(*problems)
 
 
 def wrap(accelerator: Any, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings) -> tuple[Any, Any]:
@@ -84,7 +84,7 @@ def _observe(actor_critic: ActorCritic) -> None:
     """How the models take padding is seen on them whole."""
     for policy in (actor_critic.policy, actor_critic.trunk):
         if policy is not None and processes.is_distributed():
-            _ = policy.habits
+            _ = policy.capabilities
 
 
 def uses_deepspeed(accelerator: Any) -> bool:
@@ -108,7 +108,7 @@ def _by_deepspeed(accelerator: Any, actor_critic: ActorCritic, optimizer: Any, s
     for parameter in actor_critic.parameters():
         parameter.data = parameter.data.contiguous()  # DeepSpeed sends them as flat bytes
     model, prepared = accelerator.prepare(actor_critic, optimizer)
-    if is_spread(actor_critic) and actor_critic.vectors is not None:
+    if is_sharded(actor_critic) and actor_critic.vectors is not None:
         # Hooks on layers read the steering's parameters: they are at hand as long as the whole forward pass runs.
         for parameter in actor_critic.vectors.parameters():
             deepspeed.zero.register_external_parameter(actor_critic, parameter)
@@ -134,7 +134,7 @@ def _check_dtypes(accelerator: Any, actor_critic: ActorCritic) -> None:
     odd = {p.dtype for p in actor_critic.parameters() if p.is_floating_point()} - {torch.float32}
     if odd:
         found = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(odd, key=str))
-        raise Problem(
+        raise UserError(
             f"model.dtype: {found}, but DeepSpeed without mixed precision takes float32 alone; set model.dtype float32, or "
             'mixed_precision: "bf16" in the accelerate config'
         )
@@ -156,7 +156,7 @@ def link_reference(reference: Reference | None, accelerator: Any, actor_critic: 
 @contextlib.contextmanager
 def whole_for_export(actor_critic: ActorCritic) -> Iterator[dict[str, Tensor]]:
     """Inside, the main process can save the policy: its modules hold all weights, or (FSDP) a dict that is yielded does."""
-    with whole(*_policy_modules(actor_critic)) if by_zero3(actor_critic) else contextlib.nullcontext():
+    with gathered(*_policy_modules(actor_critic)) if by_zero3(actor_critic) else contextlib.nullcontext():
         yield _gathered_state(actor_critic.actor)
 
 
@@ -175,11 +175,11 @@ def _policy_modules(actor_critic: ActorCritic) -> list[nn.Module]:
 def gathering(actor_critic: ActorCritic, how: str, function: Callable[[], Found]) -> Found:
     """What `function` gives, which samples from the policy, with the policy's weights together on every rank or layer by layer
     (`how`: phase or layers)."""
-    if not is_spread(actor_critic):
+    if not is_sharded(actor_critic):
         return function()
 
     def within() -> Found:
-        with whole(*_policy_modules(actor_critic)):
+        with gathered(*_policy_modules(actor_critic)):
             return function()
 
     if how == "layers":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.training.engine.gradients import is_deepspeed
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -75,7 +75,7 @@ def load_weights(state: TrainState, saved: Mapping[str, Tensor]) -> None:
     if own.keys() != saved.keys():
         odd = sorted(own.keys() ^ saved.keys())
         told = f"{len(odd)} trained tensors are not those that were saved (first: {odd[0]})"
-        raise Problem(f"checkpoint: {told}; resume with the same model")
+        raise UserError(f"checkpoint: {told}; resume with the same model")
     zero = is_deepspeed(state.model)
     with torch.no_grad():
         for name, value in own.items():
@@ -83,7 +83,7 @@ def load_weights(state: TrainState, saved: Mapping[str, Tensor]) -> None:
             master = zero and value.requires_grad and saved[name].is_floating_point()
             if shape != tuple(saved[name].shape) or (value.dtype != saved[name].dtype and not master):
                 found, was = (f"{size} {v.dtype}" for size, v in ((shape, value), (tuple(saved[name].shape), saved[name])))
-                raise Problem(f"checkpoint: {name} is {found}, saved was {was}; resume with the same model and model.dtype")
+                raise UserError(f"checkpoint: {name} is {found}, saved was {was}; resume with the same model and model.dtype")
             if master:
                 _set_master(value, saved[name].float())
             else:

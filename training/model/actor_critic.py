@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy, no_dropout
 from steerl.rollout.model.sharding import needs_sync
@@ -153,7 +153,7 @@ def checkpoint_activations(actor_critic: ActorCritic) -> None:
         if policy is not None:
             core = policy.core
             if not getattr(core, "supports_gradient_checkpointing", False):
-                raise Problem(f"ppo.checkpointing: {type(core).__name__} cannot recompute its activations; leave it out")
+                raise UserError(f"ppo.checkpointing: {type(core).__name__} cannot recompute its activations; leave it out")
             # renamed in transformers 5.2x
             enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)
             enable()
@@ -212,5 +212,5 @@ def _reference(policy: Policy, kind: str, trains_vectors: bool) -> Reference | N
         return Reference(policy, adapter_off=True)
     frozen = copy.deepcopy(policy.model).requires_grad_(False).eval()
     copied = policy.with_model(frozen)
-    vars(copied)["habits"] = policy.habits  # a copy's are the same
+    vars(copied)["capabilities"] = policy.capabilities  # a copy's are the same
     return Reference(copied, adapter_off=False)

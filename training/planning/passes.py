@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
 from steerl.rollout.model.auto_classes import HEADS, choose_head, load_config
 from steerl.rollout.model.capabilities import forward_arguments
@@ -62,7 +62,7 @@ class Blueprint:
     def of(settings: ModelSettings, field: str = "model.path", like: Blueprint | None = None) -> Blueprint:
         """From a folder with a config.json, or a hub name; no weights are read. A value is of the kind that its policy is."""
         if not settings.path:
-            raise Problem(f"{field}: missing; name a folder with a config.json or a hub name, --{field} DIR")
+            raise UserError(f"{field}: missing; name a folder with a config.json or a hub name, --{field} DIR")
         config = load_config(settings.path, field)
         kind = like.kind if like else choose_head(config, "policy", settings.kind, field=field, path=settings.path)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -130,7 +130,7 @@ def count(blueprint: Blueprint) -> Counts:
     output, embedding = core.get_output_embeddings(), core.get_input_embeddings()
     weight = getattr(output, "weight", None)
     if weight is None:
-        raise Problem(f"model.path: {type(core).__name__} has no output embedding, so it cannot be planned for")
+        raise UserError(f"model.path: {type(core).__name__} has no output embedding, so it cannot be planned for")
     own = [p for p in output.parameters() if p is not getattr(embedding, "weight", None)]
     matrices = [p for p in {id(p): p for m in model.modules() for p in m.parameters(recurse=False)}.values() if p.dim() > 1]
     return Counts(
@@ -191,7 +191,7 @@ def _scaled(blueprint: Blueprint, rows: int, kind: tuple[Any, ...]) -> Pass:
 
 
 def _line(first: Pass, second: Pass, steps: float) -> Pass:
-    """Through two neighbours, and on."""
+    """Through two neighbors, and on."""
     pairs = zip(dataclasses.astuple(first), dataclasses.astuple(second), strict=True)
     return Pass(*(max(a + (b - a) * steps, 0.0) for a, b in pairs))
 
@@ -213,7 +213,7 @@ def _seen(blueprint: Blueprint, kind: tuple[Any, ...], depth: int | None, rows: 
         with FakeTensorMode(allow_non_fake_inputs=True):
             found = _run(model, planned, rows, *kind)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
-        raise Problem(
+        raise UserError(
             f"model.path: {type(model).__name__} decides by numbers what it computes, so its passes cannot be planned from its "
             "config; measure one step (memory/peak_mb and memory/gpu_peak_mb of metrics.jsonl)"
         ) from error

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import write_text, written_aside
 from steerl.training.report.dump_data import read_dump_folder
 from steerl.training.report.run_data import Run, read_run
@@ -142,7 +142,7 @@ def _asset(name: str) -> str:
 def read(folders: Sequence[Path], *, rows: int = 2000) -> list[Run]:
     """All folders, under names that tell them apart."""
     if not folders:
-        raise Problem("report: no run named; report.py RUN [RUN ...]")
+        raise UserError("report: no run named; report.py RUN [RUN ...]")
     paths = [Path(folder) for folder in folders]
     return [read_one(path, name, rows=rows) for path, name in zip(paths, _names(paths), strict=True)]
 
@@ -153,7 +153,7 @@ def read_one(path: Path, name: str, *, rows: int = 2000) -> Run:
     if (path / "manifest.json").is_file():
         return read_dump_folder(path, name, rows)
     what = "is not a folder" if not path.is_dir() else f"holds neither {METRICS} (a run) nor manifest.json (a dump)"
-    raise Problem(f"report: {path} {what}; name the folder that a job wrote as its run.dir")
+    raise UserError(f"report: {path} {what}; name the folder that a job wrote as its run.dir")
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -177,12 +177,12 @@ def figure(folders: Sequence[Path], out: Path, keys: Sequence[str] = FIGURE) -> 
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise Problem("png: matplotlib is not installed; pip install matplotlib") from error
+        raise UserError("png: matplotlib is not installed; pip install matplotlib") from error
 
     runs = [run for run in read(folders, rows=0) if run.steps]
     shown = [key for key in keys if any(key in run.metrics for run in runs)]
     if not shown:
-        raise Problem(f"png: no metrics to draw in {', '.join(map(str, folders))}; {', '.join(keys)} were looked for")
+        raise UserError(f"png: no metrics to draw in {', '.join(map(str, folders))}; {', '.join(keys)} were looked for")
     drawing = Figure(figsize=(4.2 * len(shown), 3.1), layout="constrained", dpi=130)
     for axis, key in zip(drawing.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for run in runs:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.yaml_files import load_text
-from steerl.training.run.log import METRICS, SAMPLES, tell
+from steerl.training.run.log import METRICS, SAMPLES, log_line
 
 _HEADS = ("step", "row", "sample", "kind", "reward", "kl", "gap", "length")
 _TEXTS = ("prompt", "prompt_text", "completion", "prompt_ids", "prompt_tokens", "response_ids", "response_tokens")
@@ -119,9 +119,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 raise ValueError("no object with a step")
         except ValueError as error:
             if number == len(lines):
-                tell(f"{path}: its last line was cut short, by a kill or a full disk, and is left out")
+                log_line(f"{path}: its last line was cut short, by a kill or a full disk, and is left out")
                 break
-            raise Problem(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
+            raise UserError(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
         found.append(value)
     return found
 
@@ -183,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise Problem(f"{path}: not JSON ({error}); the job that writes it makes it again") from error
+        raise UserError(f"{path}: not JSON ({error}); the job that writes it makes it again") from error
     return value if isinstance(value, dict) else {}
 
 

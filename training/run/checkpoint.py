@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem, reading
+from steerl.rollout.common.errors import UserError, reading
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import flush, written_aside
 from steerl.training.engine import full_state
@@ -121,7 +121,7 @@ def _latest(folder: Path) -> Path | None:
         _logger.warning("%s: damaged (%s); %s", path, damage, before)
     if steps:
         names = ", ".join(path.name for path in steps)
-        raise Problem(f"{folder / FOLDER}: every checkpoint is damaged ({names}); --run.overwrite true starts again")
+        raise UserError(f"{folder / FOLDER}: every checkpoint is damaged ({names}); --run.overwrite true starts again")
     return None
 
 
@@ -136,7 +136,7 @@ def damaged(path: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{_MANIFEST} is not what was written"
     if version != FORMAT:
-        raise Problem(f"{path}: format {version}, this version reads {FORMAT}; resume with the version that wrote it")
+        raise UserError(f"{path}: format {version}, this version reads {FORMAT}; resume with the version that wrote it")
     if set(files) != {_TENSORS, _STATE}:
         return f"{_MANIFEST} lists {sorted(files)}"
     for name, (size, sha256) in files.items():
@@ -167,7 +167,7 @@ def _written_by_us(path: Path) -> Iterator[None]:
     try:
         with reading(f"{path}: not what a run writes (", "); --run.overwrite true starts again, another checkpoint goes on"):
             yield
-    except Problem as problem:
+    except UserError as problem:
         if isinstance(problem.__cause__, RuntimeError) and processes.lost_peer(problem.__cause__):
             raise problem.__cause__ from None
         raise

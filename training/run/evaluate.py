@@ -13,10 +13,10 @@ from steerl.training.run.metrics import kl_metrics
 
 if TYPE_CHECKING:
     from steerl.training.ppo import PPOSettings
-    from steerl.training.setup import Parts
+    from steerl.training.setup import Components
 
 
-def evaluate(parts: Parts, heldout: Prompts, settings: PPOSettings) -> dict[str, float]:
+def evaluate(parts: Components, heldout: Prompts, settings: PPOSettings) -> dict[str, float]:
     """eval/reward, eval/kl, eval/length, over the first `eval_prompts` prompts; {} where there is no evaluation."""
     scored = examine(parts, heldout, settings)
     if scored is None:
@@ -31,7 +31,7 @@ def evaluate(parts: Parts, heldout: Prompts, settings: PPOSettings) -> dict[str,
     return found | mean_metrics(scored.scores.metrics, "eval")
 
 
-def examine(parts: Parts, heldout: Prompts, settings: PPOSettings) -> Scored | None:
+def examine(parts: Components, heldout: Prompts, settings: PPOSettings) -> Scored | None:
     """The evaluation's rows, of all ranks."""
     ours = processes.start()
     rows = list(range(min(settings.eval_prompts, len(heldout))))

@@ -15,10 +15,10 @@ from steerl.training.engine import engine
 
 if TYPE_CHECKING:
     from steerl.training.ppo import PPOSettings
-    from steerl.training.setup import Parts
+    from steerl.training.setup import Components
 
 
-def save_model(folder: Path, parts: Parts, settings: PPOSettings) -> None:
+def save_model(folder: Path, parts: Components, settings: PPOSettings) -> None:
     """The policy in `folder`/model: the adapter alone where there is one, or the whole model with it merged in.
 
     Steering is left away, kept beside it or folded into it, as its `on_deploy` says."""
@@ -41,7 +41,7 @@ def save_model(folder: Path, parts: Parts, settings: PPOSettings) -> None:
         processes.on_main(save)
 
 
-def summarise(folder: Path, parts: Parts, after: dict[str, float]) -> dict[str, Any]:
+def summarize(folder: Path, parts: Components, after: dict[str, float]) -> dict[str, Any]:
     """Write summary.json, the last file of a run, and return what it holds."""
     state = parts.state
     summary = {

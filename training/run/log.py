@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem, visible
+from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.common.progress import duration
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class RunLog:
             self._files[name].flush()
         except OSError as error:
             told = f"{self.folder / name}: cannot be written: {error.strerror}"
-            raise Problem(f"{told}; free some space, then --run.resume true") from error
+            raise UserError(f"{told}; free some space, then --run.resume true") from error
 
     def _started(self) -> dict[str, GeneralTracker]:
         """Trackers start late, when it is known whether the run goes on from another."""
@@ -186,11 +186,11 @@ class RunLog:
             tracker.start()
         except wandb.errors.Error as error:
             first = str(error).splitlines()[0]
-            raise Problem(f"run.trackers: wandb does not start: {first}; WANDB_MODE=offline needs no account") from error
+            raise UserError(f"run.trackers: wandb does not start: {first}; WANDB_MODE=offline needs no account") from error
         return tracker
 
 
-def tell(line: str) -> None:
+def log_line(line: str) -> None:
     """A line for the person at the terminal, from the main process."""
     if processes.start().is_main:
         sys.stderr.write(visible(line) + "\n")
@@ -200,7 +200,7 @@ def _need(package: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
-        raise Problem(f"run.trackers: {package} is not installed; pip install {package}, or leave it out of the list")
+        raise UserError(f"run.trackers: {package} is not installed; pip install {package}, or leave it out of the list")
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from steerl.reward.types import metrics as reward_metrics
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import STOP_REASONS
 from steerl.training.algorithm import kl
 from steerl.training.algorithm.experience import Experience, Scored, select
@@ -22,7 +22,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from steerl.training.model.actor_critic import ActorCritic
     from steerl.training.ppo import PPOSettings
-    from steerl.training.setup import Parts
+    from steerl.training.setup import Components
 
 
 def mean(value_BR: Tensor, mask_BR: Tensor) -> float:
@@ -96,7 +96,7 @@ def check_gap(scored: Scored, tolerance: float, step: int) -> dict[str, float]:
     if largest > tolerance:
         place = int(gap_BR.argmax())
         row, token = divmod(place, rollout.response_width)
-        raise Problem(
+        raise UserError(
             f"step {step + 1}: the sampler's log-prob of token {token} of row {int(rollout.row_B[row])} sample "
             f"{int(rollout.sample_B[row])} is {float(rollout.policy_logprobs_BR[row, token]):.4f}, the trainer's forward pass "
             f"gives {float(scored.old_logprobs_BR[row, token]):.4f}: a gap of {largest:.3g} nats (mean "
@@ -117,7 +117,7 @@ def gap_tolerance(settings: PPOSettings, dtype: torch.dtype, mixed_precision: st
 
 
 def sample_rows(
-    scored: Scored, experience: Experience, parts: Parts, *, each: int, seed: int, step: int
+    scored: Scored, experience: Experience, parts: Components, *, each: int, seed: int, step: int
 ) -> list[dict[str, Any]]:
     """`each` best, worst and random rows with everything per token, for the table and the viewer. On every rank alike."""
     order = torch.argsort(scored.scores.total_B, stable=True, descending=True).tolist()

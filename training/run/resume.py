@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import folder_fingerprint, tokenizer_fingerprint, values_fingerprint, weights_fingerprint
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.dumps.manifest import finished_shards
@@ -122,7 +122,7 @@ def check(
             fatal.append(name)
     if fatal and not allow:
         remedy = "give it back, start another run with --run.dir, or go on all the same with --run.allow_changes true"
-        raise Problem(*(f"{name}: {changed[name]}; {remedy}" for name in fatal))
+        raise UserError(*(f"{name}: {changed[name]}; {remedy}" for name in fatal))
     own = ("run.resume", "run.overwrite", "run.allow_changes")
     return [f"{name}: {told}" for name, told in changed.items() if name not in own]
 

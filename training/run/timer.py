@@ -8,7 +8,7 @@ import time
 import torch
 
 
-class Clock:
+class Timer:
     """Seconds of each part of a step."""
 
     def __init__(self) -> None:

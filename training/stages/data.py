@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, check_messages, conversation_ids, template_arguments, template_tools
 from steerl.rollout.prompts.tables import columns_of, read_table
 
@@ -52,10 +52,10 @@ def read_rows(settings: TableSettings, check: Callable[[list[Row], str], list[Ro
             parts.append([])
             continue
         if not path:
-            raise Problem(f"{where}: missing; name a jsonl, parquet or csv file, a dataset folder or a hub name")
+            raise UserError(f"{where}: missing; name a jsonl, parquet or csv file, a dataset folder or a hub name")
         rows = list(read_table(path, settings.split, settings.name))
         if not rows:
-            raise Problem(f"{where}: {path} has no rows")
+            raise UserError(f"{where}: {path} has no rows")
         columns = {**settings.columns, **({"text": settings.column} if settings.column else {})}
         parts.append(check(rename(rows, columns), where))
     return parts[0][: settings.limit] if settings.limit else parts[0], parts[1]
@@ -66,7 +66,7 @@ def rename(rows: Sequence[Row], columns: Mapping[str, str], where: str = "prompt
     found = columns_of(rows)
     for expected, given in columns.items():
         if given not in found:
-            raise Problem(f"{where}.{expected}: the data has no column {given!r}; it has: {', '.join(found)}")
+            raise UserError(f"{where}.{expected}: the data has no column {given!r}; it has: {', '.join(found)}")
     back = {given: expected for expected, given in columns.items()}
     return [{**{k: v for k, v in row.items() if k not in back}, **{back[k]: row[k] for k in back if k in row}} for row in rows]
 
@@ -74,12 +74,12 @@ def rename(rows: Sequence[Row], columns: Mapping[str, str], where: str = "prompt
 def hold_out(rows: Sequence[Row], settings: TableSettings, seed: int, heldout: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows): `heldout` where there are any, else a share of `rows` drawn by the seed."""
     if not 0 <= settings.heldout < 1:
-        raise Problem(f"prompts.heldout: {settings.heldout}; give the share of rows to hold out, from 0 to below 1")
+        raise UserError(f"prompts.heldout: {settings.heldout}; give the share of rows to hold out, from 0 to below 1")
     if heldout or not settings.heldout:
         return list(rows), list(heldout)
     count = max(1, round(len(rows) * settings.heldout))
     if count >= len(rows):
-        raise Problem(f"prompts.heldout: {settings.heldout} of {len(rows)} row(s) leaves none to learn from; give 0")
+        raise UserError(f"prompts.heldout: {settings.heldout} of {len(rows)} row(s) leaves none to learn from; give 0")
     chosen = set(random.Random(f"heldout {seed}").sample(range(len(rows)), count))
     return [row for i, row in enumerate(rows) if i not in chosen], [row for i, row in enumerate(rows) if i in chosen]
 
@@ -102,7 +102,7 @@ def check_values(rows: Sequence[Row], names: Sequence[str], where: str = "prompt
             if talks and is_messages(value):
                 try:
                     check_messages(value, f"{where}: row {number}: {name}")
-                except Problem as problem:
+                except UserError as problem:
                     problems += problem.lines
             elif talks or not isinstance(value, str):
                 kind = "missing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
@@ -143,12 +143,12 @@ def check_template(tokenizer: Any, rows: Sequence[Row], wholes: Sequence[Sequenc
 
 
 def raise_first(problems: Sequence[str], most: int = 3) -> None:
-    """A Problem of the first few lines and how many more there are; nothing without any."""
+    """A UserError of the first few lines and how many more there are; nothing without any."""
     if problems:
         more = [f"... and {len(problems) - most} more rows like these"] if len(problems) > most else []
-        raise Problem(*problems[:most], *more)
+        raise UserError(*problems[:most], *more)
 
 
-def missing_columns(rows: Sequence[Row], wanted: str, where: str = "prompts.path") -> Problem:
+def missing_columns(rows: Sequence[Row], wanted: str, where: str = "prompts.path") -> UserError:
     found = ", ".join(columns_of(rows)) or "none"
-    return Problem(f"{where}: expected {wanted}; found the columns: {found}; say what is what with prompts.columns")
+    return UserError(f"{where}: expected {wanted}; found the columns: {found}; say what is what with prompts.columns")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings, write_json
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import ModelSettings, check_vocabulary, vocabulary_size
@@ -63,7 +63,7 @@ def run_reward(job: RewardJob, resolved: str = "") -> Outcome:
 def read(settings: TableSettings, seed: int) -> tuple[list[Row], list[Row]]:
     """Checked training and held-out pairs: chosen, rejected and, where it stands apart, prompt."""
     if settings.column:
-        raise Problem(f"prompts.column: {settings.column!r} has no effect on pairs; say what is what with prompts.columns")
+        raise UserError(f"prompts.column: {settings.column!r} has no effect on pairs; say what is what with prompts.columns")
     rows, held = data.read_rows(settings, _checked)
     return data.hold_out(rows, settings, seed, held)
 
@@ -110,19 +110,23 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], where: StageR
 
     settings = job.reward_model
     if settings.center < 0:
-        raise Problem(f"reward_model.center: {settings.center}; give 0 or more")
+        raise UserError(f"reward_model.center: {settings.center}; give 0 or more")
     transformers.set_seed(job.run.seed)
     tokenizer = models.load_tokenizer(job.model)
     if data.is_messages(rows[0]["chosen"]) and not tokenizer.chat_template:
-        raise Problem("model.path: the pairs are conversations, but the tokenizer has no chat template; give texts, or add one")
+        raise UserError(
+            "model.path: the pairs are conversations, but the tokenizer has no chat template; give texts, or add one"
+        )
     if data.is_messages(rows[0]["chosen"]):
         data.check_template(tokenizer, rows, [("prompt", "chosen"), ("prompt", "rejected")])
     if tokenizer.eos_token is None:
-        raise Problem("model.path: the tokenizer has no eos token, which marks a whole answer; set one and save the tokenizer")
+        raise UserError(
+            "model.path: the tokenizer has no eos token, which marks a whole answer; set one and save the tokenizer"
+        )
     model = models.load_trainable(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
     kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
     if kind is not None and kind.value in adapters.VIRTUAL_KINDS:
-        raise Problem(f"model.peft.peft_type: {kind.value} cannot be merged into a reward model that loads alone; use LORA")
+        raise UserError(f"model.peft.peft_type: {kind.value} cannot be merged into a reward model that loads alone; use LORA")
     stage.check_checkpointing(settings, model, "reward_model")
     check_vocabulary(tokenizer, vocabulary_size(model))
     longest = job.prompts.max_tokens or models.context_of(model)
@@ -143,7 +147,7 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], where: StageR
         )
     for name, part, whole in (("training", trainer.train_dataset, rows), ("held-out", trainer.eval_dataset, held)):
         if whole and not len(part):
-            raise Problem(f"prompts.max_tokens: every {name} pair is longer than {longest} tokens; raise it")
+            raise UserError(f"prompts.max_tokens: every {name} pair is longer than {longest} tokens; raise it")
     stage.tell_cut(len(rows) - len(trainer.train_dataset), len(rows), longest, "left out")
     log = stage.train(trainer, where)
     metrics: dict[str, Any] = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from steerl.reward.kinds.rouge import rouge
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.policy import check_vocabulary, vocabulary_size
 from steerl.training.stages import models, stage
 from steerl.training.stages.data import Row
@@ -27,7 +27,7 @@ IGNORED = -100
 """What the loss leaves out."""
 
 
-def tokenise(rows: Sequence[Row], tokenizer: Any, prefix: str = "", longest: int = 0, longest_target: int = 0) -> Any:
+def tokenize(rows: Sequence[Row], tokenizer: Any, prefix: str = "", longest: int = 0, longest_target: int = 0) -> Any:
     """The rows as a dataset of input_ids, attention_mask and labels; longer ones are cut at their end."""
     import datasets
 
@@ -55,7 +55,7 @@ def make_trainer(
     import transformers
 
     if tokenizer.eos_token_id is None:
-        raise Problem("model.path: the tokenizer has no eos token, so no text would ever end; set one and save the tokenizer")
+        raise UserError("model.path: the tokenizer has no eos token, so no text would ever end; set one and save the tokenizer")
     check_vocabulary(tokenizer, vocabulary_size(model))
     # Learned positions of an encoder count from the left edge, whatever side the tokenizer pads for a decoder.
     tokenizer.padding_side = "right"
@@ -119,20 +119,20 @@ def fit_encoder_decoder(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], w
     sft = job.sft
     for name in ("packing", "assistant_only"):
         if getattr(sft, name):
-            raise Problem(f"sft.{name}: true, but the model is an encoder-decoder; it is for causal models")
+            raise UserError(f"sft.{name}: true, but the model is an encoder-decoder; it is for causal models")
     if sft.completion_only is False:
-        raise Problem("sft.completion_only: false, but an encoder-decoder learns its completions only; leave it out")
+        raise UserError("sft.completion_only: false, but an encoder-decoder learns its completions only; leave it out")
     if sft.rouge and not held:
-        raise Problem("sft.rouge: true, but there are no held-out rows to generate for; set prompts.heldout")
+        raise UserError("sft.rouge: true, but there are no held-out rows to generate for; set prompts.heldout")
     if sft.beams < 1 or (sft.beams > 1 and not sft.rouge):
-        raise Problem(f"sft.beams: {sft.beams}; give at least 1, and more than one only with sft.rouge, which generates")
+        raise UserError(f"sft.beams: {sft.beams}; give at least 1, and more than one only with sft.rouge, which generates")
     transformers.set_seed(job.run.seed)
     tokenizer = models.load_tokenizer(job.model)
     model = models.load_trainable(job.model, "policy", "seq2seq")
     stage.check_checkpointing(sft, model, "sft")
     longest = job.prompts.max_tokens or models.context_of(model) or 0
     training, held_out = (
-        tokenise(part, tokenizer, sft.source_prefix, longest, sft.max_target_tokens) if part else None for part in (rows, held)
+        tokenize(part, tokenizer, sft.source_prefix, longest, sft.max_target_tokens) if part else None for part in (rows, held)
     )
     target = sft.max_target_tokens or max(len(row["labels"]) for part in (training, held_out) if part for row in part)
     arguments = transformers.Seq2SeqTrainingArguments(

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.stops import turn_end
 from steerl.rollout.model.auto_classes import choose_head, load_config
 from steerl.rollout.model.policy import ModelSettings, check_vocabulary, vocabulary_size
 from steerl.rollout.prompts.tables import columns_of
-from steerl.training.run.log import tell
+from steerl.training.run.log import log_line
 from steerl.training.stages import data, models, stage
 from steerl.training.stages.data import Row, TableSettings
 from steerl.training.stages.stage import FitSettings, Outcome, StageRun
@@ -77,7 +77,7 @@ def run_sft(job: SFTJob, resolved: str = "") -> Outcome:
 def read(settings: TableSettings, seed: int, kind: str, sft: SFTSettings) -> tuple[list[Row], list[Row]]:
     """Checked training and held-out rows, with no columns but those that are learned from."""
     if settings.column and kind == "seq2seq":
-        raise Problem(f"prompts.column: {settings.column!r}, but an encoder-decoder needs two; name them in prompts.columns")
+        raise UserError(f"prompts.column: {settings.column!r}, but an encoder-decoder needs two; name them in prompts.columns")
     rows, held = data.read_rows(settings, lambda found, where: _checked(found, kind, sft, where, bool(settings.column)))
     return data.hold_out(rows, settings, seed, held)
 
@@ -94,15 +94,15 @@ def _checked(rows: list[Row], kind: str, sft: SFTSettings, where: str, text_aske
         raise data.missing_columns(rows, " or ".join(shapes), where)
     talks = data.check_values(rows, names, where)
     if talks and kind == "seq2seq":
-        raise Problem(f"{where}: the prompts are conversations, but the model is an encoder-decoder; give texts")
+        raise UserError(f"{where}: the prompts are conversations, but the model is an encoder-decoder; give texts")
     if names == ("messages",) and not talks:
-        raise Problem(
+        raise UserError(
             f"{where}: row 1: messages is {type(rows[0].get('messages')).__name__}, expected a list of {{role, content}}"
         )
     if sft.completion_only and "completion" not in names:
-        raise Problem(f"sft.completion_only: true, but the rows have {names[0]} and no completion")
+        raise UserError(f"sft.completion_only: true, but the rows have {names[0]} and no completion")
     if sft.assistant_only and not talks:
-        raise Problem("sft.assistant_only: true, but the rows are texts, not conversations")
+        raise UserError("sft.assistant_only: true, but the rows are texts, not conversations")
     return data.with_template(rows, names, where) if talks else [{name: row[name] for name in names} for row in rows]
 
 
@@ -120,7 +120,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: St
     sft = job.sft
     for name, unset in {"source_prefix": "", "max_target_tokens": 0, "rouge": False, "beams": 1}.items():
         if getattr(sft, name) != unset:
-            raise Problem(f"sft.{name}: {getattr(sft, name)!r}, but the model is causal; it is for encoder-decoders")
+            raise UserError(f"sft.{name}: {getattr(sft, name)!r}, but the model is causal; it is for encoder-decoders")
     transformers.set_seed(job.run.seed)
     tokenizer = models.load_tokenizer(job.model)
     model = models.load_trainable(job.model, "policy", "causal")
@@ -145,7 +145,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: St
             processing_class=tokenizer,
         )
     if not len(trainer.train_dataset):
-        raise Problem(f"prompts.max_tokens: every row is cut before its completion at {arguments.max_length}; raise it")
+        raise UserError(f"prompts.max_tokens: every row is cut before its completion at {arguments.max_length}; raise it")
     whole, end = _ends(tokenizer, rows[0])
     # TRL has cut them already; one that only fills its place has its end in it.
     full = [] if sft.packing else [ids for ids in trainer.train_dataset["input_ids"] if len(ids) == arguments.max_length]
@@ -174,7 +174,7 @@ def _ends(tokenizer: Any, row: Row) -> tuple[set[int], int | None]:
     template = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
     end = turn_end(tokenizer, messages, **template)
     if end is None:
-        tell(
+        log_line(
             "model.path: its chat template ends a turn with no token of its own, so the model learns no end; mend the template"
         )
     return {tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template)[-1], end}, end
@@ -183,8 +183,10 @@ def _ends(tokenizer: Any, row: Row) -> tuple[set[int], int | None]:
 def _check_tokenizer(tokenizer: Any, rows: Sequence[Row]) -> None:
     talks = any(data.is_messages(value) for value in rows[0].values())
     if talks and not tokenizer.chat_template:
-        raise Problem("model.path: the rows are conversations, but the tokenizer has no chat template; give texts, or add one")
+        raise UserError(
+            "model.path: the rows are conversations, but the tokenizer has no chat template; give texts, or add one"
+        )
     if talks:
         data.check_template(tokenizer, rows, [("prompt", "completion", "messages")])
     if tokenizer.eos_token is None:
-        raise Problem("model.path: the tokenizer has no eos token, so no text would ever end; set one and save the tokenizer")
+        raise UserError("model.path: the tokenizer has no eos token, so no text would ever end; set one and save the tokenizer")

@@ -26,13 +26,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from safetensors import SafetensorError
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem, Stopped, reading
+from steerl.rollout.common.errors import Stopped, UserError, reading
 from steerl.rollout.common.fingerprint import tokenizer_fingerprint, values_fingerprint, weights_fingerprint
 from steerl.rollout.common.run_folder import RunSettings, begin, disk_trouble, opened, versions, write_json, write_text
 from steerl.rollout.model.auto_classes import savable
 from steerl.training.engine import engine
 from steerl.training.run import resume
-from steerl.training.run.log import SAMPLES, RunLog, tell
+from steerl.training.run.log import SAMPLES, RunLog, log_line
 from steerl.training.stages import models
 from steerl.training.stages.data import Row
 
@@ -82,7 +82,7 @@ class Outcome:
 
 
 def check_fit(fit: FitSettings, name: str) -> None:
-    """A Problem with every field that makes no sense."""
+    """A UserError with every field that makes no sense."""
     problems = []
     for field_name, low in {"epochs": 0, "learning_rate": 0, "batch_size": 1, "log_every": 1}.items():
         value = getattr(fit, field_name)
@@ -99,7 +99,7 @@ def check_fit(fit: FitSettings, name: str) -> None:
         split = f"{world} process(es) x micro_batch_size {micro}"
         problems.append(f"{name}.batch_size: {fit.batch_size} rows cannot be split evenly into {split}; give a multiple of it")
     if problems:
-        raise Problem(*problems)
+        raise UserError(*problems)
 
 
 def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out: bool) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def opened_run(job: Any, resolved: str, rows: Sequence[Row], held: Sequence[Row]
 
 
 def on_every_process(read: Callable[[], Read]) -> Read:
-    """What `read` returns, on every process. The main one goes first, so that a Problem is told once."""
+    """What `read` returns, on every process. The main one goes first, so that a UserError is told once."""
     kept: list[Read] = []
     processes.on_main(lambda: kept.append(read()))
     return kept[0] if kept else read()
@@ -181,20 +181,20 @@ def on_every_process(read: Callable[[], Read]) -> Read:
 
 @contextlib.contextmanager
 def problems_of(name: str) -> Iterator[None]:
-    """What a trainer refuses when it is built or prepares the rows, as a Problem of the section `name`."""
+    """What a trainer refuses when it is built or prepares the rows, as a UserError of the section `name`."""
     try:
         yield
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        if isinstance(error, Problem):
+        if isinstance(error, UserError):
             raise
-        raise Problem(f"{name}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
 
 
 def check_checkpointing(fit: FitSettings, model: Any, name: str) -> None:
     """Recomputed layers see no cache, so a prefix would silently not be there."""
     config = getattr(model, "active_peft_config", None)
     if fit.checkpointing and config is not None and config.peft_type.value == "PREFIX_TUNING":
-        raise Problem(f"{name}.checkpointing: true, but PREFIX_TUNING lives in the cache, which recomputed layers do not see")
+        raise UserError(f"{name}.checkpointing: true, but PREFIX_TUNING lives in the cache, which recomputed layers do not see")
 
 
 def train(trainer: Any, where: StageRun) -> RunLog:
@@ -237,7 +237,7 @@ def _begin(trainer: Any, where: StageRun) -> str | None:
         changed = resume.check(saved, where.config, made_from, content, free, run.allow_changes)
         for line in changed:
             if ".weight_decay:" in line:
-                raise Problem(f"{line}; the trainer goes on with its own, start another run with --run.dir")
+                raise UserError(f"{line}; the trainer goes on with its own, start another run with --run.dir")
             _logger.warning("resume from %s: changed, as is allowed: %s", start.name, line)
     begin(folder, run)
     (folder / "checkpoints").mkdir(exist_ok=True)
@@ -277,7 +277,7 @@ def telling(log: RunLog) -> Any:
             log.metrics(state.global_step, logs or {})
             loss = (logs or {}).get("loss", 0.0)
             if not math.isfinite(loss):
-                raise Problem(f"step {state.global_step}: the loss is {loss}; lower the learning rate, or look at the data")
+                raise UserError(f"step {state.global_step}: the loss is {loss}; lower the learning rate, or look at the data")
 
     return Telling()
 
@@ -296,13 +296,13 @@ def stopping(stop: processes.Stop) -> Any:
 
 @contextlib.contextmanager
 def full_disk_told(folder: Path) -> Iterator[None]:
-    """What the system refuses while a trainer writes, as a Problem."""
+    """What the system refuses while a trainer writes, as a UserError."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if (reason := disk_trouble(error)) is None:
             raise
-        raise Problem(f"{folder}: cannot be written: {reason}; free some space, then --run.resume true") from error
+        raise UserError(f"{folder}: cannot be written: {reason}; free some space, then --run.resume true") from error
 
 
 def finish(
@@ -334,7 +334,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def tell_cut(count: int, rows: int, longest: int | None, done: str = "cut at their end") -> None:
     """How many rows are too long, and what becomes of them; nothing where all fit."""
     if count:
-        tell(
+        log_line(
             f"prompts: {count:,} of {rows:,} rows have more than the {longest:,} tokens that prompts.max_tokens or the model's "
             f"context leave; they are {done}"
         )

@@ -112,13 +112,13 @@ def ramp_factors(ramp: Ramp, step_BT: Tensor) -> Tensor:
 
 def places_of(column: Sequence[Any], length_B: Tensor, name: str) -> Tensor:
     """A data column's positions per row as (B, K), negative ones from each prompt's end, padded with -1."""
-    from steerl.rollout.common.errors import Problem
+    from steerl.rollout.common.errors import UserError
 
     rows: list[list[int]] = []
     for value, length in zip(column, length_B.tolist(), strict=True):
         listed = [value] if isinstance(value, int) else value
         if not isinstance(listed, Sequence) or isinstance(listed, str) or any(not isinstance(v, int) for v in listed):
-            raise Problem(f"column {name!r}: expected token positions (a whole number or a list), found {value!r}")
+            raise UserError(f"column {name!r}: expected token positions (a whole number or a list), found {value!r}")
         rows.append([v + length if v < 0 else v for v in listed])
     widest = max((len(row) for row in rows), default=0) or 1
     table = [row + [-1] * (widest - len(row)) for row in rows]

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import hooks
 from steerl.rollout.model.hooks import Frame
 from steerl.rollout.steering.core.structure import stacks, unwrap
@@ -117,7 +117,7 @@ class Job:
         subspaces: Any, mode: str, strength: float | Tensor, steps: Any, ramp: Ramp | None, prompt: bool = True,
     ):  # fmt: skip
         if mode not in ("parallel", "serial"):
-            raise Problem(f"mode: expected parallel or serial, found {mode!r}")
+            raise UserError(f"mode: expected parallel or serial, found {mode!r}")
         self.model, self.base, self.mode, self.strength, self.steps, self.ramp = model, base, mode, strength, steps, ramp
         self.inner = unwrap(model)
         self.masks = stack_masks(self.inner, base)
@@ -127,7 +127,7 @@ class Job:
         self.collected: dict[int, list[Tensor]] = {}
         groups = [plan.number if plan.spec.group is None else plan.spec.group for plan in self.plans]
         if len({plan.spec.group is None for plan in self.plans}) > 1:
-            raise Problem("interventions: give every one a group, or none")
+            raise UserError("interventions: give every one a group, or none")
         self.groups = [[p for p, g in zip(self.plans, groups, strict=True) if g == group] for group in sorted(set(groups))]
         for plan in self.plans:
             hooks.install(plan.point.module, plan.point.io)
@@ -144,7 +144,7 @@ class Job:
             known = {*(f"source_{i}->source_{i + 1}" for i in range(last)), f"source_{last}->base", "base"}
         unknown = set(self.locations) - known
         if unknown:
-            raise Problem(
+            raise UserError(
                 f"unit_locations: unknown key {sorted(unknown)[0]!r} in {self.mode} mode; expected {', '.join(sorted(known))}"
             )
         if key in self.locations:
@@ -153,7 +153,7 @@ class Job:
                 return value, value
             if isinstance(value, Sequence) and len(value) == 2:
                 return value[0], value[1]
-            raise Problem(f"unit_locations[{key!r}]: expected (source positions, base positions), found {value!r}")
+            raise UserError(f"unit_locations[{key!r}]: expected (source positions, base positions), found {value!r}")
         return (None, self.locations["base"]) if "base" in self.locations else (None, None)
 
     @contextlib.contextmanager
@@ -163,7 +163,7 @@ class Job:
         if len(given) == 1 and len(self.groups) > 1:
             given = given * len(self.groups)
         if given and len(given) != len(self.groups):
-            raise Problem(f"sources: expected one per intervention or group ({len(self.groups)}), found {len(given)}")
+            raise UserError(f"sources: expected one per intervention or group ({len(self.groups)}), found {len(given)}")
         self._take(representations)
         if given and self.mode == "serial":
             self._serial(given)
@@ -180,12 +180,12 @@ class Job:
         with hooks.entered(self._frame(watch, ready, self.masks)):
             yield
         if ready and not watch.ran:
-            raise Problem("the intervention did not run: no forward pass of the model was seen")
+            raise UserError("the intervention did not run: no forward pass of the model was seen")
 
     def _is_ready(self, plan: Planned) -> bool:
         sourceless = callable(plan.spec.op) or plan.spec.op in (*SOURCELESS, *LEARNED)
         if plan.source is None and not sourceless:
-            raise Problem(
+            raise UserError(
                 f"interventions[{plan.number}]: op {plan.spec.op} needs a source; give sources or source_representations"
             )
         return True
@@ -197,7 +197,7 @@ class Job:
                 found = representations.get(plan.spec.name or plan.number, representations.get(plan.number))
             elif isinstance(representations, Sequence):
                 if len(representations) != len(self.plans):
-                    raise Problem(f"source_representations: expected {len(self.plans)}, found {len(representations)}")
+                    raise UserError(f"source_representations: expected {len(self.plans)}, found {len(representations)}")
                 found = representations[plan.number]
             found = plan.spec.source if found is None else found
             if found is not None:
@@ -210,7 +210,7 @@ class Job:
             return source[:, None]
         if source.dim() == 3 and source.shape[0] in (1, self.rows):
             return source
-        raise Problem(
+        raise UserError(
             f"source_representations[{number}]: expected (D,), ({self.rows}, D) or ({self.rows}, units, D), "
             f"found {tuple(source.shape)}"
         )

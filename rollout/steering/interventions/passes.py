@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.hooks import Arguments, Frame
 from steerl.rollout.steering.core import operations, positions
 from steerl.rollout.steering.interventions.plan import Planned
@@ -27,7 +27,7 @@ class Pass:
         first = 0 if stack == "encoder" else arguments.seen(width)
         mask = self.masks[stack]
         if rows % mask.shape[0]:
-            raise Problem(f"the model was called with {rows} rows, and the base has {mask.shape[0]}")
+            raise UserError(f"the model was called with {rows} rows, and the base has {mask.shape[0]}")
         times = rows // mask.shape[0]
         index = positions.real_index(mask, first, width)
         call = (first, width, mask.shape[1], mask.sum(1), index, times)
@@ -97,13 +97,13 @@ class Set:
             return source, mask_BT
         if units is None:
             if source.shape[1] != width:
-                raise Problem(
+                raise UserError(
                     f"interventions[{plan.number}]: the source has {source.shape[1]} positions and this pass {width}; "
                     "give unit_locations"
                 )
             return source, mask_BT
         if source.shape[1] != units.shape[1]:
-            raise Problem(
+            raise UserError(
                 f"interventions[{plan.number}]: {source.shape[1]} source positions for {units.shape[1]} base positions"
             )
         at = (index_BT[:, :, None] == units[:, None, :]).int().argmax(-1)
@@ -142,7 +142,7 @@ class Set:
             return None
         table = torch.as_tensor(strength, dtype=torch.float32, device=part.device).reshape(-1)
         if table.shape[0] not in (1, call[3].shape[0]):
-            raise Problem(f"strength: expected one number or one per example ({call[3].shape[0]}), found {table.shape[0]}")
+            raise UserError(f"strength: expected one number or one per example ({call[3].shape[0]}), found {table.shape[0]}")
         rows = table.expand(call[3].shape[0])[:, None]
         if ramp is not None:
             step_BT = call[4][0] - (call[3][:, None] - 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point, locate, stacks
 from steerl.rollout.steering.spec.parse import read_at
@@ -71,15 +71,15 @@ class Planned:
                     arguments[name] = value.to(base.device) if isinstance(value, Tensor) else value
         if given:
             known = ", ".join(list(inspect.signature(function).parameters)[2:])
-            raise Problem(f"interventions[{self.number}].parameters: {op} takes {known or 'none'}, found {', '.join(given)}")
+            raise UserError(f"interventions[{self.number}].parameters: {op} takes {known or 'none'}, found {', '.join(given)}")
         if coordinates is not None:
             if "coordinates" not in inspect.signature(function).parameters:
-                raise Problem(f"interventions[{self.number}]: op {op} has no subspaces")
+                raise UserError(f"interventions[{self.number}]: op {op} has no subspaces")
             arguments["coordinates"] = coordinates
         try:
             return function(base, source, **arguments)
         except (TypeError, RuntimeError) as error:
-            raise Problem(
+            raise UserError(
                 f"interventions[{self.number}]: {op} failed on an activation of shape {tuple(base.shape)}: {error}"
             ) from error
 
@@ -91,13 +91,13 @@ def planned(model: nn.Module, interventions: Any, subspaces: Any, rows: int) -> 
     for number, raw in enumerate(listed):
         spec = raw if isinstance(raw, Intervention) else _intervention(raw, number)
         if isinstance(spec.op, str) and not hasattr(operations, "set_" if spec.op == "set" else spec.op):
-            raise Problem(
+            raise UserError(
                 f"interventions[{number}].op: no operation {spec.op!r}; see steering/core/operations.py, or pass a function"
             )
         at = spec.at if isinstance(spec.at, At) else _at(spec.at, number)
         points = locate(model, at, found_stacks)
         if len(points) != 1:
-            raise Problem(
+            raise UserError(
                 f"interventions[{number}].at.layers: expected one layer, found {len(points)}; write one intervention per layer"
             )
         found.append(Planned(number, spec, points[0], _coordinates(spec, number, len(listed), subspaces, rows)))
@@ -107,7 +107,7 @@ def planned(model: nn.Module, interventions: Any, subspaces: Any, rows: int) -> 
 def _intervention(raw: Mapping[str, Any], number: int) -> Intervention:
     unknown = set(raw) - set(Intervention.__dataclass_fields__)
     if unknown or "at" not in raw:
-        raise Problem(f"interventions[{number}]: expected at, op, parameters, ...; found {sorted(map(str, raw))}")
+        raise UserError(f"interventions[{number}]: expected at, op, parameters, ...; found {sorted(map(str, raw))}")
     return Intervention(**raw)
 
 
@@ -116,7 +116,7 @@ def _at(raw: Mapping[str, Any], number: int) -> At:
     problems: list[str] = []
     at = read_at(Fields(raw, f"interventions[{number}].at", problems))
     if problems:
-        raise Problem(*problems)
+        raise UserError(*problems)
     return at
 
 
@@ -125,7 +125,7 @@ def _coordinates(spec: Intervention, number: int, count: int, subspaces: Any, ro
     mine = subspaces
     if isinstance(subspaces, Sequence) and subspaces and not isinstance(subspaces[0], int):
         if len(subspaces) != count:
-            raise Problem(f"subspaces: expected one entry per intervention ({count}), found {len(subspaces)}")
+            raise UserError(f"subspaces: expected one entry per intervention ({count}), found {len(subspaces)}")
         mine = subspaces[number]
     if mine is None:
         return spec.coordinates
@@ -144,7 +144,7 @@ def _coordinates(spec: Intervention, number: int, count: int, subspaces: Any, ro
     if mine and isinstance(mine[0], int):
         return entries(mine)
     if len(mine) != rows:
-        raise Problem(f"subspaces[{number}]: expected one list per example ({rows}), found {len(mine)}")
+        raise UserError(f"subspaces[{number}]: expected one list per example ({rows}), found {len(mine)}")
     per_row = [entries(row) for row in mine]
     return per_row[0] if all(row == per_row[0] for row in per_row) else per_row
 
@@ -161,7 +161,7 @@ def unit_table(raw: Any, number: int, count: int, rows: int, lengths: Tensor) ->
         table = [list(raw)] * rows
     else:
         if len(raw) != count:
-            raise Problem(f"unit_locations: expected one list per intervention ({count}), found {len(raw)}")
+            raise UserError(f"unit_locations: expected one list per intervention ({count}), found {len(raw)}")
         mine = raw[number]
         if mine is None:
             return None
@@ -170,7 +170,7 @@ def unit_table(raw: Any, number: int, count: int, rows: int, lengths: Tensor) ->
         else:
             table = [list(row) for row in mine]
     if len(table) != rows or len({len(row) for row in table}) != 1:
-        raise Problem(
+        raise UserError(
             f"unit_locations: intervention {number} needs one list of equal length per example ({rows}), found {table}"
         )
     units = torch.tensor(table, dtype=torch.int64, device=lengths.device)
@@ -178,7 +178,7 @@ def unit_table(raw: Any, number: int, count: int, rows: int, lengths: Tensor) ->
     bad = (units < 0) | (units >= lengths[:, None])
     if bool(bad.any()):
         row = int(bad.any(1).nonzero()[0])
-        raise Problem(
+        raise UserError(
             f"unit_locations: intervention {number} names position {table[row]} of example {row}, "
             f"which has {int(lengths[row])} real tokens"
         )
@@ -189,7 +189,7 @@ def stack_masks(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor
     """Which columns are real, per stack, for a set of model inputs."""
     ids = next((inputs[k] for k in ("input_ids", "inputs", "inputs_embeds") if inputs.get(k) is not None), None)
     if ids is None:
-        raise Problem(f"expected input_ids or inputs_embeds, found {', '.join(inputs) or 'nothing'}")
+        raise UserError(f"expected input_ids or inputs_embeds, found {', '.join(inputs) or 'nothing'}")
     mask = inputs.get("attention_mask")
     real = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
     if not getattr(model.config, "is_encoder_decoder", False):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.yaml_files import load_yaml
 from steerl.rollout.steering.spec.reading import Fields
 from steerl.rollout.steering.spec.spec import (  # fmt: skip
@@ -47,7 +47,7 @@ def load_spec(source: Mapping[str, Any] | str | Path | SteeringSpec) -> Steering
     problems: list[str] = []
     loaded: Mapping[str, Any] | None = load_yaml(path, problems, "steering")
     if problems or loaded is None:
-        raise Problem(*problems)
+        raise UserError(*problems)
     if set(loaded) == {"steering"} and isinstance(loaded["steering"], Mapping):
         loaded = loaded["steering"]
     return dataclasses.replace(_read(loaded), folder=str(path.resolve().parent))
@@ -91,7 +91,7 @@ def _read(raw: Mapping[str, Any]) -> SteeringSpec:
     )
     top.done()
     if problems:
-        raise Problem(*problems)
+        raise UserError(*problems)
     return spec
 
 

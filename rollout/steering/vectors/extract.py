@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import Problem, reading
+from steerl.rollout.common.errors import UserError, reading
 from steerl.rollout.model import hooks
 from steerl.rollout.model.hooks import Frame
 from steerl.rollout.model.policy import Policy
@@ -39,7 +39,7 @@ class Pair:
 def read_pairs(path: Path, who: str = "pairs") -> list[Pair]:
     """The pairs of a JSON-lines file; a bad line is named by its number."""
     if not path.is_file():
-        raise Problem(f"{who}: {path} does not exist; give JSON lines with positive and negative")
+        raise UserError(f"{who}: {path} does not exist; give JSON lines with positive and negative")
     pairs: list[Pair] = []
     with reading(f"{who}: {path} cannot be read: ", "; give JSON lines with positive and negative"):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -50,13 +50,13 @@ def read_pairs(path: Path, who: str = "pairs") -> list[Pair]:
             found = json.loads(line)
         texts = [found.get(k) for k in ("positive", "negative")] if isinstance(found, dict) else []
         if not texts or not all(isinstance(t, str) and t for t in texts):
-            raise Problem(f"{who}: {path}:{number} needs positive and negative, both text; found {line[:80]!r}")
+            raise UserError(f"{who}: {path}:{number} needs positive and negative, both text; found {line[:80]!r}")
         prompt = found.get("prompt", "")
         if not isinstance(prompt, str):
-            raise Problem(f"{who}: {path}:{number}: prompt must be text, found {prompt!r}")
+            raise UserError(f"{who}: {path}:{number}: prompt must be text, found {prompt!r}")
         pairs.append(Pair(str(texts[0]), str(texts[1]), prompt))
     if not pairs:
-        raise Problem(f"{who}: {path} holds no pairs")
+        raise UserError(f"{who}: {path} holds no pairs")
     return pairs
 
 
@@ -80,7 +80,7 @@ def activations(
 ) -> Tensor:
     """(texts, points, D) float32: what each (prompt, text) gives at each point, at its last token or over its tokens."""
     if tokenizer is None:
-        raise Problem("steering: making a vector from texts needs a tokenizer; pass it to Steering, or give a vector file")
+        raise UserError("steering: making a vector from texts needs a tokenizer; pass it to Steering, or give a vector file")
     seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
     device = next(model.parameters()).device
     was_training = [module for module in model.modules() if module.training]
@@ -91,8 +91,8 @@ def activations(
     model.eval()
     try:
         # A model whose law changes at some length does so for whole passes: texts on both sides of it are kept apart.
-        habits = Policy.of(model, tokenizer).habits
-        sides = [habits.is_long(len(_ids(tokenizer, *text)[0])) for text in texts]
+        capabilities = Policy.of(model, tokenizer).capabilities
+        sides = [capabilities.is_long(len(_ids(tokenizer, *text)[0])) for text in texts]
         for side in dict.fromkeys(sides):
             alike = [number for number, own in enumerate(sides) if own == side]
             order += alike
@@ -181,7 +181,7 @@ def direction(positive_ND: Tensor, negative_ND: Tensor, method: str) -> Tensor:
         return (axis * sizes[0] / len(positive) ** 0.5).float()
     if method == "probe":
         return _probe(positive, negative).float()
-    raise Problem(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
+    raise UserError(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
 
 
 def _probe(positive: Tensor, negative: Tensor, penalty: float = 1e-2, rounds: int = 100) -> Tensor:
@@ -216,7 +216,7 @@ def directions(
 ) -> list[Tensor]:
     """One vector per point."""
     if method == "probe" and len(pairs) < 2:
-        raise Problem(f"method: probe needs at least 2 pairs, found {len(pairs)}; use mean_diff")
+        raise UserError(f"method: probe needs at least 2 pairs, found {len(pairs)}; use mean_diff")
     positive = activations(model, tokenizer, [(p.prompt, p.positive) for p in pairs], points, position)
     negative = activations(model, tokenizer, [(p.prompt, p.negative) for p in pairs], points, position)
     return [direction(positive[:, i], negative[:, i], method) for i in range(len(points))]

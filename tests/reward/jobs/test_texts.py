@@ -6,7 +6,7 @@ import json
 
 import pytest
 from steerl.reward.jobs.texts import TextSettings, load_texts
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 
 def table(tmp_path, rows, **settings):
@@ -62,7 +62,7 @@ def test_limit(tmp_path):
     ],
 )
 def test_bad_rows(tmp_path, row, settings, message):
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         table(tmp_path, [row], **settings).batch(range(1))
     assert message in str(caught.value)
 

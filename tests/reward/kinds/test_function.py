@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from steerl.reward.types import Scores, build_reward, metrics
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 from tests.reward.rows import made
 
@@ -102,7 +102,9 @@ def test_what_a_function_is_given():
 def test_a_function_gets_the_columns_it_names(file):
     reward = build_reward(part(file, "answers"))
     assert reward(*made(["4", "5"], answer=["4", "4"], other=[1, 2])).total_B.tolist() == [1.0, 0.0]
-    with pytest.raises(Problem, match=r"here.py:answers asks for 'answer', which is no column of the data \(columns: reply\)"):
+    with pytest.raises(
+        UserError, match=r"here.py:answers asks for 'answer', which is no column of the data \(columns: reply\)"
+    ):
         reward(*made(["4"], reply=["4"]))
 
 
@@ -110,7 +112,7 @@ def test_a_missing_column_is_told_of_a_function_that_takes_everything_else_too()
     def mine(completions, answer, **columns):
         return [1.0] * len(completions)
 
-    with pytest.raises(Problem) as told:
+    with pytest.raises(UserError) as told:
         build_reward([mine])(*made(["4"], reply=["4"], genre=["x"]))
     line = "reward[0] (mine): mine asks for 'answer', which is no column of the data (columns: reply, genre)"
     assert told.value.lines == (line,)
@@ -140,9 +142,9 @@ def test_arguments_that_do_not_fit_the_function():
     def native(rollout, texts, scale):
         return Scores(scale * rollout.lengths_B.float())
 
-    with pytest.raises(Problem, match=r"reward\[0\] \(function\).arguments: plain takes no 'scale'; it takes: completions"):
+    with pytest.raises(UserError, match=r"reward\[0\] \(function\).arguments: plain takes no 'scale'; it takes: completions"):
         build_reward([{"kind": "function", "function": plain, "arguments": {"scale": 3}}])
-    with pytest.raises(Problem, match=r"arguments: native needs 'scale' beside rollout and texts"):
+    with pytest.raises(UserError, match=r"arguments: native needs 'scale' beside rollout and texts"):
         build_reward([native])
     scaled = build_reward([{"kind": "function", "function": native, "arguments": {"scale": 2.0}}])
     assert scaled(*made(["abc"])).total_B.tolist() == [6.0]
@@ -174,7 +176,7 @@ def test_lists_tensors_and_numbers_of_any_kind(result):
 )
 def test_bad_results_name_part_and_row(result, message):
     reward = build_reward([{"kind": "function", "function": lambda completions: result, "name": "mine"}])
-    with pytest.raises(Problem, match=rf"reward\[0\] \(mine\): {message}"):
+    with pytest.raises(UserError, match=rf"reward\[0\] \(mine\): {message}"):
         reward(*made(["a", "b"]))
 
 
@@ -192,7 +194,7 @@ def test_a_row_without_a_number_gets_the_fallback_told_and_counted(caplog):
 
 
 def test_a_function_that_raises_names_the_row_and_the_line(file, caplog):
-    with pytest.raises(Problem, match=r"row 11 sample 0: raised KeyError: 'no such genre' \(line \d+ of rewards_here.py\)"):
+    with pytest.raises(UserError, match=r"row 11 sample 0: raised KeyError: 'no such genre' \(line \d+ of rewards_here.py\)"):
         build_reward(part(file, "raises"))(*made(["a", "x"]))
     with caplog.at_level(logging.WARNING):
         scores = build_reward(part(file, "raises", fallback=0.25))(*made(["a", "x", "b"]))
@@ -240,7 +242,7 @@ def test_a_hanging_worker_ends_with_the_job_that_was_killed(tmp_path):
 def test_a_hang_without_a_fallback_is_an_error(file):
     reward = build_reward(part(file, "hangs", timeout=0.5))
     try:
-        with pytest.raises(Problem, match=r"row 11 sample 0: not done after 0.5 s"):
+        with pytest.raises(UserError, match=r"row 11 sample 0: not done after 0.5 s"):
             reward(*made(["a", "x"]))
     finally:
         reward.close()
@@ -305,7 +307,7 @@ def test_a_function_that_leaves_python_does_not_end_the_job(form, tmp_path):
     limit = {"timeout": 60.0} if form in ("worker", "async_limited") else {}
     reward = build_reward(part(f"{tmp_path}/leaves.py", name, **limit))
     try:
-        with pytest.raises(Problem, match=r"row 10 sample 0.*: raised SystemExit: 0 \(line \d of leaves.py\)"):
+        with pytest.raises(UserError, match=r"row 10 sample 0.*: raised SystemExit: 0 \(line \d of leaves.py\)"):
             reward(*made(["a", "b"]))
     finally:
         reward.close()
@@ -313,12 +315,12 @@ def test_a_function_that_leaves_python_does_not_end_the_job(form, tmp_path):
 
 def test_a_file_that_leaves_python_when_imported(tmp_path):
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
-    with pytest.raises(Problem, match=r"leaves.py cannot be imported: raised SystemExit: 0 \(line 2 of leaves.py\)"):
+    with pytest.raises(UserError, match=r"leaves.py cannot be imported: raised SystemExit: 0 \(line 2 of leaves.py\)"):
         build_reward(part(str(tmp_path / "leaves.py"), "f"))
 
 
 def test_a_worker_imports_nothing_from_the_folder_that_it_is_started_in(tmp_path, monkeypatch):
-    """Strangers of the names that the worker needs: none of them is run, and the user's own file keeps its neighbours."""
+    """Strangers of the names that the worker needs: none of them is run, and the user's own file keeps its neighbors."""
     stranger, own = tmp_path / "stranger", tmp_path / "own"
     own.mkdir()
     (stranger / "rollout").mkdir(parents=True)
@@ -347,7 +349,7 @@ def test_a_worker_that_does_not_start_is_an_error_whatever_the_fallback(tmp_path
     )
     reward = build_reward(part(f"{tmp_path}/mine.py", "f", timeout=60.0, fallback=0.0))
     with pytest.raises(
-        Problem, match=r"^reward\[0\] \(function\): the process for .*mine.py:f ended while it started .*status 7"
+        UserError, match=r"^reward\[0\] \(function\): the process for .*mine.py:f ended while it started .*status 7"
     ):
         reward(*made(["a", "b"]))
 
@@ -397,13 +399,15 @@ def test_log_extra_wants_a_value_per_row():
         log_extra("note\x1b[2J", ["x"])
         return [0.0] * len(completions)
 
-    with pytest.raises(Problem, match=r"reward\[0\] \(short\): log_extra\('note\u241b\[2J'\) got 1 values for 2 rows"):
+    with pytest.raises(UserError, match=r"reward\[0\] \(short\): log_extra\('note\u241b\[2J'\) got 1 values for 2 rows"):
         build_reward([short])(*made(["a", "b"]))
 
 
 def test_a_file_that_cannot_be_imported(tmp_path):
     (tmp_path / "broken.py").write_text("import steerl\nraise RuntimeError('half done')\n")
-    with pytest.raises(Problem, match=r"broken.py cannot be imported: raised RuntimeError: half done \(line 2 of broken.py\)"):
+    with pytest.raises(
+        UserError, match=r"broken.py cannot be imported: raised RuntimeError: half done \(line 2 of broken.py\)"
+    ):
         build_reward(part(str(tmp_path / "broken.py"), "f"))
 
 
@@ -427,5 +431,5 @@ def test_the_users_own_line_is_named_where_a_tracker_has_put_a_function_in_sys_e
 
     monkeypatch.setattr(sys, "exit", exit)
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
-    with pytest.raises(Problem, match=r"raised SystemExit: 0 \(line 2 of leaves.py\)"):
+    with pytest.raises(UserError, match=r"raised SystemExit: 0 \(line 2 of leaves.py\)"):
         build_reward([{"kind": "function", "function": f"{tmp_path / 'leaves.py'}:f"}])

@@ -16,7 +16,7 @@ from steerl.reward.kinds import http as remote
 from steerl.reward.kinds import http_wire
 from steerl.reward.kinds.http_server import Limits, make_app
 from steerl.reward.types import Scores, build_reward
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier
@@ -131,7 +131,7 @@ def test_errors_of_the_server_are_tried_again(status):
 def test_bad_answers_name_part_and_row_or_get_the_fallback(reply, requests, message, caplog, monkeypatch):
     monkeypatch.setattr(http_wire, "MOST_LISTS", 150_000)
     with scripted(lambda number, question: reply) as (url, asked):
-        with pytest.raises(Problem, match=rf"reward\[0\] \(http\): row 1[01] sample 0: .*{message}|{message}") as told:
+        with pytest.raises(UserError, match=rf"reward\[0\] \(http\): row 1[01] sample 0: .*{message}|{message}") as told:
             build_reward(http(url, retries=2))(*made(["a", "b"]))
         assert len(told.value.lines) == 1 and len(str(told.value)) < 700 and str(told.value).isprintable()
         assert len(asked) == requests
@@ -154,7 +154,7 @@ def test_an_answer_without_an_end(piece, pause, message, monkeypatch):
             yield piece
 
     with scripted(lambda number, question: (200, endless())) as (url, _):
-        with pytest.raises(Problem, match=message):
+        with pytest.raises(UserError, match=message):
             build_reward(http(url, retries=0, timeout=0.4 if pause else 20.0))(*made(["a"]))
         over.set()
 
@@ -171,16 +171,16 @@ def test_a_wait_that_is_no_number():
     "url", ["http://[::1", "http://a:99999", "http://a:x", "http://a\nb/", "http://a:0", "ftp://a", "http://"]
 )
 def test_a_url_that_is_none(url):
-    with pytest.raises(Problem, match=r"^reward\[0\].url: expected http://host:port, found"):
+    with pytest.raises(UserError, match=r"^reward\[0\].url: expected http://host:port, found"):
         build_reward(http(url))
 
 
 def test_a_time_limit_that_no_clock_holds():
-    with pytest.raises(Problem, match=r"reward\[0\].timeout: expected at most 86,400 s, found 1e\+300"):
+    with pytest.raises(UserError, match=r"reward\[0\].timeout: expected at most 86,400 s, found 1e\+300"):
         build_reward(http("http://a:1", timeout=1e300))
-    with pytest.raises(Problem, match=r"reward\[0\].timeout: expected at most 86,400 s, found 1e\+300"):
+    with pytest.raises(UserError, match=r"reward\[0\].timeout: expected at most 86,400 s, found 1e\+300"):
         build_reward([{"kind": "function", "function": "math:fsum", "timeout": 1e300}])
-    with pytest.raises(Problem, match=r"reward\[0\].timeout: expected at most 86,400 s, found 1e\+300"):
+    with pytest.raises(UserError, match=r"reward\[0\].timeout: expected at most 86,400 s, found 1e\+300"):
         build_reward([{"kind": "regex", "pattern": "a", "timeout": 1e300}])
 
 
@@ -192,7 +192,7 @@ def test_a_server_that_answers_late():
         return 200, {"scores": [1.0]}
 
     with scripted(reply) as (url, asked):
-        with pytest.raises(Problem, match="no answer after 0.2 s, in each of 2 tries"):
+        with pytest.raises(UserError, match="no answer after 0.2 s, in each of 2 tries"):
             build_reward(http(url, timeout=0.2, retries=1))(*made(["a"]))
         release.set()
     assert len(asked) == 2
@@ -201,14 +201,14 @@ def test_a_server_that_answers_late():
 def test_no_server():
     with scripted(lambda number, question: (200, {})) as (url, _):
         pass
-    with pytest.raises(Problem, match=r"reward\[0\] \(http\): row 10 sample 0: .*ConnectError.*in each of 2 tries"):
+    with pytest.raises(UserError, match=r"reward\[0\] \(http\): row 10 sample 0: .*ConnectError.*in each of 2 tries"):
         build_reward(http(url, retries=1))(*made(["a"]))
 
 
 def test_a_missing_package_is_one_line_that_names_the_extra(monkeypatch):
     own = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "httpx" else own(name, *rest))
-    with pytest.raises(Problem, match=r"needs the package httpx; pip install 'steerl\[serve\]'$"):
+    with pytest.raises(UserError, match=r"needs the package httpx; pip install 'steerl\[serve\]'$"):
         build_reward([{"name": "far", "kind": "http", "url": "http://127.0.0.1:1/"}])
 
 
@@ -217,7 +217,7 @@ def test_null_means_that_the_reward_does_not_apply():
     with scripted(lambda number, question: (200, {"scores": [None, 2.0]})) as (url, _):
         scores = build_reward([*http(url), zero])(*made(["a", "b"]))
         assert scores.parts["http"][0].isnan() and scores.total_B.tolist() == [0.0, 2.0]
-        with pytest.raises(Problem, match="no part applies to 1 of 2 rows"):
+        with pytest.raises(UserError, match="no part applies to 1 of 2 rows"):
             build_reward(http(url))(*made(["a", "b"]))
 
 
@@ -254,7 +254,7 @@ def test_a_fallback_on_the_servers_side_is_told_here_too(caplog):
 
 
 def test_a_column_that_json_cannot_carry():
-    with pytest.raises(Problem, match=r"reward\[0\] \(http\): a column holds bytes"):
+    with pytest.raises(UserError, match=r"reward\[0\] \(http\): a column holds bytes"):
         build_reward(http("http://127.0.0.1:9"))(*made(["a"], image=[b"png"]))
 
 

@@ -14,7 +14,7 @@ import torch
 from steerl.reward.jobs.texts import rollout_of
 from steerl.reward.kinds.reading import vocabulary_of
 from steerl.reward.types import build_reward
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -99,7 +99,7 @@ def test_the_position_where_transformers_looks(tmp_path):
     assert (got - expected).abs().max() < 1e-5
     assert abs(plain[0] - expected[0]) > 1e-3 and abs(plain[1] - expected[1]) < 1e-5
     saved(tiny_classifier("bert"), tmp_path / "encoder", tokenizer)
-    with pytest.raises(Problem, match="position: last_not_pad is for decoders"):
+    with pytest.raises(UserError, match="position: last_not_pad is for decoders"):
         build_reward([{**part, "path": str(tmp_path / "encoder"), "position": "last_not_pad"}])
 
 
@@ -209,7 +209,7 @@ def test_a_conversation_is_rendered_as_the_policys_prompt_was(tmp_path):
     got = build_reward([{"kind": "model", "path": path, "tokens": "text"}])(rollout, texts).total_B
     assert (got - expected).abs().max() < 1e-5
     rollout, texts = made(["good"], prompts=[[{"role": "user", "content": [{"type": "text", "text": "film?"}]}]])
-    with pytest.raises(Problem, match=r"row 10 sample 0: message 0 \(user\) has a list of parts as content, which the chat"):
+    with pytest.raises(UserError, match=r"row 10 sample 0: message 0 \(user\) has a list of parts as content, which the chat"):
         build_reward([{"kind": "model", "path": path, "tokens": "text"}])(rollout, texts)
 
 
@@ -256,10 +256,10 @@ def test_labels_and_outputs(tmp_path):
     assert torch.allclose(score(label=1), logits[:, 1], atol=1e-5)
     assert torch.allclose(score(label="GOOD", output="probability"), shares[:, 2], atol=1e-5)
     assert torch.allclose(score(label="GOOD", output="log_probability"), shares[:, 2].log(), atol=1e-5)
-    with pytest.raises(Problem, match=r"reward\[0\].label: .* has 3 labels, 0 \(BAD\), 1 \(SO\), 2 \(GOOD\); choose"):
+    with pytest.raises(UserError, match=r"reward\[0\].label: .* has 3 labels, 0 \(BAD\), 1 \(SO\), 2 \(GOOD\); choose"):
         score()
     for label in ("FINE", 3, -1):
-        with pytest.raises(Problem, match=r"reward\[0\].label: .* is no label of"):
+        with pytest.raises(UserError, match=r"reward\[0\].label: .* is no label of"):
             score(label=label)
 
 
@@ -277,14 +277,14 @@ def test_a_checkpoint_whose_head_is_not_the_configs(tmp_path):
     config = json.loads((path / "config.json").read_text())
     config["id2label"], config["label2id"] = {"0": "A"}, {"A": 0}
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Problem, match=r"reward\[0\].path: .*has weights of another shape for score.weight"):
+    with pytest.raises(UserError, match=r"reward\[0\].path: .*has weights of another shape for score.weight"):
         build_reward([{"kind": "model", "path": str(path)}])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
 def test_a_new_head_is_an_error_unless_allowed(family, tmp_path):
     path = saved(tiny(family), tmp_path / "lm")
-    with pytest.raises(Problem, match=r"reward\[0\].path: .*has no weights for .*allow_new_head: true"):
+    with pytest.raises(UserError, match=r"reward\[0\].path: .*has no weights for .*allow_new_head: true"):
         build_reward([{"kind": "model", "path": path}])
     rollout, texts = made(["good", "bad"])
     scores = build_reward([{"kind": "model", "path": path, "allow_new_head": True}])(rollout, texts)
@@ -297,7 +297,7 @@ def test_a_device_that_is_not_there_is_one_line(kind, device, tmp_path):
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
     path = saved(tiny_classifier("gpt2", per_token=kind == "process"), tmp_path / "rm", tiny_tokenizer())
-    with pytest.raises(Problem) as told:
+    with pytest.raises(UserError) as told:
         build_reward([{"kind": kind, "path": path, "device": device}])
     (line,) = told.value.lines
     assert line.startswith(f"reward[0].device: '{device}' cannot be used: ") and line.endswith("; leave it out, or say cpu")
@@ -307,7 +307,7 @@ def test_a_device_that_is_not_there_is_one_line(kind, device, tmp_path):
 def test_a_folder_whose_name_says_what_our_messages_say_gets_no_false_remedy(tmp_path):
     path = tmp_path / "has no weights for"
     path.mkdir()
-    with pytest.raises(Problem) as told:
+    with pytest.raises(UserError) as told:
         build_reward([{"kind": "model", "path": str(path)}])
     assert "allow_new_head" not in str(told.value)
 
@@ -355,7 +355,7 @@ def test_an_adapter_without_a_head_on_a_base_without_one(tmp_path):
     adapted = peft.get_peft_model(tiny("llama"), peft.LoraConfig(task_type="CAUSAL_LM", r=4))
     adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     adapted.save_pretrained(tmp_path / "rm")
-    with pytest.raises(Problem, match="has no weights for score"):
+    with pytest.raises(UserError, match="has no weights for score"):
         build_reward([{"kind": "model", "path": str(tmp_path / "rm")}])
 
 
@@ -367,7 +367,7 @@ def test_a_row_over_the_context_is_named_or_cut_on_its_left(family, tmp_path):
     rollout, texts, rows = sampled(tokenizer, ["say:", "x"], ["a good film it was", "a"])
     part = {"kind": "model", "path": path}
     with pytest.raises(
-        Problem, match=rf"row 10 sample 0 has {len(rows[0])} tokens, the model reads 12; shorten it, or set too_long: cut"
+        UserError, match=rf"row 10 sample 0 has {len(rows[0])} tokens, the model reads 12; shorten it, or set too_long: cut"
     ):
         build_reward([part], tokenizer=tokenizer)(rollout, texts)
     got = build_reward([{**part, "too_long": "cut"}], tokenizer=tokenizer)(rollout, texts).total_B
@@ -397,7 +397,7 @@ def test_empty_responses(tmp_path):
     assert got[0].item() == pytest.approx(alone(model, tokenizer("ask")["input_ids"])[0].item(), abs=1e-5)
     valued = build_reward([{"kind": "model", "path": path, "empty": -7.0}])(rollout, texts).total_B
     assert valued.tolist() == pytest.approx([-7.0, got[1].item()], abs=1e-5)
-    with pytest.raises(Problem, match=r"reward\[0\] \(model\): row 10 sample 0 is empty: there is no token to score"):
+    with pytest.raises(UserError, match=r"reward\[0\] \(model\): row 10 sample 0 is empty: there is no token to score"):
         build_reward([{"kind": "model", "path": path}])(*made([""], prompts=[""]))
 
 
@@ -451,7 +451,7 @@ def test_a_folder_without_a_tokenizer(tmp_path):
     tokenizer.save_pretrained(tmp_path / "tok")
     rollout, texts, rows = sampled(tokenizer, ["say:"], ["good film"])
     part = {"kind": "model", "path": str(tmp_path / "rm")}
-    with pytest.raises(Problem, match=r"tokenizer: missing; the model's folder has none"):
+    with pytest.raises(UserError, match=r"tokenizer: missing; the model's folder has none"):
         build_reward([part], tokenizer=tokenizer)(rollout, texts)
     expected = pytest.approx(alone(model, rows[0])[0].item(), abs=1e-5)
     assert (
@@ -463,7 +463,7 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 
 def test_ids_that_the_model_does_not_have(tmp_path):
     path = saved(tiny_classifier("llama", vocab_size=40), tmp_path / "rm", tiny_tokenizer(40))
-    with pytest.raises(Problem, match=r"row 10 sample 0 has token id \d+, but the model has 40 ids; use tokens: text"):
+    with pytest.raises(UserError, match=r"row 10 sample 0 has token id \d+, but the model has 40 ids; use tokens: text"):
         build_reward([{"kind": "model", "path": path, "tokens": "ids"}])(*made(["good film"]))
 
 
@@ -472,7 +472,7 @@ def test_a_model_that_overflows_names_the_row(tmp_path):
     with torch.no_grad():
         model.score.weight.fill_(float("nan"))
     path = saved(model, tmp_path / "rm")
-    with pytest.raises(Problem, match=r"reward\[0\] \(model\): row 10 sample 0 scored \[nan\]"):
+    with pytest.raises(UserError, match=r"reward\[0\] \(model\): row 10 sample 0 scored \[nan\]"):
         build_reward([{"kind": "model", "path": path}])(*made(["good"]))
 
 

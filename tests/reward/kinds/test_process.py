@@ -6,7 +6,7 @@ import pytest
 import torch
 from steerl.reward.jobs.texts import rollout_of
 from steerl.reward.types import build_reward
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier
@@ -80,10 +80,10 @@ def test_what_cannot_be_judged(tmp_path):
     model, tokenizer = tiny_classifier("llama", per_token=True), tiny_tokenizer()
     path = saved(model, tmp_path / "prm", tokenizer)
     rollout, texts, _ = rows(tokenizer)
-    with pytest.raises(Problem, match=r"reward\[0\] \(process\).tokens: the model's vocabulary is not the policy's"):
+    with pytest.raises(UserError, match=r"reward\[0\] \(process\).tokens: the model's vocabulary is not the policy's"):
         build_reward([{"kind": "process", "path": path}], tokenizer=tiny_tokenizer(60))(rollout, texts)
-    with pytest.raises(Problem, match="row 10 sample 0 has no sampled ids"):
+    with pytest.raises(UserError, match="row 10 sample 0 has no sampled ids"):
         build_reward([{"kind": "process", "path": path}], tokenizer=tokenizer)(*made([""]))
     saved(tiny_classifier("llama"), tmp_path / "rm", tokenizer)
-    with pytest.raises(Problem, match=r"reward\[0\].path: .*has no weights for"):
+    with pytest.raises(UserError, match=r"reward\[0\].path: .*has no weights for"):
         build_reward([{"kind": "process", "path": str(tmp_path / "rm")}])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from steerl.reward.kinds.numbers import numbers_in
 from steerl.reward.types import build_reward
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 from tests.reward.rows import made
 
@@ -41,7 +41,7 @@ def test_a_row_without_an_answer_is_not_judged():
 
 @pytest.mark.parametrize("kind", ["exact", "numeric"])
 def test_a_column_that_is_not_there(kind):
-    with pytest.raises(Problem, match=r"reward\[0\].column: 'answer' is no column of the data \(columns: reply\)"):
+    with pytest.raises(UserError, match=r"reward\[0\].column: 'answer' is no column of the data \(columns: reply\)"):
         score({"kind": kind}, ["a"], reply=["a"])
 
 
@@ -153,7 +153,7 @@ def test_tokens_cannot_be_counted_where_there_are_none():
     from steerl.reward.jobs.texts import rollout_of
 
     _, texts = made(["abc"])
-    with pytest.raises(Problem, match=r"reward\[0\].unit: tokens, but these texts come without ids"):
+    with pytest.raises(UserError, match=r"reward\[0\].unit: tokens, but these texts come without ids"):
         build_reward([{"kind": "length", "max": 3}])(rollout_of(1), texts)
 
 

@@ -10,7 +10,7 @@ import torch
 from steerl.rollout.chat.completion import chat_completion, check_dialog, complete, generate, text_completion
 from steerl.rollout.chat.confidence import confidence, prompt_logprobs, sequence_logprob
 from steerl.rollout.chat.terminal import Live
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.steering import Steering
 
@@ -62,7 +62,7 @@ def test_encoder_decoders(family: str) -> None:
         said = law(policy, [*start, *response], start=prompt)
         assert own == pytest.approx([float(said[len(start) + t - 1, token]) for t, token in enumerate(response)], abs=2e-5)
         assert sequence_logprob(policy, prompt, response) == pytest.approx(sum(own), abs=1e-4)  # type: ignore[arg-type]
-    with pytest.raises(Problem, match="echo"):
+    with pytest.raises(UserError, match="echo"):
         generate(policy, prompts, 8, echo=True)
 
 
@@ -174,7 +174,7 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_dialogs_are_refused_with_their_place(message: str) -> None:
     policy = tiny_policy("gpt2", tokenizer=tiny_tokenizer(chat=True))
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(UserError) as refused:
         chat_completion(policy, [[USER], WRONG[message]])  # type: ignore[list-item]
     assert refused.value.lines[0].startswith("dialogs[1]") and message in refused.value.lines[0]
     check_dialog([USER, SAID, {"role": "tool", "content": "4"}, SAID, USER])
@@ -201,11 +201,11 @@ def test_bad_arguments_are_one_line_each() -> None:
         "prompt: empty": lambda: sequence_logprob(policy, [], [6]),
         "response: prompt and response have 130 tokens": lambda: sequence_logprob(policy, [5] * 100, [5] * 30),
     }.items():
-        with pytest.raises(Problem) as refused:
+        with pytest.raises(UserError) as refused:
             call()
         assert problem in refused.value.lines[0] and len(refused.value.lines) == 1
-    with pytest.raises(TypeError, match="colour"):
-        text_completion(policy, ["a"], colour=1)
+    with pytest.raises(TypeError, match="color"):
+        text_completion(policy, ["a"], color=1)
 
 
 # -- confidence -------------------------------------------------------------------------------------------------------------

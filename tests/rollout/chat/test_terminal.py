@@ -1,4 +1,4 @@
-"""Text on a terminal: pieces join to the whole text, colours follow probabilities, no line is wider than the window."""
+"""Text on a terminal: pieces join to the whole text, colors follow probabilities, no line is wider than the window."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.chat.terminal import BANDS, Piece, Pieces, columns, paint, pieces_of, visible, wants_colour, width_of, wrap
+from steerl.rollout.chat.terminal import BANDS, Piece, Pieces, columns, paint, pieces_of, visible, wants_color, width_of, wrap
 
 from tests.models import tiny_tokenizer
 
@@ -56,9 +56,9 @@ def test_a_character_of_several_tokens_is_one_piece_with_the_lowest_log_prob() -
 
 @pytest.mark.parametrize("probability,band", [(0.01, 0), (0.1, 1), (0.4, 2), (0.99, 3), (1.0, 3)])
 def test_colours_follow_the_probability_and_end_with_the_line(probability: float, band: int) -> None:
-    painted = paint(Piece("one\ntwo", math.log(probability)), colour=True)
+    painted = paint(Piece("one\ntwo", math.log(probability)), color=True)
     assert painted == "\n".join(f"{BANDS[band][1]}{word}\x1b[0m" for word in ("one", "two"))
-    assert paint(Piece("one", math.log(probability)), colour=False) == "one" == paint(Piece("one", None), colour=True)
+    assert paint(Piece("one", math.log(probability)), color=False) == "one" == paint(Piece("one", None), color=True)
 
 
 def test_a_model_cannot_steer_the_terminal() -> None:
@@ -71,9 +71,9 @@ def test_colour_only_where_it_is_wanted() -> None:
         def isatty(self) -> bool:
             return True
 
-    assert wants_colour(Terminal(), {})
-    assert not wants_colour(io.StringIO(), {})
-    assert not wants_colour(Terminal(), {"NO_COLOR": "1"}) and not wants_colour(Terminal(), {"TERM": "dumb"})
+    assert wants_color(Terminal(), {})
+    assert not wants_color(io.StringIO(), {})
+    assert not wants_color(Terminal(), {"NO_COLOR": "1"}) and not wants_color(Terminal(), {"TERM": "dumb"})
 
 
 def test_width_counts_columns() -> None:
@@ -81,14 +81,14 @@ def test_width_counts_columns() -> None:
 
 
 @pytest.mark.parametrize("width", [2, 3, 7, 20, 59, 60, 61, 80, 200])
-@pytest.mark.parametrize("colour", [False, True])
-def test_no_line_is_wider_than_the_window_and_no_character_is_lost(width: int, colour: bool) -> None:
+@pytest.mark.parametrize("color", [False, True])
+def test_no_line_is_wider_than_the_window_and_no_character_is_lost(width: int, color: bool) -> None:
     text = "日本語 text that is long 🙂🙂 " * 6 + "\nnext\n\nlast 日"
     pieces = [Piece(part, -0.5 * i) for i, part in enumerate(re.findall(r".{1,3}|\n", text))]
-    lines = wrap(pieces, width, colour)
+    lines = wrap(pieces, width, color)
     assert all(width_of(plain(line)) == used <= width for line, used in lines)
     assert "".join(plain(line) for line, _ in lines) == text.replace("\n", "")
-    page = list(columns(("left", pieces), ("right", pieces), width, colour))
+    page = list(columns(("left", pieces), ("right", pieces), width, color))
     assert all(width_of(plain(line)) <= max(width, len("right:")) for line in page)
     side_by_side = " | " in plain(page[0])
     assert side_by_side == (width >= 60)

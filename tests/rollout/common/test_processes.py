@@ -10,22 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 PROGRAM = """
 import sys
 from dataclasses import dataclass
 import torch
-from steerl.configs.reader import door
+from steerl.configs.reader import command
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 
 @dataclass(frozen=True)
 class Job:
     way: str = ""
 
 def refuse():
-    raise Problem("prompts.path: told once")
+    raise UserError("prompts.path: told once")
 
 def main(job):
     me = processes.start()
@@ -39,7 +39,7 @@ def main(job):
     if job.way == "refuse":
         processes.on_main(refuse)
 
-door(main, Job)
+run_command(main, Job)
 """
 
 
@@ -99,9 +99,9 @@ def test_a_problem_is_told_by_one_process(argv, line, tmp_path):
 
 def test_problems_reach_the_caller_in_one_process():
     def refuse() -> None:
-        raise Problem("one", "two")
+        raise UserError("one", "two")
 
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         processes.on_main(refuse)
     assert caught.value.lines == ("one", "two")
 

@@ -9,7 +9,7 @@ import signal
 import socket
 
 import pytest
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import LOCK, MARKER, RunSettings, begin, opened, written_aside
 
 
@@ -31,7 +31,7 @@ def test_what_goes_wrong_leaves_what_was_there(tmp_path, error):
     with written_aside(tmp_path / "model") as aside:
         fill(aside, "first")
     with (
-        pytest.raises(Problem if isinstance(error, OSError) else RuntimeError) as caught,
+        pytest.raises(UserError if isinstance(error, OSError) else RuntimeError) as caught,
         written_aside(tmp_path / "model") as aside,
     ):
         fill(aside, "second")
@@ -66,7 +66,7 @@ def test_a_folder_that_holds_something_is_not_written_into_unasked(tmp_path):
     run = tmp_path / "run"
     assert job(run) == run and names(run) == [MARKER, "metrics.jsonl"]
     (run / "mine.txt").write_text("keep")
-    with pytest.raises(Problem, match="--run.resume true or --run.overwrite true"):
+    with pytest.raises(UserError, match="--run.resume true or --run.overwrite true"):
         job(run)
     job(run, resume=True)
     assert names(run) == [MARKER, "metrics.jsonl", "mine.txt"]
@@ -77,7 +77,7 @@ def test_a_folder_that_holds_something_is_not_written_into_unasked(tmp_path):
 def test_only_what_jobs_wrote_is_emptied(tmp_path):
     def refused(folder, words, config=None):
         before = sorted(folder.rglob("*"))
-        with pytest.raises(Problem, match=words) as caught:
+        with pytest.raises(UserError, match=words) as caught:
             job(folder, config, overwrite=True)
         assert len(caught.value.lines) == 1 and sorted(folder.rglob("*")) == before
 
@@ -122,7 +122,9 @@ def test_a_second_job_is_told_who_holds_the_folder_and_a_killed_one_holds_it_no_
     child = int(os.read(here, 20))
     try:
         for settings in ({}, {"resume": True}, {"overwrite": True}):
-            with pytest.raises(Problem, match=rf"another job is writing .*run .process {holder} on .*; wait for it") as caught:
+            with pytest.raises(
+                UserError, match=rf"another job is writing .*run .process {holder} on .*; wait for it"
+            ) as caught:
                 job(run, **settings)
             assert len(caught.value.lines) == 1 and names(run) == [LOCK]
     finally:
@@ -144,7 +146,7 @@ def test_a_lock_of_another_host_is_told_and_one_without_system_locks_goes_by_who
 
     monkeypatch.setattr(fcntl, "lockf", without)
     (tmp_path / LOCK).write_text(f"process {os.getppid()} on {socket.gethostname()}")
-    with pytest.raises(Problem, match=f"process {os.getppid()} on"):
+    with pytest.raises(UserError, match=f"process {os.getppid()} on"):
         job(tmp_path, resume=True)
     (tmp_path / LOCK).write_text(f"process 999999999 on {socket.gethostname()}")
     job(tmp_path, resume=True)

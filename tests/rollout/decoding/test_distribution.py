@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from steerl.rollout.common.errors import Problem
-from steerl.rollout.decoding.distribution import History, Law, Space, Weights
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.decoding.distribution import Distribution, History, Space, Weights
 from steerl.rollout.decoding.nucleus import nucleus
 from steerl.rollout.decoding.settings import Sampling, uniforms
 
@@ -39,7 +39,7 @@ def policy() -> Any:
     return tiny_policy("gpt2")
 
 
-def history(rule: Law, rows: int, pads: int = 3) -> History:
+def history(rule: Distribution, rows: int, pads: int = 3) -> History:
     tokens = torch.tensor([[0] * pads + SEEN]).expand(rows, -1)
     real = torch.tensor([[False] * pads + [True] * len(SEEN)]).expand(rows, -1)
     return History(tokens, real, rule)
@@ -49,7 +49,7 @@ def history(rule: Law, rows: int, pads: int = 3) -> History:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_counts_of_many_draws_pass_a_chi_square_test_against_the_recorded_law(policy: Any, name: str, size: int) -> None:
     settings, draws = Sampling(**SETTINGS[name]), 40_000
-    rule = Law(settings, policy)
+    rule = Distribution(settings, policy)
     rule.vocab_size = size
     logits = torch.randn(1, size, generator=torch.Generator().manual_seed(size)) * 1.5
     expected = law(logits[0].double().tolist(), SEEN, settings)
@@ -75,7 +75,7 @@ def test_counts_of_many_draws_pass_a_chi_square_test_against_the_recorded_law(po
 @pytest.mark.parametrize("name", SETTINGS)
 def test_scores_are_the_definition(policy: Any, name: str) -> None:
     settings = Sampling(**SETTINGS[name])
-    rule = Law(settings, policy)
+    rule = Distribution(settings, policy)
     logits = torch.randn(6, 64, generator=torch.Generator().manual_seed(4)) * 2
     scores = rule.behaviour_scores(logits, history(rule, 6)).double()
     weights = Weights(logits / settings.temperature, Space())
@@ -120,7 +120,7 @@ def test_nuclei_over_flat_and_peaked_laws(size: int) -> None:
 
 
 def test_top_k_larger_than_the_vocabulary_keeps_all(policy: Any) -> None:
-    rule = Law(Sampling(top_k=1000), policy)
+    rule = Distribution(Sampling(top_k=1000), policy)
     assert rule.behaviour_scores(torch.randn(2, 64), history(rule, 2)).isfinite().all()
 
 
@@ -153,9 +153,9 @@ def test_very_unlikely_tokens_keep_exact_logprobs() -> None:
 
 
 def test_padding_is_not_seen_by_penalties_and_bans(policy: Any) -> None:
-    """Left pads (id 0) are no text: neither penalised, nor part of an n-gram, nor the beginning of a bad word."""
+    """Left pads (id 0) are no text: neither penalized, nor part of an n-gram, nor the beginning of a bad word."""
     settings = Sampling(repetition_penalty=2.0, no_repeat_ngram_size=2, bad_words_ids=[[0, 5, 6]])
-    rule = Law(settings, policy)
+    rule = Distribution(settings, policy)
     logits = torch.randn(1, 64)
     tokens = torch.tensor([[0, 0, 5]])
     for pads, real in ((2, [False, False, True]), (0, [True, True, True])):
@@ -166,12 +166,12 @@ def test_padding_is_not_seen_by_penalties_and_bans(policy: Any) -> None:
 
 def test_bad_words_as_strings_are_banned_at_the_beginning_and_after_a_blank() -> None:
     policy = tiny_policy("gpt2")
-    rule = Law(Sampling(bad_words=["ab"]), policy)
+    rule = Distribution(Sampling(bad_words=["ab"]), policy)
     a, b, blank = (policy.tokenizer.encode(text)[0] for text in ("a", "b", " "))
     assert (a, b) in rule.banned_after and (blank, a, b) in rule.banned_after
 
 
 @pytest.mark.parametrize("words", [["\u8cea"], ["ab", "\u8cea"], ["ab", "\u8cea", "b"]])
 def test_every_bad_word_that_cannot_be_spelt_is_named(words: list[str]) -> None:
-    with pytest.raises(Problem, match="sampling.bad_words: the tokenizer cannot spell '\u8cea'; leave it out"):
-        Law(Sampling(bad_words=words, bad_words_ids=[[5]]), tiny_policy("gpt2"))
+    with pytest.raises(UserError, match="sampling.bad_words: the tokenizer cannot spell '\u8cea'; leave it out"):
+        Distribution(Sampling(bad_words=words, bad_words_ids=[[5]]), tiny_policy("gpt2"))

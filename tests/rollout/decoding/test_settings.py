@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import ClosedGenerationConfig, Sampling, uniforms
 from transformers import GenerationConfig
 
@@ -33,14 +33,14 @@ BAD: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_a_bad_setting_is_one_line_that_names_it_its_value_and_a_remedy(name: str, value: Any) -> None:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         Sampling(**{name: value})
     assert len(caught.value.lines) == 1 and caught.value.lines[0].startswith(f"sampling.{name}: ")
     assert str(value) in caught.value.lines[0] or value == 0.0
 
 
 def test_problems_are_gathered_and_temperature_zero_names_greedy() -> None:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         Sampling(top_p=0.0, top_k=-1, temperature=0.0)
     assert len(caught.value.lines) == 3
     assert any("greedy" in line for line in caught.value.lines)

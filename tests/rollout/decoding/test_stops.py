@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops, can_spell, turn_end, warn_endless
 from steerl.rollout.engines.generate import reference_generate
@@ -46,7 +46,7 @@ def scripted(rows: list[list[int]], tokenizer: Any = None, **settings: Any) -> A
     tokenizer = tokenizer or tiny_tokenizer()
     size = len(tokenizer)
     policy = Policy.of(tiny("llama", vocab_size=size), tokenizer)
-    policy.__dict__["habits"] = type(policy.habits)(padding=True, caching=True, picking=False, pads_in_text=True)
+    policy.__dict__["capabilities"] = type(policy.capabilities)(padding=True, caching=True, picking=False, pads_in_text=True)
     Script(policy.model, rows, size)
     batch = PromptBatch.of_ids([[5] * (len(rows) - k) for k in range(len(rows))])
     return Sampler(policy, Sampling(**{"max_new_tokens": max(map(len, rows)), **settings})).sample(batch)
@@ -300,12 +300,12 @@ def test_what_a_tokenizer_can_spell(kind: str, text: str, good: bool) -> None:
     assert can_spell(tokenizer, text) == good
     policy = Policy.of(tiny("gpt2", vocab_size=len(tokenizer)), tokenizer)
     if not good:
-        with pytest.raises(Problem, match="cannot spell"):
+        with pytest.raises(UserError, match="cannot spell"):
             Stops(Sampling(stop=[text]), policy)
 
 
 def test_stop_ids_out_of_range() -> None:
-    with pytest.raises(Problem, match=r"sampling.stop_ids: 64 is out of range; ids go from 0 to 63"):
+    with pytest.raises(UserError, match=r"sampling.stop_ids: 64 is out of range; ids go from 0 to 63"):
         Sampler(tiny_policy("gpt2"), Sampling(stop_ids=[64]))
 
 

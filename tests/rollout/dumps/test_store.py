@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
 from steerl.rollout.common.progress import Progress, duration
 from steerl.rollout.dumps import manifest, store
@@ -91,7 +91,7 @@ def test_values_that_json_lacks_are_kept_as_text_or_refused_by_name() -> None:
     day = Texts(**{**vars(texts), "columns": {"day": [datetime.date(2024, 2, 29)], "count": [np.int64(3)]}})
     [(_, back)] = store.from_table(store.to_table(rollout, day))
     assert back.columns == {"day": ["2024-02-29"], "count": [3]}
-    with pytest.raises(Problem, match="bytes"):
+    with pytest.raises(UserError, match="bytes"):
         store.to_table(rollout, Texts(**{**vars(texts), "columns": {"image": [b"\0"]}}))
 
 
@@ -104,7 +104,7 @@ def test_a_flipped_bit_anywhere_is_found_before_a_row_is_read(tmp_path: Path, at
     flip_bit(tmp_path / "rollouts-00001.parquet", at)
     read = store.read_dump(tmp_path)
     equal(next(read)[0], made_rows(range(4))[0])
-    with pytest.raises(Problem, match="rollouts-00001.parquet: is damaged"):
+    with pytest.raises(UserError, match="rollouts-00001.parquet: is damaged"):
         next(read)
 
 
@@ -121,9 +121,9 @@ def test_an_unfinished_dump_is_not_read_as_if_it_were_whole(tmp_path: Path) -> N
     plan = Plan.of(10, 2, 4, 8)
     manifest.start(tmp_path, plan, {}, {})
     store.make_shard(tmp_path, plan, 0, made_rows)
-    with pytest.raises(Problem, match="unfinished, 1 of 3 shards"):
+    with pytest.raises(UserError, match="unfinished, 1 of 3 shards"):
         next(store.read_dump(tmp_path))
-    with pytest.raises(Problem, match="no manifest.json"):
+    with pytest.raises(UserError, match="no manifest.json"):
         next(store.read_dump(tmp_path / "elsewhere"))
 
 
@@ -174,15 +174,15 @@ def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
         "run": {"dir": "b", "resume": True, "save_every": 8},
         "verify": True,
     }
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(UserError) as refused:
         manifest.start(tmp_path, plan, other, {"model.path": "bb"})
     assert [line.split(":")[0] for line in refused.value.lines] == ["sampling.stop", "sampling.temperature", "model.path"]
     assert "0.7" in refused.value.lines[1] and "0.8" in refused.value.lines[1]
     same = {**other, "sampling": config["sampling"]}
     assert not manifest.start(tmp_path, plan, same, {"model.path": "aa"})["finished"]
-    with pytest.raises(Problem, match="run.save_every"):
+    with pytest.raises(UserError, match="run.save_every"):
         manifest.start(tmp_path, plan, {**same, "run": {**same["run"], "save_every": 4}}, {"model.path": "aa"})
-    with pytest.raises(Problem, match="run.save_every"):
+    with pytest.raises(UserError, match="run.save_every"):
         manifest.start(tmp_path, Plan.of(11, 2, 4, 8), same, {"model.path": "aa"})
 
 
@@ -195,7 +195,7 @@ def test_start_clears_what_a_kill_left_and_refuses_shards_without_a_manifest(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "manifest.json"]
     alive.unlink()
     (tmp_path / "manifest.json").rename(tmp_path / "rollouts-00000.parquet")
-    with pytest.raises(Problem, match="no manifest.json"):
+    with pytest.raises(UserError, match="no manifest.json"):
         manifest.start(tmp_path, Plan.of(1, 1, 1), {}, {})
 
 
@@ -206,7 +206,7 @@ def test_a_damaged_manifest_or_record_is_never_trusted(tmp_path: Path) -> None:
     truncate(tmp_path / "records" / "00000.json")
     assert manifest.standing(tmp_path, begun).absent == [0, 1, 2]
     truncate(tmp_path / "manifest.json")
-    with pytest.raises(Problem, match="manifest.json: damaged"):
+    with pytest.raises(UserError, match="manifest.json: damaged"):
         manifest.load_manifest(tmp_path)
 
 
@@ -257,7 +257,7 @@ def test_a_full_disk_is_one_clear_problem_and_leaves_no_half_file(tmp_path: Path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Problem, match="rollouts-00000.parquet.*No space left on device.*free some space"):
+    with pytest.raises(UserError, match="rollouts-00000.parquet.*No space left on device.*free some space"):
         store.make_shard(tmp_path, plan, 0, made_rows)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 

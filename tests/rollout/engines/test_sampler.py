@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.generate import reference_generate
 from steerl.rollout.engines.sampler import Sampler
@@ -196,7 +196,7 @@ def test_dropping_ended_rows_and_sharing_a_prefill_change_nothing(family: str, m
     quick = sample(policy, **settings)
     assert len(set(quick.lengths_B.tolist())) > 4
     plain = Policy.of(policy.model, policy.tokenizer)
-    plain.__dict__["habits"] = dataclasses.replace(policy.habits, picking=False)
+    plain.__dict__["capabilities"] = dataclasses.replace(policy.capabilities, picking=False)
     slow = sample(plain, **settings)
     assert torch.equal(quick.response_BR, slow.response_BR) and torch.equal(quick.lengths_B, slow.lengths_B)
     assert torch.equal(quick.stop_B, slow.stop_B)
@@ -208,7 +208,7 @@ def test_without_a_cache_the_record_is_the_same() -> None:
     policy = tiny_policy("llama")
     cached = sample(policy, n=2)
     plain = Policy.of(policy.model, policy.tokenizer)
-    plain.__dict__["habits"] = dataclasses.replace(policy.habits, caching=False)
+    plain.__dict__["capabilities"] = dataclasses.replace(policy.capabilities, caching=False)
     slow = sample(plain, n=2)
     assert torch.equal(cached.response_BR, slow.response_BR)
     assert (cached.policy_logprobs_BR - slow.policy_logprobs_BR).abs().max() < 1e-5
@@ -348,20 +348,20 @@ _select = ShiftedLogits.select
 
 def test_bad_prompts_are_named() -> None:
     policy = tiny_policy("gpt2")
-    with pytest.raises(Problem, match="row 1 has an empty prompt"):
+    with pytest.raises(UserError, match="row 1 has an empty prompt"):
         batch_of([[5], []], [0, 1])
-    with pytest.raises(Problem, match=r"row 8 holds the id 64, but ids go from 0 to 63"):
+    with pytest.raises(UserError, match=r"row 8 holds the id 64, but ids go from 0 to 63"):
         sample(policy, [[5], [64]], [7, 8])
-    with pytest.raises(Problem, match=r"row 3 has 120 tokens.*context of 128.*prompts.max_tokens to 118"):
+    with pytest.raises(UserError, match=r"row 3 has 120 tokens.*context of 128.*prompts.max_tokens to 118"):
         sample(policy, [[5] * 120], [3])
     assert len(sample(policy, [[5] * 118], [3])) == 1  # the whole context is used
 
 
 def test_an_encoder_decoders_two_contexts() -> None:
     policy = tiny_policy("bart")
-    with pytest.raises(Problem, match="row 3 has 129 tokens"):
+    with pytest.raises(UserError, match="row 3 has 129 tokens"):
         sample(policy, [[5] * 129], [3])
-    with pytest.raises(Problem, match="max_new_tokens: 128 does not fit the decoder's context of 128"):
+    with pytest.raises(UserError, match="max_new_tokens: 128 does not fit the decoder's context of 128"):
         sample(policy, max_new_tokens=128)
     assert len(sample(policy, [[5] * 128], [3])) == 1
 
@@ -376,14 +376,14 @@ def test_logits_without_a_law_name_row_and_step(value: float) -> None:
         return logits.index_fill(-1, torch.tensor([3]), value) if len(calls) > 3 else logits
 
     policy = Policy.of(model, tiny_tokenizer())
-    assert policy.habits.padding
+    assert policy.capabilities.padding
     model.lm_head.register_forward_hook(spoil)
-    with pytest.raises(Problem, match=r"row 7 \(sample 0\) at token 3 hold no law"):
+    with pytest.raises(UserError, match=r"row 7 \(sample 0\) at token 3 hold no law"):
         sample(policy, [[5, 6]], [7], stop_ids=[])
 
 
 def test_banning_every_token_is_told() -> None:
-    with pytest.raises(Problem, match="every token banned"):
+    with pytest.raises(UserError, match="every token banned"):
         sample(tiny_policy("gpt2"), bad_words_ids=[[i] for i in range(64)])
 
 

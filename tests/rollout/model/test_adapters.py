@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, virtual_tokens
 from torch import Tensor, nn
 
@@ -224,9 +224,9 @@ def test_named_adapters_are_saved_loaded_and_switched(kind, tmp_path):
     for name in ("terse", "kind", "terse"):
         adapters.switch(model, name)
         torch.testing.assert_close(logprobs(model, ids), expected[name], atol=1e-6, rtol=0)
-    with pytest.raises(Problem, match="'nobody': unknown; the model has: kind, terse"):
+    with pytest.raises(UserError, match="'nobody': unknown; the model has: kind, terse"):
         adapters.switch(model, "nobody")
-    with pytest.raises(Problem, match="has an adapter 'kind' already"):
+    with pytest.raises(UserError, match="has an adapter 'kind' already"):
         adapters.load(model, tmp_path / "kind", "kind")
 
 
@@ -268,10 +268,10 @@ def test_the_base_is_found_from_the_folder_alone(tmp_path, monkeypatch):
     file.write_text(json.dumps({**config, "base_model_name_or_path": "../base"}))
     assert AutoModelForCausalLM.from_pretrained(adapters.base_of(tmp_path / "adapter")) is not None
     base.rename(tmp_path / "gone")
-    with pytest.raises(Problem, match="the base of .* is missing; give the base as model.path"):
+    with pytest.raises(UserError, match="the base of .* is missing; give the base as model.path"):
         adapters.base_of(tmp_path / "adapter")
     file.write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    with pytest.raises(Problem, match="does not say what its base is"):
+    with pytest.raises(UserError, match="does not say what its base is"):
         adapters.base_of(tmp_path / "adapter")
 
 
@@ -305,7 +305,7 @@ def test_count_follows_the_active_adapter():
     ],
 )
 def test_a_bad_mapping_is_one_clear_line(mapping, words):
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         adapters.add(tiny("gpt2"), mapping)
     (line,) = caught.value.lines
     assert all(word in line for word in words) and "\n" not in line, line
@@ -314,38 +314,38 @@ def test_a_bad_mapping_is_one_clear_line(mapping, words):
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     adapters.save(adapted("gpt2", "LORA"), tmp_path / "lora")
     adapters.save(adapted("gpt2", "PROMPT_TUNING"), tmp_path / "prompt")
-    with pytest.raises(Problem, match="does not fit this base: .*size mismatch"):
+    with pytest.raises(UserError, match="does not fit this base: .*size mismatch"):
         adapters.load(tiny("gpt2", n_embd=48), tmp_path / "lora")
-    with pytest.raises(Problem, match="does not fit this base"):
+    with pytest.raises(UserError, match="does not fit this base"):
         adapters.load(tiny("gpt2", n_embd=48), tmp_path / "prompt")
-    with pytest.raises(Problem, match="does not fit this base: the base has no place for"):
+    with pytest.raises(UserError, match="does not fit this base: the base has no place for"):
         adapters.load(tiny("gpt2", n_layer=1), tmp_path / "lora")
-    with pytest.raises(Problem, match="does not fit this base: it has no weights for"):
+    with pytest.raises(UserError, match="does not fit this base: it has no weights for"):
         adapters.load(tiny("gpt2", n_layer=3), tmp_path / "lora")
-    with pytest.raises(Problem, match="matches nothing in LlamaForCausalLM"):
+    with pytest.raises(UserError, match="matches nothing in LlamaForCausalLM"):
         adapters.load(tiny("llama"), tmp_path / "lora")
-    with pytest.raises(Problem, match="is not an adapter's folder"):
+    with pytest.raises(UserError, match="is not an adapter's folder"):
         adapters.load(tiny("gpt2"), tmp_path)
     (tmp_path / "lora" / "adapter_model.safetensors").unlink()
-    with pytest.raises(Problem, match="has no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         adapters.load(tiny("gpt2"), tmp_path / "lora")
     (tmp_path / "lora" / "adapter_config.json").write_text("{")
-    with pytest.raises(Problem, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         adapters.load(tiny("gpt2"), tmp_path / "lora")
 
 
 def test_what_virtual_tokens_cannot_do_is_refused():
-    with pytest.raises(Problem, match="PROMPT_TUNING adapter cannot be merged"):
+    with pytest.raises(UserError, match="PROMPT_TUNING adapter cannot be merged"):
         adapters.merge(adapted("gpt2", "PROMPT_TUNING"))
     rows, ids, mask = ragged()
-    with pytest.raises(Problem, match="a row without real tokens"):
+    with pytest.raises(UserError, match="a row without real tokens"):
         logprobs(adapted("gpt2", "PROMPT_TUNING"), ids, mask * torch.tensor([[0], [1], [1]]))
 
 
 def test_prefix_tuning_under_a_window_is_refused():
     model = adapted("mistral", "PREFIX_TUNING")
     rows, ids, mask = ragged()
-    with pytest.raises(Problem, match="PREFIX_TUNING with left padding: mistral counts its window"):
+    with pytest.raises(UserError, match="PREFIX_TUNING with left padding: mistral counts its window"):
         logprobs(model, ids, mask)
     assert logprobs(model, rows[2][None], torch.ones_like(rows[2][None])).isfinite().all()
 

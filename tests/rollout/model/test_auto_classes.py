@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.auto_classes import HEADS, choose_head, head_of, heads_for, load_head
 
 GPT2 = {
@@ -106,7 +106,7 @@ def test_the_loader_returns_the_saved_weights_in_eval_mode(tmp_path):
 )
 def test_a_head_that_the_role_cannot_use_is_refused_by_name(tmp_path, class_name, config, role, head, words):
     path = saved(tmp_path, class_name, config)
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         load_head(path, role, head, field="part.path")
     (line,) = caught.value.lines
     assert line.startswith("part.path: ") and all(word in line for word in words), line
@@ -124,19 +124,19 @@ def test_a_fresh_head_needs_a_whole_trunk(tmp_path, caplog):
     deeper = transformers.AutoConfig.from_pretrained(path)
     deeper.n_layer = 2
     deeper.save_pretrained(path)
-    with pytest.raises(Problem, match="no weights for transformer.h.1"):
+    with pytest.raises(UserError, match="no weights for transformer.h.1"):
         load_head(path, "reward", fresh=True, num_labels=1)
-    with pytest.raises(Problem, match="no weights for transformer.h.1"):
+    with pytest.raises(UserError, match="no weights for transformer.h.1"):
         load_head(path, "policy")
     deeper.n_layer, deeper.vocab_size = 1, 30
     deeper.save_pretrained(path)
-    with pytest.raises(Problem, match="weights of another shape for transformer.wte.weight"):
+    with pytest.raises(UserError, match="weights of another shape for transformer.wte.weight"):
         load_head(path, "policy")
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path):
     for path, words in [(tmp_path / "nowhere", "neither a folder"), (tmp_path, "holds no model")]:
-        with pytest.raises(Problem, match=words) as caught:
+        with pytest.raises(UserError, match=words) as caught:
             load_head(str(path), "policy")
         assert len(str(caught.value).splitlines()) == 1
 
@@ -167,11 +167,11 @@ def test_constants_that_old_checkpoints_hold_are_left_out_and_weights_without_a_
     rewritten(path, lambda found: found.update({f"transformer.h.0.attn.{name}": value for name, value in old.items()}))
     assert load_head(path, "policy").config.n_layer == 1
     rewritten(path, lambda found: found.update({"transformer.h.1.mlp.c_fc.weight": torch.ones(8, 32)}))
-    with pytest.raises(Problem, match=r"no place for: .*h\.1\.mlp\.c_fc\.weight"):
+    with pytest.raises(UserError, match=r"no place for: .*h\.1\.mlp\.c_fc\.weight"):
         load_head(path, "policy")
     path = saved(tmp_path, "LlamaForCausalLM", transformers.LlamaConfig(**LLAMA))
     rewritten(path, lambda found: found.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(8)}))
-    with pytest.raises(Problem, match=r"no place for: .*q_proj\.bias"):
+    with pytest.raises(UserError, match=r"no place for: .*q_proj\.bias"):
         load_head(path, "policy")
 
 
@@ -186,7 +186,7 @@ def test_a_config_with_fewer_layers_than_the_weights_is_refused(class_name, laye
     file.write_text(json.dumps({**json.loads(file.read_text()), name: layers}))
     trunk = class_name == "LlamaModel"
     for role in ("value", "reward") if trunk else ("policy", "value"):
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             load_head(path, role, "causal" if role == "policy" and "T5" not in class_name else "auto", fresh=trunk)
         (line,) = caught.value.lines
         wanted = "it must be 1 to 4096" if layers < 1 else "has weights that its config.json has no place for: "
@@ -225,10 +225,10 @@ def test_pickled_objects_are_refused_and_never_run(tmp_path):
     torch.save(model.state_dict(), path / "pytorch_model.bin")
     assert torch.equal(load_head(str(path), "policy").lm_head.weight, model.lm_head.weight)
     torch.save({"lm_head.weight": Bomb(tmp_path / "ran")}, path / "pytorch_model.bin")
-    with pytest.raises(Problem, match="cannot be loaded as causal: it holds pickled objects .* save it as safetensors"):
+    with pytest.raises(UserError, match="cannot be loaded as causal: it holds pickled objects .* save it as safetensors"):
         load_head(str(path), "policy")
     (path / "pytorch_model.bin").rename(path / "model.safetensors")
-    with pytest.raises(Problem, match="cannot be loaded as causal"):
+    with pytest.raises(UserError, match="cannot be loaded as causal"):
         load_head(str(path), "policy")
     assert not (tmp_path / "ran").exists()
 
@@ -239,6 +239,6 @@ def test_code_that_a_folder_brings_is_neither_run_nor_asked_about(tmp_path, monk
     (path / "config.json").write_text(json.dumps(config))
     (path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    with pytest.raises(Problem, match="holds no model that transformers can read"):
+    with pytest.raises(UserError, match="holds no model that transformers can read"):
         load_head(str(path), "policy")
     assert not (tmp_path / "ran").exists()

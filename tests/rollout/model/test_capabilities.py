@@ -6,11 +6,11 @@ import pytest
 import torch
 from steerl.rollout.chat.completion import complete
 from steerl.rollout.chat.confidence import given
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.generate import reference_generate
 from steerl.rollout.engines.sampler import Sampler
-from steerl.rollout.model.capabilities import Habits
+from steerl.rollout.model.capabilities import Capabilities
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring import logprobs
@@ -20,42 +20,42 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.definitions import alone_logits, log_softmax, real_prompt, real_response, worst_gap
 
-ORDINARY = Habits(padding=True, caching=True, picking=True, pads_in_text=True)
+ORDINARY = Capabilities(padding=True, caching=True, picking=True, pads_in_text=True)
 EXPECTED = {
     "gpt2": ORDINARY,
     "mistral": ORDINARY,
     "mamba": ORDINARY,
     "t5": ORDINARY,
     "bart": ORDINARY,
-    "m2m_100": Habits(padding=True, caching=True, picking=True, pads_in_text=False),
-    "recurrent_gemma": Habits(padding=False, caching=False, picking=True, pads_in_text=True),
-    "rwkv": Habits(padding=False, caching=False, picking=True, pads_in_text=True),
+    "m2m_100": Capabilities(padding=True, caching=True, picking=True, pads_in_text=False),
+    "recurrent_gemma": Capabilities(padding=False, caching=False, picking=True, pads_in_text=True),
+    "rwkv": Capabilities(padding=False, caching=False, picking=True, pads_in_text=True),
 }
 
 
 @pytest.mark.parametrize("family", EXPECTED)
 def test_what_is_seen(family: str) -> None:
-    assert tiny_policy(family).habits == EXPECTED[family]
+    assert tiny_policy(family).capabilities == EXPECTED[family]
 
 
 def test_a_model_that_reads_its_padding_is_seen_whatever_it_is_called() -> None:
     model = tiny("llama")
     forward = model.model.forward
     model.model.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, "attention_mask": None, "position_ids": None})
-    assert not Policy.of(model, tiny_tokenizer()).habits.padding
+    assert not Policy.of(model, tiny_tokenizer()).capabilities.padding
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_half_precision_noise_is_not_taken_for_a_habit(dtype: torch.dtype) -> None:
     for family in ("gpt2", "llama", "bart"):
         policy = Policy.of(tiny(family).to(dtype), tiny_tokenizer())
-        assert policy.habits.padding and policy.habits.caching
+        assert policy.capabilities.padding and policy.capabilities.caching
 
 
 def test_a_context_of_a_few_tokens_is_enough() -> None:
     for context in (1, 2, 4, 9):
         model = tiny("gpt2", n_positions=context)
-        assert Policy.of(model, tiny_tokenizer()).habits.padding
+        assert Policy.of(model, tiny_tokenizer()).capabilities.padding
 
 
 def test_models_that_look_ahead_are_refused() -> None:
@@ -65,16 +65,16 @@ def test_models_that_look_ahead_are_refused() -> None:
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    with pytest.raises(Problem, match="looks ahead"):
-        _ = Policy.of(model.eval(), tiny_tokenizer()).habits
-    with pytest.raises(Problem, match="looks ahead"):
-        _ = tiny_policy("prophetnet").habits
+    with pytest.raises(UserError, match="looks ahead"):
+        _ = Policy.of(model.eval(), tiny_tokenizer()).capabilities
+    with pytest.raises(UserError, match="looks ahead"):
+        _ = tiny_policy("prophetnet").capabilities
 
 
 def test_modes_are_put_back() -> None:
     model = tiny("gpt2")
     model.train()
-    _ = Policy.of(model, tiny_tokenizer()).habits
+    _ = Policy.of(model, tiny_tokenizer()).capabilities
     assert all(module.training for module in model.modules())
 
 
@@ -89,13 +89,13 @@ def test_roberta_like_models_count_from_behind_their_pad() -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     policy = Policy.of(model, tiny_tokenizer())
-    assert policy.habits.first == 2 and policy.room == 32
+    assert policy.capabilities.first == 2 and policy.room == 32
     settings = Sampling(max_new_tokens=20)
     rollout, _ = Sampler(policy, settings).sample(PromptBatch.of_ids([[5, 6, 7], [8] * 12]))
     assert not (rollout.response_BR == 1).any()
     assert worst_gap(model, rollout, settings) < 1e-5
     assert (teacher_forced(policy, rollout).logprobs_BR - rollout.policy_logprobs_BR).abs().max() < 1e-5
-    with pytest.raises(Problem, match="do not fit the model's context of 32"):
+    with pytest.raises(UserError, match="do not fit the model's context of 32"):
         Sampler(policy, settings).sample(PromptBatch.of_ids([[8] * 13]))
 
 
@@ -134,7 +134,7 @@ def longrope() -> Policy:
 def test_a_law_that_changes_with_length_is_each_rows_own(prompts: list[int], new: int) -> None:
     """longrope: rows within the 24 tokens have the short factors whatever is beside them, rows beyond them the long ones."""
     policy, settings = longrope(), Sampling(max_new_tokens=new, n=2)
-    assert policy.habits.boundary == 24 and policy.habits.padding and policy.habits.caching
+    assert policy.capabilities.boundary == 24 and policy.capabilities.padding and policy.capabilities.caching
     batch = PromptBatch.of_ids([list(range(5 + k, 5 + length + k)) for k, length in enumerate(prompts)])
     batch = PromptBatch.of_ids([[i % 50 + 5 for i in ids] for ids in batch.ids])
     rollout, _ = Sampler(policy, settings).sample(batch)
@@ -150,7 +150,7 @@ def test_a_law_that_changes_with_length_is_each_rows_own(prompts: list[int], new
 def test_rows_that_cross_into_another_law_are_refused_and_completions_end_before(length: int) -> None:
     policy = longrope()
     with pytest.raises(
-        Problem, match=rf"row 1 has {length} tokens.*past the 24 where Phi3ForCausalLM.*prompts.max_tokens to 14"
+        UserError, match=rf"row 1 has {length} tokens.*past the 24 where Phi3ForCausalLM.*prompts.max_tokens to 14"
     ):
         Sampler(policy, Sampling(max_new_tokens=10)).sample(PromptBatch.of_ids([[5] * 14, [5] * length]))
     found = complete(policy, [[5] * length, [6] * 30], Sampling(max_new_tokens=10), logprobs=True)
@@ -189,10 +189,10 @@ def test_the_boundary_is_found_by_what_the_model_does() -> None:
         return cos * scale, sin * scale
 
     rotary.forward = forward
-    assert Policy.of(model, tiny_tokenizer()).habits.boundary == 37
+    assert Policy.of(model, tiny_tokenizer()).capabilities.boundary == 37
     mode["at"] = 0
-    with pytest.raises(Problem, match="changes with every longer row|counts positions|looks ahead"):
-        _ = Policy.of(model, tiny_tokenizer()).habits
+    with pytest.raises(UserError, match="changes with every longer row|counts positions|looks ahead"):
+        _ = Policy.of(model, tiny_tokenizer()).capabilities
 
 
 def test_dynamic_scaling_within_the_context_changes_nothing() -> None:
@@ -200,7 +200,7 @@ def test_dynamic_scaling_within_the_context_changes_nothing() -> None:
         "llama", max_position_embeddings=40, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     )
     settings = Sampling(max_new_tokens=10)
-    assert policy.habits.boundary is None and policy.context == 40
+    assert policy.capabilities.boundary is None and policy.context == 40
     rollout, _ = Sampler(policy, settings).sample(PromptBatch.of_ids([[5] * 30, [6, 7]]))
     assert worst_gap(policy.model, rollout, settings) < 1e-5
     logprobs.aligned = False
@@ -215,7 +215,7 @@ def test_dynamic_scaling_within_the_context_changes_nothing() -> None:
 @pytest.mark.parametrize(("capacity", "new"), [(3, 12), (3, 2), (64, 12)])
 def test_experts_of_a_bounded_capacity_are_decoded_without_the_cache_where_it_is_reached(capacity: int, new: int) -> None:
     policy, settings = tiny_policy("switch", expert_capacity=capacity), Sampling(max_new_tokens=new, n=2)
-    assert policy.habits.cached == capacity and policy.habits.padding
+    assert policy.capabilities.cached == capacity and policy.capabilities.padding
     rollout, _ = Sampler(policy, settings).sample(PromptBatch.of_ids([[5, 6, 7], [8] * 12]))
     assert worst_gap(policy.model, rollout, settings) < 1e-5
     with torch.no_grad():

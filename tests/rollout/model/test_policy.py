@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model import adapters
@@ -73,7 +73,7 @@ def test_an_adapters_folder_brings_its_base(tmp_path: Path) -> None:
         assert torch.equal(found.policy_logprobs_BR, expected.policy_logprobs_BR)
     plain, _ = Sampler(load_policy(ModelSettings(path=str(tmp_path / "base"))), Sampling(max_new_tokens=6)).sample(prompts)
     assert not torch.allclose(plain.policy_logprobs_BR, expected.policy_logprobs_BR)
-    with pytest.raises(Problem, match="is an adapter and model.adapter is set too"):
+    with pytest.raises(UserError, match="is an adapter and model.adapter is set too"):
         load_policy(ModelSettings(path=str(tmp_path / "adapter"), adapter=str(tmp_path / "adapter")))
 
 
@@ -87,14 +87,14 @@ def test_wrappers_are_taken_off() -> None:
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:
-    with pytest.raises(Problem, match="model.path: missing"):
+    with pytest.raises(UserError, match="model.path: missing"):
         load_policy(ModelSettings())
-    with pytest.raises(Problem, match="model.path: .*nowhere"):
+    with pytest.raises(UserError, match="model.path: .*nowhere"):
         load_policy(ModelSettings(path=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Problem, match="model.path: .*empty"):
+    with pytest.raises(UserError, match="model.path: .*empty"):
         load_policy(ModelSettings(path=str(tmp_path / "empty")))
-    with pytest.raises(Problem, match="no tokenizer in .*; save it there, or name another folder with model.tokenizer"):
+    with pytest.raises(UserError, match="no tokenizer in .*; save it there, or name another folder with model.tokenizer"):
         load_policy(ModelSettings(path=saved(tmp_path / "bare", tokenizer=False)))
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     assert load_policy(ModelSettings(path=str(tmp_path / "bare"), tokenizer=str(tmp_path / "tokenizer"))).pad_id == 0
@@ -105,28 +105,28 @@ def test_models_without_a_generation_head(tmp_path: Path) -> None:
     classifier = AutoModelForSequenceClassification.from_config(config)
     classifier.save_pretrained(tmp_path / "classifier")
     tiny_tokenizer().save_pretrained(tmp_path / "classifier")
-    with pytest.raises(Problem, match="classif"):
+    with pytest.raises(UserError, match="classif"):
         load_policy(ModelSettings(path=str(tmp_path / "classifier")))
-    with pytest.raises(Problem, match="GPT2ForSequenceClassification has no generation head"):
+    with pytest.raises(UserError, match="GPT2ForSequenceClassification has no generation head"):
         Policy.of(classifier, tiny_tokenizer())
     tiny("llama").model.save_pretrained(tmp_path / "trunk")
     tiny_tokenizer().save_pretrained(tmp_path / "trunk")
-    with pytest.raises(Problem, match=r"lm_head|no weights|trunk"):
+    with pytest.raises(UserError, match=r"lm_head|no weights|trunk"):
         load_policy(ModelSettings(path=str(tmp_path / "trunk")))
-    with pytest.raises(Problem, match="LlamaModel has no generation head"):
+    with pytest.raises(UserError, match="LlamaModel has no generation head"):
         Policy.of(tiny("llama").model, tiny_tokenizer())
 
 
 def test_a_kind_that_the_model_is_not(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    with pytest.raises(Problem, match="seq2seq"):
+    with pytest.raises(UserError, match="seq2seq"):
         load_policy(ModelSettings(path=path, kind="seq2seq"))
-    with pytest.raises(Problem, match="model.kind: seq2seq, but GPT2LMHeadModel is a decoder-only model"):
+    with pytest.raises(UserError, match="model.kind: seq2seq, but GPT2LMHeadModel is a decoder-only model"):
         Policy.of(tiny("gpt2"), tiny_tokenizer(), kind="seq2seq")
 
 
 def test_a_vocabulary_that_does_not_fit_the_tokenizer() -> None:
-    with pytest.raises(Problem, match=r"highest id is 63, but the model's embedding has 50 rows"):
+    with pytest.raises(UserError, match=r"highest id is 63, but the model's embedding has 50 rows"):
         Policy.of(tiny("gpt2", vocab_size=50), tiny_tokenizer())
     policy = Policy.of(tiny("gpt2", vocab_size=80), tiny_tokenizer())  # rows to spare are usual
     rollout, texts = Sampler(policy, Sampling(max_new_tokens=20, n=8)).sample(PromptBatch.of_ids([[5]]))
@@ -157,5 +157,5 @@ def test_an_encoder_decoder_without_a_start() -> None:
     model = tiny("t5")
     model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id = None
     model.generation_config.bos_token_id = model.config.bos_token_id = None
-    with pytest.raises(Problem, match="no decoder_start_token_id"):
+    with pytest.raises(UserError, match="no decoder_start_token_id"):
         Policy.of(model, tiny_tokenizer())

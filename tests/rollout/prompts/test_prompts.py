@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from steerl.reward.types import build_reward
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.dumps.store import from_table, to_table
 from steerl.rollout.engines.sampler import Sampler
@@ -190,7 +190,7 @@ def test_messages_without_a_text_are_one_line_with_the_row(tmp_path: Path) -> No
         (shout, {"prompt": [ASK]}, "row 0 of .*: the chat template does not take this conversation: roles must alternate"),
     ]:  # fmt: skip
         path = write(tmp_path / "rows.jsonl", [{"prompt": [ASK]}, row])
-        with pytest.raises(Problem, match=told) as caught:
+        with pytest.raises(UserError, match=told) as caught:
             load_prompts(PromptSettings(path=path), policy)
         assert all("\n" not in line for line in caught.value.lines)
     called = write(tmp_path / "tools.jsonl", [{"prompt": [ASK, call, {"role": "tool", "content": "4"}]}])
@@ -202,13 +202,13 @@ def test_long_prompts_are_cut_on_the_left_or_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     cut = load_prompts(PromptSettings(path=path, max_tokens=6), policy).batch([3, 4])
     assert cut.prompt_texts == ["ng one", "film x"] and cut.prompts[0] == "film very long one"
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         load_prompts(PromptSettings(path=path, max_tokens=6, too_long="refuse"), policy)
     assert len(caught.value.lines) == 4 - 1 and "row 0 has 9 tokens, more than the 6" in caught.value.lines[0]
     long = write(tmp_path / "long.jsonl", [{"prompt": "a" * 200}])
     assert len(load_prompts(PromptSettings(path=long), policy).batch([0]).ids[0]) == 128
     assert len(load_prompts(PromptSettings(path=long), policy, max_new_tokens=100).batch([0]).ids[0]) == 28
-    with pytest.raises(Problem, match="leaves no room for a prompt in a context of 128"):
+    with pytest.raises(UserError, match="leaves no room for a prompt in a context of 128"):
         load_prompts(PromptSettings(path=long), policy, max_new_tokens=128)
 
 
@@ -287,7 +287,7 @@ def test_the_order_is_reproducible_resumable_and_every_epoch_has_every_row_once(
 def test_limit_keeps_the_first_rows(tmp_path: Path) -> None:
     prompts = load_prompts(PromptSettings(path=write(tmp_path / "rows.jsonl", ROWS), limit=2), tiny_policy("gpt2"))
     assert len(prompts) == 2 and set(prompts.take(0, 0, 8)) == {0, 1}
-    with pytest.raises(Problem, match="row 2 is asked for, but there are 2 rows"):
+    with pytest.raises(UserError, match="row 2 is asked for, but there are 2 rows"):
         prompts.batch([2])
 
 
@@ -296,7 +296,7 @@ def test_splits(tmp_path: Path) -> None:
     parts.save_to_disk(str(tmp_path / "parts"))
     assert len(load_prompts(PromptSettings(path=str(tmp_path / "parts")), tiny_policy("gpt2"))) == 2
     assert len(load_prompts(PromptSettings(path=str(tmp_path / "parts"), split="test"), tiny_policy("gpt2"))) == 3
-    with pytest.raises(Problem, match=r"prompts.split: valid; .* has: train, test"):
+    with pytest.raises(UserError, match=r"prompts.split: valid; .* has: train, test"):
         load_prompts(PromptSettings(path=str(tmp_path / "parts"), split="valid"), tiny_policy("gpt2"))
 
 
@@ -321,7 +321,7 @@ def test_bad_prompts_are_one_clear_line(
     tmp_path: Path, settings: dict[str, Any], rows: list[dict[str, Any]] | None, message: str
 ) -> None:
     path = write(tmp_path / "rows.jsonl", rows) if rows is not None else str(tmp_path / "nowhere.jsonl")
-    with pytest.raises(Problem, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_prompts(PromptSettings(**{"path": path, **settings} if rows is not None else {"path": path}), tiny_policy("gpt2"))
     assert len(caught.value.lines) == 1 and "\n" not in caught.value.lines[0]
 
@@ -350,7 +350,7 @@ def test_broken_files_name_the_line(tmp_path: Path) -> None:
         ("ragged.csv", "line 3 has another number of fields"),
         ("broken.parquet", "cannot be read as parquet"), ("rows.txt", "no ending that is known"),
     ):  # fmt: skip
-        with pytest.raises(Problem, match=message) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             load_prompts(PromptSettings(path=str(tmp_path / name)), tiny_policy("gpt2"))
         assert len(caught.value.lines) == 1
     (tmp_path / "quoted.csv").write_text('prompt,label\n"a ""b"",\n\nc",1\n\nd,"2"\n')
@@ -363,12 +363,12 @@ def test_raw_ids_and_empty_prompts() -> None:
     batch = PromptBatch.of_ids([[4, 5], [6]], rows=[10, 20], tokenizer=tokenizer)
     assert batch.prompt_texts == ["ab", "c"] and batch.rows == [10, 20]
     assert batch.select([1, 1, 0]).rows == [20, 20, 10]
-    with pytest.raises(Problem, match="row 20 has an empty prompt"):
+    with pytest.raises(UserError, match="row 20 has an empty prompt"):
         PromptBatch.of_ids([[4], []], rows=[10, 20])
 
 
 def test_negative_limits_are_told() -> None:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         PromptSettings(max_tokens=-1, limit=-2)
     assert len(caught.value.lines) == 2
 
@@ -419,7 +419,7 @@ def test_a_reward_and_a_dump_say_the_same_of_a_row_in_every_order(tmp_path: Path
 )
 def test_half_a_character_is_one_line(tmp_path, name, row):
     (tmp_path / name).write_text(f"[{row}]" if name.endswith(".json") else row)
-    with pytest.raises(Problem, match="is half of a character, which no file can hold"):
+    with pytest.raises(UserError, match="is half of a character, which no file can hold"):
         read_table(str(tmp_path / name))
     (tmp_path / name).write_text('[{"prompt": "\\ud83d\\ude42"}]' if name.endswith(".json") else '{"prompt": "\\ud83d\\ude42"}')
     assert read_table(str(tmp_path / name))[0]["prompt"] == "🙂"

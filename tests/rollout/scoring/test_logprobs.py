@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.policy import Policy, no_dropout
@@ -189,7 +189,7 @@ def test_a_model_that_does_not_call_its_head_on_one_row_of_states_cannot_give_hi
     policy.model.set_output_embeddings(torch.nn.Linear(32, 64))
     rollout = rolled(tiny_policy("gpt2"))
     policy.model.get_output_embeddings = lambda: torch.nn.Linear(32, 64)
-    with pytest.raises(Problem, match="does not call its output embedding"):
+    with pytest.raises(UserError, match="does not call its output embedding"):
         teacher_forced(policy, rollout, want_hidden=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.hooks import current
 from steerl.rollout.steering import Steering, engine, unsteered
 from torch import Tensor
@@ -322,7 +322,7 @@ def test_checkpointing_on_equals_off(at: dict[str, Any], family: str, late: bool
 def test_no_pass_is_an_error() -> None:
     model, other = tiny("llama"), tiny("llama")
     steering = Steering(model, {"sites": [BLOCK]})
-    with pytest.raises(Problem, match="steering did not run"), steering.active():
+    with pytest.raises(UserError, match="steering did not run"), steering.active():
         other(IDS)
 
 
@@ -401,7 +401,7 @@ def test_blocks_that_are_run_again_within_one_pass_are_refused() -> None:
         model.model.decoder(IDS)
     once = model.forward
     model.forward = lambda *args, **kwargs: (once(*args, **kwargs), once(*args, **kwargs))[1]
-    with torch.no_grad(), pytest.raises(Problem, match="OPTDecoder is run several times in one pass"), steering.active():
+    with torch.no_grad(), pytest.raises(UserError, match="OPTDecoder is run several times in one pass"), steering.active():
         model(IDS)
     with torch.no_grad():
         model(IDS)
@@ -415,7 +415,7 @@ def test_a_model_compiled_before_is_an_error() -> None:
     with torch.no_grad():
         compiled(IDS)
         steering = Steering(model, {"sites": [BLOCK]})
-        with pytest.raises(Problem, match="steering did not run"), steering.active():
+        with pytest.raises(UserError, match="steering did not run"), steering.active():
             compiled(IDS)
     torch._dynamo.reset()
 
@@ -440,12 +440,12 @@ def test_rows_that_do_not_fit_are_an_error() -> None:
     model = tiny("llama")
     steering = Steering(model, {"sites": [BLOCK]})
     with (
-        pytest.raises(Problem, match="called with 2 rows, and steering is active for 3"),
+        pytest.raises(UserError, match="called with 2 rows, and steering is active for 3"),
         steering.active(prompt_mask_BP=torch.ones(3, 5)),
     ):
         model(IDS)
     with (
-        pytest.raises(Problem, match="columns of padding"),
+        pytest.raises(UserError, match="columns of padding"),
         steering.active(prompt_mask_BP=torch.tensor([[0, 1, 1, 1, 1], [0, 0, 0, 1, 1]])),
     ):
         model(IDS, attention_mask=MASK)

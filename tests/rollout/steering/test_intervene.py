@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering import unsteered
 from steerl.rollout.steering.interventions.intervene import Intervened, Intervention, intervene, intervene_generate
 from torch import Tensor
@@ -245,6 +245,6 @@ def test_leaves_the_model_as_it_was(model) -> None:
     ],
 )
 def test_bad_input(model, arguments, words) -> None:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         intervene(model, **arguments)
     assert words in str(caught.value) and len(caught.value.lines) == 1

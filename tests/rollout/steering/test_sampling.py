@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.prompts.prompts import PromptBatch
@@ -150,7 +150,7 @@ def test_what_an_edit_gives_where_it_does_not_apply_never_shows(tmp_path: Path) 
 def test_a_function_that_raises_or_leaves_python_is_one_line(body: str, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(f"import sys\n{body}\n")
     op = {"type": "function", "function": f"{tmp_path}/own.py:f"}
-    with pytest.raises(Problem, match=r"own.py.* raised \w+: .* \(line 2 of own.py\)$"):
+    with pytest.raises(UserError, match=r"own.py.* raised \w+: .* \(line 2 of own.py\)$"):
         sampled("llama", {"sites": [{"at": {"layers": [0]}, "op": op}]})
 
 

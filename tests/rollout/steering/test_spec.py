@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering import Steering, load_spec
 from steerl.rollout.steering.spec.spec import At, Site, SteeringSpec, Strength, Where
 
@@ -71,7 +71,7 @@ def test_yaml_and_objects_are_one_to_one(tmp_path: Path) -> None:
 
 def wrong(change: dict[str, Any], **top: Any) -> tuple[str, ...]:
     site = {"at": {"layers": [0]}, "vector": vector(), **change}
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         Steering(MODEL, {"sites": [{k: v for k, v in site.items() if v is not None}], **top}, tiny_tokenizer())
     return caught.value.lines
 
@@ -132,7 +132,7 @@ def test_bad_input_is_one_clear_line(change: dict[str, Any], top: dict[str, Any]
 
 
 def test_all_problems_are_told_together() -> None:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         load_spec(
             {
                 "sites": [{"at": {"layers": [0]}, "vector": [1.0], "strength": "x"}, {"at": {"layers": []}, "vector": [1.0]}],
@@ -140,7 +140,7 @@ def test_all_problems_are_told_together() -> None:
             }
         )
     assert [line.split(":")[0] for line in caught.value.lines] == ["sites[0].strength", "sites[1].at.layers", "rol"]
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         Steering(
             MODEL,
             {
@@ -154,16 +154,16 @@ def test_all_problems_are_told_together() -> None:
 
 
 def test_two_sites_of_one_name() -> None:
-    with pytest.raises(Problem, match="the name 'a' is used 2 times"):
+    with pytest.raises(UserError, match="the name 'a' is used 2 times"):
         load_spec({"sites": [{"name": "a", "at": {"layers": [0]}, "vector": [1.0]}] * 2})
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "steering: {sites: 3}"])
 def test_files_that_are_no_specs(text: str, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(text)
-    with pytest.raises(Problem):
+    with pytest.raises(UserError):
         load_spec(tmp_path / "s.yaml")
-    with pytest.raises(Problem, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_spec(tmp_path / "none.yaml")
 
 
@@ -172,9 +172,9 @@ def test_columns_are_checked_when_the_rows_come() -> None:
         MODEL, {"sites": [{"name": "x", "at": {"layers": [0]}, "vector": vector(), "strength": {"column": "much"}}]}
     )
     rows = torch.arange(2)
-    with pytest.raises(Problem, match="site 'x': strength: the data has no column 'much'; its columns: label"):
+    with pytest.raises(UserError, match="site 'x': strength: the data has no column 'much'; its columns: label"):
         steering.strengths(rows, rows, {"label": [1, 2]})
-    with pytest.raises(Problem, match="expected a number per row"):
+    with pytest.raises(UserError, match="expected a number per row"):
         steering.strengths(rows, rows, {"much": [1, "two"]})
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering import Steering
 from steerl.rollout.steering.core.structure import locate, stacks, unwrap
 from steerl.rollout.steering.spec.spec import At
@@ -125,7 +125,7 @@ def test_steering_a_component_of_the_last_block_moves_its_output_by_the_vector(f
 @pytest.mark.parametrize("component", ["attn_output", "mlp_output"])
 def test_a_factor_between_a_component_and_the_stream_is_refused(component: str) -> None:
     model = tiny("granite", residual_multiplier=0.22)
-    with pytest.raises(Problem, match=r"at.component: GraniteDecoderLayer adds 0.22 times what its Granite\w+ gives"):
+    with pytest.raises(UserError, match=r"at.component: GraniteDecoderLayer adds 0.22 times what its Granite\w+ gives"):
         locate(model, At(layers="all", component=component))
     assert locate(tiny("granite"), At(layers="all", component=component))  # its factor is 1: nothing is in the way
 
@@ -146,7 +146,7 @@ def test_heads_are_columns_of_the_output_projections_input(family: str) -> None:
         assert point.width == 32 and point.columns == tuple(range(32)) and point.io == "input"
         one = locate(model, At(layers=(0,), head=(2,), stack=stack))[0]
         assert one.columns == tuple(range(16, 24))
-        with pytest.raises(Problem, match="out of range"):
+        with pytest.raises(UserError, match="out of range"):
             locate(model, At(layers=(0,), head=(4,), stack=stack))
 
 
@@ -178,7 +178,7 @@ def test_wrappers_are_taken_off() -> None:
     assert unwrap(wrapped) is wrapped.get_base_model()
     assert len(stacks(wrapped)["decoder"].blocks) == 2
     virtual = get_peft_model(tiny("llama"), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
-    with pytest.raises(Problem, match="virtual tokens"):
+    with pytest.raises(UserError, match="virtual tokens"):
         unwrap(virtual)
 
 
@@ -236,5 +236,5 @@ def test_a_module_path_reaches_anything() -> None:
 
 
 def test_blocks_without_a_component_say_so() -> None:
-    with pytest.raises(Problem, match=r"at.component: block 0 \(MambaBlock: norm, mixer\) has no attn_output"):
+    with pytest.raises(UserError, match=r"at.component: block 0 \(MambaBlock: norm, mixer\) has no attn_output"):
         locate(tiny("mamba"), At(layers=(0,), component="attn_output"))

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from steerl.rollout.analysis.steering_effect import Point, effect_curve, law_distance, strength_for
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.policy import Policy
@@ -58,7 +58,7 @@ def test_a_file_s_layer_of_zeros_is_told_and_kept(tmp_path: Path, caplog: pytest
     file = save_vector(tmp_path / "v.safetensors", {0: torch.tensor(vector(1)), 1: torch.zeros(32)}, {}, model)
     assert not steered(model, file)[1].any()
     assert "sites[0].vector: all zeros at layer 1; it would change nothing" in caplog.text
-    with pytest.raises(Problem, match="all zeros at layer 1"):
+    with pytest.raises(UserError, match="all zeros at layer 1"):
         Steering(model, {"sites": [{"at": {"layers": [0, 1]}, "op": {"type": "ablate"}, "vector": {"file": str(file)}}]})
 
 
@@ -115,16 +115,16 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         ({"0": torch.ones(4, 32), "1": torch.ones(32)}, "holds a tensor of shape (4, 32) for layer 0"),
     ):
         save_file(tensors, file)
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             steered(model, file)
         assert words in str(caught.value) and "sites[0].vector" in str(caught.value) and str(file) in str(caught.value)
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
-    with pytest.raises(Problem, match="is not a safetensors file"):
+    with pytest.raises(UserError, match="is not a safetensors file"):
         steered(model, tmp_path / "bad.safetensors")
     (tmp_path / "bad.gguf").write_bytes(b"nothing at all, truly")
-    with pytest.raises(Problem, match="is not a GGUF file"):
+    with pytest.raises(UserError, match="is not a GGUF file"):
         steered(model, tmp_path / "bad.gguf")
-    with pytest.raises(Problem, match="holds one vector per layer"):
+    with pytest.raises(UserError, match="holds one vector per layer"):
         save_vector(tmp_path / "x.gguf", {"name": torch.ones(3)}, {})
 
 
@@ -135,10 +135,10 @@ def test_parameters_of_the_wrong_shape(tmp_path: Path) -> None:
     save_file(good, file)
     Steering(tiny("llama"), {"sites": [site]})
     save_file({**good, "rotation": torch.ones(16, 3)}, file)
-    with pytest.raises(Problem, match=r"tensor 'rotation' has shape \(16, 3\); layer 0 needs 32 x 3"):
+    with pytest.raises(UserError, match=r"tensor 'rotation' has shape \(16, 3\); layer 0 needs 32 x 3"):
         Steering(tiny("llama"), {"sites": [site]})
     save_file({k: v for k, v in good.items() if k != "bias"}, file)
-    with pytest.raises(Problem, match="has no tensor 'bias' for layer 0; op loreft needs weight, bias, rotation"):
+    with pytest.raises(UserError, match="has no tensor 'bias' for layer 0; op loreft needs weight, bias, rotation"):
         Steering(tiny("llama"), {"sites": [site]})
 
 
@@ -201,7 +201,7 @@ def test_mean_diff_in_a_spec(tmp_path: Path) -> None:
     steering = Steering(model, {"sites": [{"at": {"layers": [1]}, "vector": {"mean_diff": str(file)}}]}, tokenizer)
     expected = directions(model, tokenizer, PAIRS, locate(model, At(layers=(1,))), "mean_diff", "mean")
     assert torch.equal(steering.sites[0].vectors[0], expected[0])
-    with pytest.raises(Problem, match="needs a tokenizer"):
+    with pytest.raises(UserError, match="needs a tokenizer"):
         Steering(model, {"sites": [{"at": {"layers": [1]}, "vector": {"mean_diff": str(file)}}]})
 
 
@@ -216,7 +216,7 @@ def test_mean_diff_in_a_spec(tmp_path: Path) -> None:
 )
 def test_bad_pairs(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(text)
-    with pytest.raises(Problem, match=words):
+    with pytest.raises(UserError, match=words):
         read_pairs(tmp_path / "p.jsonl")
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.training.algorithm import update as learning
 from steerl.training.algorithm.update import learn, schedule, update
 from steerl.training.ppo import PPOSettings
@@ -162,7 +162,9 @@ def test_a_first_optimizer_step_that_rewrites_the_policy_stops_the_run(family, p
         if rate == 1e-2 or settings:
             learn(parts.state, experience, ppo, seed=0)
             continue
-        with pytest.raises(Problem, match=r"step 1: one optimizer step moved the policy by .* nats per token.*lower ppo.learn"):
+        with pytest.raises(
+            UserError, match=r"step 1: one optimizer step moved the policy by .* nats per token.*lower ppo.learn"
+        ):
             learn(parts.state, experience, ppo, seed=0)
 
 
@@ -245,7 +247,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights(bad):
     experience = first_experience(parts, prompts, ppo)
     experience.advantages_BR[2, 0] = bad
     before = {n: p.clone() for n, p in parts.actor_critic.named_parameters()}
-    with pytest.raises(Problem, match=r"step 1: ppo/policy_loss = .*Likely causes: a learning rate that is too high"):
+    with pytest.raises(UserError, match=r"step 1: ppo/policy_loss = .*Likely causes: a learning rate that is too high"):
         for _ in range(2):
             learn(parts.state, experience, ppo, seed=0)
     assert all(torch.isfinite(p).all() for p in parts.actor_critic.parameters())

@@ -30,7 +30,7 @@ from steerl.rollout.steering import load_spec
 from steerl.rollout.types import Rollout, Texts
 from steerl.training import ppo
 from steerl.training.engine import engine
-from steerl.training.setup import Parts, groups, with_peft
+from steerl.training.setup import Components, groups, with_peft
 from torch.distributed.fsdp import fully_shard
 
 from tests.models import tiny_policy
@@ -116,8 +116,8 @@ def noted(out: Path, name: str) -> None:
     """Have `train` write down what wraps the model and how its weights lie, as soon as it is prepared."""
     prepare = ppo.prepare
 
-    def noting(*arguments: Any) -> Parts:
-        parts: Parts = prepare(*arguments)
+    def noting(*arguments: Any) -> Components:
+        parts: Components = prepare(*arguments)
         weights = list(parts.actor_critic.parameters())
         held = [share_of(p) for p in weights]
         found = {

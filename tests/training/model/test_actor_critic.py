@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering import load_spec
 from steerl.training.model import value_model
@@ -143,7 +143,7 @@ def test_a_value_folder_that_does_not_fit(value, text, tmp_path):
     if value == "seq2seq":
         tiny("t5").save_pretrained(tmp_path)
         value = str(tmp_path)
-    with pytest.raises(Problem, match=text):
+    with pytest.raises(UserError, match=text):
         job("gpt2", value=value)
 
 

@@ -11,11 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from steerl.configs.reader import door, read
+from steerl.configs.reader import read, run_command
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model import adapters
 from steerl.scripts import plan as plan_door
@@ -287,7 +287,7 @@ def test_where_nothing_fits_it_says_what_would(llama):
     assert leaner is not None and (leaner.engine != "ddp" or leaner.work != adapted)
 
 
-# -- the door ----------------------------------------------------------------------------------------------------------------
+# -- the command ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def folder(tmp_path) -> Path:
 
 def run(argv: list[str]) -> int:
     try:
-        door(plan_door.main, plan_door.Job, argv)
+        run_command(plan_door.main, plan_door.Job, argv)
     except SystemExit as left:
         return int(left.code or 0)
     return 0
@@ -364,7 +364,7 @@ def test_measured_figures_are_plausible():
 
 
 def test_a_model_that_decides_by_numbers_is_a_problem():
-    with pytest.raises(Problem, match="decides by numbers"):
+    with pytest.raises(UserError, match="decides by numbers"):
         training_pass(blueprint(tiny("led")), 2, 8, 8)
 
 

@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.training.report import page as report
 from steerl.training.report.run_data import read_lines, read_run
 
@@ -120,14 +120,14 @@ def test_a_torn_last_line_is_passed_over_with_a_word_and_any_other_is_named(tmp_
     assert [line["step"] for line in read_lines(path)] == [1, 2]
     assert "metrics.jsonl: its last line was cut short" in capsys.readouterr().err
     path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    with pytest.raises(Problem, match="line 2"):
+    with pytest.raises(UserError, match="line 2"):
         read_lines(path)
 
 
 @pytest.mark.parametrize("make", [lambda f: None, lambda f: f.mkdir()])
 def test_a_folder_that_is_no_run_is_named(tmp_path, make):
     make(tmp_path / "x")
-    with pytest.raises(Problem, match="x "):
+    with pytest.raises(UserError, match="x "):
         report.report([tmp_path / "x"], tmp_path / "out.html")
 
 
@@ -145,7 +145,7 @@ def test_the_picture_is_a_png_of_the_runs(run, tmp_path):
     folder, _, _ = run
     path = report.figure([folder], tmp_path / "curves.png")
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(Problem, match="nothing/here"):
+    with pytest.raises(UserError, match="nothing/here"):
         report.figure([folder], tmp_path / "x.png", keys=["nothing/here"])
 
 
@@ -285,8 +285,8 @@ def test_colours_and_hover_numbers_are_the_stored_ones(browser, run):
         largest = max(map(abs, row[name]))
         painted = browser.run("[...document.querySelectorAll('.token[data-part=response]')].map(t => t.style.backgroundColor)")
         assert len(painted) == len(row[name])
-        for colour, value in zip(painted, row[name], strict=True):
-            red, _, blue, *alpha = map(float, re.findall(r"[.0-9]+", colour))
+        for color, value in zip(painted, row[name], strict=True):
+            red, _, blue, *alpha = map(float, re.findall(r"[.0-9]+", color))
             assert (red > blue) == (value >= 0)
             assert (alpha or [1.0])[0] == pytest.approx(0.75 * abs(value) / largest, abs=0.003)
     for place in range(len(row["response_ids"])):
@@ -372,8 +372,8 @@ def test_searching_finds_the_text(browser, run):
     choose(browser, "step", "1")
 
 
-def brightness(colour):
-    red, green, blue = (int(part) for part in re.findall(r"\d+", colour)[:3])
+def brightness(color):
+    red, green, blue = (int(part) for part in re.findall(r"\d+", color)[:3])
     return 0.3 * red + 0.59 * green + 0.11 * blue
 
 

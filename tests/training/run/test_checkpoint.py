@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.training.algorithm.kl import AdaptiveKL
 from steerl.training.run import checkpoint, resume
@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capl
         assert checkpoint.latest(tmp_path) == before
     assert "step-000002" in caplog.text and "step-000001" in caplog.text
     damage(before / name)
-    with pytest.raises(Problem, match="every checkpoint is damaged"):
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
         checkpoint.latest(tmp_path)
     checkpoint.save(tmp_path, 2, state)
     assert checkpoint.latest(tmp_path) == newest
@@ -207,17 +207,17 @@ def test_a_format_of_the_future_is_refused(tmp_path):
     path = checkpoint.save(tmp_path, 1, make_state())
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(Problem, match="format 99"):
+    with pytest.raises(UserError, match="format 99"):
         checkpoint.latest(tmp_path)
 
 
 def test_another_model_is_refused_by_name(tmp_path):
     path = checkpoint.save(tmp_path, 1, make_state(0, "gpt2"))
-    with pytest.raises(Problem, match="not those that were saved"):
+    with pytest.raises(UserError, match="not those that were saved"):
         checkpoint.load(path, make_state(0, "llama"))
     wide = make_state(0, "gpt2")
     wide.model["value"] = nn.Linear(32, 2)
-    with pytest.raises(Problem, match=r"value.*\(2, 32\).*saved was \(1, 32\)"):
+    with pytest.raises(UserError, match=r"value.*\(2, 32\).*saved was \(1, 32\)"):
         checkpoint.load(path, wide)
 
 
@@ -231,7 +231,7 @@ def test_a_pickle_in_a_users_folder_is_never_opened(tmp_path, monkeypatch):
     path = checkpoint.save(tmp_path, 1, make_state())
     for name in ("tensors.safetensors", "state.json", "manifest.json", "pytorch_model.bin", "optimizer.pt"):
         (path / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(Problem, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         checkpoint.latest(tmp_path)
     source = Path(checkpoint.__file__).read_text() + Path(resume.__file__).read_text()
     assert "torch.load" not in source and "import pickle" not in source
@@ -241,7 +241,7 @@ def test_a_pickle_in_a_users_folder_is_never_opened(tmp_path, monkeypatch):
 FULL_DISK = """
 import resource, sys
 from tests.training.run.test_checkpoint import make_state
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.training.run import checkpoint
 folder, limit = sys.argv[1], int(sys.argv[2])
@@ -250,7 +250,7 @@ checkpoint.save(folder, 1, state)
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # a write beyond it fails as on a full disk
 try:
     checkpoint.save(folder, 2, state)
-except Problem as problem:
+except UserError as problem:
     print(problem)
 """
 
@@ -304,7 +304,7 @@ def test_a_changed_config_names_every_field_and_spares_the_harmless_ones():
         "ppo": {"clip": 0.3, "steps": 3, "lam": 1.0},
         "reward": ({"name": "x"},),
     }
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         resume.check(saved, now)
     assert [line.split(":")[0] for line in caught.value.lines] == ["run.seed", "ppo.clip", "ppo.lam"]
     assert "0.3" in str(caught.value) and "0.2" in str(caught.value)
@@ -316,7 +316,7 @@ def test_a_changed_config_names_every_field_and_spares_the_harmless_ones():
 def test_other_content_is_named_once_and_allowed_when_asked():
     was, now = {"model": {"path": "a"}, "prompts": {"path": "b"}}, {"model": {"path": "a"}, "prompts": {"path": "c"}}
     began, here = ({"model.path": x, "prompts.path": x, "reward kind": x} for x in "12")
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         resume.check(was, now, began, here)
     assert [line.split(":")[0] for line in caught.value.lines] == ["prompts.path", "model.path", "reward kind"]
     assert all("--run.allow_changes true" in line for line in caught.value.lines)
@@ -332,7 +332,7 @@ def test_finished_is_what_the_summary_says_under_the_same_config(tmp_path):
     checkpoint.save(tmp_path, 3, make_state(), config={"ppo": {"steps": 3, "clip": 0.2}})
     assert resume.finished(tmp_path, 3, {"ppo": {"steps": 3, "clip": 0.2}}, RunSettings())
     assert not resume.finished(tmp_path, 4, {"ppo": {"steps": 4, "clip": 0.2}}, RunSettings())
-    with pytest.raises(Problem, match="ppo.clip: 0.3"):
+    with pytest.raises(UserError, match="ppo.clip: 0.3"):
         resume.finished(tmp_path, 3, {"ppo": {"steps": 3, "clip": 0.3}}, RunSettings())
 
 
@@ -354,14 +354,14 @@ def test_a_state_of_another_shape_is_one_line(tmp_path, change):
     head = json.loads((path / "state.json").read_text())
     change(head)
     (path / "state.json").write_text(json.dumps(head))
-    with pytest.raises(Problem, match="step-000001: not what a run writes .*--run.overwrite true starts again"):
+    with pytest.raises(UserError, match="step-000001: not what a run writes .*--run.overwrite true starts again"):
         checkpoint.load(path, make_state())
 
 
 def test_a_peer_that_is_lost_while_a_checkpoint_is_read_is_no_damage(monkeypatch, tmp_path):
-    """Its echo stays what it is; the same words of the file itself are a Problem."""
+    """Its echo stays what it is; the same words of the file itself are a UserError."""
     lost = RuntimeError("Connection closed by peer [127.0.0.1]:1")
     for known in (True, False):
         monkeypatch.setattr(checkpoint.processes, "lost_peer", lambda error, known=known: known and error is lost)
-        with pytest.raises(RuntimeError if known else Problem), checkpoint._written_by_us(tmp_path):
+        with pytest.raises(RuntimeError if known else UserError), checkpoint._written_by_us(tmp_path):
             raise lost

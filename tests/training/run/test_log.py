@@ -186,12 +186,12 @@ def test_wandb_offline_reads_back_the_same_numbers_and_one_id(tmp_path, monkeypa
 
 NO_ACCOUNT = """
 import sys, pathlib
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.training.run.log import RunLog
 log = RunLog(pathlib.Path(sys.argv[1]), trackers=["wandb"])
 try:
     log.rewind({})
-except Problem as problem:
+except UserError as problem:
     print(problem)
 """
 
@@ -204,14 +204,14 @@ def test_a_tracker_that_cannot_start_says_how_to_go_on(tmp_path):
 
 FULL = """
 import resource, sys, pathlib
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.training.run.log import RunLog
 log = RunLog(pathlib.Path(sys.argv[1]))
 log.metrics(1, {"a": 1})
 resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
 try:
     log.metrics(2, {"a": 1})
-except Problem as problem:
+except UserError as problem:
     print(problem)
 """
 

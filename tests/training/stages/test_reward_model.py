@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steerl.rollout.common.errors import Problem
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.model.policy import ModelSettings
 from steerl.training.stages.data import TableSettings
@@ -80,7 +80,7 @@ def job(tmp_path: Path, rows: list, heldout=None, run: str = "run", model: str =
 
 
 def gaps_of(folder: Path, rows: list[dict]) -> list[float]:
-    """Chosen minus rejected, each by itself, tokenised by the folder's own tokenizer: text + end, or the template."""
+    """Chosen minus rejected, each by itself, tokenized by the folder's own tokenizer: text + end, or the template."""
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     found = []
     for row in rows:
@@ -192,7 +192,7 @@ def test_calibration_of_a_few_pairs_by_hand():
     assert found["calibration_error"] == pytest.approx((0 + promised[1] + (1 - promised[2])) / 3)
 
 
-# -- the doors -------------------------------------------------------------------------------------------------------
+# -- the commands -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -249,7 +249,7 @@ def test_the_door_tells_a_bad_row_in_one_line_and_leaves_with_2(tmp_path):
     ],
 )
 def test_bad_rows_and_settings_are_one_clear_line(tmp_path, rows, settings, words):
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         run_reward(job(tmp_path, rows, **settings))
     (line,) = caught.value.lines
     assert all(word in line for word in words), line
@@ -257,12 +257,12 @@ def test_bad_rows_and_settings_are_one_clear_line(tmp_path, rows, settings, word
 
 def test_what_cannot_become_a_reward_model_is_refused(tmp_path):
     rows = pairs("explicit", 3)
-    with pytest.raises(Problem, match="PROMPT_TUNING cannot be merged into a reward model that loads alone"):
+    with pytest.raises(UserError, match="PROMPT_TUNING cannot be merged into a reward model that loads alone"):
         run_reward(job(tmp_path, rows, peft={"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}))
     made = job(tmp_path, rows, run="long")
-    with pytest.raises(Problem, match="every training pair is longer than 3 tokens"):
+    with pytest.raises(UserError, match="every training pair is longer than 3 tokens"):
         run_reward(dataclasses.replace(made, prompts=dataclasses.replace(made.prompts, max_tokens=3)))
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(Problem, match="pairs are conversations, but the tokenizer has no chat template"):
+    with pytest.raises(UserError, match="pairs are conversations, but the tokenizer has no chat template"):
         run_reward(dataclasses.replace(job(tmp_path, pairs("implicit talk"), model=made.model.path, run="talk")))

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from steerl.rollout.common.errors import Problem, Stopped
+from steerl.rollout.common.errors import Stopped, UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.training.stages.data import TableSettings
@@ -216,14 +216,14 @@ def test_other_data_weights_and_settings_are_told_on_a_resume(tmp_path, monkeypa
     resumed = dataclasses.replace(made, run=RunSettings(dir=str(tmp_path / "run"), resume=True))
     table(tmp_path, PAIRS * 5)
     tiny("llama", 1, scale=0.05).save_pretrained(made.model.path)
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         run_sft(dataclasses.replace(resumed, sft=dataclasses.replace(made.sft, learning_rate=1e-3, log_every=2)))
     assert [line.split(":")[0] for line in caught.value.lines] == ["sft.learning_rate", "model.path", "prompts.path"]
     begun = tmp_path / "run" / "checkpoints" / "begun.json"
     kept = begun.read_text()
     for damaged in ("[]", '{"config": 1, "made_from": {}}', kept[:-30]):
         begun.write_text(damaged)
-        with pytest.raises(Problem, match="begun.json: not what a run writes"):
+        with pytest.raises(UserError, match="begun.json: not what a run writes"):
             run_sft(resumed)
     begun.write_text(kept)
     allowed = dataclasses.replace(resumed, run=dataclasses.replace(resumed.run, allow_changes=True))
@@ -249,7 +249,7 @@ def test_a_full_disk_at_a_checkpoint_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     made = job(tmp_path, PAIRS, steps=1)
-    with pytest.raises(Problem, match="run: cannot be written: No space left on device; free some space"):
+    with pytest.raises(UserError, match="run: cannot be written: No space left on device; free some space"):
         run_sft(dataclasses.replace(made, run=RunSettings(dir=str(tmp_path / "run"), save_every=1)))
 
 
@@ -261,7 +261,7 @@ def test_metrics_go_to_the_trackers_and_a_loss_that_is_not_a_number_stops_the_ru
     with torch.no_grad():
         model.lm_head.weight[7, 0] = float("nan")
     model.save_pretrained(made.model.path)
-    with pytest.raises(Problem, match="step 1: the loss is nan; lower the learning rate"):
+    with pytest.raises(UserError, match="step 1: the loss is nan; lower the learning rate"):
         run_sft(dataclasses.replace(made, run=RunSettings(dir=str(tmp_path / "nan"))))
     assert not (tmp_path / "nan" / "model").exists()
 
@@ -361,7 +361,7 @@ def test_two_processes_leave_one_model(tmp_path):
     ],
 )
 def test_bad_rows_and_settings_are_one_clear_line(tmp_path, rows, sft, words):
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         run_sft(job(tmp_path, rows, **sft))
     (line,) = caught.value.lines
     assert all(word in line for word in words), line
@@ -377,29 +377,29 @@ def test_columns_are_renamed_and_a_wrong_name_is_told(tmp_path):
     again = RunSettings(dir=str(tmp_path / "run"), overwrite=True)
     assert run_sft(dataclasses.replace(made, prompts=text, run=again)).metrics["rows"] == 4
     wrong = dataclasses.replace(made.prompts, columns={"prompt": "questions", "completion": "answer"})
-    with pytest.raises(Problem, match="columns.prompt: the data has no column 'questions'; it has: question, answer, id"):
+    with pytest.raises(UserError, match="columns.prompt: the data has no column 'questions'; it has: question, answer, id"):
         run_sft(dataclasses.replace(made, prompts=wrong))
 
 
 def test_models_that_do_not_fit_are_one_clear_line(tmp_path):
     made = job(tmp_path, PAIRS, "t5")
-    with pytest.raises(Problem, match="t5 model, which has no causal head"):
+    with pytest.raises(UserError, match="t5 model, which has no causal head"):
         run_sft(dataclasses.replace(made, model=ModelSettings(path=made.model.path, kind="causal")))
-    with pytest.raises(Problem, match="the prompts are conversations, but the model is an encoder-decoder"):
+    with pytest.raises(UserError, match="the prompts are conversations, but the model is an encoder-decoder"):
         run_sft(job(tmp_path, [{"prompt": a, "completion": b} for a, b in zip(TALKS, ANSWERS, strict=True)], "t5"))
-    with pytest.raises(Problem, match="model.path: missing"):
+    with pytest.raises(UserError, match="model.path: missing"):
         run_sft(dataclasses.replace(made, model=ModelSettings()))
     causal = job(tmp_path, PAIRS)
-    with pytest.raises(Problem, match="checkpointing: true, but PREFIX_TUNING lives in the cache"):
+    with pytest.raises(UserError, match="checkpointing: true, but PREFIX_TUNING lives in the cache"):
         peft = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2}
         run_sft(job(tmp_path, PAIRS, run="prefix", peft=peft, checkpointing=True))
-    with pytest.raises(Problem, match="max_tokens: every row is cut before its completion at 2"):
+    with pytest.raises(UserError, match="max_tokens: every row is cut before its completion at 2"):
         short = dataclasses.replace(job(tmp_path, PAIRS[:1], run="short").prompts, max_tokens=2)
         run_sft(dataclasses.replace(causal, prompts=short, run=RunSettings(dir=str(tmp_path / "short"))))
     assert not (tmp_path / "short").exists(), "nothing was begun, nothing is left"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(Problem, match="is not empty; add --run.resume true or --run.overwrite true"):
+    with pytest.raises(UserError, match="is not empty; add --run.resume true or --run.overwrite true"):
         run_sft(dataclasses.replace(causal, run=RunSettings(dir=str(tmp_path / "full"))))
 
 
@@ -411,7 +411,7 @@ def test_the_held_out_share_is_drawn_by_the_seed_and_never_learned(tmp_path):
     train, held = hold_out(rows, settings, 0, [])
     assert len(held) == 10 and sorted([*train, *held], key=lambda r: int(r["text"])) == rows
     assert hold_out(rows, settings, 0, []) == (train, held) != hold_out(rows, settings, 1, [])
-    with pytest.raises(Problem, match="leaves none to learn from"):
+    with pytest.raises(UserError, match="leaves none to learn from"):
         hold_out(rows[:1], settings, 0, [])
 
 

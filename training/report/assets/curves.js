@@ -52,7 +52,7 @@ function smoothed(values, weight) {
   });
 }
 
-// series: [{label, colour, dash, steps, values}]; a target is a dashed line across.
+// series: [{label, color, dash, steps, values}]; a target is a dashed line across.
 function drawPanel(holder, title, series, target, weight) {
   holder.replaceChildren(element("h3", {text: title}));
   const svg = shape("svg", {role: "img", "aria-label": title, tabindex: "0"});
@@ -92,7 +92,7 @@ function drawPanel(holder, title, series, target, weight) {
       if ((one.shown[i - 1] ?? null) === null && (one.shown[i + 1] ?? null) === null) path += "m-2.5 0a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0 -5 0";
     });
     const curve = shape("path", {class: "curve", d: path, "data-label": one.label, "stroke-dasharray": one.dash});
-    curve.style.stroke = one.colour;
+    curve.style.stroke = one.color;
     svg.append(curve);
   }
   const keys = element("div", {class: "keys"});
@@ -108,7 +108,7 @@ function drawPanel(holder, title, series, target, weight) {
     keys.replaceChildren(...drawn.map(one => {
       const place = step === null ? one.values.length - 1 : one.steps.indexOf(step);
       const swatch = element("span", {class: "swatch"});
-      swatch.style.borderTopColor = one.colour;
+      swatch.style.borderTopColor = one.color;
       if (one.dash !== "none") swatch.style.borderTopStyle = "dashed";
       return element("span", {}, swatch, one.label + " ", element("b", {text: place < 0 || one.values[place] === null ? "none" : short(one.values[place]), title: place < 0 ? "none" : exact(one.values[place])}));
     }), ...(target === null ? [] : [element("span", {text: "target " + exact(target)})]), ...(step === null ? [] : [element("span", {text: "step " + step})]));

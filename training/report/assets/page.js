@@ -49,19 +49,19 @@ function results(page) {
 }
 
 function curves(page) {
-  const holder = document.getElementById("panels"), smooth = document.getElementById("smooth"), colour = i => `var(--c${i % 8})`;
+  const holder = document.getElementById("panels"), smooth = document.getElementById("smooth"), color = i => `var(--c${i % 8})`;
   if (!page.panels.length && !page.bars.length) return;
   document.getElementById("curves").hidden = false;
   const many = page.runs.filter(run => run.metrics.step.length).length > 1;
   if (many) document.getElementById("legend").append(...page.runs.map((run, i) => {
     const swatch = element("span", {class: "swatch"});
-    swatch.style.borderTopColor = colour(i);
+    swatch.style.borderTopColor = color(i);
     return element("span", {}, swatch, run.name + "  ");
   }));
   const dashes = ["none", "6 3", "2 3", "9 3 2 3"];
   const made = page.panels.map(panel => {
     const series = page.runs.flatMap((run, r) => panel.keys.map((key, k) => ({
-      label: many ? `${key} · ${run.name}` : key, colour: colour(many ? r : k), dash: many ? dashes[k % 4] : "none", steps: run.metrics.step, values: run.metrics.columns[key],
+      label: many ? `${key} · ${run.name}` : key, color: color(many ? r : k), dash: many ? dashes[k % 4] : "none", steps: run.metrics.step, values: run.metrics.columns[key],
     }))).filter(one => one.values);
     return [element("div", {class: "panel"}), holderOf => drawPanel(holderOf, panel.title, series, panel.target, Number(smooth.value))];
   }).concat(page.bars.map(bars => [element("div", {class: "panel"}), holderOf => drawBars(holderOf, bars.title, bars.labels, bars.counts)]));

@@ -1,4 +1,4 @@
-// The rollout viewer: pick a sample, see every token coloured by a quantity, with the stored numbers on hover. What models
+// The rollout viewer: pick a sample, see every token colored by a quantity, with the stored numbers on hover. What models
 // wrote only ever becomes text nodes.
 "use strict";
 
@@ -14,7 +14,7 @@ const ORDERS = {
 function signed(values) { return values.some(v => v > 0) && values.some(v => v < 0); }
 
 // Orange above zero, blue below; as opaque as the value is large. One rule for light and dark.
-function colourOf(value, largest) {
+function colorOf(value, largest) {
   if (value === null || value === undefined || !largest) return "transparent";
   const strength = Math.round(Math.min(Math.abs(value) / largest, 1) * 0.75 * 1000) / 1000;
   return value >= 0 ? `rgba(232, 119, 34, ${strength})` : `rgba(38, 120, 230, ${strength})`;
@@ -166,10 +166,10 @@ class Viewer {
     const row = this.current;
     if (!row) return;
     const values = row.quantities[this.quantity.value] || [], largest = values.reduce((a, v) => Math.max(a, Math.abs(v ?? 0)), 0);
-    for (const token of this.sample.querySelectorAll('.token[data-part="response"]')) token.style.backgroundColor = colourOf(values[token.dataset.place], largest);
+    for (const token of this.sample.querySelectorAll('.token[data-part="response"]')) token.style.backgroundColor = colorOf(values[token.dataset.place], largest);
     const scale = this.sample.querySelector(".scale"), bar = element("i"), both = signed(values), below = !both && values.some(v => v < 0);
     const [left, right] = both ? [-largest, largest] : below ? [-largest, 0] : [0, largest];
-    bar.style.background = `linear-gradient(to right, ${colourOf(left, largest)}, ${both ? "transparent," : ""} ${colourOf(right, largest)})`;
+    bar.style.background = `linear-gradient(to right, ${colorOf(left, largest)}, ${both ? "transparent," : ""} ${colorOf(right, largest)})`;
     scale.replaceChildren(this.quantity.value + " ", exact(left), bar, exact(right));
   }
 

@@ -1,4 +1,4 @@
-"""Every door on two ranks, under DDP and under ZeRO-3: what it leaves is whole, and loads."""
+"""Every command on two ranks, under DDP and under ZeRO-3: what it leaves is whole, and loads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_door_runs_on_two_ranks(engine: str, tmp_path: Path) -> None:
     for name, table in {"prompts": rows[:7], "sft": rows, "pairs": preferred}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    launch += ["--config_file", f"configs/accelerate/{engine}.yaml", "tests/scripts/doors.py", str(tmp_path)]
+    launch += ["--config_file", f"configs/accelerate/{engine}.yaml", "tests/scripts/commands.py", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]

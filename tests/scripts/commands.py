@@ -1,6 +1,6 @@
-"""Run by test_engine_doors.py under an engine: every door that accelerate starts, one after the other, in one process group.
+"""Run by test_engine_doors.py under an engine: every command that accelerate starts, one after the other, in one process group.
 
-accelerate launch --config_file ENGINE.yaml tests/scripts/doors.py FOLDER      FOLDER: model/ and the data, made by the test
+accelerate launch --config_file ENGINE.yaml tests/scripts/commands.py FOLDER      FOLDER: model/ and the data, made by the test
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
     for module, job, argv in flags(folder):
         name = module.__name__.rsplit("_", 1)[-1] if "train" in module.__name__ else module.__name__.split(".")[1].split("_")[0]
         module.main(read(job, [*argv, "--run.dir", str(folder / name)]))
-        models_stay_whole()  # each door has a process to itself; here the trainers' engine would cut the next door's model
+        models_stay_whole()  # each command has a process to itself; here the trainers' engine would cut the next command's model
         processes.barrier()
     assert (type_of_engine() == "DEEPSPEED") == (os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
     if processes.close():

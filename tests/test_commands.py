@@ -1,4 +1,4 @@
-"""What every door makes of what users get wrong: one clear line each, status 2, nothing half-written left behind."""
+"""What every command makes of what users get wrong: one clear line each, status 2, nothing half-written left behind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from steerl.configs.reader import door
+from steerl.configs.reader import run_command
 
 import pytest
 from steerl.rollout.common.run_folder import MARKER, RunSettings, begin
@@ -20,7 +20,7 @@ SAMPLERS = {"dump_rollouts": (dump_rollouts, "Job"), "train_ppo": (train_ppo, "P
 
 @pytest.fixture
 def flags(tiny_world, tmp_path):
-    """Settings with which the sampling doors work."""
+    """Settings with which the sampling commands work."""
     world = tiny_world("reviews")
     (tmp_path / "reward.py").write_text("def zero(prompts, completions, **columns):\n    return [0.0] * len(completions)\n")
     common = {
@@ -38,7 +38,7 @@ def leave(name: str, settings: dict) -> int:
     module, job = SAMPLERS[name]
     argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     try:
-        door(module.main, getattr(module, job), argv)
+        run_command(module.main, getattr(module, job), argv)
     except SystemExit as left:
         return int(left.code or 0)
     return 0
@@ -191,9 +191,9 @@ def test_other_doors_name_what_is_missing(script, capfd, monkeypatch, tmp_path):
         "select_rollouts": [nowhere, "--out", str(tmp_path / "out.jsonl")],
     }.get(script, [nowhere])
     source = Path(module.__file__ or "").read_text(encoding="utf-8")
-    job = source.split("door(main, ")[1].split(")")[0]
+    job = source.split("run_command(main, ")[1].split(")")[0]
     with pytest.raises(SystemExit) as left:
-        door(module.main, getattr(module, job), argv)
+        run_command(module.main, getattr(module, job), argv)
     said = capfd.readouterr().err.splitlines()
     assert left.value.code == 2
     assert 1 <= len(said) <= 2, said
