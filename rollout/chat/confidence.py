@@ -20,7 +20,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.sampler import left_pad
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import Speller, text_ids
-from steerl.rollout.scoring.logprobs import pick, teacher_forced
+from steerl.rollout.scoring.logprobs import teacher_forced, token_logprobs
 from steerl.rollout.types import Rollout
 
 
@@ -145,4 +145,4 @@ def given(policy: Policy, prompts: Sequence[Sequence[int]], responses: Sequence[
 
 def raw_logprob(logits_BV: torch.Tensor, tokens_B: torch.Tensor) -> list[float]:
     """Of the tokens of one step, at temperature 1: for streams, which see each step's raw logits."""
-    return [float(value) for value in pick(logits_BV[:, None], tokens_B[:, None])[:, 0]]
+    return [float(value) for value in token_logprobs(logits_BV[:, None], tokens_B[:, None])[:, 0]]

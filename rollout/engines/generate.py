@@ -58,7 +58,7 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
     )
     with no_dropout(policy.core), torch.no_grad(), _Draws(uniforms_BR):
         output = policy.core.generate(
-            **generate_arguments(policy, ids, mask, policy.capabilities.first),
+            **generate_arguments(policy, ids, mask, policy.capabilities.position_offset),
             generation_config=config,
             logits_processor=LogitsProcessorList([_LawProcessor(law, real)]),
             stopping_criteria=StoppingCriteriaList([_StopCriteria(stops, start.shape[1], before)] if stops.has_strings else []),

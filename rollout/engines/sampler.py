@@ -92,7 +92,7 @@ class Sampler:
             raise UserError(
                 f"sampling.max_new_tokens: {new} does not fit the decoder's context of {policy.decoder_context}; set less"
             )
-        size, context = policy.vocab_size, policy.room
+        size, context = policy.vocab_size, policy.token_budget
         room = context if policy.is_seq2seq or context is None else context - new
         for row, ids in zip(batch.rows, batch.ids, strict=True):
             if min(ids) < 0 or max(ids) >= size:
@@ -164,7 +164,7 @@ class Sampler:
         # One prefill for all samples of a prompt; with steering each row has its own.
         unique = list(dict.fromkeys(i for i, _ in pairs))
         fixed = sampling.compile and caching and compiled.fits(policy, call.synced, self.steering)
-        shared = self.steering is None and len(unique) < len(pairs) and policy.capabilities.picking
+        shared = self.steering is None and len(unique) < len(pairs) and policy.capabilities.row_selection
         place = {i: k for k, i in enumerate(unique)}
         first = [next(b for b, pair in enumerate(pairs) if pair[0] == i) for i in unique] if shared else list(range(len(pairs)))
         copies_B = torch.tensor([place[i] for i, _ in pairs], device=device) if shared else None
@@ -186,7 +186,7 @@ class Sampler:
             names=[f"row {batch.rows[i]} (sample {j})" for i, j in pairs],
             live=live,
             synced=call.synced,
-            compact=policy.capabilities.picking,
+            compact=policy.capabilities.row_selection,
             on_token=_by_row(call.on_token, row_B),
         )
         self.stops.to(device)
@@ -199,7 +199,7 @@ class Sampler:
                 run = compiled.running(policy, len(pairs), columns_of_all, self.steering, live)
                 stream.compiled = stack.enter_context(run)
             policy.core.generate(
-                **generate_arguments(policy, ids_UP, mask_UP, policy.capabilities.first),
+                **generate_arguments(policy, ids_UP, mask_UP, policy.capabilities.position_offset),
                 generation_config=config,
                 custom_generate=stream,
             )
