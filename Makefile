@@ -30,7 +30,7 @@ check: $(STAMP)
 	$(RUN) -m mypy
 	$(RUN) -m pytest -n 2 --dist worksteal -q -m "not slow and not proofs and not gpu and not browser" --few 1 $(ARGS)
 
-# The long ones, by hand; their figures go into LOG.md with the command.
+# The long ones, by hand; their figures go into docs/log with the command.
 proofs: $(STAMP)
 	$(RUN) -m pytest -m proofs --timeout 0 -s $(ARGS)
 
