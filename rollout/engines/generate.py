@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.decoding.distribution import Distribution, History, Space, Weights
+from steerl.rollout.decoding.distribution import Distribution, History
 from steerl.rollout.decoding.settings import ClosedGenerationConfig, Sampling, uniforms
 from steerl.rollout.decoding.stops import Stops
+from steerl.rollout.decoding.weights import Space, Weights
 from steerl.rollout.engines.sampler import left_pad
 from steerl.rollout.model.capabilities import generate_arguments
 from steerl.rollout.model.policy import Policy, no_dropout
