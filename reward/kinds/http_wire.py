@@ -19,7 +19,7 @@ import re
 from typing import Any
 
 import torch
-from steerl.reward.jobs.texts import rollout_of
+from steerl.reward.texts import rollout_of
 from steerl.reward.types import Scores, has_ids
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.types import Rollout, Texts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from steerl.reward.jobs.texts import rollout_of
+from steerl.reward.texts import rollout_of
 from steerl.rollout.types import Rollout, Texts
 
 

@@ -11,9 +11,9 @@ import os
 
 import pytest
 import torch
-from steerl.reward.jobs.texts import rollout_of
+from steerl.reward.build import build_reward
 from steerl.reward.kinds.reading import vocabulary_of
-from steerl.reward.types import build_reward
+from steerl.reward.texts import rollout_of
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
 from tokenizers.processors import TemplateProcessing

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from steerl.reward.jobs.texts import rollout_of
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward
+from steerl.reward.texts import rollout_of
 from steerl.rollout.common.errors import UserError
 
 from tests.models import tiny_tokenizer
