@@ -22,7 +22,7 @@ from typing import Any
 
 from steerl.configs.reader import run_command
 
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings, versions, write_json, write_text

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from steerl.reward.build import build_reward
 from steerl.reward.normalize import Running
-from steerl.reward.types import build_reward
 from steerl.rollout.common.errors import UserError
 
 from tests.reward.rows import made
@@ -88,7 +88,7 @@ def test_running_counts_the_rows_of_all_ranks_and_a_rank_without_rows_keeps_step
     job = """
         import json, sys
         from pathlib import Path
-        from steerl.reward.types import build_reward
+        from steerl.reward.build import build_reward
         from steerl.rollout.common import processes
         from tests.reward.rows import made
 

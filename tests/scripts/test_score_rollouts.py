@@ -15,7 +15,7 @@ import datasets
 import pandas
 import pytest
 import torch
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward
 from steerl.rollout.common.run_folder import MARKER
 from steerl.rollout.dumps.manifest import load_manifest
 from steerl.rollout.dumps.store import read_dump

@@ -12,7 +12,7 @@ from steerl.configs.reader import run_command
 
 import pytest
 import torch
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward
 from steerl.scripts.serve_reward import Job, main
 
 from tests.models import tiny_tokenizer

@@ -9,7 +9,8 @@ import signal
 
 import pytest
 import torch
-from steerl.reward.types import Scores, build_reward
+from steerl.reward.build import build_reward
+from steerl.reward.types import Scores
 from steerl.rollout.common.errors import Stopped, UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding import distribution

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from steerl.reward.types import Scores, build_reward, metrics
+from steerl.reward.build import build_reward
+from steerl.reward.types import Scores, metrics
 from steerl.rollout.common.errors import UserError
 
 from tests.reward.rows import made
@@ -225,7 +226,7 @@ def test_a_hanging_worker_ends_with_the_job_that_was_killed(tmp_path):
         "    return [float(bool(re.match('(a|aa)+$', text))) for text in completions]\n"
     )
     job = f"""
-        from steerl.reward.types import build_reward
+        from steerl.reward.build import build_reward
         from tests.reward.rows import made
         build_reward([{{"kind": "function", "function": "{tmp_path}/mine.py:hangs", "timeout": 60.0}}])(*made(["a" * 60 + "b"]))
     """
