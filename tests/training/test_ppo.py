@@ -18,8 +18,9 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings
 from steerl.rollout.scoring import logprobs
 from steerl.training.algorithm.importance import Correction
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
 from steerl.training.run import checkpoint, resume
+from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

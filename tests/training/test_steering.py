@@ -24,7 +24,8 @@ from steerl.rollout.steering.deploy import check_fold, fold, save
 from steerl.rollout.types import Rollout
 from steerl.training import steering as steered
 from steerl.training.algorithm.importance import Correction, importance_weights
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
+from steerl.training.settings import PPOSettings
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -13,8 +13,8 @@ from steerl.training.algorithm import kl
 from steerl.training.algorithm.experience import Scored, credit
 from steerl.training.algorithm.importance import Correction, importance_weights
 from steerl.training.algorithm.update import micro_batch_loss
-from steerl.training.ppo import PPOSettings
 from steerl.training.run.metrics import kl_metrics
+from steerl.training.settings import PPOSettings
 
 
 def laws(seed: int = 0, size: int = 5):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
 from steerl.training.engine import engine as engine_of_run
-from steerl.training.ppo import PPOSettings
+from steerl.training.settings import PPOSettings
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tests.models import tiny

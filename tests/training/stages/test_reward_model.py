@@ -15,8 +15,8 @@ import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.model.policy import ModelSettings
-from steerl.training.stages.data import TableSettings
-from steerl.training.stages.reward_model import RewardJob, RewardModelSettings, measure, run_reward
+from steerl.training.stages.reward_model import measure, run_reward
+from steerl.training.stages.settings import RewardJob, RewardModelSettings, TableSettings
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from tests.models import tiny, tiny_tokenizer

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from steerl.rollout.common.errors import Stopped, UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.model.policy import ModelSettings, load_policy
-from steerl.training.stages.data import TableSettings
-from steerl.training.stages.sft import SFTJob, SFTSettings, run_sft
+from steerl.training.stages.settings import SFTJob, SFTSettings, TableSettings
+from steerl.training.stages.sft import run_sft
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tests.models import tiny, tiny_tokenizer
