@@ -18,7 +18,7 @@ quickstart test check proofs: export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(STAMP)
-	$(RUN) scripts/quickstart.py
+	$(RUN) -m steerl quickstart
 
 test: $(STAMP)
 	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
@@ -35,7 +35,7 @@ proofs: $(STAMP)
 	$(RUN) -m pytest -m proofs --timeout 0 -s $(ARGS)
 
 bench: $(STAMP)
-	$(RUN) scripts/bench.py $(ARGS)
+	$(RUN) -m steerl bench $(ARGS)
 
 setup: $(STAMP)
 
