@@ -1,5 +1,6 @@
-"""A steering vector from pairs of texts: python scripts/extract_steering.py --config configs/steering.yaml \\
-    --model.path DIR --extract.pairs pairs.jsonl --extract.out cheer.safetensors
+"""A steering vector from pairs of texts.
+
+    steerl extract --config steerl:steering --model.path DIR --extract.pairs pairs.jsonl --extract.out cheer.safetensors
 
 Leaves the vector file (safetensors, or a GGUF control vector by its ending), with its metadata, and prints how well it
 separates held-out pairs. With prompts it also measures the effect: how much the measure moves per unit of strength and
@@ -183,5 +184,9 @@ def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...])
     )
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,6 +1,6 @@
-"""Scores of a dump or of texts:
+"""Scores of a dump or of texts.
 
-    accelerate launch scripts/score_rollouts.py --config configs/score.yaml --dump.dir DUMP --run.dir RUN
+    steerl score --config steerl:score --dump.dir DUMP --run.dir RUN
 
 Leaves RUN/scores-NNNNN.parquet (prompt_index, sample_index, total, a column per part) and RUN/manifest.json. RUN may be
 the dump's own folder; the manifest is then scores.json. A job that was cut short goes on with --run.resume true, on any
@@ -110,5 +110,9 @@ def show(folder: Path, manifest: dict[str, Any]) -> None:
         print(f"  {column:{width}}  {spread}  ({told['rows']:,} rows)")
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job)
+
+
+if __name__ == "__main__":
+    cli()

@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.decoding.settings import ClosedGenerationConfig
 from steerl.rollout.model import capabilities
+from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.generation_state import step_forward
 from torch import Tensor, nn
 
@@ -121,7 +121,7 @@ def _agrees(policy: Policy) -> bool:
             seen.append(run(ids, kwargs))
         return ids
 
-    config = ClosedGenerationConfig.of(policy, max_new_tokens=3)
+    config = ClosedGenerationConfig.of(policy.pad_id, policy.start_ids, max_new_tokens=3)
     try:
         policy.core.generate(
             **capabilities.generate_arguments(policy, prompt, mask, first), generation_config=config, custom_generate=follow

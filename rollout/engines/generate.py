@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.random import uniforms
 from steerl.rollout.decoding.distribution import Distribution, History, Space, Weights
-from steerl.rollout.decoding.settings import ClosedGenerationConfig, Sampling, uniforms
+from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops
 from steerl.rollout.engines.sampler import left_pad
 from steerl.rollout.model.capabilities import generate_arguments
+from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.policy import Policy, no_dropout
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import encoder_input
@@ -44,7 +46,8 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
     real = torch.ones_like(start, dtype=torch.bool) if policy.is_seq2seq else mask_BP
     uniforms_BR = uniforms(sampling.seed, step, row_B, sample_B, torch.arange(sampling.max_new_tokens, device=device))
     config = ClosedGenerationConfig.of(
-        policy,
+        policy.pad_id,
+        policy.start_ids,
         max_new_tokens=sampling.max_new_tokens,
         do_sample=not sampling.greedy,
         eos_token_id=stops.all_ids or None,

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.random import uniforms
 from steerl.rollout.decoding import compiled
 from steerl.rollout.decoding.distribution import Distribution
 from steerl.rollout.decoding.loop import DecodeLoop
-from steerl.rollout.decoding.settings import ClosedGenerationConfig, Sampling, uniforms
+from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops
 from steerl.rollout.model.capabilities import Capabilities, generate_arguments
+from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.policy import Policy, no_dropout
 from steerl.rollout.model.sharding import needs_sync, root_gathered
 from steerl.rollout.prompts.prompts import PromptBatch
@@ -188,7 +190,9 @@ class Sampler:
             on_token=_by_row(call.on_token, row_B),
         )
         self.stops.to(device)
-        config = ClosedGenerationConfig.of(policy, max_new_tokens=sampling.max_new_tokens, use_cache=caching)
+        config = ClosedGenerationConfig.of(
+            policy.pad_id, policy.start_ids, max_new_tokens=sampling.max_new_tokens, use_cache=caching
+        )
         with stack:
             if fixed:
                 columns_of_all = prompt_BP.shape[1] + sampling.max_new_tokens

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.decoding.settings import ClosedGenerationConfig
+from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.generation_state import can_pick, carries, pick_rows, step_forward
 from torch import Tensor
 
@@ -250,7 +250,7 @@ def _decodes(policy: Policy, prompt: Tensor, tail: Tensor, first: int, pick: boo
     whole = prompt if policy.is_seq2seq else torch.cat([prompt, tail], dim=1)
     alone = [pass_logits(policy, whole[k : k + 1], decoder=tail[k : k + 1], first=first) for k in range(len(whole))]
     expected = torch.cat(alone)[:, -tail.shape[1] - 1 :]
-    config = ClosedGenerationConfig.of(policy, max_new_tokens=tail.shape[1] + 1, use_cache=cache)
+    config = ClosedGenerationConfig.of(policy.pad_id, policy.start_ids, max_new_tokens=tail.shape[1] + 1, use_cache=cache)
     for _ in range(2):  # the second finds what the first may have left in the model itself
         follow = _Follow(tail, pick)
         inputs = generate_arguments(policy, prompt, torch.ones_like(prompt, dtype=torch.bool), first)

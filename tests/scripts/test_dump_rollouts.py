@@ -347,7 +347,7 @@ def test_a_full_disk_is_one_clear_line_and_the_job_goes_on_after_space_is_made(g
 
 @pytest.mark.proofs
 def test_a_hundred_thousand_rows_in_flat_memory(given: Path, tmp_path: Path) -> None:
-    """Prints the rate beside plain `model.generate` of the same prompts, and the memory along the way, for LOG.md.
+    """Prints the rate beside plain `model.generate` of the same prompts, and the memory along the way, for docs/log.
 
     CPU time, one thread: what else runs on the machine does not count."""
     lines = (json.dumps({"prompt": f"say {i} " + "abc " * (i % 6)}) for i in range(12_500))
