@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from steerl.rollout.model import hooks as steering_hooks
-from steerl.rollout.model.policy import Policy, no_dropout
+from steerl.rollout.model.language_model import no_dropout
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.logit_postprocessing import LogitPostprocessing, logit_postprocessing
 from steerl.rollout.types import Rollout
 from torch import Tensor, nn

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
-from steerl.rollout.model.policy import Policy, no_dropout
+from steerl.rollout.model.language_model import no_dropout
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
@@ -209,6 +210,4 @@ def _reference(policy: Policy, kind: str, trains_vectors: bool) -> Reference | N
     if kind == "auto" and has_adapter and adapters.changes_nothing(policy.model) and not adapters.learns_in_base(policy.model):
         return Reference(policy, adapter_off=True)
     frozen = copy.deepcopy(policy.model).requires_grad_(False).eval()
-    copied = policy.with_model(frozen)
-    vars(copied)["capabilities"] = policy.capabilities  # a copy's are the same
-    return Reference(copied, adapter_off=False)
+    return Reference(policy.with_model(frozen, policy.capabilities), adapter_off=False)

@@ -39,9 +39,8 @@ def build(policy: Policy, value: str) -> tuple[Policy | None, nn.Linear]:
     if value == "shared":
         return None, zero_head(width, policy.device)
     if value == "separate":
-        trunk = policy.with_model(copy.deepcopy(policy.model))
-        # Its padding capabilities are the policy's, whose logits it no longer has to show them with.
-        vars(trunk)["capabilities"] = policy.capabilities
+        # Its capabilities are the policy's, whose logits it no longer has to show them with.
+        trunk = policy.with_model(copy.deepcopy(policy.model), policy.capabilities)
         strip(trunk.core)
         trunk.model.to(policy.device)
         return trunk, zero_head(width, policy.device)
