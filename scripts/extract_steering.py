@@ -151,7 +151,7 @@ def separations(
 
 def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...]) -> None:
     """The table, OUT.effect.json, and the strength that costs the KL asked for."""
-    from steerl.reward.types import build_reward
+    from steerl.reward.build import build_reward
 
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     batch = prompts.batch(list(range(min(job.effect.samples, len(prompts)))))

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.decoding.distribution import Distribution, Drawn, History, Space
+from steerl.rollout.decoding.distribution import Distribution, Drawn, History
 from steerl.rollout.decoding.stops import Stops
+from steerl.rollout.decoding.weights import Space
 from steerl.rollout.model.generation_state import can_select_rows, select_rows, step_forward
 from steerl.rollout.types import STOP_LENGTH, STOP_USER
 from torch import Tensor

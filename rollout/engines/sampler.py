@@ -28,7 +28,7 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync, root_gathered
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import encoder_input, teacher_forced
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Rollout, Texts, left_pad
 from torch import Tensor
 
 OnToken = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -74,7 +74,8 @@ class Sampler:
                 else:  # a rank that is done takes part in the others' collective calls
                     self._part(_dummy(self.policy), [(0, 0)], dataclasses.replace(call, on_token=None))
         if not rollouts:
-            return self._empty(step), Texts(prompts=[], prompt_texts=[], completions=[])
+            nothing = Rollout.of_ids([], [], device=self.policy.device, entropy_BR=[], **self._record(step))
+            return nothing, Texts(prompts=[], prompt_texts=[], completions=[])
         at = torch.tensor([at for part in parts for at in part], device=self.policy.device)
         rollout = Rollout.join(rollouts).select(at.argsort())
         return rollout, self.texts(batch, rollout)
@@ -218,17 +219,23 @@ class Sampler:
             sample_B=sample_B,
             stop_B=rows.stop,
             strength_B=strength_B,
-            temperature=sampling.policy_temperature,
-            policy_step=call.step,
-            steering=self.steering.label if self.steering is not None else "",
-            start_ids=policy.start_ids,
-            greedy=sampling.greedy,
+            **self._record(call.step),
         )
         if self.steering is not None and self.steering.role in ("behaviour", "data"):
             # What was drawn is the steered law's; the policy that is trained is the plain model.
             plain = teacher_forced(policy, rollout)
             rollout = dataclasses.replace(rollout, policy_logprobs_BR=plain.logprobs_BR, entropy_BR=plain.entropy_BR)
         return rollout
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """The fields of a rollout that are the same for all of its rows."""
+        return {
+            "temperature": self.sampling.policy_temperature,
+            "policy_step": step,
+            "steering": self.steering.label if self.steering is not None else "",
+            "start_ids": self.policy.start_ids,
+            "greedy": self.sampling.greedy,
+        }
 
     def _steered(
         self, mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, columns: dict[str, list[Any]], call: _Call
@@ -251,32 +258,6 @@ class Sampler:
         )
         live = stack.enter_context(active)
         return stack, live if live is not None else object(), strength_B
-
-    def _empty(self, step: int) -> Rollout:
-        device = self.policy.device
-        tensors: dict[str, Any] = {
-            **dict.fromkeys(("prompt_BP", "response_BR"), torch.zeros(0, 1, dtype=torch.int64, device=device)),
-            **dict.fromkeys(("lengths_B", "row_B", "sample_B", "stop_B"), torch.zeros(0, dtype=torch.int64, device=device)),
-            **dict.fromkeys(("behaviour_logprobs_BR", "policy_logprobs_BR", "entropy_BR"), torch.zeros(0, 1, device=device)),
-            "prompt_mask_BP": torch.zeros(0, 1, dtype=torch.bool, device=device),
-            "ended_B": torch.zeros(0, dtype=torch.bool, device=device),
-        }
-        return Rollout(
-            **tensors,
-            temperature=self.sampling.policy_temperature,
-            policy_step=step,
-            steering=self.steering.label if self.steering is not None else "",
-            start_ids=self.policy.start_ids,
-            greedy=self.sampling.greedy,
-        )
-
-
-def left_pad(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """(prompt_BP, prompt_mask_BP) of token lists, whatever side the tokenizer would pad on."""
-    width = max(map(len, ids))
-    prompt_BP = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in ids], dtype=torch.int64, device=device)
-    lengths_B = torch.tensor([len(row) for row in ids], device=device)
-    return prompt_BP, torch.arange(width, device=device)[None] >= width - lengths_B[:, None]
 
 
 def _by_row(on_token: OnToken | None, row_B: Tensor) -> OnToken | None:

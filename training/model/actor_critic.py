@@ -15,7 +15,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from steerl.rollout.common.errors import UserError
@@ -28,10 +28,8 @@ from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
 from steerl.rollout.steering import Steering, SteeringSpec, unsteered
 from steerl.rollout.types import Rollout
 from steerl.training.model import value_model
+from steerl.training.settings import PPOSettings
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from steerl.training.ppo import PPOSettings
 
 Found = TypeVar("Found")
 

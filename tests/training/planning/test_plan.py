@@ -26,7 +26,7 @@ from steerl.training.planning.memory import ENGINES, Work, memory
 from steerl.training.planning.passes import Blueprint, cache_bytes, count, plain_pass, training_pass
 from steerl.training.planning.plan import LORA, advise, flags, rows, search
 from steerl.training.planning.time import Shares, seconds, sent
-from steerl.training.ppo import PPOSettings
+from steerl.training.settings import PPOSettings
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from tests.models import tiny
