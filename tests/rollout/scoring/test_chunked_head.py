@@ -187,3 +187,12 @@ def test_rows_from_their_first_token_on_are_the_padded_ones(family, monkeypatch)
     assert (found.logprobs_BR - padded.logprobs_BR).abs().max() < 1e-5
     difference = torch.where(rollout.mask_BR[..., None], found.hidden_BRD - padded.hidden_BRD, 0.0)
     assert difference.abs().max() < 1e-4
+
+
+def test_hooks_of_our_own_are_not_a_users():
+    """A steering that is not active reads no logits: the head goes on in chunks."""
+    policy = tiny_policy("llama")
+    Steering(policy.model, {"sites": [{"at": {"layers": [0]}, "vector": [1.0] * 32, "strength": 1.0}]}, policy.tokenizer)
+    assert chunked_head.readable(policy) is not None
+    policy.model.register_forward_hook(lambda module, inputs, output: None)
+    assert chunked_head.readable(policy) is None
