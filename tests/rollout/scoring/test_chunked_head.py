@@ -190,9 +190,11 @@ def test_rows_from_their_first_token_on_are_the_padded_ones(family, monkeypatch)
 
 
 def test_hooks_of_our_own_are_not_a_users():
-    """A steering that is not active reads no logits: the head goes on in chunks."""
+    """Those that place virtual tokens read no logits: the head goes on in chunks."""
+    from steerl.rollout.model import adapters
+
     policy = tiny_policy("llama")
-    Steering(policy.model, {"sites": [{"at": {"layers": [0]}, "vector": [1.0] * 32, "strength": 1.0}]}, policy.tokenizer)
+    policy = policy.with_model(adapters.add(policy.model, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}))
     assert chunked_head.readable(policy) is not None
-    policy.model.register_forward_hook(lambda module, inputs, output: None)
+    policy.core.register_forward_hook(lambda module, inputs, output: None)
     assert chunked_head.readable(policy) is None
