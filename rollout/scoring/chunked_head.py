@@ -282,7 +282,7 @@ def _gathered(head: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in head.parameters())
 
 
-_NOT_USERS = ("torch.", "deepspeed.", "accelerate.", "peft.", "transformers.", "rollout.")
+_NOT_USERS = ("torch.", "deepspeed.", "accelerate.", "peft.", "transformers.", "steerl.")
 """Owners of hooks that do their own work and read no logits."""
 
 
