@@ -18,8 +18,8 @@ from steerl.rollout.decoding.distribution import Distribution, History
 from steerl.rollout.decoding.loop import DecodeInputs, Responses, no_distribution
 from steerl.rollout.decoding.stops import Stops
 from steerl.rollout.decoding.weights import Space, Weights
-from steerl.rollout.model.capabilities import generate_arguments
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
+from steerl.rollout.model.language_model import generate_arguments
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.types import STOP_LENGTH, STOP_USER
 from torch import Tensor

@@ -103,6 +103,19 @@ def test_every_row_is_what_teacher_forcing_alone_says(given: Path, tmp_path: Pat
         assert row.response_text == tokenizer.decode(row.response_ids, skip_special_tokens=True)
 
 
+def test_plain_generate_dumps_the_same_rows(given: Path, tmp_path: Path) -> None:
+    more = (*SMALL, "--sampling.top_p", "0.9", "--sampling.stop", "[e]")
+    for kind in ("stream", "generate"):
+        assert dump(flags(given, tmp_path / kind, *more, "--engine.kind", kind)) == 0
+    stream, plain = (rows_of(tmp_path / kind) for kind in ("stream", "generate"))
+    for name in stream.columns:
+        if name in ("behaviour_logprobs", "policy_logprobs"):
+            assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(stream[name], plain[name], strict=True)), name
+        else:
+            assert all(np.array_equal(a, b) for a, b in zip(stream[name], plain[name], strict=True)), name
+    assert load_manifest(tmp_path / "generate")["config"]["engine"] == {"kind": "generate"}
+
+
 def test_the_manifest_says_what_the_dump_was_made_from(given: Path, tmp_path: Path) -> None:
     assert dump(flags(given, tmp_path / "run", *SMALL)) == 0
     kept = load_manifest(tmp_path / "run")
@@ -293,9 +306,9 @@ def killed_and_resumed(given: Path, tmp_path: Path, kills: int, seed: int, targe
         assert all(rank.wait() in (0, -signal.SIGKILL) for rank in ranks)
         if launcher and launcher.poll() is None:
             kill(launcher, chance.choice(targets), chance)
-    out, err = (last := launch([*argv, "--run.resume", "true"])).communicate()
-    assert last.returncode == 0, err
-    assert "2,000 rows" in out
+    last = warm.run_ranks("scripts/dump_rollouts.py", *argv, "--run.resume", "true")
+    assert last.returncode == 0, last.stderr
+    assert "2,000 rows" in last.stdout
     assert load_manifest(run)["world_size"] == 2
     assert files_of(run) == files_of(tmp_path / "whole")
 
