@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.model import compat
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
 from steerl.rollout.steering.engine import Active
@@ -133,7 +134,7 @@ class _FixedSite(BoundSite):
             self.noise = [torch.zeros(rows, 1, int(p.width or 0), device=device) for p in site.points]
         self._last: Selection | None = None
         for tensor in (self.strength, self.mask, *self.noise, *(t for layer in here for t in layer.values())):
-            torch._dynamo.mark_static_address(tensor)  # read where it is: a CUDA graph copies other inputs each time
+            compat.mark_static(tensor)  # read where it is: a CUDA graph copies other inputs each time
 
     def load(self, site: BoundSite) -> None:
         for at, mine in enumerate(self.tensors_here):
@@ -171,7 +172,7 @@ class _FixedEdit:
         self.site, self.at, self.rows, self.columns = site, at, rows, None
         if point.columns is not None:
             self.columns = torch.tensor(point.columns, device=device)
-            torch._dynamo.mark_static_address(self.columns)
+            compat.mark_static(self.columns)
 
     def __call__(self, frame: Any, hidden: Tensor) -> Tensor:
         shape, site = hidden.shape, self.site

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model import adapters
+from steerl.rollout.model import adapters, compat
 from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
@@ -84,8 +84,7 @@ class ActorCritic(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """Names of the layers that FSDP keeps in one piece."""
-        cores = [policy.core for policy in (self.policy, self.trunk) if policy is not None]
-        return sorted({name for core in cores for name in getattr(core, "_no_split_modules", None) or ()})
+        return compat.unsplit_layers([policy.core for policy in (self.policy, self.trunk) if policy is not None])
 
     def inside(self, function: Callable[[], Found]) -> Found:
         """What `function` gives when it is called within this module's forward pass: engines that spread weights over ranks
