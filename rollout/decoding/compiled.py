@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.model import capabilities, language_model
+from steerl.rollout.model import capabilities, compat, language_model
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.generation_state import step_forward
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def why_not(policy: Policy, steering: Any = None) -> str | None:
     core = policy.core
     if policy.is_seq2seq:
         return "an encoder-decoder has two caches"
-    if not getattr(core, "_can_compile_fullgraph", False):
+    if not compat.can_compile_fullgraph(core):
         return f"transformers cannot compile {type(core).__name__} as one graph"
     if not (policy.capabilities.caching and policy.capabilities.row_selection and policy.capabilities.pads_in_text):
         return f"the cache of {type(core).__name__} is not a plain one"
@@ -145,8 +145,10 @@ class _Shape:
 
     def _room(self, device: torch.device) -> None:
         if not len(self.ids):
-            self.ids, self.positions = (_still(torch.zeros((self.rows, 1), dtype=torch.int64, device=device)) for _ in range(2))
-            self.mask = _still(torch.ones((self.rows, self.columns), dtype=torch.int64, device=device))
+            self.ids, self.positions = (
+                compat.mark_static(torch.zeros((self.rows, 1), dtype=torch.int64, device=device)) for _ in range(2)
+            )
+            self.mask = compat.mark_static(torch.ones((self.rows, self.columns), dtype=torch.int64, device=device))
 
     def begin(self, ids: Tensor, kwargs: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` of the first step with everything that changes put into fixed places; the cache grown so far moves in."""
@@ -226,12 +228,6 @@ def _kept(core: nn.Module) -> _Kept:
     return _MODELS.setdefault(core, _Kept())
 
 
-def _still(tensor: Tensor) -> Tensor:
-    """Marked as staying where it is: a CUDA graph reads it there, other inputs it copies each time."""
-    torch._dynamo.mark_static_address(tensor)
-    return tensor
-
-
 # -- one batch --------------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +286,7 @@ class Run:
         try:
             with hooks.fixed(self.hooked, edits):
                 return at.graph(core, self.inputs)
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+        except compat.compile_errors() as error:
             # Nothing of the step has run. The same step goes on uncompiled, over the same cache.
             cause = getattr(error, "inner_exception", error)
             line = f"{type(cause).__name__}: {cause}".strip().splitlines()[0]

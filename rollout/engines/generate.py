@@ -19,7 +19,7 @@ from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.language_model import generate_arguments, no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
-from steerl.rollout.scoring.logprobs import encoder_input
+from steerl.rollout.scoring.alignment import encoder_input
 from steerl.rollout.types import STOP_LENGTH, STOP_USER, Rollout, left_pad
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
