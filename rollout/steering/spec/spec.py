@@ -6,8 +6,12 @@ YAML and Python objects are one to one: `SteeringSpec.mapping()` gives back what
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+from steerl.rollout.common.settings_reader import MISSING, Path, Reader, key_of, within
+from steerl.rollout.steering.spec import reading
 
 CorrectionType = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 CORRECTIONS: tuple[str, ...] = get_args(CorrectionType)
@@ -29,33 +33,35 @@ ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")
 class At:
     """Where in the model: blocks and a component found by structure, or a module path."""
 
-    layers: tuple[int, ...] | str = ()
+    layers: tuple[int, ...] | str = within(
+        (), read=reading.integers("block numbers, e.g. [8, 9], or all", single=True, word="all")
+    )
     """Block numbers, negative from the end, or `all`."""
-    component: str = "block_output"
-    stack: str = "decoder"
-    head: tuple[int, ...] = ()
+    component: str = within("block_output", choices=COMPONENTS)
+    stack: str = within("decoder", choices=("decoder", "encoder"))
+    head: tuple[int, ...] = within((), read=reading.integers("head numbers", single=True))
     """Attention heads: the edit is made where their outputs enter the output projection."""
     module: str = ""
     """A module path of the model, instead of layers and component."""
-    io: str = "output"
+    io: str = within("output", choices=("output", "input"))
 
 
 @dataclass(frozen=True)
 class Op:
     """What is done there."""
 
-    type: str = "add"
-    coordinates: tuple[int, ...] | None = None
+    type: str = within("add", choices=OPERATIONS)
+    coordinates: tuple[int, ...] | None = within(None, read=reading.integers("indices"), low=0)
     factor: float = 0.0
     """scale: h * factor."""
     value: float = 0.0
     """clamp: what h.u becomes."""
-    rank: int = 4
+    rank: int = within(4, low=1)
     """Learned operations: size of the low-rank space or bottleneck."""
-    act: str = ""
+    act: str = within("", choices=ACTIVATIONS)
     """Learned operations: identity (default), relu (default of adapter), gelu, silu, tanh."""
     temperature: float = 1.0
-    boundary: float = 0.5
+    boundary: float = within(0.5, low=0.0, high=1.0)
     residual: bool = False
     """autoencoder, jumprelu: keep what the autoencoder does not rebuild."""
     params: str = ""
@@ -79,46 +85,95 @@ class Strength:
     norm_match: bool = False
 
 
+# The forms that a strength may be written in besides a number.
+
+
+@dataclass(frozen=True)
+class ByColumn:
+    column: str
+    value: float = Strength.value
+
+
+@dataclass(frozen=True)
+class NormMatch:
+    norm_match: float
+
+
+@dataclass(frozen=True)
+class Uniform:
+    high: float
+    low: float = Strength.low
+    dist: str = within("uniform", choices=("uniform", "normal"))
+    per: str = within("sample", choices=("sample", "prompt"))
+
+
+@dataclass(frozen=True)
+class Normal:
+    std: float = within(low=0.0)
+    mean: float = Strength.mean
+    dist: str = "normal"
+    per: str = within("sample", choices=("sample", "prompt"))
+
+
+def read_strength(reader: Reader, path: Path, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        number = reader.value(float, path, value)
+        return MISSING if number is MISSING else Strength(number)
+    forms: list[type] = [form for form, key in ((ByColumn, "column"), (NormMatch, "norm_match")) if value.get(key) is not None]
+    if value.get("dist") is not None:
+        forms.append(Normal if value["dist"] == "normal" else Uniform)
+    if len(forms) != 1:
+        wish = "a number, {column: c}, {dist: uniform, ...} or {norm_match: x}"
+        reader.tell(path, f"expected {wish}, found {dict(value)!r}")
+        return MISSING
+    form = reader.read(forms[0], value, path)
+    if isinstance(form, Uniform) and form.high <= form.low:
+        reader.tell((*path, "high"), f"must be above low = {form.low:g}, found {form.high:g}")
+    if form is None:
+        return MISSING
+    return Strength(norm_match=True, value=form.norm_match) if isinstance(form, NormMatch) else Strength(**vars(form))
+
+
 @dataclass(frozen=True)
 class Ramp:
     """A factor over response steps, from `start` to `end` in `over` steps, then `end`."""
 
-    type: str = "linear"
-    over: int = 1
-    start: float = 1.0
-    end: float = 0.0
+    type: str = within("linear", choices=("linear", "cosine"))
+    over: int = within(1, low=1, missing="give a whole number")
+    start: float = within(1.0, key="from")
+    end: float = within(0.0, key="to")
 
 
 @dataclass(frozen=True)
 class Where:
     """Which positions: (prompt or steps) minus excludes. Only real tokens count; step 0 is the last prompt token."""
 
-    prompt: Any = "none"
-    steps: Any = "all"
+    prompt: Any = within("none", read=reading.prompt_positions)
+    steps: Any = within("all", read=reading.step_positions)
     ramp: Ramp | None = None
-    exclude_tokens: tuple[int | str, ...] = ()
-    exclude_positions: tuple[int, ...] = ()
+    exclude_tokens: tuple[int | str, ...] = within((), key="exclude.token_ids", read=reading.tokens)
+    exclude_positions: tuple[int, ...] = within((), key="exclude.positions", read=reading.integers())
 
 
 @dataclass(frozen=True)
 class Schedule:
     """A factor over training: from `start` to `end`, reached at the share `until` of all steps."""
 
-    type: str = "linear"
-    start: float = 1.0
-    end: float = 0.0
-    until: float = 1.0
-    over: str = "train_steps"
+    type: str = within("linear", choices=("linear", "cosine", "constant"))
+    start: float = within(1.0, key="from")
+    end: float = within(0.0, key="to")
+    until: float = within(1.0, low=0.0, high=1.0)
+    over: str = within("train_steps", choices=("train_steps",))
 
 
 @dataclass(frozen=True)
 class Gate:
     """Open where an earlier activation points the right way; a closed gate leaves the row (or token) plain."""
 
-    vector: Any = None
-    layer: int = 0
-    type: str = "cosine"
-    on: str = "prompt_mean"
+    vector: Any = within(None, read=reading.vector, missing="the gate compares activations with it")
+    layer: int = within(0, missing="give a whole number")
+    type: str = within("cosine", choices=("cosine", "projection", "sigmoid"))
+    on: str = within("prompt_mean", choices=("prompt_mean", "prompt_last", "token"))
     open_above: float | None = None
     open_below: float | None = None
     scale: float = 1.0
@@ -130,10 +185,10 @@ class Site:
     """One edit at one component, over one or several layers."""
 
     name: str
-    at: At
+    at: At = within(missing="say where: {layers: [8]} or {module: PATH}")
     op: Op = Op()
-    vector: Any = None
-    strength: Strength = Strength()
+    vector: Any = within(None, read=reading.vector)
+    strength: Strength = within(Strength(), read=read_strength)
     where: Where = Where()
     schedule: Schedule | None = None
     gate: Gate | None = None
@@ -146,31 +201,31 @@ class Correction:
 
     type: CorrectionType = "token_truncate"
     """`none` says that the bias is accepted: every weight is 1 and the mismatch is only logged."""
-    high: float = 2.0
+    high: float = within(2.0, low=0.0)
     """Upper bound of a weight."""
-    low: float = 0.0
+    low: float = within(0.0, low=0.0)
     """Lower bound of a weight."""
 
 
 @dataclass(frozen=True)
 class KLBudget:
-    nats_per_sequence: float
-    action: str = "rescale"
+    nats_per_sequence: float = within(low=0.0)
+    action: str = within("rescale", choices=("rescale", "warn", "error"))
 
 
 @dataclass(frozen=True)
 class SteeringSpec:
     """All that steers one model."""
 
-    sites: tuple[Site, ...]
-    role: str = "policy"
+    sites: tuple[Site, ...] = within(missing="give a list with at least one site")
+    role: str = within("policy", choices=ROLES)
     name: str = ""
-    fraction: float = 1.0
+    fraction: float = within(1.0, low=0.0, high=1.0)
     correction: Correction | None = None
     kl_budget: KLBudget | None = None
-    reference: str = "unsteered"
-    on_deploy: str = "keep"
-    folder: str = field(default="", compare=False)
+    reference: str = within("unsteered", choices=("unsteered",))
+    on_deploy: str = within("keep", choices=("keep", "strip", "fold"))
+    folder: str = field(default="", compare=False, metadata={"key": ""})
     """What relative paths in the spec are relative to, when it came from a file; the current folder otherwise."""
 
     def mapping(self) -> dict[str, Any]:
@@ -189,13 +244,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _changed(value: Any, default: Any, renames: dict[str, str] | None = None) -> dict[str, Any]:
+def _changed(value: Any, default: Any = None) -> dict[str, Any]:
     """The fields in which a dataclass differs from its default."""
     found: dict[str, Any] = {}
     for spot in dataclasses.fields(value):
         mine = getattr(value, spot.name)
         if default is None or mine != getattr(default, spot.name):
-            found[(renames or {}).get(spot.name, spot.name)] = _plain(mine)
+            found[key_of(spot)] = _plain(mine)
     return found
 
 
@@ -215,7 +270,7 @@ def _where(where: Where, at: At) -> dict[str, Any]:
     plain = Where(prompt="all", steps="none") if at.stack == "encoder" else Where()
     found = {name: _plain(getattr(where, name)) for name in ("prompt", "steps") if getattr(where, name) != getattr(plain, name)}
     if where.ramp is not None:
-        found["ramp"] = _changed(where.ramp, None, {"start": "from", "end": "to"})
+        found["ramp"] = _changed(where.ramp)
     exclude = {"token_ids": _plain(where.exclude_tokens), "positions": _plain(where.exclude_positions)}
     if any(exclude.values()):
         found["exclude"] = {k: v for k, v in exclude.items() if v}
@@ -233,9 +288,9 @@ def _site(site: Site) -> dict[str, Any]:
     if where := _where(site.where, site.at):
         found["where"] = where
     if site.schedule is not None:
-        found["schedule"] = _changed(site.schedule, None, {"start": "from", "end": "to"})
+        found["schedule"] = _changed(site.schedule)
     if site.gate is not None:
-        found["gate"] = {k: v for k, v in _changed(site.gate, None).items() if v is not None}
+        found["gate"] = {k: v for k, v in _changed(site.gate).items() if v is not None}
     return found
 
 
@@ -246,7 +301,7 @@ def _mapping(spec: SteeringSpec) -> dict[str, Any]:
         if getattr(spec, name) != getattr(plain, name):
             found[name] = getattr(spec, name)
     if spec.correction is not None:
-        found["correction"] = _changed(spec.correction, None)
+        found["correction"] = _changed(spec.correction)
     if spec.kl_budget is not None:
-        found["kl_budget"] = _changed(spec.kl_budget, None)
+        found["kl_budget"] = _changed(spec.kl_budget)
     return found
