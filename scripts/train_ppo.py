@@ -27,7 +27,8 @@ from steerl.rollout.model.adapters import is_adapter_folder
 from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering import load_spec
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
+from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 
 

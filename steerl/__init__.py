@@ -22,7 +22,8 @@ _FILES = {
     "rollout.dumps.store": ("read_dump",),
     "reward.build": ("build_reward",),
     "reward.types": ("Scores",),
-    "training.ppo": ("PPOSettings", "train"),
+    "training.ppo": ("train",),
+    "training.settings": ("PPOSettings",),
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 __all__ = sorted([*_FILE_OF, "__version__"])

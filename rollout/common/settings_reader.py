@@ -67,12 +67,16 @@ class Section(dict[str, Any]):
 # -- types --------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def fields_of(section: type) -> dict[str, Any]:
     """Name -> type of a section's fields."""
-    hints = typing.get_type_hints(section)
+    hints = _hints(section)
     choices = {spot.name: tuple(spot.metadata.get("choices", ())) for spot in dataclasses.fields(section) if spot.init}
     return {name: Literal.__getitem__(allowed) if allowed else hints[name] for name, allowed in choices.items()}  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _hints(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
 
 
 def key_of(spot: dataclasses.Field[Any]) -> str:
@@ -346,6 +350,29 @@ class Reader:
 
     def wish(self, spot: dataclasses.Field[Any], path: Path, wanted: Any) -> str:
         return str(spot.metadata.get("missing") or f"give {words(wanted)}")
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def are_whole(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(is_whole, value))
+
+
+def whole_numbers(what: str = "", *, single: bool = False, word: str = "") -> Callable[[Reader, Path, Any], Any]:
+    """For `read`: a list of whole numbers, not empty. A `single` one may stand by itself, and a word for all of them."""
+
+    def read(reader: Reader, path: Path, value: Any) -> Any:
+        if word and isinstance(value, str) and value.strip() == word:
+            return word
+        value = [value] if single and is_whole(value) else value
+        if are_whole(value) and value:
+            return tuple(value)
+        reader.tell(path, f"expected a list of whole numbers{f' ({what})' if what else ''}, found {value!r}")
+        return MISSING
+
+    return read
 
 
 def every_path(section: type, path: Path = ()) -> Iterator[Path]:

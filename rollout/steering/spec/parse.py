@@ -13,7 +13,9 @@ from typing import Any
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.settings_reader import Path, Reader, Section, dotted, key_of, members, near_name
 from steerl.rollout.common.yaml_files import load_yaml
-from steerl.rollout.steering.spec.spec import LEARNED, SPACE, WITHOUT_VECTOR, WRITE, At, Gate, Op, Site, SteeringSpec, Where
+from steerl.rollout.steering.core.places import At
+from steerl.rollout.steering.core.table import SETTINGS, TABLE
+from steerl.rollout.steering.spec.spec import Gate, Op, Site, SteeringSpec, Where
 
 MOST = 3e38
 """Of a number: what float32 holds."""
@@ -102,9 +104,10 @@ def _top(spec: Section) -> Faults:
 
 def _site(site: Section) -> Faults:
     kind = site.get("op", {}).get("type", Op.type)
-    if "vector" not in site and kind not in WITHOUT_VECTOR:
+    operation = TABLE[kind]
+    if "vector" not in site and operation.needs_vector:
         yield ("vector",), f"missing; op {kind} needs one, e.g. {{file: direction.safetensors}}"
-    if "vector" in site and kind in ("zero", "scale", "noise", "collect"):
+    if "vector" in site and operation.family == "write" and operation.source != "vector":
         yield ("vector",), f"has no effect with op {kind}; remove it"
     if kind == "collect" and "strength" in site:
         yield ("strength",), "has no effect with op collect; remove it"
@@ -135,26 +138,17 @@ def _at(at: Section) -> Faults:
         yield ("io",), "goes with module; component names the side by itself"
 
 
-_OF_OPERATIONS: dict[str, tuple[str, ...]] = {
-    "coordinates": (*WRITE, "rotated", "low_rank_rotated", "pca", "autoencoder", "jumprelu"),
-    "factor": ("scale",), "value": ("clamp",), "rank": LEARNED,
-    "act": ("loreft", "noreft", "direft", "nodireft", "adapter"),
-    "temperature": ("boundless", "sigmoid_mask", "sigmoid_mask_rotated"), "boundary": ("boundless",),
-    "residual": ("autoencoder", "jumprelu"), "params": SPACE, "function": ("function",),
-}  # fmt: skip
-"""Setting -> the operations that have it."""
-
-
 def _op(op: Section) -> Faults:
     kind = op.get("type", Op.type)
-    for name, kinds in _OF_OPERATIONS.items():
-        if name in op and kind not in kinds:
-            yield (name,), f"has no effect with op {kind}; it goes with {', '.join(kinds)}"
+    for name in SETTINGS:
+        if name in op and name not in TABLE[kind].settings:
+            takers = (other for other, operation in TABLE.items() if name in operation.settings)
+            yield (name,), f"has no effect with op {kind}; it goes with {', '.join(takers)}"
     if kind == "scale" and "factor" not in op:
         yield ("factor",), "missing; op scale needs one, e.g. 0.5"
     if kind == "function" and ":" not in op.get("function", ""):
         yield ("function",), f"expected file.py:name, found {op.get('function', '')!r}"
-    if kind in SPACE and not op.get("params"):
+    if TABLE[kind].family == "space" and not op.get("params"):
         yield ("params",), f"missing; op {kind} needs the file with its tensors"
 
 

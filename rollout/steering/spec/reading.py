@@ -1,37 +1,14 @@
-"""Fields of a spec that no type describes: lists of whole numbers, positions, tokens, vectors."""
+"""Fields of a spec that no type describes: positions, tokens, vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steerl.rollout.common.settings_reader import MISSING, Path, Reader, within
+from steerl.rollout.common.settings_reader import MISSING, Path, Reader, are_whole, is_whole, within
 
 _WORDS = ("none", "all")
-
-
-def is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are_whole(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(is_whole, value))
-
-
-def integers(what: str = "", *, single: bool = False, word: str = "") -> Callable[[Reader, Path, Any], Any]:
-    """Reads a list of whole numbers, not empty; a `single` one may stand by itself, and a word for all of them."""
-
-    def read(reader: Reader, path: Path, value: Any) -> Any:
-        if word and isinstance(value, str) and value.strip() == word:
-            return word
-        value = [value] if single and is_whole(value) else value
-        if _are_whole(value) and value:
-            return tuple(value)
-        reader.tell(path, f"expected a list of whole numbers{f' ({what})' if what else ''}, found {value!r}")
-        return MISSING
-
-    return read
 
 
 def tokens(reader: Reader, path: Path, value: Any) -> Any:
@@ -60,7 +37,7 @@ def _positions(reader: Reader, path: Path, value: Any, words: tuple[str, ...], o
         return _rule(reader, path, value, other)
     value = [value] if is_whole(value) else value
     problem = ""
-    if not _are_whole(value):
+    if not are_whole(value):
         problem = f"expected {', '.join(words)}, a list of positions or a mapping, found {value!r}"
     elif not value:
         problem = f"selects nothing (an empty list); write none, or positions; choices: {', '.join(words)}"
@@ -81,7 +58,7 @@ def _rule(reader: Reader, path: Path, value: Mapping[str, Any], other: str) -> A
         problem = f"expected a column's name, found {inner!r}"
     elif kind == "every" and not (is_whole(inner) and inner >= 1):
         problem = f"expected a whole number from 1 on, found {inner!r}"
-    elif kind == "window" and not (_are_whole(inner) and len(inner) == 2):
+    elif kind == "window" and not (are_whole(inner) and len(inner) == 2):
         problem = f"expected two whole numbers [a, b), found {inner!r}"
     elif kind == "window":
         start, end = inner

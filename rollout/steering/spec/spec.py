@@ -10,48 +10,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from steerl.rollout.common.settings_reader import MISSING, Path, Reader, key_of, within
+from steerl.rollout.common.settings_reader import MISSING, Path, Reader, key_of, whole_numbers, within
+from steerl.rollout.steering.core.places import At, Ramp
+from steerl.rollout.steering.core.table import ACTIVATIONS, TABLE, names
 from steerl.rollout.steering.spec import reading
 
 CorrectionType = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 CORRECTIONS: tuple[str, ...] = get_args(CorrectionType)
 ROLES = ("policy", "trainable", "behaviour", "data")
-COMPONENTS = ("block_output", "block_input", "attn_output", "mlp_output")
-WRITE = ("set", "vanilla", "add", "subtract", "zero", "scale", "noise", "collect")
-DIRECTION = ("ablate", "project", "clamp", "rotate", "renormalise")
-SPACE = (
-    "rotated", "low_rank_rotated", "pca", "boundless", "sigmoid_mask", "sigmoid_mask_rotated", "autoencoder", "jumprelu",
-)  # fmt: skip
-LEARNED = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft", "adapter")
-OPERATIONS = (*WRITE, *DIRECTION, *SPACE, *LEARNED, "function")
-WITHOUT_VECTOR = ("zero", "scale", "noise", "collect", "function", *LEARNED)
+DIRECTION, SPACE, LEARNED = names("direction"), names("space"), names("learned")
+WITHOUT_VECTOR = tuple(name for name, operation in TABLE.items() if not operation.needs_vector)
 """Operations that need no `vector:` (a learned one reads its parameters from it, or starts fresh)."""
-ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")
-
-
-@dataclass(frozen=True)
-class At:
-    """Where in the model: blocks and a component found by structure, or a module path."""
-
-    layers: tuple[int, ...] | str = within(
-        (), read=reading.integers("block numbers, e.g. [8, 9], or all", single=True, word="all")
-    )
-    """Block numbers, negative from the end, or `all`."""
-    component: str = within("block_output", choices=COMPONENTS)
-    stack: str = within("decoder", choices=("decoder", "encoder"))
-    head: tuple[int, ...] = within((), read=reading.integers("head numbers", single=True))
-    """Attention heads: the edit is made where their outputs enter the output projection."""
-    module: str = ""
-    """A module path of the model, instead of layers and component."""
-    io: str = within("output", choices=("output", "input"))
 
 
 @dataclass(frozen=True)
 class Op:
     """What is done there."""
 
-    type: str = within("add", choices=OPERATIONS)
-    coordinates: tuple[int, ...] | None = within(None, read=reading.integers("indices"), low=0)
+    type: str = within("add", choices=TABLE)
+    coordinates: tuple[int, ...] | None = within(None, read=whole_numbers("indices"), low=0)
     factor: float = 0.0
     """scale: h * factor."""
     value: float = 0.0
@@ -135,16 +112,6 @@ def read_strength(reader: Reader, path: Path, value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Ramp:
-    """A factor over response steps, from `start` to `end` in `over` steps, then `end`."""
-
-    type: str = within("linear", choices=("linear", "cosine"))
-    over: int = within(1, low=1, missing="give a whole number")
-    start: float = within(1.0, key="from")
-    end: float = within(0.0, key="to")
-
-
-@dataclass(frozen=True)
 class Where:
     """Which positions: (prompt or steps) minus excludes. Only real tokens count; step 0 is the last prompt token."""
 
@@ -152,7 +119,7 @@ class Where:
     steps: Any = within("all", read=reading.step_positions)
     ramp: Ramp | None = None
     exclude_tokens: tuple[int | str, ...] = within((), key="exclude.token_ids", read=reading.tokens)
-    exclude_positions: tuple[int, ...] = within((), key="exclude.positions", read=reading.integers())
+    exclude_positions: tuple[int, ...] = within((), key="exclude.positions", read=whole_numbers())
 
 
 @dataclass(frozen=True)

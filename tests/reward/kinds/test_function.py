@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -17,6 +16,7 @@ from steerl.reward.build import build_reward
 from steerl.reward.types import Scores, metrics
 from steerl.rollout.common.errors import UserError
 
+from tests import warm
 from tests.reward.rows import made
 
 FILE = """
@@ -231,9 +231,8 @@ def test_a_hanging_worker_ends_with_the_job_that_was_killed(tmp_path):
         build_reward([{{"kind": "function", "function": "{tmp_path}/mine.py:hangs", "timeout": 60.0}}])(*made(["a" * 60 + "b"]))
     """
     command = [sys.executable, "-c", textwrap.dedent(job)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    worker = psutil.Process(int(process.stdout.readline()))
+    process = warm.start(command)
+    worker = psutil.Process(int(process.readline()))
     process.kill()
     process.wait()
     gone, _ = psutil.wait_procs([worker], timeout=30)
