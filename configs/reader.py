@@ -1,6 +1,6 @@
 """The one reader of settings: YAML files and dotted flags in, one frozen dataclass out, all problems told together.
 
-    --config a.yaml --config b.yaml      flags (--section.field VALUE)
+    --config steerl:ppo --config b.yaml  flags (--section.field VALUE)
                |                               |
                v                               v
         later file wins, lists replaced;  flags win over files            Job dataclass: types, defaults,
@@ -38,6 +38,8 @@ from steerl.rollout.common.settings_reader import MOST, Path, Section, dotted, h
 from steerl.rollout.common.yaml_files import load_yaml
 
 Job = TypeVar("Job")
+SHIPPED = "steerl:"
+"""--config steerl:NAME is the file configs/NAME.yaml of the installed package."""
 
 
 def run_command(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] | None = None) -> None:
@@ -216,16 +218,19 @@ def _place_plain(job_type: type, plain: list[str], command: Command) -> None:
 
 
 def _file_layer(job_type: type, name: str, problems: list[str]) -> Section | None:
-    file = FilePath(name)
+    is_shipped = name.startswith(SHIPPED)
+    file = FilePath(__file__).with_name(f"{name.removeprefix(SHIPPED)}.yaml") if is_shipped else FilePath(name)
     if not file.exists():
+        # Shipped names are compared without their prefix, which would make all of them alike.
         folder = file.parent if file.parent.is_dir() else FilePath("configs")
-        known = [str(f) for f in sorted(folder.glob("*.y*ml"))]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "check the path"
+        known = [f.stem if is_shipped else str(f) for f in sorted(folder.glob("*.y*ml"))]
+        near = difflib.get_close_matches(name.removeprefix(SHIPPED), known, n=1)
+        otherwise = f"there are {', '.join(SHIPPED + stem for stem in known)}" if is_shipped else "check the path"
+        hint = f"did you mean {SHIPPED if is_shipped else ''}{near[0]}?" if near else otherwise
         problems.append(f"--config: {name} does not exist; {hint}")
         return None
     tree = load_yaml(file, problems)
-    return None if tree is None else ValueReader(problems, str(file)).section(job_type, (), tree)
+    return None if tree is None else ValueReader(problems, name).section(job_type, (), tree)
 
 
 def lay_over(tree: dict[str, Any], layer: Section, problems: list[str], path: Path = ()) -> None:

@@ -73,7 +73,8 @@ def help_text(job_type: type) -> str:
     if about and not about.startswith(f"{job_type.__name__}("):
         lines += [*textwrap.wrap(about, WIDTH), ""]
     lines += [
-        "  --config FILE    settings as YAML; of several files the later wins, and flags win over files",
+        "  --config FILE    settings as YAML; of several files the later wins, and flags win over files;",
+        "                   steerl:NAME is one of the shipped files",
         "  --print_config   print the settings in full, as YAML with comments, and stop",
         "  --help           this text",
     ]
