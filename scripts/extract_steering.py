@@ -1,5 +1,6 @@
-"""A steering vector from pairs of texts: python scripts/extract_steering.py --config configs/steering.yaml \\
-    --model.path DIR --extract.pairs pairs.jsonl --extract.out cheer.safetensors
+"""A steering vector from pairs of texts.
+
+    steerl extract --config steerl:steering --model.path DIR --extract.pairs pairs.jsonl --extract.out cheer.safetensors
 
 Leaves the vector file (safetensors, or a GGUF control vector by its ending), with its metadata, and prints how well it
 separates held-out pairs. With prompts it also measures the effect: how much the measure moves per unit of strength and
@@ -23,8 +24,9 @@ from steerl.rollout.common.run_folder import versions, write_json
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
+from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import locate, unwrap
-from steerl.rollout.steering.spec.spec import At, Op, Site, Where
+from steerl.rollout.steering.spec.spec import Op, Site, Where
 from steerl.rollout.steering.vectors.extract import Pair, activations, directions, read_pairs, separation
 from steerl.rollout.steering.vectors.files import save_vector
 
@@ -150,7 +152,7 @@ def separations(
 
 def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...]) -> None:
     """The table, OUT.effect.json, and the strength that costs the KL asked for."""
-    from steerl.reward.types import build_reward
+    from steerl.reward.build import build_reward
 
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     batch = prompts.batch(list(range(min(job.effect.samples, len(prompts)))))
@@ -183,5 +185,9 @@ def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...])
     )
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,6 +1,6 @@
 """Train a reward model on preference pairs, and measure it on held-out ones.
 
-accelerate launch scripts/train_reward.py --config configs/reward.yaml --model.path DIR --prompts.path FILE --run.dir RUN
+steerl reward --config steerl:reward --model.path DIR --prompts.path FILE --run.dir RUN
 """
 
 from __future__ import annotations
@@ -18,5 +18,9 @@ def main(job: RewardJob) -> None:
         print(f"{model}: the model, which from_pretrained loads; {model.parent / 'summary.json'}: what was measured")
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, RewardJob)
+
+
+if __name__ == "__main__":
+    cli()

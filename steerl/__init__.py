@@ -20,7 +20,8 @@ _FILES = {
     "rollout.scoring.logprobs": ("teacher_forced",),
     "rollout.steering": ("Steering", "SteeringSpec", "load_spec", "unsteered"),
     "rollout.dumps.store": ("read_dump",),
-    "reward.types": ("Scores", "build_reward"),
+    "reward.build": ("build_reward",),
+    "reward.types": ("Scores",),
     "training.ppo": ("train",),
     "training.settings": ("PPOSettings",),
 }

@@ -15,7 +15,7 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model import adapters, virtual_tokens
 from steerl.rollout.model.policy import Policy
-from steerl.rollout.scoring.after_head import after_head
+from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.steering import Steering, SteeringSpec
 from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
 from steerl.training.engine import engine
@@ -105,7 +105,7 @@ def build_models(
         for parameter in policy.model.parameters():
             parameter.requires_grad_(False)
     for model in (policy, *([reference.policy] if reference is not None else [])):
-        after_head(model)  # observed here, where every rank comes and weights are whole
+        logit_postprocessing(model)  # observed here, where every rank comes and weights are whole
     steering = Steering(policy.core, spec, policy.tokenizer, seed) if spec is not None else None
     return ActorCritic(policy, value_model, head, steering), reference
 

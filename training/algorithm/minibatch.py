@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.decoding.settings import uniforms
+from steerl.rollout.common.random import uniforms
 from steerl.rollout.types import Rollout
 from steerl.training.settings import PPOSettings
 from torch import Tensor

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model.policy import Policy, no_dropout
+from steerl.rollout.model.language_model import no_dropout
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
-from steerl.rollout.scoring.logprobs import Forced, teacher_forced
+from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
 from steerl.training.types import PolicyOutput
@@ -129,7 +130,7 @@ class ActorCritic(nn.Module):
         after_B = states_BR.gather(1, rollout.lengths_B[:, None])[:, 0] if seen is not rollout else None
         return PolicyOutput(logprobs_BR, entropy_BR, values_BR, after_B)
 
-    def _policy_pass(self, rollout: Rollout, columns: dict[str, list[Any]] | None, entropy: bool) -> Forced:
+    def _policy_pass(self, rollout: Rollout, columns: dict[str, list[Any]] | None, entropy: bool) -> TeacherForced:
         # Behaviour and data are roles of the sampler alone: the policy that learns is then the plain model.
         steers = self.steering is not None and self.steering.role in ("policy", "trainable") and rollout.steering
         shared = self.head is not None and self.value_model is None

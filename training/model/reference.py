@@ -46,6 +46,4 @@ def build_reference(policy: Policy, kind: str, *, trains_vectors: bool) -> Refer
     if kind == "auto" and has_adapter and adapters.changes_nothing(policy.model) and not adapters.learns_in_base(policy.model):
         return Reference(policy, adapter_off=True)
     frozen = copy.deepcopy(policy.model).requires_grad_(False).eval()
-    copied = policy.with_model(frozen)
-    vars(copied)["capabilities"] = policy.capabilities  # a copy's are the same
-    return Reference(copied, adapter_off=False)
+    return Reference(policy.with_model(frozen, policy.capabilities), adapter_off=False)

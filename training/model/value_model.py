@@ -39,9 +39,8 @@ def build_value_model(policy: Policy, value: str) -> tuple[Policy | None, nn.Lin
     if value == "shared":
         return None, zero_head(width, policy.device)
     if value == "separate":
-        value_model = policy.with_model(copy.deepcopy(policy.model))
-        # Its padding capabilities are the policy's, whose logits it no longer has to show them with.
-        vars(value_model)["capabilities"] = policy.capabilities
+        # Its capabilities are the policy's, whose logits it no longer has to show them with.
+        value_model = policy.with_model(copy.deepcopy(policy.model), policy.capabilities)
         strip(value_model.core)
         value_model.model.to(policy.device)
         return value_model, zero_head(width, policy.device)

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.scoring.head_rows import CHUNK
+from steerl.rollout.scoring.chunked_head import CHUNK
 from steerl.training.planning.passes import (
     Blueprint,
     Counts,
@@ -254,7 +254,7 @@ def _passes(work: PlannedStep, engine: Engine, models: list[Blueprint], rows: in
     return [training_pass(model, rows, work.prompt, work.response, checkpointing=again, autocast=autocast) for model in taken]
 
 
-# -- logits: what rollout/scoring/head_rows.py and rollout/decoding/distribution.py make of them ------------------------------
+# -- logits: what rollout/scoring/chunked_head.py and rollout/decoding/distribution.py make of them ---------------------------
 
 
 def chunks(work: PlannedStep, counts: Counts, rows: int, device: str) -> tuple[int, int]:

@@ -69,7 +69,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     small = {"rollouts_per_step": rows, "epochs": 1, "minibatches": 1, "micro_batch_size": rows, "learning_rate": 1e-5}
     ppo = PPOSettings(**{**small, **asked.get("ppo", {})})
     sampling = Sampling(max_new_tokens=response)
-    config = AutoConfig.for_model("llama", **SHAPE)
+    config = AutoConfig.for_model("llama", **SHAPE | {"num_hidden_layers": asked.get("layers", SHAPE["num_hidden_layers"])})
     blueprint = Blueprint(config, "causal", torch.float32).with_peft(asked.get("peft"))
     own_value = blueprint if ppo.credit == "gae" and ppo.value == "separate" else None
     plan = memory(PlannedStep(blueprint, own_value, ppo, sampling, prompt, "no"), "ddp", 1, device="cpu")

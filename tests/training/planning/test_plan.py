@@ -305,7 +305,7 @@ def run(argv: list[str]) -> int:
 
 
 def test_the_readmes_plan_is_what_the_door_says(tmp_path, monkeypatch, capfd):
-    block = next(b for b in (ROOT / "README.md").read_text(encoding="utf-8").split("```") if "$ python scripts/plan.py" in b)
+    block = next(b for b in (ROOT / "README.md").read_text(encoding="utf-8").split("```") if "$ steerl plan" in b)
     command, shown = re.split(r"(?<!\\)\n", block.strip(), maxsplit=1)
     (tmp_path / "llama-3-8b").mkdir()
     (tmp_path / "llama-3-8b" / "config.json").write_text(json.dumps(LLAMA_3_8B))
@@ -396,12 +396,13 @@ ADAPTER = {"peft_type": "LORA", "r": 8}
     [
         # mostly gradients and optimizer states
         pytest.param({"prompt": 8, "response": 8, "ppo": {"value": "shared"}}, marks=pytest.mark.proofs),
-        {"rows": 8, "peft": ADAPTER, "prompt": 48, "response": 48, "ppo": {"value": "shared"}},  # mostly activations
+        # mostly activations; all its layers are in the proofs
+        {"layers": 3, "rows": 8, "peft": ADAPTER, "prompt": 48, "response": 48, "ppo": {"value": "shared"}},
     ],
 )
 def test_the_plan_is_within_15_percent_of_a_real_steps_peak(asked):
     found = beside_a_step(asked)
-    assert found["weights"] > 200e6
+    assert found["weights"] > (60e6 if "layers" in asked else 200e6)
     assert found["planned"] == pytest.approx(found["measured"], rel=0.15), found
 
 
