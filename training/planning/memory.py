@@ -141,14 +141,14 @@ def memory(work: PlannedStep, engine: Engine, ranks: int, *, device: Literal["cu
     again = max(head + activations + logits, head * (2 if counts[0].tied else 1)) + size.gradients
     learn = again if work.micro_batches(ranks) > 1 else first
 
-    # Decoding: a batch's cache (one layer's is there twice while it grows), the laws of a step, bfloat16 copies of weights.
+    # Decoding: a batch's cache (one layer's is there twice while it grows), the logits of a step, bfloat16 copies of weights.
     batch = work.decoded_together(ranks)
     cast = engine in ("ddp", "fsdp2") and work.precision == "bf16"
     cache = cache_bytes(in_half(work.policy, work.precision), batch, work.prompt, work.response)
     gathered = policy * (1 - 1 / size.spread) if work.ppo.gather == "phase" else min(live, policy * (1 - 1 / size.spread))
     casts = counts[0].half_bytes if cast and engine == "ddp" else 0.0
-    laws = decoding_logits(work, counts[0].vocabulary, batch)
-    sample = gathered + cache * (1 + 1 / layers_of(work.policy.config)) + laws + casts
+    decoded = decoding_logits(work, counts[0].vocabulary, batch)
+    sample = gathered + cache * (1 + 1 / layers_of(work.policy.config)) + decoded + casts
 
     parts = {
         "weights": policy / size.spread,
@@ -158,7 +158,7 @@ def memory(work: PlannedStep, engine: Engine, ranks: int, *, device: Literal["cu
         "value": value / size.spread,
         "cache": cache,
         "activations": activations,
-        "logits": max(logits, laws),
+        "logits": max(logits, decoded),
         "engine": live + size.buckets,
     }
     phases = {
@@ -278,6 +278,6 @@ def head_gradient(counts: Counts) -> float:
 
 
 def decoding_logits(work: PlannedStep, vocabulary: int, rows: int) -> float:
-    """One step's logits and the law's buffers: shifted, weights, products; one more where they are cast or tempered."""
+    """One step's logits and the draw's buffers: shifted, weights, products; one more where they are cast or tempered."""
     cast = work.precision == "bf16" or work.sampling.temperature != 1
     return rows * vocabulary * 4.0 * (5 if cast else 4)
