@@ -18,7 +18,7 @@ quickstart test check proofs: export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(STAMP)
-	$(RUN) scripts/quickstart.py
+	$(RUN) -m steerl quickstart
 
 test: $(STAMP)
 	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
@@ -30,12 +30,12 @@ check: $(STAMP)
 	$(RUN) -m mypy
 	$(RUN) -m pytest -n 2 --dist worksteal -q -m "not slow and not proofs and not gpu and not browser" --few 1 $(ARGS)
 
-# The long ones, by hand; their figures go into LOG.md with the command.
+# The long ones, by hand; their figures go into docs/log with the command.
 proofs: $(STAMP)
 	$(RUN) -m pytest -m proofs --timeout 0 -s $(ARGS)
 
 bench: $(STAMP)
-	$(RUN) scripts/bench.py $(ARGS)
+	$(RUN) -m steerl bench $(ARGS)
 
 setup: $(STAMP)
 

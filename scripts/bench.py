@@ -1,4 +1,6 @@
-"""Measurements against what users know, all in one run:  python scripts/bench.py [--out runs/bench]
+"""Measurements against what users know, all in one run.
+
+steerl bench [--out runs/bench]
 
 (no flag)     speed: this project, TRL 1.12's PPOTrainer and plain generate, interleaved, a fresh process each; leaves
               bench.json and bench.md (about 25 minutes on one idle core); --speed.device cuda on a GPU
@@ -61,5 +63,9 @@ def spelled_out(argv: list[str]) -> list[str]:
     return [f"{token}=true" if bare else token for token, bare in zip(argv, alone, strict=True)]
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job, spelled_out(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,4 +1,6 @@
-"""Completions in a terminal: python scripts/complete.py --model.path DIR "prompt"
+"""Completions in a terminal.
+
+    steerl complete --model.path DIR "prompt"
 
 A prompt (or several), a file of them (--prompts.path), or, without either, a chat; text from a pipe is one prompt.
 Tokens are colored by their probability in a terminal, plain when piped; --json true is for programs.
@@ -277,7 +279,7 @@ def read_prompts(job: Job, policy: Policy) -> list[Asked]:
     elif not texts and not sys.stdin.isatty():
         texts = [sys.stdin.read().rstrip("\n")]
         if not texts[0]:
-            raise UserError('prompt: missing; give one, python scripts/complete.py --model.path DIR "prompt"')
+            raise UserError('prompt: missing; give one, steerl complete --model.path DIR "prompt"')
     if job.chat:
         begin = [{"role": "system", "content": job.system}] if job.system else []
         texts = [text if isinstance(text, list) else [*begin, {"role": "user", "content": text}] for text in texts]
@@ -323,5 +325,9 @@ def with_switches(argv: list[str]) -> list[str]:
     ]
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job, with_switches(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,4 +1,7 @@
-"""Rollouts as files: accelerate launch scripts/dump_rollouts.py --config configs/dump.yaml --run.dir RUN
+"""Rollouts as parquet files.
+
+    steerl dump --config steerl:dump --model.path DIR --prompts.path FILE --run.dir RUN
+    accelerate launch -m steerl.scripts.dump_rollouts ...                 several processes, the same rows
 
 Leaves RUN/rollouts-NNNNN.parquet, RUN/manifest.json and RUN/tokenizer. A dump that was cut short goes on with
 --run.resume true, on any number of processes, and ends up identical to an undisturbed one.
@@ -120,5 +123,9 @@ def save_tokenizer(folder: Path, policy: Policy) -> None:
             policy.tokenizer.save_pretrained(aside)
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,5 +1,6 @@
-"""A steering vector from pairs of texts: python scripts/extract_steering.py --config configs/steering.yaml \\
-    --model.path DIR --extract.pairs pairs.jsonl --extract.out cheer.safetensors
+"""A steering vector from pairs of texts.
+
+    steerl extract --config steerl:steering --model.path DIR --extract.pairs pairs.jsonl --extract.out cheer.safetensors
 
 Leaves the vector file (safetensors, or a GGUF control vector by its ending), with its metadata, and prints how well it
 separates held-out pairs. With prompts it also measures the effect: how much the measure moves per unit of strength and
@@ -151,7 +152,7 @@ def separations(
 
 def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...]) -> None:
     """The table, OUT.effect.json, and the strength that costs the KL asked for."""
-    from steerl.reward.types import build_reward
+    from steerl.reward.build import build_reward
 
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     batch = prompts.batch(list(range(min(job.effect.samples, len(prompts)))))
@@ -184,5 +185,9 @@ def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...])
     )
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,4 +1,7 @@
-"""What a dump holds and whether it is whole: python scripts/inspect_rollouts.py DIR. Leaves with 1 where it is damaged."""
+"""What a dump holds, and whether it is whole.
+
+steerl inspect DIR                 status 1 where it is damaged
+"""
 
 from __future__ import annotations
 
@@ -64,5 +67,9 @@ def main(job: Job) -> None:
         raise SystemExit(1)
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,6 +1,6 @@
 """Make the embedded default: tiny tokenizers, models and data to try everything with, trained here, no network.
 
-    python scripts/make_tiny.py --out DIR [--seed 0] [--worlds reviews,...]
+    steerl tiny --out DIR [--seed 0] [--worlds reviews,...]
 
     DIR/reviews/      a language of film reviews; PPO makes it kind        (scripts/toy_tasks/reviews.py says the files)
     DIR/randomwalks/  shortest paths in a graph
@@ -131,5 +131,9 @@ def make(name: str, out: Path, seed: int) -> None:
     torch.set_num_threads(threads)
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, TinyJob)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,9 +1,9 @@
 """What a PPO job needs before it is started: memory of a GPU and seconds of a step, by strategy, and which one to take.
 
-python scripts/plan.py --model.path DIR --gpus 8 --memory 80          reads DIR/config.json, no weights
-python scripts/plan.py --config configs/ppo.yaml --model.path DIR --gpus 8 --nodes 4 --gpu h200 --prompt_tokens 512
+steerl plan --model.path DIR --gpus 8 --memory 80          reads DIR/config.json, no weights
+steerl plan --config steerl:ppo --model.path DIR --gpus 8 --nodes 4 --gpu h200 --prompt_tokens 512
 
-All settings of scripts/train_ppo.py count, by flag or from its YAML files.
+All settings of `steerl ppo` count, by flag or from its YAML files.
 """
 
 from __future__ import annotations
@@ -155,5 +155,9 @@ def heading(job: Job, work: Work, machines: Machines) -> list[str]:
     ]
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,4 +1,6 @@
-"""The headline of steered PPO, in one command: python scripts/prove_steering.py --run.dir runs/suppressed
+"""The headline experiment of steered PPO.
+
+    steerl prove --run.dir runs/suppressed
 
 On `suppressed` (make_tiny.py) the policy knows a style that earns the reward and never shows it. Arms, each in every seed
 with the same samples and PPO settings: plain PPO (and a sweep of it), role policy with its strength annealed to 0, role
@@ -20,7 +22,7 @@ from typing import Any
 
 from steerl.configs.reader import run_command
 
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings, versions, write_json, write_text
@@ -31,7 +33,8 @@ from steerl.rollout.prompts.prompts import Prompts, PromptSettings, load_prompts
 from steerl.rollout.steering import Steering, load_spec
 from steerl.rollout.steering.spec.spec import CORRECTIONS
 from steerl.training.model.actor_critic import Reference
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
+from steerl.training.settings import PPOSettings
 
 SETTINGS = PPOSettings(
     steps=60, rollouts_per_step=64, epochs=2, minibatches=2, micro_batch_size=64, learning_rate=1e-3, kl_coef=0.002,
@@ -40,7 +43,7 @@ SETTINGS = PPOSettings(
 SAMPLING = Sampling(max_new_tokens=9, batch_size=64)
 FINAL = 512
 """Samples of the final measurement."""
-REWARD = [{"name": "glad", "kind": "function", "function": "scripts/toy_tasks/suppressed.py:glad"}]
+REWARD = [{"name": "glad", "kind": "function", "function": "steerl.scripts.toy_tasks.suppressed:glad"}]
 SWEEP: list[dict[str, Any]] = [
     {"learning_rate": rate, "entropy_coef": entropy, "whiten_advantages": whiten}
     for rate in (1e-3, 1e-2) for entropy in (0.003, 0.03) for whiten in (False, True)
@@ -109,7 +112,7 @@ def loaded(job: Job, model: str, prompts: str) -> tuple[Any, Prompts]:
 
 
 def run_arm(job: Job, arm: Arm, seed: int, folder: Path) -> bool:
-    """One PPO run, as scripts/train_ppo.py does it; False where it was stopped on its way."""
+    """One PPO run, as `steerl ppo` does it; False where it was stopped on its way."""
     policy, prompts = loaded(job, f"{job.world}/base", "prompts")
     _, few = loaded(job, f"{job.world}/base", "heldout")
     rows = [few.table[row] for row in range(len(few))]
@@ -237,7 +240,7 @@ def main(job: Job) -> None:
     if not job.run.dir:
         raise UserError("run.dir: missing; say where the runs are to be written, --run.dir DIR")
     if not (Path(job.world) / "base").exists():
-        raise UserError(f"world: {job.world} is not there; make it: python scripts/make_tiny.py --out tiny --worlds suppressed")
+        raise UserError(f"world: {job.world} is not there; make it: steerl tiny --out tiny --worlds suppressed")
     folder = Path(job.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = arms(job)
@@ -257,5 +260,9 @@ def main(job: Job) -> None:
     print(table(results))
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,9 +1,9 @@
 """The first thing to run: make the embedded default, teach a policy and a reward model, train with PPO, show what changed.
 
-    make_tiny ──> tiny/reviews/{base, sft.jsonl, preferences.jsonl, prompts.jsonl, heldout.jsonl}
-                     │ train_sft.py      ──> sft/       the policy answers a prompt and stops
-                     │ train_reward.py   ──> reward/    a review's kindness, between 0 and 1
-                     └ train_ppo.py      ──> ppo/       the policy writes kind reviews; curves.png, before/after table
+    steerl tiny ──> tiny/reviews/{base, sft.jsonl, preferences.jsonl, prompts.jsonl, heldout.jsonl}
+                     │ steerl sft        ──> sft/       the policy answers a prompt and stops
+                     │ steerl reward     ──> reward/    a review's kindness, between 0 and 1
+                     └ steerl ppo        ──> ppo/       the policy writes kind reviews; curves.png, before/after table
 
 Each stage is a command that is shown, and that can be run again by itself. No network; some minutes on two cores.
 """
@@ -34,6 +34,7 @@ from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.scripts.toy_tasks.reviews import kindness
 
 ROOT = Path(__file__).resolve().parents[1]
+"""The rooms: a checkout, or the installed package."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,18 @@ def main(job: QuickstartJob) -> None:
     began = time.perf_counter()
     out = Path(job.out)
     world = out / "tiny" / "reviews"
-    stage(None, "make_tiny.py", "--out", str(out / "tiny"), "--worlds", "reviews")
+    stage(None, "tiny", "--out", str(out / "tiny"), "--worlds", "reviews")
     stage(
-        out / "sft", "train_sft.py", "--config", "configs/sft.yaml", "--model.path", str(world / "base"),
+        out / "sft", "sft", "--config", "steerl:sft", "--model.path", str(world / "base"),
         "--prompts.path", str(world / "sft.jsonl"), *fresh(out / "sft", job.seed),
     )  # fmt: skip
     stage(
-        out / "reward", "train_reward.py", "--config", "configs/reward.yaml", "--model.path", str(out / "sft" / "model"),
+        out / "reward", "reward", "--config", "steerl:reward", "--model.path", str(out / "sft" / "model"),
         "--prompts.path", str(world / "preferences.jsonl"), *fresh(out / "reward", job.seed),
     )  # fmt: skip
     reward = [{"name": "kindness", "kind": "model", "path": str(out / "reward" / "model"), "output": "probability"}]
     stage(
-        out / "ppo", "train_ppo.py", "--config", "configs/quickstart.yaml", "--model.path", str(out / "sft" / "model"),
+        out / "ppo", "ppo", "--config", "steerl:quickstart", "--model.path", str(out / "sft" / "model"),
         "--prompts.path", str(world / "prompts.jsonl"), "--heldout.path", str(world / "heldout.jsonl"),
         "--reward", json.dumps(reward), "--sampling.seed", str(job.seed), *fresh(out / "ppo", job.seed),
         *([] if job.steps is None else ["--ppo.steps", str(job.steps)]),
@@ -79,10 +80,10 @@ def fresh(folder: Path, seed: int) -> list[str]:
     return ["--run.dir", str(folder), "--run.overwrite", "true", "--run.seed", str(seed)]
 
 
-def stage(folder: Path | None, script: str, *arguments: str) -> None:
-    """Run a command as its own process, from the checkout's root, and show the command; not again what is there already."""
-    print(f"\n$ python scripts/{shlex.join([script, *arguments])}", flush=True)
-    made_by: dict[str, Any] = {"script": script, "arguments": list(arguments), "code": code_hash(), "versions": versions()}
+def stage(folder: Path | None, command: str, *arguments: str) -> None:
+    """Run a command as its own process, and show it; not again what is there already."""
+    print(f"\n$ steerl {shlex.join([command, *arguments])}", flush=True)
+    made_by: dict[str, Any] = {"command": command, "arguments": list(arguments), "code": code_hash(), "versions": versions()}
     del made_by["versions"]["git"]  # the commit alone changes nothing
     note = folder.parent / f".{folder.name}.made.json" if folder is not None else None
     if folder is not None and note is not None:
@@ -90,27 +91,21 @@ def stage(folder: Path | None, script: str, *arguments: str) -> None:
             print(f"{folder}: there already")
             return
         note.unlink(missing_ok=True)
-    command = [sys.executable, str(ROOT / "scripts" / script), *absolute(arguments)]
-    done = subprocess.run(command, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-P", "-m", "steerl", command, *arguments])
     if done.returncode:
-        raise UserError(f"quickstart: {script} ended with status {done.returncode}; its message stands above")
+        raise UserError(f"quickstart: steerl {command} ended with status {done.returncode}; its message stands above")
     if note is not None:
         write_json(note, made_by)
 
 
 @functools.cache
 def code_hash() -> str:
-    """Of all that a stage's outcome may depend on in this checkout."""
+    """Of all that a stage's outcome may depend on here."""
     found = hashlib.sha256()
     for room in ("rollout", "reward", "training", "configs", "scripts"):
         for path in sorted([*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.yaml")]):
             found.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return found.hexdigest()
-
-
-def absolute(arguments: tuple[str, ...]) -> list[str]:
-    """Paths below the folder that the user stands in; the stages themselves run in the checkout's root."""
-    return [str(Path(a).absolute()) if "/" in a and not a.startswith(("configs/", "[")) else a for a in arguments]
 
 
 def draw(run: Path) -> None:
@@ -163,5 +158,9 @@ def complete(model: Path, world: Path, job: QuickstartJob) -> list[tuple[str, st
     return list(zip(texts.prompts, texts.completions, strict=True))
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, QuickstartJob)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,4 +1,6 @@
-"""One HTML page of a run, of several runs over each other, or of a dump: python scripts/report.py RUN [RUN ...]
+"""One HTML page of a run, of several runs over each other, or of a dump.
+
+    steerl report RUN [RUN ...]
 
 The page is RUN/report.html unless --out says otherwise; it needs no network. --png FILE draws the main curves too.
 """
@@ -42,5 +44,9 @@ def main(job: Job) -> None:
         print(figure(folders, Path(job.png)))
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job)
+
+
+if __name__ == "__main__":
+    cli()

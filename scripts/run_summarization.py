@@ -1,6 +1,6 @@
 """The summarization command line that transformers' users know, over this project's supervised stage.
 
-    python scripts/run_summarization.py --model_name_or_path DIR --do_train --do_eval --train_file F --validation_file F \\
+    steerl summarize --model_name_or_path DIR --do_train --do_eval --train_file F --validation_file F \\
         --text_column article --summary_column summary --source_prefix "summarize: " --output_dir OUT \\
         --per_device_train_batch_size=4 --per_device_eval_batch_size=4 --num_train_epochs 3 --overwrite_output_dir \\
         --predict_with_generate
@@ -243,5 +243,9 @@ def run_command(argv: Sequence[str] | None = None) -> None:
         processes.end()
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command()
+
+
+if __name__ == "__main__":
+    cli()

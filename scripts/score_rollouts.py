@@ -1,6 +1,6 @@
-"""Scores of a dump or of texts:
+"""Scores of a dump or of texts.
 
-    accelerate launch scripts/score_rollouts.py --config configs/score.yaml --dump.dir DUMP --run.dir RUN
+    steerl score --config steerl:score --dump.dir DUMP --run.dir RUN
 
 Leaves RUN/scores-NNNNN.parquet (prompt_index, sample_index, total, a column per part) and RUN/manifest.json. RUN may be
 the dump's own folder; the manifest is then scores.json. A job that was cut short goes on with --run.resume true, on any
@@ -17,7 +17,7 @@ from typing import Any
 
 from steerl.configs.reader import run_command
 
-from steerl.reward.build import read_terms
+from steerl.reward.build import build_reward, read_terms
 from steerl.reward.jobs.scoring import (
     CALL_ROWS,
     DumpSource,
@@ -31,9 +31,8 @@ from steerl.reward.jobs.scoring import (
     opened_for_scores,
     score_source,
 )
-from steerl.reward.jobs.texts import TextSettings, load_texts
 from steerl.reward.kinds.reading import load_tokenizer
-from steerl.reward.types import build_reward
+from steerl.reward.texts import TextSettings, load_texts
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings, versions
@@ -110,5 +109,9 @@ def show(folder: Path, manifest: dict[str, Any]) -> None:
         print(f"  {column:{width}}  {spread}  ({told['rows']:,} rows)")
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job)
+
+
+if __name__ == "__main__":
+    cli()

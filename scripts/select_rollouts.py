@@ -1,6 +1,6 @@
 """From a scored dump to a dataset: best-of-n, worst, rejection-sampled, or best/worst pairs.
 
-python scripts/select_rollouts.py DUMP --out best.jsonl --select.mode best
+steerl select DUMP --out best.jsonl --select.mode best
 """
 
 from __future__ import annotations
@@ -94,5 +94,9 @@ def main(job: Job) -> None:
     print(f"{path}: {count:,} {'pairs' if job.select.mode == 'pairs' else 'rows'}")
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,4 +1,6 @@
-"""A reward over HTTP: python scripts/serve_reward.py --config configs/serve.yaml [--serve.port 8100]
+"""A reward over HTTP.
+
+    steerl serve --config steerl:serve [--serve.port 8100]
 
 `{kind: http, url: http://127.0.0.1:8100}` in another job's reward asks it. On loopback unless --serve.host says
 otherwise, and then only with a bearer token in the environment.
@@ -13,10 +15,9 @@ from typing import Any
 
 from steerl.configs.reader import run_command
 
-from steerl.reward.build import read_terms
+from steerl.reward.build import build_reward, read_terms
 from steerl.reward.jobs.scoring import check_order
 from steerl.reward.kinds.http import LOOPBACK
-from steerl.reward.types import build_reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 
@@ -99,5 +100,9 @@ def main(job: Job) -> None:
         reward.close()
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, Job)
+
+
+if __name__ == "__main__":
+    cli()

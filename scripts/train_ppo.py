@@ -1,6 +1,7 @@
-"""Train a language model with PPO: python scripts/train_ppo.py --config configs/ppo.yaml --model.path DIR ...
+"""Train a language model with PPO.
 
-Several processes: accelerate launch --config_file configs/accelerate/ddp.yaml scripts/train_ppo.py --config ...
+    steerl ppo --config steerl:ppo --model.path DIR ...
+    accelerate launch --config_file configs/accelerate/ddp.yaml scripts/train_ppo.py --config ...      several processes
 
 RUN/config.yaml     the resolved settings          RUN/checkpoints/   for --run.resume true
 RUN/metrics.jsonl   an object per step             RUN/model/         from_pretrained loads it
@@ -18,8 +19,7 @@ from typing import Any
 from steerl.configs.reader import run_command, to_mapping
 
 import torch
-from steerl.reward.build import read_terms
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward, read_terms
 from steerl.rollout.common import processes
 from steerl.rollout.common.run_folder import RunSettings, check_folder
 from steerl.rollout.decoding.settings import Sampling
@@ -27,7 +27,8 @@ from steerl.rollout.model.adapters import is_adapter_folder
 from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering import load_spec
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
+from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 
 
@@ -74,7 +75,7 @@ def main(job: PPOJob) -> None:
     if summary and processes.start().is_main:
         print(f"{folder / 'model'}: the policy, which from_pretrained loads")
         print(f"{folder / 'report.html'}: curves, and every token of the samples; metrics.jsonl and summary.json lie beside it")
-        print(f"next: python scripts/complete.py --model.path {shlex.quote(str(folder / 'model'))} PROMPT")
+        print(f"next: steerl complete --model.path {shlex.quote(str(folder / 'model'))} PROMPT")
 
 
 def learnable(model: ModelSettings) -> ModelSettings:
@@ -83,5 +84,9 @@ def learnable(model: ModelSettings) -> ModelSettings:
     return model if adapted or model.dtype != "auto" else dataclasses.replace(model, dtype="float32")
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, PPOJob)
+
+
+if __name__ == "__main__":
+    cli()

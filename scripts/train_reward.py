@@ -1,6 +1,6 @@
 """Train a reward model on preference pairs, and measure it on held-out ones.
 
-accelerate launch scripts/train_reward.py --config configs/reward.yaml --model.path DIR --prompts.path FILE --run.dir RUN
+steerl reward --config steerl:reward --model.path DIR --prompts.path FILE --run.dir RUN
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from steerl.configs.reader import run_command, to_yaml
 
 from steerl.rollout.common import processes
-from steerl.training.stages.reward_model import RewardJob, run_reward
+from steerl.training.stages.reward_model import run_reward
+from steerl.training.stages.settings import RewardJob
 
 
 def main(job: RewardJob) -> None:
@@ -17,5 +18,9 @@ def main(job: RewardJob) -> None:
         print(f"{model}: the model, which from_pretrained loads; {model.parent / 'summary.json'}: what was measured")
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, RewardJob)
+
+
+if __name__ == "__main__":
+    cli()

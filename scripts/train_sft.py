@@ -1,6 +1,6 @@
 """Train a causal or encoder-decoder model on texts, prompts with completions, or conversations.
 
-accelerate launch scripts/train_sft.py --config configs/sft.yaml --model.path DIR --prompts.path FILE --run.dir RUN
+steerl sft --config steerl:sft --model.path DIR --prompts.path FILE --run.dir RUN
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from steerl.configs.reader import run_command, to_yaml
 
 from steerl.rollout.common import processes
-from steerl.training.stages.sft import SFTJob, run_sft
+from steerl.training.stages.settings import SFTJob
+from steerl.training.stages.sft import run_sft
 
 
 def main(job: SFTJob) -> None:
@@ -17,5 +18,9 @@ def main(job: SFTJob) -> None:
         print(f"{model}: the model, which from_pretrained loads; {model.parent / 'summary.json'}: what was measured")
 
 
-if __name__ == "__main__":
+def cli() -> None:
     run_command(main, SFTJob)
+
+
+if __name__ == "__main__":
+    cli()

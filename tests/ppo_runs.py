@@ -16,7 +16,7 @@ from steerl.rollout.prompts.prompts import Prompts, PromptSettings
 from steerl.rollout.types import Rollout, Texts
 from steerl.training.algorithm.experience import Experience, credit, gather_scored, score
 from steerl.training.model.actor_critic import ActorCritic
-from steerl.training.ppo import PPOSettings
+from steerl.training.settings import PPOSettings
 from steerl.training.setup import Components, prepare, with_peft
 from torch import Tensor
 

@@ -81,7 +81,7 @@ def test_training_says_what_it_leaves_and_what_comes_next(flags, tmp_path, capfd
     for line, name in ((model, "model"), (page, "report.html")):
         path, _, told = line.partition(": ")
         assert path == str(tmp_path / "run" / name) and Path(path).exists() and told
-    assert following == f"next: python scripts/complete.py --model.path {tmp_path / 'run' / 'model'} PROMPT"
+    assert following == f"next: steerl complete --model.path {tmp_path / 'run' / 'model'} PROMPT"
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -19,6 +18,10 @@ from steerl.configs.reader import read
 
 import pytest
 import yaml
+from steerl.rollout.common.errors import UserError
+
+from steerl.cli import COMMANDS
+from steerl.cli import main as steerl_main
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("rollout", "reward", "training", "configs", "scripts")
@@ -28,7 +31,14 @@ MAY_IMPORT = {
     "training": {"training", "rollout", "reward"},
     "configs": {"configs", "rollout"},
     "scripts": set(ROOMS),
+    "steerl": {"scripts"},
 }
+FLOORS = {
+    "rollout": "common types model prompts scoring steering decoding engines dumps analysis chat",
+    "rollout/steering": "core spec vectors . interventions",
+    "reward": "types texts normalize weighted_sum kinds build jobs",
+}
+"""Folder -> its rooms and files, the lowest first: each imports only what stands before it. A dot: the folder's own files."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -65,17 +75,90 @@ def tracked() -> list[Path]:
 # -- imports ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("room", ROOMS)
+def walk() -> dict[str, set[str]]:
+    """Module -> the modules of ours that it imports, early, late and for types alone; `import a.b` and `from a import b` alike."""
+    files = {name_of(path): path for path in sources(*MAY_IMPORT)}
+    reached: dict[str, set[str]] = {}
+    for module, path in files.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+        reached[module] = {name for name in names if name in files and name != module}
+    return reached
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "steerl" else parts
+    return ".".join(("steerl", *parts)).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
 def test_rooms_import_only_whom_they_may(room):
     for path in sources(room):
         for module, _ in imports(path):
-            room_of = module.split(".")[1] if module.startswith("steerl.") else ""
-            assert room_of not in ROOMS or room_of in MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {module}"
-            assert module.split(".")[0] not in (*ROOMS, "tests"), f"{path.relative_to(ROOT)} imports the tests"
+            top, _, rest = module.partition(".")
+            other = rest.partition(".")[0] if top == "steerl" else ""
+            assert other not in ROOMS or other in MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {module}"
+            assert top not in (*ROOMS, "tests"), f"{path.relative_to(ROOT)} imports {module}"
+
+
+def circles(reached: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that reach themselves, together with those that they reach it by."""
+
+    def all_from(start: str) -> set[str]:
+        seen: set[str] = set()
+        ahead = list(reached[start])
+        while ahead:
+            if (one := ahead.pop()) not in seen:
+                seen.add(one)
+                ahead += reached[one]
+        return seen
+
+    far = {module: all_from(module) for module in reached}
+    groups = {
+        tuple(sorted(other for other in far[module] if module in far[other])) for module in reached if module in far[module]
+    }
+    return [list(group) for group in sorted(groups)]
+
+
+def test_no_circle_of_imports():
+    """A room's own `__init__` may offer names of its files (`rollout.steering`); nobody of that room imports it for them."""
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert circles(walk()) == []
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_lower_rooms_do_not_import_higher_ones(folder):
+    floors = FLOORS[folder].split()
+    base = "steerl." + folder.replace("/", ".") + "."
+
+    def floor(module: str) -> int | None:
+        if not module.startswith(base):
+            return None
+        room = module.removeprefix(base).split(".")[0]
+        assert room in floors or "." in floors, f"{folder}/{room} has no floor; give it one in FLOORS"
+        return floors.index(room if room in floors else ".")
+
+    for module, others in walk().items():
+        for other in others:
+            mine, theirs = floor(module), floor(other)
+            assert mine is None or theirs is None or theirs <= mine, f"{module} imports {other}, which stands higher"
+
+
+def test_files_and_folders_are_small():
+    for path in sources(*MAY_IMPORT):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, f"{path.relative_to(ROOT)}: over 400 lines"
+    for folder in {path.parent for path in sources(*MAY_IMPORT)} - {ROOT / "scripts"}:  # scripts: a file per command
+        assert len([file for file in folder.glob("*.py") if file.name != "__init__.py"]) <= 13, folder.relative_to(ROOT)
 
 
 @pytest.mark.parametrize(("package", "files"), [("trl", 4), ("deepspeed", 3), ("peft", 6), ("wandb", 3), ("datasets", 5)])
-def test_volatile_packages_come_in_by_few_doors_and_late(package, files):
+def test_volatile_packages_come_in_by_few_files_and_late(package, files):
     # The benchmark's child that runs another framework is no part of the product.
     files_of_ours = [path for path in sources(*ROOMS) if path.parent.name != "bench_cases"]
     found = [(path, early) for path in files_of_ours for module, early in imports(path) if module.split(".")[0] == package]
@@ -198,23 +281,25 @@ def test_no_file_names_a_place_of_the_machine_it_was_written_on():
 JOBS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-def door_of(config: Path) -> tuple[str, type]:
-    """The script that the comment at a config's top names, and the Job it reads."""
+def command_of(config: Path) -> tuple[str, type]:
+    """The command that the comment at a config's top names, and the Job it reads."""
     said = config.read_text(encoding="utf-8")
-    script = re.search(rf"scripts/(\w+)\.py[^\n]*--config configs/{config.name}", said)
-    assert script, f"{config.name}: the comment at its top names no command scripts/NAME.py --config configs/{config.name}"
-    module = ast.parse((ROOT / "scripts" / f"{script.group(1)}.py").read_text(encoding="utf-8"))
-    calls = [
-        n for n in ast.walk(module) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "run_command"
-    ]
-    (name,) = [ast.unparse(call.args[1]) for call in calls]
-    return script.group(1), getattr(importlib.import_module(f"steerl.scripts.{script.group(1)}"), name)
+    command = re.search(rf"steerl (\w+) [^\n]*--config steerl:{config.stem}\b", said)
+    assert command, f"{config.name}: the comment at its top names no command steerl NAME ... --config steerl:{config.stem}"
+    return command.group(1), job_of(COMMANDS[command.group(1)])
+
+
+def job_of(script: str) -> type:
+    module = ast.parse((ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8"))
+    calls = [n for n in ast.walk(module) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "run_command"]
+    job: type = getattr(importlib.import_module(f"steerl.scripts.{script}"), ast.unparse(calls[0].args[1]))
+    return job
 
 
 @pytest.mark.parametrize("config", JOBS, ids=lambda path: path.name)
-def test_every_shipped_config_is_read_by_its_door(config, capsys):
+def test_every_shipped_config_is_read_by_its_command(config, capsys):
     """All its keys and values are right; what it leaves open (paths) is all that may be missing."""
-    _, job = door_of(config)
+    _, job = command_of(config)
     with pytest.raises(SystemExit) as left:
         read(job, ["--config", str(config), "--print_config"])
     assert left.value.code == 0
@@ -230,30 +315,29 @@ def test_every_accelerate_config_is_read_by_accelerate(config):
     assert yaml.safe_load(config.read_text(encoding="utf-8"))["distributed_type"] != "MULTI_CPU", "starts one process, silently"
 
 
-def commands() -> list[str]:
-    return sorted(
-        path.stem for path in (ROOT / "scripts").glob("*.py") if "run_command(main" in path.read_text(encoding="utf-8")
-    )
+def test_every_command_stands_in_the_command_line():
+    there = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__"}
+    assert sorted(COMMANDS.values()) == sorted(there)
 
 
-@pytest.mark.parametrize("script", commands())
-def test_every_door_has_help_and_tells_a_misspelt_flag(script, monkeypatch, capsys):
-    module = importlib.import_module(f"steerl.scripts.{script}")
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
-    tree = ast.parse((ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8"))
-    calls = [
-        n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "run_command"
-    ]
-    job = getattr(module, ast.unparse(calls[0].args[1]))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help_and_tells_a_misspelt_flag(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", sys.argv)
     with pytest.raises(SystemExit) as left:
-        read(job)
+        steerl_main([name, "--help"])
     assert left.value.code == 0
-    assert f"usage: {script}.py" in capsys.readouterr().out
-    from steerl.rollout.common.errors import UserError
-
+    assert f"usage: steerl {name}" in capsys.readouterr().out
+    if name == "summarize":
+        return  # transformers' own reader of flags
     with pytest.raises(UserError) as caught:
-        read(job, ["--no.such", "1"])
+        read(job_of(COMMANDS[name]), ["--no.such", "1"])
     assert any(line.startswith("no.such: unknown (command line, value '1')") for line in caught.value.lines)
+
+
+def test_a_wrong_command_gets_the_nearest(capsys):
+    with pytest.raises(SystemExit) as left:
+        steerl_main(["dupm"])
+    assert left.value.code == 2 and capsys.readouterr().err == "steerl: 'dupm' is no command; did you mean dump?\n"
 
 
 def test_openmp_is_told_to_wait_passively_before_torch_is_there():
@@ -294,13 +378,14 @@ for script in sys.argv[1:]:
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What makes a command of the README cheap enough for a test: less of the same.
 CHEAPER = {
-    "dump_rollouts": "--prompts.limit 8",
-    "train_ppo": "--ppo.steps 2 --ppo.rollouts_per_step 16 --ppo.eval_prompts 4",
-    "train_sft": "--sft.steps 2",
-    "train_reward": "--reward_model.steps 2",
+    "dump": "--prompts.limit 8",
+    "ppo": "--ppo.steps 2 --ppo.rollouts_per_step 16 --ppo.eval_prompts 4",
+    "sft": "--sft.steps 2",
+    "reward": "--reward_model.steps 2",
     # whole experiments: their own tests run them small
-    "prove_steering": "--print_config",
+    "prove": "--print_config",
     "bench": "--print_config",
+    "quickstart": "--print_config",
 }
 
 
@@ -310,45 +395,61 @@ def readme_commands() -> list[str]:
     return [line.strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
 
 
-def test_the_readme_names_every_file():
-    said = README[README.index("<!-- map -->") : README.index("<!-- /map -->")]
-    for path in [*sources(*ROOMS), *(ROOT / "configs").rglob("*.yaml")]:
-        if path.name != "__init__.py":
-            assert re.search(rf"^ +(\S+/)?{re.escape(path.name)} +\S", said, flags=re.MULTILINE), (
-                f"README's map lacks {path.name}"
-            )
-    for name in re.findall(r"^ +(\S+\.(?:py|yaml)) ", said, flags=re.MULTILINE):
-        assert any(ROOT.glob(f"**/{name}")), f"README's map names {name}, which is not there"
+def readme_programs() -> list[str]:
+    return [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if not block.startswith("# ")]
 
 
-def run_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """`python scripts/NAME.py ...` in this process: a dozen of new ones would import torch a dozen times."""
-    monkeypatch.setattr(sys, "argv", words)
+@pytest.fixture
+def readme_folder(tmp_path, monkeypatch) -> Path:
+    """Where a reader stands: the files that the README shows by name are there."""
+    for _, name, text in re.findall(r"```(yaml|python)\n# (\S+)\n(.*?)```", README, flags=re.DOTALL):
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    return tmp_path
+
+
+def test_the_readme_is_short():
+    assert len(README) <= 12_000
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_the_commands_of_the_readme_are_read(command, readme_folder, capsys):
+    """Flags and values are right; the models and data that they name need not be there."""
+    words = shlex.split(command)
+    if words[0] != "steerl":
+        assert words[0] in ("make", "echo"), f"{words[0]}: what reads it?"
+        return
+    with pytest.raises(SystemExit) as left:
+        steerl_main([*words[1:], "--print_config"])
+    assert left.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.proofs
+def test_the_commands_of_the_readme_run(tiny_world, readme_folder, monkeypatch, capfd):
+    """One after the other, as they stand, in an empty folder; make only says what it would do."""
+    (readme_folder / "runs" / "tiny").mkdir(parents=True)
+    (readme_folder / "runs" / "tiny" / "reviews").symlink_to(tiny_world("reviews"))
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (readme_folder / name).symlink_to(ROOT / name)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    for command in readme_commands():
+        words = shlex.split(command)
+        if words[0] == "steerl":
+            status = status_of([*words[1:], *shlex.split(CHEAPER.get(words[1], ""))], monkeypatch)
+        else:
+            status = subprocess.run(command + (" --dry-run" if words[0] == "make" else ""), shell=True).returncode
+        said = capfd.readouterr()
+        assert status == 0, f"{command}\n{said.out[-2000:]}\n{said.err[-2000:]}"
+    for program in readme_programs():
+        exec(compile(program, "README.md", "exec"), {})
+
+
+def status_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """`steerl NAME ...` in this process: a dozen of new ones would import torch a dozen times."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        steerl_main(words)
     except SystemExit as left:
         return int(left.code or 0)
     return 0
-
-
-@pytest.mark.slow
-def test_the_commands_of_the_readme_run(tiny_world, tmp_path, monkeypatch, capfd):
-    """One after the other, as they stand, in an empty folder that sees this checkout's commands; make only says what it would."""
-    for folder, world in (("runs/tiny", "reviews"), ("tiny", "suppressed")):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / world).symlink_to(tiny_world(world))
-    for name in ("scripts", "configs", "Makefile", "pyproject.toml", "constraints.txt"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    commands = readme_commands()
-    assert len(commands) > 5
-    for command in commands:
-        script = re.search(r"scripts/(\w+)\.py", command)
-        words = shlex.split(command) + shlex.split(CHEAPER.get(script.group(1), "") if script else "--dry-run")
-        status = run_script(words[1:], monkeypatch) if words[0] == "python" else subprocess.run(words).returncode
-        said = capfd.readouterr()
-        assert status == 0, f"{command}\n{said.out[-2000:]}\n{said.err[-2000:]}"
-    for program in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-        exec(compile(program, "README.md", "exec"), {})

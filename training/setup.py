@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -29,9 +29,7 @@ from steerl.training.model.actor_critic import ActorCritic, Reference, build, ch
 from steerl.training.run import checkpoint, resume
 from steerl.training.run.log import RunLog
 from steerl.training.run.state import TrainState
-
-if TYPE_CHECKING:
-    from steerl.training.ppo import PPOSettings
+from steerl.training.settings import PPOSettings
 
 _EVALUATION_SEED = 0x6576616C
 """Added to sampling.seed: an evaluation draws other numbers than the step that it belongs to."""

@@ -19,10 +19,10 @@ from steerl.rollout.model import adapters
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering, unsteered
 from steerl.rollout.steering.deploy import check_fold, fold, save
+from steerl.training.algorithm.experience import Scored
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from steerl.training.algorithm.experience import Scored
     from steerl.training.setup import Components
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""`kind: http`: a reward over HTTP; `scripts/serve_reward.py` is the other end, or any server that speaks reward.wire.
+"""`kind: http`: a reward over HTTP; `steerl serve` is the other end, or any server that speaks reward.wire.
 
 rows --cut into requests--> POST, at most `concurrency` at once --> answers, put back in the order of the rows
                               |  late, refused, 408, 425, 429, 5xx: again, after backoff x 2^attempt

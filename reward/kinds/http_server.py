@@ -1,4 +1,4 @@
-"""A local reward over HTTP: the ASGI application that `scripts/serve_reward.py` runs.
+"""A local reward over HTTP: the ASGI application that `steerl serve` runs.
 
     GET  /health   {"status": "ok", "parts": [...]}
     POST /score    see reward.wire; 401 without the token, 408 too slow, 413 over a limit, 415 not JSON, 421 another host's

@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.decoding.settings import ClosedGenerationConfig
 from steerl.rollout.model import capabilities
+from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.generation_state import step_forward
 from torch import Tensor, nn
 
@@ -62,7 +62,7 @@ def why_not(policy: Policy, steering: Any = None) -> str | None:
         return "an encoder-decoder has two caches"
     if not getattr(core, "_can_compile_fullgraph", False):
         return f"transformers cannot compile {type(core).__name__} as one graph"
-    if not (policy.capabilities.caching and policy.capabilities.picking and policy.capabilities.pads_in_text):
+    if not (policy.capabilities.caching and policy.capabilities.row_selection and policy.capabilities.pads_in_text):
         return f"the cache of {type(core).__name__} is not a plain one"
     if not hooks.only_ours(core):
         return "hooks of another library on the model would be left out"
@@ -102,7 +102,7 @@ def _agrees(policy: Policy) -> bool:
     short, long = capabilities.probe_lengths(policy)
     if short < 4:
         return False
-    first, device = policy.capabilities.first, policy.device
+    first, device = policy.capabilities.position_offset, policy.device
     rows = [capabilities.probe_row(policy, 3, short), capabilities.probe_row(policy, 5, long)]
     tail = torch.cat([row[:, -2:] for row in rows])
     fill = torch.full((1, long - short), policy.pad_id, device=device)
@@ -121,7 +121,7 @@ def _agrees(policy: Policy) -> bool:
             seen.append(run(ids, kwargs))
         return ids
 
-    config = ClosedGenerationConfig.of(policy, max_new_tokens=3)
+    config = ClosedGenerationConfig.of(policy.pad_id, policy.start_ids, max_new_tokens=3)
     try:
         policy.core.generate(
             **capabilities.generate_arguments(policy, prompt, mask, first), generation_config=config, custom_generate=follow

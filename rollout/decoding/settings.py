@@ -1,24 +1,12 @@
-"""Sampling: the user's settings, the closed generation config that they become, and the row-keyed random numbers.
-
-settings ── checked when built ──┬─ law.py      what each token is drawn from
-                                 ├─ stops.py    where a response ends
-                                 └─ ClosedGenerationConfig   for generate: nothing of the checkpoint's own gets in
-"""
+"""Sampling: the user's settings, checked when built."""
 
 from __future__ import annotations
 
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
 from steerl.rollout.common.errors import UserError
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from steerl.rollout.model.policy import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -120,60 +108,3 @@ class Sampling:
         """Temperature alone: behaviour and policy are one law."""
         changed = self.repetition_penalty != 1 or self.no_repeat_ngram_size or self.bad_words or self.bad_words_ids
         return not (self.truncates or changed or self.greedy)
-
-
-class ClosedGenerationConfig(transformers.GenerationConfig):
-    """A generation config that takes nothing from the checkpoint's own.
-
-    generate fills every field that is None from the model's config (`update(defaults_only=True)`), whole configs that the
-    user passes included. This one refuses that, and sets what generate's preparation reads.
-    """
-
-    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
-        if defaults_only:
-            return {}
-        unused: dict[str, Any] = super().update(allow_custom_entries=allow_custom_entries, **kwargs)
-        return unused
-
-    @staticmethod
-    def of(policy: Policy, **fields: Any) -> ClosedGenerationConfig:
-        """Plain sampling with the policy's pad and start; `fields` say the rest (max_new_tokens, outputs, eos)."""
-        plain = {
-            "do_sample": True, "num_beams": 1, "num_return_sequences": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
-            "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "use_cache": True,
-            "output_scores": False, "output_logits": False, "output_attentions": False, "output_hidden_states": False,
-            "return_dict_in_generate": False, "is_assistant": False, "disable_compile": True, "pad_token_id": policy.pad_id,
-        }  # fmt: skip
-        if policy.start_ids:
-            plain["decoder_start_token_id"] = policy.start_ids[0]
-        return ClosedGenerationConfig(**{**plain, **fields})
-
-
-def uniforms(seed: int, step: int | Tensor, row_B: Tensor, sample_B: Tensor, t: int | Tensor) -> Tensor:
-    """A float64 in [0, 1) for token t of each (row, sample): a function of its arguments and of nothing else.
-
-    (B,) for one position, (B, T) for a row of T positions. A counter-based hash (rounds of the splitmix64 finaliser): no
-    state, so batch size, order, processes, compaction and resume change nothing.
-    """
-    key = torch.full_like(row_B, _signed(seed))
-    for part in (step, row_B, sample_B):
-        key = _mix(key + _GOLDEN) ^ (part if isinstance(part, Tensor) else torch.full_like(row_B, int(part)))
-    if isinstance(t, Tensor):
-        key = key[:, None]
-    bits = _mix(_mix(key + _GOLDEN) ^ t)
-    return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
-
-
-def _signed(value: int) -> int:
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-_GOLDEN, _FIRST, _SECOND = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64; int64 arithmetic wraps, and its right shifts are made logical by masks."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _FIRST
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _SECOND
-    return x ^ ((x >> 31) & ((1 << 33) - 1))

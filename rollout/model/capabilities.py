@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.decoding.settings import ClosedGenerationConfig
-from steerl.rollout.model.generation_state import can_pick, carries, pick_rows, step_forward
+from steerl.rollout.model.generation_config import ClosedGenerationConfig
+from steerl.rollout.model.generation_state import can_select_rows, holds_past, select_rows, step_forward
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -38,20 +38,20 @@ class Capabilities:
     """Padded rows (left for decoder-only models, right for encoders) equal lone ones."""
     caching: bool
     """Decoding with the cache equals one pass over the whole sequence."""
-    picking: bool
+    row_selection: bool
     """Rows can be taken out of the cache, or repeated in it."""
     pads_in_text: bool
     """A pad token that was drawn is a token like any other; False where the model counts positions by comparing with it."""
-    first: int = 0
+    position_offset: int = 0
     """Number of a row's first position: 0, but for models like RoBERTa, which count from behind their pad id."""
     boundary: int | None = None
     """Rows of more tokens than this have another law than shorter ones, and so has whatever shares their pass."""
-    cached: int | None = None
+    max_cached_tokens: int | None = None
     """Most tokens of a row for which the cache may be used; None = any. Experts of a bounded capacity drop what is more."""
 
     def caches(self, tokens: int) -> bool:
         """Whether rows of so many tokens (the decoder's, on encoder-decoders) are decoded with the cache."""
-        return self.caching and (self.cached is None or tokens <= self.cached)
+        return self.caching and (self.max_cached_tokens is None or tokens <= self.max_cached_tokens)
 
     def is_long(self, tokens: int) -> bool:
         """Whether a row of so many tokens is on the far side of the boundary."""
@@ -71,9 +71,9 @@ def positions(mask: Tensor, first: int = 0) -> Tensor:
 def observe(policy: Policy) -> Capabilities:
     """Run the passes of this file's head on `policy`'s model. Call without dropout and without gradients."""
     seen = _observe(policy)
-    crowded = _crowded(policy, seen.first) if seen.caching else None
+    crowded = _crowded(policy, seen.position_offset) if seen.caching else None
     if crowded is not None:  # padding may take up what rows beside it have room for
-        seen = dataclasses.replace(seen, cached=crowded, padding=seen.padding and policy.is_seq2seq)
+        seen = dataclasses.replace(seen, max_cached_tokens=crowded, padding=seen.padding and policy.is_seq2seq)
     if policy.is_seq2seq or "position_ids" not in forward_arguments(policy.core):
         return seen
     row = probe_row(policy, 3, SPREAD).expand(2, -1)
@@ -82,7 +82,7 @@ def observe(policy: Policy) -> Capabilities:
         return pass_logits(policy, row, position_ids=position_2T)[0]
 
     config = policy.core.config.get_text_config(decoder=True)
-    return dataclasses.replace(seen, boundary=boundary(company, config, policy.context, seen.first, policy.device))
+    return dataclasses.replace(seen, boundary=boundary(company, config, policy.context, seen.position_offset, policy.device))
 
 
 def _observe(policy: Policy) -> Capabilities:
@@ -107,7 +107,7 @@ def _observe(policy: Policy) -> Capabilities:
                 "no law of the next token; load a causal decoder (for BERT-like models, a checkpoint with is_decoder: true)"
             )
     if not policy.is_seq2seq and short < 4:
-        return Capabilities(padding=padding, caching=True, picking=True, pads_in_text=True, first=first)
+        return Capabilities(padding=padding, caching=True, row_selection=True, pads_in_text=True, position_offset=first)
     both = torch.cat([row[:, :short] for row in rows])
     # A prompt of one token is decoded too: what a model keeps in itself from the last batch shows there.
     prompts = [both] if policy.is_seq2seq else [both[:, : short - _STEPS], both[:, :1]]
@@ -118,13 +118,13 @@ def _observe(policy: Policy) -> Capabilities:
     for pick in (True, False):
         if all(_decodes(policy, prompt, text, first, pick) for prompt in prompts):
             plain = _decodes(policy, prompts[0], padded, first, pick)
-            return Capabilities(padding=padding, caching=True, picking=pick, pads_in_text=plain, first=first)
+            return Capabilities(padding=padding, caching=True, row_selection=pick, pads_in_text=plain, position_offset=first)
     if not all(_decodes(policy, prompt, text, first, pick=True, cache=False) for prompt in prompts):
         raise UserError(
             f"model: {type(policy.core).__name__} gives other logits when it decodes token by token than in one pass over the "
             "whole row, with its cache and without; it cannot be sampled exactly, use another implementation of the model"
         )
-    return Capabilities(padding=padding, caching=False, picking=True, pads_in_text=True, first=first)
+    return Capabilities(padding=padding, caching=False, row_selection=True, pads_in_text=True, position_offset=first)
 
 
 SPREAD = 8
@@ -250,7 +250,7 @@ def _decodes(policy: Policy, prompt: Tensor, tail: Tensor, first: int, pick: boo
     whole = prompt if policy.is_seq2seq else torch.cat([prompt, tail], dim=1)
     alone = [pass_logits(policy, whole[k : k + 1], decoder=tail[k : k + 1], first=first) for k in range(len(whole))]
     expected = torch.cat(alone)[:, -tail.shape[1] - 1 :]
-    config = ClosedGenerationConfig.of(policy, max_new_tokens=tail.shape[1] + 1, use_cache=cache)
+    config = ClosedGenerationConfig.of(policy.pad_id, policy.start_ids, max_new_tokens=tail.shape[1] + 1, use_cache=cache)
     for _ in range(2):  # the second finds what the first may have left in the model itself
         follow = _Follow(tail, pick)
         inputs = generate_arguments(policy, prompt, torch.ones_like(prompt, dtype=torch.bool), first)
@@ -285,11 +285,11 @@ class _Follow:
         for step in range(self.tail.shape[1] + 1):
             outputs, kwargs = step_forward(model, ids, kwargs, first=step == 0)
             logits = outputs.logits[:, -1:]
-            if kwargs.get("use_cache") and (not carries(kwargs) or (self.pick and not can_pick(kwargs))):
+            if kwargs.get("use_cache") and (not holds_past(kwargs) or (self.pick and not can_select_rows(kwargs))):
                 return ids  # nothing seen: this way of decoding is not there
             if step == 0 and self.pick:
                 index = torch.tensor(self.order, device=ids.device)
-                kwargs, ids, logits = pick_rows(kwargs, index, len(ids)), ids[index], logits[index]
+                kwargs, ids, logits = select_rows(kwargs, index, len(ids)), ids[index], logits[index]
             seen.append(logits)
             ids = torch.cat([ids, self.tail[self.order, step : step + 1]], dim=1)
         self.seen = seen

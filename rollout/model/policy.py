@@ -128,9 +128,9 @@ class Policy:
             return observe(self)
 
     @property
-    def room(self) -> int | None:
+    def token_budget(self) -> int | None:
         """Tokens that a row may have: the context, but for models that begin to count positions later."""
-        return None if self.context is None else self.context - self.capabilities.first
+        return None if self.context is None else self.context - self.capabilities.position_offset
 
     def with_model(self, model: Any) -> Policy:
         """The same policy around another wrapper of its model."""

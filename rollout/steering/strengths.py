@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.decoding.settings import uniforms
+from steerl.rollout.common.random import uniforms
 from steerl.rollout.steering.spec.spec import Schedule, Site, SteeringSpec
 from torch import Tensor
 

@@ -28,7 +28,6 @@ PEER = "trl==1.12.0"
 """The last TRL with PPO. It runs on the transformers that is installed here."""
 GOAL = 0.9
 LEARNERS = ("ours", "trl tuned", "trl defaults")
-_ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ def load(path: Path, settings: LearningSettings) -> dict[str, Any]:
 
 
 def make_world(out: Path) -> Path:
-    command = [sys.executable, "scripts/make_tiny.py", "--out", str(out.absolute() / "tiny"), "--worlds", "randomwalks"]
-    subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "steerl", "tiny", "--out", str(out.absolute() / "tiny"), "--worlds", "randomwalks"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return out.absolute() / "tiny" / "randomwalks"
 
 
@@ -104,11 +103,12 @@ def run(learner: str, world: Path, folder: Path, seed: int, settings: LearningSe
 def said_by(module: str, arguments: Sequence[str], peer: Path | None, name: str, **extra: str) -> dict[str, Any]:
     """What the last line of a child says: a module of this folder in a process of its own, with one thread, and with the
     peer's TRL first on its path. `extra` goes into its environment."""
-    paths = [*([str(peer)] if peer is not None else []), str(_ROOT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false", **extra}
+    if peer is not None:
+        environment["PYTHONPATH"] = str(peer)
+    environment |= {"TOKENIZERS_PARALLELISM": "false", **extra}
     command = [sys.executable, "-m", f"steerl.scripts.bench_cases.{module}", *arguments]
-    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"bench: {name} failed:", *done.stderr.strip().splitlines()[-5:])
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,6 +1,6 @@
 """What steering costs while sampling: one block site and four beside none, batch 16, taken in turn in one process.
 
-    python scripts/bench.py --overhead [--out runs/bench]
+    steerl bench --overhead [--out runs/bench]
 
 Seconds are CPU seconds of this process; a figure is the median over the repeats of steered / plain of the same repeat. A
 second plain model is measured beside them: how far its ratio is from 1 is what this machine, at this hour, cannot tell apart.

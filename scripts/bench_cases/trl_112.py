@@ -3,7 +3,7 @@
     PYTHONPATH=DIR_OF_TRL_1.12 python -m steerl.scripts.bench_cases.trl_112 WORLD RUN SEED STEPS defaults|tuned [STOP]
 
 Prints the same JSON line as ours.py. Both settings are given what the task fixes (rollouts, response length, the stop token
-of the walks in the tuned one); `tuned` is the best that was found for it: see LOG.md. STOP ends the run after that step, with
+of the walks in the tuned one); `tuned` is the best that was found for it: see docs/log. STOP ends the run after that step, with
 the schedule of all STEPS.
 """
 

@@ -9,7 +9,8 @@ import signal
 
 import pytest
 import torch
-from steerl.reward.types import Scores, build_reward
+from steerl.reward.build import build_reward
+from steerl.reward.types import Scores
 from steerl.rollout.common.errors import Stopped, UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding import distribution
@@ -17,8 +18,9 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings
 from steerl.rollout.scoring import logprobs
 from steerl.training.algorithm.importance import Correction
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
 from steerl.training.run import checkpoint, resume
+from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

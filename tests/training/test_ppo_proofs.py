@@ -1,4 +1,4 @@
-"""The long ones, run by hand: `python -m pytest -m proofs -s tests/training/test_ppo_proofs.py`. Their tables go into LOG.md.
+"""The long ones, run by hand: `python -m pytest -m proofs -s tests/training/test_ppo_proofs.py`. Their tables go into docs/log.
 
 reviews     reward from under 0.35 to over 0.8, five of five seeds
 kl_target   KL per response within 10 % of the target over the last third, five of five seeds
@@ -24,7 +24,8 @@ from steerl.rollout.scoring import logprobs
 from steerl.scripts import train_ppo
 from steerl.training import ppo
 from steerl.training.algorithm import advantages, loss, update
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
+from steerl.training.settings import PPOSettings
 
 from tests.models import tiny_policy
 from tests.ppo_runs import prompts_of, share_of_threes

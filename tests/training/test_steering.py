@@ -24,7 +24,8 @@ from steerl.rollout.steering.deploy import check_fold, fold, save
 from steerl.rollout.types import Rollout
 from steerl.training import steering as steered
 from steerl.training.algorithm.importance import Correction, importance_weights
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
+from steerl.training.settings import PPOSettings
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -48,12 +49,9 @@ def enumerated() -> tuple[Policy, Steering, Rollout, Tensor]:
     )
     responses = torch.cartesian_prod(*[torch.arange(5)] * 3)
     count = len(responses)
-    zeros, whole = torch.zeros(count, 3), torch.full((count,), 3)
-    rollout = Rollout(
-        prompt_BP=torch.tensor([[1, 4]]).repeat(count, 1), prompt_mask_BP=torch.ones(count, 2, dtype=torch.bool), response_BR=responses,
-        lengths_B=whole, ended_B=torch.zeros(count, dtype=torch.bool), behaviour_logprobs_BR=zeros, policy_logprobs_BR=zeros,
-        row_B=torch.arange(count), sample_B=torch.zeros(count, dtype=torch.int64), strength_B=torch.full((count,), 0.8), steering=steering.label,
-    )  # fmt: skip
+    rollout = Rollout.of_ids(
+        [[1, 4]] * count, responses, ended_B=[False] * count, strength_B=[0.8] * count, steering=steering.label
+    )
     reward_B = torch.randn(count, generator=torch.Generator().manual_seed(1))
     return policy, steering, rollout, reward_B
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from steerl.reward.types import Reward, Scores, joined_extra, joined_metrics, missing_stop_penalty, on_last_action, row_name
@@ -23,12 +23,10 @@ from steerl.rollout.types import Rollout, Texts
 from steerl.training.algorithm import advantages, kl
 from steerl.training.algorithm.importance import importance_weights
 from steerl.training.algorithm.minibatch import passes
+from steerl.training.model.actor_critic import ActorCritic, Reference
+from steerl.training.settings import PPOSettings
 from torch import Tensor
 from torch.nn.functional import pad
-
-if TYPE_CHECKING:
-    from steerl.training.model.actor_critic import ActorCritic, Reference
-    from steerl.training.ppo import PPOSettings
 
 
 @dataclass(frozen=True, kw_only=True)

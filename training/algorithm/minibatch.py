@@ -14,16 +14,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.decoding.settings import uniforms
+from steerl.rollout.common.random import uniforms
 from steerl.rollout.types import Rollout
+from steerl.training.settings import PPOSettings
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from steerl.training.ppo import PPOSettings
 
 Item = TypeVar("Item")
 _MINIBATCH_STREAM = 0x6D696E69

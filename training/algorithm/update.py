@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from steerl.rollout.common import processes
@@ -17,11 +17,9 @@ from steerl.training.algorithm import kl, loss
 from steerl.training.algorithm.experience import Experience, select
 from steerl.training.algorithm.minibatch import minibatches, passes
 from steerl.training.engine.gradients import accumulating, backward, finish
+from steerl.training.run.state import TrainState
+from steerl.training.settings import PPOSettings
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from steerl.training.ppo import PPOSettings
-    from steerl.training.run.state import TrainState
 
 
 def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, seed: int) -> dict[str, float]:

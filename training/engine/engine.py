@@ -15,18 +15,16 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.sharding import by_zero3, gathered, is_sharded
 from steerl.training.engine import full_state
+from steerl.training.model.actor_critic import ActorCritic, Reference
+from steerl.training.settings import PPOSettings
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from steerl.training.model.actor_critic import ActorCritic, Reference
-    from steerl.training.ppo import PPOSettings
 
 Found = TypeVar("Found")
 

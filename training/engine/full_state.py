@@ -12,17 +12,15 @@ same whole values, which every rank has read, back into each rank's parts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.training.engine.gradients import is_deepspeed
+from steerl.training.run.state import TrainState
 from torch import Tensor, nn
 from torch.nn.functional import pad
-
-if TYPE_CHECKING:
-    from steerl.training.run.state import TrainState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -15,22 +15,20 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy, no_dropout
 from steerl.rollout.model.sharding import needs_sync
-from steerl.rollout.scoring.after_head import after_head
-from steerl.rollout.scoring.logprobs import Forced, teacher_forced
+from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
+from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
 from steerl.rollout.steering import Steering, SteeringSpec, unsteered
 from steerl.rollout.types import Rollout
 from steerl.training.model import value_model
+from steerl.training.settings import PPOSettings
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from steerl.training.ppo import PPOSettings
 
 Found = TypeVar("Found")
 
@@ -133,7 +131,7 @@ class ActorCritic(nn.Module):
             found["after"] = values_BR.gather(1, rollout.lengths_B[:, None])
         return found
 
-    def _policy_pass(self, rollout: Rollout, columns: dict[str, list[Any]] | None, entropy: bool) -> Forced:
+    def _policy_pass(self, rollout: Rollout, columns: dict[str, list[Any]] | None, entropy: bool) -> TeacherForced:
         # Behaviour and data are roles of the sampler alone: the policy that learns is then the plain model.
         steers = self.steering is not None and self.steering.role in ("policy", "trainable") and rollout.steering
         shared = self.head is not None and self.trunk is None
@@ -194,7 +192,7 @@ def build(
         for parameter in policy.model.parameters():
             parameter.requires_grad_(False)
     for model in (policy, *([reference.policy] if reference is not None else [])):
-        after_head(model)  # observed here, where every rank comes and weights are whole
+        logit_postprocessing(model)  # observed here, where every rank comes and weights are whole
     steering = Steering(policy.core, spec, policy.tokenizer, seed) if spec is not None else None
     return ActorCritic(policy, trunk, head, steering), reference, steering
 

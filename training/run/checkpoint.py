@@ -24,7 +24,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from steerl.rollout.common import processes
@@ -32,10 +32,8 @@ from steerl.rollout.common.errors import UserError, reading
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import flush, written_aside
 from steerl.training.engine import full_state
+from steerl.training.run.state import TrainState
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from steerl.training.run.state import TrainState
 
 FORMAT = 1
 FOLDER = "checkpoints"

@@ -10,9 +10,9 @@ from steerl.rollout.prompts.prompts import Prompts
 from steerl.training.algorithm.experience import Scored, gather_scored, importance, score
 from steerl.training.algorithm.minibatch import share
 from steerl.training.run.metrics import kl_metrics
+from steerl.training.settings import PPOSettings
 
 if TYPE_CHECKING:
-    from steerl.training.ppo import PPOSettings
     from steerl.training.setup import Components
 
 

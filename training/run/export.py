@@ -12,9 +12,9 @@ from steerl.rollout.common.run_folder import write_json, written_aside
 from steerl.rollout.model import adapters, auto_classes
 from steerl.training import steering
 from steerl.training.engine import engine
+from steerl.training.settings import PPOSettings
 
 if TYPE_CHECKING:
-    from steerl.training.ppo import PPOSettings
     from steerl.training.setup import Components
 
 

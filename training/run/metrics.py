@@ -17,11 +17,11 @@ from steerl.rollout.types import STOP_REASONS
 from steerl.training.algorithm import kl
 from steerl.training.algorithm.experience import Experience, Scored, select
 from steerl.training.algorithm.minibatch import share
+from steerl.training.model.actor_critic import ActorCritic
+from steerl.training.settings import PPOSettings
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from steerl.training.model.actor_critic import ActorCritic
-    from steerl.training.ppo import PPOSettings
     from steerl.training.setup import Components
 
 

@@ -15,19 +15,17 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import folder_fingerprint, tokenizer_fingerprint, values_fingerprint, weights_fingerprint
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.dumps.manifest import finished_shards
+from steerl.rollout.model.policy import Policy
+from steerl.rollout.prompts.prompts import Prompts
 from steerl.training.run import checkpoint
-
-if TYPE_CHECKING:
-    from steerl.rollout.model.policy import Policy
-    from steerl.rollout.prompts.prompts import Prompts
-    from steerl.training.ppo import PPOSettings
+from steerl.training.settings import PPOSettings
 
 FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),

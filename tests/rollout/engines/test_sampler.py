@@ -196,7 +196,7 @@ def test_dropping_ended_rows_and_sharing_a_prefill_change_nothing(family: str, m
     quick = sample(policy, **settings)
     assert len(set(quick.lengths_B.tolist())) > 4
     plain = Policy.of(policy.model, policy.tokenizer)
-    plain.__dict__["capabilities"] = dataclasses.replace(policy.capabilities, picking=False)
+    plain.__dict__["capabilities"] = dataclasses.replace(policy.capabilities, row_selection=False)
     slow = sample(plain, **settings)
     assert torch.equal(quick.response_BR, slow.response_BR) and torch.equal(quick.lengths_B, slow.lengths_B)
     assert torch.equal(quick.stop_B, slow.stop_B)

@@ -13,8 +13,8 @@ from steerl.training.algorithm import kl
 from steerl.training.algorithm.experience import Scored, credit
 from steerl.training.algorithm.importance import Correction, importance_weights
 from steerl.training.algorithm.update import micro_batch_loss
-from steerl.training.ppo import PPOSettings
 from steerl.training.run.metrics import kl_metrics
+from steerl.training.settings import PPOSettings
 
 
 def laws(seed: int = 0, size: int = 5):
@@ -92,16 +92,8 @@ def rows_of(tokens_BR, log_mu_BR, log_pi_BR, log_reference_BR) -> Scored:
     """Rows that were drawn under mu, scored; every row has all of its tokens."""
     rows, width = tokens_BR.shape
     numbers = torch.zeros(rows, width)
-    rollout = Rollout(
-        prompt_BP=torch.ones(rows, 1, dtype=torch.int64),
-        prompt_mask_BP=torch.ones(rows, 1, dtype=torch.bool),
-        response_BR=tokens_BR,
-        lengths_B=torch.full((rows,), width),
-        ended_B=torch.ones(rows, dtype=torch.bool),
-        behaviour_logprobs_BR=log_mu_BR.float(),
-        policy_logprobs_BR=log_pi_BR.float(),
-        row_B=torch.arange(rows),
-        sample_B=torch.zeros(rows, dtype=torch.int64),
+    rollout = Rollout.of_ids(
+        [[1]] * rows, tokens_BR, behaviour_logprobs_BR=log_mu_BR.float(), policy_logprobs_BR=log_pi_BR.float()
     )
     return Scored(
         rollout=rollout,

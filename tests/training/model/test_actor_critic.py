@@ -148,7 +148,7 @@ def test_a_value_folder_that_does_not_fit(value, text, tmp_path):
 
 
 def test_the_gap_tolerance_follows_the_dtype():
-    from steerl.training.ppo import PPOSettings
+    from steerl.training.settings import PPOSettings
 
     assert gap_tolerance(PPOSettings(), torch.float32) == 1e-3
     assert gap_tolerance(PPOSettings(), torch.bfloat16) == 1.0

@@ -24,7 +24,7 @@ from steerl.training.algorithm.experience import credit, gather_scored, score
 from steerl.training.algorithm.update import learn
 from steerl.training.planning.memory import Work, memory
 from steerl.training.planning.passes import Blueprint
-from steerl.training.ppo import PPOSettings
+from steerl.training.settings import PPOSettings
 from steerl.training.setup import prepare, with_peft
 from transformers import AutoConfig, AutoModelForCausalLM
 

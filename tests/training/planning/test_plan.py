@@ -26,7 +26,7 @@ from steerl.training.planning.memory import ENGINES, Work, memory
 from steerl.training.planning.passes import Blueprint, cache_bytes, count, plain_pass, training_pass
 from steerl.training.planning.plan import LORA, advise, flags, rows, search
 from steerl.training.planning.time import Shares, seconds, sent
-from steerl.training.ppo import PPOSettings
+from steerl.training.settings import PPOSettings
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from tests.models import tiny
@@ -305,7 +305,7 @@ def run(argv: list[str]) -> int:
 
 
 def test_the_readmes_plan_is_what_the_door_says(tmp_path, monkeypatch, capfd):
-    block = next(b for b in (ROOT / "README.md").read_text(encoding="utf-8").split("```") if "$ python scripts/plan.py" in b)
+    block = next(b for b in (ROOT / "README.md").read_text(encoding="utf-8").split("```") if "$ steerl plan" in b)
     command, shown = re.split(r"(?<!\\)\n", block.strip(), maxsplit=1)
     (tmp_path / "llama-3-8b").mkdir()
     (tmp_path / "llama-3-8b" / "config.json").write_text(json.dumps(LLAMA_3_8B))

@@ -29,7 +29,7 @@ _ROWWISE = frozenset(
 
 
 @dataclass(frozen=True)
-class AfterHead:
+class LogitPostprocessing:
     """The operations between the head's output and the model's logits, in order; none for most models."""
 
     operations: tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], ...]
@@ -57,11 +57,11 @@ def _filled(core: nn.Module, logits: Tensor, value: Any) -> Any:
     return core.get_buffer(value.name) if isinstance(value, _Named) else value
 
 
-_SEEN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, AfterHead | None]] = weakref.WeakKeyDictionary()
+_SEEN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, LogitPostprocessing | None]] = weakref.WeakKeyDictionary()
 """model -> (the head it had, what was seen)."""
 
 
-def after_head(policy: Policy) -> AfterHead | None:
+def logit_postprocessing(policy: Policy) -> LogitPostprocessing | None:
     """What `policy`'s model does after its head; None where it cannot be repeated on rows. Observed once per model and head."""
     from steerl.rollout.model.hooks import unsteered
     from steerl.rollout.model.policy import no_dropout
@@ -76,7 +76,7 @@ def after_head(policy: Policy) -> AfterHead | None:
     return known[1]
 
 
-def _observe(policy: Policy, core: Any, head: nn.Module) -> AfterHead | None:
+def _observe(policy: Policy, core: Any, head: nn.Module) -> LogitPostprocessing | None:
     calls: list[tuple[Tensor, Tensor]] = []
 
     def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -107,7 +107,7 @@ def _observe(policy: Policy, core: Any, head: nn.Module) -> AfterHead | None:
         if function.__name__ not in _ROWWISE or None in filled or any(isinstance(v, Tensor) for v in kwargs.values()):
             return None
         operations.append((function, tuple(filled), dict(kwargs)))
-    found = AfterHead(tuple(operations))
+    found = LogitPostprocessing(tuple(operations))
     hidden_BTD, _ = calls[0]
     again = found(core, head(hidden_BTD[:, -1:].flatten(0, 1)))
     return found if same(again, logits.as_subclass(Tensor)[:, -1:].flatten(0, 1)) else None

@@ -1,0 +1,5 @@
+"""`python -m steerl`: the command line."""
+
+from steerl.cli import main
+
+main()
