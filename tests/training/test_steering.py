@@ -120,7 +120,7 @@ def test_what_is_logged() -> None:
     )
     parts, prompts, ppo = job("llama", steering=spec, sampling={"n": 4})
     scored = first_scored(parts, prompts, ppo)
-    found = steered.metrics(parts, scored)
+    found = steered.metrics(parts.actor_critic, scored)
     rollout, steered_B = scored.rollout, scored.rollout.strength_B != 0
     assert found["steering/share"] == 0.5 and found["steering/strength"] == 2.0
     total_B = scored.scores.total_B
