@@ -395,13 +395,21 @@ def readme_commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in joined.splitlines() if line.strip() and not line.startswith("#")]
 
 
+def write_readmes_files(folder: Path) -> None:
+    """The files that the README shows: blocks that begin with `# NAME.py` or `# NAME.yaml`."""
+    for name, text in re.findall(r"```\w+\n# (\w+\.\w+)\n(.*?)```", README, flags=re.DOTALL):
+        (folder / name).write_text(text, encoding="utf-8")
+
+
 def test_the_readme_is_short():
     assert len(README) <= 12_000
 
 
 @pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
-def test_the_commands_of_the_readme_are_read(words, monkeypatch, capsys):
-    """Flags and values are right; what they name need not be there."""
+def test_the_commands_of_the_readme_are_read(words, tmp_path, monkeypatch, capsys):
+    """Flags and values are right; what they name need not be there, but for the README's own files."""
+    write_readmes_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
     if words[0] == "accelerate":
         words = [
             "steerl",
@@ -425,6 +433,7 @@ def test_the_commands_of_the_readme_run(tiny_world, tmp_path, monkeypatch, capfd
         (tmp_path / folder / world).symlink_to(tiny_world(world))
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "configs", "scripts", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
+    write_readmes_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for words in readme_commands():
