@@ -1,4 +1,8 @@
-"""The `reward:` list: every entry checked against the settings of its kind, all problems told together, then built.
+"""`build_reward`: from the `reward:` list to one reward, all problems of the list told together.
+
+    reward:                                      build_reward                 reward(rollout, texts)
+      - {kind: model, path: DIR}                ------------->  WeightedSum  ----------------------->  Scores
+      - {kind: regex, pattern: ..., weight: 0.2}                                                       total_B, parts, tokens_BR
 
 An entry has `kind`, the fields of that kind (the dataclass beside the code that uses them) and the fields of `Common`.
 """
@@ -13,11 +17,12 @@ from typing import Any
 
 import torch
 from steerl.reward.fields import near, read_fields, unknown_choice
+from steerl.reward.kinds.reading import vocabulary_of
 from steerl.reward.normalize import Shape, check_shape
 from steerl.reward.weighted_sum import RewardTerm, WeightedSum
 from steerl.rollout.common.errors import UserError
 
-# kind -> where its settings are; they are imported when a job asks for the kind. Each has `build(where, around) -> Part`.
+# kind -> where its settings are; they are imported when a job asks for the kind. Each has `build(where, around) -> RewardTerm`.
 KINDS: dict[str, tuple[str, str]] = {
     "function": ("steerl.reward.kinds.function", "FunctionSettings"),
     "model": ("steerl.reward.kinds.model", "RewardModelSettings"),
@@ -45,7 +50,7 @@ class Common:
     weight: float = 1.0
     """total = sum of weight x part."""
     normalise: str | dict[str, Any] | None = None
-    """`running`; {mean: m, std: s}; or {reference: FILE} of prompts and completions, measured once. See reward.normalise."""
+    """`running`; {mean: m, std: s}; or {reference: FILE} of prompts and completions, measured once. See reward/normalize.py."""
     clip: list[float] | None = None
     """[low, high] for the part's values, after normalisation and before the weight."""
 
@@ -73,8 +78,6 @@ class Entries:
     entries: tuple[Entry, ...]
 
     def build(self, policy: Any, device: torch.device | str | None, tokenizer: Any) -> WeightedSum:
-        from steerl.reward.kinds.reading import vocabulary_of
-
         tokenizer = tokenizer if tokenizer is not None else getattr(policy, "tokenizer", None)
         device = device if device is not None else getattr(policy, "device", None)
         vocabulary = vocabulary_of(tokenizer) if tokenizer is not None else None
@@ -86,7 +89,7 @@ class Entries:
                 part: RewardTerm = entry.own.build(entry.where, around)
                 part = dataclasses.replace(part, name=str(entry.common.name), weight=entry.common.weight)
                 if entry.common.normalise is not None or entry.common.clip is not None:
-                    shape = Shape.of(entry.common.normalise, entry.common.clip, part, entry.where)
+                    shape = Shape.of(entry.common.normalise, entry.common.clip, part.score_now, entry.where)
                     part = dataclasses.replace(part, shape=shape)
                 parts.append(part)
             except UserError as problem:
@@ -98,7 +101,24 @@ class Entries:
         return WeightedSum(tuple(parts), vocabulary)
 
 
+def build_reward(
+    parts: Sequence[Any],
+    policy: Any = None,
+    device: torch.device | str | None = None,
+    *,
+    tokenizer: Any = None,
+    field: str = "reward",
+) -> WeightedSum:
+    """The reward that the `reward:` list asks for; all that is wrong with the list is told together, a line each.
+
+    An entry is a mapping, or a Python function or reward as it stands. `policy` (or its `tokenizer` alone) says whose ids
+    the rollouts hold: reward models of the same vocabulary read them as sampled.
+    """
+    return read_terms(parts, field).build(policy, device, tokenizer)
+
+
 def read_terms(parts: Sequence[Any], field: str = "reward") -> Entries:
+    """The checked list, before anything of it is opened."""
     if callable(parts) or isinstance(parts, Mapping):
         parts = [parts]
     if not isinstance(parts, Sequence) or isinstance(parts, str):

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from steerl.reward.texts import TextSettings, load_texts
+from steerl.reward.types import Scores
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from steerl.reward.weighted_sum import RewardTerm
 
 logger = logging.getLogger(__name__)
 LEAST = 1e-8
@@ -89,7 +89,7 @@ class Shape:
     running: Running | None = field(default=None)
 
     @staticmethod
-    def of(normalise: Any, clip: Any, part: RewardTerm, where: str) -> Shape:
+    def of(normalise: Any, clip: Any, score: Callable[[Rollout, Texts], Scores], where: str) -> Shape:
         bounds = None if clip is None else (float(clip[0]), float(clip[1]))
         if normalise is None:
             return Shape(clip=bounds)
@@ -97,7 +97,7 @@ class Shape:
             return Shape(clip=bounds, running=Running())
         if "reference" not in normalise:
             return Shape(float(normalise["mean"]), float(normalise["std"]), bounds)
-        mean, std = measure(normalise, part, where)
+        mean, std = measure_reference(normalise, score, where)
         logger.info("%s: reference responses score %.6g on average, standard deviation %.6g", where, mean, std)
         return Shape(mean, std, bounds)
 
@@ -124,23 +124,18 @@ class Shape:
         self.running = Running(**state)
 
 
-def measure(normalise: Mapping[str, Any], part: RewardTerm, where: str) -> tuple[float, float]:
-    """Mean and standard deviation of the part on a file of reference prompts and completions."""
-    import asyncio
-
-    from steerl.reward.jobs.texts import TextSettings, load_texts
-
+def measure_reference(
+    normalise: Mapping[str, Any], score: Callable[[Rollout, Texts], Scores], where: str
+) -> tuple[float, float]:
+    """Mean and standard deviation of a term's scores on a file of reference prompts and completions."""
     given = {name: value for name, value in normalise.items() if name != "reference"}
     known = {spot.name for spot in fields(TextSettings)} - {"path"}
     if set(given) - known:
         unknown = ", ".join(sorted(set(given) - known))
         raise UserError(f"{where}.normalise: unknown {unknown}; beside reference it takes {', '.join(sorted(known))}")
     table = load_texts(TextSettings(path=str(normalise["reference"]), **given), f"{where}.normalise")
-    rollout, texts = table.batch(range(len(table)))
-    scores = part.score(rollout, texts, None)
-    if part.is_async:
-        scores = asyncio.run(scores)
-    values = scores.total_B[~scores.total_B.isnan()].double()
+    values = score(*table.batch(range(len(table)))).total_B.double()
+    values = values[~values.isnan()]
     std = values.std(correction=0).item() if len(values) > 1 else 0.0
     if std <= LEAST:
         found = f"{len(values)} scored row(s) with standard deviation {std}"

@@ -1,8 +1,4 @@
-"""Scores, what a reward gives; the Reward protocol; and `build_reward`, from the `reward:` list to one reward.
-
-    reward:                                       build_reward            reward(rollout, texts)
-      - {kind: model, path: DIR}                 ------------->  Reward  ----------------------->  Scores
-      - {kind: regex, pattern: ..., weight: 0.2}                (mixture.py)                       total_B, parts, tokens_BR
+"""Scores, what a reward gives; the Reward protocol; what a step's scores say in the log.
 
 A reward is anything callable `reward(rollout, texts) -> Scores`. A part that does not apply to a row (a function gave
 None) is NaN in `parts`, adds nothing to that row's total and is left out of the part's mean; a row to which no part
@@ -16,15 +12,12 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from steerl.reward.weighted_sum import WeightedSum
 
 logger = logging.getLogger(__name__)
 
@@ -184,25 +177,7 @@ def brief(value: Any) -> str:
     return short.repr(value)
 
 
-# -- from settings to a reward ------------------------------------------------------------------------------------------
-
-
-def build_reward(
-    parts: Sequence[Any],
-    policy: Any = None,
-    device: torch.device | str | None = None,
-    *,
-    tokenizer: Any = None,
-    field: str = "reward",
-) -> WeightedSum:
-    """The reward that the `reward:` list asks for; all that is wrong with the list is told together, a line each.
-
-    An entry is a mapping, or a Python function or reward as it stands. `policy` (or its `tokenizer` alone) says whose ids
-    the rollouts hold: reward models of the same vocabulary read them as sampled.
-    """
-    from steerl.reward.build import read_terms
-
-    return read_terms(parts, field).build(policy, device, tokenizer)
+# -- what is logged -----------------------------------------------------------------------------------------------------
 
 
 def metrics(scores: Sequence[Scores]) -> dict[str, float]:

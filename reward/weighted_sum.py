@@ -39,6 +39,11 @@ class RewardTerm:
     """A hash of what the part scores with besides its settings: weights, a function's file."""
     close: Callable[[], object] = object
 
+    def score_now(self, rollout: Rollout, texts: Texts) -> Scores:
+        """The raw scores, outside any event loop."""
+        scores = self.score(rollout, texts, None)
+        return asyncio.run(scores) if self.is_async else scores  # type: ignore[no-any-return]
+
 
 @dataclass(frozen=True)
 class WeightedSum:
@@ -46,7 +51,7 @@ class WeightedSum:
 
     parts: tuple[RewardTerm, ...]
     vocabulary: str | None = None
-    """Which vocabulary the rollout's ids belong to (`reward.reading.vocabulary_of`); None where that is not known."""
+    """Which vocabulary the rollout's ids belong to (`vocabulary_of`); None where that is not known."""
     leaves_out: bool = False
     """The total of a row to which no part applies is NaN, not an error: the asker of a server may have other parts."""
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from steerl.rollout.common.errors import UserError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 STOP_LENGTH, STOP_EOS, STOP_USER = 0, 1, 2
 STOP_REASONS = ("length", "eos", "stop")
@@ -48,6 +49,21 @@ _TENSORS: dict[str, tuple[str, torch.dtype]] = {
     "entropy_BR": ("BR", torch.float32),
 }
 _PAD = {"prompt_mask_BP": False, "ended_B": False}
+
+Lists = Sequence[Sequence[Any] | Tensor]
+"""A list for each row, as long as the row's own tokens."""
+
+
+def left_pad(ids: Lists, pad_id: int = 0, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """(prompt_BP, prompt_mask_BP) of token lists, whatever side the tokenizer would pad on."""
+    prompt_BP = _table(ids, torch.int64, "left", pad_id)
+    width, lengths_B = prompt_BP.shape[1], torch.tensor([len(row) for row in ids], dtype=torch.int64)
+    return prompt_BP.to(device), (torch.arange(width)[None] >= width - lengths_B[:, None]).to(device)
+
+
+def _table(lists: Lists, dtype: torch.dtype, side: str = "right", fill: int = 0) -> Tensor:
+    rows = [torch.as_tensor(row, dtype=dtype) for row in lists]
+    return pad_sequence(rows, True, fill, side) if rows else torch.zeros(0, 0, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +123,27 @@ class Rollout:
                     raise UserError(f"Rollout.{name}: expected {dim} = {known} as in {first}, found shape {tuple(value.shape)}")
         if self.lengths_B.numel() and (int(self.lengths_B.min()) < 0 or int(self.lengths_B.max()) > self.response_width):
             raise UserError(f"Rollout.lengths_B: expected 0 to R = {self.response_width}, found {self.lengths_B.tolist()}")
+
+    @staticmethod
+    def of_ids(
+        prompts: Lists, responses: Lists, *, pad_id: int = 0, device: torch.device | str = "cpu", **fields: Any
+    ) -> Rollout:
+        """A rollout of token lists at hand. `fields` are others of its fields, as lists or tensors: a number a row (`_B`), or a
+        list a row (`_BR`). Not given: log-probs 0, rows 0, 1, ..., their first sample, all of them ended."""
+        rows = len(prompts)
+        prompt_BP, prompt_mask_BP = left_pad(prompts, pad_id, device)
+        response_BR = _table(responses, torch.int64)
+        lengths_B = torch.tensor([len(row) for row in responses], dtype=torch.int64)
+        zeros_BR = torch.zeros(response_BR.shape)
+        others: dict[str, Any] = {
+            "response_BR": response_BR, "lengths_B": lengths_B, "row_B": range(rows), "sample_B": [0] * rows,
+            "ended_B": [True] * rows, "behaviour_logprobs_BR": zeros_BR, "policy_logprobs_BR": zeros_BR, **fields,
+        }  # fmt: skip
+        for name in others.keys() & _TENSORS.keys():
+            dims, dtype = _TENSORS[name]
+            value = others[name] if isinstance(others[name], Tensor) or dims == "B" else _table(others[name], dtype)
+            others[name] = torch.as_tensor(value, dtype=dtype, device=device)
+        return Rollout(prompt_BP=prompt_BP, prompt_mask_BP=prompt_mask_BP, **others)
 
     # -- derived ------------------------------------------------------------------------------------------------
 

@@ -24,8 +24,9 @@ from steerl.rollout.common.run_folder import versions, write_json
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
+from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import locate, unwrap
-from steerl.rollout.steering.spec.spec import At, Op, Site, Where
+from steerl.rollout.steering.spec.spec import Op, Site, Where
 from steerl.rollout.steering.vectors.extract import Pair, activations, directions, read_pairs, separation
 from steerl.rollout.steering.vectors.files import save_vector
 
@@ -151,7 +152,7 @@ def separations(
 
 def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...]) -> None:
     """The table, OUT.effect.json, and the strength that costs the KL asked for."""
-    from steerl.reward.types import build_reward
+    from steerl.reward.build import build_reward
 
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     batch = prompts.batch(list(range(min(job.effect.samples, len(prompts)))))

@@ -22,7 +22,7 @@ from typing import Any
 
 from steerl.configs.reader import run_command
 
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings, versions, write_json, write_text
@@ -32,8 +32,9 @@ from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings, load_prompts
 from steerl.rollout.steering import Steering, load_spec
 from steerl.rollout.steering.spec.spec import CORRECTIONS
-from steerl.training.model.actor_critic import Reference
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.model.reference import Reference
+from steerl.training.ppo import train
+from steerl.training.settings import PPOSettings
 
 SETTINGS = PPOSettings(
     steps=60, rollouts_per_step=64, epochs=2, minibatches=2, micro_batch_size=64, learning_rate=1e-3, kl_coef=0.002,

@@ -17,7 +17,7 @@ from typing import Any
 
 from steerl.configs.reader import run_command
 
-from steerl.reward.build import read_terms
+from steerl.reward.build import build_reward, read_terms
 from steerl.reward.jobs.scoring import (
     CALL_ROWS,
     DumpSource,
@@ -31,9 +31,8 @@ from steerl.reward.jobs.scoring import (
     opened_for_scores,
     score_source,
 )
-from steerl.reward.jobs.texts import TextSettings, load_texts
 from steerl.reward.kinds.reading import load_tokenizer
-from steerl.reward.types import build_reward
+from steerl.reward.texts import TextSettings, load_texts
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings, versions

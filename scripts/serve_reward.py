@@ -15,10 +15,9 @@ from typing import Any
 
 from steerl.configs.reader import run_command
 
-from steerl.reward.build import read_terms
+from steerl.reward.build import build_reward, read_terms
 from steerl.reward.jobs.scoring import check_order
 from steerl.reward.kinds.http import LOOPBACK
-from steerl.reward.types import build_reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 

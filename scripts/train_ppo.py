@@ -19,8 +19,7 @@ from typing import Any
 from steerl.configs.reader import run_command, to_mapping
 
 import torch
-from steerl.reward.build import read_terms
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward, read_terms
 from steerl.rollout.common import processes
 from steerl.rollout.common.run_folder import RunSettings, check_folder
 from steerl.rollout.decoding.settings import Sampling
@@ -28,7 +27,8 @@ from steerl.rollout.model.adapters import is_adapter_folder
 from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering import load_spec
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
+from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 
 

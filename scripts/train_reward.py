@@ -8,7 +8,8 @@ from __future__ import annotations
 from steerl.configs.reader import run_command, to_yaml
 
 from steerl.rollout.common import processes
-from steerl.training.stages.reward_model import RewardJob, run_reward
+from steerl.training.stages.reward_model import run_reward
+from steerl.training.stages.settings import RewardJob
 
 
 def main(job: RewardJob) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from steerl.configs.reader import run_command, to_yaml
 
 from steerl.rollout.common import processes
-from steerl.training.stages.sft import SFTJob, run_sft
+from steerl.training.stages.settings import SFTJob
+from steerl.training.stages.sft import run_sft
 
 
 def main(job: SFTJob) -> None:

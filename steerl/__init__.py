@@ -20,8 +20,10 @@ _FILES = {
     "rollout.scoring.logprobs": ("teacher_forced",),
     "rollout.steering": ("Steering", "SteeringSpec", "load_spec", "unsteered"),
     "rollout.dumps.store": ("read_dump",),
-    "reward.types": ("Scores", "build_reward"),
-    "training.ppo": ("PPOSettings", "train"),
+    "reward.build": ("build_reward",),
+    "reward.types": ("Scores",),
+    "training.ppo": ("train",),
+    "training.settings": ("PPOSettings",),
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 __all__ = sorted([*_FILE_OF, "__version__"])

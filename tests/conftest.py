@@ -15,10 +15,13 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+import hashlib  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
+import time  # noqa: E402
 from collections import Counter  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from importlib.metadata import version  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -28,6 +31,7 @@ from steerl.scripts import make_tiny  # noqa: E402
 # A shell's background jobs ignore Ctrl-C, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+WEEK = 7 * 86400
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -74,16 +78,55 @@ def in_two_halves(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 @pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_world("reviews")`: the folder of that world, made once for all test workers. Read it, never write to it."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all test workers of this session see."""
     base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "tiny"
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+
+@pytest.fixture(scope="session")
+def made_once(shared: Path) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`made_once("name", make)`: the folder that `make(folder)` fills, once for all test workers. Read it, never write to it."""
+
+    def once(name: str, make: Callable[[Path], None]) -> Path:
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not folder.exists():
+                aside = shared / f"{name}.unfinished"
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+                make(aside)
+                aside.rename(folder)
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def tiny_world(pytestconfig: pytest.Config) -> Callable[[str], Path]:
+    """`tiny_world("reviews")`: the folder of that world, made once for the code that makes it. Read it, never write to it."""
+    cache = pytestconfig.rootpath / ".pytest_cache" / "toy_tasks"
 
     def world(name: str) -> Path:
-        shared.mkdir(exist_ok=True)
-        with FileLock(shared / f"{name}.lock"):
-            if not (shared / name).exists():
-                make_tiny.make(name, shared, 0)
-        return shared / name
+        folder = cache / f"{name}-{code_of(name, pytestconfig.rootpath)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            if not (folder / name).exists():
+                make_tiny.make(name, folder, 0)
+                for old in cache.glob(f"{name}-*"):
+                    if time.time() - old.stat().st_mtime > WEEK:
+                        shutil.rmtree(old, ignore_errors=True)
+        return folder / name
 
     return world
+
+
+def code_of(world: str, root: Path) -> str:
+    """A hash of what decides a world's bytes: the code that makes it, and the libraries."""
+    files = [root / "scripts/make_tiny.py", *(root / "scripts/toy_tasks").glob("*.py")]
+    if "steerl.rollout" in (root / f"scripts/toy_tasks/{world}.py").read_text(encoding="utf-8"):
+        files += (root / "rollout").rglob("*.py")
+    digest = hashlib.sha256(repr([(name, version(name)) for name in ("torch", "transformers", "tokenizers")]).encode())
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

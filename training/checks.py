@@ -3,82 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.decoding.settings import MOST_ROWS
+from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import warn_endless
 from steerl.rollout.model import adapters
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
+from steerl.training.settings import PPOSettings
 from torch import nn
 
-if TYPE_CHECKING:
-    from steerl.rollout.decoding.settings import Sampling
-    from steerl.rollout.model.policy import Policy
-    from steerl.training.ppo import PPOSettings
-
 logger = logging.getLogger(__name__)
-
-
-def settings_problems(ppo: PPOSettings) -> list[str]:
-    """A line for every field of the section that is out of range by itself."""
-    at_least = dict.fromkeys(("steps", "rollouts_per_step", "epochs", "minibatches", "micro_batch_size"), 1)
-    at_least |= dict.fromkeys(("warmup_steps", "value_warmup_steps", "eval_every", "eval_prompts", "samples"), 0)
-    zero_or_more = (
-        "micro_batch_tokens",
-        "learning_rate",
-        "value_learning_rate",
-        "weight_decay",
-        "max_grad_norm",
-        "value_coef",
-        "kl_coef",
-    )
-    above_zero = ("clip", "clip_high", "value_clip", "kl_target", "kl_horizon", "stop_kl", "gap_tolerance")
-    found = [
-        f"ppo.{name}: {getattr(ppo, name)}, but it must be at least {low}"
-        for name, low in at_least.items()
-        if getattr(ppo, name) < low
-    ]
-    for name in (*zero_or_more, *above_zero):
-        value = getattr(ppo, name)
-        if value is not None and not (math.isfinite(value) and value >= 0 and (value > 0 or name in zero_or_more)):
-            found.append(f"ppo.{name}: {value}, but it must be a number {'above 0' if name in above_zero else 'of 0 or more'}")
-    for name in ("gamma", "lam"):
-        if not 0 <= getattr(ppo, name) <= 1:
-            found.append(f"ppo.{name}: {getattr(ppo, name)}, but it must lie between 0 and 1")
-    for name in ("entropy_coef", "missing_stop_penalty"):
-        if not math.isfinite(getattr(ppo, name)):
-            found.append(f"ppo.{name}: {getattr(ppo, name)}, but it must be a finite number")
-    if ppo.dual_clip is not None and not ppo.dual_clip > 1:
-        found.append(f"ppo.dual_clip: {ppo.dual_clip}, but it must be above 1 (3 is usual), or unset")
-    if ppo.rollouts_per_step > MOST_ROWS:
-        found.append(f"ppo.rollouts_per_step: {ppo.rollouts_per_step}, but it must be at most {MOST_ROWS:,}")
-    elif ppo.rollouts_per_step >= 1 and ppo.minibatches >= 1 and ppo.rollouts_per_step % ppo.minibatches:
-        fit = [m for m in range(1, ppo.rollouts_per_step + 1) if ppo.rollouts_per_step % m == 0]
-        near = min(fit, key=lambda m: abs(m - ppo.minibatches))
-        found.append(
-            f"ppo.minibatches: {ppo.rollouts_per_step} rollouts_per_step cannot be split into {ppo.minibatches} equal "
-            f"minibatches; {near} would do"
-        )
-    if ppo.kl_target is not None and ppo.kl_coef <= 0:
-        found.append(
-            f"ppo.kl_coef: {ppo.kl_coef} cannot be adapted to ppo.kl_target, which multiplies it; begin with 0.05, say"
-        )
-    if ppo.kl_target is not None and ppo.reference == "none":
-        found.append("ppo.kl_target: there is no reference to measure the KL to; set ppo.reference to auto")
-    if ppo.credit != "gae":
-        unused = {"value": "separate", "value_warmup_steps": 0, "bootstrap_cut": False}
-        found += [
-            f"ppo.{name}: {getattr(ppo, name)!r} has no effect with ppo.credit {ppo.credit}, which has no value; leave it out"
-            for name, default in unused.items()
-            if getattr(ppo, name) != default
-        ]
-    correction = ppo.correction
-    if correction is not None and not (correction.high > 0 and 0 <= correction.low <= correction.high):
-        found.append(f"ppo.correction: low {correction.low} and high {correction.high}, but 0 <= low <= high and high > 0")
-    return found
 
 
 def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings, steering: Any = None) -> None:

@@ -15,19 +15,17 @@ import random
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
 from steerl.rollout.dumps.manifest import finished_shards, load_manifest, plan_of
 from steerl.rollout.dumps.store import read_dump
+from steerl.rollout.model.policy import Policy
+from steerl.rollout.steering import Steering
 from steerl.rollout.steering.strengths import unrecorded
 from steerl.rollout.types import Rollout, Texts
-
-if TYPE_CHECKING:
-    from steerl.rollout.model.policy import Policy
-    from steerl.rollout.steering import Steering
-    from steerl.training.ppo import PPOSettings
+from steerl.training.settings import PPOSettings
 
 _HELD = 4
 """Shards in memory: those of the present step."""

@@ -19,7 +19,6 @@ import re
 from typing import Any
 
 import torch
-from steerl.reward.jobs.texts import rollout_of
 from steerl.reward.types import Scores, has_ids
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.types import Rollout, Texts
@@ -113,14 +112,13 @@ def read_question(body: bytes, max_rows: int) -> tuple[Rollout, Texts, str | Non
         cells = sum(rows * max(map(len, ids.get(name) or [[]])) for name in ("prompts", "responses"))
         if cells > MOST_CELLS:
             raise TooLarge(f"{cells:,} places for token ids, padded; at most {MOST_CELLS:,} in a request")
-        rollout = rollout_of(
-            rows,
-            prompts=ids.get("prompts"),
-            responses=ids.get("responses"),
-            ended=lists["ended"],
-            row=[int(row) for row, _ in lists["rows"]],
-            sample=[int(sample) for _, sample in lists["rows"]],
-            start_ids=ids.get("start") or (),
+        rollout = Rollout.of_ids(
+            ids.get("prompts") or [[]] * rows,
+            ids.get("responses") or [[]] * rows,
+            ended_B=lists["ended"],
+            row_B=[int(row) for row, _ in lists["rows"]],
+            sample_B=[int(sample) for _, sample in lists["rows"]],
+            start_ids=tuple(ids.get("start") or ()),
         )
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise UserError(f"ids, ended, rows: {error!s:.200}") from error

@@ -48,9 +48,9 @@ class Point:
 def law_distance(policy: Policy, steering: Steering, rollout: Rollout) -> Tensor:
     """KL(steered || plain) at every action, (B, R): exact over the vocabulary, 0 beyond a row's end."""
     with torch.no_grad():
-        mu_BRV = teacher_forced(policy, rollout, want_entropy=False, want_law=True, steering=steering).law_BRV
+        mu_BRV = teacher_forced(policy, rollout, want_entropy=False, want_all=True, steering=steering).all_logprobs_BRV
         with unsteered():
-            pi_BRV = teacher_forced(policy, rollout, want_entropy=False, want_law=True).law_BRV
+            pi_BRV = teacher_forced(policy, rollout, want_entropy=False, want_all=True).all_logprobs_BRV
     if mu_BRV is None or pi_BRV is None:  # no actions
         return torch.zeros_like(rollout.policy_logprobs_BR)
     apart_BRV = torch.where(mu_BRV == float("-inf"), 0.0, mu_BRV - pi_BRV)  # what cannot be drawn adds nothing

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from steerl.rollout.decoding.distribution import Distribution, History
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.model.policy import Policy, no_dropout
-from steerl.rollout.scoring.logprobs import forward_inputs, pick, teacher_forced
+from steerl.rollout.model.language_model import no_dropout
+from steerl.rollout.model.policy import Policy
+from steerl.rollout.scoring.logprobs import forward_inputs, teacher_forced, token_logprobs
 from steerl.rollout.steering.strengths import unrecorded
 from steerl.rollout.types import Rollout
 from torch import Tensor
@@ -126,7 +127,7 @@ def _behaviour_alone(policy: Policy, rollout: Rollout, sampling: Sampling) -> Te
         history = History(start_1P, torch.ones_like(start_1P, dtype=torch.bool), law)
         for t in range(int(one.lengths_B[0])):
             scores_1V = law.behaviour_scores(logits_RV[t : t + 1], history)
-            alone_BR[row, t] = pick(scores_1V, one.response_BR[:, t])[0]
+            alone_BR[row, t] = token_logprobs(scores_1V, one.response_BR[:, t])[0]
             history.append(one.response_BR[:, t])
     return alone_BR
 
@@ -181,7 +182,7 @@ def _mistakes(policy: Policy, part: Rollout) -> dict[str, Callable[[], Tensor | 
         width, end = part.response_width, logits_BSV.shape[1] - shift
         if end - width < 0:
             return None
-        return pick(
+        return token_logprobs(
             logits_BSV[:, end - width : end], part.response_BR, part.temperature if temperature is None else temperature
         )
 
@@ -214,7 +215,7 @@ def _leaked(policy: Policy, part: Rollout) -> Tensor | None:
     )
     logits_BRV = policy.core(**forward_inputs(policy, part)).logits[:, -part.response_width :].float()
     steps = [
-        pick(processors(part.sequences_BS[:, : start.shape[1] + t], logits_BRV[:, t].clone()), part.response_BR[:, t])
+        token_logprobs(processors(part.sequences_BS[:, : start.shape[1] + t], logits_BRV[:, t].clone()), part.response_BR[:, t])
         for t in range(part.response_width)
     ]
     return torch.stack(steps, dim=1)
@@ -225,7 +226,7 @@ def _dropout_noise(policy: Policy, part: Rollout) -> float:
     policy.core.train()  # the caller's block puts every module's mode back
     state = torch.random.get_rng_state()
     given = forward_inputs(policy, part)
-    one, two = (pick(policy.core(**given).logits[:, -part.response_width :], part.response_BR) for _ in range(2))
+    one, two = (token_logprobs(policy.core(**given).logits[:, -part.response_width :], part.response_BR) for _ in range(2))
     torch.random.set_rng_state(state)
     policy.core.eval()
     return float((one - two).abs()[part.mask_BR].mean())

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.engines.sampler import left_pad
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import Speller, text_ids
-from steerl.rollout.scoring.logprobs import pick, teacher_forced
+from steerl.rollout.scoring.logprobs import teacher_forced, token_logprobs
 from steerl.rollout.types import Rollout
 
 
@@ -128,21 +127,9 @@ def sequence_logprob(policy: Policy, prompt: str | Sequence[int], response: str 
 
 def given(policy: Policy, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Rollout:
     """A rollout of responses that were not sampled here, to be scored; its recorded log-probs are 0."""
-    prompt_BP, mask_BP = left_pad(prompts, policy.pad_id, policy.device)
-    lengths_B = torch.tensor([len(ids) for ids in responses], device=policy.device)
-    width = max(int(lengths_B.max()), 1)
-    response_BR = torch.tensor(
-        [[*ids, *[0] * (width - len(ids))] for ids in responses], dtype=torch.int64, device=policy.device
-    )
-    none_BR = torch.zeros(response_BR.shape, device=policy.device)
-    row_B = torch.arange(len(prompts), device=policy.device)
-    return Rollout(
-        prompt_BP=prompt_BP, prompt_mask_BP=mask_BP, response_BR=response_BR, lengths_B=lengths_B,
-        ended_B=torch.ones_like(row_B, dtype=torch.bool), behaviour_logprobs_BR=none_BR, policy_logprobs_BR=none_BR,
-        row_B=row_B, sample_B=torch.zeros_like(row_B), start_ids=policy.start_ids,
-    )  # fmt: skip
+    return Rollout.of_ids(prompts, responses, pad_id=policy.pad_id, device=policy.device, start_ids=policy.start_ids)
 
 
 def raw_logprob(logits_BV: torch.Tensor, tokens_B: torch.Tensor) -> list[float]:
     """Of the tokens of one step, at temperature 1: for streams, which see each step's raw logits."""
-    return [float(value) for value in pick(logits_BV[:, None], tokens_B[:, None])[:, 0]]
+    return [float(value) for value in token_logprobs(logits_BV[:, None], tokens_B[:, None])[:, 0]]

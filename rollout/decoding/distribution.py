@@ -15,14 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.decoding.nucleus import nucleus
 from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.decoding.weights import Space, Weights, nucleus
 from steerl.rollout.model.policy import Policy
 from torch import Tensor
 
-_BLOCK = 256
-_PIECE = 2**17
-"""Scores in a piece: with the buffers of its size about a megabyte."""
 _NEGATIVE = float("-inf")
 
 
@@ -122,134 +119,12 @@ class Distribution:
         return Drawn(tokens_B, behaviour_B, policy_B, entropy_B, bad_B | behaviour.bad_B)
 
 
-class Space:
-    """Buffers that are used again at every step: fresh memory of this size costs more than the arithmetic done in it."""
-
-    def __init__(self) -> None:
-        self.held: dict[tuple[str, int, torch.dtype], Tensor] = {}
-
-    def get(self, name: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(rows, columns), zero when new; rows only ever get fewer."""
-        held = self.held.get((name, columns, dtype))
-        if held is None or len(held) < rows or held.device != device:
-            held = self.held[name, columns, dtype] = torch.zeros(rows, columns, dtype=dtype, device=device)
-        return held[:rows]
-
-    def like(self, name: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.get(name, tensor.shape[0], tensor.shape[1], tensor.device, dtype)
-
-
 def _tempered(logits_BV: Tensor, temperature: float, space: Space) -> Tensor:
     """Float32 logits divided by the temperature."""
     if temperature == 1 and logits_BV.dtype == torch.float32:
         return logits_BV
     scores_BV = space.like("tempered", logits_BV).copy_(logits_BV)
     return scores_BV if temperature == 1 else scores_BV.div_(temperature)
-
-
-class Weights:
-    """exp(scores - max) in blocks of 256 with their sums: everything that draws and normalises."""
-
-    def __init__(self, scores_BV: Tensor, space: Space, name: str = "", entropy: bool = False):
-        """`entropy`: it will be asked for, and costs least where the weights are at hand."""
-        rows, size = scores_BV.shape
-        self.scores_BV, self.space, self.blocks = scores_BV, space, -(-size // _BLOCK)
-        self.pieces = _pieces(scores_BV)
-        self.top_B1 = scores_BV.new_empty(rows, 1)
-        self.shifted_BV = space.like(f"{name} shifted", scores_BV)
-        self.padded_BW = space.get(f"{name} weights", rows, self.blocks * _BLOCK, scores_BV.device)
-        self.weights_BV = self.padded_BW[:, :size]
-        sums_BN = scores_BV.new_empty(rows, self.blocks, dtype=torch.float32)
-        products_BN = torch.empty_like(sums_BN) if entropy else None
-        for piece in self.pieces:
-            torch.amax(scores_BV[piece], dim=1, keepdim=True, out=self.top_B1[piece])
-            shifted = torch.sub(scores_BV[piece], self.top_B1[piece], out=self.shifted_BV[piece])
-            # Scores of -inf become -1e4: their weight is 0 all the same, and 0 x -1e4 is a number.
-            torch.exp(shifted.clamp_(min=-1e4), out=self.weights_BV[piece])
-            _block_sums(self.padded_BW[piece], out=sums_BN[piece])
-            if products_BN is not None:
-                self._products(piece, products_BN)
-        self.expected_B = None if products_BN is None else products_BN.double().sum(dim=1)
-        self._sum(sums_BN)
-
-    def _products(self, piece: slice, products_BN: Tensor) -> None:
-        """Sums of weight x score in each block."""
-        products = self._room(piece)
-        torch.mul(self.weights_BV[piece], self.shifted_BV[piece], out=products[:, : self.weights_BV.shape[1]])
-        _block_sums(products, out=products_BN[piece])
-
-    def _room(self, piece: slice) -> Tensor:
-        """A buffer for a piece, 0 beyond the vocabulary."""
-        columns, device = self.padded_BW.shape[1], self.padded_BW.device
-        return self.space.get("products", self.pieces[0].stop, columns, device)[: piece.stop - piece.start]
-
-    def _sum(self, sums_BN: Tensor) -> None:
-        self.cumulative_BN = sums_BN.double().cumsum(dim=1)
-        self.total_B = self.cumulative_BN[:, -1]
-        self.bad_B = ~(self.top_B1[:, 0].isfinite() & self.total_B.isfinite())  # NaN, +inf, or all of them -inf
-
-    def mass_of(self, mask: Tensor, piece: slice) -> Tensor:
-        """Weight of the tokens of a mask over the rows of a piece."""
-        masses = self._room(piece)
-        torch.mul(self.weights_BV[piece], mask, out=masses[:, : mask.shape[1]])
-        return _block_sums(masses).double().sum(dim=1)
-
-    def keep(self, keep_BV: Tensor) -> None:
-        """Weight 0 for all others."""
-        sums_BN = torch.empty(len(keep_BV), self.blocks, device=keep_BV.device)
-        for piece in self.pieces:
-            self.weights_BV[piece].mul_(keep_BV[piece])  # all finite, and a third of the time that `where` takes
-            _block_sums(self.padded_BW[piece], out=sums_BN[piece])
-        self._sum(sums_BN)
-
-    def at_least(self, floor_B1: Tensor) -> Tensor:
-        """True for scores no further below the top than the floor."""
-        return torch.ge(self.shifted_BV, floor_B1, out=self.space.like("kept", self.shifted_BV, torch.bool))
-
-    def draw(self, uniform_B: Tensor) -> Tensor:
-        """The first token at which the cumulative weight exceeds uniform x total; one of weight 0 is never it."""
-        block_B1 = _exceed(self.cumulative_BN, uniform_B * self.total_B)
-        before_B = self.cumulative_BN.gather(1, (block_B1 - 1).clamp(min=0))[:, 0].masked_fill(block_B1[:, 0] == 0, 0.0)
-        inside_B = self.cumulative_BN.gather(1, block_B1)[:, 0] - before_B
-        blocks_BNK = self.padded_BW.view(len(uniform_B), self.blocks, _BLOCK)
-        chosen_BK = blocks_BNK.gather(1, block_B1[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(dim=1)
-        # The share of the block that is left, not the weight: the block's own sum was taken in float32.
-        share_B = (uniform_B * self.total_B - before_B) / inside_B
-        token_B1 = block_B1 * _BLOCK + _exceed(chosen_BK, share_B.clamp(0, 1) * chosen_BK[:, -1])
-        return token_B1[:, 0].clamp(max=self.shifted_BV.shape[1] - 1)  # a row without a law (NaN) must still name a token
-
-    def logprobs(self, tokens_B: Tensor, total_B: Tensor) -> Tensor:
-        """Log-probs where the weights had this total: before or after some were taken out."""
-        chosen_B = self.scores_BV.gather(1, tokens_B[:, None])[:, 0].double() - self.top_B1[:, 0].double()
-        return (chosen_B - total_B.log()).float()
-
-    def entropy(self) -> Tensor:
-        """log Z - E[score], of the law before anything was taken out of it."""
-        if self.expected_B is None:
-            products_BN = torch.empty(len(self.scores_BV), self.blocks, device=self.scores_BV.device)
-            for piece in self.pieces:
-                self._products(piece, products_BN)
-            self.expected_B = products_BN.double().sum(dim=1)
-        return (self.total_B.log() - self.expected_B / self.total_B).float()
-
-
-def _pieces(table_BV: Tensor) -> list[slice]:
-    """Rows that are worked on together: on a CPU as many as stay in its cache from one operation to the next."""
-    rows, size = table_BV.shape
-    step = max(1, rows if table_BV.device.type != "cpu" else _PIECE // size)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _block_sums(padded: Tensor, out: Tensor | None = None) -> Tensor:
-    """Sums over blocks, in float32 inside a block; what is summed from there on is float64."""
-    return torch.sum(padded.unflatten(1, (-1, _BLOCK)), dim=2, out=out)
-
-
-def _exceed(cumulative_BN: Tensor, target_B: Tensor) -> Tensor:
-    """Index of the first entry above the target, which is kept below the last: rounding never leads past the end."""
-    last_B = cumulative_BN[:, -1]
-    target_B = torch.minimum(target_B, torch.nextafter(last_B, torch.zeros_like(last_B)))
-    return torch.searchsorted(cumulative_BN, target_B[:, None], right=True).clamp(max=cumulative_BN.shape[1] - 1)
 
 
 def _penalize(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, penalty: float) -> None:

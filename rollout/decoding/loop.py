@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.decoding.distribution import Distribution, Drawn, History, Space
+from steerl.rollout.decoding.distribution import Distribution, Drawn, History
 from steerl.rollout.decoding.stops import Stops
-from steerl.rollout.model.generation_state import can_pick, pick_rows, step_forward
+from steerl.rollout.decoding.weights import Space
+from steerl.rollout.model.generation_state import can_select_rows, select_rows, step_forward
 from steerl.rollout.types import STOP_LENGTH, STOP_USER
 from torch import Tensor
 
@@ -90,7 +91,7 @@ class DecodeLoop:
             if history is None:
                 if self.copies_B is not None:
                     ids, logits_AV = ids[self.copies_B], logits_AV[self.copies_B]
-                    kwargs = pick_rows(kwargs, self.copies_B, len(input_ids))
+                    kwargs = select_rows(kwargs, self.copies_B, len(input_ids))
                 history = History(ids, self.mask_BP, self.law)
             drawn = self.law.draw(logits_AV, history, alive.uniforms[:, t], space)
             if self.on_token is not None:
@@ -104,7 +105,7 @@ class DecodeLoop:
             index = self._going_on(alive, left, kwargs)
             if index is not None:
                 if self.compiled is None:
-                    kwargs = pick_rows(kwargs, index, len(ids))
+                    kwargs = select_rows(kwargs, index, len(ids))
                 ids = ids[index]
                 self.rows.write(alive)
                 alive = alive.select(index)
@@ -157,7 +158,7 @@ class DecodeLoop:
         return int(anywhere) == 0
 
     def _can_pick(self, kwargs: dict[str, Any]) -> bool:
-        return (self.live is None or hasattr(self.live, "select")) and can_pick(kwargs)
+        return (self.live is None or hasattr(self.live, "select")) and can_select_rows(kwargs)
 
 
 @dataclass

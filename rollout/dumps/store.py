@@ -129,40 +129,31 @@ def from_table(table: pa.Table) -> Iterator[tuple[Rollout, Texts]]:
 
 
 def _from_rows(table: pa.Table, shared: dict[str, Any], greedy: bool, policy_step: int, steering: str) -> tuple[Rollout, Texts]:
-    rows = table.num_rows
-    prompt_lengths_B, response_lengths_B = _lengths(table, "prompt_ids"), _lengths(table, "response_ids")
-    width_P = max(int(prompt_lengths_B.max()), 1)
-    width_R = max(int(response_lengths_B.max()), 1)
-    prompt_mask_BP = torch.arange(width_P)[None] >= width_P - prompt_lengths_B[:, None]
-    mask_BR = torch.arange(width_R)[None] < response_lengths_B[:, None]
-
-    def padded(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    def lists(name: str, lengths: list[int]) -> Sequence[Tensor]:
         values = torch.from_numpy(table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
-        if int(mask.sum()) != len(values):
-            raise UserError(f"dump: {name} holds {len(values)} numbers for {int(mask.sum())} tokens")
-        return torch.zeros(mask.shape, dtype=dtype).masked_scatter_(mask, values.to(dtype))
+        if sum(lengths) != len(values):
+            raise UserError(f"dump: {name} holds {len(values)} numbers for {sum(lengths)} tokens")
+        return values.split(lengths)
 
-    def numbers(name: str, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(table.column(name).combine_chunks().to_numpy(zero_copy_only=False).copy()).to(dtype)
+    def numbers(name: str) -> Tensor:
+        return torch.from_numpy(table.column(name).combine_chunks().to_numpy(zero_copy_only=False).copy())
 
-    stop_B = torch.tensor([STOP_REASONS.index(reason) for reason in table.column("stop_reason").to_pylist()])
-    rollout = Rollout(
-        prompt_BP=padded("prompt_ids", prompt_mask_BP, torch.int64),
-        prompt_mask_BP=prompt_mask_BP,
-        response_BR=padded("response_ids", mask_BR, torch.int64),
-        lengths_B=response_lengths_B,
-        ended_B=numbers("ended", torch.bool),
-        behaviour_logprobs_BR=padded("behaviour_logprobs", mask_BR, torch.float32),
-        policy_logprobs_BR=padded("policy_logprobs", mask_BR, torch.float32),
-        row_B=numbers("prompt_index", torch.int64),
-        sample_B=numbers("sample_index", torch.int64),
+    prompt_lengths, response_lengths = (_lengths(table, name).tolist() for name in ("prompt_ids", "response_ids"))
+    rollout = Rollout.of_ids(
+        lists("prompt_ids", prompt_lengths),
+        lists("response_ids", response_lengths),
+        ended_B=numbers("ended"),
+        behaviour_logprobs_BR=lists("behaviour_logprobs", response_lengths),
+        policy_logprobs_BR=lists("policy_logprobs", response_lengths),
+        row_B=numbers("prompt_index"),
+        sample_B=numbers("sample_index"),
         temperature=float(shared["temperature"]),
         policy_step=policy_step,
         steering=steering,
         start_ids=tuple(shared["start_ids"]),
         greedy=greedy,
-        stop_B=stop_B,
-        strength_B=numbers("steering_strength", torch.float32),
+        stop_B=[STOP_REASONS.index(reason) for reason in table.column("stop_reason").to_pylist()],
+        strength_B=numbers("steering_strength"),
     )
     others = [json.loads(text) for text in table.column("columns").to_pylist()]
     names = dict.fromkeys(name for other in others for name in other)
@@ -172,7 +163,7 @@ def _from_rows(table: pa.Table, shared: dict[str, Any], greedy: bool, policy_ste
         completions=table.column("response_text").to_pylist(),
         columns={name: [other.get(name) for other in others] for name in names},
     )
-    assert len(texts) == rows
+    assert len(texts) == table.num_rows
     return rollout, texts
 
 

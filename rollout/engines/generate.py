@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.random import uniforms
-from steerl.rollout.decoding.distribution import Distribution, History, Space, Weights
+from steerl.rollout.decoding.distribution import Distribution, History
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops
-from steerl.rollout.engines.sampler import left_pad
-from steerl.rollout.model.capabilities import generate_arguments
+from steerl.rollout.decoding.weights import Space, Weights
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
-from steerl.rollout.model.policy import Policy, no_dropout
+from steerl.rollout.model.language_model import generate_arguments, no_dropout
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import encoder_input
-from steerl.rollout.types import STOP_LENGTH, STOP_USER, Rollout
+from steerl.rollout.types import STOP_LENGTH, STOP_USER, Rollout, left_pad
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -58,7 +58,7 @@ def reference_generate(policy: Policy, sampling: Sampling, batch: PromptBatch, *
     )
     with no_dropout(policy.core), torch.no_grad(), _Draws(uniforms_BR):
         output = policy.core.generate(
-            **generate_arguments(policy, ids, mask, policy.capabilities.first),
+            **generate_arguments(policy, ids, mask, policy.capabilities.position_offset),
             generation_config=config,
             logits_processor=LogitsProcessorList([_LawProcessor(law, real)]),
             stopping_criteria=StoppingCriteriaList([_StopCriteria(stops, start.shape[1], before)] if stops.has_strings else []),

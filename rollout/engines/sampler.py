@@ -21,13 +21,14 @@ from steerl.rollout.decoding.distribution import Distribution
 from steerl.rollout.decoding.loop import DecodeLoop
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops
-from steerl.rollout.model.capabilities import Capabilities, generate_arguments
+from steerl.rollout.model.capabilities import Capabilities
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
-from steerl.rollout.model.policy import Policy, no_dropout
+from steerl.rollout.model.language_model import generate_arguments, no_dropout
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync, root_gathered
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import encoder_input, teacher_forced
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Rollout, Texts, left_pad
 from torch import Tensor
 
 OnToken = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -73,7 +74,8 @@ class Sampler:
                 else:  # a rank that is done takes part in the others' collective calls
                     self._part(_dummy(self.policy), [(0, 0)], dataclasses.replace(call, on_token=None))
         if not rollouts:
-            return self._empty(step), Texts(prompts=[], prompt_texts=[], completions=[])
+            nothing = Rollout.of_ids([], [], device=self.policy.device, entropy_BR=[], **self._record(step))
+            return nothing, Texts(prompts=[], prompt_texts=[], completions=[])
         at = torch.tensor([at for part in parts for at in part], device=self.policy.device)
         rollout = Rollout.join(rollouts).select(at.argsort())
         return rollout, self.texts(batch, rollout)
@@ -92,7 +94,7 @@ class Sampler:
             raise UserError(
                 f"sampling.max_new_tokens: {new} does not fit the decoder's context of {policy.decoder_context}; set less"
             )
-        size, context = policy.vocab_size, policy.room
+        size, context = policy.vocab_size, policy.token_budget
         room = context if policy.is_seq2seq or context is None else context - new
         for row, ids in zip(batch.rows, batch.ids, strict=True):
             if min(ids) < 0 or max(ids) >= size:
@@ -164,7 +166,7 @@ class Sampler:
         # One prefill for all samples of a prompt; with steering each row has its own.
         unique = list(dict.fromkeys(i for i, _ in pairs))
         fixed = sampling.compile and caching and compiled.fits(policy, call.synced, self.steering)
-        shared = self.steering is None and len(unique) < len(pairs) and policy.capabilities.picking
+        shared = self.steering is None and len(unique) < len(pairs) and policy.capabilities.row_selection
         place = {i: k for k, i in enumerate(unique)}
         first = [next(b for b, pair in enumerate(pairs) if pair[0] == i) for i in unique] if shared else list(range(len(pairs)))
         copies_B = torch.tensor([place[i] for i, _ in pairs], device=device) if shared else None
@@ -186,7 +188,7 @@ class Sampler:
             names=[f"row {batch.rows[i]} (sample {j})" for i, j in pairs],
             live=live,
             synced=call.synced,
-            compact=policy.capabilities.picking,
+            compact=policy.capabilities.row_selection,
             on_token=_by_row(call.on_token, row_B),
         )
         self.stops.to(device)
@@ -199,7 +201,7 @@ class Sampler:
                 run = compiled.running(policy, len(pairs), columns_of_all, self.steering, live)
                 stream.compiled = stack.enter_context(run)
             policy.core.generate(
-                **generate_arguments(policy, ids_UP, mask_UP, policy.capabilities.first),
+                **generate_arguments(policy, ids_UP, mask_UP, policy.capabilities.position_offset),
                 generation_config=config,
                 custom_generate=stream,
             )
@@ -217,17 +219,23 @@ class Sampler:
             sample_B=sample_B,
             stop_B=rows.stop,
             strength_B=strength_B,
-            temperature=sampling.policy_temperature,
-            policy_step=call.step,
-            steering=self.steering.label if self.steering is not None else "",
-            start_ids=policy.start_ids,
-            greedy=sampling.greedy,
+            **self._record(call.step),
         )
         if self.steering is not None and self.steering.role in ("behaviour", "data"):
             # What was drawn is the steered law's; the policy that is trained is the plain model.
             plain = teacher_forced(policy, rollout)
             rollout = dataclasses.replace(rollout, policy_logprobs_BR=plain.logprobs_BR, entropy_BR=plain.entropy_BR)
         return rollout
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """The fields of a rollout that are the same for all of its rows."""
+        return {
+            "temperature": self.sampling.policy_temperature,
+            "policy_step": step,
+            "steering": self.steering.label if self.steering is not None else "",
+            "start_ids": self.policy.start_ids,
+            "greedy": self.sampling.greedy,
+        }
 
     def _steered(
         self, mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, columns: dict[str, list[Any]], call: _Call
@@ -250,32 +258,6 @@ class Sampler:
         )
         live = stack.enter_context(active)
         return stack, live if live is not None else object(), strength_B
-
-    def _empty(self, step: int) -> Rollout:
-        device = self.policy.device
-        tensors: dict[str, Any] = {
-            **dict.fromkeys(("prompt_BP", "response_BR"), torch.zeros(0, 1, dtype=torch.int64, device=device)),
-            **dict.fromkeys(("lengths_B", "row_B", "sample_B", "stop_B"), torch.zeros(0, dtype=torch.int64, device=device)),
-            **dict.fromkeys(("behaviour_logprobs_BR", "policy_logprobs_BR", "entropy_BR"), torch.zeros(0, 1, device=device)),
-            "prompt_mask_BP": torch.zeros(0, 1, dtype=torch.bool, device=device),
-            "ended_B": torch.zeros(0, dtype=torch.bool, device=device),
-        }
-        return Rollout(
-            **tensors,
-            temperature=self.sampling.policy_temperature,
-            policy_step=step,
-            steering=self.steering.label if self.steering is not None else "",
-            start_ids=self.policy.start_ids,
-            greedy=self.sampling.greedy,
-        )
-
-
-def left_pad(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """(prompt_BP, prompt_mask_BP) of token lists, whatever side the tokenizer would pad on."""
-    width = max(map(len, ids))
-    prompt_BP = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in ids], dtype=torch.int64, device=device)
-    lengths_B = torch.tensor([len(row) for row in ids], device=device)
-    return prompt_BP, torch.arange(width, device=device)[None] >= width - lengths_B[:, None]
 
 
 def _by_row(on_token: OnToken | None, row_B: Tensor) -> OnToken | None:

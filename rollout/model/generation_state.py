@@ -22,12 +22,12 @@ def step_forward(model: Any, ids: Tensor, kwargs: dict[str, Any], first: bool) -
     )
 
 
-def carries(kwargs: dict[str, Any]) -> bool:
+def holds_past(kwargs: dict[str, Any]) -> bool:
     """Whether anything of the past travels in the arguments; some models keep it in themselves instead."""
     return any(kwargs.get(name) is not None for name in (*_CACHES, "state"))
 
 
-def can_pick(kwargs: dict[str, Any]) -> bool:
+def can_select_rows(kwargs: dict[str, Any]) -> bool:
     """Whether rows can be taken out of (or repeated in) everything that generate carries from step to step."""
     caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
     if not kwargs.get("use_cache"):
@@ -40,7 +40,7 @@ def _is_static(cache: Any) -> bool:
     return any(type(layer).__name__.startswith("Static") for layer in layers)
 
 
-def pick_rows(kwargs: dict[str, Any], index: Tensor, rows: int) -> dict[str, Any]:
+def select_rows(kwargs: dict[str, Any], index: Tensor, rows: int) -> dict[str, Any]:
     """generate's keyword arguments for the rows of `index`: caches are reordered in place, tensors of `rows` rows picked."""
 
     def pick(value: Any) -> Any:

@@ -236,7 +236,7 @@ def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int =
         what = f"{settings.column!r} is not a column" if settings.column else "none of the usual columns is there"
         raise UserError(f"prompts.column: {what}; {settings.path} has: {', '.join(names)}")
     room = None
-    if (context := policy.room) is not None:
+    if (context := policy.token_budget) is not None:
         room = context if policy.is_seq2seq else context - max_new_tokens
         if room < 1:
             raise UserError(f"sampling.max_new_tokens: {max_new_tokens} leaves no room for a prompt in a context of {context}")

@@ -23,10 +23,10 @@ import torch
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import virtual_tokens
-from steerl.rollout.model.capabilities import forward_arguments, positions
-from steerl.rollout.model.policy import Policy, no_dropout
+from steerl.rollout.model.language_model import forward_arguments, no_dropout, positions
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
-from steerl.rollout.scoring.readout import predicting, readable, reading
+from steerl.rollout.scoring.chunked_head import predicting, readable, reading
 from steerl.rollout.types import Rollout
 from torch import Tensor
 
@@ -35,18 +35,18 @@ aligned = True
 
 
 @dataclass(frozen=True)
-class Forced:
+class TeacherForced:
     """What one teacher-forced pass says of every action; masked entries hold 0."""
 
     logprobs_BR: Tensor
     entropy_BR: Tensor
     hidden_BRD: Tensor | None = None
     """The head's input at the positions that predict the response: what V(s_t) reads."""
-    law_BRV: Tensor | None = None
+    all_logprobs_BRV: Tensor | None = None
     """Log-probs of every token of the vocabulary, where they were asked for."""
 
 
-def pick(logits_BRV: Tensor, tokens_BR: Tensor, temperature: float = 1.0) -> Tensor:
+def token_logprobs(logits_BRV: Tensor, tokens_BR: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probs of the tokens under softmax(logits / temperature)."""
     return _logprobs(logits_BRV, temperature).gather(-1, tokens_BR[..., None])[..., 0]
 
@@ -74,14 +74,14 @@ def teacher_forced(
     want_hidden: bool = False,
     want_entropy: bool = True,
     want_logprobs: bool = True,
-    want_law: bool = False,
+    want_all: bool = False,
     max_rows: int | None = None,
     steering: Any = None,
     columns: dict[str, list[Any]] | None = None,
-) -> Forced:
+) -> TeacherForced:
     """Score a rollout's responses in one forward pass, without dropout; gradients as the caller has them.
 
-    `want_logprobs` False leaves the logits alone: a value's trunk has hidden states and no vocabulary; `want_law` keeps all.
+    `want_logprobs` False leaves the logits alone: a value's trunk has hidden states and no vocabulary; `want_all` keeps all.
     `max_rows` splits the pass by rows. A model that cannot be left-padded gets rows of one prompt length at a time, and as
     many passes as on the rank that has most, where each is a collective call.
     `steering` steers each of those passes; without it an `active` block around the call does, where there is one pass.
@@ -89,11 +89,11 @@ def teacher_forced(
     temperature = rollout.temperature if temperature is None else temperature
     if not len(rollout) or not rollout.response_width:
         empty = rollout.policy_logprobs_BR
-        return Forced(empty, empty, None)
-    parts: list[tuple[Tensor, Forced]] = []
+        return TeacherForced(empty, empty, None)
+    parts: list[tuple[Tensor, TeacherForced]] = []
     with no_dropout(policy.core):
         # The caller's columns stay where they can: a steering block around this call knows rows and columns by them.
-        at_start = steering is None and not want_law and _from_first_token(policy, want_logprobs)
+        at_start = steering is None and not want_all and _from_first_token(policy, want_logprobs)
         padded = at_start or bool(rollout.prompt_mask_BP.all()) or policy.capabilities.padding
         groups = list(_groups(policy, rollout, padded, max_rows))
         own = len(groups)
@@ -103,7 +103,7 @@ def teacher_forced(
             whole = len(index) == len(rollout) and len(groups) == 1
             part = rollout if whole and (policy.is_seq2seq or padded) else _narrowed(rollout.select(index))
             with _steered(steering, policy, part, columns, index):
-                one = _one_pass(policy, part, temperature, want_hidden, want_entropy, want_logprobs, want_law, at_start)
+                one = _one_pass(policy, part, temperature, want_hidden, want_entropy, want_logprobs, want_all, at_start)
                 parts.append((index, one))
             if whole:
                 return parts[0][1]
@@ -115,8 +115,10 @@ def teacher_forced(
         idle = [0.0 * value.sum() for value in values[own:]]
         return torch.cat(values[:own])[back] + (sum(idle) if idle else 0.0)
 
-    hidden, law = (joined(name) if wanted else None for name, wanted in (("hidden_BRD", want_hidden), ("law_BRV", want_law)))
-    return Forced(joined("logprobs_BR"), joined("entropy_BR"), hidden, law)
+    hidden, law = (
+        joined(name) if wanted else None for name, wanted in (("hidden_BRD", want_hidden), ("all_logprobs_BRV", want_all))
+    )
+    return TeacherForced(joined("logprobs_BR"), joined("entropy_BR"), hidden, law)
 
 
 def encoder_input(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,14 +185,14 @@ def _one_pass(
     want_hidden: bool,
     want_entropy: bool,
     want_logprobs: bool,
-    want_law: bool,
+    want_all: bool,
     at_start: bool,
-) -> Forced:
+) -> TeacherForced:
     first_B = rollout.prompt_mask_BP.sum(1) - 1 if at_start else None
     given = forward_inputs(policy, rollout, at_start)
-    after = readable(policy) if want_logprobs and not want_law else None
+    after = readable(policy) if want_logprobs and not want_all else None
     if after is None:
-        return _whole_pass(policy, rollout, given, first_B, temperature, want_hidden, want_entropy, want_logprobs, want_law)
+        return _whole_pass(policy, rollout, given, first_B, temperature, want_hidden, want_entropy, want_logprobs, want_all)
     with reading(policy.core, after, rollout, first_B, temperature, want_entropy) as readout:
         logits = _logits(policy, given)
     if readout.numbers is None or readout.hidden_BTD is None:
@@ -198,7 +200,7 @@ def _one_pass(
     # The head's own output where the model passes it on: engines follow the graph through it.
     numbers_BR2 = (logits if logits.shape == readout.numbers.shape else readout.numbers).to(rollout.device)
     hidden_BRD = predicting(readout.hidden_BTD, first_B, rollout.response_width) if want_hidden else None
-    return Forced(numbers_BR2[..., 0], numbers_BR2[..., 1], hidden_BRD)
+    return TeacherForced(numbers_BR2[..., 0], numbers_BR2[..., 1], hidden_BRD)
 
 
 def _whole_pass(
@@ -210,8 +212,8 @@ def _whole_pass(
     want_hidden: bool,
     want_entropy: bool,
     want_logprobs: bool,
-    want_law: bool,
-) -> Forced:
+    want_all: bool,
+) -> TeacherForced:
     """All logits of the responses at once, as the model gives them."""
     width = rollout.response_width
     caught: list[Tensor] = []
@@ -237,13 +239,15 @@ def _whole_pass(
             )
         hidden_BRD = predicting(caught[-1], first_B, width)
     if not want_logprobs:
-        return Forced(torch.zeros_like(rollout.policy_logprobs_BR), torch.zeros_like(rollout.policy_logprobs_BR), hidden_BRD)
+        return TeacherForced(
+            torch.zeros_like(rollout.policy_logprobs_BR), torch.zeros_like(rollout.policy_logprobs_BR), hidden_BRD
+        )
     mask_BR = rollout.mask_BR
     logprobs_BRV = _logprobs(logits[:, -width:].to(rollout.device), temperature)
     picked_BR = logprobs_BRV.gather(-1, rollout.response_BR[..., None])[..., 0]
     zero = torch.zeros((), device=rollout.device)
     entropy_BR = torch.where(mask_BR, _entropy(logprobs_BRV), zero) if want_entropy else torch.zeros_like(picked_BR)
-    return Forced(torch.where(mask_BR, picked_BR, zero), entropy_BR, hidden_BRD, logprobs_BRV if want_law else None)
+    return TeacherForced(torch.where(mask_BR, picked_BR, zero), entropy_BR, hidden_BRD, logprobs_BRV if want_all else None)
 
 
 def _logits(policy: Policy, given: dict[str, Any]) -> Any:
@@ -276,7 +280,7 @@ def forward_inputs(policy: Policy, rollout: Rollout, at_start: bool = False) -> 
     elif at_start:
         given["input_ids"] = ids_BS = _pushed(rollout)
         if "position_ids" in takes:
-            position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device) + policy.capabilities.first
+            position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device) + policy.capabilities.position_offset
             given["position_ids"] = _within(policy, rollout, position_S)[None].expand(len(ids_BS), -1)
         return given
     else:
@@ -286,7 +290,7 @@ def forward_inputs(policy: Policy, rollout: Rollout, at_start: bool = False) -> 
         if "attention_mask" in takes and not bool(mask_BS.all()):
             given["attention_mask"] = mask_BS.long()
         if "position_ids" in takes:
-            given["position_ids"] = _within(policy, rollout, positions(mask_BS, policy.capabilities.first))
+            given["position_ids"] = _within(policy, rollout, positions(mask_BS, policy.capabilities.position_offset))
     if "logits_to_keep" in takes:
         given["logits_to_keep"] = rollout.response_width
     return given
@@ -296,7 +300,7 @@ def _within(policy: Policy, rollout: Rollout, position: Tensor) -> Tensor:
     """No position past the context, nor past the longest row's where that has a say: only columns beyond a row's end are."""
     if policy.capabilities.boundary is not None:
         longest = int((rollout.prompt_mask_BP.sum(1) + rollout.lengths_B).max()) - 1
-        position = position.clamp(max=policy.capabilities.first + max(longest, 1) - 1)
+        position = position.clamp(max=policy.capabilities.position_offset + max(longest, 1) - 1)
     return position if policy.context is None else position.clamp(max=policy.context - 1)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from steerl.configs.reader import read
 
 import torch
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward
 from steerl.rollout.model.policy import load_policy
 from steerl.rollout.prompts.prompts import load_prompts
 from steerl.scripts.bench_cases.task import ROLLOUTS, SEEN, Ledger, evaluate

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from steerl.reward.jobs.texts import rollout_of
 from steerl.rollout.types import Rollout, Texts
 
 
@@ -14,12 +13,11 @@ def made(
     """Rows with an id per character; dataset row i + 10, so that places in the batch and in the dataset differ."""
     rows = len(completions)
     prompts = prompts if prompts is not None else ["ask"] * rows
-    rollout = rollout_of(
-        rows,
-        prompts=[[4 + ord(c) % 50 for c in (p if isinstance(p, str) else "chat")] for p in prompts],
-        responses=[[4 + ord(c) % 50 for c in text] for text in completions],
-        ended=ended,
-        row=[i + 10 for i in range(rows)],
+    rollout = Rollout.of_ids(
+        [[4 + ord(c) % 50 for c in (p if isinstance(p, str) else "chat")] for p in prompts],
+        [[4 + ord(c) % 50 for c in text] for text in completions],
+        ended_B=[True] * rows if ended is None else ended,
+        row_B=[i + 10 for i in range(rows)],
     )
     texts = Texts(prompts=prompts, prompt_texts=[str(p) for p in prompts], completions=completions, columns=columns)
     return rollout, texts

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from steerl.reward.build import KINDS, Common, read_terms
-from steerl.reward.types import build_reward
+from steerl.reward.build import KINDS, Common, build_reward, read_terms
 from steerl.rollout.common.errors import UserError
 
 from tests.reward.rows import made

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
+from steerl.reward.build import build_reward
 from steerl.reward.normalize import Running
-from steerl.reward.types import build_reward
 from steerl.rollout.common.errors import UserError
 
+from tests import warm
 from tests.reward.rows import made
 
 
@@ -88,7 +85,7 @@ def test_running_counts_the_rows_of_all_ranks_and_a_rank_without_rows_keeps_step
     job = """
         import json, sys
         from pathlib import Path
-        from steerl.reward.types import build_reward
+        from steerl.reward.build import build_reward
         from steerl.rollout.common import processes
         from tests.reward.rows import made
 
@@ -106,12 +103,7 @@ def test_running_counts_the_rows_of_all_ranks_and_a_rank_without_rows_keeps_step
             processes.end()
     """
     (tmp_path / "job.py").write_text(textwrap.dedent(job))
-    root = Path(__file__).parents[2]
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml", "--main_process_port", "0"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "job.py"), str(tmp_path)],
-        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True,
-    )  # fmt: skip
+    done = warm.run_ranks(str(tmp_path / "job.py"), str(tmp_path))
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
 

@@ -1,4 +1,4 @@
-"""Run by test_engine_doors.py under an engine: every command that accelerate starts, one after the other, in one process group.
+"""Run by test_engine_commands.py under an engine: every command that accelerate starts, one after the other, in one process group.
 
 accelerate launch --config_file ENGINE.yaml tests/scripts/commands.py FOLDER      FOLDER: model/ and the data, made by the test
 """

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,8 @@ from steerl.rollout.common.errors import UserError
 from steerl.scripts import bench
 from steerl.scripts.bench_cases import learning, task
 from steerl.scripts.bench_cases.trl_112 import WalkReward
+
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,9 +97,7 @@ def test_this_projects_child_reports_every_step(tiny_world, tmp_path):
     world = tiny_world("randomwalks")
     command = [sys.executable, "-m", "steerl.scripts.bench_cases.ours", str(world), str(tmp_path / "run"), "0", "20"]
     flags = ["--ppo.epochs", "1", "--ppo.minibatches", "1"]
-    done = subprocess.run(
-        [*command, *flags], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = warm.run([*command, *flags])
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

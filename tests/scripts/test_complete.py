@@ -30,6 +30,7 @@ from steerl.scripts import complete as complete_door
 from steerl.scripts.complete import Job, main, with_switches
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
+from tests import warm
 from tests.models import CHAT, tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -86,10 +87,10 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 
 def test_a_pipe_gets_the_text_alone(models_: Path) -> None:
     command = [sys.executable, "scripts/complete.py", "--model.path", str(models_ / "small"), "--sampling.seed", "3"]
-    by_flag = subprocess.run([*command, "the end"], capture_output=True, text=True, cwd=ROOT)
+    by_flag = warm.run([*command, "the end"])
     by_pipe = subprocess.run(command, input="the end\n", capture_output=True, text=True, cwd=ROOT)
     assert by_flag.returncode == by_pipe.returncode == 0
-    record = subprocess.run([*command, "--json", "the end"], capture_output=True, text=True, cwd=ROOT)
+    record = warm.run([*command, "--json", "the end"])
     assert by_flag.stdout == by_pipe.stdout == json.loads(record.stdout)["generation"] + "\n"
     assert "\x1b" not in by_flag.stdout
 
@@ -185,18 +186,9 @@ class Terminal:
         environment = {**os.environ, "TERM": "xterm-256color", "PYTHONUTF8": "1"}
         for name in ("NO_COLOR", "COLUMNS", "LINES"):
             environment.pop(name, None)
-        self.process = subprocess.Popen(
-            [sys.executable, "scripts/complete.py", *argv], stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, cwd=ROOT,
-            env=environment, start_new_session=True, preexec_fn=self.own_terminal,
-        )  # fmt: skip
+        self.process = warm.start([sys.executable, "scripts/complete.py", *argv], env=environment, terminal=os.ttyname(slave))
         os.close(slave)
         self.seen = b""
-
-    @staticmethod
-    def own_terminal() -> None:
-        """As a shell starts a program: Ctrl-C is heard, though whoever runs these tests in the background ignores it."""
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     @property
     def text(self) -> str:

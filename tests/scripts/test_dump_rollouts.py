@@ -31,11 +31,11 @@ from steerl.rollout.steering import Steering
 from steerl.scripts import inspect_rollouts
 from steerl.scripts.dump_rollouts import Job, main
 
+from tests import warm
 from tests.dumps import flip_bit, truncate
 from tests.models import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-TWO = ROOT / "configs" / "accelerate" / "ddp.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -251,10 +251,9 @@ def test_damaged_shards_are_named_and_made_again(
 # -- processes ------------------------------------------------------------------------------------------------------------
 
 
-def launch(argv: list[str], **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO), "--main_process_port", "0"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **options}
-    return subprocess.Popen([*command, "scripts/dump_rollouts.py", *argv], **pipes)
+def launch(argv: list[str]) -> subprocess.Popen[str]:
+    command = warm.accelerate_launch("ddp", "scripts/dump_rollouts.py", *argv)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def kill(launcher: subprocess.Popen[str], whom: str, chance: random.Random) -> None:
@@ -269,31 +268,41 @@ def kill(launcher: subprocess.Popen[str], whom: str, chance: random.Random) -> N
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family)
 
 
-def killed_and_resumed(given: Path, tmp_path: Path, kills: int, seed: int, targets: tuple[str, ...]) -> None:
+def killed_and_resumed(given: Path, tmp_path: Path, kills: int, seed: int, targets: tuple[str, ...] = ()) -> None:
+    """Without `targets` both ranks are killed, and no launcher is there."""
     argv = flags(given, tmp_path / "killed", "--sampling.n", "8", "--run.save_every", "40")
     assert dump(flags(given, tmp_path / "whole", "--sampling.n", "8", "--run.save_every", "40")) == 0
     run, chance = tmp_path / "killed", random.Random(seed)
     marks = sorted(chance.randrange(0, 49) for _ in range(kills))
     for mark in marks:
-        launcher = launch([*argv, "--run.resume", "true"])
+        again = [*argv, "--run.resume", "true"]
+        launcher = launch(again) if targets else None
+        ranks = [] if launcher else warm.start_ranks("scripts/dump_rollouts.py", *again)
+
+        def running(processes: list[Any]) -> bool:
+            return all(process.poll() is None for process in processes)
+
         # Random instants of the work: from the moment the manifest is there, at a random number of shards, and a bit on.
-        while launcher.poll() is None and not (run / "manifest.json").exists():
+        while running(ranks or [launcher]) and not (run / "manifest.json").exists():
             time.sleep(0.01)
-        while launcher.poll() is None and len(list((run / "records").glob("[0-9]*"))) < mark:
+        while running(ranks or [launcher]) and len(list((run / "records").glob("[0-9]*"))) < mark:
             time.sleep(0.001)
         time.sleep(chance.random() * 0.1)
-        if launcher.poll() is None:
+        for rank in ranks:
+            rank.kill()
+        assert all(rank.wait() in (0, -signal.SIGKILL) for rank in ranks)
+        if launcher and launcher.poll() is None:
             kill(launcher, chance.choice(targets), chance)
-    out, err = (last := launch([*argv, "--run.resume", "true"])).communicate()
-    assert last.returncode == 0, err
-    assert "2,000 rows" in out
+    last = warm.run_ranks("scripts/dump_rollouts.py", *argv, "--run.resume", "true")
+    assert last.returncode == 0, last.stderr
+    assert "2,000 rows" in last.stdout
     assert load_manifest(run)["world_size"] == 2
     assert files_of(run) == files_of(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_five_kills_on_two_processes_lose_double_and_change_no_row(given: Path, tmp_path: Path) -> None:
-    killed_and_resumed(given, tmp_path, kills=5, seed=17, targets=("all",))
+    killed_and_resumed(given, tmp_path, kills=5, seed=17)
 
 
 @pytest.mark.proofs
@@ -313,24 +322,22 @@ def test_a_full_disk_is_one_clear_line_and_the_job_goes_on_after_space_is_made(g
         pytest.skip("no right to mount a file system")
     disk, run = tmp_path / "disk", tmp_path / "disk" / "run"
     disk.mkdir()
-    job = " ".join(
-        [sys.executable, "scripts/dump_rollouts.py", *flags(given, run, "--sampling.n", "8", "--run.resume", "true")]
-    )
+    argv = ["--sampling.n", "8", "--run.resume", "true"]
+    job = " ".join([sys.executable, "scripts/dump_rollouts.py", *flags(given, run, *argv)])
     script = f"""
         mount -t tmpfs -o size=600k tmpfs {disk} || exit 77
         dd if=/dev/zero of={disk}/ballast bs=1k count=300 status=none
         {job}; echo "first $?"; ls -a {run}
-        rm {disk}/ballast
-        {job}; echo "second $?"
         cp -r {run} {tmp_path}/saved
     """
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=ROOT)
     if done.returncode == 77:
         pytest.skip("no right to mount a file system")
-    first, second = done.stdout.split("first 2")[0], done.stdout.split("first 2")[1]
-    assert "second 0" in second and first == ""
+    said, _, left = done.stdout.partition("first 2")
+    assert said == "" and left
     assert re.search(r"run/rollouts-\d+.parquet: cannot be written: .*No space left on device; free some space", done.stderr)
-    assert "Traceback" not in done.stderr and ".tmp" not in second
+    assert "Traceback" not in done.stderr and ".tmp" not in left
+    assert dump(flags(given, tmp_path / "saved", *argv)) == 0
     assert dump(flags(given, tmp_path / "whole", "--sampling.n", "8")) == 0
     assert files_of(tmp_path / "saved") == files_of(tmp_path / "whole")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -13,6 +11,7 @@ import pytest
 from steerl.rollout.model import adapters
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tests import warm
 from tests.models import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -27,10 +26,9 @@ def test_every_door_runs_on_two_ranks(engine: str, tmp_path: Path) -> None:
     preferred = [{"prompt": row["prompt"], "chosen": "good.", "rejected": "bad"} for row in rows]
     for name, table in {"prompts": rows[:7], "sft": rows, "pairs": preferred}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    launch += ["--config_file", f"configs/accelerate/{engine}.yaml", "tests/scripts/commands.py", str(tmp_path)]
+    launch = warm.accelerate_launch(engine, "tests/scripts/commands.py", str(tmp_path))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    done = warm.run(launch, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     for name, file in {
         "dump": "manifest",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from steerl.training.run import checkpoint
 
+from tests import warm
 from tests.models import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -50,13 +49,12 @@ def test_a_failing_rank_ends_the_job_and_says_why_once(engine: str, how: str, tm
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in "abcdefg"))
     (tmp_path / "reward.py").write_text(REWARD)
     reward = [{"name": "length", "kind": "function", "function": f"{tmp_path / 'reward.py'}:fail"}]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", f"configs/accelerate/{engine}.yaml", "scripts/train_ppo.py"]
+    command = warm.accelerate_launch(engine, "scripts/train_ppo.py")
     command += ["--model.path", str(tmp_path / "model"), "--prompts.path", str(tmp_path / "prompts.jsonl")]
     command += ["--reward", json.dumps(reward), "--sampling.max_new_tokens", "5", "--ppo.steps", "9"]
     command += ["--ppo.rollouts_per_step", "8", "--ppo.minibatches", "2", "--ppo.eval_prompts", "2"]
     command += ["--run.save_every", "1", "--run.dir", str(tmp_path / "run")]
-    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "HOW": how}, capture_output=True, text=True, timeout=300)
+    ended = warm.run(command, env={**os.environ, "HOW": how})
     assert ended.returncode != 0
     left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(path)]
     assert not left

@@ -17,6 +17,8 @@ from steerl.scripts.make_tiny import TinyJob
 from steerl.scripts.toy_tasks import making, reviews
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from tests import warm
+
 
 @pytest.fixture(scope="module")
 def world(tiny_world) -> Path:
@@ -180,7 +182,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_one_line_and_nothing_is_left(small_disk):
     command = [sys.executable, "scripts/make_tiny.py", "--out", str(small_disk), "--worlds", "reviews"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ran = warm.run(command)
     assert ran.returncode == 2
     assert len(ran.stderr.splitlines()) == 1
     assert "No space left on device" in ran.stderr

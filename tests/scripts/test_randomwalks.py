@@ -11,10 +11,8 @@ from steerl.scripts.toy_tasks import randomwalks
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("randomwalks")
-    randomwalks.build(folder, 0)
-    return folder
+def world(tiny_world):
+    return tiny_world("randomwalks")
 
 
 def walks(graph, path):
@@ -77,5 +75,5 @@ def test_the_policy_walks_about_as_a_random_walker(world):
 def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
     randomwalks.build(tmp_path, 0)
     for path in sorted(world.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name != "world.json":
             assert path.read_bytes() == (tmp_path / path.relative_to(world)).read_bytes(), path.name

@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import LOCK
+from steerl.training.run import checkpoint
 
+from tests import warm
 from tests.models import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +58,8 @@ def command(job, run, *flags, steps=STEPS, family="gpt2"):
 
 
 def start(*arguments, launcher=(sys.executable,), **options):
+    if launcher[0] == sys.executable:
+        return warm.start([*launcher, *arguments], **options)
     return subprocess.Popen(
         [*launcher, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
@@ -243,20 +247,13 @@ def test_steering_under_a_kl_budget_goes_on_with_its_scale(job, tmp_path):
 )
 def test_two_processes_go_on_as_two_would_have(job, tmp_path, number):
     """The launcher and both ranks get the signal at once: a kill, or Ctrl-C, which the launcher passes on once more."""
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml")
-    flags = ("--main_process_port", "0")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def two(run, *more):
-        return dict(arguments=(*flags, *command(job, run, *more, steps=8)), launcher=launcher, env=environment)
 
     def run_two(run, *more):
-        given = two(run, *more)
-        return finish(*given["arguments"], launcher=given["launcher"], env=given["env"])
+        done = warm.run_ranks(*command(job, run, *more, steps=8))
+        assert done.returncode == 0, done.stderr[-3000:]
 
     run_two(tmp_path / "whole")
-    given = two(tmp_path / "run")
-    process = start(*given["arguments"], launcher=given["launcher"], env=given["env"], start_new_session=True)
+    process = start(*command(job, tmp_path / "run", steps=8), launcher=warm.accelerate_launch("ddp"), start_new_session=True)
     waiting = threading.Event()
     while process.poll() is None and size(tmp_path / "run") < 0.7 * size(tmp_path / "whole"):
         waiting.wait(0.001)
@@ -266,6 +263,8 @@ def test_two_processes_go_on_as_two_would_have(job, tmp_path, number):
         done = len(lines(tmp_path / "run"))
         assert process.returncode and f"stopped after step {done} of 8 and saved" in err, err
         assert max((tmp_path / "run" / "checkpoints").iterdir()).name == f"step-{done:06d}"
+        written = checkpoint.read(tmp_path / "run" / "checkpoints" / f"step-{done:06d}")
+        assert len(written["tree"]["random"]) == 2, "as many processes as the launcher was to start"
     assert not (tmp_path / "run" / LOCK).exists() or number == signal.SIGKILL
     run_two(tmp_path / "run", "--run.resume", "true")
     assert_same(tmp_path / "run", tmp_path / "whole")

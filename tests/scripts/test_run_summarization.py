@@ -14,6 +14,7 @@ from steerl.scripts.run_summarization import main, parse
 from steerl.scripts.toy_tasks import summaries
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from tests import warm
 from tests.models import tiny, tiny_tokenizer
 
 ROWS = [
@@ -71,7 +72,7 @@ def test_the_well_known_command_trains_measures_and_leaves_a_model(tmp_path, tin
     command += ["--output_dir", str(tmp_path / "out"), "--per_device_train_batch_size=4", "--per_device_eval_batch_size=4"]
     command += ["--num_train_epochs", "1", "--overwrite_output_dir", "--predict_with_generate"]
     command += ["--max_train_samples", "40", "--max_eval_samples", "24", "--learning_rate", "1e-3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm.run(command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "old").exists(), "no job wrote it"
     assert results(tmp_path, "train")["train_samples"] == 40
@@ -106,11 +107,10 @@ def test_two_processes_write_every_row_once(job, tmp_path):
     flags += ["--max_predict_samples", "5", "--max_eval_samples", "3", "--per_device_eval_batch_size", "2"]
     job(*flags)
     alone = [(tmp_path / "out" / "generated_predictions.txt").read_text(), results(tmp_path, "all")]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
-    command += ["--main_process_port", "0", "scripts/run_summarization.py", "--model_name_or_path", str(tmp_path / "t5")]
+    command = ["scripts/run_summarization.py", "--model_name_or_path", str(tmp_path / "t5")]
     command += [f"--{part}_file={tmp_path / 'rows.jsonl'}" for part in ("validation", "test")]
     command += ["--text_column", "article", "--summary_column", "summary", "--output_dir", str(tmp_path / "out"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm.run_ranks(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "generated_predictions.txt").read_text() == alone[0]
     found = results(tmp_path, "all")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,18 @@ import datasets
 import pandas
 import pytest
 import torch
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward
 from steerl.rollout.common.run_folder import MARKER
 from steerl.rollout.dumps.manifest import load_manifest
 from steerl.rollout.dumps.store import read_dump
 from steerl.scripts.score_rollouts import Job, main
 
+from tests import warm
 from tests.dumps import flip_bit, made_dump, truncate
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier
 
 ROOT = Path(__file__).parents[2]
-TWO = ROOT / "configs" / "accelerate" / "ddp.yaml"
 
 REWARDS = '''
 import os, signal
@@ -97,11 +96,6 @@ def whole(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def launch(argv: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO), "--main_process_port", "0"]
-    return subprocess.run([*command, "scripts/score_rollouts.py", *argv], capture_output=True, text=True, cwd=ROOT)
-
-
 def test_the_table_is_what_the_reward_says_row_by_row(given, whole):
     found = table(whole)
     assert list(found.columns) == ["prompt_index", "sample_index", "total", "rm", "encoder", "number", "length"]
@@ -161,11 +155,11 @@ def test_two_processes_killed_half_way_and_resumed_leave_the_same_table(given, w
     """The process that comes to a row kills itself with it unscored; resumed by two, then compared with one undisturbed."""
     argv = flags(given, tmp_path / "run", "--run.resume", "true")
     (given / "trap").touch()
-    first = launch(argv)
+    first = warm.run(warm.accelerate_launch("ddp", "scripts/score_rollouts.py", *argv))
     assert first.returncode != 0 and f"exitcode: -{signal.SIGKILL:d}" in "".join(first.stderr.split("  ")).replace(" :", ":")
     assert not (given / "trap").exists()
     assert not json.loads((tmp_path / "run" / "manifest.json").read_text())["finished"]
-    second = launch(argv)
+    second = warm.run_ranks("scripts/score_rollouts.py", *argv)
     assert second.returncode == 0, second.stderr
     kept = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert kept["finished"] and kept["world_size"] == 2

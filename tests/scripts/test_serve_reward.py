@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 from steerl.configs.reader import run_command
 
 import pytest
 import torch
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward
 from steerl.scripts.serve_reward import Job, main
 
+from tests import warm
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier
 from tests.reward.rows import made
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_another_process_asks_it(tmp_path):
@@ -29,9 +26,9 @@ def test_another_process_asks_it(tmp_path):
         {"kind": "length", "max": 9, "weight": 0.1},
     ]
     command = [sys.executable, "scripts/serve_reward.py", "--serve.port", "0", "--reward", json.dumps(parts)]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    server = warm.start(command)
     try:
-        first = server.stdout.readline()
+        first = server.readline()
         assert first.startswith("serving http://127.0.0.1:") and first.endswith(" (model, length)\n")
         rollout, texts = made(["good film", "a", "the plot was very long", "bad film!"])
         here = build_reward(parts, tokenizer=tokenizer)(rollout, texts)

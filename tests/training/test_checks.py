@@ -12,7 +12,7 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import ModelSettings
 from steerl.training.algorithm.importance import Correction
 from steerl.training.checks import check_job
-from steerl.training.ppo import PPOSettings
+from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 from steerl.training.stages.models import load_trainable
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.scoring import head_rows, logprobs, readout
+from steerl.rollout.scoring import chunked_head, logprobs
 from steerl.training.algorithm.experience import credit, gather_scored, score
 from steerl.training.algorithm.update import learn
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def counted(**settings: Any) -> dict[str, Any]:
     sampling = {"max_new_tokens": 24, "stop_ids": list(range(3, VOCABULARY, 8))}
     parts, prompts, ppo = job("llama", sampling=sampling, overrides=overrides, **{**fixed, **settings})
     rollout, texts = parts.sampler.sample(prompts.batch(prompts.take(0, 0, 16)), step=0)
-    policies = {"policy": parts.policy, "value": parts.actor_critic.trunk, "reference": parts.reference.policy}
+    policies = {"policy": parts.policy, "value": parts.actor_critic.value_model, "reference": parts.reference.policy}
     trunks = {name: Trunk(policy) for name, policy in policies.items() if policy is not None}
     with Made() as made:
         scored = score(parts.actor_critic, parts.reference, *gather_scored(rollout, texts, share_of_threes), ppo)
@@ -90,19 +90,19 @@ def test_the_head_gets_the_rows_of_real_actions_and_no_others(monkeypatch):
     """Scoring: policy and reference, once each. Learning: 2 epochs, and what the backward pass computes again."""
     found = counted()
     assert found["head_rows"] == 2 * found["actions"] + 2 * found["actions"]  # one chunk: kept for the backward pass
-    monkeypatch.setitem(head_rows.CHUNK, "cpu", 16 * VOCABULARY)
+    monkeypatch.setitem(chunked_head.CHUNK, "cpu", 16 * VOCABULARY)
     chunked = counted()
     assert 4 * chunked["actions"] < chunked["head_rows"] <= 6 * chunked["actions"]
-    monkeypatch.setattr(readout, "enabled", False)
+    monkeypatch.setattr(chunked_head, "enabled", False)
     assert counted()["head_rows"] > 6 * found["actions"]
 
 
 def test_no_tensor_of_a_step_is_larger_than_a_chunk_of_logits_or_the_heads_own_weight(monkeypatch):
     rows = 48
-    monkeypatch.setitem(head_rows.CHUNK, "cpu", rows * VOCABULARY)
+    monkeypatch.setitem(chunked_head.CHUNK, "cpu", rows * VOCABULARY)
     found = counted()
     assert found["largest"] <= rows * VOCABULARY and found["actions"] > 2 * rows
-    monkeypatch.setattr(readout, "enabled", False)
+    monkeypatch.setattr(chunked_head, "enabled", False)
     assert counted()["largest"] > 2 * rows * VOCABULARY
 
 
@@ -151,7 +151,7 @@ class Twin:
 
     def take(self, step: int) -> dict[str, list[Tensor]]:
         """What one PPO step makes, and the gradients of its first optimizer step."""
-        self.patch.setattr(readout, "enabled", self.fast)
+        self.patch.setattr(chunked_head, "enabled", self.fast)
         self.patch.setattr(logprobs, "aligned", self.fast)
         self.gradients.clear()
         rollout, texts = self.parts.sampler.sample(self.prompts.batch(self.prompts.take(0, 8 * step, 8)), step=step)
@@ -174,7 +174,7 @@ class Twin:
 )
 def test_ten_steps_with_every_fast_path_off_give_the_same_numbers(family, peft, settings, monkeypatch):
     """Every step begins with equal weights and moments: what ten steps of Adam make of a rounding is the processor's affair."""
-    monkeypatch.setitem(head_rows.CHUNK, "cpu", 7 * 64)  # several chunks, the last one kept
+    monkeypatch.setitem(chunked_head.CHUNK, "cpu", 7 * 64)  # several chunks, the last one kept
     fast, plain = (Twin(family, peft, on, monkeypatch, **settings) for on in (True, False))
     bounds = {"ids": 0, "logprobs": 1e-5, "rewards": 1e-6, "gradients": 2e-6, "weights": 1e-5}
     # of float32's roundings; an optimizer step multiplies those of a gradient by RATE / EPS at most

@@ -18,7 +18,8 @@ from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import load_spec
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
+from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 
 from tests.models import tiny, tiny_policy, tiny_tokenizer

@@ -24,7 +24,8 @@ from steerl.rollout.scoring import logprobs
 from steerl.scripts import train_ppo
 from steerl.training import ppo
 from steerl.training.algorithm import advantages, loss, update
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
+from steerl.training.settings import PPOSettings
 
 from tests.models import tiny_policy
 from tests.ppo_runs import prompts_of, share_of_threes

@@ -12,8 +12,9 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.steering import load_spec
 from steerl.training.algorithm.experience import credit
 from steerl.training.algorithm.update import learn
-from steerl.training.model.actor_critic import Reference
-from steerl.training.ppo import PPOSettings, train, with_correction
+from steerl.training.model.reference import Reference
+from steerl.training.ppo import train
+from steerl.training.settings import PPOSettings, with_correction
 
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA, first_scored, job, prompts_of, share_of_threes

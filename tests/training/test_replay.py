@@ -19,8 +19,9 @@ from steerl.rollout.prompts.prompts import PromptBatch, PromptSettings, load_pro
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.training.algorithm.importance import Correction
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
 from steerl.training.replay import Replay
+from steerl.training.settings import PPOSettings
 
 from tests.models import tiny_policy, tiny_tokenizer
 

@@ -12,15 +12,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from steerl.rollout.common import processes
+from steerl.training.types import TrainState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-if TYPE_CHECKING:
-    from steerl.training.run.state import TrainState
 
 _BUCKET = 32 * 2**20
 """Numbers that are sent together."""

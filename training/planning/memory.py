@@ -13,15 +13,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
-from steerl.rollout.scoring.head_rows import CHUNK
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.scoring.chunked_head import CHUNK
 from steerl.training.planning.passes import Blueprint, Counts, Pass, cache_bytes, count, layers_of, plain_pass, training_pass
-
-if TYPE_CHECKING:
-    from steerl.rollout.decoding.settings import Sampling
-    from steerl.training.ppo import PPOSettings
+from steerl.training.settings import PPOSettings
 
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -247,7 +245,7 @@ def _passes(work: Work, engine: Engine, models: list[Blueprint], rows: int, *, t
     return [training_pass(model, rows, work.prompt, work.response, checkpointing=again, autocast=autocast) for model in taken]
 
 
-# -- logits: what rollout/scoring/head_rows.py and rollout/decoding/distribution.py make of them ------------------------------
+# -- logits: what rollout/scoring/chunked_head.py and rollout/decoding/distribution.py make of them ---------------------------
 
 
 def chunks(work: Work, counts: Counts, rows: int, device: str) -> tuple[int, int]:

@@ -10,38 +10,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, check_messages, conversation_ids, template_arguments, template_tools
 from steerl.rollout.prompts.tables import columns_of, read_table
+from steerl.training.stages.settings import TableSettings
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TableSettings:
-    """The rows to learn from, and those held out to measure by."""
-
-    path: str = ""
-    """A jsonl, json, parquet or csv file, a dataset folder, or a hub name."""
-    split: str = ""
-    """Split of a dataset with several; train where it is not given."""
-    name: str = ""
-    """Configuration of a hub dataset that has several."""
-    column: str = ""
-    """The column of plain texts, where it is not `text` (the supervised stage of causal models)."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """What the data calls a column, {prompt: question, completion: answer}, where it is not the expected name."""
-    limit: int = 0
-    """Use only so many rows, the first ones; 0 = all."""
-    max_tokens: int = 0
-    """Longest row in tokens; 0 = as long as the model can take."""
-    heldout: float = 0.1
-    """Share of the rows that is held out, drawn by run.seed; 0 = none. Without effect where heldout_path is set."""
-    heldout_path: str = ""
-    """Held-out rows of their own."""
 
 
 def read_rows(settings: TableSettings, check: Callable[[list[Row], str], list[Row]]) -> tuple[list[Row], list[Row]]:

@@ -10,51 +10,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.common.run_folder import RunSettings, write_json
+from steerl.rollout.common.run_folder import write_json
 from steerl.rollout.model import adapters
-from steerl.rollout.model.policy import ModelSettings, check_vocabulary, vocabulary_size
+from steerl.rollout.model.language_model import vocabulary_size
+from steerl.rollout.model.policy import check_vocabulary
 from steerl.rollout.prompts.tables import columns_of
 from steerl.training.stages import data, models, stage
-from steerl.training.stages.data import Row, TableSettings
-from steerl.training.stages.stage import FitSettings, Outcome, StageRun
+from steerl.training.stages.data import Row
+from steerl.training.stages.settings import RewardJob, TableSettings, check_fit
+from steerl.training.stages.stage import Outcome, StageRun
 from torch import Tensor
 
 BINS = 10
 
 
-@dataclass(frozen=True)
-class RewardModelSettings(FitSettings):
-    """The reward-model stage."""
-
-    center: float = 0.0
-    """Weight of a term that keeps the mean score of a pair at zero (0.01 is usual); 0 = off."""
-    dropout: bool = False
-    """Keep the model's own dropout while it learns."""
-
-
-@dataclass(frozen=True)
-class RewardJob:
-    """Train a reward model on preference pairs."""
-
-    model: ModelSettings = field(default_factory=ModelSettings)
-    """What it starts from: any language model, or a reward model; with model.peft an adapter learns."""
-    prompts: TableSettings = field(default_factory=TableSettings)
-    """The pairs."""
-    reward_model: RewardModelSettings = field(default_factory=RewardModelSettings)
-    """How it learns."""
-    run: RunSettings = field(default_factory=RunSettings)
-    """Where it is written, and how it goes on."""
-
-
 def run_reward(job: RewardJob, resolved: str = "") -> Outcome:
     """Train, measure on the held-out pairs, and write the run's folder."""
-    stage.check_fit(job.reward_model, "reward_model")
+    check_fit(job.reward_model, "reward_model")
     rows, held = stage.on_every_process(lambda: read(job.prompts, job.run.seed))
     with stage.opened_run(job, resolved, rows, held) as where, stage.bars_on_main(processes.start().is_main):
         return _fit(job, rows, held, where)

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from steerl.reward.kinds.rouge import rouge
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model.policy import check_vocabulary, vocabulary_size
+from steerl.rollout.model.language_model import vocabulary_size
+from steerl.rollout.model.policy import check_vocabulary
 from steerl.training.stages import models, stage
 from steerl.training.stages.data import Row
+from steerl.training.stages.settings import SFTJob
 from steerl.training.stages.stage import Outcome, StageRun
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from steerl.training.stages.sft import SFTJob
 
 IGNORED = -100
 """What the loss leaves out."""

@@ -11,65 +11,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.stops import turn_end
 from steerl.rollout.model.auto_classes import choose_head, load_config
-from steerl.rollout.model.policy import ModelSettings, check_vocabulary, vocabulary_size
+from steerl.rollout.model.language_model import vocabulary_size
+from steerl.rollout.model.policy import ModelSettings, check_vocabulary
 from steerl.rollout.prompts.tables import columns_of
 from steerl.training.run.log import log_line
 from steerl.training.stages import data, models, stage
-from steerl.training.stages.data import Row, TableSettings
-from steerl.training.stages.stage import FitSettings, Outcome, StageRun
-
-
-@dataclass(frozen=True)
-class SFTSettings(FitSettings):
-    """The supervised stage."""
-
-    completion_only: bool | None = None
-    """Loss on the completion alone; null = where the rows have one. For encoder-decoders it always is."""
-    assistant_only: bool = False
-    """Loss on the assistant's turns of a conversation alone; needs a chat template with generation marks."""
-    packing: bool = False
-    """Fill rows of max_tokens with several texts (causal models whose attention implementation keeps them apart)."""
-    source_prefix: str = ""
-    """What an encoder-decoder's inputs begin with, such as 'summarize: '."""
-    max_target_tokens: int = 0
-    """Longest completion of an encoder-decoder; 0 = as long as the longest one."""
-    rouge: bool = False
-    """Generate on the held-out rows and report ROUGE (encoder-decoders)."""
-    beams: int = 1
-    """Beams of that generation."""
-
-
-@dataclass(frozen=True)
-class SFTJob:
-    """Train a causal or encoder-decoder model on texts, prompts with completions, or conversations."""
-
-    model: ModelSettings = field(default_factory=ModelSettings)
-    """What is trained; with model.peft an adapter on it."""
-    prompts: TableSettings = field(default_factory=TableSettings)
-    """What it learns from."""
-    sft: SFTSettings = field(default_factory=SFTSettings)
-    """How it learns."""
-    run: RunSettings = field(default_factory=RunSettings)
-    """Where it is written, and how it goes on."""
+from steerl.training.stages.data import Row
+from steerl.training.stages.seq2seq import fit_encoder_decoder
+from steerl.training.stages.settings import SFTJob, SFTSettings, TableSettings, check_fit
+from steerl.training.stages.stage import Outcome, StageRun
 
 
 def run_sft(job: SFTJob, resolved: str = "") -> Outcome:
     """Train, measure on the held-out rows, and write the run's folder."""
-    stage.check_fit(job.sft, "sft")
+    check_fit(job.sft, "sft")
     kind = _kind(job.model)
     rows, held = stage.on_every_process(lambda: read(job.prompts, job.run.seed, kind, job.sft))
     with stage.opened_run(job, resolved, rows, held) as where, stage.bars_on_main(processes.start().is_main):
         if kind == "seq2seq":
-            from steerl.training.stages.seq2seq import fit_encoder_decoder
-
             return fit_encoder_decoder(job, rows, held, where)
         return _fit_causal(job, rows, held, where)
 

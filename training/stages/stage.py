@@ -21,56 +21,25 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import Stopped, UserError, reading
 from steerl.rollout.common.fingerprint import tokenizer_fingerprint, values_fingerprint, weights_fingerprint
-from steerl.rollout.common.run_folder import RunSettings, begin, disk_trouble, opened, versions, write_json, write_text
+from steerl.rollout.common.run_folder import RunSettings, begin, disk_trouble, opened, write_json
 from steerl.rollout.model.auto_classes import savable
 from steerl.training.engine import engine
 from steerl.training.run import resume
 from steerl.training.run.log import SAMPLES, RunLog, log_line
 from steerl.training.stages import models
 from steerl.training.stages.data import Row
+from steerl.training.stages.settings import FitSettings
 
 Read = TypeVar("Read")
-CONFIG, BEGUN = "config.yaml", "checkpoints/begun.json"
+BEGUN = "checkpoints/begun.json"
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How long, how fast, in which portions."""
-
-    epochs: float = 1.0
-    """Passes over the data. Without effect where steps is set."""
-    steps: int = 0
-    """Optimizer steps; 0 = as many as epochs says."""
-    batch_size: int = 16
-    """Rows of an optimizer step, over all processes."""
-    micro_batch_size: int = 0
-    """Rows that one process takes at a time; 0 = its whole share of a step."""
-    learning_rate: float = 5e-5
-    """The highest rate, reached after the warm-up."""
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    """The rate after the warm-up."""
-    warmup: float = 0.05
-    """Share of the steps in which the rate rises."""
-    weight_decay: float = 0.0
-    """AdamW's."""
-    max_grad_norm: float = 1.0
-    """Bound of the gradient's norm; 0 = none."""
-    checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-    bf16: bool = False
-    """Mixed precision. The weights that learn are float32 unless model.dtype asks for another dtype."""
-    log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
-    evaluate_every: int = 0
-    """Steps between two measurements on the held-out rows; 0 = only at the end."""
 
 
 @dataclass(frozen=True)
@@ -79,27 +48,6 @@ class Outcome:
 
     model: Path
     metrics: dict[str, Any]
-
-
-def check_fit(fit: FitSettings, name: str) -> None:
-    """A UserError with every field that makes no sense."""
-    problems = []
-    for field_name, low in {"epochs": 0, "learning_rate": 0, "batch_size": 1, "log_every": 1}.items():
-        value = getattr(fit, field_name)
-        if value < low or (field_name == "epochs" and value == 0 and not fit.steps):
-            problems.append(f"{name}.{field_name}: {value}; give {'a number above 0' if low == 0 else 'at least 1'}")
-    for field_name in ("steps", "micro_batch_size", "evaluate_every", "max_grad_norm", "weight_decay"):
-        if getattr(fit, field_name) < 0:
-            problems.append(f"{name}.{field_name}: {getattr(fit, field_name)}; give 0 or more")
-    if not 0 <= fit.warmup < 1:
-        problems.append(f"{name}.warmup: {fit.warmup}; give the share of steps, from 0 to below 1")
-    world = processes.start().world_size
-    micro = fit.micro_batch_size or max(fit.batch_size // world, 1)
-    if fit.batch_size >= 1 and fit.batch_size % (world * micro):
-        split = f"{world} process(es) x micro_batch_size {micro}"
-        problems.append(f"{name}.batch_size: {fit.batch_size} rows cannot be split evenly into {split}; give a multiple of it")
-    if problems:
-        raise UserError(*problems)
 
 
 def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out: bool) -> dict[str, Any]:
@@ -241,9 +189,7 @@ def _begin(trainer: Any, where: StageRun) -> str | None:
             _logger.warning("resume from %s: changed, as is allowed: %s", start.name, line)
     begin(folder, run)
     (folder / "checkpoints").mkdir(exist_ok=True)
-    notes = "".join(f"# {name}: {version}\n" for name, version in versions().items())
-    notes += "".join(f"# from {start.name}: {line}\n" for line in changed if start is not None)
-    write_text(folder / CONFIG, notes + where.resolved)
+    resume.write_config(folder, where.resolved, [f"from {start.name}: {line}" for line in changed if start is not None])
     write_json(folder / BEGUN, {"config": where.config, "made_from": content})
     return str(start) if start else None
 

@@ -5,38 +5,20 @@ YAML and Python objects are one to one: `SteeringSpec.mapping()` gives back what
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+from steerl.rollout.steering.core.places import At, Ramp
+from steerl.rollout.steering.core.table import TABLE, names
 
 CorrectionType = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 CORRECTIONS: tuple[str, ...] = get_args(CorrectionType)
 ROLES = ("policy", "trainable", "behaviour", "data")
 COMPONENTS = ("block_output", "block_input", "attn_output", "mlp_output")
-WRITE = ("set", "vanilla", "add", "subtract", "zero", "scale", "noise", "collect")
-DIRECTION = ("ablate", "project", "clamp", "rotate", "renormalise")
-SPACE = (
-    "rotated", "low_rank_rotated", "pca", "boundless", "sigmoid_mask", "sigmoid_mask_rotated", "autoencoder", "jumprelu",
-)  # fmt: skip
-LEARNED = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft", "adapter")
-OPERATIONS = (*WRITE, *DIRECTION, *SPACE, *LEARNED, "function")
-WITHOUT_VECTOR = ("zero", "scale", "noise", "collect", "function", *LEARNED)
+DIRECTION, SPACE, LEARNED = names("direction"), names("space"), names("learned")
+WITHOUT_VECTOR = tuple(name for name, operation in TABLE.items() if not operation.needs_vector)
 """Operations that need no `vector:` (a learned one reads its parameters from it, or starts fresh)."""
-ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")
-
-
-@dataclass(frozen=True)
-class At:
-    """Where in the model: blocks and a component found by structure, or a module path."""
-
-    layers: tuple[int, ...] | str = ()
-    """Block numbers, negative from the end, or `all`."""
-    component: str = "block_output"
-    stack: str = "decoder"
-    head: tuple[int, ...] = ()
-    """Attention heads: the edit is made where their outputs enter the output projection."""
-    module: str = ""
-    """A module path of the model, instead of layers and component."""
-    io: str = "output"
 
 
 @dataclass(frozen=True)
@@ -76,16 +58,6 @@ class Strength:
     std: float = 0.0
     per: str = "sample"
     norm_match: bool = False
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """A factor over response steps, from `start` to `end` in `over` steps, then `end`."""
-
-    type: str = "linear"
-    over: int = 1
-    start: float = 1.0
-    end: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -174,6 +146,78 @@ class SteeringSpec:
 
     def mapping(self) -> dict[str, Any]:
         """The spec as plain data, defaults left out: what `load_spec` reads, and what the hash is taken of."""
-        from steerl.rollout.steering.spec.writing import to_mapping
+        return _mapping(self)
 
-        return to_mapping(self)
+
+# -- the way back: the plain mapping that a user would have written, defaults left out ---------------------------------
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def _changed(value: Any, default: Any, renames: dict[str, str] | None = None) -> dict[str, Any]:
+    """The fields in which a dataclass differs from its default."""
+    found: dict[str, Any] = {}
+    for spot in dataclasses.fields(value):
+        mine = getattr(value, spot.name)
+        if default is None or mine != getattr(default, spot.name):
+            found[(renames or {}).get(spot.name, spot.name)] = _plain(mine)
+    return found
+
+
+def _strength(strength: Strength) -> Any:
+    if strength.norm_match:
+        return {"norm_match": strength.value}
+    if strength.column:
+        return {"column": strength.column} | ({"value": strength.value} if strength.value != 1.0 else {})
+    if strength.dist == "uniform":
+        return {"dist": "uniform", "low": strength.low, "high": strength.high, "per": strength.per}
+    if strength.dist:
+        return {"dist": "normal", "mean": strength.mean, "std": strength.std, "per": strength.per}
+    return strength.value
+
+
+def _where(where: Where, at: At) -> dict[str, Any]:
+    plain = Where(prompt="all", steps="none") if at.stack == "encoder" else Where()
+    found = {name: _plain(getattr(where, name)) for name in ("prompt", "steps") if getattr(where, name) != getattr(plain, name)}
+    if where.ramp is not None:
+        found["ramp"] = _changed(where.ramp, None, {"start": "from", "end": "to"})
+    exclude = {"token_ids": _plain(where.exclude_tokens), "positions": _plain(where.exclude_positions)}
+    if any(exclude.values()):
+        found["exclude"] = {k: v for k, v in exclude.items() if v}
+    return found
+
+
+def _site(site: Site) -> dict[str, Any]:
+    at = {"module": site.at.module, "io": site.at.io} if site.at.module else _changed(site.at, At())
+    found: dict[str, Any] = {"name": site.name, "at": at}
+    found["op"] = {"type": site.op.type, **_changed(site.op, Op())}
+    if site.vector is not None:
+        found["vector"] = _plain(site.vector)
+    if site.strength != Strength():
+        found["strength"] = _strength(site.strength)
+    if where := _where(site.where, site.at):
+        found["where"] = where
+    if site.schedule is not None:
+        found["schedule"] = _changed(site.schedule, None, {"start": "from", "end": "to"})
+    if site.gate is not None:
+        found["gate"] = {k: v for k, v in _changed(site.gate, None).items() if v is not None}
+    return found
+
+
+def _mapping(spec: SteeringSpec) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": spec.role, "sites": [_site(site) for site in spec.sites]}
+    plain = SteeringSpec(sites=())
+    for name in ("name", "fraction", "reference", "on_deploy"):
+        if getattr(spec, name) != getattr(plain, name):
+            found[name] = getattr(spec, name)
+    if spec.correction is not None:
+        found["correction"] = _changed(spec.correction, None)
+    if spec.kl_budget is not None:
+        found["kl_budget"] = _changed(spec.kl_budget, None)
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -13,9 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from steerl.reward.types import Scores, build_reward, metrics
+from steerl.reward.build import build_reward
+from steerl.reward.types import Scores, metrics
 from steerl.rollout.common.errors import UserError
 
+from tests import warm
 from tests.reward.rows import made
 
 FILE = """
@@ -225,14 +226,13 @@ def test_a_hanging_worker_ends_with_the_job_that_was_killed(tmp_path):
         "    return [float(bool(re.match('(a|aa)+$', text))) for text in completions]\n"
     )
     job = f"""
-        from steerl.reward.types import build_reward
+        from steerl.reward.build import build_reward
         from tests.reward.rows import made
         build_reward([{{"kind": "function", "function": "{tmp_path}/mine.py:hangs", "timeout": 60.0}}])(*made(["a" * 60 + "b"]))
     """
     command = [sys.executable, "-c", textwrap.dedent(job)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    worker = psutil.Process(int(process.stdout.readline()))
+    process = warm.start(command)
+    worker = psutil.Process(int(process.readline()))
     process.kill()
     process.wait()
     gone, _ = psutil.wait_procs([worker], timeout=30)

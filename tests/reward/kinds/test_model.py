@@ -11,11 +11,11 @@ import os
 
 import pytest
 import torch
-from steerl.reward.jobs.texts import rollout_of
+from steerl.reward.build import build_reward
 from steerl.reward.kinds.reading import vocabulary_of
-from steerl.reward.types import build_reward
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
+from steerl.rollout.types import Rollout
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
@@ -46,7 +46,7 @@ def sampled(tokenizer, prompts, completions, ended=None):
     ended = ended if ended is not None else [True] * len(prompts)
     responses = [tokenizer(text)["input_ids"] + [2] * stop for text, stop in zip(completions, ended, strict=True)]
     ids = [tokenizer(text)["input_ids"] for text in prompts]
-    rollout = rollout_of(len(prompts), prompts=ids, responses=responses, ended=ended, row=[i + 10 for i in range(len(prompts))])
+    rollout = Rollout.of_ids(ids, responses, ended_B=ended, row_B=[i + 10 for i in range(len(prompts))])
     _, texts = made(completions, prompts)
     return rollout, texts, [p + r for p, r in zip(ids, responses, strict=True)]
 
@@ -107,7 +107,7 @@ def test_pad_and_eos_inside_a_text_are_real_tokens(tmp_path):
     model, tokenizer = tiny_classifier("llama"), tiny_tokenizer()
     path = saved(model, tmp_path / "rm", tokenizer)
     responses = [[9, 0, 2, 11], [7, 0], [0], [12, 13, 14, 15, 0, 0]]
-    rollout = rollout_of(4, prompts=[[0, 5], [2, 6, 7], [8], [9]], responses=responses)
+    rollout = Rollout.of_ids([[0, 5], [2, 6, 7], [8], [9]], responses)
     expected = torch.stack([alone(model, p + r)[0] for p, r in zip([[0, 5], [2, 6, 7], [8], [9]], responses, strict=True)])
     got = build_reward([{"kind": "model", "path": path}], tokenizer=tokenizer)(rollout, made([""] * 4)[1])
     assert (got.total_B - expected).abs().max() < 1e-5
@@ -119,7 +119,7 @@ def test_rows_with_several_eos_share_no_batch_with_others(family, tmp_path):
     model, tokenizer = tiny_classifier(family), tiny_tokenizer()
     path = saved(model, tmp_path / "rm", tokenizer)
     responses = [[9, 2, 11, 2], [7, 2], [2], [12, 13], [5, 2, 2]]
-    rollout = rollout_of(5, prompts=[[5, 6]] * 5, responses=responses)
+    rollout = Rollout.of_ids([[5, 6]] * 5, responses)
     rows = [[5, 6, *ids] if ids[-1] == 2 else [5, 6, *ids, 2] for ids in responses]
     got = build_reward([{"kind": "model", "path": path}], tokenizer=tokenizer)(rollout, made([""] * 5)[1]).total_B
     assert (got - torch.stack([alone(model, ids)[0] for ids in rows])).abs().max() < 1e-5
@@ -148,7 +148,7 @@ def test_ids_are_kept_where_the_vocabularies_are_equal_and_only_there(tmp_path):
     merging = tiny_tokenizer(264, kind="bytes")
     path = saved(model, tmp_path / "rm", merging)
     (a,), (b,), (ab,) = (merging(text)["input_ids"] for text in ("a", "b", "ab"))
-    rollout = rollout_of(1, prompts=[[a]], responses=[[a, b]])
+    rollout = Rollout.of_ids([[a]], [[a, b]])
     _, texts = made(["ab"], prompts=["a"])
     by_ids, by_text = alone(model, [a, a, b])[0].item(), alone(model, [a, ab])[0].item()
     assert abs(by_ids - by_text) > 1e-3
@@ -480,7 +480,7 @@ def test_encoder_decoder_rollouts_join_prompt_and_response(tmp_path):
     """The encoder's own </s> ends its input, not the text."""
     model, tokenizer = tiny_classifier("bert"), tiny_tokenizer()
     path = saved(model, tmp_path / "rm", tokenizer)
-    rollout = rollout_of(1, prompts=[[5, 6, 2]], responses=[[7, 8, 2]], start_ids=[0])
+    rollout = Rollout.of_ids([[5, 6, 2]], [[7, 8, 2]], start_ids=(0,))
     got = build_reward([{"kind": "model", "path": path}], tokenizer=tokenizer)(rollout, made(["x"])[1]).total_B.item()
     assert got == pytest.approx(alone(model, [5, 6, 7, 8, 2])[0].item(), abs=1e-5)
 

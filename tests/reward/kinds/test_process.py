@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from steerl.reward.jobs.texts import rollout_of
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.types import Rollout
 
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier
@@ -18,7 +18,7 @@ PROMPTS, RESPONSES = ["say:", "q"], ["one; two; three", "a;b"]
 def rows(tokenizer):
     ids = [[tokenizer(text)["input_ids"] for text in texts] for texts in (PROMPTS, RESPONSES)]
     ids[1][1].append(2)
-    return rollout_of(2, prompts=ids[0], responses=ids[1]), made(RESPONSES, PROMPTS)[1], ids
+    return Rollout.of_ids(*ids), made(RESPONSES, PROMPTS)[1], ids
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "deberta"])
@@ -70,7 +70,7 @@ def test_a_separator_may_begin_with_the_blank_of_a_steps_first_token(tmp_path):
     path = saved(tiny_classifier("llama", per_token=True, vocab_size=len(tokenizer)), tmp_path / "prm", tokenizer)
     the, end, dot = (tokenizer.convert_tokens_to_ids(token) for token in ("▁the", "end", "."))
     for prompt, response, ends in (([end], [the, end, the, the, dot], [0, 2, 3, 4]), ([dot], [end, dot, the], [2])):
-        rollout = rollout_of(1, prompts=[prompt], responses=[response])
+        rollout = Rollout.of_ids([prompt], [response])
         part = {"kind": "process", "path": path, "separator": " the"}
         scores = build_reward([part], tokenizer=tokenizer)(rollout, made(["x"])[1])
         assert scores.tokens_BR[0].nonzero().flatten().tolist() == ends

@@ -8,9 +8,10 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from steerl.reward.build import build_reward
 from steerl.reward.kinds.numbers import numbers_in
-from steerl.reward.types import build_reward
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.types import Rollout
 
 from tests.reward.rows import made
 
@@ -150,11 +151,9 @@ def test_lengths():
 
 
 def test_tokens_cannot_be_counted_where_there_are_none():
-    from steerl.reward.jobs.texts import rollout_of
-
     _, texts = made(["abc"])
     with pytest.raises(UserError, match=r"reward\[0\].unit: tokens, but these texts come without ids"):
-        build_reward([{"kind": "length", "max": 3}])(rollout_of(1), texts)
+        build_reward([{"kind": "length", "max": 3}])(Rollout.of_ids([[]], [[]]), texts)
 
 
 def test_repetition():

@@ -5,18 +5,19 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 
+from tests import warm
+
 PROGRAM = """
 import sys
 from dataclasses import dataclass
 import torch
-from steerl.configs.reader import command
+from steerl.configs.reader import run_command
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 
@@ -43,10 +44,9 @@ run_command(main, Job)
 """
 
 
-def launch(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
+def torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
-    command += ["--rdzv_endpoint=localhost:0", str(folder / "program.py"), *argv]
+    command += ["--rdzv_endpoint=localhost:0", *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=180)
 
 
@@ -83,15 +83,16 @@ def test_one_process_needs_no_group():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("argv", "line"),
+    ("ranks", "argv", "line"),
     [
-        (["--way", "refuse"], "prompts.path: told once"),
-        (["--wya", "x"], "wya: unknown (command line, value 'x'); did you mean way?"),
+        (torchrun, ["--way", "refuse"], "prompts.path: told once"),
+        (warm.run_ranks, ["--wya", "x"], "wya: unknown (command line, value 'x'); did you mean way?"),
     ],
 )
-def test_a_problem_is_told_by_one_process(argv, line, tmp_path):
+def test_a_problem_is_told_by_one_process(ranks, argv, line, tmp_path):
     """Whether all find it or the main process alone: one line, and the launch fails. All that is asserted before holds."""
-    ran = launch(tmp_path, *argv)
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    ran = ranks(str(tmp_path / "program.py"), *argv)
     assert ran.returncode != 0
     assert ran.stderr.splitlines().count(line) == 1, ran.stderr
     assert "Traceback" not in ran.stderr.split("torch/distributed")[0].split("elastic")[0]

@@ -16,11 +16,13 @@ from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 
-from tests.models import FAMILIES, tiny, tiny_policy, tiny_tokenizer
+from tests.models import FAMILIES, families, tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.definitions import real_prompt, real_response, worst_gap
 
 NAMED = ("gpt2", "llama", "qwen2", "qwen3", "opt", "bloom", "gpt_neox", "gemma", "mistral", "t5", "bart")
 OTHERS = tuple(family for family in FAMILIES if family not in (*NAMED, "prophetnet"))
+# each with positions, a cache or a mask that no other has
+ODD = ("openai-gpt", "gpt_neo", "xglm", "ctrl", "mpt", "mamba", "rwkv", "jamba", "lfm2", "switch", "led", "mbart", "m2m_100")
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 10, 11, 12], [20], [2, 0, 33, 2], [40, 41, 40, 41, 40]]
 EVERYTHING = {
     "temperature": 0.7,
@@ -78,7 +80,7 @@ def test_rows_of_a_batch_have_the_logprobs_of_the_row_alone(family: str, name: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", families(OTHERS, *ODD))
 def test_other_families_too(family: str) -> None:
     policy, settings = tiny_policy(family), Sampling(max_new_tokens=10, n=2, **EVERYTHING)
     rollout, _ = Sampler(policy, settings).sample(batch_of())
@@ -195,8 +197,7 @@ def test_dropping_ended_rows_and_sharing_a_prefill_change_nothing(family: str, m
     }
     quick = sample(policy, **settings)
     assert len(set(quick.lengths_B.tolist())) > 4
-    plain = Policy.of(policy.model, policy.tokenizer)
-    plain.__dict__["capabilities"] = dataclasses.replace(policy.capabilities, picking=False)
+    plain = policy.with_model(policy.model, dataclasses.replace(policy.capabilities, row_selection=False))
     slow = sample(plain, **settings)
     assert torch.equal(quick.response_BR, slow.response_BR) and torch.equal(quick.lengths_B, slow.lengths_B)
     assert torch.equal(quick.stop_B, slow.stop_B)
@@ -207,8 +208,7 @@ def test_dropping_ended_rows_and_sharing_a_prefill_change_nothing(family: str, m
 def test_without_a_cache_the_record_is_the_same() -> None:
     policy = tiny_policy("llama")
     cached = sample(policy, n=2)
-    plain = Policy.of(policy.model, policy.tokenizer)
-    plain.__dict__["capabilities"] = dataclasses.replace(policy.capabilities, caching=False)
+    plain = policy.with_model(policy.model, dataclasses.replace(policy.capabilities, caching=False))
     slow = sample(plain, n=2)
     assert torch.equal(cached.response_BR, slow.response_BR)
     assert (cached.policy_logprobs_BR - slow.policy_logprobs_BR).abs().max() < 1e-5

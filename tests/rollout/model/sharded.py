@@ -1,11 +1,10 @@
-"""Run by test_sharded.py in two processes: weights spread over ranks, so that every forward pass is a collective call.
+"""Run by test_sharding.py in two ranks: weights spread over ranks, so that every forward pass is a collective call.
 
-python tests/rollout/model/sharded.py RANK PORT OUT        rank 0 has three prompts, rank 1 one or none
+python tests/rollout/model/sharded.py OUT        rank 0 has three prompts, rank 1 one or none
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -33,9 +32,10 @@ def sampled(policy: Policy, rows: list[int], family: str) -> dict[str, Any]:
     return {"rows": rollout.row_B, "samples": rollout.sample_B, "response": rollout.response_BR, "lengths": rollout.lengths_B}
 
 
-def main(rank: int, port: str, out: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def main(out: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    assert world_size == 2
     found = {}
     for family in FAMILIES:
         model = tiny(family)
@@ -51,4 +51,4 @@ def main(rank: int, port: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(sys.argv[1])

@@ -20,16 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.definitions import alone_logits, log_softmax, real_prompt, real_response, worst_gap
 
-ORDINARY = Capabilities(padding=True, caching=True, picking=True, pads_in_text=True)
+ORDINARY = Capabilities(padding=True, caching=True, row_selection=True, pads_in_text=True)
 EXPECTED = {
     "gpt2": ORDINARY,
     "mistral": ORDINARY,
     "mamba": ORDINARY,
     "t5": ORDINARY,
     "bart": ORDINARY,
-    "m2m_100": Capabilities(padding=True, caching=True, picking=True, pads_in_text=False),
-    "recurrent_gemma": Capabilities(padding=False, caching=False, picking=True, pads_in_text=True),
-    "rwkv": Capabilities(padding=False, caching=False, picking=True, pads_in_text=True),
+    "m2m_100": Capabilities(padding=True, caching=True, row_selection=True, pads_in_text=False),
+    "recurrent_gemma": Capabilities(padding=False, caching=False, row_selection=True, pads_in_text=True),
+    "rwkv": Capabilities(padding=False, caching=False, row_selection=True, pads_in_text=True),
 }
 
 
@@ -89,7 +89,7 @@ def test_roberta_like_models_count_from_behind_their_pad() -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     policy = Policy.of(model, tiny_tokenizer())
-    assert policy.capabilities.first == 2 and policy.room == 32
+    assert policy.capabilities.position_offset == 2 and policy.token_budget == 32
     settings = Sampling(max_new_tokens=20)
     rollout, _ = Sampler(policy, settings).sample(PromptBatch.of_ids([[5, 6, 7], [8] * 12]))
     assert not (rollout.response_BR == 1).any()
@@ -215,7 +215,7 @@ def test_dynamic_scaling_within_the_context_changes_nothing() -> None:
 @pytest.mark.parametrize(("capacity", "new"), [(3, 12), (3, 2), (64, 12)])
 def test_experts_of_a_bounded_capacity_are_decoded_without_the_cache_where_it_is_reached(capacity: int, new: int) -> None:
     policy, settings = tiny_policy("switch", expert_capacity=capacity), Sampling(max_new_tokens=new, n=2)
-    assert policy.capabilities.cached == capacity and policy.capabilities.padding
+    assert policy.capabilities.max_cached_tokens == capacity and policy.capabilities.padding
     rollout, _ = Sampler(policy, settings).sample(PromptBatch.of_ids([[5, 6, 7], [8] * 12]))
     assert worst_gap(policy.model, rollout, settings) < 1e-5
     with torch.no_grad():

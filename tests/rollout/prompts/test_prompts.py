@@ -12,7 +12,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from steerl.reward.types import build_reward
+from steerl.reward.build import build_reward
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.dumps.store import from_table, to_table

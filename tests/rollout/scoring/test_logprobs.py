@@ -1,4 +1,4 @@
-"""Logits and tokens lined up (exactness rows 5 to 8): pick, entropy, teacher-forced passes, hidden states, gradients."""
+"""Logits and tokens lined up (exactness rows 5 to 8): token_logprobs, entropy, teacher-forced passes, hidden states, gradients."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
-from steerl.rollout.model.policy import Policy, no_dropout
+from steerl.rollout.model.language_model import no_dropout
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
-from steerl.rollout.scoring.logprobs import entropy, pick, teacher_forced
+from steerl.rollout.scoring.logprobs import entropy, teacher_forced, token_logprobs
 from steerl.rollout.types import Rollout
 
 from tests.models import tiny, tiny_policy, tiny_tokenizer
@@ -56,7 +57,7 @@ def test_pick_and_entropy_are_the_float64_loop() -> None:
                 for t in range(3):
                     scores = [x / temperature for x in given[b, t].double().tolist()]
                     expected = definitions.log_softmax(scores)[int(tokens[b, t])]
-                    assert abs(float(pick(given, tokens, temperature)[b, t]) - expected) < 1e-5
+                    assert abs(float(token_logprobs(given, tokens, temperature)[b, t]) - expected) < 1e-5
                     assert abs(float(entropy(given, temperature)[b, t]) - definitions.entropy(scores)) < 1e-5
 
 
@@ -102,7 +103,7 @@ def test_hidden_states_are_those_whose_logits_predict_each_token(family: str) ->
         logits = logits * config.logit_scale
     if hasattr(policy.model, "final_logits_bias"):
         logits = logits + policy.model.final_logits_bias
-    found = torch.where(rollout.mask_BR, pick(logits, rollout.response_BR), torch.zeros(()))
+    found = torch.where(rollout.mask_BR, token_logprobs(logits, rollout.response_BR), torch.zeros(()))
     assert (found - forced.logprobs_BR).abs().max() < 1e-5
 
 

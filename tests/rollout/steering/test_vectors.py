@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,12 +19,14 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
+from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import locate, stacks
-from steerl.rollout.steering.spec.spec import At, Site
+from steerl.rollout.steering.spec.spec import Site
 from steerl.rollout.steering.vectors.extract import Pair, activations, direction, directions, read_pairs
 from steerl.rollout.steering.vectors.files import save_vector
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests import warm
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.definitions import alone_logits, real_prompt, real_response
 from tests.rollout.steering.helpers import parameters_of, vector
@@ -33,7 +34,7 @@ from tests.rollout.steering.helpers import parameters_of, vector
 
 def steered(model, file: Path, **fields) -> list[torch.Tensor]:
     site = {"at": {"layers": [0, 1]}, "vector": {"file": str(file), **fields}}
-    return Steering(model, {"sites": [site]}).sites[0].vectors
+    return [held["vector"] for held in Steering(model, {"sites": [site]}).sites[0].held]
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".gguf"])
@@ -200,7 +201,7 @@ def test_mean_diff_in_a_spec(tmp_path: Path) -> None:
     model, tokenizer = tiny("llama"), tiny_tokenizer()
     steering = Steering(model, {"sites": [{"at": {"layers": [1]}, "vector": {"mean_diff": str(file)}}]}, tokenizer)
     expected = directions(model, tokenizer, PAIRS, locate(model, At(layers=(1,))), "mean_diff", "mean")
-    assert torch.equal(steering.sites[0].vectors[0], expected[0])
+    assert torch.equal(steering.sites[0].held[0]["vector"], expected[0])
     with pytest.raises(UserError, match="needs a tokenizer"):
         Steering(model, {"sites": [{"at": {"layers": [1]}, "vector": {"mean_diff": str(file)}}]})
 
@@ -306,12 +307,10 @@ def test_the_door(tmp_path: Path) -> None:
         "def count(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n"
     )
     reward = json.dumps([{"name": "long", "kind": "function", "function": f"{tmp_path}/measure.py:count", "weight": 1.0}])
-    root = Path(__file__).parents[3]
     command = [sys.executable, "scripts/extract_steering.py", "--config", "configs/steering.yaml", "--model.path", str(tmp_path / "m"),
                "--extract.pairs", str(tmp_path / "pairs.jsonl"), "--extract.out", str(tmp_path / "v.safetensors")]  # fmt: skip
-    done = subprocess.run(
-        [*command, "--prompts.path", str(tmp_path / "prompts.jsonl"), "--reward", reward, "--effect.strengths", "[1.0]"],
-        cwd=root, capture_output=True, text=True, timeout=300,
+    done = warm.run(
+        [*command, "--prompts.path", str(tmp_path / "prompts.jsonl"), "--reward", reward, "--effect.strengths", "[1.0]"]
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "KL per response" in done.stdout
@@ -322,7 +321,7 @@ def test_the_door(tmp_path: Path) -> None:
     expected = directions(model, tiny_tokenizer(), PAIRS[:5], locate(model, At(layers="all")), "mean_diff", "mean")
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
-    bad = subprocess.run([*command[:6], "--extract.out", "x.bin"], cwd=root, capture_output=True, text=True, timeout=300)
+    bad = warm.run([*command[:6], "--extract.out", "x.bin"])
     assert bad.returncode == 2
     lines = [line for line in bad.stderr.splitlines() if line.startswith("extract.")]
     assert [line.split(":")[0] for line in lines] == ["extract.pairs", "extract.out"] and "Traceback" not in bad.stderr

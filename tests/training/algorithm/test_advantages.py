@@ -65,19 +65,7 @@ def test_kl_is_taken_off_per_token_and_masked():
 
 
 def scored_rows(lengths, ended_B):
-    rows, width = len(lengths), max(lengths)
-    numbers = torch.zeros(rows, width)
-    return Rollout(
-        prompt_BP=torch.ones(rows, 1, dtype=torch.int64),
-        prompt_mask_BP=torch.ones(rows, 1, dtype=torch.bool),
-        response_BR=torch.ones(rows, width, dtype=torch.int64),
-        lengths_B=torch.tensor(lengths),
-        ended_B=ended_B,
-        behaviour_logprobs_BR=numbers,
-        policy_logprobs_BR=numbers,
-        row_B=torch.arange(rows),
-        sample_B=torch.zeros(rows, dtype=torch.int64),
-    )
+    return Rollout.of_ids([[1]] * len(lengths), [[1] * length for length in lengths], ended_B=ended_B)
 
 
 def test_more_padding_and_another_row_order_change_nothing():

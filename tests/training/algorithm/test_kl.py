@@ -10,11 +10,12 @@ import torch
 from steerl.reward.types import Scores
 from steerl.rollout.types import Rollout, Texts
 from steerl.training.algorithm import kl
-from steerl.training.algorithm.experience import Scored, credit
+from steerl.training.algorithm.experience import credit
 from steerl.training.algorithm.importance import Correction, importance_weights
 from steerl.training.algorithm.update import micro_batch_loss
-from steerl.training.ppo import PPOSettings
 from steerl.training.run.metrics import kl_metrics
+from steerl.training.settings import PPOSettings
+from steerl.training.types import PolicyOutput, Scored
 
 
 def laws(seed: int = 0, size: int = 5):
@@ -92,16 +93,8 @@ def rows_of(tokens_BR, log_mu_BR, log_pi_BR, log_reference_BR) -> Scored:
     """Rows that were drawn under mu, scored; every row has all of its tokens."""
     rows, width = tokens_BR.shape
     numbers = torch.zeros(rows, width)
-    rollout = Rollout(
-        prompt_BP=torch.ones(rows, 1, dtype=torch.int64),
-        prompt_mask_BP=torch.ones(rows, 1, dtype=torch.bool),
-        response_BR=tokens_BR,
-        lengths_B=torch.full((rows,), width),
-        ended_B=torch.ones(rows, dtype=torch.bool),
-        behaviour_logprobs_BR=log_mu_BR.float(),
-        policy_logprobs_BR=log_pi_BR.float(),
-        row_B=torch.arange(rows),
-        sample_B=torch.zeros(rows, dtype=torch.int64),
+    rollout = Rollout.of_ids(
+        [[1]] * rows, tokens_BR, behaviour_logprobs_BR=log_mu_BR.float(), policy_logprobs_BR=log_pi_BR.float()
     )
     return Scored(
         rollout=rollout,
@@ -135,7 +128,7 @@ def one_token(correction):
         experience, _ = credit(scored, ppo, 1.0)
 
         def model(rollout, columns, **_):
-            return {"old": policy.log_softmax(0)[rollout.response_BR]}
+            return PolicyOutput(policy.log_softmax(0)[rollout.response_BR])
 
         state = SimpleNamespace(model=model, step=0, kl=kl.FixedKL(1.0))
         counts = {"tokens": len(tokens), "rows": len(tokens)}

@@ -9,18 +9,9 @@ from steerl.training.algorithm.minibatch import micro_batches, minibatches, shar
 
 
 def rows(count: int = 24, width: int = 5) -> Rollout:
-    numbers = torch.zeros(count, width)
-    return Rollout(
-        prompt_BP=torch.ones(count, 3, dtype=torch.int64),
-        prompt_mask_BP=torch.arange(3)[None] >= torch.arange(count)[:, None] % 3,
-        response_BR=torch.ones(count, width, dtype=torch.int64),
-        lengths_B=torch.arange(count) % width + 1,
-        ended_B=torch.ones(count, dtype=torch.bool),
-        behaviour_logprobs_BR=numbers,
-        policy_logprobs_BR=numbers,
-        row_B=torch.arange(count) // 2 + 100,
-        sample_B=torch.arange(count) % 2,
-    )
+    prompts, responses = ([1] * (3 - b % 3) for b in range(count)), ([1] * (b % width + 1) for b in range(count))
+    row_B, sample_B = torch.arange(count) // 2 + 100, torch.arange(count) % 2
+    return Rollout.of_ids(list(prompts), list(responses), row_B=row_B, sample_B=sample_B)
 
 
 def named(rollout: Rollout, parts: list[list[int]]) -> list[set[tuple[int, int]]]:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steerl.reward.types import Scores, build_reward
+from steerl.reward.build import build_reward
+from steerl.reward.types import Scores
 from steerl.rollout.common import processes
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling

@@ -16,7 +16,8 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.steering import load_spec
 from steerl.rollout.types import Rollout, Texts
 from steerl.training.algorithm.importance import Correction
-from steerl.training.ppo import PPOSettings, train
+from steerl.training.ppo import train
+from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 
 from tests.models import tiny_policy

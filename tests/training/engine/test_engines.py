@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from filelock import FileLock
 from safetensors.torch import load_file
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
 from steerl.training.engine import engine as engine_of_run
-from steerl.training.ppo import PPOSettings
+from steerl.training.settings import PPOSettings
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from tests import warm
 from tests.models import tiny
 from tests.training.engine import engines
 
@@ -35,8 +34,8 @@ RUNS = {
     "zero1": ("full", "lora_shared", "learned"),
     "zero2": ("full",),
     "zero2 more": ("lora_shared",),
-    "zero3": ("walks", "one_prompt", "unpadded", "lora_shared", "learned"),
-    "zero3 more": ("full", "pushed"),
+    "zero3": ("one_prompt", "unpadded", "lora_shared", "learned"),
+    "zero3 more": ("walks", "full", "pushed"),
     "zero3 alone": ("one_prompt",),
     "fsdp2": ("full", "one_prompt", "unpadded"),
 }
@@ -70,40 +69,22 @@ def ranks(engine: str) -> int:
     return 1 if engine.endswith(" alone") else 2
 
 
-def command(engine: str, folder: Path) -> list[str]:
-    if engine == "one":
-        return [sys.executable]
-    if engine == "fsdp2":
-        engine = "ddp"  # and fully_shard by hand
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    return [*accelerate, "--config_file", str(config_of(engine, folder))]
-
-
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory, tiny_world: Callable[[str], Path]) -> Launched:
+def launched(made_once: Any, tiny_world: Callable[[str], Path]) -> Launched:
     """`launched("zero3")`: the folder of that engine's runs, made once for all test workers."""
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "engines"
 
-    def launch(engine: str) -> Path:
-        shared.mkdir(exist_ok=True)
-        out = shared / engine
-        with FileLock(shared / f"{engine}.lock"):
-            if not (out / "done").exists():
-                words = [*command(engine, shared), "tests/training/engine/engines.py", str(out), str(tiny_world("randomwalks"))]
-                done = subprocess.run(
-                    [*words, ",".join(RUNS[engine]), *(["fully_shard"] if engine == "fsdp2" else [])],
-                    cwd=ROOT,
-                    env={**os.environ, "PYTHONPATH": str(ROOT)},
-                    capture_output=True,
-                    text=True,
-                    timeout=550,
-                )
-                assert done.returncode == 0, done.stderr[-4000:]
-                (out / "done").touch()
-        return out
+    def make(out: Path, engine: str) -> None:
+        program = ["tests/training/engine/engines.py", str(out), str(tiny_world("randomwalks")), ",".join(RUNS[engine])]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if engine == "one":
+            done = warm.run([sys.executable, *program])
+        elif engine == "fsdp2":
+            done = warm.run_ranks(*program, "fully_shard")
+        else:
+            done = warm.run(warm.accelerate_launch(config_of(engine, out), *program), env=environment, timeout=550)
+        assert done.returncode == 0, done.stderr[-4000:]
 
-    return launch
+    return lambda engine: made_once(f"engine {engine}", lambda out: make(out, engine))
 
 
 def measured(run: Path) -> list[dict[str, float]]:

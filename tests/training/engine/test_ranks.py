@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,24 +11,22 @@ import torch
 from safetensors.torch import load_file
 from steerl.rollout.model import adapters
 
+from tests import warm
 from tests.models import tiny
 from tests.training.engine.ranks import JOBS, SETTINGS
 
-ROOT = Path(__file__).parents[3]
-
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    out = tmp_path_factory.mktemp("ranks")
-    script = [str(ROOT / "tests/training/engine/ranks.py")]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/ddp.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for name, command in {"one": [sys.executable, *script], "two": [*launch, *script]}.items():
-        done = subprocess.run(
-            [*command, str(out / name)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-        )
+def folders(made_once):
+    def one(out):
+        done = warm.run([sys.executable, "tests/training/engine/ranks.py", str(out)])
         assert done.returncode == 0, done.stderr[-3000:]
-    return out / "one", out / "two"
+
+    def two(out):
+        done = warm.run_ranks("tests/training/engine/ranks.py", str(out))
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return made_once("one_rank", one), made_once("two_ranks", two)
 
 
 def logits_of(family: str, folder: Path) -> torch.Tensor:

@@ -26,7 +26,7 @@ from steerl.training.planning.memory import ENGINES, Work, memory
 from steerl.training.planning.passes import Blueprint, cache_bytes, count, plain_pass, training_pass
 from steerl.training.planning.plan import LORA, advise, flags, rows, search
 from steerl.training.planning.time import Shares, seconds, sent
-from steerl.training.ppo import PPOSettings
+from steerl.training.settings import PPOSettings
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from tests.models import tiny
@@ -396,12 +396,13 @@ ADAPTER = {"peft_type": "LORA", "r": 8}
     [
         # mostly gradients and optimizer states
         pytest.param({"prompt": 8, "response": 8, "ppo": {"value": "shared"}}, marks=pytest.mark.proofs),
-        {"rows": 8, "peft": ADAPTER, "prompt": 48, "response": 48, "ppo": {"value": "shared"}},  # mostly activations
+        # mostly activations; all its layers are in the proofs
+        {"layers": 3, "rows": 8, "peft": ADAPTER, "prompt": 48, "response": 48, "ppo": {"value": "shared"}},
     ],
 )
 def test_the_plan_is_within_15_percent_of_a_real_steps_peak(asked):
     found = beside_a_step(asked)
-    assert found["weights"] > 200e6
+    assert found["weights"] > (60e6 if "layers" in asked else 200e6)
     assert found["planned"] == pytest.approx(found["measured"], rel=0.15), found
 
 

@@ -7,7 +7,6 @@ import logging
 import pickle
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +18,10 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.training.algorithm.kl import AdaptiveKL
 from steerl.training.run import checkpoint, resume
-from steerl.training.run.state import TrainState
+from steerl.training.types import TrainState
 from torch import nn
 
+from tests import warm
 from tests.models import tiny
 
 
@@ -247,17 +247,18 @@ from steerl.training.run import checkpoint
 folder, limit = sys.argv[1], int(sys.argv[2])
 state = make_state()
 checkpoint.save(folder, 1, state)
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # a write beyond it fails as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))  # a write beyond it fails as on a full disk
 try:
     checkpoint.save(folder, 2, state)
 except UserError as problem:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
     print(problem)
 """
 
 
 @pytest.mark.parametrize("limit", [100, 30_000])
 def test_a_full_disk_is_one_clear_line_and_leaves_the_one_before_whole(tmp_path, limit):
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path, str(limit)], capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", FULL_DISK, tmp_path, str(limit)])
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1 and "step-000002: cannot be written" in done.stdout, done.stdout
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
@@ -282,10 +283,11 @@ def test_a_kill_at_any_instant_leaves_a_whole_checkpoint(tmp_path):
     """The killed process does nothing but save, so that the kill always falls into a save; the lines it prints pace us."""
     for kill in range(5):
         folder = tmp_path / str(kill)
-        with subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, folder], stdout=subprocess.PIPE, text=True) as process:
-            for _ in range(3 + kill):
-                line = process.stdout.readline()
-            process.send_signal(signal.SIGKILL)
+        process = warm.start([sys.executable, "-c", SAVE_FOREVER, folder])
+        for _ in range(3 + kill):
+            line = process.readline()
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
         step = int(line)
         path = checkpoint.latest(folder)
         assert path is not None and int(path.name[-6:]) >= step

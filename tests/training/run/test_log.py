@@ -6,13 +6,14 @@ import glob
 import json
 import os
 import struct
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 from steerl.training.run.log import RunLog
+
+from tests import warm
 
 HOSTILE = 'two | cells\n<script>alert("x")</script> \u202eright to left \x07'
 
@@ -198,7 +199,7 @@ except UserError as problem:
 
 def test_a_tracker_that_cannot_start_says_how_to_go_on(tmp_path):
     environment = {**os.environ, "WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", NO_ACCOUNT, tmp_path], capture_output=True, text=True, env=environment)
+    done = warm.run([sys.executable, "-c", NO_ACCOUNT, tmp_path], env=environment)
     assert "WANDB_MODE=offline needs no account" in done.stdout, done.stderr
 
 
@@ -206,18 +207,23 @@ FULL = """
 import resource, sys, pathlib
 from steerl.rollout.common.errors import UserError
 from steerl.training.run.log import RunLog
+
+from tests import warm
+
+from tests import warm
 log = RunLog(pathlib.Path(sys.argv[1]))
 log.metrics(1, {"a": 1})
-resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, -1))
 try:
     log.metrics(2, {"a": 1})
 except UserError as problem:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
     print(problem)
 """
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", FULL, tmp_path])
     assert len(done.stdout.splitlines()) == 1 and "metrics.jsonl: cannot be written" in done.stdout, done.stderr
 
 

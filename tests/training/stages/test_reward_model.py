@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +14,11 @@ import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.model.policy import ModelSettings
-from steerl.training.stages.data import TableSettings
-from steerl.training.stages.reward_model import RewardJob, RewardModelSettings, measure, run_reward
+from steerl.training.stages.reward_model import measure, run_reward
+from steerl.training.stages.settings import RewardJob, RewardModelSettings, TableSettings
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
 
+from tests import warm
 from tests.models import tiny, tiny_tokenizer
 
 WORDS = ["good", "fine", "nice"], ["bad", "poor", "dull"]
@@ -200,7 +200,7 @@ def test_the_door_reaches_the_accuracy_of_the_embedded_reward_model(tmp_path, ti
     world = tiny_world("reviews")
     command = [sys.executable, "scripts/train_reward.py", "--config", "configs/reward.yaml", "--run.dir", str(tmp_path / "run")]
     command += ["--model.path", str(world / "base"), "--prompts.path", str(world / "preferences.jsonl")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm.run(command)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy"] >= 0.95 and summary["rows_heldout"] == 100
@@ -212,11 +212,10 @@ def test_the_door_reaches_the_accuracy_of_the_embedded_reward_model(tmp_path, ti
 def test_two_processes_measure_every_pair_once(tmp_path):
     held = pairs("explicit")[:5]
     made = job(tmp_path, pairs("explicit"), held)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
-    command += ["--main_process_port", "0", "scripts/train_reward.py", "--config", "configs/reward.yaml"]
+    command = ["scripts/train_reward.py", "--config", "configs/reward.yaml"]
     command += ["--model.path", made.model.path, "--prompts.path", made.prompts.path, "--run.dir", made.run.dir]
     command += ["--reward_model.steps", "2", "--prompts.heldout_path", made.prompts.heldout_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm.run_ranks(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     gaps = gaps_of(tmp_path / "run" / "model", held)
@@ -228,7 +227,7 @@ def test_the_door_tells_a_bad_row_in_one_line_and_leaves_with_2(tmp_path):
     made = job(tmp_path, [{"chosen": "a b", "rejected": "a b"}])
     command = [sys.executable, "scripts/train_reward.py", "--config", "configs/reward.yaml", "--run.dir", made.run.dir]
     command += ["--model.path", made.model.path, "--prompts.path", made.prompts.path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = warm.run(command)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "prompts.path: row 1: chosen equals rejected" in done.stderr
 

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +15,11 @@ from safetensors.torch import load_file
 from steerl.rollout.common.errors import Stopped, UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.model.policy import ModelSettings, load_policy
-from steerl.training.stages.data import TableSettings
-from steerl.training.stages.sft import SFTJob, SFTSettings, run_sft
+from steerl.training.stages.settings import SFTJob, SFTSettings, TableSettings
+from steerl.training.stages.sft import run_sft
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from tests import warm
 from tests.models import tiny, tiny_tokenizer
 
 PAIRS = [
@@ -307,11 +306,10 @@ def test_a_padded_batch_teaches_what_its_rows_one_by_one_do(tmp_path, kind, fami
 @pytest.mark.slow
 def test_two_processes_leave_one_model(tmp_path):
     made = job(tmp_path, PAIRS * 4, heldout=PAIRS)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
-    command += ["--main_process_port", "0", "scripts/train_sft.py", "--config", "configs/sft.yaml"]
+    command = ["scripts/train_sft.py", "--config", "configs/sft.yaml"]
     command += ["--model.path", made.model.path, "--prompts.path", made.prompts.path, "--run.dir", str(tmp_path / "two")]
     command += ["--sft.steps", "2", "--prompts.heldout_path", made.prompts.heldout_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm.run_ranks(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["world_size"] == 2 and summary["steps"] == 2

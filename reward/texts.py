@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.prompts.chat import check_messages, text_of
 from steerl.rollout.prompts.tables import columns_of, read_table
 from steerl.rollout.types import Rollout, Texts
-from torch import Tensor
 
 _COMPLETIONS = ("completion", "response", "answer", "text")
 
@@ -72,7 +70,7 @@ class TextTable:
             completions=[completion for _, completion in pairs],
             columns={name: [record.get(name) for record in records] for name in self.others},
         )
-        return rollout_of(len(texts), row=list(index)), texts
+        return Rollout.of_ids([[]] * len(texts), [[]] * len(texts), row_B=index), texts
 
     def _pair(self, index: int, record: dict[str, Any]) -> tuple[Any, str]:
         where = f"{self.field}: row {index}"
@@ -123,43 +121,6 @@ def load_texts(settings: TextSettings, field: str) -> TextTable:
     if settings.limit and len(table) > settings.limit:
         table = TextTable([rows[i] for i in range(settings.limit)], messages, prompt, completion, field)
     return table
-
-
-def rollout_of(
-    rows: int,
-    *,
-    prompts: Sequence[Sequence[int]] | None = None,
-    responses: Sequence[Sequence[int]] | None = None,
-    ended: Sequence[bool] | None = None,
-    row: Sequence[int] | None = None,
-    sample: Sequence[int] | None = None,
-    start_ids: Sequence[int] = (),
-) -> Rollout:
-    """A rollout of ids in hand, its log-probs 0; without ids one of width 0, which says that there are none."""
-    prompts, responses = prompts or [[]] * rows, responses or [[]] * rows
-    width_P, width_R = (max((len(ids) for ids in lists), default=0) for lists in (prompts, responses))
-    lengths_B = torch.tensor([len(ids) for ids in responses], dtype=torch.int64)
-    prompt_mask_BP = (
-        torch.arange(width_P)[None] >= width_P - torch.tensor([len(ids) for ids in prompts], dtype=torch.int64)[:, None]
-    )
-    mask_BR = torch.arange(width_R)[None] < lengths_B[:, None]
-
-    def filled(lists: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
-        flat = torch.tensor([i for ids in lists for i in ids], dtype=torch.int64)
-        return torch.zeros(mask.shape, dtype=torch.int64).masked_scatter_(mask, flat)
-
-    return Rollout(
-        prompt_BP=filled(prompts, prompt_mask_BP),
-        prompt_mask_BP=prompt_mask_BP,
-        response_BR=filled(responses, mask_BR),
-        lengths_B=lengths_B,
-        ended_B=torch.tensor([True] * rows if ended is None else list(ended), dtype=torch.bool),
-        behaviour_logprobs_BR=torch.zeros(mask_BR.shape),
-        policy_logprobs_BR=torch.zeros(mask_BR.shape),
-        row_B=torch.tensor(range(rows) if row is None else list(row), dtype=torch.int64),
-        sample_B=torch.zeros(rows, dtype=torch.int64) if sample is None else torch.tensor(list(sample), dtype=torch.int64),
-        start_ids=tuple(start_ids),
-    )
 
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:

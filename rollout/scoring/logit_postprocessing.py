@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.model.capabilities import pass_arguments, probe_row, same
+from steerl.rollout.model.language_model import pass_arguments, probe_row, same
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _ROWWISE = frozenset(
 
 
 @dataclass(frozen=True)
-class AfterHead:
+class LogitPostprocessing:
     """The operations between the head's output and the model's logits, in order; none for most models."""
 
     operations: tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], ...]
@@ -57,14 +57,14 @@ def _filled(core: nn.Module, logits: Tensor, value: Any) -> Any:
     return core.get_buffer(value.name) if isinstance(value, _Named) else value
 
 
-_SEEN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, AfterHead | None]] = weakref.WeakKeyDictionary()
+_SEEN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, LogitPostprocessing | None]] = weakref.WeakKeyDictionary()
 """model -> (the head it had, what was seen)."""
 
 
-def after_head(policy: Policy) -> AfterHead | None:
+def logit_postprocessing(policy: Policy) -> LogitPostprocessing | None:
     """What `policy`'s model does after its head; None where it cannot be repeated on rows. Observed once per model and head."""
     from steerl.rollout.model.hooks import unsteered
-    from steerl.rollout.model.policy import no_dropout
+    from steerl.rollout.model.language_model import no_dropout
 
     core = policy.core
     head = core.get_output_embeddings()
@@ -76,7 +76,7 @@ def after_head(policy: Policy) -> AfterHead | None:
     return known[1]
 
 
-def _observe(policy: Policy, core: Any, head: nn.Module) -> AfterHead | None:
+def _observe(policy: Policy, core: Any, head: nn.Module) -> LogitPostprocessing | None:
     calls: list[tuple[Tensor, Tensor]] = []
 
     def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -91,7 +91,7 @@ def _observe(policy: Policy, core: Any, head: nn.Module) -> AfterHead | None:
     hook = head.register_forward_hook(watch)
     try:
         row = probe_row(policy, 0, 2)
-        logits = core(**pass_arguments(policy, row, decoder=row[:, :0], first=None)).logits
+        logits = core(**pass_arguments(policy, row, decoder=row[:, :0], offset=None)).logits
     finally:
         hook.remove()
     done = getattr(logits, "done", None)
@@ -107,7 +107,7 @@ def _observe(policy: Policy, core: Any, head: nn.Module) -> AfterHead | None:
         if function.__name__ not in _ROWWISE or None in filled or any(isinstance(v, Tensor) for v in kwargs.values()):
             return None
         operations.append((function, tuple(filled), dict(kwargs)))
-    found = AfterHead(tuple(operations))
+    found = LogitPostprocessing(tuple(operations))
     hidden_BTD, _ = calls[0]
     again = found(core, head(hidden_BTD[:, -1:].flatten(0, 1)))
     return found if same(again, logits.as_subclass(Tensor)[:, -1:].flatten(0, 1)) else None

@@ -11,8 +11,8 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
-from steerl.rollout.scoring import head_rows, logprobs, readout
-from steerl.rollout.scoring.after_head import after_head
+from steerl.rollout.scoring import chunked_head, logprobs
+from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.scoring.logprobs import forward_inputs, teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
@@ -78,8 +78,8 @@ def test_chunks_give_the_numbers_and_gradients_of_all_logits_at_once(family, row
     if family.endswith("+lora"):
         policy = with_lora(policy)
     rollout = rolled(policy)
-    assert readout.readable(policy) is not None
-    monkeypatch.setitem(head_rows.CHUNK, "cpu", rows * policy.vocab_size)
+    assert chunked_head.readable(policy) is not None
+    monkeypatch.setitem(chunked_head.CHUNK, "cpu", rows * policy.vocab_size)
     expected_logprobs, expected_entropy = all_at_once(policy, rollout)
     expected = gradients(policy, loss_of(expected_logprobs, expected_entropy, rollout.mask_BR))
     found = teacher_forced(policy, rollout)
@@ -99,12 +99,12 @@ def test_a_model_that_cuts_its_logits_keeps_its_own_way():
     from tests.models import tiny, tiny_tokenizer
 
     policy = Policy.of(tiny("prophetnet"), tiny_tokenizer())
-    assert after_head(policy) is None and readout.readable(policy) is None
+    assert logit_postprocessing(policy) is None and chunked_head.readable(policy) is None
 
 
 def test_a_new_head_is_observed_anew():
     policy = tiny_policy("gpt2")
-    assert after_head(policy) is not None
+    assert logit_postprocessing(policy) is not None
 
     class Doubling(torch.nn.Linear):
         def forward(self, hidden: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def test_steering_on_the_head_edits_whole_logits(monkeypatch):
     rollout = dataclasses.replace(rollout, steering=steering.name, strength_B=torch.ones(4))
     steered = teacher_forced(policy, rollout, steering=steering).logprobs_BR
     plain = teacher_forced(policy, rollout).logprobs_BR
-    monkeypatch.setattr(readout, "enabled", False)
+    monkeypatch.setattr(chunked_head, "enabled", False)
     expected = teacher_forced(policy, rollout, steering=steering).logprobs_BR
     assert torch.equal(steered, expected) and (steered - plain)[:, 1].abs().max() > 0.1
     assert (steered - plain)[:, 0].abs().max() < 1e-5
@@ -187,3 +187,14 @@ def test_rows_from_their_first_token_on_are_the_padded_ones(family, monkeypatch)
     assert (found.logprobs_BR - padded.logprobs_BR).abs().max() < 1e-5
     difference = torch.where(rollout.mask_BR[..., None], found.hidden_BRD - padded.hidden_BRD, 0.0)
     assert difference.abs().max() < 1e-4
+
+
+def test_hooks_of_our_own_are_not_a_users():
+    """Those that place virtual tokens read no logits: the head goes on in chunks."""
+    from steerl.rollout.model import adapters
+
+    policy = tiny_policy("llama")
+    policy = policy.with_model(adapters.add(policy.model, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}))
+    assert chunked_head.readable(policy) is not None
+    policy.core.register_forward_hook(lambda module, inputs, output: None)
+    assert chunked_head.readable(policy) is None
