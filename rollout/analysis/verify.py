@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from steerl.rollout.decoding.distribution import Distribution, History
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.model.policy import Policy, no_dropout
+from steerl.rollout.model.language_model import no_dropout
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.logprobs import forward_inputs, teacher_forced, token_logprobs
 from steerl.rollout.steering.strengths import unrecorded
 from steerl.rollout.types import Rollout

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.model import capabilities
+from steerl.rollout.model import capabilities, language_model
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.generation_state import step_forward
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ def _agrees(policy: Policy) -> bool:
     if short < 4:
         return False
     first, device = policy.capabilities.position_offset, policy.device
-    rows = [capabilities.probe_row(policy, 3, short), capabilities.probe_row(policy, 5, long)]
+    rows = [language_model.probe_row(policy, 3, short), language_model.probe_row(policy, 5, long)]
     tail = torch.cat([row[:, -2:] for row in rows])
     fill = torch.full((1, long - short), policy.pad_id, device=device)
     prompt = torch.cat([torch.cat([fill, rows[0][:, :-2]], dim=1), rows[1][:, :-2]])
@@ -124,12 +124,12 @@ def _agrees(policy: Policy) -> bool:
     config = ClosedGenerationConfig.of(policy.pad_id, policy.start_ids, max_new_tokens=3)
     try:
         policy.core.generate(
-            **capabilities.generate_arguments(policy, prompt, mask, first), generation_config=config, custom_generate=follow
+            **language_model.generate_arguments(policy, prompt, mask, first), generation_config=config, custom_generate=follow
         )
     except (RuntimeError, ValueError, IndexError, AttributeError, NotImplementedError):
         return False  # what cannot be moved or masked so shows it by an error
-    expected = torch.cat([capabilities.pass_logits(policy, row, first=first)[:, -2:] for row in rows])
-    return capabilities.same(torch.stack(seen, dim=1), expected)
+    expected = torch.cat([language_model.pass_logits(policy, row, offset=first)[:, -2:] for row in rows])
+    return language_model.same(torch.stack(seen, dim=1), expected)
 
 
 # -- what stays -------------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from steerl.rollout.decoding.distribution import Distribution, History
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops
 from steerl.rollout.decoding.weights import Space, Weights
-from steerl.rollout.model.capabilities import generate_arguments
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
-from steerl.rollout.model.policy import Policy, no_dropout
+from steerl.rollout.model.language_model import generate_arguments, no_dropout
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import encoder_input
 from steerl.rollout.types import STOP_LENGTH, STOP_USER, Rollout, left_pad

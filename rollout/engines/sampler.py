@@ -21,9 +21,10 @@ from steerl.rollout.decoding.distribution import Distribution
 from steerl.rollout.decoding.loop import DecodeLoop
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops
-from steerl.rollout.model.capabilities import Capabilities, generate_arguments
+from steerl.rollout.model.capabilities import Capabilities
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
-from steerl.rollout.model.policy import Policy, no_dropout
+from steerl.rollout.model.language_model import generate_arguments, no_dropout
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync, root_gathered
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import encoder_input, teacher_forced

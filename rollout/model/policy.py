@@ -2,16 +2,13 @@
 
     load_policy(settings)      a folder or hub name (an adapter's folder too) -> Policy
     Policy.of(model, tok)      objects in hand -> Policy
-    no_dropout(model)          every module in eval mode, and back again
 
 What a checkpoint's generation config says beyond bos, pad, decoder start, forced bos and eos is never read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +19,8 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, virtual_tokens
 from steerl.rollout.model.auto_classes import load_head, load_tokenizer
 from steerl.rollout.model.capabilities import Capabilities, observe
-from torch import nn
+from steerl.rollout.model.hooks import unsteered
+from steerl.rollout.model.language_model import LanguageModel, no_dropout, unwrap, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -45,24 +43,11 @@ class ModelSettings:
     """A peft config as a mapping, {peft_type: LORA, r: 8, ...}: what training adds to the model."""
 
 
-@dataclass(frozen=True, eq=False)
-class Policy:
-    """A generating model with what its responses begin with, end with and are padded with."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Policy(LanguageModel):
+    """A generating model and its tokenizer."""
 
-    model: Any
-    """May be wrapped by DDP, DeepSpeed, FSDP or PEFT."""
     tokenizer: Any
-    kind: Literal["causal", "seq2seq"]
-    start_ids: tuple[int, ...]
-    """What every decoder row starts with (decoder start, forced bos); empty for decoder-only models."""
-    pad_id: int
-    eos_ids: tuple[int, ...]
-    context: int | None
-    """Most tokens of a sequence (of the encoder's input for encoder-decoders); None where nothing limits it."""
-    decoder_context: int | None = None
-    """Most tokens of an encoder-decoder's decoder sequence."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Arguments that every forward pass of this model gets besides ids, masks and positions."""
 
     @staticmethod
     def of(model: Any, tokenizer: Any, kind: Literal["auto", "causal", "seq2seq"] = "auto") -> Policy:
@@ -100,29 +85,9 @@ class Policy:
             decoder_context=contexts[1],
         )
 
-    @property
-    def core(self) -> Any:
-        """The transformers model itself, out of every wrapper."""
-        return unwrap(self.model)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.core.parameters()).device
-
-    @property
-    def is_seq2seq(self) -> bool:
-        return self.kind == "seq2seq"
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids that the model can draw; may be more than the tokenizer knows."""
-        return vocabulary_size(self.core)
-
     @cached_property
     def capabilities(self) -> Capabilities:
         """How the model takes padding and caching, observed on it once (every rank of a run asks at the same place)."""
-        from steerl.rollout.model.hooks import unsteered
-
         # Whoever asks first may be inside a steered pass; what is observed is the plain model.
         with unsteered(), no_dropout(self.core), torch.no_grad():
             return observe(self)
@@ -132,51 +97,12 @@ class Policy:
         """Tokens that a row may have: the context, but for models that begin to count positions later."""
         return None if self.context is None else self.context - self.capabilities.position_offset
 
-    def with_model(self, model: Any) -> Policy:
-        """The same policy around another wrapper of its model."""
-        return dataclasses.replace(self, model=model)
-
-
-def unwrap(model: Any) -> Any:
-    """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            return model.get_base_model()  # its layers carry the adapter, its trunk the hooks of virtual tokens
-        elif not hasattr(model, "config") or type(model).__name__ in _WRAPPERS:
-            if not isinstance(getattr(model, "module", None), nn.Module):
-                raise UserError(f"model: {type(model).__name__} is not a transformers model; load it with the Auto classes")
-            model = model.module
-        else:
-            return model
-
-
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
-
-
-@contextlib.contextmanager
-def no_dropout(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module inside the block; each one's own mode afterwards.
-
-    Layers under gradient checkpointing look at their `training` flag before they checkpoint, so they keep it and have
-    their own dropout rates at 0 meanwhile. A backward pass that recomputes layers must run inside the block too.
-    """
-    before = [module for module in model.modules() if module.training]
-    rates: list[tuple[nn.Module, str, float]] = []
-    for module in before:
-        module.training = bool(getattr(module, "gradient_checkpointing", False))
-        if module.training:
-            rates += [(module, k, v) for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]
-    for module, name, _ in rates:
-        setattr(module, name, 0.0)
-    try:
-        yield
-    finally:
-        for module in before:
-            module.training = True
-        for module, name, value in rates:
-            setattr(module, name, value)
+    def with_model(self, model: Any, capabilities: Capabilities | None = None) -> Policy:
+        """The same policy around another wrapper of its model; or around a copy, whose `capabilities` need not be observed."""
+        other = dataclasses.replace(self, model=model)
+        if capabilities is not None:
+            vars(other)["capabilities"] = capabilities
+        return other
 
 
 def load_policy(settings: ModelSettings, device: torch.device | str | None = None) -> Policy:
@@ -214,15 +140,6 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "
 
 
 # -- checks and look-ups --------------------------------------------------------------------------------------------
-
-
-def vocabulary_size(core: Any) -> int:
-    """Width of the logits: the head's rows where there is a head of its own, else the embedding's."""
-    for module in (core.get_output_embeddings(), core.get_input_embeddings()):
-        for name in ("out_features", "num_embeddings"):
-            if isinstance(getattr(module, name, None), int):
-                return int(getattr(module, name))
-    return int(core.config.get_text_config(decoder=True).vocab_size)
 
 
 def check_vocabulary(tokenizer: Any, size: int) -> None:

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from steerl.rollout.model import hooks as steering_hooks
-from steerl.rollout.model.policy import Policy, no_dropout
+from steerl.rollout.model.language_model import no_dropout
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.logit_postprocessing import LogitPostprocessing, logit_postprocessing
 from steerl.rollout.types import Rollout
 from torch import Tensor, nn
@@ -281,7 +282,7 @@ def _gathered(head: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in head.parameters())
 
 
-_NOT_USERS = ("torch.", "deepspeed.", "accelerate.", "peft.", "transformers.", "rollout.")
+_NOT_USERS = ("torch.", "deepspeed.", "accelerate.", "peft.", "transformers.", "steerl.")
 """Owners of hooks that do their own work and read no logits."""
 
 

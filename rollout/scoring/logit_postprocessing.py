@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.model.capabilities import pass_arguments, probe_row, same
+from steerl.rollout.model.language_model import pass_arguments, probe_row, same
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ _SEEN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, LogitPostprocessing | Non
 def logit_postprocessing(policy: Policy) -> LogitPostprocessing | None:
     """What `policy`'s model does after its head; None where it cannot be repeated on rows. Observed once per model and head."""
     from steerl.rollout.model.hooks import unsteered
-    from steerl.rollout.model.policy import no_dropout
+    from steerl.rollout.model.language_model import no_dropout
 
     core = policy.core
     head = core.get_output_embeddings()
@@ -91,7 +91,7 @@ def _observe(policy: Policy, core: Any, head: nn.Module) -> LogitPostprocessing 
     hook = head.register_forward_hook(watch)
     try:
         row = probe_row(policy, 0, 2)
-        logits = core(**pass_arguments(policy, row, decoder=row[:, :0], first=None)).logits
+        logits = core(**pass_arguments(policy, row, decoder=row[:, :0], offset=None)).logits
     finally:
         hook.remove()
     done = getattr(logits, "done", None)

@@ -23,8 +23,8 @@ import torch
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import virtual_tokens
-from steerl.rollout.model.capabilities import forward_arguments, positions
-from steerl.rollout.model.policy import Policy, no_dropout
+from steerl.rollout.model.language_model import forward_arguments, no_dropout, positions
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.scoring.chunked_head import predicting, readable, reading
 from steerl.rollout.types import Rollout

@@ -23,7 +23,7 @@ import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
 from steerl.rollout.model.auto_classes import HEADS, choose_head, load_config
-from steerl.rollout.model.capabilities import forward_arguments
+from steerl.rollout.model.language_model import forward_arguments
 from steerl.rollout.model.policy import ModelSettings
 from steerl.training.model import value_model
 from torch import Tensor, nn

@@ -16,7 +16,8 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import written_aside
 from steerl.rollout.model import adapters, auto_classes, virtual_tokens
 from steerl.rollout.model.auto_classes import save
-from steerl.rollout.model.policy import ModelSettings, ids_of, unwrap
+from steerl.rollout.model.language_model import unwrap
+from steerl.rollout.model.policy import ModelSettings, ids_of
 from steerl.training.checks import float16_problems
 
 

@@ -17,7 +17,8 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import write_json
 from steerl.rollout.model import adapters
-from steerl.rollout.model.policy import check_vocabulary, vocabulary_size
+from steerl.rollout.model.language_model import vocabulary_size
+from steerl.rollout.model.policy import check_vocabulary
 from steerl.rollout.prompts.tables import columns_of
 from steerl.training.stages import data, models, stage
 from steerl.training.stages.data import Row

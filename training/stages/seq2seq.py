@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from steerl.reward.kinds.rouge import rouge
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model.policy import check_vocabulary, vocabulary_size
+from steerl.rollout.model.language_model import vocabulary_size
+from steerl.rollout.model.policy import check_vocabulary
 from steerl.training.stages import models, stage
 from steerl.training.stages.data import Row
 from steerl.training.stages.settings import SFTJob

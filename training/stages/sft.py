@@ -17,7 +17,8 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.stops import turn_end
 from steerl.rollout.model.auto_classes import choose_head, load_config
-from steerl.rollout.model.policy import ModelSettings, check_vocabulary, vocabulary_size
+from steerl.rollout.model.language_model import vocabulary_size
+from steerl.rollout.model.policy import ModelSettings, check_vocabulary
 from steerl.rollout.prompts.tables import columns_of
 from steerl.training.run.log import log_line
 from steerl.training.stages import data, models, stage

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model import policy
+from steerl.rollout.model import language_model
 from steerl.rollout.model.hooks import unsteered
-from steerl.rollout.steering.spec.spec import At
+from steerl.rollout.steering.core.places import At
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Point:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside every wrapper; adapters that prepend virtual tokens are refused."""
-    inner = policy.unwrap(model)
+    inner = language_model.unwrap(model)
     for wrapper in (model, getattr(model, "module", None)):
         for name, config in (getattr(wrapper, "peft_config", None) or {}).items():
             if getattr(config, "num_virtual_tokens", None):
@@ -200,10 +200,10 @@ def _calls(inner: nn.Module, watched: list[nn.Module]) -> dict[nn.Module, tuple[
 
     handles = [module.register_forward_hook(keep, with_kwargs=True) for module in watched]
     device = next(inner.parameters()).device
-    ids = torch.arange(3, 7, device=device)[None] % policy.vocabulary_size(inner)
+    ids = torch.arange(3, 7, device=device)[None] % language_model.vocabulary_size(inner)
     given = {"input_ids": ids, **({"decoder_input_ids": ids} if getattr(inner.config, "is_encoder_decoder", False) else {})}
     try:
-        with torch.no_grad(), unsteered(), policy.no_dropout(inner):
+        with torch.no_grad(), unsteered(), language_model.no_dropout(inner):
             inner(**given)
     finally:
         for handle in handles:

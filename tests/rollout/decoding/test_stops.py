@@ -46,9 +46,8 @@ def scripted(rows: list[list[int]], tokenizer: Any = None, **settings: Any) -> A
     tokenizer = tokenizer or tiny_tokenizer()
     size = len(tokenizer)
     policy = Policy.of(tiny("llama", vocab_size=size), tokenizer)
-    policy.__dict__["capabilities"] = type(policy.capabilities)(
-        padding=True, caching=True, row_selection=False, pads_in_text=True
-    )
+    fixed = type(policy.capabilities)(padding=True, caching=True, row_selection=False, pads_in_text=True)
+    policy = policy.with_model(policy.model, fixed)
     Script(policy.model, rows, size)
     batch = PromptBatch.of_ids([[5] * (len(rows) - k) for k in range(len(rows))])
     return Sampler(policy, Sampling(**{"max_new_tokens": max(map(len, rows)), **settings})).sample(batch)

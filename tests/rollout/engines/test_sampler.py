@@ -197,8 +197,7 @@ def test_dropping_ended_rows_and_sharing_a_prefill_change_nothing(family: str, m
     }
     quick = sample(policy, **settings)
     assert len(set(quick.lengths_B.tolist())) > 4
-    plain = Policy.of(policy.model, policy.tokenizer)
-    plain.__dict__["capabilities"] = dataclasses.replace(policy.capabilities, row_selection=False)
+    plain = policy.with_model(policy.model, dataclasses.replace(policy.capabilities, row_selection=False))
     slow = sample(plain, **settings)
     assert torch.equal(quick.response_BR, slow.response_BR) and torch.equal(quick.lengths_B, slow.lengths_B)
     assert torch.equal(quick.stop_B, slow.stop_B)
@@ -209,8 +208,7 @@ def test_dropping_ended_rows_and_sharing_a_prefill_change_nothing(family: str, m
 def test_without_a_cache_the_record_is_the_same() -> None:
     policy = tiny_policy("llama")
     cached = sample(policy, n=2)
-    plain = Policy.of(policy.model, policy.tokenizer)
-    plain.__dict__["capabilities"] = dataclasses.replace(policy.capabilities, caching=False)
+    plain = policy.with_model(policy.model, dataclasses.replace(policy.capabilities, caching=False))
     slow = sample(plain, n=2)
     assert torch.equal(cached.response_BR, slow.response_BR)
     assert (cached.policy_logprobs_BR - slow.policy_logprobs_BR).abs().max() < 1e-5

@@ -11,7 +11,8 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model import adapters
-from steerl.rollout.model.policy import ModelSettings, Policy, load_policy, unwrap
+from steerl.rollout.model.language_model import unwrap
+from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 

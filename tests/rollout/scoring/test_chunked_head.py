@@ -187,3 +187,14 @@ def test_rows_from_their_first_token_on_are_the_padded_ones(family, monkeypatch)
     assert (found.logprobs_BR - padded.logprobs_BR).abs().max() < 1e-5
     difference = torch.where(rollout.mask_BR[..., None], found.hidden_BRD - padded.hidden_BRD, 0.0)
     assert difference.abs().max() < 1e-4
+
+
+def test_hooks_of_our_own_are_not_a_users():
+    """Those that place virtual tokens read no logits: the head goes on in chunks."""
+    from steerl.rollout.model import adapters
+
+    policy = tiny_policy("llama")
+    policy = policy.with_model(adapters.add(policy.model, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}))
+    assert chunked_head.readable(policy) is not None
+    policy.core.register_forward_hook(lambda module, inputs, output: None)
+    assert chunked_head.readable(policy) is None

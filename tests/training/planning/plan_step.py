@@ -20,7 +20,7 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings
 from steerl.rollout.types import Rollout, Texts
-from steerl.training.algorithm.experience import credit, gather_scored, score
+from steerl.training.algorithm.experience import credit, gather_scored, sample, score
 from steerl.training.algorithm.update import learn
 from steerl.training.planning.memory import Work, memory
 from steerl.training.planning.passes import Blueprint
@@ -55,7 +55,8 @@ def take(policy: Policy, sampling: Sampling, ppo: PPOSettings, prompt: int) -> d
     seen = {"load": peak()}
     texts = ["a" * (prompt - i % 3) for i in range(ppo.rollouts_per_step)]
     prompts = Prompts([{"prompt": text} for text in texts], "prompt", policy, PromptSettings())
-    rollout, words, _ = parts.draw(prompts, parts.sampler, prompts.take(0, 0, ppo.rollouts_per_step), progress=0.0)
+    rows = prompts.take(0, 0, ppo.rollouts_per_step)
+    rollout, words, _ = sample(prompts, parts.sampler, rows, step=0, progress=0.0)
     seen["sample"] = peak()
     scored = score(parts.actor_critic, parts.reference, *gather_scored(rollout, words, reward), ppo)
     seen["score"] = peak()

@@ -1,0 +1,190 @@
+"""A generating model with the ids that frame its responses, without a tokenizer, and what its forward passes are given.
+
+LanguageModel(model, ...)     the model, its start, pad and stop ids, its limits
+pass_arguments · pass_logits  one plain forward pass, arguments by the names that the model takes
+generate_arguments            the same for generate
+unwrap · no_dropout           the transformers model inside wrappers; eval mode for a while
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from steerl.rollout.common.errors import UserError
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LanguageModel:
+    """A generating model with what its responses begin with, end with and are padded with."""
+
+    model: Any
+    """May be wrapped by DDP, DeepSpeed, FSDP or PEFT."""
+    kind: Literal["causal", "seq2seq"]
+    start_ids: tuple[int, ...]
+    """What every decoder row starts with (decoder start, forced bos); empty for decoder-only models."""
+    pad_id: int
+    eos_ids: tuple[int, ...]
+    context: int | None
+    """Most tokens of a sequence (of the encoder's input for encoder-decoders); None where nothing limits it."""
+    decoder_context: int | None = None
+    """Most tokens of an encoder-decoder's decoder sequence."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Arguments that every forward pass of this model gets besides ids, masks and positions."""
+
+    @property
+    def core(self) -> Any:
+        """The transformers model itself, out of every wrapper."""
+        return unwrap(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.core.parameters()).device
+
+    @property
+    def is_seq2seq(self) -> bool:
+        return self.kind == "seq2seq"
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the model can draw; may be more than the tokenizer knows."""
+        return vocabulary_size(self.core)
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            return model.get_base_model()  # its layers carry the adapter, its trunk the hooks of virtual tokens
+        elif not hasattr(model, "config") or type(model).__name__ in _WRAPPERS:
+            if not isinstance(getattr(model, "module", None), nn.Module):
+                raise UserError(f"model: {type(model).__name__} is not a transformers model; load it with the Auto classes")
+            model = model.module
+        else:
+            return model
+
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
+
+@contextlib.contextmanager
+def no_dropout(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every module inside the block; each one's own mode afterwards.
+
+    Layers under gradient checkpointing look at their `training` flag before they checkpoint, so they keep it and have
+    their own dropout rates at 0 meanwhile. A backward pass that recomputes layers must run inside the block too.
+    """
+    before = [module for module in model.modules() if module.training]
+    rates: list[tuple[nn.Module, str, float]] = []
+    for module in before:
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
+        if module.training:
+            rates += [(module, k, v) for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module in before:
+            module.training = True
+        for module, name, value in rates:
+            setattr(module, name, value)
+
+
+def vocabulary_size(core: Any) -> int:
+    """Width of the logits: the head's rows where there is a head of its own, else the embedding's."""
+    for module in (core.get_output_embeddings(), core.get_input_embeddings()):
+        for name in ("out_features", "num_embeddings"):
+            if isinstance(getattr(module, name, None), int):
+                return int(getattr(module, name))
+    return int(core.config.get_text_config(decoder=True).vocab_size)
+
+
+# -- what a pass is given ----------------------------------------------------------------------------------------------
+
+
+def forward_arguments(core: Any) -> frozenset[str]:
+    """Names that the model's forward takes."""
+    return frozenset(inspect.signature(core.forward).parameters)
+
+
+def positions(mask: Tensor, offset: int = 0) -> Tensor:
+    """Position of every token, counting real ones only; padding on the left gets the first one's."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0) + offset
+
+
+def generate_arguments(model: LanguageModel, prompt_BP: Tensor, mask_BP: Tensor, offset: int) -> dict[str, Any]:
+    """What generate is given besides its config: ids and explicit mask and positions, by the names that the model takes."""
+    takes = forward_arguments(model.core)
+    given: dict[str, Any] = {"input_ids": prompt_BP, **model.extra}
+    if "attention_mask" in takes:
+        given["attention_mask"] = mask_BP.long()
+    if model.is_seq2seq:
+        start = torch.tensor(model.start_ids, device=prompt_BP.device)
+        given["decoder_input_ids"] = start[None].expand(len(prompt_BP), -1)
+    elif "position_ids" in takes:
+        given["position_ids"] = positions(mask_BP, offset)
+    return given
+
+
+PROBE_TOKENS = 2
+"""Tokens that a decoder is fed, where nothing else is said."""
+
+
+def pass_arguments(
+    model: LanguageModel,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    decoder: Tensor | None = None,
+    offset: int | None = 0,
+    position_ids: Tensor | None = None,
+) -> dict[str, Any]:
+    """What one plain pass is given: of `ids`, or of a decoder that is fed `decoder` (or the first of `ids`) after its start.
+
+    Without an `offset` the model counts positions itself.
+    """
+    takes = forward_arguments(model.core)
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    given: dict[str, Any] = {"input_ids": ids, **model.extra}
+    if "attention_mask" in takes:
+        given["attention_mask"] = mask.long()
+    if model.is_seq2seq:
+        start = torch.tensor(model.start_ids, device=ids.device)[None].expand(len(ids), -1)
+        given["decoder_input_ids"] = torch.cat([start, ids[:, :PROBE_TOKENS] if decoder is None else decoder], dim=1)
+    elif "position_ids" in takes and offset is not None:
+        given["position_ids"] = positions(mask, offset) if position_ids is None else position_ids
+    if "use_cache" in takes:
+        given["use_cache"] = False
+    return given
+
+
+def pass_logits(model: LanguageModel, ids: Tensor, mask: Tensor | None = None, **given: Any) -> Tensor:
+    """The logits of such a pass."""
+    logits: Tensor = model.core(**pass_arguments(model, ids, mask, **given)).logits
+    return logits
+
+
+def probe_row(model: LanguageModel, start: int, length: int) -> Tensor:
+    """A row of ordinary tokens."""
+    ids = [i for i in range(model.vocab_size) if i not in (model.pad_id, *model.eos_ids)] or [0]
+    return torch.tensor([[ids[(7 * k + start) % len(ids)] for k in range(length)]], device=model.device)
+
+
+def same(logits: Tensor, expected: Tensor) -> bool:
+    """Equal up to rounding, measured against how much the logits vary."""
+    eps = torch.finfo(expected.dtype).eps
+    logits, expected = logits.float(), expected.float()
+    finite = expected.isfinite()
+    if not torch.equal(finite, logits.isfinite()):
+        return False
+    if not bool(finite.any()):
+        return True
+    scale = expected[finite].std(correction=0) + 1e-3 * expected[finite].abs().mean() + 1e-12
+    return bool((logits[finite] - expected[finite]).pow(2).mean().sqrt() <= max(10 * eps, 2e-5) * scale)
