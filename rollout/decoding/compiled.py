@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from steerl.rollout.model import capabilities, hooks, language_model
+from steerl.rollout.model import capabilities, compat, hooks, language_model
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.generation_state import step_forward
 from steerl.rollout.model.policy import Policy
@@ -56,7 +56,7 @@ def why_not(policy: Policy, steering: Any = None) -> str | None:
     core = policy.core
     if policy.is_seq2seq:
         return "an encoder-decoder has two caches"
-    if not getattr(core, "_can_compile_fullgraph", False):
+    if not compat.can_compile_fullgraph(core):
         return f"transformers cannot compile {type(core).__name__} as one graph"
     if not (policy.capabilities.caching and policy.capabilities.row_selection and policy.capabilities.pads_in_text):
         return f"the cache of {type(core).__name__} is not a plain one"
@@ -142,9 +142,9 @@ class _StaticInputs:
     def _allocate(self, device: torch.device) -> None:
         if not len(self.ids):
             self.ids, self.positions = (
-                _static(torch.zeros((self.rows, 1), dtype=torch.int64, device=device)) for _ in range(2)
+                compat.mark_static(torch.zeros((self.rows, 1), dtype=torch.int64, device=device)) for _ in range(2)
             )
-            self.mask = _static(torch.ones((self.rows, self.columns), dtype=torch.int64, device=device))
+            self.mask = compat.mark_static(torch.ones((self.rows, self.columns), dtype=torch.int64, device=device))
 
     def begin(self, ids: Tensor, kwargs: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` of the first step with all that changes copied to fixed addresses; the cache grown so far moves in."""
@@ -224,12 +224,6 @@ def _state_of(core: nn.Module) -> _ModelState:
     return _MODELS.setdefault(core, _ModelState())
 
 
-def _static(tensor: Tensor) -> Tensor:
-    """Marked as staying where it is: a CUDA graph reads it there, other inputs it copies each time."""
-    torch._dynamo.mark_static_address(tensor)
-    return tensor
-
-
 # -- one batch --------------------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +280,7 @@ class CompiledSteps:
         try:
             with hooks.fixed(self.hooked, edits):
                 return parts.graph(core, self.inputs)
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+        except compat.compile_errors() as error:
             # Nothing of the step has run. The same step goes on uncompiled, over the same cache.
             cause = getattr(error, "inner_exception", error)
             line = f"{type(cause).__name__}: {cause}".strip().splitlines()[0]

@@ -31,7 +31,8 @@ from steerl.rollout.model.language_model import generate_arguments, no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync, root_gathered
 from steerl.rollout.prompts.prompts import PromptBatch
-from steerl.rollout.scoring.logprobs import encoder_input, teacher_forced
+from steerl.rollout.scoring.alignment import encoder_input
+from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.types import Rollout, Texts, left_pad
 from torch import Tensor
 
