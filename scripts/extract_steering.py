@@ -24,8 +24,9 @@ from steerl.rollout.common.run_folder import versions, write_json
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
+from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import locate, unwrap
-from steerl.rollout.steering.spec.spec import At, Op, Site, Where
+from steerl.rollout.steering.spec.spec import Op, Site, Where
 from steerl.rollout.steering.vectors.extract import Pair, activations, directions, read_pairs, separation
 from steerl.rollout.steering.vectors.files import save_vector
 

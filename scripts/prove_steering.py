@@ -32,7 +32,7 @@ from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings, load_prompts
 from steerl.rollout.steering import Steering, load_spec
 from steerl.rollout.steering.spec.spec import CORRECTIONS
-from steerl.training.model.actor_critic import Reference
+from steerl.training.model.reference import Reference
 from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings
 

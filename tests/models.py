@@ -10,8 +10,10 @@ or a forgotten bias moves log-probs by much more than rounding does.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -111,6 +113,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 _KEEP = ("A_log", "dt_bias", "time_decay", "time_first", "recurrent_param")
 """Parameters whose range carries a meaning: they stay as the family draws them."""
+
+
+DEFAULT = ("gpt2", "llama", "recurrent_gemma", "gemma2", "mixtral", "t5")
+"""Learned positions, rotary ones with grouped heads, states, soft caps and windows, experts, an encoder-decoder."""
+
+
+def families(names: Iterable[str], *also: str) -> list[Any]:
+    """Families as parameters of a test: the default ones and those named run in `make test`, the rest in `make proofs`."""
+    return [name if name in (*DEFAULT, *also) else pytest.param(name, marks=pytest.mark.proofs) for name in names]
 
 
 def tiny(family: str, seed: int = 0, scale: float = 0.2, **overrides: Any) -> PreTrainedModel:

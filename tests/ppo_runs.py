@@ -14,10 +14,11 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings
 from steerl.rollout.types import Rollout, Texts
-from steerl.training.algorithm.experience import Experience, credit, gather_scored, score
+from steerl.training.algorithm.experience import credit, gather_scored, score
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import Components, prepare, with_peft
+from steerl.training.types import Experience
 from torch import Tensor
 
 from tests.models import tiny_policy
@@ -84,7 +85,7 @@ def lone_logprobs(policy: Policy, rollout: Rollout, i: int) -> Tensor:
 
 def lone_values(actor_critic: ActorCritic, rollout: Rollout, i: int) -> Tensor:
     """Values of the states of row i before every action and after the last, differentiable."""
-    policy = actor_critic.trunk or actor_critic.policy
+    policy = actor_critic.value_model or actor_critic.policy
     arguments, first = lone_row(policy, rollout, i)
     caught: list[Tensor] = []
     handle = policy.core.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))

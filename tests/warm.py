@@ -5,7 +5,7 @@
     run_ranks("scripts/train_sft.py", ...)                 two ranks over gloo; start_ranks(...) does not wait
 
 Arguments, folder, environment, signals and exit status are a fresh process's own; the order of its imports is not, nor
-what a library reads from the environment while it is imported. A launcher itself is not in these: see `accelerate_launch`.
+what a library reads from the environment while it is imported. What they start is fresh: the ranks of a launcher.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def run_ranks(*command: str, env: Any = None, timeout: float = 300) -> subproces
 
 
 def accelerate_launch(engine: str | Path, *command: str) -> list[str]:
-    """The real launcher's command line: `engine` is one of configs/accelerate, or a file."""
+    """The launcher's command line: `engine` is one of configs/accelerate, or a file."""
     config = engine if isinstance(engine, Path) else ROOT / "configs" / "accelerate" / f"{engine}.yaml"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     return [*launcher, "--config_file", str(config), *command]

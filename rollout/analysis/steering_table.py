@@ -16,8 +16,8 @@ import torch
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering.engine import Active
-from steerl.rollout.steering.rows import Call, rows_of
 from steerl.rollout.steering.selection import select
+from steerl.rollout.steering.state import StackCall
 from steerl.rollout.steering.steering import Steering
 from steerl.rollout.types import Rollout
 from torch import Tensor
@@ -32,7 +32,7 @@ def applied(
     """
     found: dict[str, Tensor] = {}
 
-    def look(active: Active, call: Call, stack: str) -> None:
+    def look(active: Active, call: StackCall, stack: str) -> None:
         del active
         for site in steering.sites:
             if site.points[0].stack not in (stack, ""):
@@ -92,11 +92,11 @@ def edits_per_row(steering: Steering, rollout: Rollout, columns: Mapping[str, Se
     """(B,) real tokens at which at least one site edited, without a pass; None where a gate or encoder would have to run."""
     if steering.is_encoder_decoder or any(site.gate is not None for site in steering.sites):
         return None
-    strengths = steering.site_strengths(
-        rollout.row_B, rollout.sample_B, columns, policy_step=rollout.policy_step, strength_B=rollout.strength_B
-    )
-    rows = rows_of(steering, rollout.prompt_mask_BP, None, rollout.row_B, rollout.sample_B, strengths, columns or {})
-    call = Call(rows, 0, rollout.sequences_BS.shape[1] - 1, rollout.sequences_BS[:, :-1], encoder=False)
+    rows = steering.rows(
+        rollout.prompt_mask_BP, None, rollout.row_B, rollout.sample_B, columns,
+        policy_step=rollout.policy_step, strength_B=rollout.strength_B,
+    )  # fmt: skip
+    call = StackCall(rows, 0, rollout.sequences_BS.shape[1] - 1, rollout.sequences_BS[:, :-1])
     edited_BT = torch.zeros(len(rollout), call.width, dtype=torch.bool, device=rollout.device)
     for site in steering.sites:
         selection = select(site, call)

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError, said
-from steerl.rollout.steering import learned
+from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import Point, Stack, locate
+from steerl.rollout.steering.core.table import TABLE
 from steerl.rollout.steering.gates import BoundGate
+from steerl.rollout.steering.parameters import Parameters, fresh_parameters, read_parameters
 from steerl.rollout.steering.sites import BoundSite
-from steerl.rollout.steering.spec.spec import DIRECTION, LEARNED, SPACE, At, Site
-from steerl.rollout.steering.vectors import files
+from steerl.rollout.steering.spec.spec import Site
 from steerl.rollout.steering.vectors.extract import mean_difference_of
+from steerl.rollout.steering.vectors.files import per_layer, read_tensors
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -41,29 +43,29 @@ def bind(site: Site, index: int, to: Binding) -> BoundSite:
         points = locate(to.model, site.at, to.stacks)
     except UserError as problem:
         raise UserError(*(f"{who}.{line}" if line.startswith("at.") else line for line in problem.lines)) from problem
-    op = site.op
-    vectors_found = None
-    if site.vector is not None and op.type not in LEARNED:
-        vectors_found = read_vectors(site.vector, points, f"{who}.vector", to, site)
-        for layer, vector in zip((p.layer for p in points), vectors_found, strict=True):
-            needs_length = op.type in DIRECTION or op.type in ("add", "subtract")
-            if not needs_length or to.trainable or bool(vector.any()):
+    operation = TABLE[site.op.type]
+    held: list[dict[str, Tensor]] = [{} for _ in points]
+    if site.vector is not None and operation.family != "learned":
+        vectors = read_vectors(site.vector, points, f"{who}.vector", to, site)
+        for tensors, point, vector in zip(held, points, vectors, strict=True):
+            tensors["vector"] = vector
+            if to.trainable or bool(vector.any()) or not (operation.adds or operation.family == "direction"):
                 continue
-            told = f"{who}.vector: all zeros at layer {layer}; it would change nothing"
-            if op.type in DIRECTION or "file" not in site.vector:
+            told = f"{who}.vector: all zeros at layer {point.layer}; it would change nothing"
+            if operation.family == "direction" or "file" not in site.vector:
                 raise UserError(told)
             logger.warning("%s", told)  # a file may be what a training left that never moved this one
-    _check_coordinates(site, points, who, to)
-    parameters, trained = _parameters(site, points, who, to), None
-    if to.trainable and (op.type in LEARNED or vectors_found is not None):
-        per_layer = parameters if op.type in LEARNED else [{"vector": v} for v in vectors_found or []]
-        if op.type not in LEARNED and op.type in SPACE:
-            raise UserError(f"{who}.op: role trainable trains vectors and learned operations, not the space of {op.type}")
-        trained = learned.Parameters(per_layer or [])
-    return BoundSite(
-        site, index, points, vectors_found, parameters, trained, _excluded(site, who, to), _function(site, who, to),
-        bind_gate(site, index, points, to), to.seed,
-    )  # fmt: skip
+    _check_coordinates(site, points, who)
+    if operation.tensors:
+        held = [had | own for had, own in zip(held, _parameters(site, points, who, to), strict=True)]
+    trained = None
+    if to.trainable and any(held):
+        if operation.family == "space":
+            raise UserError(f"{who}.op: role trainable trains vectors and learned operations, not the space of {site.op.type}")
+        trained = Parameters(held)
+    function = _users_function(site, who, to) if operation.function is None else operation.function
+    excluded, gate = _excluded(site, who, to), bind_gate(site, index, points, to)
+    return BoundSite(site, index, points, held, trained, function, to.seed, excluded, gate)
 
 
 def read_vectors(raw: dict[str, Any], points: list[Point], who: str, to: Binding, site: Site) -> list[Tensor]:
@@ -83,15 +85,15 @@ def read_vectors(raw: dict[str, Any], points: list[Point], who: str, to: Binding
             raise UserError(f"{who}: expected numbers, or one list of numbers per layer ({error})") from error
         if values.dim() == 2 and values.shape[0] == len(points):
             named = {str(layer if layer is not None else i): v for i, (layer, v) in enumerate(zip(layers, values, strict=True))}
-            found = files.per_layer(named, layers, widths, who, "values") if None not in layers else list(values)
+            found = per_layer(named, layers, widths, who, "values") if None not in layers else list(values)
         else:
-            found = files.per_layer({"vector": values}, layers, widths, who, "values")
+            found = per_layer({"vector": values}, layers, widths, who, "values")
     elif "mean_diff" in raw:
         found = mean_difference_of(to.model, to.tokenizer, path_of(raw["mean_diff"], to), points, who)
     else:
         path = path_of(raw.get("file") or raw.get("folder"), to)
-        tensors, _ = files.read_tensors(path, who)
-        found = files.per_layer(tensors, layers, widths, who, path, raw.get("key") or "")
+        tensors, _ = read_tensors(path, who)
+        found = per_layer(tensors, layers, widths, who, path, raw.get("key") or "")
     if raw.get("normalise"):
         found = [v / v.norm().clamp_min(torch.finfo(v.dtype).tiny) for v in found]
     return found
@@ -104,29 +106,27 @@ def path_of(raw: Any, to: Binding) -> Path:
     return beside if to.folder and not path.is_absolute() and beside.exists() else path
 
 
-def _parameters(site: Site, points: list[Point], who: str, to: Binding) -> list[dict[str, Tensor]] | None:
+def _parameters(site: Site, points: list[Point], who: str, to: Binding) -> list[dict[str, Tensor]]:
     op = site.op
-    if op.type not in learned.PARAMETERS:
-        return None
     if any(p.width is None for p in points):
         raise UserError(f"{who}.at: the width at module {site.at.module!r} cannot be told; choose a block or a linear layer")
     widths, layers = [int(p.width or 0) for p in points], [p.layer for p in points]
-    raw = {"file": op.params} if op.params else site.vector if op.type in LEARNED else None
+    raw = {"file": op.params} if op.params else site.vector if TABLE[op.type].family == "learned" else None
     if raw is None or "init" in raw:
         if not to.trainable:
             raise UserError(f"{who}.vector: op {op.type} needs its parameters from a file; only role trainable starts without")
         generator = torch.Generator().manual_seed(to.seed * 1000 + 1)
-        return [learned.fresh_parameters(op, width, generator) for width in widths]
+        return [fresh_parameters(op, width, generator) for width in widths]
     source = raw.get("file") or raw.get("folder")
     if source is None:
         raise UserError(f"{who}.vector: op {op.type} reads its parameters from {{file: ...}}, found {sorted(raw)}")
     path = path_of(source, to)
-    tensors, _ = files.read_tensors(path, f"{who}.params")
-    return learned.read_parameters(op, tensors, layers, widths, f"{who}.params", str(path))
+    tensors, _ = read_tensors(path, f"{who}.params")
+    return read_parameters(op, tensors, layers, widths, f"{who}.params", str(path))
 
 
-def _check_coordinates(site: Site, points: list[Point], who: str, to: Binding) -> None:
-    if site.op.coordinates is None or site.op.type in SPACE:
+def _check_coordinates(site: Site, points: list[Point], who: str) -> None:
+    if site.op.coordinates is None or TABLE[site.op.type].family == "space":
         return
     for point in points:
         if point.width is not None and max(site.op.coordinates) >= point.width:
@@ -158,9 +158,7 @@ def _excluded(site: Site, who: str, to: Binding) -> Tensor | None:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _function(site: Site, who: str, to: Binding) -> Callable[..., Tensor] | None:
-    if site.op.type != "function":
-        return None
+def _users_function(site: Site, who: str, to: Binding) -> Callable[..., Tensor]:
     file, name = site.op.function.rsplit(":", 1)
     path = path_of(file, to)
     if not path.is_file():
@@ -204,4 +202,4 @@ def bind_gate(site: Site, index: int, points: list[Point], to: Binding) -> Bound
     trained = nn.Parameter(direction.clone()) if to.trainable and gate.type == "sigmoid" else None
     if trained is None and not bool(direction.any()):
         raise UserError(f"{who}.vector: all zeros; no activation can be compared with it")
-    return BoundGate(gate, index, point, direction, trained)
+    return BoundGate(gate, index, site.name, point, direction, trained)

@@ -20,10 +20,9 @@ from steerl.rollout.common.run_folder import write_text
 from steerl.rollout.common.yaml_files import Dumper
 from steerl.rollout.model import policy
 from steerl.rollout.model.hooks import unsteered
-from steerl.rollout.steering import learned
 from steerl.rollout.steering.core.structure import Point, attention_of, matrix_widths, mlp_of
 from steerl.rollout.steering.sites import BoundSite
-from steerl.rollout.steering.spec.spec import LEARNED, Site, Strength
+from steerl.rollout.steering.spec.spec import Site, Strength
 from steerl.rollout.steering.steering import Steering
 from steerl.rollout.steering.strengths import schedule_factor
 from steerl.rollout.steering.vectors.files import save_vector
@@ -79,16 +78,14 @@ def _final(site: Site, scale: float) -> Strength:
 
 def _tensors(site: BoundSite) -> dict[int | str, Tensor]:
     """The numbers of a site by layer: what the spec's `vector: {file: ...}` reads back."""
-    kind = site.spec.op.type
-    found: dict[int | str, Tensor] = {}
+    numbers: dict[int | str, Tensor] = {}
     for at, point in enumerate(site.points):
-        like = torch.zeros(())
-        if kind in LEARNED:
-            names = learned.PARAMETERS[kind]
-            found.update({f"{point.layer}.{name}": t for name, t in zip(names, site.tensors(at, like), strict=True)})
-        elif site.vectors is not None:
-            found[point.layer if point.layer is not None else "vector"] = site.vector(at, like)
-    return found
+        for name, tensor in site.tensors(at, torch.device("cpu")).items():
+            if site.operation.family == "learned":
+                numbers[f"{point.layer}.{name}"] = tensor
+            elif name == "vector":
+                numbers[point.layer if point.layer is not None else "vector"] = tensor
+    return numbers
 
 
 # -- folding ----------------------------------------------------------------------------------------------------------------
@@ -103,7 +100,7 @@ def check_fold(steering: Steering) -> None:
         )
     for site in steering.sites:
         who, spec = f"on_deploy: fold needs an add at all positions with one strength, and site {site.name!r}", site.spec
-        if spec.op.type not in ("add", "subtract") or spec.op.coordinates is not None:
+        if not site.operation.adds or spec.op.coordinates is not None:
             problems.append(f"{who} has op {spec.op.type}; use keep")
         elif (
             spec.where.prompt != "all"
@@ -126,12 +123,12 @@ def fold(steering: Steering, model: nn.Module) -> None:
     check_fold(steering)
     with torch.no_grad():
         for site in steering.sites:
-            strength = _final(site.spec, steering.scale).value * (-1.0 if site.spec.op.type == "subtract" else 1.0)
+            strength = _final(site.spec, steering.scale).value * site.operation.adds
             for at, point in enumerate(site.points):
                 twin = _twin(steering.model, model, point.module)
                 matrix = _writer(twin, point)
                 bias = _bias(model, matrix, site, point)
-                bias.add_((strength * site.vector(at, bias.float())).to(bias.dtype))
+                bias.add_((strength * site.tensors(at, bias.device)["vector"]).to(bias.dtype))
         _compare(steering, model)
 
 

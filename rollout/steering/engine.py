@@ -1,48 +1,70 @@
-"""A Steering at work: calls noted, sites edited, edits counted.
+"""Steering at work in a context: it owns the state of its passes, notes their calls, edits at the sites and counts the edits.
 
-Active      one context: makes a Call when a stack is entered, checks it when it is left; `select` follows the batch
-SiteEdit    one site at one layer, handed to the hook of its point
-Kept        what it comes to where every decode step is edited alike: one tensor to add, until the rows change
+    stack's hook ──> Active.opened: a StackCall over the rows     module's hook ──> SiteEdit: selection, edit
+                     Active.closed: did it run; is it steady                        GateReading: how open
+
+Where every decode step is edited alike, it comes to a HeldAddition per module, until the rows change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.hooks import Arguments, Edit, Frame
 from steerl.rollout.steering.core import operations
-from steerl.rollout.steering.core.structure import Point
-from steerl.rollout.steering.rows import Call, Rows
-from steerl.rollout.steering.selection import Selection, select
+from steerl.rollout.steering.core.structure import Stack
+from steerl.rollout.steering.gates import BoundGate
+from steerl.rollout.steering.selection import select
+from steerl.rollout.steering.sites import BoundSite
+from steerl.rollout.steering.state import SiteSelection, StackCall, SteeredRows
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from steerl.rollout.steering.sites import BoundSite
-    from steerl.rollout.steering.steering import Steering
+MakeRows = Callable[[Tensor, Tensor | None], SteeredRows]
+"""Rows of a decoder's prompt mask, and an encoder's where there is one."""
+Look = Callable[["Active", StackCall, str], None]
+"""Shown every call of a stack when it has run."""
 
 
 class Active:
-    """A Steering at work in one context. `select` keeps it in line with a batch whose rows leave, move or multiply."""
+    """The passes of one context. `select` keeps the rows in line with a batch whose rows leave, move or multiply."""
 
-    def __init__(self, steering: Steering, rows: Rows | None, make: Callable[[Tensor, Tensor | None], Rows], policy_step: int):
-        self.steering, self.rows, self.policy_step = steering, rows, policy_step
-        self._make, self._bare = make, rows is None
-        self._left_away = 0
+    def __init__(
+        self, sites: Sequence[BoundSite], rows: SteeredRows | None, make: MakeRows, is_encoder_decoder: bool, look: Look | None
+    ):
+        self.sites, self.rows, self.look, self.is_encoder_decoder = sites, rows, look, is_encoder_decoder
         self.calls = 0
         self.collected: dict[str, list[Collected]] = {}
         """By site: what `collect` sites read, one record per layer and call."""
-        self._may_be_steady = all(site.steady and site.plain_add and site.gate is None for site in steering.sites)
-        self._steady_for: tuple[Rows | None, tuple[int, int], int] = (None, (0, 0), 0)
-        """Of the frame's steady edits: our rows then, the shape of a call's ids, and columns of the prompt."""
+        self.left_away = 0
+        """Columns of padding that calls lack on the left."""
+        self._make, self._adopts = make, rows is None
+        self._edited_stacks = {point.stack for site in sites for point in site.points}
+        self._may_be_steady = look is None and all(site.steady and site.plain_add and site.gate is None for site in sites)
+        self._steady: StackCall | None = None
+        """The call that the frame's steady edits were made from; they hold for calls like it while the rows stay."""
+
+    def frame(self, outer: Frame | None, stacks: Mapping[str, Stack]) -> Frame:
+        """What the hooks are to do inside: in this order at each module."""
+        frame = Frame(outer)
+        for stack in stacks.values():
+            frame.read(stack.module, self, stack.name)
+        for site in self.sites:
+            if site.gate is not None:
+                frame.add(site.gate.point.module, "output", GateReading(self, site.gate))
+        for site in self.sites:
+            for at, point in enumerate(site.points):
+                frame.add(point.module, point.io, SiteEdit(self, site, at))
+        return frame
 
     def select(self, index: Tensor | Sequence[int]) -> None:
         """Keep the rows of `index`, in its order and with repeats, as the decode loop did with its cache."""
         if self.rows is not None:
             self.rows = self.rows.select(torch.as_tensor(index, dtype=torch.int64, device=self.rows.row_B.device))
+            self._steady = None
 
     # -- told by the stack's hooks ---------------------------------------------------------------------------------------
 
@@ -50,7 +72,7 @@ class Active:
         count, width = arguments.shape()
         encoder = stack == "encoder"
         first = 0 if encoder else arguments.seen(width)
-        if self._bare:
+        if self._adopts:
             self._adopt(stack, arguments, count, width, first)
         rows = self.rows
         assert rows is not None
@@ -64,45 +86,47 @@ class Active:
                 f"steering: the encoder got {width} columns and the prompt mask has {rows.encoder_mask_BP.shape[1]}"
             )
         if not encoder and first == 0 and rows.lead:
-            self._left_away = _left_away(rows, arguments, count)
-        rows = rows.without(self._left_away if rows.lead else 0).times(count // rows.count)
-        frame.calls[self, stack] = frame.calls[self, ""] = Call(rows, first, width, arguments.ids, encoder)
+            self.left_away = _left_away(rows, arguments, count)
+        rows = rows.without(self.left_away if rows.lead else 0).times(count // rows.count)
+        frame.calls[self, stack] = frame.calls[self, ""] = StackCall(rows, first, width, arguments.ids, encoder)
         self.calls += 1
 
     def closed(self, frame: Frame, stack: str) -> None:
-        call = frame.calls.get((self, stack))
-        if call is not None and not call.edits and self.steering.points_in(stack):
+        call: StackCall | None = frame.calls.get((self, stack))
+        if call is None:
+            return
+        if not call.edits and stack in self._edited_stacks:
             raise UserError(
                 "steering did not run: the model's forward passed its blocks without calling their hooks; a model compiled "
                 "before Steering was made ignores them, so make Steering first, or use the model as it was before torch.compile"
             )
-        if call is not None and self.steering.look is not None:
-            self.steering.look(self, call, stack)
-        elif call is not None and call.step is not None and self._may_be_steady:
-            frame.steady = self._steady(frame, call)
+        if self.look is not None:
+            self.look(self, call, stack)
+        elif call.step is not None and self._may_be_steady:
+            frame.steady = self._steady_edits(frame, call)
+            self._steady = call
 
-    def _steady(self, frame: Frame, call: Call) -> dict[int, tuple[Edit, ...]] | None:
+    def _steady_edits(self, frame: Frame, call: StackCall) -> dict[int, tuple[Edit, ...]] | None:
         """What the edits of this decode step come to, if the next ones are like it; None where they need to be asked."""
-        found: dict[int, tuple[Edit, ...]] = {}
+        steady: dict[int, tuple[Edit, ...]] = {}
         for (module, io), edits in frame.points.items():
             for edit in edits:
                 if not isinstance(edit, SiteEdit) or edit.active is not self or io != "output":
                     return None  # somebody else acts in this frame too, or before a module
-                selection = call.selections.get(edit.number)
+                selection = call.selections.get(edit.site.index)
                 if selection is None:
                     continue
-                kept = None if selection.kept is None else selection.kept.get(edit.at)
-                if kept is None:
+                addition = call.rows.cache.get((edit.site.index, selection.factor, edit.at))
+                if addition is None:
                     return None
-                found[module] = (*found.get(module, ()), kept)
-        self._steady_for = (self.rows, (call.rows.count, 1), call.rows.width)
-        return found
+                steady[module] = (*steady.get(module, ()), addition)
+        return steady
 
     def goes_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """One more column of the rows that the steady edits were made for."""
-        rows, shape, width = self._steady_for
+        steady = self._steady
         ids, cache = kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values")
-        if cache is None or ids is None or ids.shape != shape or self.rows is not rows or self.steering.look is not None:
+        if steady is None or cache is None or ids is None or ids.shape != (steady.rows.count, 1):
             self._may_be_steady &= "cache_params" not in kwargs
             return False
         try:
@@ -110,7 +134,7 @@ class Active:
         except (AttributeError, ValueError):  # tuples, and states without a length: their calls are counted
             self._may_be_steady = False
             return False
-        if seen < width:
+        if seen < steady.rows.width:
             return False
         self.calls += 1
         return True
@@ -118,7 +142,7 @@ class Active:
     def _adopt(self, stack: str, arguments: Arguments, count: int, width: int, first: int) -> None:
         """Without a prompt mask: the first call's input is the prompt, and so is that of every call with a fresh cache."""
         fresh = first == 0 and (self.rows is None or arguments.cache() is not None)
-        if stack == "decoder" and self.steering.is_encoder_decoder:
+        if stack == "decoder" and self.is_encoder_decoder:
             fresh = self.rows is None
         if not fresh and self.rows is not None:
             return
@@ -130,16 +154,13 @@ class Active:
                 )
             device = next(a for a in (*arguments.args, *arguments.kwargs.values()) if isinstance(a, Tensor)).device
             mask = torch.ones((count, width), dtype=torch.bool, device=device)
-        if self.steering.is_encoder_decoder:
+        if self.is_encoder_decoder:
             self.rows = self._make(mask.new_ones((count, 1)), mask if stack == "encoder" else None)
         else:
             self.rows = self._make(mask, None)
 
-    def collect(self, site: BoundSite, at: int, hidden: Tensor, call: Call) -> None:
+    def collect(self, site: BoundSite, at: int, hidden: Tensor, call: StackCall, selection: SiteSelection) -> None:
         """Note what a collecting site sees at its positions."""
-        selection = call.selections[site.index]
-        if selection is None:
-            return
         mask_BT = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         if selection.mask_BT1 is not None:
             mask_BT = selection.mask_BT1[:, -hidden.shape[1] :, 0].to(hidden.device)
@@ -151,7 +172,7 @@ class Active:
         self.collected.setdefault(site.name, []).append(record)
 
 
-def _left_away(rows: Rows, arguments: Arguments, count: int) -> int:
+def _left_away(rows: SteeredRows, arguments: Arguments, count: int) -> int:
     """Columns of padding that the call lacks on the left: callers trim what all rows of a part share.
 
     Read off the attention mask of a call that starts a sequence; a call without one has no padding at all.
@@ -181,7 +202,7 @@ class Collected:
     values_ND: Tensor
 
 
-class Kept:
+class HeldAddition:
     """An addition that holds from step to step."""
 
     __slots__ = ("mask_B11", "moved_B1D")
@@ -194,60 +215,75 @@ class Kept:
         return edited if self.mask_B11 is None else torch.where(self.mask_B11, edited, hidden)
 
 
+class GateReading:
+    """A gate at its block: reads and leaves the activation as it is."""
+
+    __slots__ = ("gate", "key")
+
+    def __init__(self, active: Active, gate: BoundGate):
+        self.key, self.gate = (active, gate.point.stack), gate
+
+    def __call__(self, frame: Frame, hidden: Tensor) -> Tensor:
+        self.gate.read(frame.calls[self.key], hidden)
+        return hidden
+
+
 class SiteEdit:
     """One site at one of its layers: what the hook of that point calls."""
 
-    __slots__ = ("active", "at", "key", "number", "plain_add", "point", "site")
+    __slots__ = ("active", "at", "held", "key", "point", "site")
 
-    def __init__(self, active: Active, site: BoundSite, at: int, point: Point):
-        self.active, self.site, self.at, self.point = active, site, at, point
-        self.key, self.number = (active, point.stack), site.index
-        self.plain_add = site.plain_add and point.columns is None
+    def __init__(self, active: Active, site: BoundSite, at: int):
+        self.active, self.site, self.at, self.point = active, site, at, site.points[at]
+        self.key = (active, self.point.stack)
+        self.held = site.plain_add and self.point.columns is None
 
     def __call__(self, frame: Frame, hidden: Tensor) -> Tensor:
-        call: Call | None = frame.calls.get(self.key)
+        call: StackCall | None = frame.calls.get(self.key)
+        site = self.site
         if call is None:
             raise UserError(
-                f"steering: site {self.site.name!r} was reached outside its model's forward; call the model, not the module"
+                f"steering: site {site.name!r} was reached outside its model's forward; call the model, not the module"
             )
         call.edits += 1
-        if self.number in call.selections:
-            selection = call.selections[self.number]
+        if site.index in call.selections:
+            selection = call.selections[site.index]
         else:
-            selection = call.selections[self.number] = select(self.site, call)
+            selection = call.selections[site.index] = select(site, call)
         if selection is None:
             return hidden
-        if selection.kept is None or not self.plain_add or hidden.dim() != 3:
+        if selection.factor is None or not self.held or hidden.dim() != 3:
             return self._general(selection, call, hidden)
-        kept = selection.kept.get(self.at)
-        if kept is None or kept.moved_B1D.dtype != hidden.dtype or kept.moved_B1D.device != hidden.device:
-            vector, mask = self.site.vector(self.at, hidden), selection.mask_BT1
-            moved = (selection.strength_BT1.to(hidden.device) * vector).to(hidden.dtype)
-            kept = selection.kept[self.at] = Kept(moved, None if mask is None else mask.to(hidden.device))
-        return kept(frame, hidden)
+        key = (site.index, selection.factor, self.at)
+        addition: HeldAddition | None = call.rows.cache.get(key)
+        if addition is None or addition.moved_B1D.dtype != hidden.dtype or addition.moved_B1D.device != hidden.device:
+            vector, mask = site.tensors(self.at, hidden.device)["vector"], selection.mask_BT1
+            moved = (selection.strength_BT1.to(hidden.device) * vector).to(hidden.dtype) * site.operation.adds
+            addition = call.rows.cache[key] = HeldAddition(moved, None if mask is None else mask.to(hidden.device))
+        return addition(frame, hidden)
 
-    def _general(self, selection: Selection, call: Call, hidden: Tensor) -> Tensor:
-        shape = hidden.shape
-        batch = len(call.rows)
+    def _general(self, selection: SiteSelection, call: StackCall, hidden: Tensor) -> Tensor:
+        site, shape, batch = self.site, hidden.shape, len(call.rows)
         if hidden.dim() == 2 and shape[0] == batch * call.width:
             hidden = hidden.reshape(batch, call.width, -1)
         if hidden.dim() != 3 or hidden.shape[0] != batch or hidden.shape[1] > call.width:
             raise UserError(
-                f"site {self.site.name!r}: the activation has shape {tuple(shape)}, expected ({batch}, {call.width}, width); "
+                f"site {site.name!r}: the activation has shape {tuple(shape)}, expected ({batch}, {call.width}, width); "
                 "choose a module that sees every row and position"
             )
-        strength, mask = selection.strength_BT1.to(hidden.device), selection.mask_BT1
-        index_BT = call.index()[0] if self.site.spec.op.type == "noise" else None
-        if hidden.shape[1] < call.width:  # an output head that keeps the last columns only
-            cut = hidden.shape[1]
-            strength = strength[:, -cut:]
-            mask = None if mask is None else mask[:, -cut:]
-            index_BT = None if index_BT is None else index_BT[:, -cut:]
+        width = hidden.shape[1]  # an output head may keep the last columns only
+        strength, mask = selection.strength_BT1[:, -width:].to(hidden.device), selection.mask_BT1
         columns = None if self.point.columns is None else torch.tensor(self.point.columns, device=hidden.device)
         part = hidden if columns is None else hidden[..., columns]
-        edited = self.site.apply(self.at, part, strength, selection.unit, self.active, call, index_BT)
+        if site.spec.op.type == "collect":
+            self.active.collect(site, self.at, part, call, selection)
+            return hidden.reshape(shape)
+        noise = None
+        if site.operation.source == "noise":
+            noise = site.noise(self.at, call.rows, call.index()[0][:, -width:], part.shape[-1]).to(part.device)
+        edited = site.apply(self.at, part, strength, selection.unit, noise)
         if mask is not None:
-            edited = torch.where(mask.to(hidden.device), edited, part)
+            edited = torch.where(mask[:, -width:].to(hidden.device), edited, part)
         if columns is not None:
             edited = hidden.index_copy(-1, columns, edited)
         return edited.reshape(shape)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model.hooks import Frame
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
-from steerl.rollout.steering.rows import Call, Rows
 from steerl.rollout.steering.spec.spec import Gate
+from steerl.rollout.steering.state import StackCall, SteeredRows
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from steerl.rollout.steering.engine import Active
-    from steerl.rollout.steering.sites import BoundSite
 
 
 @dataclass(eq=False)
@@ -25,6 +19,8 @@ class BoundGate:
 
     spec: Gate
     index: int
+    """Of its site, as is the name."""
+    name: str
     point: Point
     direction: Tensor
     trained: nn.Parameter | None = None
@@ -32,7 +28,7 @@ class BoundGate:
     def score(self, x: Tensor) -> Tensor:
         """How open for activations x (..., D)."""
         u = (self.direction if self.trained is None else self.trained).to(x.device)
-        h, u, along = operations._unit(x, u)
+        h, u, along = operations.along_unit(x, u)
         value = along[..., 0]
         if self.spec.type != "projection":
             value = value / h.norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)
@@ -41,11 +37,10 @@ class BoundGate:
         opened = value > self.spec.open_above if self.spec.open_above is not None else value < self.spec.open_below  # type: ignore[operator]
         return opened.to(torch.float32)
 
-    def read(self, active: Active, frame: Frame, hidden: Tensor) -> None:
+    def read(self, call: StackCall, hidden: Tensor) -> None:
         """Called where the gate's block has run: note openness for the sites that come after."""
-        call: Call = frame.calls[active, self.point.stack]
         if self.spec.on == "token":
-            call.tokens[self.index] = self.score(hidden)
+            call.token_gates[self.index] = self.score(hidden)
             return
         rows, width = call.rows, int(call.mask_BP.shape[1])
         if call.first >= width:
@@ -67,20 +62,21 @@ class BoundGate:
         if ends:
             self._settle(rows, self.score(total / call.length_B.to(total.device)[:, None].clamp_min(1)))
 
-    def _settle(self, rows: Rows, open_B: Tensor) -> None:
+    def _settle(self, rows: SteeredRows, open_B: Tensor) -> None:
         rows.gates[self.index] = open_B
-        rows.kept.clear()
+        rows.cache.clear()
 
-    def of_rows(self, rows: Rows, site: BoundSite) -> Tensor:
+    def of_rows(self, rows: SteeredRows) -> Tensor:
+        """(B,), once the prompt has been read."""
         if self.index not in rows.gates:
             raise UserError(
-                f"site {site.name!r}: its gate is not known yet at this point (it reads the whole prompt first); "
+                f"site {self.name!r}: its gate is not known yet at this point (it reads the whole prompt first); "
                 "prefill the prompt in one piece, or use gate.on: token"
             )
         return rows.gates[self.index].to(rows.row_B.device)
 
-    def openness(self, call: Call, site: BoundSite) -> Tensor:
+    def openness(self, call: StackCall) -> Tensor:
         """(B, 1) or (B, T)."""
         if self.spec.on == "token":
-            return call.tokens[self.index].to(call.rows.row_B.device)
-        return self.of_rows(call.rows, site)[:, None]
+            return call.token_gates[self.index].to(call.rows.row_B.device)
+        return self.of_rows(call.rows)[:, None]

@@ -1,38 +1,19 @@
 """Which positions of a call a site edits, and how strongly: the site's rules over real tokens.
 
 Decoding one token at a time takes a short way: every row is then at the same response step, so whether and how much is
-edited is a matter of one integer, and the selection is kept from step to step.
+edited is a matter of one integer, and the rows' cache holds the selection from step to step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering.core import positions
-from steerl.rollout.steering.rows import Call, Rows
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from steerl.rollout.steering.engine import Kept
-    from steerl.rollout.steering.sites import BoundSite
+from steerl.rollout.steering.sites import BoundSite
+from steerl.rollout.steering.state import SiteSelection, StackCall, SteeredRows
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Where and how strongly a site edits in one call. `mask_BT1` None = everywhere."""
-
-    strength_BT1: Tensor
-    mask_BT1: Tensor | None
-    unit: bool
-    """Every selected strength is exactly 1."""
-    kept: dict[int, Kept] | None = None
-    """By point, the addition that it comes to: kept from step to step, where the same selection holds again."""
-
-
-def select(site: BoundSite, call: Call) -> Selection | None:
+def select(site: BoundSite, call: StackCall) -> SiteSelection | None:
     """The site's selection in this call; None = nothing here."""
     rows, where = call.rows, site.spec.where
     if not rows.any[site.index]:
@@ -46,9 +27,9 @@ def select(site: BoundSite, call: Call) -> Selection | None:
                 return None
         key = (site.index, factor)
         try:
-            return rows.kept[key]
+            return rows.cache[key]
         except KeyError:
-            return rows.kept.setdefault(key, _one_column(site, rows, factor))
+            return rows.cache.setdefault(key, _one_column(site, rows, factor))
     index_BT, real_BT = call.index()
     last = 0 if call.encoder else call.first + call.width - rows.width
     if where.prompt in ("none", ()) and last <= 0 and not (last == 0 and positions.in_steps(where.steps, 0)):
@@ -68,17 +49,17 @@ def select(site: BoundSite, call: Call) -> Selection | None:
     if where.ramp is not None:
         strength_BT = strength_BT * positions.ramp_factors(where.ramp, step_BT)
     if site.gate is not None:
-        strength_BT = strength_BT * site.gate.openness(call, site)
+        strength_BT = strength_BT * site.gate.openness(call)
     mask_BT = mask_BT & (strength_BT != 0)
-    return Selection(strength_BT[..., None], mask_BT[..., None], unit=False)
+    return SiteSelection(strength_BT[..., None], mask_BT[..., None])
 
 
-def _one_column(site: BoundSite, rows: Rows, factor: float) -> Selection | None:
+def _one_column(site: BoundSite, rows: SteeredRows, factor: float) -> SiteSelection | None:
     strength_B = rows.strength_B[site.index] * factor
     if site.gate is not None:
-        strength_B = strength_B * site.gate.of_rows(rows, site)
+        strength_B = strength_B * site.gate.of_rows(rows)
     plain = strength_B == 0
     if bool(plain.all()) and not strength_B.requires_grad:
         return None
     mask = None if not bool(plain.any()) else ~plain[:, None, None]
-    return Selection(strength_B[:, None, None], mask, unit=bool((strength_B == 1).all()), kept={})
+    return SiteSelection(strength_B[:, None, None], mask, unit=bool((strength_B == 1).all()), factor=factor)

@@ -14,23 +14,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import hooks
-from steerl.rollout.model.hooks import Frame
 from steerl.rollout.steering import strengths
 from steerl.rollout.steering.bind import Binding, bind
+from steerl.rollout.steering.core import positions
 from steerl.rollout.steering.core.structure import stacks, unwrap
-from steerl.rollout.steering.engine import Active, SiteEdit
-from steerl.rollout.steering.gates import BoundGate
-from steerl.rollout.steering.rows import Call, Rows, rows_of
+from steerl.rollout.steering.engine import Active, Look
 from steerl.rollout.steering.sites import BoundSite
 from steerl.rollout.steering.spec.parse import load_spec
 from steerl.rollout.steering.spec.spec import SteeringSpec
+from steerl.rollout.steering.state import SteeredRows
 from torch import Tensor, nn
 
 
@@ -46,18 +45,18 @@ class Steering:
         binding = Binding(self.model, self.stacks, tokenizer, self.spec.folder, seed, self.role == "trainable")
         problems: list[str] = []
         self.sites: list[BoundSite] = []
-        for index, wanted in enumerate(self.spec.sites):
+        for index, site_spec in enumerate(self.spec.sites):
             try:
-                self.sites.append(bind(wanted, index, binding))
+                self.sites.append(bind(site_spec, index, binding))
             except UserError as problem:
                 problems.extend(problem.lines)
         if problems:
             raise UserError(*problems)
         self.progress = 0.0
         """Share of training done, for schedules: set by the training loop at each step."""
-        self._asked: dict[int, tuple[float, float]] = {}
+        self._drawn_at: dict[int, tuple[float, float]] = {}
         """Progress and scale that the rows of a step were drawn at."""
-        self.look: Callable[[Active, Call, str], None] | None = None
+        self._look: Look | None = None
         self._hash = self._digest()
         for stack in self.stacks.values():
             hooks.install_stack(stack.module)
@@ -115,15 +114,12 @@ class Steering:
     def scale(self, value: float) -> None:
         self._parameters.get_buffer("scale").fill_(value)
 
-    def points_in(self, stack: str) -> bool:
-        return any(point.stack == stack for site in self.sites for point in site.points)
-
     def _digest(self) -> str:
         digest = hashlib.sha256(json.dumps(self.spec.mapping(), sort_keys=True, default=str).encode())
         for site in self.sites:
-            held = [*(site.vectors or []), *(t for layer in site.parameters or [] for t in layer.values())]
-            held += [site.gate.direction] if site.gate is not None else []
-            for tensor in held:
+            named = [(name, tensor) for held in site.held for name, tensor in held.items()]
+            tensors = [t for name, t in named if name == "vector"] + [t for name, t in named if name != "vector"]
+            for tensor in [*tensors, *([site.gate.direction] if site.gate is not None else [])]:
                 digest.update(tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
 
@@ -140,18 +136,18 @@ class Steering:
         strength_B: Tensor | None = None,
     ) -> list[Tensor]:
         """The strength of every site on every row. `strength_B`, where given, is the first site's, as recorded."""
-        drawn_at, scale = self._asked.get(policy_step, (self.progress, self.scale))
+        drawn_at, scale = self._drawn_at.get(policy_step, (self.progress, self.scale))
         progress = drawn_at if progress is None else progress
         steered_B = strengths.steered_rows(self.spec, self.seed, policy_step, row_B, sample_B)
-        found: list[Tensor] = []
+        of_sites: list[Tensor] = []
         for site in self.sites:
             if site.index == 0 and strength_B is not None:
-                found.append(strength_B.to(row_B.device, torch.float32))
+                of_sites.append(strength_B.to(row_B.device, torch.float32))
                 continue
             own = strengths.site_strength(site.spec, site.index, self.seed, policy_step, row_B, sample_B, columns or {})
             own = own * (strengths.schedule_factor(site.spec.schedule, progress) * scale)
-            found.append(torch.where(steered_B, own, torch.zeros_like(own)))
-        return found
+            of_sites.append(torch.where(steered_B, own, torch.zeros_like(own)))
+        return of_sites
 
     def strengths(
         self,
@@ -168,9 +164,47 @@ class Steering:
         same strengths.
         """
         if progress is not None:
-            self._asked = {s: at for s, at in self._asked.items() if abs(s - policy_step) < 8}
-            self._asked[policy_step] = (progress, self.scale)
+            self._drawn_at = {s: at for s, at in self._drawn_at.items() if abs(s - policy_step) < 8}
+            self._drawn_at[policy_step] = (progress, self.scale)
         return self.site_strengths(row_B, sample_B, columns, progress=progress, policy_step=policy_step)[0]
+
+    def rows(
+        self,
+        prompt_mask_BP: Tensor,
+        encoder_mask_BP: Tensor | None = None,
+        row_B: Tensor | None = None,
+        sample_B: Tensor | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        progress: float | None = None,
+        policy_step: int = 0,
+        strength_B: Tensor | None = None,
+    ) -> SteeredRows:
+        """All that sites ask about the rows of a batch."""
+        count, device, columns = prompt_mask_BP.shape[0], prompt_mask_BP.device, columns or {}
+        row_B = torch.arange(count, device=device) if row_B is None else row_B.to(device)
+        sample_B = torch.zeros_like(row_B) if sample_B is None else sample_B.to(device)
+        given = self.site_strengths(row_B, sample_B, columns, progress=progress, policy_step=policy_step, strength_B=strength_B)
+        places: list[Tensor | None] = []
+        for site in self.sites:
+            rule = site.spec.where.prompt
+            if not isinstance(rule, dict) or "column" not in rule:
+                places.append(None)
+                continue
+            values = strengths.column(columns, rule["column"], f"site {site.name!r}: where.prompt")
+            on_encoder = encoder_mask_BP is not None and site.points[0].stack == "encoder"
+            lengths_B = (encoder_mask_BP if on_encoder else prompt_mask_BP).sum(1)  # type: ignore[union-attr]
+            places.append(positions.places_of(values, lengths_B, rule["column"]))
+        encoder_mask_BP = None if encoder_mask_BP is None else encoder_mask_BP.bool()
+        return SteeredRows(
+            prompt_mask_BP.bool(),
+            row_B,
+            sample_B,
+            tuple(s.to(device) for s in given),
+            tuple(places),
+            policy_step,
+            encoder_mask_BP,
+        )
 
     # -- at work ---------------------------------------------------------------------------------------------------------
 
@@ -194,21 +228,18 @@ class Steering:
         every later call that brings an empty cache.
         """
 
-        def make(decoder_mask_BP: Tensor, encoder_mask_BP: Tensor | None) -> Rows:
-            count, device = decoder_mask_BP.shape[0], decoder_mask_BP.device
-            rows = torch.arange(count, device=device) if row_B is None else row_B.to(device)
-            samples = torch.zeros_like(rows) if sample_B is None else sample_B.to(device)
-            given = self.site_strengths(
-                rows, samples, columns, progress=progress, policy_step=policy_step, strength_B=strength_B
-            )
-            return rows_of(self, decoder_mask_BP, encoder_mask_BP, rows, samples, given, columns or {})
+        def make(decoder_mask_BP: Tensor, encoder_mask_BP: Tensor | None) -> SteeredRows:
+            return self.rows(
+                decoder_mask_BP, encoder_mask_BP, row_B, sample_B, columns,
+                progress=progress, policy_step=policy_step, strength_B=strength_B,
+            )  # fmt: skip
 
         rows = None
         if prompt_mask_BP is not None:
             mask = prompt_mask_BP.bool()
             rows = make(mask.new_ones((mask.shape[0], start_width)), mask) if self.is_encoder_decoder else make(mask, None)
-        active = Active(self, rows, make, policy_step)
-        with hooks.entered(self._frame(active)):
+        active = Active(self.sites, rows, make, self.is_encoder_decoder, self._look)
+        with hooks.entered(active.frame(hooks.current(), self.stacks)):
             yield active
         if not active.calls and (active.rows is None or len(active.rows)):
             raise UserError(
@@ -217,25 +248,13 @@ class Steering:
             )
 
     @contextlib.contextmanager
-    def watched(self, look: Callable[[Active, Call, str], None]) -> Iterator[None]:
-        """Inside, `look(active, call, stack)` is shown every call when its stack has run: what was selected in it."""
-        before, self.look = self.look, look
+    def watched(self, look: Look) -> Iterator[None]:
+        """Contexts opened inside show `look(active, call, stack)` every call when its stack has run, with its selections."""
+        before, self._look = self._look, look
         try:
             yield
         finally:
-            self.look = before
-
-    def _frame(self, active: Active) -> Frame:
-        frame = Frame(hooks.current())
-        for stack in self.stacks.values():
-            frame.read(stack.module, active, stack.name)
-        for site in self.sites:
-            if site.gate is not None:
-                frame.add(site.gate.point.module, "output", _Reading(active, site.gate))
-        for site in self.sites:
-            for at, point in enumerate(site.points):
-                frame.add(point.module, point.io, SiteEdit(active, site, at, point))
-        return frame
+            self._look = before
 
     def generate(self, **kwargs: Any) -> Any:
         """`model.generate` with steering on, positions taken from its attention mask."""
@@ -245,16 +264,3 @@ class Steering:
             mask = torch.ones_like(ids)
         with self.active(prompt_mask_BP=mask):
             return self.model.generate(**kwargs)  # type: ignore[operator]
-
-
-class _Reading:
-    """A gate at its block: reads and leaves the activation as it is."""
-
-    __slots__ = ("active", "gate")
-
-    def __init__(self, active: Active, gate: BoundGate):
-        self.active, self.gate = active, gate
-
-    def __call__(self, frame: Frame, hidden: Tensor) -> Tensor:
-        self.gate.read(self.active, frame, hidden)
-        return hidden

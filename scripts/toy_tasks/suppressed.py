@@ -48,8 +48,8 @@ def report(draw: random.Random, is_glad: bool) -> str:
 
 
 def build(folder: Path, seed: int) -> None:
+    from steerl.rollout.steering.core.places import At
     from steerl.rollout.steering.core.structure import locate
-    from steerl.rollout.steering.spec.spec import At
     from steerl.rollout.steering.vectors.extract import Pair, directions
     from steerl.rollout.steering.vectors.files import save_vector
     from steerl.scripts.toy_tasks import making

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -29,7 +28,7 @@ def test_every_door_runs_on_two_ranks(engine: str, tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
     launch = warm.accelerate_launch(engine, "tests/scripts/commands.py", str(tmp_path))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    done = warm.run(launch, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     for name, file in {
         "dump": "manifest",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,7 +54,7 @@ def test_a_failing_rank_ends_the_job_and_says_why_once(engine: str, how: str, tm
     command += ["--reward", json.dumps(reward), "--sampling.max_new_tokens", "5", "--ppo.steps", "9"]
     command += ["--ppo.rollouts_per_step", "8", "--ppo.minibatches", "2", "--ppo.eval_prompts", "2"]
     command += ["--run.save_every", "1", "--run.dir", str(tmp_path / "run")]
-    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "HOW": how}, capture_output=True, text=True, timeout=300)
+    ended = warm.run(command, env={**os.environ, "HOW": how})
     assert ended.returncode != 0
     left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(path)]
     assert not left

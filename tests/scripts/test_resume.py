@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import LOCK
+from steerl.training.run import checkpoint
 
 from tests import warm
 from tests.models import tiny, tiny_tokenizer
@@ -56,9 +57,9 @@ def command(job, run, *flags, steps=STEPS, family="gpt2"):
     ]  # fmt: skip
 
 
-def start(*arguments, launcher=(), **options):
-    if not launcher:
-        return warm.start([sys.executable, *arguments], **options)
+def start(*arguments, launcher=(sys.executable,), **options):
+    if launcher[0] == sys.executable:
+        return warm.start([*launcher, *arguments], **options)
     return subprocess.Popen(
         [*launcher, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
@@ -262,6 +263,8 @@ def test_two_processes_go_on_as_two_would_have(job, tmp_path, number):
         done = len(lines(tmp_path / "run"))
         assert process.returncode and f"stopped after step {done} of 8 and saved" in err, err
         assert max((tmp_path / "run" / "checkpoints").iterdir()).name == f"step-{done:06d}"
+        written = checkpoint.read(tmp_path / "run" / "checkpoints" / f"step-{done:06d}")
+        assert len(written["tree"]["random"]) == 2, "as many processes as the launcher was to start"
     assert not (tmp_path / "run" / LOCK).exists() or number == signal.SIGKILL
     run_two(tmp_path / "run", "--run.resume", "true")
     assert_same(tmp_path / "run", tmp_path / "whole")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -156,8 +155,7 @@ def test_two_processes_killed_half_way_and_resumed_leave_the_same_table(given, w
     """The process that comes to a row kills itself with it unscored; resumed by two, then compared with one undisturbed."""
     argv = flags(given, tmp_path / "run", "--run.resume", "true")
     (given / "trap").touch()
-    command = warm.accelerate_launch("ddp", "scripts/score_rollouts.py", *argv)
-    first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    first = warm.run(warm.accelerate_launch("ddp", "scripts/score_rollouts.py", *argv))
     assert first.returncode != 0 and f"exitcode: -{signal.SIGKILL:d}" in "".join(first.stderr.split("  ")).replace(" :", ":")
     assert not (given / "trap").exists()
     assert not json.loads((tmp_path / "run" / "manifest.json").read_text())["finished"]

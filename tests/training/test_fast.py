@@ -61,7 +61,7 @@ def counted(**settings: Any) -> dict[str, Any]:
     sampling = {"max_new_tokens": 24, "stop_ids": list(range(3, VOCABULARY, 8))}
     parts, prompts, ppo = job("llama", sampling=sampling, overrides=overrides, **{**fixed, **settings})
     rollout, texts = parts.sampler.sample(prompts.batch(prompts.take(0, 0, 16)), step=0)
-    policies = {"policy": parts.policy, "value": parts.actor_critic.trunk, "reference": parts.reference.policy}
+    policies = {"policy": parts.policy, "value": parts.actor_critic.value_model, "reference": parts.reference.policy}
     trunks = {name: Trunk(policy) for name, policy in policies.items() if policy is not None}
     with Made() as made:
         scored = score(parts.actor_critic, parts.reference, *gather_scored(rollout, texts, share_of_threes), ppo)

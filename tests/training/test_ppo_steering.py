@@ -12,7 +12,7 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.steering import load_spec
 from steerl.training.algorithm.experience import credit
 from steerl.training.algorithm.update import learn
-from steerl.training.model.actor_critic import Reference
+from steerl.training.model.reference import Reference
 from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings, with_correction
 

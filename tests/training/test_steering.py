@@ -120,7 +120,7 @@ def test_what_is_logged() -> None:
     )
     parts, prompts, ppo = job("llama", steering=spec, sampling={"n": 4})
     scored = first_scored(parts, prompts, ppo)
-    found = steered.metrics(parts, scored)
+    found = steered.metrics(parts.actor_critic, scored)
     rollout, steered_B = scored.rollout, scored.rollout.strength_B != 0
     assert found["steering/share"] == 0.5 and found["steering/strength"] == 2.0
     total_B = scored.scores.total_B
@@ -245,7 +245,7 @@ def test_a_trained_vector_saved_loaded_and_folded_gives_the_same_completions(fam
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "kept" / "model").eval()
     loaded = Steering(model, tmp_path / "kept" / "model" / "steering.yaml")
-    assert loaded.role == "policy" and float(loaded.sites[0].vectors[0].abs().max()) > 0.1
+    assert loaded.role == "policy" and float(loaded.sites[0].held[0]["vector"].abs().max()) > 0.1
     steered_ids = completions(model, loaded)
     assert torch.equal(steered_ids, completions(folded)), "folded differs from steered"
     assert not torch.equal(steered_ids, plain), "the vector does nothing, so the test says nothing"
@@ -275,7 +275,7 @@ def test_a_trained_operation_saved_and_loaded(kind: str, tmp_path: Path) -> None
     loaded = Steering(model, tmp_path / "run" / "model" / "steering.yaml")
     assert not torch.equal(completions(model, loaded), completions(model))
     if kind != "adapter":
-        rotation = loaded.sites[0].parameters[0]["rotation"]
+        rotation = loaded.sites[0].held[0]["rotation"]
         torch.testing.assert_close(rotation.T @ rotation, torch.eye(3), atol=1e-4, rtol=0.0)
     twice = Steering(model, save(loaded, tmp_path / "again"))
     assert torch.equal(completions(model, twice), completions(model, loaded))

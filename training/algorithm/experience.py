@@ -1,7 +1,8 @@
-"""The two records of a step, each complete when it is built.
+"""From prompts to experience: steps 1 to 3 of the loop in ppo.py.
 
-    rollout, texts --reward--> gather: all rows on every rank --forward passes, dealt over ranks--> Scored
-    Scored --credit: KL, rewards, advantages, importance weights--> Experience
+    1 sample   this rank's prompts --sampler--> rollout, texts
+    2 score    --reward, gather_scored: all rows on every rank--> scores --score: forward passes, dealt over ranks--> Scored
+    3 credit   Scored --KL, per-token rewards, advantages, whitening, importance weights--> Experience
 
 From the gathering on every rank holds all rows of the step (ids and a few floats per token, on the CPU), so every mean,
 variance and count is global, and every rank decides the same.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,48 +22,26 @@ from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.types import Rollout, Texts
 from steerl.training.algorithm import advantages, kl
 from steerl.training.algorithm.importance import importance_weights
-from steerl.training.algorithm.minibatch import passes
-from steerl.training.model.actor_critic import ActorCritic, Reference
+from steerl.training.algorithm.minibatch import occurrences, passes, select, share
+from steerl.training.model.actor_critic import ActorCritic
+from steerl.training.model.reference import Reference
 from steerl.training.settings import PPOSettings
+from steerl.training.types import Experience, Scored
 from torch import Tensor
 from torch.nn.functional import pad
 
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """All rows of the step and what was measured on them before learning. Entries beyond a row's end hold 0."""
-
-    rollout: Rollout
-    texts: Texts
-    scores: Scores
-    """The task reward: before KL and penalties."""
-    old_logprobs_BR: Tensor
-    """The policy's, in the trainer's own forward pass: one side of the ratio."""
-    reference_logprobs_BR: Tensor | None
-    """Under the reference, at the same temperature; None without a reference."""
-    values_BR: Tensor
-    after_B: Tensor
-    """Value of the state after the last action of rows that were cut; 0 elsewhere and unless they bootstrap."""
-    entropy_BR: Tensor
-    seconds: dict[str, float]
+# -- 1 sample --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Experience:
-    """What the update reads."""
+def sample(prompts: Any, sampler: Any, rows: list[int], *, step: int, progress: float | None) -> tuple[Rollout, Texts, bool]:
+    """This rank's share of the prompts `rows`, with all samples of each. `progress` (0 to 1) is what steering's schedules read.
 
-    rollout: Rollout
-    columns: dict[str, list[Any]]
-    """The dataset's other columns: steering may read its strengths there."""
-    old_logprobs_BR: Tensor
-    reference_logprobs_BR: Tensor | None
-    values_BR: Tensor
-    rewards_BR: Tensor
-    """Task reward, penalty and, where the KL is in the reward, - coefficient x KL."""
-    advantages_BR: Tensor
-    returns_BR: Tensor
-    importance_BR: Tensor | None
-    """pi_old / mu, truncated or masked; None without a correction."""
+    False where there are more ranks than prompts: the rows then only keep this rank in step with the others."""
+    process = processes.start()
+    shared = share(list(zip(rows, occurrences(rows), strict=True)), process.rank, process.world_size)
+    batch = prompts.batch(*zip(*(shared or [(rows[0], 0)]), strict=True))
+    rollout, texts = sampler.sample(batch, step=step, progress=progress)
+    return rollout, texts, bool(shared)
 
 
 # -- 2 score ---------------------------------------------------------------------------------------------------------
@@ -100,54 +78,48 @@ def score(
 ) -> Scored:
     """The forward passes of all rows before learning: old log-probs, values, reference. Each rank takes its share.
 
-    The policy's pass is taken as the update takes it, in grad mode: some kernels round otherwise without, and the first
-    ratio would be off 1 by that. The graph has nothing in it. (Not where weights are spread over ranks, whose engines follow
-    passes in grad mode, nor where activations are computed again, which follows what a graph keeps.)"""
+    PPO detail: old log-probs come from the trainer's own forward pass, not from the sampler, and are fixed here, before the
+    first minibatch; so the first ratio is 1. The policy's pass is taken as the update takes it, in grad mode: some kernels
+    round otherwise without, and the first ratio would be off 1 by that. The graph has nothing in it. (Not where weights are
+    spread over ranks, whose engines follow passes in grad mode, nor where activations are computed again, which follows what a
+    graph keeps.)"""
     rows, width = rollout.response_BR.shape
     # Zeros where another rank has the row, so that the sum over ranks is the row itself.
-    found = {name: torch.zeros(rows, width) for name in ("old", "values", "entropy", "reference")}
-    found["after"] = torch.zeros(rows, 1)
+    measured = {name: torch.zeros(rows, width) for name in ("logprobs_BR", "entropy_BR", "values_BR", "reference_BR")}
+    measured["after_B"] = torch.zeros(rows, 1)
     seconds = {"policy": 0.0, "reference": 0.0}
-    batches = passes(list(range(rows)), rollout, settings)
     in_grad_mode = not (needs_sync(model.actor) or settings.checkpointing)
-    for picked in batches:
-        part, columns = select(rollout, texts.columns, picked or [0], model.device)
+    for micro_batch in passes(list(range(rows)), rollout, settings):
+        part, columns = select(rollout, texts.columns, micro_batch or [0], model.device)
         began = time.perf_counter()
-        with torch.set_grad_enabled(in_grad_mode), torch.autograd.graph.saved_tensors_hooks(_kept_nothing, _kept_nothing):
-            graph = model(part, columns, entropy=True, after=settings.bootstrap_cut)
-        passed = {name: value.detach() for name, value in graph.items()}
-        del graph
+        with torch.set_grad_enabled(in_grad_mode), torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):
+            output = model(part, columns, entropy=True, after=settings.bootstrap_cut)
+        values = {name: value.detach() for name, value in output._asdict().items() if value is not None}
+        del output  # and its graph
         seconds["policy"] += time.perf_counter() - began
         began = time.perf_counter()
-        reference_BR = reference.logprobs(part) if reference else None
+        if reference:
+            values["reference_BR"] = reference.logprobs(part)
         seconds["reference"] += time.perf_counter() - began
-        for name, value in {**passed, "reference": reference_BR}.items():
-            if picked and value is not None:
-                found[name][picked, : value.shape[1]] = value.float().cpu()
-    summed = {name: processes.sum_(value.to(model.device)).cpu() for name, value in found.items()}
-    after_B = torch.where(rollout.ended_B, 0.0, summed["after"][:, 0])
+        for name, value in values.items() if micro_batch else ():
+            value_BT = value.reshape(len(value), -1)
+            measured[name][micro_batch, : value_BT.shape[1]] = value_BT.float().cpu()
+    summed = {name: processes.sum_(value.to(model.device)).cpu() for name, value in measured.items()}
     return Scored(
         rollout=rollout,
         texts=texts,
         scores=scores,
-        old_logprobs_BR=summed["old"],
-        reference_logprobs_BR=summed["reference"] if reference else None,
-        values_BR=summed["values"],
-        after_B=after_B,
-        entropy_BR=summed["entropy"],
+        old_logprobs_BR=summed["logprobs_BR"],
+        reference_logprobs_BR=summed["reference_BR"] if reference else None,
+        values_BR=summed["values_BR"],
+        after_B=torch.where(rollout.ended_B, 0.0, summed["after_B"][:, 0]),
+        entropy_BR=summed["entropy_BR"],
         seconds=seconds,
     )
 
 
-def _kept_nothing(_: Any) -> Any:
-    """What a graph keeps of a tensor that no backward pass will ask for."""
-
-
-def select(
-    rollout: Rollout, columns: dict[str, list[Any]], rows: list[int], device: torch.device
-) -> tuple[Rollout, dict[str, list[Any]]]:
-    """Some rows, without the columns of padding that none of them needs, on the model's device."""
-    return rollout.select(rows).trim().to(device), {name: [column[i] for i in rows] for name, column in columns.items()}
+def _keep_nothing(_: Any) -> Any:
+    """Drop saved tensors: this graph is never differentiated."""
 
 
 def _join_scores(parts: list[Scores], rollout: Rollout) -> Scores:
@@ -181,12 +153,14 @@ def importance(scored: Scored, settings: PPOSettings) -> tuple[Tensor | None, di
 
 
 def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Experience, dict[str, float]]:
-    """Per-token rewards, advantages and returns of all rows, and what they say."""
-    rollout, mask_BR = scored.rollout, scored.rollout.mask_BR
+    """Per-token rewards, advantages and returns of all rows, and what they say.
+
+    PPO details, in their order: the score and the missing-stop penalty on the last action; the KL taken off per token; reward
+    whitening (variance only); GAE, or a critic-free baseline; advantage whitening; importance weights."""
+    rollout, mask_BR, reference_BR = scored.rollout, scored.rollout.mask_BR, scored.reference_logprobs_BR
     task_BR = scored.scores.per_token(rollout)
     if settings.missing_stop_penalty:
         task_BR = task_BR + on_last_action(missing_stop_penalty(rollout.ended_B, settings.missing_stop_penalty), rollout)
-    reference_BR = scored.reference_logprobs_BR
     kl_BR = None
     if reference_BR is not None and settings.kl_as == "reward":
         kl_BR = kl.estimate(scored.old_logprobs_BR, reference_BR, settings.kl_estimator)
@@ -194,16 +168,16 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
     if settings.whiten_rewards:
         rewards_BR = advantages.whiten(rewards_BR, mask_BR, keep_mean=True)
     if settings.credit == "gae":
-        found = advantages.gae(
+        advantages_BR, returns_BR = advantages.gae(
             rewards_BR, scored.values_BR, mask_BR, gamma=settings.gamma, lam=settings.lam, bootstrap_B=scored.after_B
         )
     else:
         baseline = advantages.rloo if settings.credit == "rloo" else advantages.group
-        found = baseline(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
-    whitens = settings.credit == "gae" if settings.whiten_advantages is None else settings.whiten_advantages
-    advantages_BR = advantages.whiten(found.advantages_BR, mask_BR) if whitens else found.advantages_BR
+        advantages_BR, returns_BR = baseline(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
+    if settings.credit == "gae" if settings.whiten_advantages is None else settings.whiten_advantages:
+        advantages_BR = advantages.whiten(advantages_BR, mask_BR)
     importance_BR, metrics = importance(scored, settings)
-    metrics["value/explained_variance"] = advantages.explained_variance(scored.values_BR, found.returns_BR, mask_BR)
+    metrics["value/explained_variance"] = advantages.explained_variance(scored.values_BR, returns_BR, mask_BR)
     experience = Experience(
         rollout=rollout,
         columns=scored.texts.columns,
@@ -212,7 +186,7 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
         values_BR=scored.values_BR,
         rewards_BR=rewards_BR,
         advantages_BR=advantages_BR,
-        returns_BR=found.returns_BR,
+        returns_BR=returns_BR,
         importance_BR=importance_BR,
     )
     return experience, metrics

@@ -40,7 +40,7 @@ def policy_loss(
     """The clipped surrogate: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = new / old.
 
     `dual_clip` c > 1 bounds the loss of tokens with A < 0 at c |A|, however large r is. `importance_BR` weighs every
-    token for a sampler whose law was not the policy's (see correction.py)."""
+    token for a sampler whose distribution was not the policy's (see importance.py)."""
     log_ratio_BR = torch.where(mask_BR, new_BR - old_BR, 0.0)
     ratio_BR = log_ratio_BR.exp()
     plain_BR = ratio_BR * advantages_BR
@@ -51,15 +51,15 @@ def policy_loss(
         objective_BR = torch.where(advantages_BR < 0, torch.maximum(objective_BR, floor_BR), objective_BR)
     if importance_BR is not None:
         objective_BR = importance_BR * objective_BR
-    loss = -_sum(objective_BR, weights_BR, mask_BR)
+    loss = -weighted_sum(objective_BR, mask_BR, weights_BR)
     with torch.no_grad():
         metrics = {
             "ppo/policy_loss": loss.detach(),
-            "ppo/clip_fraction": _sum((clipped_BR < plain_BR).to(ratio_BR), weights_BR, mask_BR),
+            "ppo/clip_fraction": weighted_sum((clipped_BR < plain_BR).to(ratio_BR), mask_BR, weights_BR),
             # k3 of KL(old || new), from tokens of the old policy
-            "ppo/approx_kl": _sum(torch.expm1(log_ratio_BR) - log_ratio_BR, weights_BR, mask_BR),
+            "ppo/approx_kl": weighted_sum(torch.expm1(log_ratio_BR) - log_ratio_BR, mask_BR, weights_BR),
             # mean of ratio - 1: exactly 0 where every ratio is 1, which a sum of weights would miss by a rounding
-            "ppo/ratio_excess": _sum(torch.expm1(log_ratio_BR), weights_BR, mask_BR),
+            "ppo/ratio_excess": weighted_sum(torch.expm1(log_ratio_BR), mask_BR, weights_BR),
         }
     return loss, metrics
 
@@ -81,17 +81,13 @@ def value_loss(
         held_error_BR = (held_BR - returns_BR).square()
         # Asked of the distance, too: the held value differs from a free one by roundings.
         counts_BR = ((values_BR - old_values_BR).abs() > clip) & (held_error_BR > error_BR)
-        clipped_share = _sum(counts_BR.to(error_BR), weights_BR, mask_BR)
+        clipped_share = weighted_sum(counts_BR.to(error_BR), mask_BR, weights_BR)
         error_BR = torch.maximum(error_BR, held_error_BR)
-    loss = _sum(error_BR, weights_BR, mask_BR) / 2
+    loss = weighted_sum(error_BR, mask_BR, weights_BR) / 2
     return loss, {"value/loss": loss.detach(), "value/clip_fraction": clipped_share.detach()}
 
 
 def weighted_sum(value_BR: Tensor, mask_BR: Tensor, weights_BR: Tensor) -> Tensor:
-    """The minibatch's mean of a per-token quantity (its share from these rows): entropy, KL as a loss."""
-    return _sum(value_BR, weights_BR, mask_BR)
-
-
-def _sum(value_BR: Tensor, weights_BR: Tensor, mask_BR: Tensor) -> Tensor:
+    """The minibatch's mean of a per-token quantity (its share from these rows)."""
     # where, not a product with the weight 0: what stands under the mask may be inf or NaN
     return (torch.where(mask_BR, value_BR, 0.0) * weights_BR).sum()

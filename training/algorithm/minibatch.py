@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from steerl.rollout.common import processes
@@ -41,15 +41,15 @@ def minibatches(rollout: Rollout, *, count: int, seed: int, step: int, epoch: in
 
 def passes(rows: list[int], rollout: Rollout, settings: PPOSettings) -> list[list[int]]:
     """This rank's micro-batches of `rows`, as the settings and its device have them."""
-    ours = processes.start()
+    process = processes.start()
     return micro_batches(
         rows,
         rollout,
         size=settings.micro_batch_size,
         tokens=settings.micro_batch_tokens,
-        rank=ours.rank,
-        world_size=ours.world_size,
-        start=_START.get(ours.device.type, _START["cuda"]),
+        rank=process.rank,
+        world_size=process.world_size,
+        start=_START.get(process.device.type, _START["cuda"]),
     )
 
 
@@ -82,8 +82,8 @@ def micro_batches(
         ]
         widest = max(prompts) + max(responses)
         cuts = _cheapest_cuts(sizes, size * widest if tokens is None else tokens, start)
-    mine = [dealt[rank] if rank < len(dealt) else None for dealt in rounds]
-    return [[i for i in mine[a:b] if i is not None] for a, b in pairwise(cuts)]
+    own = [dealt[rank] if rank < len(dealt) else None for dealt in rounds]
+    return [[i for i in own[a:b] if i is not None] for a, b in pairwise(cuts)]
 
 
 def _cheapest_cuts(sizes: list[tuple[int, int]], most: int, start: int) -> list[int]:
@@ -104,6 +104,13 @@ def _cheapest_cuts(sizes: list[tuple[int, int]], most: int, start: int) -> list[
     return cuts[::-1]
 
 
+def select(
+    rollout: Rollout, columns: dict[str, list[Any]], rows: list[int], device: torch.device
+) -> tuple[Rollout, dict[str, list[Any]]]:
+    """Some rows and their data columns, on the model's device, without padding that none of them needs."""
+    return rollout.select(rows).trim().to(device), {name: [column[i] for i in rows] for name, column in columns.items()}
+
+
 def whole_lengths(rollout: Rollout) -> Tensor:
     """Prompt and response of every row, in tokens: what a row costs."""
     return rollout.prompt_mask_BP.sum(1) + rollout.lengths_B
@@ -112,11 +119,11 @@ def whole_lengths(rollout: Rollout) -> Tensor:
 def occurrences(rows: list[int]) -> list[int]:
     """How often each row was there before in the list: a small dataset comes round within a step."""
     seen: Counter[int] = Counter()
-    found = []
+    times = []
     for row in rows:
-        found.append(seen[row])
+        times.append(seen[row])
         seen[row] += 1
-    return found
+    return times
 
 
 def share(items: Sequence[Item], rank: int, world_size: int) -> Sequence[Item]:

@@ -14,26 +14,28 @@ import torch
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.training.algorithm import kl, loss
-from steerl.training.algorithm.experience import Experience, select
-from steerl.training.algorithm.minibatch import minibatches, passes
+from steerl.training.algorithm.minibatch import minibatches, passes, select
 from steerl.training.engine.gradients import accumulating, backward, finish
-from steerl.training.run.state import TrainState
 from steerl.training.settings import PPOSettings
+from steerl.training.types import Experience, PolicyOutput, TrainState
 from torch import Tensor
 
 
 def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, seed: int) -> dict[str, float]:
-    """Change the weights in place; means over the minibatches of what was measured on the way."""
+    """Change the weights in place; means over the minibatches of what was measured on the way.
+
+    PPO details: every epoch shuffles the rows anew; learning rates fall over the steps; early stop: a minibatch whose
+    approximate KL exceeds `stop_kl` is the step's last."""
     set_learning_rates(state.optimizer, settings, state.step)
     history: dict[str, list[float]] = defaultdict(list)
     for epoch in range(settings.epochs):
         for rows in minibatches(experience.rollout, count=settings.minibatches, seed=seed, step=state.step, epoch=epoch):
-            found = update(state, experience, rows, settings)
-            for name, value in found.items():
+            measured = update(state, experience, rows, settings)
+            for name, value in measured.items():
                 history[name].append(value)
             if state.step == settings.value_warmup_steps and len(history["ppo/approx_kl"]) == 2:
-                check_first_move(found["ppo/approx_kl"], settings, state.step)
-            if settings.stop_kl is not None and history["ppo/approx_kl"][-1] > settings.stop_kl:
+                check_first_move(measured["ppo/approx_kl"], settings, state.step)
+            if settings.stop_kl is not None and measured["ppo/approx_kl"] > settings.stop_kl:
                 break
         else:
             continue
@@ -47,38 +49,43 @@ def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, s
 
 
 def update(state: TrainState, experience: Experience, rows: list[int], settings: PPOSettings) -> dict[str, float]:
-    """One optimizer step from the rows of one minibatch, on all ranks together."""
-    ours = processes.start()
+    """One optimizer step from the rows of one minibatch, on all ranks together.
+
+    PPO details: the losses of all micro-batches and ranks are shares of one mean, over one global count of tokens; the gradient
+    is clipped once, after accumulation."""
     counts = {"tokens": int(experience.rollout.mask_BR[rows].sum()), "rows": len(rows)}
-    batches = passes(rows, experience.rollout, settings)
+    micro_batches = passes(rows, experience.rollout, settings)
     module = state.accelerator.unwrap_model(state.model)
     sums: dict[str, Tensor] = {}
-    worst = torch.zeros((), device=ours.device)
-    for i, picked in enumerate(batches):
-        with accumulating(state, last=i + 1 == len(batches)) as factor, module.recomputing():
-            total, metrics, error = micro_batch_loss(state, experience, picked, counts, settings)
+    worst = torch.zeros((), device=processes.start().device)
+    for i, micro_batch in enumerate(micro_batches):
+        with accumulating(state, last=i + 1 == len(micro_batches)) as factor, module.recomputing():
+            total, parts, error = micro_batch_loss(state, experience, micro_batch, counts, settings)
             backward(state, total * factor)
-        sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
+        sums = {name: sums.get(name, 0.0) + value for name, value in parts.items()}
         worst = torch.maximum(worst, error)
     names = sorted(sums)
     summed = processes.sum_(torch.stack([sums[name].float() for name in names]))
-    found = dict(zip(names, summed.tolist(), strict=True))
-    found["ppo/ratio_mean"] = 1.0 + found.pop("ppo/ratio_excess")
-    found["ppo/ratio_error"] = float(worst)
-    check_finite(found, state.step)
-    found["ppo/grad_norm"] = finish(state, settings.max_grad_norm)
-    check_finite(found, state.step)
+    metrics = dict(zip(names, summed.tolist(), strict=True))
+    metrics["ppo/ratio_mean"] = 1.0 + metrics.pop("ppo/ratio_excess")
+    metrics["ppo/ratio_error"] = float(worst)
+    check_finite(metrics, state.step)
+    metrics["ppo/grad_norm"] = finish(state, settings.max_grad_norm)
+    check_finite(metrics, state.step)
     state.optimizer.step()  # DeepSpeed has taken it
     state.optimizer.zero_grad()
-    return found
+    return metrics
 
 
 def micro_batch_loss(
-    state: TrainState, experience: Experience, picked: list[int], counts: dict[str, int], settings: PPOSettings
+    state: TrainState, experience: Experience, micro_batch: list[int], counts: dict[str, int], settings: PPOSettings
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """This micro-batch's share of the minibatch's loss and metrics, and its largest |ratio - 1|."""
+    """This micro-batch's share of the minibatch's loss and metrics, and its largest |ratio - 1|.
+
+    total = policy loss - entropy_coef x entropy (+ KL coefficient x KL, with kl_as: loss) + value_coef x value loss; during
+    the value warm-up the value loss alone."""
     device = processes.start().device
-    rows = picked or [0]  # a rank without rows takes part with a row that counts nothing
+    rows = micro_batch or [0]  # a rank without rows takes part with a row that counts nothing
     rollout, columns = select(experience.rollout, experience.columns, rows, device)
     width = rollout.response_width
 
@@ -86,9 +93,9 @@ def micro_batch_loss(
         return value_BR[rows, :width].to(device)
 
     warming = state.step < settings.value_warmup_steps
-    passed = state.model(rollout, columns, entropy=settings.entropy_coef != 0, detach_value=warming)
-    new_BR, mask_BR = passed["old"], rollout.mask_BR
-    if not picked:
+    output: PolicyOutput = state.model(rollout, columns, entropy=settings.entropy_coef != 0, detach_value=warming)
+    new_BR, mask_BR = output.logprobs_BR, rollout.mask_BR
+    if not micro_batch:
         mask_BR = torch.zeros_like(mask_BR)
     weights_BR = loss.token_weights(mask_BR, **counts, reduction=settings.loss_reduction)
     importance_BR = None if experience.importance_BR is None else part(experience.importance_BR)
@@ -103,8 +110,8 @@ def micro_batch_loss(
         dual_clip=settings.dual_clip,
         importance_BR=importance_BR,
     )
-    if settings.entropy_coef:
-        total = total - settings.entropy_coef * loss.weighted_sum(passed["entropy"], mask_BR, weights_BR)
+    if output.entropy_BR is not None:
+        total = total - settings.entropy_coef * loss.weighted_sum(output.entropy_BR, mask_BR, weights_BR)
     if settings.kl_as == "loss" and experience.reference_logprobs_BR is not None:
         terms_BR = kl.as_loss(
             new_BR, part(experience.old_logprobs_BR), part(experience.reference_logprobs_BR), settings.kl_estimator
@@ -116,9 +123,9 @@ def micro_batch_loss(
         total = total + state.kl.coefficient * penalty
     if warming:
         total = total * 0.0  # the graph stays whole, so that every wrapper finds a gradient for every weight
-    if passed.get("values") is not None:
+    if output.values_BR is not None:
         value, value_metrics = loss.value_loss(
-            passed["values"],
+            output.values_BR,
             part(experience.values_BR),
             part(experience.returns_BR),
             mask_BR,
@@ -149,12 +156,12 @@ def schedule(settings: PPOSettings, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1.0
 
 
-def check_finite(found: dict[str, float], step: int) -> None:
+def check_finite(metrics: dict[str, float], step: int) -> None:
     """Stop before a loss or gradient that is no number reaches the weights. The sums are global: every rank stops."""
     watched = ("ppo/policy_loss", "ppo/approx_kl", "value/loss", "ppo/grad_norm")
-    bad = [name for name in watched if not math.isfinite(found.get(name, 0.0))]
+    bad = [name for name in watched if not math.isfinite(metrics.get(name, 0.0))]
     if bad:
-        shown = ", ".join(f"{name} = {found[name]}" for name in bad)
+        shown = ", ".join(f"{name} = {metrics[name]}" for name in bad)
         raise UserError(
             f"step {step + 1}: {shown}; the weights were left as they were. Likely causes: a learning rate that is too high "
             "(lower ppo.learning_rate), scores that are far too large, or float16 that overflows (use bfloat16 or float32)"

@@ -3,7 +3,7 @@
     engine           spread over ranks                      gradients (gradients.py)          generation
     one process, DDP nothing                                summed once per optimizer step    the policy as it is
     ZeRO-1, ZeRO-2   optimizer states; gradients too        DeepSpeed's, times ranks          the policy as it is
-    ZeRO-3, FSDP2    the weights as well                    the engine's, times ranks         `gathering`: ppo.gather
+    ZeRO-3, FSDP2    the weights as well                    the engine's, times ranks         EngineSampler: ppo.gather
 
 The reference copy is in no engine: it stays whole on every rank. The policy is loaded whole by every rank, then spread.
 """
@@ -14,19 +14,18 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.sharding import by_zero3, gathered, is_sharded
-from steerl.training.engine import full_state
-from steerl.training.model.actor_critic import ActorCritic, Reference
+from steerl.rollout.prompts.prompts import PromptBatch
+from steerl.rollout.types import Rollout, Texts
+from steerl.training.model.actor_critic import ActorCritic
+from steerl.training.model.reference import Reference
 from steerl.training.settings import PPOSettings
-from torch import Tensor, nn
-
-Found = TypeVar("Found")
 
 
 def start() -> Any:
@@ -54,22 +53,6 @@ def models_stay_whole() -> None:
     unset_hf_deepspeed_config()
 
 
-def check(accelerator: Any, steering: Any, settings: PPOSettings) -> None:
-    """What an engine cannot leave behind is said before the first step."""
-    if str(getattr(accelerator, "distributed_type", "")).rpartition(".")[2] != "FSDP":
-        return
-    problems = []
-    if settings.export_merged:
-        problems.append(
-            "ppo.export_merged: true, but FSDP's weights cannot be merged; leave the adapter as it is, or use ZeRO-3"
-        )
-    if steering is not None and steering.role in ("policy", "trainable") and steering.spec.on_deploy != "strip":
-        told = f"steering.on_deploy: {steering.spec.on_deploy}, but FSDP's weights cannot be saved with their steering"
-        problems.append(f"{told}; use strip, or ZeRO-3")
-    if problems:
-        raise UserError(*problems)
-
-
 def wrap(accelerator: Any, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings) -> tuple[Any, Any]:
     """(model, optimizer) as the engine wants them."""
     if uses_deepspeed(accelerator):
@@ -80,7 +63,7 @@ def wrap(accelerator: Any, actor_critic: ActorCritic, optimizer: Any, settings: 
 
 def _observe(actor_critic: ActorCritic) -> None:
     """How the models take padding is seen on them whole."""
-    for policy in (actor_critic.policy, actor_critic.trunk):
+    for policy in (actor_critic.policy, actor_critic.value_model):
         if policy is not None and processes.is_distributed():
             _ = policy.capabilities
 
@@ -151,37 +134,23 @@ def link_reference(reference: Reference | None, accelerator: Any, actor_critic: 
                 parameter.data = parameter.data.to(actor_critic.dtype)
 
 
-@contextlib.contextmanager
-def whole_for_export(actor_critic: ActorCritic) -> Iterator[dict[str, Tensor]]:
-    """Inside, the main process can save the policy: its modules hold all weights, or (FSDP) a dict that is yielded does."""
-    with gathered(*_policy_modules(actor_critic)) if by_zero3(actor_critic) else contextlib.nullcontext():
-        yield _gathered_state(actor_critic.actor)
+class EngineSampler:
+    """A Sampler of the policy as its engine holds it: in the engine's precision, the weights together on every rank for a whole
+    phase of sampling, or layer by layer (ppo.gather)."""
 
+    def __init__(self, sampler: Sampler, accelerator: Any, actor_critic: ActorCritic, gather: str):
+        self.sampling = sampler.sampling
+        self._sampler, self._accelerator, self._actor_critic, self._gather = sampler, accelerator, actor_critic, gather
 
-def _gathered_state(model: Any) -> dict[str, Tensor]:
-    """FSDP's weights whole by name, on every rank at the same time, kept by the main one; empty for other engines."""
-    if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        return {}
-    found = {name: full_state.gathered(value) for name, value in model.state_dict().items()}
-    return found if processes.start().is_main else {}
+    def sample(self, batch: PromptBatch, *, step: int = 0, progress: float | None = None) -> tuple[Rollout, Texts]:
+        """Responses of the policy as it stands; every rank comes here at the same time."""
 
+        phase, model = self._gather == "phase", self._actor_critic
 
-def _policy_modules(actor_critic: ActorCritic) -> list[nn.Module]:
-    return [module for module in (actor_critic.actor, actor_critic.vectors) if module is not None]
+        def sampled() -> tuple[Rollout, Texts]:
+            whole = gathered(*model.policy_modules()) if phase else contextlib.nullcontext()
+            with whole, self._accelerator.autocast():
+                return self._sampler.sample(batch, step=step, progress=progress)
 
-
-def gathering(actor_critic: ActorCritic, how: str, function: Callable[[], Found]) -> Found:
-    """What `function` gives, which samples from the policy, with the policy's weights together on every rank or layer by layer
-    (`how`: phase or layers)."""
-    if not is_sharded(actor_critic):
-        return function()
-
-    def within() -> Found:
-        with gathered(*_policy_modules(actor_critic)):
-            return function()
-
-    if how == "layers":
-        return actor_critic.inside(function)
-    if by_zero3(actor_critic):
-        return within()
-    return actor_critic.inside(within)
+        # ZeRO-3 brings weights together anywhere, FSDP inside the root's forward pass alone
+        return sampled() if phase and by_zero3(model) else model.inside(sampled)

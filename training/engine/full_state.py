@@ -11,15 +11,17 @@ same whole values, which every rank has read, back into each rank's parts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model import compat
+from steerl.rollout.model import compat, sharding
 from steerl.training.engine.gradients import is_deepspeed
-from steerl.training.run.state import TrainState
+from steerl.training.model.actor_critic import ActorCritic
+from steerl.training.types import TrainState
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -127,6 +129,21 @@ def _load_plain(state: TrainState, saved: Mapping[str, Any]) -> None:
         for was, own in zip(saved["param_groups"], now, strict=True)
     ]
     state.optimizer.load_state_dict({**saved, "state": entries, "param_groups": groups})
+
+
+@contextlib.contextmanager
+def whole_for_export(actor_critic: ActorCritic) -> Iterator[dict[str, Tensor]]:
+    """Inside, the main process can save the policy: its modules hold all weights, or (FSDP) a dict that is yielded does."""
+    with sharding.gathered(*actor_critic.policy_modules()) if sharding.by_zero3(actor_critic) else contextlib.nullcontext():
+        yield _gathered_state(actor_critic.actor)
+
+
+def _gathered_state(model: Any) -> dict[str, Tensor]:
+    """FSDP's weights whole by name, on every rank at the same time, kept by the main one; empty for other engines."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        return {}
+    state = {name: gathered(value) for name, value in model.state_dict().items()}
+    return state if processes.start().is_main else {}
 
 
 # -- one value -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from steerl.rollout.common import processes
-from steerl.training.run.state import TrainState
+from steerl.training.types import TrainState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -1,49 +1,45 @@
-"""Policy and value in one module, so that DDP, ZeRO and FSDP see one forward; and the reference beside it.
+"""Policy and value in one module, so that DDP, ZeRO and FSDP see one forward.
 
 rollout ──> actor (the policy) ──> log-probs, entropy
                │ hidden states that predict each action
                ├──> head                          value: shared
-               └    critic ──> hidden ──> head    value: separate, or a folder
+               └    critic ──> hidden ──> head    value: separate, or a folder (value_model.py)
 
 V(s_t) is read where action t is predicted. The head starts at zero (or as a reward model's), so V starts at zero.
-The reference is never inside the module: nothing of it is trained, reduced or saved.
+The reference (reference.py) is never inside the module: nothing of it is trained, reduced or saved.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model import adapters, compat
+from steerl.rollout.model import compat
 from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
-from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
-from steerl.rollout.steering import Steering, SteeringSpec, unsteered
+from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
-from steerl.training.model import value_model
-from steerl.training.settings import PPOSettings
-from torch import Tensor, nn
+from steerl.training.types import PolicyOutput
+from torch import nn
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 class ActorCritic(nn.Module):
-    """`model(rollout, columns)` -> {"old": log-probs (B, R), "entropy": (B, R), "values": (B, R), "after": (B, 1)}.
+    """`model(rollout, columns)` -> PolicyOutput. The names of its modules are those of the tensors in a checkpoint."""
 
-    "values" is absent where there is no value (critic-free credit), "after" unless it is asked for."""
-
-    def __init__(self, policy: Policy, trunk: Policy | None, head: nn.Linear | None, steering: Steering | None):
+    def __init__(self, policy: Policy, value_model: Policy | None, head: nn.Linear | None, steering: Steering | None):
+        """`value_model`: None where the value shares the policy's; `head`: None where there is no value."""
         super().__init__()
-        self.policy, self.trunk, self.steering = policy, trunk, steering
+        self.policy, self.value_model, self.steering = policy, value_model, steering
         self.actor = policy.model
-        self.critic = trunk.model if trunk is not None else None
+        self.critic = value_model.model if value_model is not None else None
         self.head = head
         self.vectors = steering.parameters_module if steering is not None else None
 
@@ -62,7 +58,7 @@ class ActorCritic(nn.Module):
 
         Layers look at their training flag before they do so; it is on in here only, for decoding with a cache needs it off,
         and their dropout is off until the backward pass has run."""
-        cores = [policy.core for policy in (self.policy, self.trunk) if policy is not None]
+        cores = self.cores()
         layers = [module for core in cores for module in core.modules() if getattr(module, "gradient_checkpointing", False)]
         with contextlib.ExitStack() as stack:
             for layer in layers:
@@ -72,10 +68,16 @@ class ActorCritic(nn.Module):
                 stack.enter_context(no_dropout(core))
             yield
 
+    def cores(self) -> list[Any]:
+        """The transformers models, adapters taken off: the policy's, and the value's own."""
+        return [policy.core for policy in (self.policy, self.value_model) if policy is not None]
+
+    def policy_modules(self) -> list[nn.Module]:
+        """All that the policy is made of: the model with its adapter, and trained steering."""
+        return [module for module in (self.actor, self.vectors) if module is not None]
+
     def policy_parameters(self) -> list[nn.Parameter]:
-        """All that changes the policy: weights or adapters, and trained steering."""
-        modules = [self.actor, *([self.vectors] if self.vectors is not None else [])]
-        return [p for module in modules for p in module.parameters() if p.requires_grad]
+        return [p for module in self.policy_modules() for p in module.parameters() if p.requires_grad]
 
     def value_parameters(self) -> list[nn.Parameter]:
         modules = [module for module in (self.critic, self.head) if module is not None]
@@ -84,17 +86,17 @@ class ActorCritic(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """Names of the layers that FSDP keeps in one piece."""
-        return compat.unsplit_layers([policy.core for policy in (self.policy, self.trunk) if policy is not None])
+        return compat.unsplit_layers(self.cores())
 
-    def inside(self, function: Callable[[], Found]) -> Found:
+    def inside(self, function: Callable[[], Result]) -> Result:
         """What `function` gives when it is called within this module's forward pass: engines that spread weights over ranks
         bring together there what lies outside of layers. Every rank comes here."""
         if not needs_sync(self):
             return function()
-        kept: list[Found] = []
+        results: list[Result] = []
         with torch.no_grad():
-            self(None, call=lambda: kept.append(function()))
-        return kept[0]
+            self(None, call=lambda: results.append(function()))
+        return results[0]
 
     def forward(
         self,
@@ -105,36 +107,34 @@ class ActorCritic(nn.Module):
         after: bool = False,
         detach_value: bool = False,
         call: Callable[[], None] | None = None,
-    ) -> dict[str, Tensor]:
-        """`after` adds the value of the state after each row's last action; `detach_value` keeps a shared trunk out of the
+    ) -> PolicyOutput:
+        """`after` adds the value of the state after each row's last action; `detach_value` keeps a shared model out of the
         value's gradient. `call` is all that is done, where there is no rollout."""
         if rollout is None:
             assert call is not None
             call()
-            return {}
-        asked = widened(rollout) if after and self.head is not None else rollout
+            return PolicyOutput(torch.empty(0))
+        seen = widened(rollout) if after and self.head is not None else rollout
         width, mask_BR = rollout.response_width, rollout.mask_BR
-        forced = self._policy_pass(asked, columns, entropy)
-        found = {"old": torch.where(mask_BR, forced.logprobs_BR[:, :width], 0.0)}
-        if entropy:
-            found["entropy"] = torch.where(mask_BR, forced.entropy_BR[:, :width], 0.0)
+        forced = self._policy_pass(seen, columns, entropy)
+        logprobs_BR = torch.where(mask_BR, forced.logprobs_BR[:, :width], 0.0)
+        entropy_BR = torch.where(mask_BR, forced.entropy_BR[:, :width], 0.0) if entropy else None
         if self.head is None:
-            return found
-        if self.trunk is not None:
-            forced = teacher_forced(self.trunk, asked, want_hidden=True, want_logprobs=False)
+            return PolicyOutput(logprobs_BR, entropy_BR)
+        if self.value_model is not None:
+            forced = teacher_forced(self.value_model, seen, want_hidden=True, want_logprobs=False)
         assert forced.hidden_BRD is not None
-        hidden_BRD = forced.hidden_BRD.detach() if detach_value and self.trunk is None else forced.hidden_BRD
-        with torch.autocast(hidden_BRD.device.type, enabled=False):  # a value is a number to regress on, not a law
-            values_BR = self.head(hidden_BRD.to(self.head.weight.dtype))[..., 0]
-        found["values"] = torch.where(mask_BR, values_BR[:, :width], 0.0)
-        if asked is not rollout:
-            found["after"] = values_BR.gather(1, rollout.lengths_B[:, None])
-        return found
+        hidden_BRD = forced.hidden_BRD.detach() if detach_value and self.value_model is None else forced.hidden_BRD
+        with torch.autocast(hidden_BRD.device.type, enabled=False):  # a value is a number to regress on, not a distribution
+            states_BR = self.head(hidden_BRD.to(self.head.weight.dtype))[..., 0]
+        values_BR = torch.where(mask_BR, states_BR[:, :width], 0.0)
+        after_B = states_BR.gather(1, rollout.lengths_B[:, None])[:, 0] if seen is not rollout else None
+        return PolicyOutput(logprobs_BR, entropy_BR, values_BR, after_B)
 
     def _policy_pass(self, rollout: Rollout, columns: dict[str, list[Any]] | None, entropy: bool) -> TeacherForced:
         # Behaviour and data are roles of the sampler alone: the policy that learns is then the plain model.
         steers = self.steering is not None and self.steering.role in ("policy", "trainable") and rollout.steering
-        shared = self.head is not None and self.trunk is None
+        shared = self.head is not None and self.value_model is None
         return teacher_forced(
             self.policy,
             rollout,
@@ -147,66 +147,16 @@ class ActorCritic(nn.Module):
 
 def checkpoint_activations(actor_critic: ActorCritic) -> None:
     """Let actor and critic compute activations again in the backward pass, inside `recomputing`."""
-    for policy in (actor_critic.policy, actor_critic.trunk):
-        if policy is not None:
-            core = policy.core
-            if not getattr(core, "supports_gradient_checkpointing", False):
-                raise UserError(f"ppo.checkpointing: {type(core).__name__} cannot recompute its activations; leave it out")
-            # renamed in transformers 5.2x
-            enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)
-            enable()
-            core.eval()
+    for core in actor_critic.cores():
+        if not getattr(core, "supports_gradient_checkpointing", False):
+            raise UserError(f"ppo.checkpointing: {type(core).__name__} cannot recompute its activations; leave it out")
+        # renamed in transformers 5.2x
+        enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)
+        enable()
+        core.eval()
 
 
 def widened(rollout: Rollout) -> Rollout:
     """One column more, so that the state after each row's last action is among those that predict something."""
     wide = rollout.pad_to(rollout.prompt_width, rollout.response_width + 1)
     return dataclasses.replace(wide, lengths_B=wide.lengths_B + 1)
-
-
-class Reference:
-    """What the KL is measured to: a frozen copy, or the policy's own model with adapter and steering off."""
-
-    def __init__(self, policy: Policy, *, adapter_off: bool):
-        self.policy, self.adapter_off = policy, adapter_off
-        self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-        """The precision that the policy is run in."""
-        self.inside: Callable[[Callable[[], Tensor]], Tensor] = lambda function: function()
-        """Where the policy's own model is run: ActorCritic.inside. A copy stays whole on every rank."""
-
-    def logprobs(self, rollout: Rollout) -> Tensor:
-        """Log-probs of the responses under the reference, unsteered, at the rollout's temperature."""
-        off = adapters.off(self.policy.model) if self.adapter_off else contextlib.nullcontext()
-        with torch.no_grad(), self.autocast(), unsteered(), off:
-            return self.inside(lambda: teacher_forced(self.policy, rollout, want_entropy=False).logprobs_BR)
-
-
-def build(
-    policy: Policy, settings: PPOSettings, spec: SteeringSpec | None, *, seed: int
-) -> tuple[ActorCritic, Reference | None, Steering | None]:
-    """Actor and critic, reference, steering. Copies are taken first, so that they are of the plain model."""
-    trains_vectors = spec is not None and spec.role == "trainable"
-    reference = _reference(policy, settings.reference, trains_vectors)
-    trunk, head = (None, None) if settings.credit != "gae" else value_model.build(policy, settings.value)
-    if trains_vectors:
-        for parameter in policy.model.parameters():
-            parameter.requires_grad_(False)
-    for model in (policy, *([reference.policy] if reference is not None else [])):
-        logit_postprocessing(model)  # observed here, where every rank comes and weights are whole
-    steering = Steering(policy.core, spec, policy.tokenizer, seed) if spec is not None else None
-    return ActorCritic(policy, trunk, head, steering), reference, steering
-
-
-def _reference(policy: Policy, kind: str, trains_vectors: bool) -> Reference | None:
-    if kind == "none":
-        return None
-    has_adapter = hasattr(policy.model, "peft_config")
-    if kind == "adapter":
-        return Reference(policy, adapter_off=True)
-    if kind == "auto" and trains_vectors:
-        return Reference(policy, adapter_off=False)  # nothing of the model itself moves
-    # Off, the policy must be as it starts, and stay so.
-    if kind == "auto" and has_adapter and adapters.changes_nothing(policy.model) and not adapters.learns_in_base(policy.model):
-        return Reference(policy, adapter_off=True)
-    frozen = copy.deepcopy(policy.model).requires_grad_(False).eval()
-    return Reference(policy.with_model(frozen, policy.capabilities), adapter_off=False)

@@ -1,4 +1,4 @@
-"""The value's own model: a trunk without a vocabulary, from the policy, a language model's folder or a reward model's.
+"""The value model: a model without a vocabulary, from the policy, a language model's folder or a reward model's.
 
 policy, or folder ──> model with its output embedding taken out ──> hidden states where actions are predicted
                                                                     head: Linear(width, 1) in float32, from zero,
@@ -33,17 +33,17 @@ class NoVocabulary(nn.Module):
         return hidden[..., :1]
 
 
-def build(policy: Policy, value: str) -> tuple[Policy | None, nn.Linear]:
-    """(the value's own trunk, or None where it shares the policy's; the head)."""
+def build_value_model(policy: Policy, value: str) -> tuple[Policy | None, nn.Linear]:
+    """(the value's own model, or None where it shares the policy's; the head)."""
     width = hidden_width(policy.core)
     if value == "shared":
         return None, zero_head(width, policy.device)
     if value == "separate":
         # Its capabilities are the policy's, whose logits it no longer has to show them with.
-        trunk = policy.with_model(copy.deepcopy(policy.model), policy.capabilities)
-        strip(trunk.core)
-        trunk.model.to(policy.device)
-        return trunk, zero_head(width, policy.device)
+        value_model = policy.with_model(copy.deepcopy(policy.model), policy.capabilities)
+        strip(value_model.core)
+        value_model.model.to(policy.device)
+        return value_model, zero_head(width, policy.device)
     return _from_folder(policy, value)
 
 
@@ -84,14 +84,14 @@ def _from_folder(policy: Policy, path: str) -> tuple[Policy, nn.Linear]:
     if saved not in ("causal", "seq2seq"):
         head = _score_head(model, path)
         model = _as_language_model(model, kind, path)
-    trunk = Policy.of(model, policy.tokenizer)
+    value_model = Policy.of(model, policy.tokenizer)
     width = hidden_width(model)
     strip(model)
     model.to(policy.device)
-    trunk = dataclasses.replace(trunk, start_ids=policy.start_ids, pad_id=policy.pad_id)
+    value_model = dataclasses.replace(value_model, start_ids=policy.start_ids, pad_id=policy.pad_id)
     if head is None:
-        return trunk, zero_head(width, policy.device)
-    return trunk, head.to(policy.device)
+        return value_model, zero_head(width, policy.device)
+    return value_model, head.to(policy.device)
 
 
 def _score_head(model: Any, path: str) -> nn.Linear:

@@ -9,7 +9,7 @@
     latest(folder)                    the newest whole one; damaged ones are named and passed over; None on a fresh folder
     load(path, state, ...)            on every rank, in place; returns the rest of what was saved
 
-`state` is training/run/state.py's TrainState: `trained()` tensors, the optimizer, `numbers()`. Floats go through JSON by their
+`state` is training/types.py's TrainState: `trained()` tensors, the optimizer, `numbers()`. Floats go through JSON by their
 shortest exact form, tensors bit by bit.
 """
 
@@ -32,7 +32,7 @@ from steerl.rollout.common.errors import UserError, reading
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import flush, written_aside
 from steerl.training.engine import full_state
-from steerl.training.run.state import TrainState
+from steerl.training.types import TrainState
 from torch import Tensor
 
 FORMAT = 1

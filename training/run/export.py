@@ -1,49 +1,94 @@
-"""What a run leaves for its users: RUN/model, which from_pretrained loads, with its tokenizer; and summary.json."""
+"""What a run leaves for its users: RUN/model, which from_pretrained loads, with its tokenizer; and summary.json.
+
+Steering that belongs to the policy goes with the model as its `on_deploy` says: strip (a plain model), keep (steering.yaml
+beside it), fold (in its biases).
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from steerl.rollout.common import processes
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import write_json, written_aside
 from steerl.rollout.model import adapters, auto_classes
-from steerl.training import steering
-from steerl.training.engine import engine
+from steerl.rollout.steering import Steering, deploy
+from steerl.training.engine import full_state
+from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.settings import PPOSettings
-
-if TYPE_CHECKING:
-    from steerl.training.setup import Components
+from steerl.training.types import TrainState
 
 
-def save_model(folder: Path, parts: Components, settings: PPOSettings) -> None:
-    """The policy in `folder`/model: the adapter alone where there is one, or the whole model with it merged in.
+def deployed(steering: Steering | None) -> str:
+    """What becomes of the steering when the policy is saved: strip, keep or fold. Without a part in the policy it is left."""
+    return steering.spec.on_deploy if steering is not None and steering.role in ("policy", "trainable") else "strip"
 
-    Steering is left away, kept beside it or folded into it, as its `on_deploy` says."""
+
+def check_export(model: ActorCritic, accelerator: Any, settings: PPOSettings) -> None:
+    """What cannot be left behind as asked is said before the first step."""
+    steering, how = model.steering, deployed(model.steering)
+    if steering is not None and steering.spec.on_deploy == "fold" and how != "fold":
+        raise UserError(
+            f"steering.on_deploy: fold leaves the steering in the model, and role {steering.role} leaves a plain one; use strip"
+        )
+    if steering is not None and how == "fold":
+        if hasattr(model.actor, "peft_config") and not settings.export_merged:
+            raise UserError(
+                "steering.on_deploy: fold writes into the model, and the run saves an adapter alone; "
+                "set ppo.export_merged true, or use keep"
+            )
+        deploy.check_fold(steering)
+    if str(getattr(accelerator, "distributed_type", "")).rpartition(".")[2] != "FSDP":
+        return
+    problems = []
+    if settings.export_merged:
+        problems.append(
+            "ppo.export_merged: true, but FSDP's weights cannot be merged; leave the adapter as it is, or use ZeRO-3"
+        )
+    if how != "strip":
+        problems.append(
+            f"steering.on_deploy: {how}, but FSDP's weights cannot be saved with their steering; use strip, or ZeRO-3"
+        )
+    if problems:
+        raise UserError(*problems)
+
+
+def save_model(folder: Path, model: ActorCritic, settings: PPOSettings) -> None:
+    """The policy in `folder`/model: the adapter alone where there is one, or the whole model with it merged in."""
 
     def save() -> None:
         with written_aside(folder / "model") as aside:
             aside.mkdir()
-            model = steering.to_save(parts)
-            if not hasattr(model, "peft_config"):
-                auto_classes.save(model, aside, state)
+            policy = _with_folded_steering(model) if deployed(model.steering) == "fold" else model.actor
+            if not hasattr(policy, "peft_config"):
+                auto_classes.save(policy, aside, state)
             elif settings.export_merged:
-                auto_classes.save(adapters.merge(copy.deepcopy(model)), aside)
+                auto_classes.save(adapters.merge(copy.deepcopy(policy)), aside)
             else:
-                adapters.save(model, aside, state)
-            steering.save_beside(parts, aside)
-            parts.policy.tokenizer.save_pretrained(aside)
+                adapters.save(policy, aside, state)
+            if model.steering is not None and deployed(model.steering) == "keep":
+                deploy.save(model.steering, aside)
+            model.policy.tokenizer.save_pretrained(aside)
 
     # Under ZeRO-3 the modules themselves hold all weights meanwhile; FSDP's never do, so a dict stands in for them.
-    with engine.whole_for_export(parts.actor_critic) as state:
+    with full_state.whole_for_export(model) as state:
         processes.on_main(save)
 
 
-def summarize(folder: Path, parts: Components, after: dict[str, float]) -> dict[str, Any]:
+def _with_folded_steering(model: ActorCritic) -> Any:
+    copied = copy.deepcopy(model.actor)
+    if hasattr(copied, "peft_config"):
+        copied = adapters.merge(copied)
+    assert model.steering is not None
+    deploy.fold(model.steering, copied)
+    return copied
+
+
+def summarize(folder: Path, state: TrainState, after: dict[str, float]) -> dict[str, Any]:
     """Write summary.json, the last file of a run, and return what it holds."""
-    state = parts.state
     summary = {
         "reward_before": state.before.get("eval/reward"),
         "reward_after": after.get("eval/reward"),
@@ -61,5 +106,5 @@ def summarize(folder: Path, parts: Components, after: dict[str, float]) -> dict[
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return found
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary

@@ -1,4 +1,4 @@
-"""What a step says of itself: metrics of the scored rollouts, the gap alarm, rows for samples.jsonl, the evaluation.
+"""What a step says of itself: metrics of the scored rollouts, the gap alarm, rows for samples.jsonl.
 
 Everything here reads the rows of all ranks, so it is global, and the same on every rank.
 """
@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from steerl.reward.types import metrics as reward_metrics
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.types import STOP_REASONS
 from steerl.training.algorithm import kl
-from steerl.training.algorithm.experience import Experience, Scored, select
-from steerl.training.algorithm.minibatch import share
+from steerl.training.algorithm.minibatch import select, share
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.settings import PPOSettings
+from steerl.training.types import Experience, Scored
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from steerl.training.setup import Components
 
 
 def mean(value_BR: Tensor, mask_BR: Tensor) -> float:
@@ -32,7 +30,7 @@ def mean(value_BR: Tensor, mask_BR: Tensor) -> float:
 def rollout_metrics(scored: Scored) -> dict[str, float]:
     """Rewards, lengths and entropy."""
     rollout = scored.rollout
-    found = {
+    metrics = {
         "rollout/rows": float(len(rollout)),
         "rollout/tokens": float(rollout.lengths_B.sum()),
         "rollout/length_mean": float(rollout.lengths_B.double().mean()),
@@ -40,8 +38,8 @@ def rollout_metrics(scored: Scored) -> dict[str, float]:
         "rollout/ended": float(rollout.ended_B.double().mean()),
         "policy/entropy": mean(scored.entropy_BR, rollout.mask_BR),
     }
-    found |= reward_metrics([scored.scores])
-    return found | {f"time/{name}_pass_s": value for name, value in scored.seconds.items()}
+    metrics |= reward_metrics([scored.scores])
+    return metrics | {f"time/{name}_pass_s": value for name, value in scored.seconds.items()}
 
 
 def kl_metrics(scored: Scored, importance_BR: Tensor | None = None) -> dict[str, float]:
@@ -65,9 +63,9 @@ def kl_metrics(scored: Scored, importance_BR: Tensor | None = None) -> dict[str,
 
 def cut_prompts(source: Any, rows: Sequence[int]) -> dict[str, float]:
     """How many of the step's prompts were cut, over all ranks: each knows of those that it read itself."""
-    me = processes.start()
-    count = sum(row in source.cut for row in share(rows, me.rank, me.world_size))
-    return {"rollout/cut_prompts": float(processes.sum_(torch.tensor(count, device=me.device)))}
+    process = processes.start()
+    count = sum(row in source.cut for row in share(rows, process.rank, process.world_size))
+    return {"rollout/cut_prompts": float(processes.sum_(torch.tensor(count, device=process.device)))}
 
 
 def kl_per_response(scored: Scored, importance_BR: Tensor | None = None) -> Tensor:
@@ -117,15 +115,18 @@ def gap_tolerance(settings: PPOSettings, dtype: torch.dtype, mixed_precision: st
 
 
 def sample_rows(
-    scored: Scored, experience: Experience, parts: Components, *, each: int, seed: int, step: int
+    scored: Scored, experience: Experience, model: ActorCritic, *, each: int, seed: int, step: int
 ) -> list[dict[str, Any]]:
     """`each` best, worst and random rows with everything per token, for the table and the viewer. On every rank alike."""
+    if not each:
+        return []
+    token_text = Speller(model.policy.tokenizer).token
     order = torch.argsort(scored.scores.total_B, stable=True, descending=True).tolist()
     kinds = {"best": order[:each], "worst": order[::-1][:each]}
     kinds["random"] = random.Random(f"{seed}/{step}").sample(range(len(order)), min(each, len(order)))
-    ratios = {i: ratio(scored, parts.actor_critic, i) for i in sorted({i for rows in kinds.values() for i in rows})}
+    ratios = {i: ratio(scored, model, i) for i in sorted({i for rows in kinds.values() for i in rows})}
     return [
-        {"kind": kind, **_row(scored, experience, parts.decode, i), "ratio": ratios[i]}
+        {"kind": kind, **_row(scored, experience, token_text, i), "ratio": ratios[i]}
         for kind, rows in kinds.items()
         for i in rows
     ]
@@ -135,12 +136,12 @@ def ratio(scored: Scored, model: ActorCritic, i: int) -> list[float]:
     """new / old of every token of a row, after all of the step's updates."""
     part, columns = select(scored.rollout, scored.texts.columns, [i], model.device)
     with torch.no_grad():
-        new_R = model(part, columns)["old"][0].float().cpu()
+        new_R = model(part, columns).logprobs_BR[0].float().cpu()
     length = int(scored.rollout.lengths_B[i])
     return [round(float(value), 6) for value in (new_R[:length] - scored.old_logprobs_BR[i, :length]).exp()]
 
 
-def _row(scored: Scored, experience: Experience, decode: Callable[[int], str], i: int) -> dict[str, Any]:
+def _row(scored: Scored, experience: Experience, token_text: Callable[[int], str], i: int) -> dict[str, Any]:
     rollout, texts = scored.rollout, scored.texts
     length = int(rollout.lengths_B[i])
 
@@ -164,9 +165,9 @@ def _row(scored: Scored, experience: Experience, decode: Callable[[int], str], i
         "steering": rollout.steering,
         "strength": float(rollout.strength_B[i]),
         "prompt_ids": prompt_ids,
-        "prompt_tokens": [decode(token) for token in prompt_ids],
+        "prompt_tokens": [token_text(token) for token in prompt_ids],
         "response_ids": response_ids,
-        "response_tokens": [decode(token) for token in response_ids],
+        "response_tokens": [token_text(token) for token in response_ids],
         "policy_logprobs": numbers(scored.old_logprobs_BR),
         "gap": numbers(rollout.policy_logprobs_BR - scored.old_logprobs_BR),
         "importance": numbers(experience.importance_BR),

@@ -17,15 +17,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import folder_fingerprint, tokenizer_fingerprint, values_fingerprint, weights_fingerprint
-from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.common.run_folder import RunSettings, versions, write_text
+from steerl.rollout.common.yaml_files import Dumper
 from steerl.rollout.dumps.manifest import finished_shards
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.training.run import checkpoint
+from steerl.training.run.log import RunLog
 from steerl.training.settings import PPOSettings
+from steerl.training.types import TrainState
 
 FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
@@ -71,22 +75,37 @@ def finished(folder: Path, steps: int, config: Mapping[str, Any], run: RunSettin
     return True
 
 
-def find(
+def open_log(
     folder: Path,
-    config: Mapping[str, Any],
     run: RunSettings,
-    schedule: str = "constant",
-    content: Mapping[str, str] | None = None,
-) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and how the present job differs from it; None: start from the beginning."""
-    path = checkpoint.latest(folder)
-    if path is None:
-        return None, []
-    changed = _compare(path, config, run, schedule, content or {})
-    if processes.start().is_main:
+    settings: PPOSettings,
+    state: TrainState,
+    config: Mapping[str, Any],
+    content: Mapping[str, str],
+) -> RunLog:
+    """The log of the run and, on a resume, the newest whole checkpoint put into `state`. `content` is what `made_from` gave."""
+    path = checkpoint.latest(folder) if run.resume else None
+    changed = _compare(path, config, run, settings.schedule, content) if path is not None else []
+    if path is not None and processes.start().is_main:
         for line in changed:
             _logger.warning("resume from %s: changed, as is allowed: %s", path.name, line)
-    return path, changed
+    log = RunLog(folder, trackers=run.trackers, config=config)
+    log.rewind(checkpoint.load(path, state)["log"] if path is not None else {})
+    notes = [f"from step {state.step}: {line}" for line in changed if not line.startswith("run.")]
+    if path is None or notes:
+        text = yaml.dump(dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        processes.on_main(lambda: write_config(folder, text, notes))
+    return log
+
+
+def write_config(folder: Path, text: str, changed: Sequence[str] = ()) -> None:
+    """config.yaml, which --config reads back; in its comments the versions, and what resumed runs changed, step by step."""
+    path = folder / "config.yaml"
+    notes = [f"{name}: {version}" for name, version in versions().items()]
+    if changed:
+        before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        notes += [line.removeprefix("# ") for line in before.splitlines() if line.startswith("# from ")]
+    write_text(path, "".join(f"# {note}\n" for note in [*notes, *changed]) + text)
 
 
 def _compare(

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import Stopped, UserError, reading
 from steerl.rollout.common.fingerprint import tokenizer_fingerprint, values_fingerprint, weights_fingerprint
-from steerl.rollout.common.run_folder import RunSettings, begin, disk_trouble, opened, versions, write_json, write_text
+from steerl.rollout.common.run_folder import RunSettings, begin, disk_trouble, opened, write_json
 from steerl.rollout.model.auto_classes import savable
 from steerl.training.engine import engine
 from steerl.training.run import resume
@@ -38,7 +38,7 @@ from steerl.training.stages.data import Row
 from steerl.training.stages.settings import FitSettings
 
 Read = TypeVar("Read")
-CONFIG, BEGUN = "config.yaml", "checkpoints/begun.json"
+BEGUN = "checkpoints/begun.json"
 _logger = logging.getLogger(__name__)
 
 
@@ -189,9 +189,7 @@ def _begin(trainer: Any, where: StageRun) -> str | None:
             _logger.warning("resume from %s: changed, as is allowed: %s", start.name, line)
     begin(folder, run)
     (folder / "checkpoints").mkdir(exist_ok=True)
-    notes = "".join(f"# {name}: {version}\n" for name, version in versions().items())
-    notes += "".join(f"# from {start.name}: {line}\n" for line in changed if start is not None)
-    write_text(folder / CONFIG, notes + where.resolved)
+    resume.write_config(folder, where.resolved, [f"from {start.name}: {line}" for line in changed if start is not None])
     write_json(folder / BEGUN, {"config": where.config, "made_from": content})
     return str(start) if start else None
 

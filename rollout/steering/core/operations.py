@@ -58,9 +58,6 @@ def vanilla(base: Tensor, source: Tensor, coordinates: Coordinates = None) -> Te
     return _swap(base, source.to(base.dtype), coordinates)
 
 
-set_ = vanilla
-
-
 def add(base: Tensor, source: Tensor, strength: float | Tensor = 1.0, coordinates: Coordinates = None) -> Tensor:
     """h + a s."""
     return _swap(base, base + (strength * source).to(base.dtype), coordinates)
@@ -99,7 +96,7 @@ def collect(base: Tensor, source: Tensor | None = None, coordinates: Coordinates
 # -- direction -------------------------------------------------------------------------------------------------------
 
 
-def _unit(base: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def along_unit(base: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(h, u, h.u) in float32, u of length 1."""
     h, u = wide(base), wide(source)
     u = u / u.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
@@ -108,25 +105,25 @@ def _unit(base: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def ablate(base: Tensor, source: Tensor, strength: float | Tensor = 1.0) -> Tensor:
     """h - a (h.u) u: the direction taken out."""
-    h, u, along = _unit(base, source)
+    h, u, along = along_unit(base, source)
     return (h - strength * along * u).to(base.dtype)
 
 
 def project(base: Tensor, source: Tensor) -> Tensor:
     """(h.u) u: nothing but the direction kept."""
-    _, u, along = _unit(base, source)
+    _, u, along = along_unit(base, source)
     return (along * u).to(base.dtype)
 
 
 def clamp(base: Tensor, source: Tensor, value: float | Tensor = 0.0) -> Tensor:
     """h + (c - h.u) u: the component along u set to c."""
-    h, u, along = _unit(base, source)
+    h, u, along = along_unit(base, source)
     return (h + (value - along) * u).to(base.dtype)
 
 
 def rotate(base: Tensor, source: Tensor, angle: float | Tensor = 0.0) -> Tensor:
     """h turned by `angle` (radians) towards u in the plane of both; its length stays. Parallel to u: unchanged."""
-    h, u, along = _unit(base, source)
+    h, u, along = along_unit(base, source)
     length = h.norm(dim=-1, keepdim=True)
     unit = h / length.clamp_min(torch.finfo(h.dtype).tiny)
     across = u - (unit * u).sum(-1, keepdim=True) * unit

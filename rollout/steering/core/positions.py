@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from steerl.rollout.steering.spec.spec import Ramp
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.steering.core.places import Ramp
 from torch import Tensor
 
 
@@ -112,8 +113,6 @@ def ramp_factors(ramp: Ramp, step_BT: Tensor) -> Tensor:
 
 def places_of(column: Sequence[Any], length_B: Tensor, name: str) -> Tensor:
     """A data column's positions per row as (B, K), negative ones from each prompt's end, padded with -1."""
-    from steerl.rollout.common.errors import UserError
-
     rows: list[list[int]] = []
     for value, length in zip(column, length_B.tolist(), strict=True):
         listed = [value] if isinstance(value, int) else value

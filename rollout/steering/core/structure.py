@@ -24,7 +24,7 @@ import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import language_model
 from steerl.rollout.model.hooks import unsteered
-from steerl.rollout.steering.spec.spec import At
+from steerl.rollout.steering.core.places import At
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)

@@ -22,10 +22,10 @@ from typing import Any
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import hooks
 from steerl.rollout.model.hooks import Frame
+from steerl.rollout.steering.core.places import Ramp
 from steerl.rollout.steering.core.structure import stacks, unwrap
-from steerl.rollout.steering.interventions.passes import Pass, Read, Set
-from steerl.rollout.steering.interventions.plan import SOURCELESS, Intervention, Planned, planned, stack_masks, unit_table
-from steerl.rollout.steering.spec.spec import LEARNED, Ramp
+from steerl.rollout.steering.interventions.passes import InterventionPass, Read, Rules, Set
+from steerl.rollout.steering.interventions.plan import Intervention, Planned, planned, stack_masks, unit_table
 from torch import Tensor, nn
 
 Locations = Any
@@ -57,7 +57,7 @@ def intervene(
     strength: float | Tensor = 1.0,
 ) -> Intervened | tuple[Any, Any]:
     """One forward pass of `base` with the interventions in it."""
-    job = Job(model, interventions, base, unit_locations, subspaces, mode, strength, "none", None)
+    run = InterventionRun(model, interventions, base, unit_locations, subspaces, mode, Rules(strength=strength))
     original = None
     if output_original_output:
         with hooks.unsteered():
@@ -65,9 +65,9 @@ def intervene(
     extra: dict[str, Any] = {} if labels is None else {"labels": labels}
     if use_cache is not None:
         extra["use_cache"] = use_cache
-    with job.ready(sources, source_representations):
+    with run.ready(sources, source_representations):
         output = model(**base, **extra)
-    return job.result(output, original, return_dict)
+    return run.result(output, original, return_dict)
 
 
 def intervene_generate(
@@ -98,32 +98,32 @@ def intervene_generate(
     if isinstance(steps, Mapping) and "window" in steps:
         steps = {"window": tuple(steps["window"])}
     prompt = intervene_on_prompt or unit_locations is not None
-    job = Job(model, interventions, base, unit_locations, subspaces, mode, strength, steps, ramp, prompt=prompt)
+    run = InterventionRun(model, interventions, base, unit_locations, subspaces, mode, Rules(prompt, steps, strength, ramp))
     inner = unwrap(model)
     original = None
     if output_original_output:
         with hooks.unsteered():
             original = inner.generate(**base, **generate_kwargs)  # type: ignore[operator]
-    with job.ready(sources, source_representations):
+    with run.ready(sources, source_representations):
         output = inner.generate(**base, **generate_kwargs)  # type: ignore[operator]
-    return job.result(output, original, return_dict)
+    return run.result(output, original, return_dict)
 
 
-class Job:
+class InterventionRun:
     """One call of intervene: what is read where, and set where."""
 
     def __init__(
         self, model: nn.Module, interventions: Any, base: Mapping[str, Any], unit_locations: Mapping[str, Locations] | None,
-        subspaces: Any, mode: str, strength: float | Tensor, steps: Any, ramp: Ramp | None, prompt: bool = True,
+        subspaces: Any, mode: str, rules: Rules,
     ):  # fmt: skip
         if mode not in ("parallel", "serial"):
             raise UserError(f"mode: expected parallel or serial, found {mode!r}")
-        self.model, self.base, self.mode, self.strength, self.steps, self.ramp = model, base, mode, strength, steps, ramp
+        self.model, self.mode, self.rules = model, mode, rules
         self.inner = unwrap(model)
         self.masks = stack_masks(self.inner, base)
         self.rows = next(iter(self.masks.values())).shape[0]
         self.plans = planned(self.inner, interventions, subspaces, self.rows)
-        self.locations, self.prompt = unit_locations, prompt
+        self.locations = unit_locations
         self.collected: dict[int, list[Tensor]] = {}
         groups = [plan.number if plan.spec.group is None else plan.spec.group for plan in self.plans]
         if len({plan.spec.group is None for plan in self.plans}) > 1:
@@ -176,15 +176,14 @@ class Job:
                     plan, "sources->base" if self.mode == "parallel" else f"source_{len(self.groups) - 1}->base", self.masks
                 )
         ready = [p for p in self.plans if self._is_ready(p)] if not (given and self.mode == "serial") else self._last
-        watch = Pass(self.masks)
+        watch = InterventionPass(self.masks)
         with hooks.entered(self._frame(watch, ready, self.masks)):
             yield
         if ready and not watch.ran:
             raise UserError("the intervention did not run: no forward pass of the model was seen")
 
     def _is_ready(self, plan: Planned) -> bool:
-        sourceless = callable(plan.spec.op) or plan.spec.op in (*SOURCELESS, *LEARNED)
-        if plan.source is None and not sourceless:
+        if plan.source is None and plan.operation is not None and plan.reads_source:
             raise UserError(
                 f"interventions[{plan.number}]: op {plan.spec.op} needs a source; give sources or source_representations"
             )
@@ -229,11 +228,11 @@ class Job:
     def _read(self, group: list[Planned], source: Mapping[str, Any], key: str, already: list[Planned]) -> None:
         """Run a source and keep what the group's sites see there (after the sites `already` set in it)."""
         masks = stack_masks(self.inner, source)
-        watch = Pass(masks)
+        watch = InterventionPass(masks)
         frame = self._frame(watch, already, masks)
         read: dict[int, Tensor] = {}
         for plan in group:
-            if plan.spec.op in SOURCELESS:
+            if not plan.reads_source:
                 continue
             mask = masks[plan.point.stack or "decoder"]
             units = unit_table(self._where(key)[0], *self._entry(plan), mask.shape[0], mask.sum(1))
@@ -259,12 +258,16 @@ class Job:
             already = group
         self._last = already
 
-    def _frame(self, watch: Pass, plans: list[Planned], masks: dict[str, Tensor]) -> Frame:
+    def _frame(self, watch: InterventionPass, plans: list[Planned], masks: dict[str, Tensor]) -> Frame:
         frame = Frame(hooks.current() if masks is self.masks else None)
         for stack in stacks(self.inner).values():
             frame.read(stack.module, watch, stack.name)
         for plan in plans:
-            frame.add(plan.point.module, plan.point.io, Set(self, watch, plan, masks is self.masks))
+            frame.add(
+                plan.point.module,
+                plan.point.io,
+                Set(watch, plan, self.rules if masks is self.masks else Rules(), self.collected),
+            )
         return frame
 
     def result(self, output: Any, original: Any, return_dict: bool) -> Intervened | tuple[Any, Any]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.steering.core import operations
+from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import Point, locate, stacks
+from steerl.rollout.steering.core.table import TABLE, Operation
 from steerl.rollout.steering.spec.parse import read_at
 from steerl.rollout.steering.spec.reading import Fields
-from steerl.rollout.steering.spec.spec import At
 from torch import Tensor, nn
-
-SOURCELESS = ("zero", "scale", "collect")
-"""Operations that read no source; the learned ones do not either."""
 
 
 @dataclass(frozen=True)
@@ -53,31 +49,41 @@ class Planned:
     """Positions of the pass it is set in, (B, U) real indices; None = every position."""
 
     @property
+    def operation(self) -> Operation | None:
+        """Its entry in the table; None for a function of the caller's."""
+        return None if callable(self.spec.op) else TABLE[self.spec.op]
+
+    @property
     def collects(self) -> bool:
         return self.spec.op == "collect"
 
+    @property
+    def reads_source(self) -> bool:
+        return self.operation is None or self.operation.source != ""
+
     def apply(self, base: Tensor, source: Tensor | None, coordinates: Any) -> Tensor:
-        op = self.spec.op
-        if callable(op):
+        op, operation = self.spec.op, self.operation
+        if operation is None or operation.function is None:
+            assert callable(op)
             return op(base, source)
-        function = getattr(operations, "set_" if op == "set" else op)
         arguments: dict[str, Any] = {}
         given = dict(self.spec.parameters)
-        for name in list(inspect.signature(function).parameters)[2:]:
-            short = name.rsplit("_", 1)[0] if name.rsplit("_", 1)[-1].isupper() else name
-            for key in (name, short):
+        for short, parameter in operation.arguments.items():
+            for key in (parameter.name, short):
                 if key in given:
                     value = given.pop(key)
-                    arguments[name] = value.to(base.device) if isinstance(value, Tensor) else value
+                    arguments[parameter.name] = value.to(base.device) if isinstance(value, Tensor) else value
+        names = [parameter.name for parameter in operation.arguments.values()]
         if given:
-            known = ", ".join(list(inspect.signature(function).parameters)[2:])
-            raise UserError(f"interventions[{self.number}].parameters: {op} takes {known or 'none'}, found {', '.join(given)}")
+            raise UserError(
+                f"interventions[{self.number}].parameters: {op} takes {', '.join(names) or 'none'}, found {', '.join(given)}"
+            )
         if coordinates is not None:
-            if "coordinates" not in inspect.signature(function).parameters:
+            if "coordinates" not in names:
                 raise UserError(f"interventions[{self.number}]: op {op} has no subspaces")
             arguments["coordinates"] = coordinates
         try:
-            return function(base, source, **arguments)
+            return operation.function(base, source, **arguments)
         except (TypeError, RuntimeError) as error:
             raise UserError(
                 f"interventions[{self.number}]: {op} failed on an activation of shape {tuple(base.shape)}: {error}"
@@ -90,7 +96,7 @@ def planned(model: nn.Module, interventions: Any, subspaces: Any, rows: int) -> 
     found: list[Planned] = []
     for number, raw in enumerate(listed):
         spec = raw if isinstance(raw, Intervention) else _intervention(raw, number)
-        if isinstance(spec.op, str) and not hasattr(operations, "set_" if spec.op == "set" else spec.op):
+        if isinstance(spec.op, str) and (spec.op not in TABLE or TABLE[spec.op].function is None):
             raise UserError(
                 f"interventions[{number}].op: no operation {spec.op!r}; see steering/core/operations.py, or pass a function"
             )

@@ -12,23 +12,17 @@ from typing import Any
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.yaml_files import load_yaml
+from steerl.rollout.steering.core.places import At, Ramp
+from steerl.rollout.steering.core.table import ACTIVATIONS, SETTINGS, TABLE
 from steerl.rollout.steering.spec.reading import Fields
 from steerl.rollout.steering.spec.spec import (  # fmt: skip
-    ACTIVATIONS,
     COMPONENTS,
     CORRECTIONS,
-    LEARNED,
-    OPERATIONS,
     ROLES,
-    SPACE,
-    WITHOUT_VECTOR,
-    WRITE,
-    At,
     Correction,
     Gate,
     KLBudget,
     Op,
-    Ramp,
     Schedule,
     Site,
     SteeringSpec,
@@ -106,9 +100,10 @@ def _site(fields: Fields, index: int) -> Site:
         at=at, op=op, vector=vector, strength=strength, where=where,
         schedule=_schedule(fields.section("schedule")), gate=_gate(fields.section("gate")),
     )  # fmt: skip
-    if vector is None and op.type not in WITHOUT_VECTOR:
+    operation = TABLE[op.type]
+    if vector is None and operation.needs_vector:
         fields.problem("vector", f"missing; op {op.type} needs one, e.g. {{file: direction.safetensors}}")
-    if vector is not None and op.type in ("zero", "scale", "noise", "collect"):
+    if vector is not None and operation.family == "write" and operation.source != "vector":
         fields.problem("vector", f"has no effect with op {op.type}; remove it")
     if op.type == "collect" and fields.has("strength"):
         fields.problem("strength", "has no effect with op collect; remove it")
@@ -161,17 +156,12 @@ def read_at(fields: Fields | None) -> At:
 def _op(fields: Fields | None) -> Op:
     if fields is None:
         return Op()
-    kind = fields.choice("type", OPERATIONS, Op.type)
-    own = {
-        "coordinates": (*WRITE, "rotated", "low_rank_rotated", "pca", "autoencoder", "jumprelu"),
-        "factor": ("scale",), "value": ("clamp",), "rank": LEARNED,
-        "act": ("loreft", "noreft", "direft", "nodireft", "adapter"),
-        "temperature": ("boundless", "sigmoid_mask", "sigmoid_mask_rotated"), "boundary": ("boundless",),
-        "residual": ("autoencoder", "jumprelu"), "params": SPACE, "function": ("function",),
-    }  # fmt: skip
-    for name, kinds in own.items():
-        if fields.has(name) and kind not in kinds:
-            fields.problem(name, f"has no effect with op {kind}; it goes with {', '.join(kinds)}")
+    kind = fields.choice("type", tuple(TABLE), Op.type)
+    operation = TABLE[kind]
+    for name in SETTINGS:
+        if fields.has(name) and name not in operation.settings:
+            takers = (other for other, entry in TABLE.items() if name in entry.settings)
+            fields.problem(name, f"has no effect with op {kind}; it goes with {', '.join(takers)}")
     if kind == "scale" and not fields.has("factor"):
         fields.problem("factor", "missing; op scale needs one, e.g. 0.5")
     coordinates = fields.raw("coordinates")
@@ -181,7 +171,7 @@ def _op(fields: Fields | None) -> Op:
         factor=fields.number("factor", Op.factor),
         value=fields.number("value", Op.value),
         rank=fields.integer("rank", Op.rank, low=1),
-        act=fields.choice("act", ACTIVATIONS, Op.act),
+        act=fields.choice("act", tuple(ACTIVATIONS), Op.act),
         temperature=fields.number("temperature", Op.temperature),
         boundary=fields.number("boundary", Op.boundary, low=0.0, high=1.0),
         residual=fields.flag("residual", Op.residual),
@@ -190,7 +180,7 @@ def _op(fields: Fields | None) -> Op:
     )
     if kind == "function" and ":" not in op.function:
         fields.problem("function", f"expected file.py:name, found {op.function!r}")
-    if kind in SPACE and not op.params:
+    if operation.family == "space" and not op.params:
         fields.problem("params", f"missing; op {kind} needs the file with its tensors")
     fields.done()
     return op

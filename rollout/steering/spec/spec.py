@@ -9,35 +9,16 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from steerl.rollout.steering.core.places import At, Ramp
+from steerl.rollout.steering.core.table import TABLE, names
+
 CorrectionType = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 CORRECTIONS: tuple[str, ...] = get_args(CorrectionType)
 ROLES = ("policy", "trainable", "behaviour", "data")
 COMPONENTS = ("block_output", "block_input", "attn_output", "mlp_output")
-WRITE = ("set", "vanilla", "add", "subtract", "zero", "scale", "noise", "collect")
-DIRECTION = ("ablate", "project", "clamp", "rotate", "renormalise")
-SPACE = (
-    "rotated", "low_rank_rotated", "pca", "boundless", "sigmoid_mask", "sigmoid_mask_rotated", "autoencoder", "jumprelu",
-)  # fmt: skip
-LEARNED = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft", "adapter")
-OPERATIONS = (*WRITE, *DIRECTION, *SPACE, *LEARNED, "function")
-WITHOUT_VECTOR = ("zero", "scale", "noise", "collect", "function", *LEARNED)
+DIRECTION, SPACE, LEARNED = names("direction"), names("space"), names("learned")
+WITHOUT_VECTOR = tuple(name for name, operation in TABLE.items() if not operation.needs_vector)
 """Operations that need no `vector:` (a learned one reads its parameters from it, or starts fresh)."""
-ACTIVATIONS = ("identity", "relu", "gelu", "silu", "tanh")
-
-
-@dataclass(frozen=True)
-class At:
-    """Where in the model: blocks and a component found by structure, or a module path."""
-
-    layers: tuple[int, ...] | str = ()
-    """Block numbers, negative from the end, or `all`."""
-    component: str = "block_output"
-    stack: str = "decoder"
-    head: tuple[int, ...] = ()
-    """Attention heads: the edit is made where their outputs enter the output projection."""
-    module: str = ""
-    """A module path of the model, instead of layers and component."""
-    io: str = "output"
 
 
 @dataclass(frozen=True)
@@ -77,16 +58,6 @@ class Strength:
     std: float = 0.0
     per: str = "sample"
     norm_match: bool = False
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """A factor over response steps, from `start` to `end` in `over` steps, then `end`."""
-
-    type: str = "linear"
-    over: int = 1
-    start: float = 1.0
-    end: float = 0.0
 
 
 @dataclass(frozen=True)

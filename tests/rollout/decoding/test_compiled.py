@@ -132,7 +132,7 @@ def test_an_earlier_batchs_nan_does_not_linger_in_the_cache():
     assert_same(*both(policy))
 
 
-@pytest.mark.parametrize("steered", [False, True])
+@pytest.mark.parametrize("steered", [pytest.param(False, marks=pytest.mark.proofs), True])
 def test_rows_that_ended_leave_by_halves(monkeypatch, steered):
     monkeypatch.setattr(compiled, "FEWEST", 4)
     ours = policy("llama")
@@ -201,11 +201,11 @@ def test_every_operation_and_scope(group, tmp_path):
     "at",
     [
         {"layers": [0], "component": "block_input"},
-        {"layers": "all", "component": "attn_output"},
+        pytest.param({"layers": "all", "component": "attn_output"}, marks=pytest.mark.proofs),
         {"layers": [1], "head": [1, 3]},
-        {"module": "model.layers.0.mlp.down_proj", "io": "input"},
-        {"module": "model.embed_tokens"},
-        {"module": "model.norm"},
+        pytest.param({"module": "model.layers.0.mlp.down_proj", "io": "input"}, marks=pytest.mark.proofs),
+        pytest.param({"module": "model.embed_tokens"}, marks=pytest.mark.proofs),
+        pytest.param({"module": "model.norm"}, marks=pytest.mark.proofs),
         {"module": "lm_head"},
     ],
 )

@@ -363,7 +363,7 @@ def decoded(model: Any, steering: Steering) -> list[Tensor]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 def test_steady_decoding_is_the_asked_one_bit_for_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every step is edited alike the edits are kept, until rows or the sequence change; others are asked each time."""
-    model, kept = tiny(family), engine.Kept.__call__
+    model, kept = tiny(family), engine.HeldAddition.__call__
     used: list[int] = []
 
     def noted(self: Any, frame: Any, hidden: Tensor) -> Tensor:
@@ -371,7 +371,7 @@ def test_steady_decoding_is_the_asked_one_bit_for_bit(family: str, monkeypatch: 
             used.append(1)
         return kept(self, frame, hidden)
 
-    monkeypatch.setattr(engine.Kept, "__call__", noted)
+    monkeypatch.setattr(engine.HeldAddition, "__call__", noted)
     for where, steady in (
         ({}, True),
         ({"prompt": "none"}, True),

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering import Steering, load_spec
-from steerl.rollout.steering.spec.spec import At, Site, SteeringSpec, Strength, Where
+from steerl.rollout.steering.core.places import At
+from steerl.rollout.steering.spec.spec import Site, SteeringSpec, Strength, Where
 
 from tests.models import tiny, tiny_tokenizer
 from tests.rollout.steering.helpers import vector
@@ -191,4 +192,4 @@ def test_the_hash_tells_vectors_apart(tmp_path: Path) -> None:
 def test_paths_are_relative_to_the_specs_file(tmp_path: Path) -> None:
     save_file({"0": torch.tensor(vector())}, tmp_path / "v.safetensors")
     (tmp_path / "s.yaml").write_text("sites: [{at: {layers: [0]}, vector: {file: v.safetensors}}]")
-    assert Steering(MODEL, tmp_path / "s.yaml").sites[0].vectors[0].tolist() == pytest.approx(vector())
+    assert Steering(MODEL, tmp_path / "s.yaml").sites[0].held[0]["vector"].tolist() == pytest.approx(vector())

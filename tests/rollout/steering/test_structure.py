@@ -8,8 +8,8 @@ import pytest
 import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering import Steering
+from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import locate, stacks, unwrap
-from steerl.rollout.steering.spec.spec import At
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -19,8 +19,9 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
+from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import locate, stacks
-from steerl.rollout.steering.spec.spec import At, Site
+from steerl.rollout.steering.spec.spec import Site
 from steerl.rollout.steering.vectors.extract import Pair, activations, direction, directions, read_pairs
 from steerl.rollout.steering.vectors.files import save_vector
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -33,7 +34,7 @@ from tests.rollout.steering.helpers import parameters_of, vector
 
 def steered(model, file: Path, **fields) -> list[torch.Tensor]:
     site = {"at": {"layers": [0, 1]}, "vector": {"file": str(file), **fields}}
-    return Steering(model, {"sites": [site]}).sites[0].vectors
+    return [held["vector"] for held in Steering(model, {"sites": [site]}).sites[0].held]
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".gguf"])
@@ -200,7 +201,7 @@ def test_mean_diff_in_a_spec(tmp_path: Path) -> None:
     model, tokenizer = tiny("llama"), tiny_tokenizer()
     steering = Steering(model, {"sites": [{"at": {"layers": [1]}, "vector": {"mean_diff": str(file)}}]}, tokenizer)
     expected = directions(model, tokenizer, PAIRS, locate(model, At(layers=(1,))), "mean_diff", "mean")
-    assert torch.equal(steering.sites[0].vectors[0], expected[0])
+    assert torch.equal(steering.sites[0].held[0]["vector"], expected[0])
     with pytest.raises(UserError, match="needs a tokenizer"):
         Steering(model, {"sites": [{"at": {"layers": [1]}, "vector": {"mean_diff": str(file)}}]})
 

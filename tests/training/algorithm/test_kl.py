@@ -10,11 +10,12 @@ import torch
 from steerl.reward.types import Scores
 from steerl.rollout.types import Rollout, Texts
 from steerl.training.algorithm import kl
-from steerl.training.algorithm.experience import Scored, credit
+from steerl.training.algorithm.experience import credit
 from steerl.training.algorithm.importance import Correction, importance_weights
 from steerl.training.algorithm.update import micro_batch_loss
 from steerl.training.run.metrics import kl_metrics
 from steerl.training.settings import PPOSettings
+from steerl.training.types import PolicyOutput, Scored
 
 
 def laws(seed: int = 0, size: int = 5):
@@ -127,7 +128,7 @@ def one_token(correction):
         experience, _ = credit(scored, ppo, 1.0)
 
         def model(rollout, columns, **_):
-            return {"old": policy.log_softmax(0)[rollout.response_BR]}
+            return PolicyOutput(policy.log_softmax(0)[rollout.response_BR])
 
         state = SimpleNamespace(model=model, step=0, kl=kl.FixedKL(1.0))
         counts = {"tokens": len(tokens), "rows": len(tokens)}

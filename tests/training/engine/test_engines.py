@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +34,8 @@ RUNS = {
     "zero1": ("full", "lora_shared", "learned"),
     "zero2": ("full",),
     "zero2 more": ("lora_shared",),
-    "zero3": ("walks", "one_prompt", "unpadded", "lora_shared", "learned"),
-    "zero3 more": ("full", "pushed"),
+    "zero3": ("one_prompt", "unpadded", "lora_shared", "learned"),
+    "zero3 more": ("walks", "full", "pushed"),
     "zero3 alone": ("one_prompt",),
     "fsdp2": ("full", "one_prompt", "unpadded"),
 }
@@ -82,8 +81,7 @@ def launched(made_once: Any, tiny_world: Callable[[str], Path]) -> Launched:
         elif engine == "fsdp2":
             done = warm.run_ranks(*program, "fully_shard")
         else:
-            command = warm.accelerate_launch(config_of(engine, out), *program)
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
+            done = warm.run(warm.accelerate_launch(config_of(engine, out), *program), env=environment, timeout=550)
         assert done.returncode == 0, done.stderr[-4000:]
 
     return lambda engine: made_once(f"engine {engine}", lambda out: make(out, engine))

@@ -10,7 +10,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering import load_spec
 from steerl.training.model import value_model
-from steerl.training.model.actor_critic import Reference
+from steerl.training.model.reference import Reference
 from steerl.training.run.metrics import gap_tolerance
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -166,7 +166,7 @@ def test_a_separate_value_of_a_model_that_takes_over_its_heads_bias():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", vocab_size=64, is_decoder=True, **sizes)).eval()
     policy = Policy.of(model, tiny_tokenizer())
-    trunk, head = value_model.build(policy, "separate")
+    trunk, head = value_model.build_value_model(policy, "separate")
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         assert trunk.core(input_ids=ids).logits.shape == (1, 3, 1) and model(input_ids=ids).logits.shape == (1, 3, 64)

@@ -20,7 +20,7 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings
 from steerl.rollout.types import Rollout, Texts
-from steerl.training.algorithm.experience import credit, gather_scored, score
+from steerl.training.algorithm.experience import credit, gather_scored, sample, score
 from steerl.training.algorithm.update import learn
 from steerl.training.planning.memory import Work, memory
 from steerl.training.planning.passes import Blueprint
@@ -55,7 +55,8 @@ def take(policy: Policy, sampling: Sampling, ppo: PPOSettings, prompt: int) -> d
     seen = {"load": peak()}
     texts = ["a" * (prompt - i % 3) for i in range(ppo.rollouts_per_step)]
     prompts = Prompts([{"prompt": text} for text in texts], "prompt", policy, PromptSettings())
-    rollout, words, _ = parts.draw(prompts, parts.sampler, prompts.take(0, 0, ppo.rollouts_per_step), progress=0.0)
+    rows = prompts.take(0, 0, ppo.rollouts_per_step)
+    rollout, words, _ = sample(prompts, parts.sampler, rows, step=0, progress=0.0)
     seen["sample"] = peak()
     scored = score(parts.actor_critic, parts.reference, *gather_scored(rollout, words, reward), ppo)
     seen["score"] = peak()
@@ -68,7 +69,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     small = {"rollouts_per_step": rows, "epochs": 1, "minibatches": 1, "micro_batch_size": rows, "learning_rate": 1e-5}
     ppo = PPOSettings(**{**small, **asked.get("ppo", {})})
     sampling = Sampling(max_new_tokens=response)
-    config = AutoConfig.for_model("llama", **SHAPE)
+    config = AutoConfig.for_model("llama", **SHAPE | {"num_hidden_layers": asked.get("layers", SHAPE["num_hidden_layers"])})
     blueprint = Blueprint(config, "causal", torch.float32).with_peft(asked.get("peft"))
     own_value = blueprint if ppo.credit == "gae" and ppo.value == "separate" else None
     plan = memory(Work(blueprint, own_value, ppo, sampling, prompt, "no"), "ddp", 1, device="cpu")

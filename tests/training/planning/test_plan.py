@@ -396,12 +396,13 @@ ADAPTER = {"peft_type": "LORA", "r": 8}
     [
         # mostly gradients and optimizer states
         pytest.param({"prompt": 8, "response": 8, "ppo": {"value": "shared"}}, marks=pytest.mark.proofs),
-        {"rows": 8, "peft": ADAPTER, "prompt": 48, "response": 48, "ppo": {"value": "shared"}},  # mostly activations
+        # mostly activations; all its layers are in the proofs
+        {"layers": 3, "rows": 8, "peft": ADAPTER, "prompt": 48, "response": 48, "ppo": {"value": "shared"}},
     ],
 )
 def test_the_plan_is_within_15_percent_of_a_real_steps_peak(asked):
     found = beside_a_step(asked)
-    assert found["weights"] > 200e6
+    assert found["weights"] > (60e6 if "layers" in asked else 200e6)
     assert found["planned"] == pytest.approx(found["measured"], rel=0.15), found
 
 

@@ -18,7 +18,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.training.algorithm.kl import AdaptiveKL
 from steerl.training.run import checkpoint, resume
-from steerl.training.run.state import TrainState
+from steerl.training.types import TrainState
 from torch import nn
 
 from tests import warm

@@ -1,26 +1,86 @@
-"""TrainState: everything that a later training step depends on, in one place, so that a checkpoint can hold all of it.
+"""The records of a PPO step: what the model says, the scored rows, what the update reads; and the state that a step changes.
 
-    tensors   model (the prepared ActorCritic: policy, value, trained steering), optimizer    -> safetensors
-    numbers   step, prompt position, KL controller, reward statistics, steering's scale, totals -> JSON
-
-The learning-rate schedule, the sampling, the order of the prompts and the minibatches are functions of (seed, step), so
-they have no state of their own. Nothing in a step draws from a global random number generator.
+Scored and Experience hold all rows of the step, of all ranks: ids and a few floats per token, on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
+from steerl.reward.types import Scores
+from steerl.rollout.types import Rollout, Texts
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
+class PolicyOutput(NamedTuple):
+    """One forward pass of policy and value over rollouts; entries beyond a row's end hold 0. None where not asked for."""
+
+    logprobs_BR: Tensor
+    entropy_BR: Tensor | None = None
+    values_BR: Tensor | None = None
+    """Of the state before every action; None with critic-free credit."""
+    after_B: Tensor | None = None
+    """Value of the state after the last action."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """All rows of the step and what was measured on them before learning. Entries beyond a row's end hold 0."""
+
+    rollout: Rollout
+    texts: Texts
+    scores: Scores
+    """The task reward: before KL and penalties."""
+    old_logprobs_BR: Tensor
+    """The policy's, in the trainer's own forward pass: one side of the ratio."""
+    reference_logprobs_BR: Tensor | None
+    """Under the reference, at the same temperature; None without a reference."""
+    values_BR: Tensor
+    after_B: Tensor
+    """Value of the state after the last action of rows that were cut; 0 elsewhere and unless they bootstrap."""
+    entropy_BR: Tensor
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What the update reads."""
+
+    rollout: Rollout
+    columns: dict[str, list[Any]]
+    """The dataset's other columns: steering may read its strengths there."""
+    old_logprobs_BR: Tensor
+    reference_logprobs_BR: Tensor | None
+    values_BR: Tensor
+    rewards_BR: Tensor
+    """Task reward, penalty and, where the KL is in the reward, - coefficient x KL."""
+    advantages_BR: Tensor
+    returns_BR: Tensor
+    importance_BR: Tensor | None
+    """pi_old / mu, truncated or masked; None without a correction."""
+
+
+class KLController(Protocol):
+    """The weight of the KL to the reference, moved after every step (algorithm/kl.py)."""
+
+    coefficient: float
+
+    def update(self, kl_per_sequence: float, rollouts: int) -> None: ...
+
+    def state_dict(self) -> dict[str, float]: ...
+
+    def load_state_dict(self, state: dict[str, float]) -> None: ...
+
+
 @dataclass
 class TrainState:
-    """Mutable on purpose: the loop moves it on by one step at a time."""
+    """Everything that a later step depends on, so that a checkpoint can hold all of it. Mutable: the loop moves it on.
+
+    Learning rates, sampling, and the order of prompts and minibatches are functions of (seed, step) and have no state. Nothing
+    in a step draws from a global random number generator."""
 
     model: nn.Module
     """The prepared ActorCritic: plain, or wrapped by DDP, DeepSpeed or FSDP."""
@@ -28,7 +88,7 @@ class TrainState:
     """The prepared optimizer."""
     accelerator: Any
     """accelerate.Accelerator: unwraps the model, gathers sharded weights."""
-    kl: FixedKL | AdaptiveKL
+    kl: KLController
     reward: Any
     """The reward; where it keeps statistics it has state_dict() and load_state_dict(mapping of JSON values)."""
     steering: Any = None

@@ -1,24 +1,18 @@
-"""Rows and calls: the per-row facts of a batch at work, and one forward pass of one stack over them."""
+"""The state of a steered pass, as plain records: the rows at work, a call of a stack over them, where a site edits in it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from steerl.rollout.steering.core import positions
-from steerl.rollout.steering.strengths import column
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from steerl.rollout.steering.selection import Selection
-    from steerl.rollout.steering.steering import Steering
 
 
 @dataclass(eq=False)
-class Rows:
+class SteeredRows:
     """The rows of an active context. Gates are filled in by the pass that reads the prompt."""
 
     prompt_mask_BP: Tensor
@@ -28,6 +22,7 @@ class Rows:
     """Per site."""
     places_BK: tuple[Tensor | None, ...]
     """Per site: positions from a data column."""
+    policy_step: int = 0
     encoder_mask_BP: Tensor | None = None
     gates: dict[int, Tensor] = field(default_factory=dict)
     sums: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
@@ -40,57 +35,75 @@ class Rows:
         self.any = tuple(bool((s != 0).any()) for s in self.strength_B)
         self.lead = int((self.prompt_mask_BP.cumsum(1) == 0).sum(1).min()) if self.count else 0
         """Columns of padding on the left that all rows share."""
-        self.kept: dict[Any, Any] = {}
+        self.cache: dict[tuple[Any, ...], Any] = {}
+        """All that holds from call to call while these rows stay: made once, dropped with them and when a gate settles.
+
+        ("without", columns) and ("times", factor): rows made of these; (site, factor): a site's selection in a response
+        column; (site, factor, point): the addition that it comes to there."""
 
     def __len__(self) -> int:
         return self.count
 
-    def select(self, index: Tensor) -> Rows:
+    def select(self, index: Tensor) -> SteeredRows:
         """The rows of `index`, in its order, with repeats."""
         index = index.to(self.row_B.device)
 
         def pick(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[index]
 
-        return Rows(
+        return SteeredRows(
             self.prompt_mask_BP[index], self.row_B[index], self.sample_B[index],
-            tuple(s[index] for s in self.strength_B), tuple(pick(p) for p in self.places_BK), pick(self.encoder_mask_BP),
+            tuple(s[index] for s in self.strength_B), tuple(pick(p) for p in self.places_BK), self.policy_step,
+            pick(self.encoder_mask_BP),
             {k: v[index] for k, v in self.gates.items()}, {k: (v[index], n) for k, (v, n) in self.sums.items()},
         )  # fmt: skip
 
-    def without(self, columns: int) -> Rows:
+    def without(self, columns: int) -> SteeredRows:
         """The same rows where the caller left away that many columns of padding."""
         if not columns:
             return self
         key = ("without", columns)
-        if key not in self.kept:
-            self.kept[key] = dataclasses.replace(self, prompt_mask_BP=self.prompt_mask_BP[:, columns:])
-        return self.kept[key]
+        if key not in self.cache:
+            self.cache[key] = dataclasses.replace(self, prompt_mask_BP=self.prompt_mask_BP[:, columns:])
+        return self.cache[key]
 
-    def times(self, factor: int) -> Rows:
+    def times(self, factor: int) -> SteeredRows:
         """Every row `factor` times in a row: beams, return sequences."""
         if factor == 1:
             return self
         key = ("times", factor)
-        if key not in self.kept:
+        if key not in self.cache:
             index = torch.arange(len(self), device=self.row_B.device).repeat_interleave(factor)
-            self.kept[key] = self.select(index)
-        return self.kept[key]
+            self.cache[key] = self.select(index)
+        return self.cache[key]
 
 
-class Call:
+@dataclass(frozen=True)
+class SiteSelection:
+    """Where and how strongly a site edits in one call. `mask_BT1` None = everywhere."""
+
+    strength_BT1: Tensor
+    mask_BT1: Tensor | None
+    unit: bool = False
+    """Every selected strength is exactly 1."""
+    factor: float | None = None
+    """Of a response column, which the rows' cache holds it for; None where it holds for this call alone."""
+
+
+class StackCall:
     """One forward pass of one stack."""
 
-    __slots__ = ("_index", "encoder", "first", "ids", "rows", "selections", "step", "tokens", "edits", "width")
+    __slots__ = ("_index", "edits", "encoder", "first", "ids", "rows", "selections", "step", "token_gates", "width")
 
-    def __init__(self, rows: Rows, first: int, width: int, ids: Tensor | None, encoder: bool):
+    def __init__(self, rows: SteeredRows, first: int, width: int, ids: Tensor | None, encoder: bool = False):
         self.rows, self.first, self.width, self.ids, self.encoder = rows, first, width, ids, encoder
         self.step = first - rows.width + 1 if width == 1 and first >= rows.width and not encoder else None
         """The response step, where this call is one column of the response: the same for every row."""
         self.edits = 0
-        self.selections: dict[int, Selection | None] = {}
-        self.tokens: dict[int, Tensor] = {}
-        """Token gates: open or not, per gate and position."""
+        self.selections: dict[int, SiteSelection | None] = {}
+        """By site, for all of its layers; None = nothing here."""
+        self.token_gates: dict[int, Tensor] = {}
+        """Gates on tokens: how open, per gate and position."""
         self._index: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -106,31 +119,3 @@ class Call:
         if self._index is None:
             self._index = positions.real_index(self.mask_BP, self.first, self.width)
         return self._index
-
-
-def rows_of(
-    steering: Steering,
-    prompt_mask_BP: Tensor,
-    encoder_mask_BP: Tensor | None,
-    row_B: Tensor | None,
-    sample_B: Tensor | None,
-    strength_B: Sequence[Tensor],
-    columns: Mapping[str, Sequence[Any]],
-) -> Rows:
-    count, device = prompt_mask_BP.shape[0], prompt_mask_BP.device
-    row_B = torch.arange(count, device=device) if row_B is None else row_B.to(device)
-    sample_B = torch.zeros_like(row_B) if sample_B is None else sample_B.to(device)
-    lengths = (prompt_mask_BP if encoder_mask_BP is None else encoder_mask_BP).sum(1)
-    places: list[Tensor | None] = []
-    for site in steering.sites:
-        rule = site.spec.where.prompt
-        if isinstance(rule, dict) and "column" in rule:
-            values = column(columns, rule["column"], f"site {site.name!r}: where.prompt")
-            on_encoder = site.points[0].stack == "encoder"
-            places.append(positions.places_of(values, lengths if on_encoder else prompt_mask_BP.sum(1), rule["column"]))
-        else:
-            places.append(None)
-    return Rows(
-        prompt_mask_BP.bool(), row_B, sample_B, tuple(s.to(device) for s in strength_B), tuple(places),
-        None if encoder_mask_BP is None else encoder_mask_BP.bool(),
-    )  # fmt: skip
