@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import importlib.util
 import itertools
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from steerl.rollout.common.errors import UserError, said, visible
 
 LOGS = ("log_metric", "log_extra")
 """What TRL hands to functions that want to log."""
+MOVED = {"reward.rouge": "steerl.reward.kinds.rouge"}
+"""Names of before, in configs of users: taken where nothing else has the name."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,7 +56,7 @@ def load_function(spec: str, where: str) -> Any:
     """The callable that `spec` names; a UserError that says which half of it is wrong."""
     source, _, name = spec.rpartition(":")
     try:
-        module = _load_file(Path(source), where) if source.endswith(".py") else importlib.import_module(source)
+        module = _load_file(Path(source), where) if source.endswith(".py") else _import(source, where)
     except UserError:
         raise
     except ModuleNotFoundError as error:
@@ -72,6 +76,17 @@ def load_function(spec: str, where: str) -> Any:
     if not callable(found):
         raise UserError(f"{where}.function: {spec} is a {type(found).__name__}, not a function")
     return found
+
+
+def _import(source: str, where: str) -> ModuleType:
+    try:
+        return importlib.import_module(source)
+    except ImportError as error:
+        is_absent = error.name in (source, source.split(".")[0]) or "imported as steerl." in str(error)  # our own folder
+        if source not in MOVED or not is_absent:
+            raise
+        logger.warning("%s.function: %s is called %s now; change the name", where, source, MOVED[source])
+        return importlib.import_module(MOVED[source])
 
 
 def _load_file(path: Path, where: str) -> ModuleType:

@@ -13,7 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, check_messages, conversation_ids, template_arguments, template_tools
+from steerl.rollout.prompts.chat import (
+    TEMPLATE_COLUMNS,
+    check_messages,
+    conversation_ids,
+    is_conversation,
+    template_arguments,
+    template_tools,
+)
 from steerl.rollout.prompts.tables import columns_of, read_table
 from steerl.training.stages.settings import TableSettings
 
@@ -60,22 +67,17 @@ def hold_out(rows: Sequence[Row], settings: TableSettings, seed: int, heldout: S
     return [row for i, row in enumerate(rows) if i not in chosen], [row for i, row in enumerate(rows) if i in chosen]
 
 
-def is_messages(value: Any) -> bool:
-    """Whether a value is a conversation: a list of {role, content}."""
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
-
-
 def check_values(rows: Sequence[Row], names: Sequence[str], where: str = "prompts.path") -> bool:
     """Every named column holds a text in every row, or a conversation in every row. Whether it is conversations."""
     if not rows:
         return False
-    talks = is_messages(rows[0].get(names[0]))
+    talks = is_conversation(rows[0].get(names[0]))
     wanted = "a list of messages ({role, content})" if talks else "a text"
     problems: list[str] = []
     for number, row in enumerate(rows, 1):
         for name in names:
             value = row.get(name)
-            if talks and is_messages(value):
+            if talks and is_conversation(value):
                 try:
                     check_messages(value, f"{where}: row {number}: {name}")
                 except UserError as problem:
