@@ -1,4 +1,4 @@
-"""Normalisation and clipping of a part's values, before its weight. All of it is off unless asked for.
+"""Normalisation and clipping of a term's values, before its weight. All of it is off unless asked for.
 
     normalise: {mean: 0.3, std: 1.2}       (value - mean) / std with numbers in hand
     normalise: {reference: FILE}           the same, measured once on a file of reference prompts and completions
@@ -60,14 +60,14 @@ class Running:
 
     def add(self, values_N: Tensor) -> None:
         """One set of values, over all ranks: every rank must call, with or without values of its own."""
-        own = values_N.double()
-        told = torch.stack([torch.tensor(float(len(own)), dtype=torch.float64), own.sum().cpu()])
-        count, total = processes.sum_(told.to(processes.start().device)).tolist()
+        values_N = values_N.double()
+        sums = torch.stack([torch.tensor(float(len(values_N)), dtype=torch.float64), values_N.sum().cpu()])
+        count, total = processes.sum_(sums.to(processes.start().device)).tolist()
         if not count:
             # Still in step with the other ranks: nobody has values, so nobody makes the second call.
             return
         mean = total / count
-        deviations = (own.cpu() - mean).square().sum().reshape(1)
+        deviations = (values_N.cpu() - mean).square().sum().reshape(1)
         squares = processes.sum_(deviations.to(processes.start().device)).item()
         shift, joined = mean - self.mean, self.count + count
         self.squares += squares + shift * shift * self.count * count / joined
