@@ -21,7 +21,7 @@ import torch
 from steerl.reward.texts import TextSettings, load_texts
 from steerl.reward.types import Scores
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
 
@@ -132,12 +132,12 @@ def measure_reference(
     known = {spot.name for spot in fields(TextSettings)} - {"path"}
     if set(given) - known:
         unknown = ", ".join(sorted(set(given) - known))
-        raise UserError(f"{where}.normalise: unknown {unknown}; beside reference it takes {', '.join(sorted(known))}")
+        raise ConfigError(f"{where}.normalise: unknown {unknown}; beside reference it takes {', '.join(sorted(known))}")
     table = load_texts(TextSettings(path=str(normalise["reference"]), **given), f"{where}.normalise")
     values = score(*table.batch(range(len(table)))).total_B.double()
     values = values[~values.isnan()]
     std = values.std(correction=0).item() if len(values) > 1 else 0.0
     if std <= LEAST:
         found = f"{len(values)} scored row(s) with standard deviation {std}"
-        raise UserError(f"{where}.normalise.reference: {found}; name more, or varied, texts")
+        raise ConfigError(f"{where}.normalise.reference: {found}; name more, or varied, texts")
     return values.mean().item(), std

@@ -27,7 +27,7 @@ from steerl.reward.texts import TextTable
 from steerl.reward.types import Scores
 from steerl.reward.weighted_sum import WeightedSum
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError, reading
+from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.fingerprint import sha256_file, values_fingerprint
 from steerl.rollout.common.progress import Progress
 from steerl.rollout.common.run_folder import RunSettings, opened, write_json
@@ -79,7 +79,7 @@ class DumpSource:
         record = self.shards[index]
         damage = record.damage(self.folder)
         if damage:
-            raise UserError(f"{self.folder / record.file}: {damage}; make it again: dump_rollouts.py with --run.resume true")
+            raise DataError(f"{self.folder / record.file}: {damage}; make it again: dump_rollouts.py with --run.resume true")
         yield from read_shard(self.folder / record.file, CALL_ROWS)
 
 
@@ -137,10 +137,10 @@ def begin(
         found = read_manifest(path)
         changed = _changes(found, fresh)
         if changed:
-            raise UserError(*(f"{line}; give the same settings, or start afresh with --run.overwrite true" for line in changed))
+            raise DataError(*(f"{line}; give the same settings, or start afresh with --run.overwrite true" for line in changed))
         return found
     if any(folder.glob("scores-*.parquet")):
-        raise UserError(f"run.dir: {folder} holds scores but no {name}; start afresh with --run.overwrite true")
+        raise DataError(f"run.dir: {folder} holds scores but no {name}; start afresh with --run.overwrite true")
     write_json(path, fresh)
     return fresh
 
@@ -149,7 +149,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     with reading(f"{path}: damaged (", "); start afresh with --run.overwrite true"):
         found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not str(found.get("format", "")).startswith("scores "):
-        raise UserError(f"run.dir: {path} is not of scores; name another folder")
+        raise DataError(f"run.dir: {path} is not of scores; name another folder")
     return found
 
 
@@ -282,13 +282,13 @@ def opened_for_scores(run: RunSettings, dump: Path | None, config: Mapping[str, 
     folder = Path(run.dir)
     if run.dir and dump is not None and folder.resolve() == dump.resolve():
         if run.resume and run.overwrite:
-            raise UserError("run.resume and run.overwrite: both true; choose one")
+            raise DataError("run.resume and run.overwrite: both true; choose one")
         if _scores(folder) and not (run.resume or run.overwrite):
             what = f"run.dir: {folder} holds scores already"
-            raise UserError(f"{what}; add --run.resume true or --run.overwrite true, or name another")
+            raise DataError(f"{what}; add --run.resume true or --run.overwrite true, or name another")
         run = dataclasses.replace(run, resume=True, overwrite=False)
     elif run.dir and dump is not None and run.overwrite and folder.resolve() in dump.resolve().parents:
-        raise UserError(f"run.overwrite: {run.dir} holds the dump {dump}, which would be lost; name another run.dir")
+        raise DataError(f"run.overwrite: {run.dir} holds the dump {dump}, which would be lost; name another run.dir")
     with opened(run, config) as found:
         yield found
 
@@ -305,6 +305,6 @@ def check_order(reward: WeightedSum) -> None:
     """A running normalisation makes a score depend on the rows before it."""
     running = [term.where for term in reward.terms if term.shape is not None and term.shape.is_running]
     if running:
-        raise UserError(
+        raise DataError(
             *(f"{w}.normalise: running, which depends on the order of the rows; use {{mean: m, std: s}}" for w in running)
         )

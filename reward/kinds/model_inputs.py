@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steerl.reward.types import has_ids, row_name
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError
 from steerl.rollout.model import adapters, auto_classes
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, conversation_ids, is_conversation
 from steerl.rollout.types import Rollout, Texts
@@ -77,11 +77,11 @@ class InputReader:
     def _reads_ids(self, rollout: Rollout, vocabulary: str | None) -> bool:
         if self.tokens == "ids":
             if not has_ids(rollout):
-                raise UserError(f"{self.where}.tokens: ids, but these texts come without ids; use tokens: text")
+                raise DataError(f"{self.where}.tokens: ids, but these texts come without ids; use tokens: text")
             return True
         if self.tokens == "auto" and self.reads == "both" and vocabulary is not None and has_ids(rollout):
             if self.tokenizer is None:
-                raise UserError(
+                raise DataError(
                     f"{self.where}.tokenizer: missing; the model's folder has none, so name one, or say tokens: ids"
                 )
             return vocabulary == self.vocabulary
@@ -100,7 +100,7 @@ class InputReader:
 
     def _text(self, rollout: Rollout, texts: Texts) -> ModelInputs:
         if self.tokenizer is None:
-            raise UserError(
+            raise DataError(
                 f"{self.where}.tokenizer: missing; the model's folder has none, and the rows are to be read as text"
             )
         ended = rollout.ended_B.tolist()
@@ -134,16 +134,16 @@ class InputReader:
         for index, ids in enumerate(inputs.ids):
             name = row_name(rollout, index)
             if not ids:
-                raise UserError(f"{self.where}: {name} is empty: there is no token to score; leave the row out")
+                raise DataError(f"{self.where}: {name} is empty: there is no token to score; leave the row out")
             if self.size and max(ids) >= self.size:
-                raise UserError(
+                raise DataError(
                     f"{self.where}: {name} has token id {max(ids)}, but the model has {self.size} ids; use tokens: text"
                 )
             if self.context is None or len(ids) <= self.context:
                 continue
             if self.too_long == "refuse":
                 lengths = f"{len(ids)} tokens, the model reads {self.context}"
-                raise UserError(f"{self.where}: {name} has {lengths}; shorten it, or set too_long: cut")
+                raise DataError(f"{self.where}: {name} has {lengths}; shorten it, or set too_long: cut")
             self._cut(inputs, index, self.context)
         return inputs
 
