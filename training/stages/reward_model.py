@@ -19,6 +19,7 @@ from steerl.rollout.common.run_folder import write_json
 from steerl.rollout.model import adapters
 from steerl.rollout.model.language_model import vocabulary_size
 from steerl.rollout.model.policy import check_vocabulary
+from steerl.rollout.prompts.chat import is_conversation
 from steerl.rollout.prompts.tables import columns_of
 from steerl.training.stages import data, models, stage
 from steerl.training.stages.data import TableRow
@@ -71,7 +72,7 @@ def _with_spoken_prompt(row: TableRow) -> TableRow:
 
     It then stands before both answers, in every row alike: some of a table's rows may hold it already."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen") or [], row.get("rejected") or []
-    if not isinstance(prompt, str) or not data.is_messages(chosen) or not data.is_messages(rejected):
+    if not isinstance(prompt, str) or not is_conversation(chosen) or not is_conversation(rejected):
         return row
     others = {name: value for name, value in row.items() if name != "prompt"}
     if any(message.get("content") == prompt for message in chosen):
@@ -90,11 +91,11 @@ def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], whe
         raise UserError(f"reward_model.center: {settings.center}; give 0 or more")
     transformers.set_seed(job.run.seed)
     tokenizer = models.load_tokenizer(job.model)
-    if data.is_messages(rows[0]["chosen"]) and not tokenizer.chat_template:
+    if is_conversation(rows[0]["chosen"]) and not tokenizer.chat_template:
         raise UserError(
             "model.path: the pairs are conversations, but the tokenizer has no chat template; give texts, or add one"
         )
-    if data.is_messages(rows[0]["chosen"]):
+    if is_conversation(rows[0]["chosen"]):
         data.check_template(tokenizer, rows, [("prompt", "chosen"), ("prompt", "rejected")])
     if tokenizer.eos_token is None:
         raise UserError(

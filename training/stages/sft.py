@@ -19,6 +19,7 @@ from steerl.rollout.decoding.stops import turn_end
 from steerl.rollout.model.auto_classes import choose_head, load_config
 from steerl.rollout.model.language_model import vocabulary_size
 from steerl.rollout.model.policy import ModelSettings, check_vocabulary
+from steerl.rollout.prompts.chat import is_conversation
 from steerl.rollout.prompts.tables import columns_of
 from steerl.training.run.log import log_line
 from steerl.training.stages import data, models, stage
@@ -133,7 +134,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[TableRow], held: Sequence[TableRow],
 
 def _ends(tokenizer: Any, row: TableRow) -> tuple[set[int], int | None]:
     """(ids that a whole row may end with, the token after an assistant's turn where the row is a conversation)."""
-    messages = next(([*row.get("prompt", []), *value] for value in reversed(row.values()) if data.is_messages(value)), None)
+    messages = next(([*row.get("prompt", []), *value] for value in reversed(row.values()) if is_conversation(value)), None)
     if messages is None:
         return {tokenizer.eos_token_id}, None
     template = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
@@ -146,7 +147,7 @@ def _ends(tokenizer: Any, row: TableRow) -> tuple[set[int], int | None]:
 
 
 def _check_tokenizer(tokenizer: Any, rows: Sequence[TableRow]) -> None:
-    talks = any(data.is_messages(value) for value in rows[0].values())
+    talks = any(is_conversation(value) for value in rows[0].values())
     if talks and not tokenizer.chat_template:
         raise UserError(
             "model.path: the rows are conversations, but the tokenizer has no chat template; give texts, or add one"

@@ -133,8 +133,6 @@ def problems_of(name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{name}: {' '.join(str(error).split())}") from error
 
 
