@@ -33,6 +33,7 @@ from steerl.reward.types import Failure, Scores, check_seconds, joined_extra, jo
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.common.fingerprint import SHORT, sha256_file
+from steerl.rollout.prompts.chat import is_conversation
 from steerl.rollout.types import Rollout, Texts
 
 logger = logging.getLogger(__name__)
@@ -276,12 +277,6 @@ def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, Any]:
         "completions": completions,
         "completion_ids": [ids[:n] for ids, n in zip(rollout.response_BR.tolist(), lengths, strict=True)],
     }
-
-
-def is_conversation(prompt: Any) -> bool:
-    return (
-        isinstance(prompt, list) and bool(prompt) and all(isinstance(message, dict) and "role" in message for message in prompt)
-    )
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from steerl.reward.kinds.function import is_conversation
 from steerl.reward.types import has_ids, row_name
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, auto_classes
-from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, conversation_ids
+from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, conversation_ids, is_conversation
 from steerl.rollout.types import Rollout, Texts
 
 Tokens = Literal["auto", "ids", "text"]
