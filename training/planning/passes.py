@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model import adapters
+from steerl.rollout.model import adapters, compat
 from steerl.rollout.model.auto_classes import HEADS, choose_head, load_config
 from steerl.rollout.model.language_model import forward_arguments
 from steerl.rollout.model.policy import ModelSettings
@@ -198,21 +198,14 @@ def _line(first: PassCost, second: PassCost, steps: float) -> PassCost:
 
 @lru_cache(maxsize=256)
 def _seen(blueprint: Blueprint, kind: tuple[Any, ...], depth: int | None, rows: int) -> PassCost:
-    from torch._subclasses.fake_tensor import (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        FakeTensorMode,
-        UnsupportedOperatorException,
-    )
-
     # Experts' grouped products are for bfloat16 alone where nothing is computed; twice that is float32.
     factor = 2.0 if _has_experts(blueprint.config) and blueprint.dtype == torch.float32 and not kind[3] else 1.0
     planned = dataclasses.replace(blueprint, dtype=torch.bfloat16) if factor == 2.0 else blueprint
     model = planned.empty_model(depth)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with compat.fake_tensors():
             found = _run(model, planned, rows, *kind)
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+    except compat.fake_tensor_errors() as error:
         raise UserError(
             f"model.path: {type(model).__name__} decides by numbers what it computes, so its passes cannot be planned from its "
             "config; measure one step (memory/peak_mb and memory/gpu_peak_mb of metrics.jsonl)"
@@ -247,7 +240,7 @@ def _run(model: Any, blueprint: Blueprint, rows: int, prompt: int, response: int
         out = model(**given)
         if what == "cache":
             kept = {  # keys, values, states; not the counters beside them
-                tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+                compat.storage_key(tensor): tensor.untyped_storage().nbytes()
                 for tensor in tensors_in({**out, "logits": None})
                 if tensor.is_floating_point()
             }
@@ -290,23 +283,23 @@ def _inputs(core: Any, is_seq2seq: bool, rows: int, prompt: int, response: int, 
     return given
 
 
-class Live(torch.utils._python_dispatch.TorchDispatchMode):
+class Live(compat.TorchDispatchMode):
     """Bytes of the tensors that were made inside the block and are alive: now, and at most."""
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
         self.now = self.peak = 0
-        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self.seen = {compat.storage_key(tensor) for tensor in known}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for tensor in tensors_in(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.seen:
-                self.seen.add(storage._cdata)
+            storage, key = tensor.untyped_storage(), compat.storage_key(tensor)
+            if key not in self.seen:
+                self.seen.add(key)
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
         return out
 
     def _gone(self, key: int, size: int) -> None:
@@ -338,11 +331,7 @@ def _attention() -> dict[Any, Any]:
     def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return int(2.5 * forward(query, key, value))
 
-    aten: Any = torch.ops.aten
-    return {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
+    return dict(zip(compat.cpu_attention_operations(), (forward, backward), strict=True))
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------

@@ -304,8 +304,8 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def test_the_readmes_plan_is_what_the_door_says(tmp_path, monkeypatch, capfd):
-    block = next(b for b in (ROOT / "README.md").read_text(encoding="utf-8").split("```") if "$ steerl plan" in b)
+def test_the_plan_of_the_docs_is_what_the_command_says(tmp_path, monkeypatch, capfd):
+    block = next(b for b in (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8").split("```") if "$ steerl plan" in b)
     command, shown = re.split(r"(?<!\\)\n", block.strip(), maxsplit=1)
     (tmp_path / "llama-3-8b").mkdir()
     (tmp_path / "llama-3-8b" / "config.json").write_text(json.dumps(LLAMA_3_8B))
