@@ -187,6 +187,11 @@ def text_of(content: Any) -> str:
 # -- what a template is given -------------------------------------------------------------------------------------------
 
 
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of {role, content}, rather than a text."""
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) and "role" in message for message in value)
+
+
 def check_messages(messages: Any, where: str) -> None:
     """One line where a conversation is none, or where a message would enter it empty or as something that is no text."""
     if not isinstance(messages, list | tuple) or not all(

@@ -93,7 +93,11 @@ def test_plain_generate_draws_a_runs_rollouts_as_well(tmp_path):
     found = {}
     for kind in ("stream", "generate"):
         policy, summary = run(tmp_path / kind, engine=EngineSettings(kind), sampling={"n": 2, "temperature": 0.8}, samples=8)
-        found[kind] = summary, [row["completion"] for row in lines(tmp_path / kind / "samples.jsonl")], policy.model.state_dict()
+        found[kind] = (
+            summary,
+            [row["completion"] for row in lines(tmp_path / kind / "samples.jsonl")],
+            policy.model.state_dict(),
+        )
         assert all(row["gap/max"] < 1e-4 for row in lines(tmp_path / kind / "metrics.jsonl"))
     (stream, said, weights), (plain, same, others) = found.values()
     assert said == same and len(said) > 8
