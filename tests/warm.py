@@ -58,7 +58,7 @@ class Warm:
         self._process.start()
         self.pid: int = self._process.pid or 0
         self._read = 0
-        while terminal and self.poll() is None and os.readlink(f"/proc/{self.pid}/fd/0") != terminal:
+        while terminal and self.poll() is None and self._input() != terminal:
             time.sleep(0.002)  # until then the caller alone holds it open
 
     @property
@@ -89,6 +89,12 @@ class Warm:
                 self._read += len(line) + len(newline)
                 return line + newline
             time.sleep(0.002)
+
+    def _input(self) -> str:
+        try:
+            return os.readlink(f"/proc/{self.pid}/fd/0")
+        except OSError:  # it ended just now
+            return ""
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
