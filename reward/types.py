@@ -159,15 +159,8 @@ def _number(value: Any) -> tuple[float, str]:
     return number, ""
 
 
-LONGEST = 86_400.0
-"""Seconds; longer ones some clocks do not hold."""
-
-
-def check_seconds(value: float, name: str = "timeout") -> None:
-    if value <= 0:
-        raise UserError(f"{name}: expected more than 0 seconds, found {value}")
-    if value > LONGEST:
-        raise UserError(f"{name}: expected at most {LONGEST:,.0f} s, found {value:g}")
+SECONDS = {"above": 0.0, "high": 86_400.0, "unit": " s"}
+"""The range of a time limit; longer ones some clocks do not hold."""
 
 
 def brief(value: Any) -> str:

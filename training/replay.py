@@ -3,8 +3,8 @@
     DUMP ── finished? same tokenizer? ──> shards in the order of (seed, epoch) ──> prompts of a shard in its order
                                                                                      with all samples of each ──> a step
 
-The rows keep both their log-probs: the importance correction weighs what the policy of today makes of them by the law they
-were drawn from. Memory is that of a few shards. Where a step begins is `position`, prompts taken so far, as when sampling.
+The rows keep both their log-probs: the importance correction weighs what the policy of today makes of them by the distribution
+they were drawn from. Memory is that of a few shards. Where a step begins is `position`, prompts taken so far, as when sampling.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Replay:
         told = f"ppo.replay: {self.folder / file}"
         if rollout.greedy:
             raise UserError(
-                f"{told} holds greedy rows, which have no law to weigh by; sample the dump with sampling.greedy false"
+                f"{told} holds greedy rows, which have no distribution to weigh by; sample the dump with sampling.greedy false"
             )
         if rollout.start_ids != self.start_ids:
             raise UserError(

@@ -95,8 +95,9 @@ class PPOSettings:
     value_warmup_steps: int = 0
     """First steps in which only the value learns."""
     correction: Correction | None = None
-    """Importance weights for samplers whose law is not the policy's (top_p, penalties, older weights, steered exploration):
-    of the policy loss, of the KL as a loss, and of kl/ref. The KL in the reward is weighed with the advantage it goes into."""
+    """Importance weights for samplers whose distribution is not the policy's (top_p, penalties, older weights, steered
+    exploration): of the policy loss, of the KL as a loss, and of kl/ref. The KL in the reward is weighed with the advantage
+    it goes into."""
     replay: str | None = None
     """A dump of rollouts to learn from instead of sampling."""
     gap_tolerance: float | None = None

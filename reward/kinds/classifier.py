@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from steerl.reward.kinds.reading import Sequences
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model import adapters, capabilities
+from steerl.rollout.model import adapters, capabilities, compat
 from steerl.rollout.model.auto_classes import NoHead, head_of, load_config, load_head
 from torch import Tensor
 
@@ -244,7 +244,7 @@ def _whole_weights() -> Iterator[None]:
     """
     from transformers.integrations import deepspeed
 
-    sharded = deepspeed._hf_deepspeed_config_weak_ref() if deepspeed.is_deepspeed_zero3_enabled() else None
+    sharded = compat.active_deepspeed_config()
     efficient = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     if sharded is not None:
         deepspeed.unset_hf_deepspeed_config()

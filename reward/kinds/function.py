@@ -29,10 +29,11 @@ from typing import Any
 import torch
 from steerl.reward.kinds.loading import LOGS, CallResult, load_function
 from steerl.reward.kinds.worker import Overdue, Worker, WorkerFailed
-from steerl.reward.types import Failure, Scores, check_seconds, joined_extra, joined_metrics, on_last_action, settle
+from steerl.reward.types import SECONDS, Failure, Scores, joined_extra, joined_metrics, on_last_action, settle
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.common.fingerprint import SHORT, sha256_file
+from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.types import Rollout, Texts
 
 logger = logging.getLogger(__name__)
@@ -41,23 +42,21 @@ PATIENCE = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionSettings:
+class FunctionSettings(Checked):
     """A reward function of the user's own."""
 
     function: str | Callable[..., Any]
     """`file.py:name` or `module:name`."""
     arguments: dict[str, Any] | None = None
     """Further keyword arguments, the same in every call."""
-    timeout: float | None = None
+    timeout: float | None = within(None, **SECONDS)
     """Seconds that one call may take. Unless it is asynchronous, the function then runs in a process of its own."""
     fallback: float | None = None
     """The score of rows that raise, hang or give no finite number; without it such a row is an error."""
 
-    def __post_init__(self) -> None:
-        if self.timeout is not None:
-            check_seconds(self.timeout)
-        if isinstance(self.function, str) and not all(self.function.rpartition(":")[::2]):
-            raise UserError(f"function: expected file.py:name or module:name, found {self.function!r}")
+    def problems(self) -> list[str]:
+        named = not isinstance(self.function, str) or all(self.function.rpartition(":")[::2])
+        return [] if named else [f"function: expected file.py:name or module:name, found {self.function!r}"]
 
     def build(self, where: str, around: Any) -> RewardTerm:
         function = load_function(self.function, where) if isinstance(self.function, str) else self.function

@@ -17,6 +17,7 @@ from steerl.reward.types import Scores, row_name
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
+from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
 
@@ -24,7 +25,7 @@ Output = Literal["logit", "probability", "log_probability"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModelSettings:
+class RewardModelSettings(Checked):
     """A sequence-classification model of any architecture."""
 
     path: str | list[str]
@@ -45,10 +46,10 @@ class RewardModelSettings:
     models trained with pad equal to eos, which were read one token before the eos."""
     output: Output = "logit"
     """probability and log_probability: of the label, by softmax (by sigmoid where there is one label)."""
-    batch_size: int = 64
+    batch_size: int = within(64, low=1)
     too_long: Literal["refuse", "cut"] = "refuse"
     """Rows over the model's context: refused by name, or cut on their left."""
-    max_tokens: int | None = None
+    max_tokens: int | None = within(None, low=1)
     """A smaller limit than the model's own context."""
     empty: float | None = None
     """The score of rows with an empty completion; without it they are scored as they stand."""
@@ -64,20 +65,15 @@ class RewardModelSettings:
     k: float = 1.0
     """mean_minus_std: how many standard deviations (population) are taken off the mean."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> list[str]:
         wrong = []
         if not self.path or not all(self.path):
             wrong.append("path: empty; name a folder or hub name")
-        if self.batch_size < 1:
-            wrong.append(f"batch_size: expected at least 1, found {self.batch_size}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            wrong.append(f"max_tokens: expected at least 1, found {self.max_tokens}")
         if (self.combine != "mean" or self.k != 1.0) and isinstance(self.path, str):
             wrong.append("combine: without effect on one model; give path a list of models")
         elif self.k != 1.0 and self.combine != "mean_minus_std":
             wrong.append(f"k: without effect with combine: {self.combine}")
-        if wrong:
-            raise UserError(*wrong)
+        return wrong
 
     def build(self, where: str, around: Any) -> RewardTerm:
         paths = [self.path] if isinstance(self.path, str) else list(self.path)

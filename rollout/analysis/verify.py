@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from steerl.rollout.decoding.distribution import Distribution, History
 from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.model import compat
 from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
-from steerl.rollout.scoring.logprobs import forward_inputs, teacher_forced, token_logprobs
+from steerl.rollout.scoring.alignment import forward_inputs, response_logits
+from steerl.rollout.scoring.logprobs import teacher_forced, token_logprobs
 from steerl.rollout.steering.strengths import unrecorded
 from steerl.rollout.types import Rollout
 from torch import Tensor
@@ -122,7 +124,7 @@ def _behaviour_alone(policy: Policy, rollout: Rollout, sampling: Sampling) -> Te
     law, alone_BR = Distribution(sampling, policy), torch.zeros_like(rollout.behaviour_logprobs_BR)
     for row in range(len(rollout)):
         one = rollout.select([row]).trim()
-        logits_RV = policy.core(**forward_inputs(policy, one)).logits[0, -one.response_width :]
+        logits_RV = response_logits(policy, one)[0]
         start_1P = one.start_BK if one.is_encoder_decoder else one.prompt_BP
         history = History(start_1P, torch.ones_like(start_1P, dtype=torch.bool), law)
         for t in range(int(one.lengths_B[0])):
@@ -207,13 +209,10 @@ def _leaked(policy: Policy, part: Rollout) -> Tensor | None:
     config.do_sample, config.temperature = True, part.temperature
     if config.top_k is None:
         config.top_k = 50  # what generate fills in
-    policy.core._prepare_special_tokens(config, True, device=part.device)
     start = part.start_BK if part.is_encoder_decoder else part.prompt_BP
     config.max_length = start.shape[1] + part.response_width
-    processors = policy.core._get_logits_processor(
-        config, input_ids_seq_length=start.shape[1], encoder_input_ids=part.prompt_BP, device=part.device, model_kwargs={}
-    )
-    logits_BRV = policy.core(**forward_inputs(policy, part)).logits[:, -part.response_width :].float()
+    processors = compat.logits_processors(policy.core, config, start.shape[1], part.prompt_BP)
+    logits_BRV = response_logits(policy, part).float()
     steps = [
         token_logprobs(processors(part.sequences_BS[:, : start.shape[1] + t], logits_BRV[:, t].clone()), part.response_BR[:, t])
         for t in range(part.response_width)
@@ -225,8 +224,7 @@ def _dropout_noise(policy: Policy, part: Rollout) -> float:
     """How far two passes in training mode are apart."""
     policy.core.train()  # the caller's block puts every module's mode back
     state = torch.random.get_rng_state()
-    given = forward_inputs(policy, part)
-    one, two = (token_logprobs(policy.core(**given).logits[:, -part.response_width :], part.response_BR) for _ in range(2))
+    one, two = (token_logprobs(response_logits(policy, part), part.response_BR) for _ in range(2))
     torch.random.set_rng_state(state)
     policy.core.eval()
     return float((one - two).abs()[part.mask_BR].mean())

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from steerl.rollout.common.errors import UserError, reading
+from steerl.rollout.model import compat
 from transformers import PretrainedConfig, PreTrainedModel
 
 Head = Literal["causal", "seq2seq", "masked", "sequence_classification", "token_classification", "question_answering"]
@@ -85,7 +86,7 @@ def head_of(config: PretrainedConfig) -> str | None:
     """The head that the checkpoint was saved with; None for a bare trunk or a class of none of the six tables."""
     for architecture in getattr(config, "architectures", None) or ():
         for head, auto in HEADS.items():
-            if _class_name(auto, config) == architecture:
+            if compat.class_name(auto, config.model_type) == architecture:
                 return head
     return None
 
@@ -96,7 +97,7 @@ class NoHead(UserError):
 
 def heads_for(config: PretrainedConfig) -> list[str]:
     """The heads that this architecture has."""
-    return [head for head, auto in HEADS.items() if _class_name(auto, config)]
+    return [head for head, auto in HEADS.items() if compat.class_name(auto, config.model_type)]
 
 
 def choose_head(
@@ -115,7 +116,7 @@ def choose_head(
         raise UserError(f"{field}: unknown head {head!r}; {takes}")
     if head not in allowed:
         raise UserError(f"{field}: {name} with a {head} head, but {takes}")
-    if not _class_name(HEADS[head], config):
+    if not compat.class_name(HEADS[head], config.model_type):
         have = ", ".join(heads_for(config)) or "none"
         raise UserError(f"{field}: {name}, which has no {head} head (it has: {have}); {takes}")
     if role == "policy" and saved not in (head, None):
@@ -142,7 +143,8 @@ def load_head(
     head = choose_head(config, role, head, fresh=fresh, field=field, path=path)
     extra: dict[str, Any] = {"attn_implementation": attn} if attn else {}
     extra |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with reading(f"{field}: {path!r} cannot be loaded as {head}: "), _unreported():
+    # transformers' own table of missing weights: here a missing one is a UserError, or is meant to be new.
+    with reading(f"{field}: {path!r} cannot be loaded as {head}: "), compat.without_message("LOAD REPORT"):
         model, info = HEADS[head].from_pretrained(path, dtype=dtype or "auto", **extra, **settings)
     _check_complete(model, info, head, path, field, fresh)
     mend_generation(model)
@@ -184,19 +186,6 @@ def mend_generation(model: PreTrainedModel, unused: Mapping[str, Any] = _SAMPLIN
         setattr(config, name, None)
 
 
-@contextlib.contextmanager
-def _unreported() -> Iterator[None]:
-    """Without transformers' table of missing weights: here a missing one is a UserError, or is meant to be new."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    quiet = logging.Filter()
-    quiet.filter = lambda record: "LOAD REPORT" not in record.getMessage()  # type: ignore[method-assign]
-    logger.addFilter(quiet)
-    try:
-        yield
-    finally:
-        logger.removeFilter(quiet)
-
-
 def _check_complete(model: PreTrainedModel, info: dict[str, Any], head: str, path: str, field: str, fresh: bool) -> None:
     shapes = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     lacking = {"no weights for": set(info["missing_keys"]) - shapes, "weights of another shape for": shapes}
@@ -235,9 +224,3 @@ def _check_all_used(model: PreTrainedModel, unexpected: set[str], path: str, fie
             f"{field}: {path!r} has weights that its config.json has no place for: {shown}; mend config.json "
             "(num_hidden_layers, say), or save the smaller model with save_pretrained"
         )
-
-
-def _class_name(auto: Any, config: PretrainedConfig) -> str | None:
-    """The name of the class that `auto` builds for this configuration. Names only: looking it up imports no modelling file."""
-    found = auto._model_mapping._model_mapping.get(config.model_type)
-    return found[0] if isinstance(found, tuple | list) else found

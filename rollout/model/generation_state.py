@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from steerl.rollout.model import compat
 from torch import Tensor
 
 _CACHES = ("past_key_values", "cache_params", "past_buckets_states", "mems")
@@ -17,9 +18,7 @@ def step_forward(model: Any, ids: Tensor, kwargs: dict[str, Any], first: bool) -
     columns = None if first or not kwargs.get("use_cache") else 1
     inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=columns, is_first_iteration=first, **kwargs)
     outputs = model(**inputs, return_dict=True)
-    return outputs, model._update_model_kwargs_for_generation(
-        outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder
-    )
+    return outputs, compat.update_generation_kwargs(model, outputs, kwargs)
 
 
 def holds_past(kwargs: dict[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.model import compat
 from torch import Tensor, nn
 
 Edit = Callable[[Any, Tensor], Tensor]
@@ -171,7 +172,7 @@ def _fed(cache: Any, width: int, mask: Tensor | None) -> int:
 
 def _in_graph(module: nn.Module) -> dict[str, tuple[Edit, ...]] | None:
     """While a graph is made for `fixed`: the edits that it is to have at this module, and no frame is asked."""
-    return getattr(module, "_steering_fixed", None) if _is_compiling() else None
+    return getattr(module, "steering_fixed", None) if _is_compiling() else None
 
 
 def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -285,7 +286,7 @@ def is_steerable(model: nn.Module) -> bool:
 def install_stack(module: nn.Module) -> None:
     with _installing:
         _stacks.add(module)
-        if _before_stack not in module._forward_pre_hooks.values():
+        if _before_stack not in compat.forward_hooks(module):
             module.register_forward_pre_hook(_before_stack, prepend=True, with_kwargs=True)
             module.register_forward_hook(_after_stack, prepend=True, with_kwargs=True)
 
@@ -293,7 +294,7 @@ def install_stack(module: nn.Module) -> None:
 def install_model(module: nn.Module) -> None:
     """Watch a model around its stacks: in one pass each of them runs once."""
     with _installing:
-        if module not in _stacks and _before_model not in module._forward_pre_hooks.values():
+        if module not in _stacks and _before_model not in compat.forward_hooks(module):
             module.register_forward_pre_hook(_before_model, prepend=True)
             module.register_forward_hook(_after_model, prepend=True)
 
@@ -301,9 +302,9 @@ def install_model(module: nn.Module) -> None:
 def install(module: nn.Module, io: str) -> None:
     """Put the hook of a point in place, once and in front: what others see is the edited activation."""
     with _installing:
-        if io == "output" and _after_module not in module._forward_hooks.values():
+        if io == "output" and _after_module not in compat.forward_hooks(module):
             module.register_forward_hook(_after_module, prepend=True)
-        if io == "input" and _before_module not in module._forward_pre_hooks.values():
+        if io == "input" and _before_module not in compat.forward_hooks(module):
             module.register_forward_pre_hook(_before_module, prepend=True, with_kwargs=True)
 
 
@@ -312,16 +313,12 @@ def install(module: nn.Module, io: str) -> None:
 
 def hooked(model: nn.Module) -> list[nn.Module]:
     """The modules of `model` that carry hooks of this file."""
-    return [
-        m
-        for m in model.modules()
-        if any(hook in _OURS for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    ]
+    return [m for m in model.modules() if any(hook in _OURS for hook in compat.forward_hooks(m))]
 
 
 def only_ours(model: nn.Module) -> bool:
     """Whether nobody else has hooks on `model`."""
-    return all(hook in _OURS for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    return all(hook in _OURS for m in model.modules() for hook in compat.forward_hooks(m))
 
 
 _OURS = (_before_model, _after_model, _before_stack, _after_stack, _after_module, _before_module)
@@ -331,12 +328,12 @@ _OURS = (_before_model, _after_model, _before_stack, _after_stack, _after_module
 def fixed(modules: list[nn.Module], edits: dict[nn.Module, dict[str, tuple[Edit, ...]]]) -> Iterator[None]:
     """Inside, a graph of the model is made with these edits and none of a frame; one that was made is run."""
     for module in modules:
-        module.__dict__["_steering_fixed"] = edits.get(module, _NO_EDITS)
+        module.__dict__["steering_fixed"] = edits.get(module, _NO_EDITS)
     try:
         yield
     finally:
         for module in modules:
-            module.__dict__.pop("_steering_fixed", None)
+            module.__dict__.pop("steering_fixed", None)
 
 
 _NO_EDITS: dict[str, tuple[Edit, ...]] = {}
@@ -369,7 +366,4 @@ class _Carried:
 
 def _carry_frames(stack: nn.Module) -> None:
     """Wrap the checkpoint functions that transformers hangs on modules when checkpointing is switched on."""
-    for module in stack.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, _Carried):
-            module._gradient_checkpointing_func = _Carried(checkpoint)  # type: ignore[assignment]
+    compat.wrap_checkpointing(stack, lambda function: function if isinstance(function, _Carried) else _Carried(function))

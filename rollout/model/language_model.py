@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.model import compat
 from torch import Tensor, nn
 
 
@@ -59,9 +60,8 @@ class LanguageModel:
 def unwrap(model: Any) -> Any:
     """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = compat.uncompiled(model)
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             return model.get_base_model()  # its layers carry the adapter, its trunk the hooks of virtual tokens
         elif not hasattr(model, "config") or type(model).__name__ in _WRAPPERS:
             if not isinstance(getattr(model, "module", None), nn.Module):

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from steerl.rollout.common import processes
+from steerl.rollout.model import compat
 from torch import nn
 
 _held: ContextVar[bool] = ContextVar("held", default=False)
@@ -66,8 +67,7 @@ def _whole_zero3(parameters: list[nn.Parameter]) -> Iterator[None]:
     after that an encoder-decoder with LoRA got gradients that were a tenth too small."""
     import deepspeed
 
-    offload = parameters[0]._z3_optimizer.parameter_offload  # type: ignore[attr-defined]
-    handles = [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]
+    handles = compat.zero3_hooks(parameters[0])
     with deepspeed.zero.GatheredParameters(parameters), contextlib.ExitStack() as stack:
         for hooks in {id(found): found for handle in handles if (found := handle.hooks_dict_ref()) is not None}.values():
             stack.callback(_put_back, hooks, dict(hooks))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.model import compat
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
@@ -58,7 +59,7 @@ def _trunk(base: Any) -> nn.Module:
 def count(model: nn.Module) -> int:
     """Virtual tokens that the active adapter puts before every row; 0 for models without any."""
     configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, dict) or getattr(model, "_adapters_disabled", False):
+    if not isinstance(configs, dict) or compat.adapters_are_off(model):
         return 0
     config = configs[model.active_adapter]
     return config.num_virtual_tokens if config.is_prompt_learning else 0

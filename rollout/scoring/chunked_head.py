@@ -1,7 +1,7 @@
 """A forward pass whose output embedding gives log-probs and entropies instead of logits, computed chunk by chunk.
 
-    model ── hidden (B, T, D) ──> the rows that predict a real action ── chunk ──> head
-        ── logit post-processing ── / temperature ── softmax ──> two numbers of each row (N, 2)
+    model ── hidden (B, T, D) ──> the rows that predict a real action (N, D)
+             chunk of rows ──> head ── logit post-processing ── / temperature ── softmax ──> two numbers of each row (N, 2)
     backward    the chunk's logits again, the gradient where the softmax begins, back through the head
 
 The head's forward is exchanged for the length of the pass, inside the module: the model, its wrappers and their hooks
@@ -22,16 +22,22 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from steerl.rollout.model import hooks as steering_hooks
+from steerl.rollout.model import compat, hooks
 from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
+from steerl.rollout.scoring.alignment import predicting_places
 from steerl.rollout.scoring.logit_postprocessing import LogitPostprocessing, logit_postprocessing
 from steerl.rollout.types import Rollout
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+enabled = True
+"""False leaves all logits to the model at once: slower and larger, the same numbers."""
 CHUNK = {"cpu": 2**22, "cuda": 2**27}
 """Logits that are computed together. On CPU 16 MB of float32: larger buffers go back to the system after every use."""
+
+
+# -- rows through the head -------------------------------------------------------------------------------------------
 
 
 class ChunkedHead:
@@ -42,26 +48,26 @@ class ChunkedHead:
         core: nn.Module,
         head: nn.Module,
         forward: Callable[..., Tensor],
-        after: LogitPostprocessing,
+        postprocessing: LogitPostprocessing,
         temperature: float,
         want_entropy: bool,
         device: str,
     ):
-        self.core, self.head, self.forward, self.after = core, head, forward, after
+        self.core, self.head, self.forward, self.postprocessing = core, head, forward, postprocessing
         self.temperature, self.want_entropy, self.device = temperature, want_entropy, device
         self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         plain = type(head) is nn.Linear and getattr(forward, "__func__", None) is nn.Linear.forward
-        self.by_hand = plain and not after.operations
+        self.is_matrix = plain and not postprocessing.operations
         """One matrix and nothing else: its gradients are two products, and need no graph."""
         sizes = (getattr(head, name, None) for name in ("out_features", "nf", "num_embeddings"))
         self.vocabulary = next((size for size in sizes if isinstance(size, int)), 2**16)
 
-    def read(self, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:
-        """(N, 2): log-prob of each row's token and entropy of its law, 0 where it is not wanted."""
+    def __call__(self, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:
+        """(N, 2): log-prob of each row's token and entropy of its distribution, 0 where it is not wanted."""
         if not torch.is_grad_enabled():
             return self.numbers(hidden_ND, tokens_N, keep=False)[0]
-        found: Tensor = _Read.apply(self, hidden_ND, tokens_N, *self.weights())
-        return found
+        numbers_N2: Tensor = _Chunks.apply(self, hidden_ND, tokens_N, *self.weights())
+        return numbers_N2
 
     def weights(self) -> list[Tensor]:
         """Looked up each time: engines put other tensors in their places between the passes."""
@@ -73,24 +79,21 @@ class ChunkedHead:
         parts = -(-count // rows)
         return [slice(i * count // parts, (i + 1) * count // parts) for i in range(parts)]
 
-    # -- forward ------------------------------------------------------------------------------------------------------
-
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """What the law is made of, before the temperature, in float32."""
-        with no_dropout(self.head), self._as_it_was():
-            return self.after(self.core, self.forward(hidden_ND)).float()
+        """Before the temperature, in float32, under the autocast of the forward pass.
 
-    def own_logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits that may be written over: a head of any make may give what is not its own."""
-        logits_NV = self.logits(hidden_ND)
-        return logits_NV if self.by_hand else logits_NV.detach().clone()
+        Without autocast's cache: what it keeps of a pass without gradients would be used in one with them."""
+        with (
+            no_dropout(self.head),
+            torch.autocast(self.device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False),
+        ):
+            return self.postprocessing(self.core, self.forward(hidden_ND)).float()
 
-    def _as_it_was(self) -> torch.autocast:
-        # Without autocast's cache: what it keeps of a pass without gradients would be used in one with them.
-        return torch.autocast(self.device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False)
-
-    def probabilities(self, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
-        """(scores, each row's largest at 0; probabilities). The scores take the logits' place."""
+    def scores_and_probabilities(self, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
+        """(scores, each row's largest at 0; probabilities). The scores take the logits' place, where these are nobody else's:
+        a head of any make may give what is not its own."""
+        if not self.is_matrix:
+            logits_nV = logits_nV.detach().clone()
         scores_nV = logits_nV.div_(self.temperature) if self.temperature != 1 else logits_nV
         scores_nV.sub_(scores_nV.amax(-1, keepdim=True))
         return scores_nV, torch.softmax(scores_nV, dim=-1)
@@ -98,44 +101,41 @@ class ChunkedHead:
     @torch.no_grad()
     def numbers(self, hidden_ND: Tensor, tokens_N: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
         """Log-probs and entropies; and, with `keep`, the probabilities of the last chunk."""
-        found_N2 = torch.zeros(len(hidden_ND), 2, device=hidden_ND.device)
+        numbers_N2 = torch.zeros(len(hidden_ND), 2, device=hidden_ND.device)
         probs_nV: Tensor | None = None
         for part in self.chunks(len(hidden_ND)):
             del probs_nV
-            scores_nV, probs_nV = self.probabilities(self.own_logits(hidden_ND[part]))
+            scores_nV, probs_nV = self.scores_and_probabilities(self.logits(hidden_ND[part]))
             # The likeliest token has score 0, so its probability is 1 / sum(exp(scores)): no second pass of exp.
             log_sum_n = -probs_nV.amax(-1).log()
-            found_N2[part, 0] = scores_nV.gather(-1, tokens_N[part, None])[:, 0] - log_sum_n
+            numbers_N2[part, 0] = scores_nV.gather(-1, tokens_N[part, None])[:, 0] - log_sum_n
             if self.want_entropy:
                 # Tokens of probability 0 add nothing; their score of -inf must not meet their 0.
                 scores_nV.clamp_(min=torch.finfo(scores_nV.dtype).min)
-                found_N2[part, 1] = log_sum_n - torch.linalg.vecdot(probs_nV, scores_nV)
+                numbers_N2[part, 1] = log_sum_n - torch.linalg.vecdot(probs_nV, scores_nV)
             del scores_nV
-        return found_N2, probs_nV if keep and self.by_hand else None
-
-    # -- backward -----------------------------------------------------------------------------------------------------
+        return numbers_N2, probs_nV if keep and self.is_matrix else None
 
     def gradients(
         self, grad_N2: Tensor, hidden_ND: Tensor, tokens_N: Tensor, numbers_N2: Tensor, kept: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Of hidden states and of the head's weights. `kept` is emptied."""
-        grad_ND = torch.zeros_like(hidden_ND)
-        weights = self.weights()
+        grad_ND, weights = torch.zeros_like(hidden_ND), self.weights()
         sums = [_Sum(weight) for weight in weights]
         for part in reversed(self.chunks(len(hidden_ND))):
             hidden_nD = hidden_ND[part].detach()
-            if self.by_hand:
-                probs_nV = kept.pop() if kept else self.probabilities(self.own_logits(hidden_nD))[1]
+            if self.is_matrix:
+                probs_nV = kept.pop() if kept else self.scores_and_probabilities(self.logits(hidden_nD))[1]
                 slope_nV = self.slope(probs_nV, grad_N2[part], tokens_N[part], numbers_N2[part])
                 grad_ND[part] = self.through_matrix(slope_nV, hidden_nD, weights, sums)
             else:
                 with torch.enable_grad():
                     logits_nV = self.logits(hidden_nD.requires_grad_())
-                probs_nV = self.probabilities(logits_nV.detach().clone())[1]
+                probs_nV = self.scores_and_probabilities(logits_nV)[1]
                 slope_nV = self.slope(probs_nV, grad_N2[part], tokens_N[part], numbers_N2[part])
-                found = torch.autograd.grad(logits_nV, [hidden_nD, *weights], slope_nV, allow_unused=True)
-                grad_ND[part] = found[0]
-                for total, gradient in zip(sums, found[1:], strict=True):
+                grad_nD, *others = torch.autograd.grad(logits_nV, [hidden_nD, *weights], slope_nV, allow_unused=True)
+                grad_ND[part] = grad_nD
+                for total, gradient in zip(sums, others, strict=True):
                     total.add(gradient)
                 del logits_nV
             del probs_nV, slope_nV
@@ -186,13 +186,13 @@ class _Sum:
         return torch.zeros_like(self.weight) if self.total is None else self.total.to(self.weight.dtype)
 
 
-class _Read(torch.autograd.Function):
+class _Chunks(torch.autograd.Function):
     """The chunks under one node of the graph. The weights are arguments, so that their gradients go where they belong."""
 
     @staticmethod
-    def forward(ctx: Any, rows: ChunkedHead, hidden_ND: Tensor, tokens_N: Tensor, *weights: Tensor) -> Tensor:
-        numbers_N2, kept = rows.numbers(hidden_ND, tokens_N, keep=any(ctx.needs_input_grad))
-        ctx.rows, ctx.kept = rows, [] if kept is None else [kept]
+    def forward(ctx: Any, head: ChunkedHead, hidden_ND: Tensor, tokens_N: Tensor, *weights: Tensor) -> Tensor:
+        numbers_N2, probs_nV = head.numbers(hidden_ND, tokens_N, keep=any(ctx.needs_input_grad))
+        ctx.head, ctx.kept = head, [] if probs_nV is None else [probs_nV]
         ctx.save_for_backward(hidden_ND, tokens_N, numbers_N2)
         return numbers_N2
 
@@ -200,86 +200,24 @@ class _Read(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N2: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, tokens_N, numbers_N2 = ctx.saved_tensors
-        grad_ND, others = ctx.rows.gradients(grad_N2, hidden_ND, tokens_N, numbers_N2, ctx.kept)
+        grad_ND, others = ctx.head.gradients(grad_N2, hidden_ND, tokens_N, numbers_N2, ctx.kept)
         return None, grad_ND, None, *others
 
 
-# -- a pass
-
-enabled = True
-"""False leaves all logits to the model at once: slower and larger, the same numbers."""
-
-
-class Readout:
-    """What one pass wants of its head, and what it got; None where the head was not called as it was observed to be."""
-
-    def __init__(
-        self,
-        core: Any,
-        after: LogitPostprocessing,
-        rollout: Rollout,
-        first_B: Tensor | None,
-        temperature: float,
-        want_entropy: bool,
-    ):
-        self.core, self.after, self.temperature, self.want_entropy = core, after, temperature, want_entropy
-        self.head: nn.Module = core.get_output_embeddings()
-        self.mask_BR, self.response_BR, self.first_B = rollout.mask_BR, rollout.response_BR, first_B
-        self.hidden_BTD: Tensor | None = None
-        self.numbers: Tensor | None = None
-        """(B, R, 2): log-prob and entropy (0 where it is not wanted); masked entries hold 0."""
-
-    def read(self, hidden_BTD: Tensor, forward: Callable[..., Tensor]) -> Tensor:
-        """Stands for the head's output. Where the model goes on to do something to its logits, it gets none."""
-        rows, width = self.mask_BR.shape
-        self.hidden_BTD = hidden_BTD
-        device = hidden_BTD.device
-        real_N = self.mask_BR.flatten().nonzero()[:, 0].to(device)
-        place_N = _places(hidden_BTD, self.first_B, width).flatten()[real_N]
-        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, place_N)
-        tokens_N = self.response_BR.flatten().to(device)[real_N]
-        head = ChunkedHead(self.core, self.head, forward, self.after, self.temperature, self.want_entropy, device.type)
-        numbers_N2 = head.read(hidden_ND, tokens_N)
-        numbers = numbers_N2.new_zeros(rows * width, 2).index_copy(0, real_N, numbers_N2)
-        self.numbers = numbers.view(rows, width, 2)
-        return self.numbers if not self.after.operations else hidden_BTD.new_empty(rows, 0, head.vocabulary)
-
-
-def _places(hidden_BTD: Tensor, first_B: Tensor | None, width: int) -> Tensor:
-    """(B, R): where, in the states of all rows one after another, that one stands which predicts response token t."""
-    rows, total = hidden_BTD.shape[:2]
-    device = hidden_BTD.device
-    if first_B is None:
-        first_B = torch.full((rows,), total - width, device=device)
-    column_BR = first_B.to(device)[:, None] + torch.arange(width, device=device)[None]
-    return torch.arange(rows, device=device)[:, None] * total + column_BR.clamp(max=total - 1)
-
-
-def predicting(hidden_BTD: Tensor, first_B: Tensor | None, width: int) -> Tensor:
-    """(B, R, D): the states that predict the response. `first_B`: each row's first such column; None = the last R of all."""
-    if first_B is None:
-        return hidden_BTD[:, -width:]
-    return hidden_BTD.flatten(0, 1)[_places(hidden_BTD, first_B, width)]
+# -- whether a model's head can be read in chunks ----------------------------------------------------------------------
 
 
 def readable(policy: Policy) -> LogitPostprocessing | None:
     """What comes after the head, or None where rows cannot go through it by themselves, or somebody is to see the logits."""
-    core = policy.core
-    head = core.get_output_embeddings()
-    if not enabled or head is None or _wrapped(head) or _watched(core) or any(_watched(module) for module in head.modules()):
+    head = policy.core.get_output_embeddings()
+    if not enabled or head is None or any(_watched(module) for module in (policy.core, *head.modules())):
         return None
-    after = logit_postprocessing(policy)
-    return None if after is None or (after.operations and _gathered(head)) else after
-
-
-def _wrapped(head: nn.Module) -> bool:
-    """A module whose own forward is the wrapper's work; or parts that gather their weights one by one."""
-    return hasattr(head, "_fsdp_wrapped_module") or hasattr(head, "_orig_mod") or (_gathered(head) and any(head.children()))
-
-
-def _gathered(head: nn.Module) -> bool:
-    """Whether an engine puts the weights together when the module is called, and on the way back when its output is met."""
-    return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in head.parameters())
+    # Whether an engine puts the weights together when the module is called, and on the way back when its output is met.
+    gathered = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in head.parameters())
+    if compat.is_wrapped(head) or (gathered and any(head.children())):  # or its parts gather their weights one by one
+        return None
+    postprocessing = logit_postprocessing(policy)
+    return None if postprocessing is None or (postprocessing.operations and gathered) else postprocessing
 
 
 _NOT_USERS = ("torch.", "deepspeed.", "accelerate.", "peft.", "transformers.", "steerl.")
@@ -288,59 +226,88 @@ _NOT_USERS = ("torch.", "deepspeed.", "accelerate.", "peft.", "transformers.", "
 
 def _watched(module: nn.Module) -> bool:
     """Whether hooks of a user, or an active steering, are to see what the module gives."""
-    frame = steering_hooks.current()
+    frame = hooks.current()
     if frame is not None and any((id(module), io) in frame.points for io in ("input", "output")):
         return True
-    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+    for hook in compat.forward_hooks(module):
         while isinstance(hook, functools.partial):
             hook = hook.func
-        owner = str(getattr(hook, "__module__", ""))
-        if not owner.startswith(_NOT_USERS):
+        if not str(getattr(hook, "__module__", "")).startswith(_NOT_USERS):
             return True
     return False
 
 
 # -- the head's forward, for the length of a pass ------------------------------------------------------------------------
 
-_READOUT: ContextVar[Readout | None] = ContextVar("readout", default=None)
+
+class HeadPass:
+    """What one pass wants of its head, and what it got; None where the head was not called as it was observed to be."""
+
+    def __init__(
+        self,
+        core: Any,
+        postprocessing: LogitPostprocessing,
+        rollout: Rollout,
+        first_B: Tensor | None,
+        temperature: float,
+        want_entropy: bool,
+    ):
+        self.core, self.head, self.postprocessing = core, core.get_output_embeddings(), postprocessing
+        self.rollout, self.first_B = rollout, first_B
+        self.temperature, self.want_entropy = temperature, want_entropy
+        self.hidden_BTD: Tensor | None = None
+        self.numbers_BR2: Tensor | None = None
+        """Log-prob and entropy (0 where it is not wanted) of every action; masked entries hold 0."""
+
+    def __call__(self, hidden_BTD: Tensor, forward: Callable[..., Tensor]) -> Tensor:
+        """Stands for the head's output. Where the model goes on to do something to its logits, it gets none."""
+        rows, width, device = len(self.rollout), self.rollout.response_width, hidden_BTD.device
+        self.hidden_BTD = hidden_BTD
+        real_N = self.rollout.mask_BR.flatten().nonzero()[:, 0].to(device)
+        place_N = predicting_places(hidden_BTD, self.first_B, width).flatten()[real_N]
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, place_N)
+        tokens_N = self.rollout.response_BR.flatten().to(device)[real_N]
+        head = ChunkedHead(self.core, self.head, forward, self.postprocessing, self.temperature, self.want_entropy, device.type)
+        numbers_N2 = head(hidden_ND, tokens_N)
+        numbers = numbers_N2.new_zeros(rows * width, 2).index_copy(0, real_N, numbers_N2)
+        self.numbers_BR2 = numbers.view(rows, width, 2)
+        return self.numbers_BR2 if not self.postprocessing.operations else hidden_BTD.new_empty(rows, 0, head.vocabulary)
+
+
+_PASS: ContextVar[HeadPass | None] = ContextVar("head_pass", default=None)
 _swapping = threading.Lock()
 
 
 class _Forward:
-    """A head's forward: the readout's where one is active in this context, else the head's own (other threads)."""
+    """A head's forward: that of the pass which is active in this context, else the head's own (other threads)."""
 
-    def __init__(self, own: Any):
-        self.own, self.users, self.replaced = own, 0, False
+    def __init__(self, own: Any, was_replaced: bool):
+        self.own, self.was_replaced, self.users = own, was_replaced, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        readout = _READOUT.get()
-        if readout is None or readout.numbers is not None or len(args) != 1 or kwargs or args[0].dim() != 3:
+        head_pass = _PASS.get()
+        if head_pass is None or head_pass.numbers_BR2 is not None or len(args) != 1 or kwargs or args[0].dim() != 3:
             return self.own(*args, **kwargs)
-        return readout.read(args[0], self.own)
+        return head_pass(args[0], self.own)
 
 
 @contextlib.contextmanager
-def reading(
-    core: Any, after: LogitPostprocessing, rollout: Rollout, first_B: Tensor | None, temperature: float, want_entropy: bool
-) -> Iterator[Readout]:
-    """Inside, the model's head gives numbers instead of logits. `first_B` as in `predicting`."""
-    readout = Readout(core, after, rollout, first_B, temperature, want_entropy)
-    head = readout.head
+def swapped_in(head_pass: HeadPass) -> Iterator[None]:
+    """Inside, the model's head gives numbers instead of logits."""
+    head = head_pass.head
     with _swapping:
         forward = vars(head).get("forward")
         if not isinstance(forward, _Forward):
-            forward = _Forward(head.forward)
-            forward.replaced = "forward" in vars(head)
-            head.forward = forward
+            forward = head.forward = _Forward(head.forward, was_replaced="forward" in vars(head))
         forward.users += 1
-    token = _READOUT.set(readout)
+    token = _PASS.set(head_pass)
     try:
-        yield readout
+        yield
     finally:
-        _READOUT.reset(token)
+        _PASS.reset(token)
         with _swapping:
             forward.users -= 1
-            if not forward.users and forward.replaced:
+            if not forward.users and forward.was_replaced:
                 head.forward = forward.own
             elif not forward.users:
                 del head.forward

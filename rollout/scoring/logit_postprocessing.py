@@ -13,14 +13,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from steerl.rollout.model.language_model import pass_arguments, probe_row, same
+from steerl.rollout.model import compat
+from steerl.rollout.model.hooks import unsteered
+from steerl.rollout.model.language_model import LanguageModel, no_dropout, pass_arguments, probe_row, same
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from steerl.rollout.model.policy import Policy
 
 _ROWWISE = frozenset(
     ("add", "sub", "mul", "div", "true_divide", "tanh", "float", "to", "contiguous", "__rmul__", "__radd__", "__truediv__")
@@ -61,22 +60,19 @@ _SEEN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, LogitPostprocessing | Non
 """model -> (the head it had, what was seen)."""
 
 
-def logit_postprocessing(policy: Policy) -> LogitPostprocessing | None:
-    """What `policy`'s model does after its head; None where it cannot be repeated on rows. Observed once per model and head."""
-    from steerl.rollout.model.hooks import unsteered
-    from steerl.rollout.model.language_model import no_dropout
-
-    core = policy.core
+def logit_postprocessing(model: LanguageModel) -> LogitPostprocessing | None:
+    """What `model` does after its head; None where it cannot be repeated on rows. Observed once per model and head."""
+    core = model.core
     head = core.get_output_embeddings()
     known = _SEEN.get(core)
     if known is None or known[0]() is not head:
         with unsteered(), no_dropout(core), torch.no_grad():
-            found = _observe(policy, core, head) if head is not None else None
+            found = _observe(model, core, head) if head is not None else None
         known = _SEEN[core] = (weakref.ref(head) if head is not None else lambda: None, found)
     return known[1]
 
 
-def _observe(policy: Policy, core: Any, head: nn.Module) -> LogitPostprocessing | None:
+def _observe(model: LanguageModel, core: Any, head: nn.Module) -> LogitPostprocessing | None:
     calls: list[tuple[Tensor, Tensor]] = []
 
     def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -90,8 +86,8 @@ def _observe(policy: Policy, core: Any, head: nn.Module) -> LogitPostprocessing 
 
     hook = head.register_forward_hook(watch)
     try:
-        row = probe_row(policy, 0, 2)
-        logits = core(**pass_arguments(policy, row, decoder=row[:, :0], offset=None)).logits
+        row = probe_row(model, 0, 2)
+        logits = core(**pass_arguments(model, row, decoder=row[:, :0], offset=None)).logits
     finally:
         hook.remove()
     done = getattr(logits, "done", None)
@@ -127,7 +123,7 @@ class _Watched(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with compat.without_torch_function():
             output = function(*args, **kwargs)
         if not isinstance(output, Tensor):
             return output

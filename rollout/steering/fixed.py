@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.model import compat
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.engine import Active
 from steerl.rollout.steering.selection import select
@@ -110,7 +111,7 @@ class _FixedSite(BoundSite):
         self._put: SiteSelection | None = None
         for tensor in (self.strength, self.mask, *self.drawn, *(t for tensors in held for t in tensors.values())):
             if tensor is not None:
-                torch._dynamo.mark_static_address(tensor)  # read where it is: a CUDA graph copies other inputs each time
+                compat.mark_static(tensor)  # read where it is: a CUDA graph copies other inputs each time
 
     def load(self, site: BoundSite) -> None:
         for at, held in enumerate(self.held):
@@ -141,7 +142,7 @@ class _FixedEdit:
         self.site, self.at, self.rows, self.columns = site, at, rows, None
         if site.points[at].columns is not None:
             self.columns = torch.tensor(site.points[at].columns, device=device)
-            torch._dynamo.mark_static_address(self.columns)
+            compat.mark_static(self.columns)
 
     def __call__(self, frame: Any, hidden: Tensor) -> Tensor:
         shape, site = hidden.shape, self.site

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError, said
-from steerl.rollout.steering import strengths
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
 from steerl.rollout.steering.core.table import ACTIVATIONS, TABLE
@@ -17,6 +16,7 @@ from steerl.rollout.steering.gates import BoundGate
 from steerl.rollout.steering.parameters import Parameters
 from steerl.rollout.steering.spec.spec import Site
 from steerl.rollout.steering.state import SteeredRows
+from steerl.rollout.steering.strengths import keyed_normals
 from torch import Tensor
 
 
@@ -78,7 +78,7 @@ class BoundSite:
     def noise(self, at: int, rows: SteeredRows, index_BT: Tensor, width: int) -> Tensor:
         """What is drawn at a point, a function of row, sample and real position."""
         stream = 4096 + 64 * self.index + at
-        return strengths.keyed_normals(self.seed, stream, rows.policy_step, rows.row_B, rows.sample_B, index_BT, width)
+        return keyed_normals(self.seed, stream, rows.policy_step, rows.row_B, rows.sample_B, index_BT, width)
 
     def apply(self, at: int, base: Tensor, strength: Tensor, unit: bool = False, noise: Tensor | None = None) -> Tensor:
         """The edited activation at every position; the caller keeps it where the site selects."""

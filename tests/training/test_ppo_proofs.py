@@ -107,8 +107,9 @@ def score_one_slot_late(patch: pytest.MonkeyPatch) -> None:
     def late(rewards_BR: torch.Tensor, values_BR: torch.Tensor, mask_BR: torch.Tensor, **settings: Any) -> advantages.Credit:
         pad = torch.nn.functional.pad
         wide = pad(mask_BR, (1, 0), value=True)  # one action more in every row, the last one on padding
-        moved = torch.where(advantages.last_action(mask_BR), rewards_BR, 0.0)
-        rewards = pad(torch.where(advantages.last_action(mask_BR), 0.0, rewards_BR), (0, 1)) + pad(moved, (1, 0))
+        last_BR = mask_BR & ~pad(mask_BR, (0, 1))[:, 1:]
+        moved = torch.where(last_BR, rewards_BR, 0.0)
+        rewards = pad(torch.where(last_BR, 0.0, rewards_BR), (0, 1)) + pad(moved, (1, 0))
         found = real(rewards, pad(values_BR, (0, 1)), wide, **settings)
         return advantages.Credit(*(torch.where(mask_BR, part[:, :-1], 0.0) for part in found))
 

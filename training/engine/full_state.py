@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model import sharding
+from steerl.rollout.model import compat, sharding
 from steerl.training.engine.gradients import is_deepspeed
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.types import TrainState
@@ -48,7 +48,7 @@ def optimizer(state: TrainState) -> dict[str, Any]:
             },
         }
     zero = _zero(state)
-    _link(zero)
+    compat.link_optimizer_states(zero)
     entries: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     index = 0
@@ -105,7 +105,7 @@ def load_optimizer(state: TrainState, saved: Mapping[str, Any]) -> None:
             zero.optimizer.state[flat] = {"step": torch.stack(found).amax().clone(), **moments}
     if not any(steps):
         return
-    _link(zero)
+    compat.link_optimizer_states(zero)
     parameters = [parameter for group in _groups(state) for parameter in group]
     with torch.no_grad():
         for index, parameter in enumerate(parameters):
@@ -191,14 +191,6 @@ def _flats(zero: Any, group: int) -> list[Tensor]:
     if hasattr(zero, "single_partition_of_fp32_groups"):
         return [zero.single_partition_of_fp32_groups[group]]
     return [flat for i, flat in enumerate(zero.fp32_partitioned_groups_flat) if zero.sub_group_to_group_id[i] == group]
-
-
-def _link(zero: Any) -> None:
-    """ZeRO-1 and 2 reach moments through links, which DeepSpeed makes after the first group's first step, too early for the
-    second group's."""
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _step_of(zero: Any, group: int) -> Tensor | None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.model import compat
 from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
@@ -85,7 +86,7 @@ class ActorCritic(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """Names of the layers that FSDP keeps in one piece."""
-        return sorted({name for core in self.cores() for name in getattr(core, "_no_split_modules", None) or ()})
+        return compat.unsplit_layers(self.cores())
 
     def inside(self, function: Callable[[], Result]) -> Result:
         """What `function` gives when it is called within this module's forward pass: engines that spread weights over ranks

@@ -81,7 +81,7 @@ def named(name: str) -> GPU:
     return GPUS[name]
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+def measure_device(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(products per second of a large square matrix product, bytes per second of a copy), the best of a few."""
     large = device.type == "cuda"
     size = 8192 if large else 1024

@@ -22,7 +22,7 @@ ROW_STRENGTH = "steering strength of the row"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class SampleView:
     """One sample as the viewer shows it."""
 
     prompt_text: str
@@ -48,14 +48,14 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class ReportRun:
     """A run or a dump."""
 
     name: str
     steps: list[int] = field(default_factory=list)
     metrics: dict[str, list[float | None]] = field(default_factory=dict)
     """Metric -> a value for every step, None where the step does not have it."""
-    rows: list[Row] = field(default_factory=list)
+    rows: list[SampleView] = field(default_factory=list)
     config: str = ""
     kl_target: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Run:
 # -- a run ----------------------------------------------------------------------------------------------------------------
 
 
-def read_run(path: Path, name: str) -> Run:
+def read_run(path: Path, name: str) -> ReportRun:
     lines = read_lines(path / METRICS)
     steps = [int(line["step"]) for line in lines]
     keys = dict.fromkeys(key for line in lines for key, value in line.items() if key != "step" and _is_number(value))
@@ -93,7 +93,7 @@ def read_run(path: Path, name: str) -> Run:
         after = {"eval/reward": summary.get("reward_after"), "eval/kl": summary.get("kl_after")}
         lines[-1] = after | lines[-1]
         keys |= dict.fromkeys(after)
-    return Run(
+    return ReportRun(
         name=name,
         steps=steps,
         metrics={key: [value if _is_number(value := line.get(key)) else None for line in lines] for key in keys},
@@ -126,7 +126,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _row(line: Mapping[str, Any]) -> Row:
+def _row(line: Mapping[str, Any]) -> SampleView:
     ids = list(line.get("response_ids") or [])
     texts = list(line.get("response_tokens") or map(str, ids))
     quantities = {
@@ -144,7 +144,7 @@ def _row(line: Mapping[str, Any]) -> Row:
     if "gap" in quantities:
         facts["gap"] = max((abs(value) for value in quantities["gap"] if value is not None), default=None)
     prompt_ids = list(line.get("prompt_ids") or [])
-    return Row(
+    return SampleView(
         prompt_text=str(line.get("prompt_text", line.get("prompt", ""))),
         completion=str(line.get("completion", "")),
         prompt_ids=prompt_ids,

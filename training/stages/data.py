@@ -17,12 +17,14 @@ from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, check_messages, conver
 from steerl.rollout.prompts.tables import columns_of, read_table
 from steerl.training.stages.settings import TableSettings
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 
-def read_rows(settings: TableSettings, check: Callable[[list[Row], str], list[Row]]) -> tuple[list[Row], list[Row]]:
+def read_rows(
+    settings: TableSettings, check: Callable[[list[TableRow], str], list[TableRow]]
+) -> tuple[list[TableRow], list[TableRow]]:
     """(rows, held-out rows of their own), renamed and passed through `check`, which knows what a stage's rows are."""
-    parts: list[list[Row]] = []
+    parts: list[list[TableRow]] = []
     for path, where in ((settings.path, "prompts.path"), (settings.heldout_path, "prompts.heldout_path")):
         if not path and where == "prompts.heldout_path":
             parts.append([])
@@ -37,7 +39,7 @@ def read_rows(settings: TableSettings, check: Callable[[list[Row], str], list[Ro
     return parts[0][: settings.limit] if settings.limit else parts[0], parts[1]
 
 
-def rename(rows: Sequence[Row], columns: Mapping[str, str], where: str = "prompts.columns") -> list[Row]:
+def rename(rows: Sequence[TableRow], columns: Mapping[str, str], where: str = "prompts.columns") -> list[TableRow]:
     """Rows under the expected names; `columns` says what the data calls them."""
     found = columns_of(rows)
     for expected, given in columns.items():
@@ -47,7 +49,9 @@ def rename(rows: Sequence[Row], columns: Mapping[str, str], where: str = "prompt
     return [{**{k: v for k, v in row.items() if k not in back}, **{back[k]: row[k] for k in back if k in row}} for row in rows]
 
 
-def hold_out(rows: Sequence[Row], settings: TableSettings, seed: int, heldout: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def hold_out(
+    rows: Sequence[TableRow], settings: TableSettings, seed: int, heldout: Sequence[TableRow]
+) -> tuple[list[TableRow], list[TableRow]]:
     """(training rows, held-out rows): `heldout` where there are any, else a share of `rows` drawn by the seed."""
     if not 0 <= settings.heldout < 1:
         raise UserError(f"prompts.heldout: {settings.heldout}; give the share of rows to hold out, from 0 to below 1")
@@ -65,7 +69,7 @@ def is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
-def check_values(rows: Sequence[Row], names: Sequence[str], where: str = "prompts.path") -> bool:
+def check_values(rows: Sequence[TableRow], names: Sequence[str], where: str = "prompts.path") -> bool:
     """Every named column holds a text in every row, or a conversation in every row. Whether it is conversations."""
     if not rows:
         return False
@@ -87,7 +91,7 @@ def check_values(rows: Sequence[Row], names: Sequence[str], where: str = "prompt
     return talks
 
 
-def with_template(rows: Sequence[Row], names: Sequence[str], where: str = "prompts.path") -> list[Row]:
+def with_template(rows: Sequence[TableRow], names: Sequence[str], where: str = "prompts.path") -> list[TableRow]:
     """The named columns of conversations, and what their chat template is given besides, where any row has it.
 
     trl reads a column off the first row, and tools as JSON text, which Arrow leaves as it is."""
@@ -106,7 +110,9 @@ def with_template(rows: Sequence[Row], names: Sequence[str], where: str = "promp
     return found
 
 
-def check_template(tokenizer: Any, rows: Sequence[Row], wholes: Sequence[Sequence[str]], where: str = "prompts.path") -> None:
+def check_template(
+    tokenizer: Any, rows: Sequence[TableRow], wholes: Sequence[Sequence[str]], where: str = "prompts.path"
+) -> None:
     """Messages whose content is no plain text come out of the template as text, or the row is told.
 
     `wholes`: the columns that make a conversation together."""
@@ -125,6 +131,6 @@ def raise_first(problems: Sequence[str], most: int = 3) -> None:
         raise UserError(*problems[:most], *more)
 
 
-def missing_columns(rows: Sequence[Row], wanted: str, where: str = "prompts.path") -> UserError:
+def missing_columns(rows: Sequence[TableRow], wanted: str, where: str = "prompts.path") -> UserError:
     found = ", ".join(columns_of(rows)) or "none"
     return UserError(f"{where}: expected {wanted}; found the columns: {found}; say what is what with prompts.columns")

@@ -21,7 +21,7 @@ from steerl.rollout.model.language_model import vocabulary_size
 from steerl.rollout.model.policy import check_vocabulary
 from steerl.rollout.prompts.tables import columns_of
 from steerl.training.stages import data, models, stage
-from steerl.training.stages.data import Row
+from steerl.training.stages.data import TableRow
 from steerl.training.stages.settings import RewardJob, TableSettings, check_fit
 from steerl.training.stages.stage import Outcome, StageRun
 from torch import Tensor
@@ -37,7 +37,7 @@ def run_reward(job: RewardJob, resolved: str = "") -> Outcome:
         return _fit(job, rows, held, where)
 
 
-def read(settings: TableSettings, seed: int) -> tuple[list[Row], list[Row]]:
+def read(settings: TableSettings, seed: int) -> tuple[list[TableRow], list[TableRow]]:
     """Checked training and held-out pairs: chosen, rejected and, where it stands apart, prompt."""
     if settings.column:
         raise UserError(f"prompts.column: {settings.column!r} has no effect on pairs; say what is what with prompts.columns")
@@ -45,7 +45,7 @@ def read(settings: TableSettings, seed: int) -> tuple[list[Row], list[Row]]:
     return data.hold_out(rows, settings, seed, held)
 
 
-def _checked(rows: list[Row], where: str) -> list[Row]:
+def _checked(rows: list[TableRow], where: str) -> list[TableRow]:
     there = columns_of(rows)
     if "chosen" not in there or "rejected" not in there:
         raise data.missing_columns(rows, "chosen and rejected (and prompt, unless both begin with it)", where)
@@ -66,7 +66,7 @@ def _checked(rows: list[Row], where: str) -> list[Row]:
     return data.with_template(rows, names, where) if talks else [{name: row[name] for name in names} for row in rows]
 
 
-def _with_spoken_prompt(row: Row) -> Row:
+def _with_spoken_prompt(row: TableRow) -> TableRow:
     """Beside conversations a prompt that is a text is a user's message; many tables have it a second time in both.
 
     It then stands before both answers, in every row alike: some of a table's rows may hold it already."""
@@ -80,7 +80,7 @@ def _with_spoken_prompt(row: Row) -> Row:
     return {**others, "chosen": [asked, *chosen], "rejected": [asked, *rejected]}
 
 
-def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
+def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], where: StageRun) -> Outcome:
     import datasets
     import transformers
     import trl
@@ -134,7 +134,7 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], where: StageR
     }
     if held:
         gaps_B, scores_B2 = pair_gaps(trainer)
-        measured = measure(gaps_B)
+        measured = pair_metrics(gaps_B)
         metrics |= {"accuracy": measured["accuracy"], "margin": measured["margin"], "score_mean": float(scores_B2.mean())}
         metrics |= {"score_std": float(scores_B2.std(correction=0)), "calibration_error": measured["calibration_error"]}
         if trainer.accelerator.is_main_process:
@@ -168,7 +168,7 @@ def pair_gaps(trainer: Any) -> tuple[Tensor, Tensor]:
     return scores_B2[:, 0] - scores_B2[:, 1], scores_B2
 
 
-def measure(gaps_B: Tensor) -> dict[str, Any]:
+def pair_metrics(gaps_B: Tensor) -> dict[str, Any]:
     """Accuracy, mean margin, and calibration: pairs by the size of their gap, the accuracy that it promises and has.
 
     A gap of g promises that the preferred answer is the better one with probability sigmoid(|g|). Bins hold as many

@@ -17,7 +17,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.language_model import vocabulary_size
 from steerl.rollout.model.policy import check_vocabulary
 from steerl.training.stages import models, stage
-from steerl.training.stages.data import Row
+from steerl.training.stages.data import TableRow
 from steerl.training.stages.settings import SFTJob
 from steerl.training.stages.stage import Outcome, StageRun
 from torch import Tensor
@@ -26,7 +26,7 @@ IGNORED = -100
 """What the loss leaves out."""
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Any, prefix: str = "", longest: int = 0, longest_target: int = 0) -> Any:
+def tokenize(rows: Sequence[TableRow], tokenizer: Any, prefix: str = "", longest: int = 0, longest_target: int = 0) -> Any:
     """The rows as a dataset of input_ids, attention_mask and labels; longer ones are cut at their end."""
     import datasets
 
@@ -111,7 +111,7 @@ def _ids(found: Any) -> np.ndarray:
     return np.asarray(found[0] if isinstance(found, tuple) else found)
 
 
-def fit_encoder_decoder(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
+def fit_encoder_decoder(job: SFTJob, rows: Sequence[TableRow], held: Sequence[TableRow], where: StageRun) -> Outcome:
     """The supervised stage of train_sft.py for an encoder-decoder."""
     import transformers
 

@@ -102,7 +102,7 @@ class SFTJob:
 
 
 @dataclass(frozen=True)
-class RewardModelSettings(FitSettings):
+class RewardStageSettings(FitSettings):
     """The reward-model stage."""
 
     center: float = 0.0
@@ -119,7 +119,7 @@ class RewardJob:
     """What it starts from: any language model, or a reward model; with model.peft an adapter learns."""
     prompts: TableSettings = field(default_factory=TableSettings)
     """The pairs."""
-    reward_model: RewardModelSettings = field(default_factory=RewardModelSettings)
+    reward_model: RewardStageSettings = field(default_factory=RewardStageSettings)
     """How it learns."""
     run: RunSettings = field(default_factory=RunSettings)
     """Where it is written, and how it goes on."""

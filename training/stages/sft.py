@@ -22,7 +22,7 @@ from steerl.rollout.model.policy import ModelSettings, check_vocabulary
 from steerl.rollout.prompts.tables import columns_of
 from steerl.training.run.log import log_line
 from steerl.training.stages import data, models, stage
-from steerl.training.stages.data import Row
+from steerl.training.stages.data import TableRow
 from steerl.training.stages.seq2seq import fit_encoder_decoder
 from steerl.training.stages.settings import SFTJob, SFTSettings, TableSettings, check_fit
 from steerl.training.stages.stage import Outcome, StageRun
@@ -39,7 +39,7 @@ def run_sft(job: SFTJob, resolved: str = "") -> Outcome:
         return _fit_causal(job, rows, held, where)
 
 
-def read(settings: TableSettings, seed: int, kind: str, sft: SFTSettings) -> tuple[list[Row], list[Row]]:
+def read(settings: TableSettings, seed: int, kind: str, sft: SFTSettings) -> tuple[list[TableRow], list[TableRow]]:
     """Checked training and held-out rows, with no columns but those that are learned from."""
     if settings.column and kind == "seq2seq":
         raise UserError(f"prompts.column: {settings.column!r}, but an encoder-decoder needs two; name them in prompts.columns")
@@ -47,7 +47,7 @@ def read(settings: TableSettings, seed: int, kind: str, sft: SFTSettings) -> tup
     return data.hold_out(rows, settings, seed, held)
 
 
-def _checked(rows: list[Row], kind: str, sft: SFTSettings, where: str, text_asked: bool) -> list[Row]:
+def _checked(rows: list[TableRow], kind: str, sft: SFTSettings, where: str, text_asked: bool) -> list[TableRow]:
     shapes: dict[str, tuple[str, ...]] = {"prompt and completion": ("prompt", "completion")}
     if kind == "causal" and text_asked:
         shapes = {"text": ("text",)}
@@ -77,7 +77,7 @@ def _kind(settings: ModelSettings) -> str:
     return choose_head(load_config(path), "policy", settings.kind, path=path)
 
 
-def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
+def _fit_causal(job: SFTJob, rows: Sequence[TableRow], held: Sequence[TableRow], where: StageRun) -> Outcome:
     import datasets
     import transformers
     import trl
@@ -131,7 +131,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: St
     return stage.finish(trainer, tokenizer, lambda: models.load_base(job.model, "policy", "causal"), where.folder, metrics, log)
 
 
-def _ends(tokenizer: Any, row: Row) -> tuple[set[int], int | None]:
+def _ends(tokenizer: Any, row: TableRow) -> tuple[set[int], int | None]:
     """(ids that a whole row may end with, the token after an assistant's turn where the row is a conversation)."""
     messages = next(([*row.get("prompt", []), *value] for value in reversed(row.values()) if data.is_messages(value)), None)
     if messages is None:
@@ -145,7 +145,7 @@ def _ends(tokenizer: Any, row: Row) -> tuple[set[int], int | None]:
     return {tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template)[-1], end}, end
 
 
-def _check_tokenizer(tokenizer: Any, rows: Sequence[Row]) -> None:
+def _check_tokenizer(tokenizer: Any, rows: Sequence[TableRow]) -> None:
     talks = any(data.is_messages(value) for value in rows[0].values())
     if talks and not tokenizer.chat_template:
         raise UserError(

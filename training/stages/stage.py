@@ -34,7 +34,7 @@ from steerl.training.engine import engine
 from steerl.training.run import resume
 from steerl.training.run.log import SAMPLES, RunLog, log_line
 from steerl.training.stages import models
-from steerl.training.stages.data import Row
+from steerl.training.stages.data import TableRow
 from steerl.training.stages.settings import FitSettings
 
 Read = TypeVar("Read")
@@ -112,7 +112,7 @@ class StageRun:
 
 
 @contextlib.contextmanager
-def opened_run(job: Any, resolved: str, rows: Sequence[Row], held: Sequence[Row]) -> Iterator[StageRun]:
+def opened_run(job: Any, resolved: str, rows: Sequence[TableRow], held: Sequence[TableRow]) -> Iterator[StageRun]:
     """The run's folder, held by this job. Nothing in it changes before `train`."""
     content = {"prompts.path": values_fingerprint(rows), "prompts.heldout": values_fingerprint(held)}
     config, run = dataclasses.asdict(job), job.run

@@ -12,7 +12,6 @@ from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import Point, locate, stacks
 from steerl.rollout.steering.core.table import TABLE, Operation
 from steerl.rollout.steering.spec.parse import read_at
-from steerl.rollout.steering.spec.reading import Fields
 from torch import Tensor, nn
 
 
@@ -100,7 +99,7 @@ def planned(model: nn.Module, interventions: Any, subspaces: Any, rows: int) -> 
             raise UserError(
                 f"interventions[{number}].op: no operation {spec.op!r}; see steering/core/operations.py, or pass a function"
             )
-        at = spec.at if isinstance(spec.at, At) else _at(spec.at, number)
+        at = spec.at if isinstance(spec.at, At) else read_at(spec.at, f"interventions[{number}].at")
         points = locate(model, at, found_stacks)
         if len(points) != 1:
             raise UserError(
@@ -115,15 +114,6 @@ def _intervention(raw: Mapping[str, Any], number: int) -> Intervention:
     if unknown or "at" not in raw:
         raise UserError(f"interventions[{number}]: expected at, op, parameters, ...; found {sorted(map(str, raw))}")
     return Intervention(**raw)
-
-
-def _at(raw: Mapping[str, Any], number: int) -> At:
-
-    problems: list[str] = []
-    at = read_at(Fields(raw, f"interventions[{number}].at", problems))
-    if problems:
-        raise UserError(*problems)
-    return at
 
 
 def _coordinates(spec: Intervention, number: int, count: int, subspaces: Any, rows: int) -> Any:

@@ -12,8 +12,9 @@ from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring import chunked_head, logprobs
+from steerl.rollout.scoring.alignment import forward_inputs
 from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
-from steerl.rollout.scoring.logprobs import forward_inputs, teacher_forced
+from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
 from torch import Tensor

@@ -22,7 +22,7 @@ from steerl.rollout.prompts.prompts import Prompts, PromptSettings
 from steerl.rollout.types import Rollout, Texts
 from steerl.training.algorithm.experience import credit, gather_scored, sample, score
 from steerl.training.algorithm.update import learn
-from steerl.training.planning.memory import Work, memory
+from steerl.training.planning.memory import PlannedStep, memory
 from steerl.training.planning.passes import Blueprint
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import prepare, with_peft
@@ -72,7 +72,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     config = AutoConfig.for_model("llama", **SHAPE | {"num_hidden_layers": asked.get("layers", SHAPE["num_hidden_layers"])})
     blueprint = Blueprint(config, "causal", torch.float32).with_peft(asked.get("peft"))
     own_value = blueprint if ppo.credit == "gae" and ppo.value == "separate" else None
-    plan = memory(Work(blueprint, own_value, ppo, sampling, prompt, "no"), "ddp", 1, device="cpu")
+    plan = memory(PlannedStep(blueprint, own_value, ppo, sampling, prompt, "no"), "ddp", 1, device="cpu")
 
     take(with_peft(tiny_policy("llama"), asked.get("peft")), sampling, ppo, prompt)
     before = standing()

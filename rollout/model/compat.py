@@ -1,0 +1,169 @@
+"""Every private name of a library that is used here, behind a function with a test (tests/rollout/model/test_compat.py).
+
+What a release of a library may change without a word is looked up here and nowhere else; pyproject.toml has an upper bound
+for each of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+# -- torch -----------------------------------------------------------------------------------------------------------
+
+
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks around a module's forward, after it and before it."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether a module's own forward is the work of FSDP's first form, or of torch.compile."""
+    return hasattr(module, "_fsdp_wrapped_module") or hasattr(module, "_orig_mod")
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that torch.compile wraps; one that it does not wrap is given back."""
+    return getattr(module, "_orig_mod", module)
+
+
+def without_torch_function() -> contextlib.AbstractContextManager[None]:
+    """Inside, subclasses of Tensor are plain tensors."""
+    off: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return off
+
+
+def mark_static(tensor: Tensor) -> Tensor:
+    """Marked as staying where it is: a CUDA graph reads it there, other inputs it copies each time."""
+    torch._dynamo.mark_static_address(tensor)
+    return tensor
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What a compiled function raises, when it is called, for what cannot be compiled."""
+    return torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Names a tensor's storage while it lives, one without memory too."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def fake_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Inside, operations give tensors of the right shape and dtype, and compute nothing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode: contextlib.AbstractContextManager[Any] = FakeTensorMode(allow_non_fake_inputs=True)
+    return mode
+
+
+def fake_tensor_errors() -> tuple[type[Exception], ...]:
+    """What is raised inside `fake_tensors` where numbers decide what is computed."""
+    from torch._subclasses import fake_tensor as fake
+
+    return fake.DataDependentOutputException, fake.DynamicOutputShapeException, fake.UnsupportedOperatorException
+
+
+def cpu_attention_operations() -> tuple[Any, Any]:
+    """(forward, backward) of the attention kernel that the CPU takes."""
+    aten = torch.ops.aten
+    return aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+
+def update_generation_kwargs(model: Any, outputs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """generate's keyword arguments after a step: the caches of `outputs`, masks and positions one column wider."""
+    updated: dict[str, Any] = model._update_model_kwargs_for_generation(
+        outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder
+    )
+    return updated
+
+
+def logits_processors(model: Any, config: Any, prompt_width: int, encoder_ids: Tensor) -> Any:
+    """The processors that generate would make of a generation config; its special tokens become tensors."""
+    device = encoder_ids.device
+    model._prepare_special_tokens(config, True, device=device)
+    return model._get_logits_processor(
+        config, input_ids_seq_length=prompt_width, encoder_input_ids=encoder_ids, device=device, model_kwargs={}
+    )
+
+
+def class_name(auto: Any, model_type: str) -> str | None:
+    """The name of the class that an Auto class builds for a type of model. Looking it up imports no modelling file."""
+    name = auto._model_mapping._model_mapping.get(model_type)
+    return name[0] if isinstance(name, tuple | list) else name
+
+
+def wrap_checkpointing(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `wrap(function)` in the place of the checkpoint functions that transformers hangs on a module and those inside it
+    when gradient checkpointing is switched on."""
+    for part in module.modules():
+        checkpoint = vars(part).get("_gradient_checkpointing_func")
+        if checkpoint is not None:
+            vars(part)["_gradient_checkpointing_func"] = wrap(checkpoint)
+
+
+def can_compile_fullgraph(model: Any) -> bool:
+    """Whether transformers can compile a model's forward as one graph."""
+    return bool(getattr(model, "_can_compile_fullgraph", False))
+
+
+def unsplit_layers(models: Sequence[Any]) -> list[str]:
+    """Names of the classes of layers that are not to be split over devices."""
+    return sorted({name for model in models for name in getattr(model, "_no_split_modules", None) or ()})
+
+
+def active_deepspeed_config() -> Any:
+    """The DeepSpeed configuration by which transformers cuts every model that it loads; None without ZeRO-3."""
+    from transformers.integrations import deepspeed
+
+    return deepspeed._hf_deepspeed_config_weak_ref() if deepspeed.is_deepspeed_zero3_enabled() else None
+
+
+@contextlib.contextmanager
+def without_message(text: str) -> Iterator[None]:
+    """Inside, transformers logs nothing of loading and of models that has `text` in it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+# -- peft ----------------------------------------------------------------------------------------------------------------
+
+
+def adapters_are_off(model: Any) -> bool:
+    """Whether this is inside `model.disable_adapter()`."""
+    return bool(getattr(model, "_adapters_disabled", False))
+
+
+# -- deepspeed -----------------------------------------------------------------------------------------------------------
+
+
+def zero3_hooks(parameter: nn.Parameter) -> list[Any]:
+    """Handles of the hooks by which ZeRO-3 brings the weights together, those of all modules, found by one parameter."""
+    offload = parameter._z3_optimizer.parameter_offload  # type: ignore[attr-defined]
+    return [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]
+
+
+def link_optimizer_states(zero: Any) -> None:
+    """ZeRO-1 and 2 reach moments through links, which DeepSpeed makes after the first group's first step, too early for the
+    second group's."""
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
