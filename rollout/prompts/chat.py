@@ -29,11 +29,6 @@ _OURS = (
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
 
-def is_conversation(value: Any) -> bool:
-    """Whether a prompt is messages with roles, not text."""
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
-
-
 # -- ids -> text --------------------------------------------------------------------------------------------------------
 
 
