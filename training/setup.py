@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from steerl.reward.types import Reward
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
@@ -117,7 +117,7 @@ def with_peft(policy: Policy, mapping: dict[str, Any] | None) -> Policy:
     if not mapping:
         return policy
     if hasattr(policy.model, "peft_config"):
-        raise UserError("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
+        raise ConfigError("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
     device = policy.device
     adapted = policy.with_model(adapters.add(policy.model, mapping).to(device))
     taken = virtual_tokens.count(adapted.model)  # room that no prompt or response can use
