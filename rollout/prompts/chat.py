@@ -172,11 +172,6 @@ def _as_seen(text: str, prompt_text: str) -> str:
     return text.rstrip() if not prompt_text.endswith(text) and prompt_text.endswith(text.rstrip()) else text
 
 
-def is_conversation(value: Any) -> bool:
-    """Whether a value of a table is a conversation: a list of messages, each with its role."""
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
-
-
 def text_of(content: Any) -> str:
     """A message's text: its own, or that of its parts."""
     if isinstance(content, list):
