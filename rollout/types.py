@@ -80,7 +80,7 @@ class Rollout:
     ended_B: Tensor
     """Stopped by itself (any stop token or stop string); False = cut at the limit."""
     behaviour_logprobs_BR: Tensor
-    """Under the law each token was really drawn from: steered, after every processor."""
+    """Under the distribution that each token was really drawn from: steered, after every processor."""
     policy_logprobs_BR: Tensor
     """Under the policy that PPO trains: log_softmax(raw logits / temperature), no processors."""
     row_B: Tensor
@@ -92,13 +92,13 @@ class Rollout:
     start_ids: tuple[int, ...] = ()
     """What every decoder row starts with (decoder start, forced bos); empty for decoder-only models."""
     greedy: bool = False
-    """Greedy rows have no law to weigh by: both log-probs are then the policy's at temperature 1."""
+    """Greedy rows were not drawn, so no weight corrects them: both log-probs are then the policy's at temperature 1."""
     stop_B: Tensor = field(default=None)  # type: ignore[assignment]
     """Index into STOP_REASONS; derived from ended_B (eos) where it is not given."""
     strength_B: Tensor = field(default=None)  # type: ignore[assignment]
     """The steering strength of each row; 0 = not steered."""
     entropy_BR: Tensor | None = None
-    """Entropy of the policy's tempered law at each action; None where it was not recorded (a rollout read from a dump)."""
+    """Entropy of the policy at each action, at the temperature; None where it was not recorded (a rollout read from a dump)."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.ended_B, Tensor):

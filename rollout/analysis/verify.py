@@ -57,10 +57,10 @@ class Report:
     def lines(self) -> list[str]:
         """For the user: one line, and a second with the cause where something is wrong."""
         worst = f"row {self.worst_row} sample {self.worst_sample} token {self.worst_token}"
-        said = f"verify: {self.rows} rows, {self.tokens} tokens scored alone in float32: "
-        said += f"gap at most {self.largest:.2e} nats ({worst}), mean {self.mean:.2e}, "
-        said += f"tolerance {self.tolerance:.0e}: {'passed' if self.passed else 'FAILED'}"
-        return [said] if self.passed else [said, f"verify: most likely cause: {self.cause}"]
+        line = f"verify: {self.rows} rows, {self.tokens} tokens scored alone in float32: "
+        line += f"gap at most {self.largest:.2e} nats ({worst}), mean {self.mean:.2e}, "
+        line += f"tolerance {self.tolerance:.0e}: {'passed' if self.passed else 'FAILED'}"
+        return [line] if self.passed else [line, f"verify: most likely cause: {self.cause}"]
 
 
 def verify(
@@ -120,15 +120,15 @@ def _each_alone(
 
 
 def _behaviour_alone(policy: Policy, rollout: Rollout, sampling: Sampling) -> Tensor:
-    """Behaviour log-probs of every row by itself: the law applied step by step to its own raw logits."""
-    law, alone_BR = Distribution(sampling, policy), torch.zeros_like(rollout.behaviour_logprobs_BR)
+    """Behaviour log-probs of every row by itself: the processors applied step by step to its own raw logits."""
+    distribution, alone_BR = Distribution(sampling, policy), torch.zeros_like(rollout.behaviour_logprobs_BR)
     for row in range(len(rollout)):
         one = rollout.select([row]).trim()
         logits_RV = response_logits(policy, one)[0]
         start_1P = one.start_BK if one.is_encoder_decoder else one.prompt_BP
-        history = History(start_1P, torch.ones_like(start_1P, dtype=torch.bool), law)
+        history = History(start_1P, torch.ones_like(start_1P, dtype=torch.bool), distribution)
         for t in range(int(one.lengths_B[0])):
-            scores_1V = law.behaviour_scores(logits_RV[t : t + 1], history)
+            scores_1V = distribution.behaviour_scores(logits_RV[t : t + 1], history)
             alone_BR[row, t] = token_logprobs(scores_1V, one.response_BR[:, t])[0]
             history.append(one.response_BR[:, t])
     return alone_BR
@@ -148,13 +148,13 @@ def _cause(policy: Policy, rollout: Rollout, alone_BR: Tensor, gap_BR: Tensor, s
     before = distance(recorded_BR, alone_BR)
     if before <= 1e-6:
         return "behaviour: the tokens come from another law than these sampling settings say; give verify those that were used"
-    found = {}
+    distances = {}
     for text, score in _mistakes(policy, part).items():
         scores_BR = score()
         if scores_BR is not None:
-            found[text] = distance(recorded_BR, scores_BR)
-    best = min(found, key=lambda text: found[text])
-    if found[best] <= _EXPLAINED * before:
+            distances[text] = distance(recorded_BR, scores_BR)
+    best = min(distances, key=lambda text: distances[text])
+    if distances[best] <= _EXPLAINED * before:
         return best
     label = steering.label if steering is not None else "none"
     if rollout.steering and label != rollout.steering:

@@ -64,8 +64,10 @@ def text_completion(
     if isinstance(prompts, str):
         raise UserError("prompts: one text; give a list of texts")
     ids = [text_ids(policy, prompt) for prompt in prompts]
-    found = _complete(policy, ids, temperature, top_p, max_gen_len, logprobs, echo, more)
-    return [{"generation": _text(policy, done, echo), **(_numbers(policy, done, echo) if logprobs else {})} for done in found]
+    completed = _complete(policy, ids, temperature, top_p, max_gen_len, logprobs, echo, more)
+    return [
+        {"generation": _text(policy, done, echo), **(_numbers(policy, done, echo) if logprobs else {})} for done in completed
+    ]
 
 
 def chat_completion(
@@ -85,13 +87,13 @@ def chat_completion(
             "dialogs: the tokenizer has no chat template; use text_completion, or save a template with the tokenizer"
         )
     ids = [conversation_ids(policy.tokenizer, list(dialog)) for dialog in dialogs]
-    found = _complete(policy, ids, temperature, top_p, max_gen_len, logprobs, False, more)
+    completed = _complete(policy, ids, temperature, top_p, max_gen_len, logprobs, False, more)
     return [
         {
             "generation": {"role": "assistant", "content": done.text},
             **(_numbers(policy, done, False) if logprobs else {}),
         }
-        for done in found
+        for done in completed
     ]
 
 
@@ -116,9 +118,9 @@ def generate(
         "stop": stop, "seed": seed, "batch_size": batch_size, "max_batch_size": max_batch_size, "max_seq_len": max_seq_len,
         "steering": steering,
     }  # fmt: skip
-    found = _complete(policy, prompt_tokens, temperature, top_p, max_gen_len, logprobs, echo, more)
-    tokens = [[*done.prompt_ids, *done.ids] if echo else done.ids for done in found]
-    return tokens, [_logprobs(done, echo) for done in found] if logprobs else None
+    completed = _complete(policy, prompt_tokens, temperature, top_p, max_gen_len, logprobs, echo, more)
+    tokens = [[*done.prompt_ids, *done.ids] if echo else done.ids for done in completed]
+    return tokens, [_logprobs(done, echo) for done in completed] if logprobs else None
 
 
 def _complete(
@@ -209,11 +211,11 @@ def complete(
             own = None if numbers is None else numbers[at, : len(ids)].tolist()
             reason = STOP_REASONS[int(one.stop_B[0])]
             done[row] = Completed(prompts[row], ids, texts.completions[at], reason, own, None, one)
-    found = [done[row] for row in range(len(prompts))]
+    completed = [done[row] for row in range(len(prompts))]
     if not echo or not logprobs:
-        return found
+        return completed
     said = prompt_logprobs(policy, prompts, steering=steering, batch_size=sampling.batch_size)
-    return [dataclasses.replace(one, prompt_logprobs=numbers) for one, numbers in zip(found, said, strict=True)]
+    return [dataclasses.replace(one, prompt_logprobs=numbers) for one, numbers in zip(completed, said, strict=True)]
 
 
 # -- checks and pieces ------------------------------------------------------------------------------------------------
@@ -256,22 +258,22 @@ def _check_prompt(policy: Policy, row: int, ids: list[int], context: int | None)
         raise UserError(f"prompts[{row}]: {len(ids)} tokens, more than the {room} of the context; shorten it")
 
 
-def _context(policy: Policy, asked: int | None) -> int | None:
-    """Most tokens of a sequence: the model's, or less where asked for; of the decoder's own for encoder-decoders."""
+def _context(policy: Policy, limit: int | None) -> int | None:
+    """Most tokens of a sequence: the model's, or less where `limit` says so; of the decoder's own for encoder-decoders."""
     own = policy.context
     if policy.is_seq2seq:
         own = None if policy.decoder_context is None else policy.decoder_context - len(policy.start_ids)
-    if asked is None:
+    if limit is None:
         return own
-    if asked < 1 or (own is not None and asked > own):
+    if limit < 1 or (own is not None and limit > own):
         raise UserError(
-            f"max_seq_len: {asked}; give 1 to {own if own is not None else 'any number'}, what the model's context holds"
+            f"max_seq_len: {limit}; give 1 to {own if own is not None else 'any number'}, what the model's context holds"
         )
-    return asked
+    return limit
 
 
 def _room(policy: Policy, length: int, limit: int, context: int | None) -> int:
-    """Tokens that a completion may have: what the context leaves, or the length beyond which the model has another law."""
+    """Tokens that a completion may have: what the context leaves, or the length beyond which the model changes."""
     used, switch = 0 if policy.is_seq2seq else length, policy.capabilities.boundary
     ends = [end for end in (context, switch) if end is not None and not (end == switch and policy.capabilities.is_long(length))]
     return min([limit, *(end - used for end in ends)])

@@ -82,7 +82,7 @@ def prompt_logprobs(
     policy: Policy, prompt_ids: Sequence[Sequence[int]], *, steering: Any = None, batch_size: int = 32
 ) -> list[list[float | None]]:
     """Log-prob of every prompt token given those before it, at temperature 1; the first has none."""
-    found: list[list[float | None]] = []
+    logprobs: list[list[float | None]] = []
     lone = 1 if steering is not None else batch_size  # a steered prompt keeps its own positions: no padding, row by row
     for start in range(0, len(prompt_ids), lone):
         prompts = [list(ids) for ids in prompt_ids[start : start + lone]]
@@ -98,8 +98,8 @@ def prompt_logprobs(
                 with steering.active(prompt_mask_BP=mask_1P, row_B=row_B, sample_B=sample_B, columns={}, strength_B=strength_B):
                     forced = teacher_forced(policy, rollout, temperature=1.0, want_entropy=False)
         for row, ids in enumerate(prompts):
-            found.append([None, *forced.logprobs_BR[row, : len(ids) - 1].tolist()])
-    return found
+            logprobs.append([None, *forced.logprobs_BR[row, : len(ids) - 1].tolist()])
+    return logprobs
 
 
 def sequence_logprob(policy: Policy, prompt: str | Sequence[int], response: str | Sequence[int]) -> float:

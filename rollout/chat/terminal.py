@@ -91,8 +91,8 @@ class Pieces:
 
 def pieces_of(tokenizer: Any, ids: Sequence[int], logprobs: Sequence[float | None], before: Sequence[int] = ()) -> list[Piece]:
     stream = Pieces(tokenizer, before)
-    found = [stream.add(token, logprob) for token, logprob in zip(ids, logprobs, strict=True)]
-    return [piece for piece in (*found, stream.rest()) if piece is not None]
+    pieces = [stream.add(token, logprob) for token, logprob in zip(ids, logprobs, strict=True)]
+    return [piece for piece in (*pieces, stream.rest()) if piece is not None]
 
 
 def paint(piece: Piece, color: bool, raw: bool = False) -> str:

@@ -1,7 +1,7 @@
-"""The law of the next token: processors in their one order, and the draw from it.
+"""What the next token is drawn from: processors in their one order, and the draw.
 
-    raw logits ─┬─ / temperature ───────────────────────────────────── policy's law ──────── log-prob, entropy
-                └─ penalty ─ bans ─ / temperature ─ top-k ─ top-p ─ min-p ─ behaviour's law ─ draw, log-prob
+    raw logits ─┬─ / temperature ───────────────────────────────────── policy ──────── log-prob, entropy
+                └─ penalty ─ bans ─ / temperature ─ top-k ─ top-p ─ min-p ─ behaviour ─ draw, log-prob
 
 All in float32, sums that matter in float64. Penalties and bans see real tokens only, never padding. The draw is an
 exact inverse CDF from one uniform per row, so a row's token depends on its own number alone; the normaliser that the
@@ -25,7 +25,7 @@ _NEGATIVE = float("-inf")
 
 @dataclass(frozen=True)
 class Drawn:
-    """One step: a token per row with both log-probs. `bad_B` marks rows whose logits hold no law (NaN, +inf, all banned)."""
+    """One step: a token per row with both log-probs. `bad_B`: rows whose logits are no distribution (NaN, +inf, all banned)."""
 
     tokens_B: Tensor
     behaviour_B: Tensor
@@ -37,12 +37,12 @@ class Drawn:
 class History:
     """What penalties and bans look back on: the row's real tokens so far. Rows can be picked; columns grow by one."""
 
-    def __init__(self, tokens_BL: Tensor, real_BL: Tensor, law: Distribution):
-        self.law = law
+    def __init__(self, tokens_BL: Tensor, real_BL: Tensor, distribution: Distribution):
+        self.distribution = distribution
         self.tokens_BL, self.real_BL = tokens_BL, real_BL
 
     def append(self, tokens_B: Tensor) -> None:
-        if self.law.looks_back:
+        if self.distribution.looks_back:
             self.tokens_BL = torch.cat([self.tokens_BL, tokens_B[:, None]], dim=1)
             self.real_BL = torch.cat([self.real_BL, torch.ones_like(self.real_BL[:, :1])], dim=1)
 
@@ -88,7 +88,7 @@ class Distribution:
             weights.keep(weights.at_least(torch.full_like(weights.top_B1, math.log(settings.min_p))))
 
     def behaviour_scores(self, logits_BV: Tensor, history: History) -> Tensor:
-        """What the behaviour's law is the softmax of: -inf for what cannot be drawn."""
+        """Scores whose softmax tokens are drawn from: -inf for what cannot be drawn."""
         scores = self.penalized(logits_BV, history, Space())
         if self.sampling.greedy:
             return scores
@@ -100,7 +100,7 @@ class Distribution:
         return scores.masked_fill(weights.weights_BV == 0, _NEGATIVE)
 
     def draw(self, logits_BV: Tensor, history: History, uniform_B: Tensor, space: Space) -> Drawn:
-        """A token per row from the behaviour's law, with both log-probs and the entropy of the policy's."""
+        """A token per row as the behaviour draws it, with both log-probs and the policy's entropy."""
         settings = self.sampling
         policy = Weights(_tempered(logits_BV, settings.policy_temperature, space), space, "policy", entropy=True)
         entropy_B, total_B, bad_B = policy.entropy(), policy.total_B, policy.bad_B
@@ -131,8 +131,8 @@ def _penalize(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, penalty: fl
     """Scores of the row's real tokens times the penalty where negative, divided by it elsewhere: each once, in place."""
     last_B1 = tokens_BL[:, -1:]  # padding is on the left: it gives way to a token that is penalized anyway
     seen_BL = torch.where(real_BL, tokens_BL, last_B1)
-    found_BL = scores_BV.gather(1, seen_BL)
-    scores_BV.scatter_(1, seen_BL, torch.where(found_BL < 0, found_BL * penalty, found_BL / penalty))
+    scores_BL = scores_BV.gather(1, seen_BL)
+    scores_BV.scatter_(1, seen_BL, torch.where(scores_BL < 0, scores_BL * penalty, scores_BL / penalty))
 
 
 def _ban_repeats(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, size: int) -> None:

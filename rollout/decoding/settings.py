@@ -95,16 +95,16 @@ class Sampling:
 
     @property
     def policy_temperature(self) -> float:
-        """The temperature of the policy's law: 1 for greedy rows, which have no law of their own."""
+        """The policy's temperature: 1 for greedy rows, which are not drawn at all."""
         return 1.0 if self.greedy else self.temperature
 
     @property
     def truncates(self) -> bool:
-        """Some tokens of the policy's law can never be drawn, so weights between the two laws lack support."""
+        """Some tokens that the policy may say can never be drawn, so importance weights lack support."""
         return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
     def is_plain(self) -> bool:
-        """Temperature alone: behaviour and policy are one law."""
+        """Temperature alone: behaviour and policy are one distribution."""
         changed = self.repetition_penalty != 1 or self.no_repeat_ngram_size or self.bad_words or self.bad_words_ids
         return not (self.truncates or changed or self.greedy)

@@ -29,14 +29,14 @@ class Space:
     """Buffers that are used again at every step: fresh memory of this size costs more than the arithmetic done in it."""
 
     def __init__(self) -> None:
-        self.held: dict[tuple[str, int, torch.dtype], Tensor] = {}
+        self.buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
     def get(self, name: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """(rows, columns), zero when new; rows only ever get fewer."""
-        held = self.held.get((name, columns, dtype))
-        if held is None or len(held) < rows or held.device != device:
-            held = self.held[name, columns, dtype] = torch.zeros(rows, columns, dtype=dtype, device=device)
-        return held[:rows]
+        buffer = self.buffers.get((name, columns, dtype))
+        if buffer is None or len(buffer) < rows or buffer.device != device:
+            buffer = self.buffers[name, columns, dtype] = torch.zeros(rows, columns, dtype=dtype, device=device)
+        return buffer[:rows]
 
     def like(self, name: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.get(name, tensor.shape[0], tensor.shape[1], tensor.device, dtype)
@@ -69,11 +69,11 @@ class Weights:
 
     def _products(self, piece: slice, products_BN: Tensor) -> None:
         """Sums of weight x score in each block."""
-        products = self._room(piece)
+        products = self._buffer(piece)
         torch.mul(self.weights_BV[piece], self.shifted_BV[piece], out=products[:, : self.weights_BV.shape[1]])
         _block_sums(products, out=products_BN[piece])
 
-    def _room(self, piece: slice) -> Tensor:
+    def _buffer(self, piece: slice) -> Tensor:
         """A buffer for a piece, 0 beyond the vocabulary."""
         columns, device = self.padded_BW.shape[1], self.padded_BW.device
         return self.space.get("products", self.pieces[0].stop, columns, device)[: piece.stop - piece.start]
@@ -85,7 +85,7 @@ class Weights:
 
     def mass_of(self, mask: Tensor, piece: slice) -> Tensor:
         """Weight of the tokens of a mask over the rows of a piece."""
-        masses = self._room(piece)
+        masses = self._buffer(piece)
         torch.mul(self.weights_BV[piece], mask, out=masses[:, : mask.shape[1]])
         return _block_sums(masses).double().sum(dim=1)
 
@@ -111,7 +111,7 @@ class Weights:
         # The share of the block that is left, not the weight: the block's own sum was taken in float32.
         share_B = (uniform_B * self.total_B - before_B) / inside_B
         token_B1 = block_B1 * _BLOCK + _exceed(chosen_BK, share_B.clamp(0, 1) * chosen_BK[:, -1])
-        return token_B1[:, 0].clamp(max=self.shifted_BV.shape[1] - 1)  # a row without a law (NaN) must still name a token
+        return token_B1[:, 0].clamp(max=self.shifted_BV.shape[1] - 1)  # a row of NaN must still name a token
 
     def logprobs(self, tokens_B: Tensor, total_B: Tensor) -> Tensor:
         """Log-probs where the weights had this total: before or after some were taken out."""
@@ -119,7 +119,7 @@ class Weights:
         return (chosen_B - total_B.log()).float()
 
     def entropy(self) -> Tensor:
-        """log Z - E[score], of the law before anything was taken out of it."""
+        """log Z - E[score], before anything was taken out."""
         if self.expected_B is None:
             products_BN = torch.empty(len(self.scores_BV), self.blocks, device=self.scores_BV.device)
             for piece in self.pieces:

@@ -66,7 +66,7 @@ def dump(
     far."""
     plan, me = plan_of(begun), processes.start()
     rows = {index: len(plan.shard(index)) * plan.samples for index in work.todo}
-    mine, others = work.todo[me.rank :: me.world_size], set(work.todo) - set(work.todo[me.rank :: me.world_size])
+    own, others = work.todo[me.rank :: me.world_size], set(work.todo) - set(work.todo[me.rank :: me.world_size])
     progress = Progress("rollouts", plan.rows, stream if me.is_main else None, already=plan.rows - sum(rows.values()))
 
     def counted(call: range) -> tuple[Rollout, Texts]:
@@ -81,7 +81,7 @@ def dump(
                 progress.add(record.rows, record.tokens)
 
     try:
-        for index in mine:
+        for index in own:
             if stopping():
                 raise stopped(folder)
             make_shard(folder, plan, index, counted, cut)

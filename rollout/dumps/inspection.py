@@ -81,49 +81,49 @@ def inspect(folder: Path, worst: int = 5) -> Inspection:
     plan = plan_of(manifest)
     state = standing(folder, manifest)
     damaged = {plan.file(index): damage for index, damage in state.damaged.items()}
-    found = Inspection(str(folder), manifest["finished"], len(plan), plan.rows, damaged, len(state.absent))
+    dump = Inspection(str(folder), manifest["finished"], len(plan), plan.rows, damaged, len(state.absent))
     seen = np.zeros(plan.rows, dtype=bool)
     for index in sorted(state.whole):
         for rollout, texts in read_shard(folder / plan.file(index)):
-            _count(found, rollout)
-            _mark(found, seen, rollout, plan.samples)
-            _measure_gap(found, rollout, texts, worst)
+            _count(dump, rollout)
+            _mark(dump, seen, rollout, plan.samples)
+            _measure_gap(dump, rollout, texts, worst)
     gone = np.flatnonzero(~seen)
-    found.missing = len(gone)
-    found.missing_first = [divmod(int(key), plan.samples) for key in gone[:NAMED]]
-    return found
+    dump.missing = len(gone)
+    dump.missing_first = [divmod(int(key), plan.samples) for key in gone[:NAMED]]
+    return dump
 
 
-def _count(found: Inspection, rollout: Rollout) -> None:
-    found.rows += len(rollout)
-    found.tokens += int(rollout.lengths_B.sum())
-    found.lengths.update(rollout.lengths_B.tolist())
-    found.stops.update(STOP_REASONS[stop] for stop in rollout.stop_B.tolist())
+def _count(dump: Inspection, rollout: Rollout) -> None:
+    dump.rows += len(rollout)
+    dump.tokens += int(rollout.lengths_B.sum())
+    dump.lengths.update(rollout.lengths_B.tolist())
+    dump.stops.update(STOP_REASONS[stop] for stop in rollout.stop_B.tolist())
     if rollout.steering:
-        found.steered[rollout.steering] += int((rollout.strength_B != 0).sum())
+        dump.steered[rollout.steering] += int((rollout.strength_B != 0).sum())
 
 
-def _mark(found: Inspection, seen: np.ndarray, rollout: Rollout, samples: int) -> None:
+def _mark(dump: Inspection, seen: np.ndarray, rollout: Rollout, samples: int) -> None:
     for prompt, sample in zip(rollout.row_B.tolist(), rollout.sample_B.tolist(), strict=True):
         key = prompt * samples + sample
         if not (0 <= sample < samples and 0 <= key < len(seen)) or seen[key]:
-            found.doubled.append((prompt, sample))
+            dump.doubled.append((prompt, sample))
         else:
             seen[key] = True
 
 
-def _measure_gap(found: Inspection, rollout: Rollout, texts: Texts, keep: int) -> None:
+def _measure_gap(dump: Inspection, rollout: Rollout, texts: Texts, keep: int) -> None:
     behaviour_BR, policy_BR, mask_BR = rollout.behaviour_logprobs_BR, rollout.policy_logprobs_BR, rollout.mask_BR
     finite_BR = behaviour_BR.isfinite() & policy_BR.isfinite()
-    found.not_finite += int((mask_BR & ~finite_BR).sum())
+    dump.not_finite += int((mask_BR & ~finite_BR).sum())
     gap_BR = torch.where(mask_BR & finite_BR, (behaviour_BR - policy_BR).abs(), 0.0)
-    found.gap_sum += float(gap_BR.double().sum())
+    dump.gap_sum += float(gap_BR.double().sum())
     gap_B, position_B = gap_BR.max(1)
-    found.gap_max = max(found.gap_max, float(gap_B.max()))
+    dump.gap_max = max(dump.gap_max, float(gap_B.max()))
     for row in gap_B.topk(min(keep, len(rollout))).indices.tolist():
         at = int(position_B[row])
         if rollout.lengths_B[row]:
-            found.worst.append(
+            dump.worst.append(
                 Worst(
                     gap=float(gap_B[row]),
                     prompt_index=int(rollout.row_B[row]),
@@ -134,36 +134,36 @@ def _measure_gap(found: Inspection, rollout: Rollout, texts: Texts, keep: int) -
                     text=texts.completions[row],
                 )
             )
-    found.worst = heapq.nsmallest(keep, found.worst, key=lambda w: (-w.gap, w.prompt_index, w.sample_index))
+    dump.worst = heapq.nsmallest(keep, dump.worst, key=lambda w: (-w.gap, w.prompt_index, w.sample_index))
 
 
 # -- for a person ---------------------------------------------------------------------------------------------------
 
 
-def to_text(found: Inspection, width: int = 100) -> list[str]:
-    state = "finished" if found.finished else "unfinished"
-    made = found.shards - found.absent - len(found.damaged)
-    lines = [f"{found.folder}: {state}, {made} of {found.shards} shards whole, {found.rows:,} of {found.expected:,} rows"]
-    lines += [f"  {file} {damage}" for file, damage in found.damaged.items()]
-    if found.damaged:
+def to_text(dump: Inspection, width: int = 100) -> list[str]:
+    state = "finished" if dump.finished else "unfinished"
+    made = dump.shards - dump.absent - len(dump.damaged)
+    lines = [f"{dump.folder}: {state}, {made} of {dump.shards} shards whole, {dump.rows:,} of {dump.expected:,} rows"]
+    lines += [f"  {file} {damage}" for file, damage in dump.damaged.items()]
+    if dump.damaged:
         lines.append("  make damaged shards again: dump_rollouts.py with the dump's settings and --run.resume true")
-    if found.doubled:
-        lines.append(f"  doubled or unexpected rows: {len(found.doubled)}, such as {_named(found.doubled[:NAMED])}")
-    if found.missing:
-        lines.append(f"  missing rows: {found.missing:,}, the first {_named(found.missing_first)}")
-    if found.not_finite:
-        lines.append(f"  tokens whose log-prob is not finite: {found.not_finite:,}")
-    if not found.rows:
+    if dump.doubled:
+        lines.append(f"  doubled or unexpected rows: {len(dump.doubled)}, such as {_named(dump.doubled[:NAMED])}")
+    if dump.missing:
+        lines.append(f"  missing rows: {dump.missing:,}, the first {_named(dump.missing_first)}")
+    if dump.not_finite:
+        lines.append(f"  tokens whose log-prob is not finite: {dump.not_finite:,}")
+    if not dump.rows:
         return lines
-    stops = ", ".join(f"{reason} {count:,}" for reason, count in found.stops.most_common())
-    mean = found.tokens / found.rows
+    stops = ", ".join(f"{reason} {count:,}" for reason, count in dump.stops.most_common())
+    mean = dump.tokens / dump.rows
     lines += ["", f"stop reasons: {stops}"]
-    lines += [f"steered by {label}: {count:,} rows" for label, count in found.steered.items()]
-    lines += ["", f"response lengths: {found.tokens:,} tokens, mean {mean:.1f}, {min(found.lengths)} to {max(found.lengths)}"]
-    lines += histogram(found.lengths, width)
-    lines += ["", f"gap |behaviour - policy| per token, nats: mean {found.gap_mean:.2e}, largest {found.gap_max:.2e}"]
-    if found.gap_max > 0:
-        for worst in found.worst:
+    lines += [f"steered by {label}: {count:,} rows" for label, count in dump.steered.items()]
+    lines += ["", f"response lengths: {dump.tokens:,} tokens, mean {mean:.1f}, {min(dump.lengths)} to {max(dump.lengths)}"]
+    lines += histogram(dump.lengths, width)
+    lines += ["", f"gap |behaviour - policy| per token, nats: mean {dump.gap_mean:.2e}, largest {dump.gap_max:.2e}"]
+    if dump.gap_max > 0:
+        for worst in dump.worst:
             where = f"  prompt {worst.prompt_index} sample {worst.sample_index} token {worst.position}"
             numbers = f"{worst.gap:.2e} ({worst.behaviour:.3f} against {worst.policy:.3f})"
             lines.append(shorten(f"{where}: {numbers} {worst.text!r}", width))
@@ -194,23 +194,23 @@ def _named(keys: list[tuple[int, int]]) -> str:
     return ", ".join(f"(prompt {prompt}, sample {sample})" for prompt, sample in keys)
 
 
-def to_json(found: Inspection) -> dict[str, Any]:
+def to_json(dump: Inspection) -> dict[str, Any]:
     """The same for programs."""
     return {
-        "folder": found.folder,
-        "finished": found.finished,
-        "whole": found.whole,
-        "shards": found.shards,
-        "damaged": found.damaged,
-        "rows": found.rows,
-        "expected": found.expected,
-        "missing": found.missing,
-        "doubled": len(found.doubled),
-        "tokens": found.tokens,
-        "lengths": {str(length): found.lengths[length] for length in sorted(found.lengths)},
-        "stop_reasons": dict(found.stops),
-        "steered": dict(found.steered),
-        "not_finite": found.not_finite,
-        "gap": {"mean": found.gap_mean, "max": found.gap_max},
-        "worst": [vars(worst) for worst in found.worst],
+        "folder": dump.folder,
+        "finished": dump.finished,
+        "whole": dump.whole,
+        "shards": dump.shards,
+        "damaged": dump.damaged,
+        "rows": dump.rows,
+        "expected": dump.expected,
+        "missing": dump.missing,
+        "doubled": len(dump.doubled),
+        "tokens": dump.tokens,
+        "lengths": {str(length): dump.lengths[length] for length in sorted(dump.lengths)},
+        "stop_reasons": dict(dump.stops),
+        "steered": dict(dump.steered),
+        "not_finite": dump.not_finite,
+        "gap": {"mean": dump.gap_mean, "max": dump.gap_max},
+        "worst": [vars(worst) for worst in dump.worst],
     }

@@ -225,16 +225,16 @@ def start(
     }
     remove_left_behind(folder)
     if (folder / MANIFEST).exists():
-        found = load_manifest(folder)
-        changed = list(_changes(found, fresh))
-        if not changed and found["plan"] != fresh["plan"]:
+        begun = load_manifest(folder)
+        changed = list(_changes(begun, fresh))
+        if not changed and begun["plan"] != fresh["plan"]:
             changed = [
-                f"run.save_every: this dump was begun with the shards {found['plan']}, and is now asked for {fresh['plan']}"
+                f"run.save_every: this dump was begun with the shards {begun['plan']}, and is now asked for {fresh['plan']}"
             ]
         if changed:
             remedy = "give the same settings, or start afresh with --run.overwrite true"
             raise DataError(*(f"{line}; {remedy}" for line in changed))
-        return found
+        return begun
     if any(folder.glob("rollouts-*.parquet")):
         raise DataError(f"run.dir: {folder} holds shards but no {MANIFEST}; start afresh with --run.overwrite true")
     shutil.rmtree(folder / RECORDS, ignore_errors=True)
@@ -242,8 +242,8 @@ def start(
     return fresh
 
 
-def _changes(found: Mapping[str, Any], fresh: Mapping[str, Any]) -> Iterator[str]:
-    old, new = dict(_flat(found["config"])), dict(_flat(fresh["config"]))
+def _changes(begun: Mapping[str, Any], fresh: Mapping[str, Any]) -> Iterator[str]:
+    old, new = dict(_flat(begun["config"])), dict(_flat(fresh["config"]))
     sections: set[str] = set()
     for name in sorted(old.keys() | new.keys()):
         free = name.startswith(FREE) and name not in BOUND
@@ -251,8 +251,8 @@ def _changes(found: Mapping[str, Any], fresh: Mapping[str, Any]) -> Iterator[str
             sections.add(name.split(".")[0])
             was, now = json.dumps(old.get(name)), json.dumps(new.get(name))
             yield f"{name}: this dump was begun with {was}, and is now asked to go on with {now}"
-    for name in sorted(found["fingerprints"].keys() | fresh["fingerprints"].keys()):
-        was, now = (kept["fingerprints"].get(name, "none") for kept in (found, fresh))
+    for name in sorted(begun["fingerprints"].keys() | fresh["fingerprints"].keys()):
+        was, now = (kept["fingerprints"].get(name, "none") for kept in (begun, fresh))
         if was != now and name.split(".")[0] not in sections:  # a changed setting of it has been named already
             yield f"{name}: its content has changed since this dump was begun (fingerprint {was}, now {now})"
 

@@ -200,7 +200,7 @@ class Sampler:
             **self._record(call.step),
         )
         if self.steering is not None and self.steering.role in ("behaviour", "data"):
-            # What was drawn is the steered law's; the policy that is trained is the plain model.
+            # The steered model drew it; the policy that is trained is the plain model.
             plain = teacher_forced(policy, rollout)
             rollout = dataclasses.replace(rollout, policy_logprobs_BR=plain.logprobs_BR, entropy_BR=plain.entropy_BR)
         return rollout

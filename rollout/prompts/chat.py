@@ -208,24 +208,26 @@ def check_messages(messages: Any, where: str) -> None:
 
 def template_arguments(extra: Any, where: str = "prompts") -> dict[str, Any]:
     """`chat_template_kwargs` of a row: a mapping, or one as JSON text."""
-    found = _parsed(extra, f"{where}: chat_template_kwargs")
-    if found is None:
+    arguments = _parsed(extra, f"{where}: chat_template_kwargs")
+    if arguments is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(arguments, dict):
         raise DataError(
-            f"{where}: chat_template_kwargs: expected a mapping of the template's arguments, found {str(found)[:60]!r}"
+            f"{where}: chat_template_kwargs: expected a mapping of the template's arguments, found {str(arguments)[:60]!r}"
         )
-    if taken := [name for name in found if name in _OURS]:
+    if taken := [name for name in arguments if name in _OURS]:
         raise DataError(f"{where}: chat_template_kwargs: {taken[0]!r} is not the template's to take; leave it out")
-    return found
+    return arguments
 
 
 def template_tools(tools: Any, where: str = "prompts") -> list[Any]:
     """`tools` of a row: a list of descriptions, or one as JSON text."""
-    found = _parsed(tools, f"{where}: tools")
-    if found is not None and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
-        raise DataError(f"{where}: tools: expected a list of descriptions, found {str(found)[:60]!r}")
-    return found or []
+    descriptions = _parsed(tools, f"{where}: tools")
+    if descriptions is not None and not (
+        isinstance(descriptions, list) and all(isinstance(tool, dict) for tool in descriptions)
+    ):
+        raise DataError(f"{where}: tools: expected a list of descriptions, found {str(descriptions)[:60]!r}")
+    return descriptions or []
 
 
 def _parsed(value: Any, named: str) -> Any:

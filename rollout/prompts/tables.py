@@ -114,14 +114,14 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys are all different: of two equal ones the first would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
     for text in (text for pair in pairs for text in pair if isinstance(text, str)):
         if half := _HALF.search(text):
             raise ValueError(f"{half.group()!a} is half of a character, which no file can hold")
-    return found
+    return row
 
 
 def _read_parquet(file: Path, field: str) -> Sequence[dict[str, Any]]:
@@ -157,16 +157,16 @@ def _load_hub(path: str, split: str, name: str, field: str) -> Any:
         ) from error
 
 
-def _one_split(found: Any, path: str, split: str, field: str) -> Any:
-    if not isinstance(found, dict):
-        if split and split != str(found.split or split):
-            raise DataError(f"{field}.split: {split!r}, but {path} is one split, {found.split}; leave prompts.split out")
-        return found
-    names = list(found)
+def _one_split(dataset: Any, path: str, split: str, field: str) -> Any:
+    if not isinstance(dataset, dict):
+        if split and split != str(dataset.split or split):
+            raise DataError(f"{field}.split: {split!r}, but {path} is one split, {dataset.split}; leave prompts.split out")
+        return dataset
+    names = list(dataset)
     chosen = split or ("train" if "train" in names else names[0] if len(names) == 1 else "")
     if chosen not in names:
         raise DataError(f"{field}.split: {split or 'missing'}; {path} has: {', '.join(names)}")
-    return found[chosen]
+    return dataset[chosen]
 
 
 class _ArrowRows(Sequence[dict[str, Any]]):
