@@ -29,11 +29,6 @@ _OURS = (
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
 
-def is_conversation(value: Any) -> bool:
-    """Whether a prompt is messages with roles, not text."""
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
-
-
 # -- ids -> text --------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +180,11 @@ def text_of(content: Any) -> str:
 
 
 # -- what a template is given -------------------------------------------------------------------------------------------
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of {role, content}, rather than a text."""
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) and "role" in message for message in value)
 
 
 def check_messages(messages: Any, where: str) -> None:

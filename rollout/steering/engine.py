@@ -271,11 +271,12 @@ class SiteEdit:
                 f"site {site.name!r}: the activation has shape {tuple(shape)}, expected ({batch}, {call.width}, width); "
                 "choose a module that sees every row and position"
             )
-        width = hidden.shape[1]  # an output head may keep the last columns only
-        strength, mask = selection.strength_BT1[:, -width:].to(hidden.device), selection.mask_BT1
+        strength, mask, width = selection.strength_BT1.to(hidden.device), selection.mask_BT1, hidden.shape[1]
+        if width < call.width:  # an output head that keeps the last columns only
+            strength, mask = strength[:, -width:], None if mask is None else mask[:, -width:]
         columns = None if self.point.columns is None else torch.tensor(self.point.columns, device=hidden.device)
         part = hidden if columns is None else hidden[..., columns]
-        if site.spec.op.type == "collect":
+        if site.operation.collects:
             self.active.collect(site, self.at, part, call, selection)
             return hidden.reshape(shape)
         noise = None
@@ -283,7 +284,7 @@ class SiteEdit:
             noise = site.noise(self.at, call.rows, call.index()[0][:, -width:], part.shape[-1]).to(part.device)
         edited = site.apply(self.at, part, strength, selection.unit, noise)
         if mask is not None:
-            edited = torch.where(mask[:, -width:].to(hidden.device), edited, part)
+            edited = torch.where(mask.to(hidden.device), edited, part)
         if columns is not None:
             edited = hidden.index_copy(-1, columns, edited)
         return edited.reshape(shape)

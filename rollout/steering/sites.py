@@ -71,7 +71,7 @@ class BoundSite:
         if self.trained is not None:
             return {name: tensor.to(device) for name, tensor in self.trained.layers[at].tensors().items()}  # type: ignore[operator]
         held = self.held[at]
-        if any(tensor.device != device for tensor in held.values()):
+        if held and next(iter(held.values())).device != device:
             held = self.held[at] = {name: tensor.to(device) for name, tensor in held.items()}
         return held
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.random import uniforms
+from steerl.rollout.steering.core.table import TABLE
 from steerl.rollout.steering.spec.spec import Schedule, Site, SteeringSpec
 from torch import Tensor
 
@@ -86,7 +87,8 @@ def unrecorded(spec: SteeringSpec, *, same_draws: bool) -> str:
 
     `same_draws`: the rows' own seed and step are known to those who steer them again."""
     later = spec.sites[1:]
-    drawn = {f"the noise of site {site.name!r} is drawn by seed and step": site.op.type == "noise" for site in spec.sites}
+    noisy = {site.name: TABLE[site.op.type].source == "noise" for site in spec.sites}
+    drawn = {f"the noise of site {name!r} is drawn by seed and step": is_noisy for name, is_noisy in noisy.items()}
     drawn |= {f"the strength of site {site.name!r} is drawn by seed and step": bool(site.strength.dist) for site in later}
     drawn |= {"which rows the fraction steers is drawn by seed and step": bool(later) and spec.fraction < 1}
     moved = {

@@ -34,6 +34,7 @@ from steerl.training.types import TrainState
 FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
     *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather", "ppo.eval_every", "ppo.eval_prompts"),
+    "engine.kind",
 )
 """What may differ on a resume, because nothing that is learned depends on it. The number of steps may, too, where no
 learning rate falls towards the last one."""

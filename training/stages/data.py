@@ -112,18 +112,32 @@ def with_template(rows: Sequence[TableRow], names: Sequence[str], where: str = "
     return found
 
 
-def check_template(
-    tokenizer: Any, rows: Sequence[TableRow], wholes: Sequence[Sequence[str]], where: str = "prompts.path"
+def check_tokenizer(
+    tokenizer: Any,
+    rows: Sequence[TableRow],
+    wholes: Sequence[Sequence[str]],
+    *,
+    what: str,
+    eos: str,
+    where: str = "prompts.path",
 ) -> None:
-    """Messages whose content is no plain text come out of the template as text, or the row is told.
+    """Refuse a tokenizer without what the rows need: a chat template where they are conversations, and an eos token.
 
-    `wholes`: the columns that make a conversation together."""
-    for number, row in enumerate(rows, 1):
-        for names in wholes:
-            said = [message for name in names for message in row.get(name) or ()]
-            if not all(isinstance(message.get("content"), str | None) for message in said):
-                given = [row.get(name) for name in TEMPLATE_COLUMNS]
-                conversation_ids(tokenizer, said, *given, whole=True, where=f"{where}: row {number}")
+    Messages whose content is no plain text come out of the template as text, or the row is told. `wholes`: the columns that
+    make a conversation together; `what` and `eos`: what the rows are called, and what the eos token is for."""
+    if any(is_conversation(value) for value in rows[0].values()):
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"model.path: the {what} are conversations, but the tokenizer has no chat template; give texts, or add one"
+            )
+        for number, row in enumerate(rows, 1):
+            for names in wholes:
+                messages = [message for name in names for message in row.get(name) or ()]
+                if not all(isinstance(message.get("content"), str | None) for message in messages):
+                    given = [row.get(name) for name in TEMPLATE_COLUMNS]
+                    conversation_ids(tokenizer, messages, *given, whole=True, where=f"prompts.path: row {number}")
+    if tokenizer.eos_token is None:
+        raise UserError(f"model.path: the tokenizer has no eos token, {eos}; set one and save the tokenizer")
 
 
 def raise_first(problems: Sequence[str], most: int = 3) -> None:

@@ -82,7 +82,6 @@ def _with_spoken_prompt(row: TableRow) -> TableRow:
 
 
 def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], where: StageRun) -> Outcome:
-    import datasets
     import transformers
     import trl
 
@@ -91,16 +90,8 @@ def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], whe
         raise UserError(f"reward_model.center: {settings.center}; give 0 or more")
     transformers.set_seed(job.run.seed)
     tokenizer = models.load_tokenizer(job.model)
-    if is_conversation(rows[0]["chosen"]) and not tokenizer.chat_template:
-        raise UserError(
-            "model.path: the pairs are conversations, but the tokenizer has no chat template; give texts, or add one"
-        )
-    if is_conversation(rows[0]["chosen"]):
-        data.check_template(tokenizer, rows, [("prompt", "chosen"), ("prompt", "rejected")])
-    if tokenizer.eos_token is None:
-        raise UserError(
-            "model.path: the tokenizer has no eos token, which marks a whole answer; set one and save the tokenizer"
-        )
+    wholes = [("prompt", "chosen"), ("prompt", "rejected")]
+    data.check_tokenizer(tokenizer, rows, wholes, what="pairs", eos="which marks a whole answer")
     model = models.load_trainable(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
     kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
     if kind is not None and kind.value in adapters.VIRTUAL_KINDS:
@@ -115,14 +106,7 @@ def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], whe
         disable_dropout=not settings.dropout,
     )
     began = time.monotonic()
-    with stage.problems_of("reward_model"):
-        trainer = trl.RewardTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list(list(rows)),
-            eval_dataset=datasets.Dataset.from_list(list(held)) if held else None,
-            processing_class=tokenizer,
-        )
+    trainer = stage.build_trainer("reward_model", trl.RewardTrainer, model, tokenizer, arguments, rows, held)
     for name, part, whole in (("training", trainer.train_dataset, rows), ("held-out", trainer.eval_dataset, held)):
         if whole and not len(part):
             raise UserError(f"prompts.max_tokens: every {name} pair is longer than {longest} tokens; raise it")

@@ -54,7 +54,7 @@ class Planned:
 
     @property
     def collects(self) -> bool:
-        return self.spec.op == "collect"
+        return self.operation is not None and self.operation.collects
 
     @property
     def reads_source(self) -> bool:
