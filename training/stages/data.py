@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError, UserError
 from steerl.rollout.prompts.chat import (
     TEMPLATE_COLUMNS,
     check_messages,
@@ -37,10 +37,10 @@ def read_rows(
             parts.append([])
             continue
         if not path:
-            raise UserError(f"{where}: missing; name a jsonl, parquet or csv file, a dataset folder or a hub name")
+            raise DataError(f"{where}: missing; name a jsonl, parquet or csv file, a dataset folder or a hub name")
         rows = list(read_table(path, settings.split, settings.name))
         if not rows:
-            raise UserError(f"{where}: {path} has no rows")
+            raise DataError(f"{where}: {path} has no rows")
         columns = {**settings.columns, **({"text": settings.column} if settings.column else {})}
         parts.append(check(rename(rows, columns), where))
     return parts[0][: settings.limit] if settings.limit else parts[0], parts[1]
@@ -51,7 +51,7 @@ def rename(rows: Sequence[TableRow], columns: Mapping[str, str], where: str = "p
     names = columns_of(rows)
     for expected, given in columns.items():
         if given not in names:
-            raise UserError(f"{where}.{expected}: the data has no column {given!r}; it has: {', '.join(names)}")
+            raise DataError(f"{where}.{expected}: the data has no column {given!r}; it has: {', '.join(names)}")
     back = {given: expected for expected, given in columns.items()}
     return [{**{k: v for k, v in row.items() if k not in back}, **{back[k]: row[k] for k in back if k in row}} for row in rows]
 
@@ -61,12 +61,12 @@ def hold_out(
 ) -> tuple[list[TableRow], list[TableRow]]:
     """(training rows, held-out rows): `heldout` where there are any, else a share of `rows` drawn by the seed."""
     if not 0 <= settings.heldout < 1:
-        raise UserError(f"prompts.heldout: {settings.heldout}; give the share of rows to hold out, from 0 to below 1")
+        raise DataError(f"prompts.heldout: {settings.heldout}; give the share of rows to hold out, from 0 to below 1")
     if heldout or not settings.heldout:
         return list(rows), list(heldout)
     count = max(1, round(len(rows) * settings.heldout))
     if count >= len(rows):
-        raise UserError(f"prompts.heldout: {settings.heldout} of {len(rows)} row(s) leaves none to learn from; give 0")
+        raise DataError(f"prompts.heldout: {settings.heldout} of {len(rows)} row(s) leaves none to learn from; give 0")
     chosen = set(random.Random(f"heldout {seed}").sample(range(len(rows)), count))
     return [row for i, row in enumerate(rows) if i not in chosen], [row for i, row in enumerate(rows) if i in chosen]
 
@@ -144,9 +144,9 @@ def raise_first(problems: Sequence[str], most: int = 3) -> None:
     """A UserError of the first few lines and how many more there are; nothing without any."""
     if problems:
         more = [f"... and {len(problems) - most} more rows like these"] if len(problems) > most else []
-        raise UserError(*problems[:most], *more)
+        raise DataError(*problems[:most], *more)
 
 
 def missing_columns(rows: Sequence[TableRow], wanted: str, where: str = "prompts.path") -> UserError:
     found = ", ".join(columns_of(rows)) or "none"
-    return UserError(f"{where}: expected {wanted}; found the columns: {found}; say what is what with prompts.columns")
+    return DataError(f"{where}: expected {wanted}; found the columns: {found}; say what is what with prompts.columns")

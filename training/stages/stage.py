@@ -142,8 +142,6 @@ def build_trainer(
             processing_class=tokenizer,
         )
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{section}: {' '.join(str(error).split())}") from error
 
 
