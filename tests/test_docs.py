@@ -61,6 +61,8 @@ def defined(path: Path) -> set[str]:
             found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
         if isinstance(node, ast.Assign):
             found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
     return found
 
 
@@ -87,9 +89,9 @@ def settings_of(section: str) -> set[str]:
 def test_settings_that_are_named_exist(page):
     """`ppo.clip` and the like; `ppo/clip_fraction` is a metric."""
     known = {section: settings_of(section) for section in ("ppo", "sampling", "run", "model", "prompts")}
-    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^```python\n.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for section, name in re.findall(r"(?<![\w/.])(?:--)?(ppo|sampling|run|model|prompts)\.([a-z]\w*)", text):
-        assert name in known[section] or name in ("py", "yaml", "jsonl"), f"{section}.{name}: no such setting"
+        assert name in known[section] or name in ("py", "yaml", "jsonl", "md"), f"{section}.{name}: no such setting"
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -106,6 +108,7 @@ def test_commands_are_read(page, words, tmp_path, monkeypatch, capsys):
     """Flags and values are right; the files that they name need not be there, but for a page's own (`# NAME.yaml`)."""
     for name, text in re.findall(r"```\w+\n# (\w+\.\w+)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
         (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     if words[0] == "accelerate":
         at = next(i for i, word in enumerate(words) if Path(word).name.removesuffix(".py") in COMMANDS.values())
