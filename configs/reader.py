@@ -33,7 +33,7 @@ from steerl.configs import show
 from steerl.configs.values import Text, ValueReader, leaf, type_at
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Stopped, UserError, visible
+from steerl.rollout.common.errors import ConfigError, Stopped, UserError, visible
 from steerl.rollout.common.settings_reader import MOST, Path, Section, dotted, holds, words
 from steerl.rollout.common.yaml_files import load_yaml
 
@@ -119,7 +119,7 @@ def read(job_type: type[Job], argv: Sequence[str] | None = None) -> Job:
     if problems:
         told = list(dict.fromkeys(problems))
         more = [f"{len(told) - MOST:,} more problems of this kind are left for later"] if len(told) > MOST else []
-        raise UserError(*told[:MOST], *more)
+        raise ConfigError(*told[:MOST], *more)
     if command.print_config:
         print(show.commented_yaml(job_type, job), end="")
         raise SystemExit(0)

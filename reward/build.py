@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from steerl.reward.kinds.reading import vocabulary_of
+from steerl.reward.kinds.model_inputs import vocabulary_of
 from steerl.reward.normalize import Shape, check_shape
 from steerl.reward.weighted_sum import RewardTerm, WeightedSum
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.common.settings_reader import Checked, Path, Reader, brief, choices_of, dotted, fields_of, near_name
 
 # kind -> where its settings are; they are imported when a job asks for the kind. Each has `build(where, around) -> RewardTerm`.
@@ -100,7 +100,7 @@ class Entries:
         if problems:
             for term in terms:
                 term.close()
-            raise UserError(*problems)
+            raise ConfigError(*problems)
         return WeightedSum(tuple(terms), vocabulary)
 
 
@@ -125,9 +125,9 @@ def read_terms(terms: Sequence[Any], field: str = "reward") -> Entries:
     if callable(terms) or isinstance(terms, Mapping):
         terms = [terms]
     if not isinstance(terms, Sequence) or isinstance(terms, str):
-        raise UserError(f"{field}: expected a list of parts, found {type(terms).__name__}; write it as [{{kind: ...}}]")
+        raise ConfigError(f"{field}: expected a list of parts, found {type(terms).__name__}; write it as [{{kind: ...}}]")
     if not terms:
-        raise UserError(f"{field}: empty; name at least one part, such as {{kind: function, function: file.py:name}}")
+        raise ConfigError(f"{field}: empty; name at least one part, such as {{kind: function, function: file.py:name}}")
     problems: list[str] = []
     read = [_read_entry(term, f"{field}[{index}]", problems) for index, term in enumerate(terms)]
     entries = [entry for entry in read if entry is not None]
@@ -139,7 +139,7 @@ def read_terms(terms: Sequence[Any], field: str = "reward") -> Entries:
         elif name is not None:
             names[name] = entry.where.split(" ")[0]
     if problems:
-        raise UserError(*problems)
+        raise ConfigError(*problems)
     return Entries(tuple(_named(entries, set(names))))
 
 

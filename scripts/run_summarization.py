@@ -85,8 +85,6 @@ def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, Any]:
     try:
         ours, training = parser.parse_args_into_dataclasses(args=list(argv))
     except (ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(" ".join(str(error).split())) from error
     return ours, training
 

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +58,7 @@ class Warm:
         self.pid: int = self._process.pid or 0
         self._read = 0
         while terminal and self.poll() is None and self._input() != terminal:
-            time.sleep(0.002)  # until then the caller alone holds it open
+            self._process.join(0.002)  # until then the caller alone holds it open
 
     @property
     def returncode(self) -> int | None:
@@ -88,7 +87,7 @@ class Warm:
             if newline or ended:
                 self._read += len(line) + len(newline)
                 return line + newline
-            time.sleep(0.002)
+            self._process.join(0.002)
 
     def _input(self) -> str:
         try:

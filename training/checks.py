@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import warn_endless
 from steerl.rollout.model import adapters
@@ -47,7 +47,7 @@ def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings
             "set the type to token_truncate, or leave kl_target out"
         )
     if problems:
-        raise UserError(*problems)
+        raise ConfigError(*problems)
     if not ppo.replay and isinstance(prompts, Prompts):
         warn_endless(policy, sampling, prompts.table[0][prompts.column])
     if ppo.reference == "none" and ppo.kl_coef:

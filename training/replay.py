@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
 from steerl.rollout.dumps.manifest import finished_shards, load_manifest, plan_of
 from steerl.rollout.dumps.store import read_dump
@@ -39,7 +39,7 @@ class Replay:
         """`steering` is the job's own; the dump must have been drawn under the same."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise UserError(f"ppo.replay: {folder} is not a folder; name one that dump_rollouts.py wrote")
+            raise DataError(f"ppo.replay: {folder} is not a folder; name one that dump_rollouts.py wrote")
         finished_shards(self.folder)  # says so where it is unfinished
         manifest = load_manifest(self.folder)
         self.plan = plan_of(manifest)
@@ -53,14 +53,14 @@ class Replay:
         if steering is not None and steering.role in ("policy", "trainable"):
             self._check_steering(steering, manifest.get("config", {}).get("sampling", {}).get("seed"))
         if settings.credit != "gae" and self.samples < 2:
-            raise UserError(f"ppo.replay: {folder} has one sample per prompt; ppo.credit {settings.credit} compares several")
+            raise DataError(f"ppo.replay: {folder} has one sample per prompt; ppo.credit {settings.credit} compares several")
         if settings.kl_target is not None:
             told = "the KL of stored rows is not that of the policy, which draws others"
-            raise UserError(f"ppo.kl_target: {told}; leave it out with ppo.replay, ppo.kl_coef stays as it is")
+            raise DataError(f"ppo.kl_target: {told}; leave it out with ppo.replay, ppo.kl_coef stays as it is")
         if settings.rollouts_per_step % self.samples:
             whole = settings.rollouts_per_step // self.samples * self.samples or self.samples
             told = f"{settings.rollouts_per_step} is no multiple of the {self.samples} samples per prompt of ppo.replay"
-            raise UserError(f"ppo.rollouts_per_step: {told}; {whole} would do")
+            raise DataError(f"ppo.rollouts_per_step: {told}; {whole} would do")
 
     def take(self, seed: int, position: int, count: int) -> list[int]:
         """The `count` prompts from `position` on; every epoch has an order of its own."""
@@ -117,12 +117,12 @@ class Replay:
     def _check_source(self, made_from: dict[str, Any], policy: Policy, steering: str) -> None:
         told = f"ppo.replay: {self.folder}"
         if policy.tokenizer is not None and made_from.get("model.tokenizer") != tokenizer_fingerprint(policy.tokenizer):
-            raise UserError(
+            raise DataError(
                 f"{told} was sampled with another tokenizer than the policy's; its ids mean other text. Name its own model"
             )
         if steering != made_from.get("steering", "") and steering:
             found = made_from.get("steering") or "none"
-            raise UserError(
+            raise DataError(
                 f"{told} was sampled under the steering {found}, the job has {steering}; leave steering out, or give that one"
             )
         self.same_weights = made_from.get("model.path") == model_fingerprint(policy.core)
@@ -136,7 +136,7 @@ class Replay:
             return
         other_seed = self.same_weights and not unrecorded(steering.spec, same_draws=True)
         mended = f"set run.seed to {seed}, the dump's, " if other_seed and seed is not None else "leave ppo.replay out "
-        raise UserError(
+        raise DataError(
             f"ppo.replay: {self.folder} cannot be steered as it was drawn: a record holds the first site's strength alone, and "
             f"{why}; {mended}or replay a dump under one site without noise"
         )
@@ -144,15 +144,15 @@ class Replay:
     def _check_rows(self, rollout: Rollout, file: str) -> None:
         told = f"ppo.replay: {self.folder / file}"
         if rollout.greedy:
-            raise UserError(
+            raise DataError(
                 f"{told} holds greedy rows, which have no distribution to weigh by; sample the dump with sampling.greedy false"
             )
         if rollout.start_ids != self.start_ids:
-            raise UserError(
+            raise DataError(
                 f"{told} begins responses with the ids {list(rollout.start_ids)}, the policy with {list(self.start_ids)}"
             )
         largest = max(int(rollout.prompt_BP.max()), int(rollout.response_BR.max()))
         if largest >= self.vocabulary:
-            raise UserError(
+            raise DataError(
                 f"{told} holds the id {largest}, the policy's vocabulary ends at {self.vocabulary - 1}; name its own model"
             )

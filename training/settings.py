@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import MOST_ROWS
 from steerl.rollout.steering.spec.spec import Correction
 
@@ -114,7 +114,7 @@ class PPOSettings:
 
     def __post_init__(self) -> None:
         if problems := out_of_range(self):
-            raise UserError(*problems)
+            raise ConfigError(*problems)
 
 
 def out_of_range(ppo: PPOSettings) -> list[str]:

@@ -121,7 +121,7 @@ class HttpReward:
                 if status == 200:
                     try:
                         return http_wire.read_answer(content, rollout)
-                    except ValueError as error:
+                    except (ValueError, UserError) as error:
                         raise NoAnswer(f"{self.url}: {error!s:.300}") from error
                 reason = f"status {status}: {http_wire.read_error(content)}"
                 if status not in AGAIN:

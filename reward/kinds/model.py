@@ -1,6 +1,6 @@
 """`kind: model`: a reward model, or an ensemble of them.
 
-rollout, texts -> Reader (ids or text) -> Classifier (batches) -> logits (B, labels) -> one label -> output
+rollout, texts -> InputReader (ids or text) -> Classifier (batches) -> logits (B, labels) -> one label -> output
                                           one per member, then `combine`: mean | min | mean_minus_std
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from steerl.reward.kinds.classifier import Classifier, load_classifier
-from steerl.reward.kinds.reading import Reader, Reads, Tokens, folders_of, load_tokenizer, vocabulary_of
+from steerl.reward.kinds.model_inputs import InputReader, Reads, Tokens, folders_of, load_tokenizer, vocabulary_of
 from steerl.reward.types import Scores, row_name
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
@@ -90,7 +90,7 @@ class Member:
     """One model with its reader, and the label that counts."""
 
     classifier: Classifier
-    reader: Reader
+    reader: InputReader
     label: int
 
 
@@ -106,7 +106,7 @@ def load_member(settings: Any, path: str, head: str, where: str, device: Any) ->
     label = choose_label(classifier, settings.label, field, path)
     tokenizer = load_tokenizer(settings.tokenizer, [adapter, folder], field)
     limits = [limit for limit in (classifier.context, settings.max_tokens) if limit is not None]
-    reader = Reader(
+    reader = InputReader(
         tokenizer=tokenizer,
         vocabulary=None if tokenizer is None else vocabulary_of(tokenizer),
         where=where,

@@ -59,8 +59,6 @@ class RuleReward:
             row = Row(completion, columns, responses[i][: lengths[i]] if have_ids else None, self.where.split(" ")[0])
             try:
                 values.append(self.judge(row))
-            except UserError:
-                raise
             except _FAILURES as error:
                 late = isinstance(error, TimeoutError)
                 values.append(Failure("the pattern ran over its time" if late else f"{type(error).__name__}: {error!s:.100}"))

@@ -79,9 +79,8 @@ def effect_curve(
         values = measure(rollout, texts).double()
         if values.shape != (len(rollout),) or not bool(torch.isfinite(values).all()):
             raise UserError(f"measure: expected one finite number per response ({len(rollout)}), found {values}")
-        curve.append(
-            CurvePoint(strength, float(values.mean()), float(kl_BR.sum()) / max(tokens, 1), float(kl_BR.sum(1).mean()))
-        )
+        kl_per_token = float(kl_BR.sum()) / max(tokens, 1)
+        curve.append(CurvePoint(strength, float(values.mean()), kl_per_token, float(kl_BR.sum(1).mean())))
     return curve
 
 

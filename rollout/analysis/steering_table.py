@@ -48,11 +48,8 @@ def applied(
     with torch.no_grad(), steering.watched(look):
         teacher_forced(policy, rollout, steering=steering, columns={k: list(v) for k, v in (columns or {}).items()})
     width = rollout.sequences_BS.shape[1]
-    stacks = {site.name: site.points[0].stack for site in steering.sites}
-    return {
-        name: _aligned(value_BT, rollout, width) if stacks[name] != "encoder" else value_BT
-        for name, value_BT in strengths.items()
-    }
+    on_encoder = {site.name for site in steering.sites if site.points[0].stack == "encoder"}
+    return {name: value if name in on_encoder else _aligned(value, rollout, width) for name, value in strengths.items()}
 
 
 def _aligned(value_BT: Tensor, rollout: Rollout, width: int) -> Tensor:

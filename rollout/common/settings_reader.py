@@ -26,7 +26,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError, UserError
 
 Path = tuple[str, ...]
 MISSING: Any = dataclasses.MISSING
@@ -54,7 +54,7 @@ class Checked:
             if (line := out_of_range(spot.metadata, getattr(self, spot.name)))
         ]
         if wrong := [*wrong, *self.problems()]:
-            raise UserError(*wrong)
+            raise ConfigError(*wrong)
 
     def problems(self) -> Sequence[str]:
         return ()

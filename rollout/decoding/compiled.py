@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import capabilities, compat, hooks, language_model
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.generation_state import step_forward
@@ -122,7 +123,7 @@ def _agrees(policy: Policy) -> bool:
         policy.core.generate(
             **language_model.generate_arguments(policy, prompt, mask, first), generation_config=config, custom_generate=follow
         )
-    except (RuntimeError, ValueError, IndexError, AttributeError, NotImplementedError):
+    except (UserError, RuntimeError, ValueError, IndexError, AttributeError, NotImplementedError):
         return False  # what cannot be moved or masked so shows it by an error
     expected = torch.cat([language_model.pass_logits(policy, row, offset=first)[:, -2:] for row in rows])
     return language_model.same(torch.stack(seen, dim=1), expected)

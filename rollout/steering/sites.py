@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError, said
+from steerl.rollout.common.errors import ConfigError, said
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
 from steerl.rollout.steering.core.table import ACTIVATIONS, TABLE
@@ -71,7 +71,7 @@ class BoundSite:
         if self.trained is not None:
             return {name: tensor.to(device) for name, tensor in self.trained.layers[at].tensors().items()}  # type: ignore[operator]
         held = self.held[at]
-        if any(tensor.device != device for tensor in held.values()):
+        if held and next(iter(held.values())).device != device:
             held = self.held[at] = {name: tensor.to(device) for name, tensor in held.items()}
         return held
 
@@ -108,15 +108,15 @@ class BoundSite:
         try:
             new = self.function(base, source, strength)
         except (Exception, SystemExit) as error:
-            raise UserError(f"site {self.name!r}: {path} {said(error)}") from error
+            raise ConfigError(f"site {self.name!r}: {path} {said(error)}") from error
         if not isinstance(new, Tensor) or new.shape != base.shape:
             given = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-            raise UserError(f"site {self.name!r}: {path} gave {given}; expected a tensor of shape {tuple(base.shape)}")
+            raise ConfigError(f"site {self.name!r}: {path} gave {given}; expected a tensor of shape {tuple(base.shape)}")
         return new.to(base.dtype)
 
     def _check_width(self, source: Tensor, base: Tensor) -> None:
         if source.shape[-1] != base.shape[-1]:
-            raise UserError(
+            raise ConfigError(
                 f"site {self.name!r}: its vector is {source.shape[-1]} wide, and the activation at "
                 f"{self.spec.at.module or 'its layer'} "
                 f"is {base.shape[-1]} wide; it was made for another model or component"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.model import hooks
 from steerl.rollout.steering.bind import Binding, bind
 from steerl.rollout.steering.core import positions
@@ -51,7 +51,7 @@ class Steering:
             except UserError as problem:
                 problems.extend(problem.lines)
         if problems:
-            raise UserError(*problems)
+            raise ConfigError(*problems)
         self.progress = 0.0
         """Share of training done, for schedules: set by the training loop at each step."""
         self._drawn_at: dict[int, tuple[float, float]] = {}
@@ -242,7 +242,7 @@ class Steering:
         with hooks.entered(active.frame(hooks.current(), self.stacks)):
             yield active
         if not active.calls and (active.rows is None or len(active.rows)):
-            raise UserError(
+            raise ConfigError(
                 "steering did not run: no forward pass of the steered model was seen; "
                 "call the model that Steering was made for, and make Steering before torch.compile"
             )

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model import compat, sharding
 from steerl.training.engine.gradients import is_deepspeed
 from steerl.training.model.actor_critic import ActorCritic
@@ -76,7 +76,7 @@ def load_weights(state: TrainState, saved: Mapping[str, Tensor]) -> None:
     if own.keys() != saved.keys():
         odd = sorted(own.keys() ^ saved.keys())
         told = f"{len(odd)} trained tensors are not those that were saved (first: {odd[0]})"
-        raise UserError(f"checkpoint: {told}; resume with the same model")
+        raise CheckpointError(f"checkpoint: {told}; resume with the same model")
     zero = is_deepspeed(state.model)
     with torch.no_grad():
         for name, value in own.items():
@@ -84,7 +84,9 @@ def load_weights(state: TrainState, saved: Mapping[str, Tensor]) -> None:
             master = zero and value.requires_grad and saved[name].is_floating_point()
             if shape != tuple(saved[name].shape) or (value.dtype != saved[name].dtype and not master):
                 found, was = (f"{size} {v.dtype}" for size, v in ((shape, value), (tuple(saved[name].shape), saved[name])))
-                raise UserError(f"checkpoint: {name} is {found}, saved was {was}; resume with the same model and model.dtype")
+                raise CheckpointError(
+                    f"checkpoint: {name} is {found}, saved was {was}; resume with the same model and model.dtype"
+                )
             if master:
                 _set_master(value, saved[name].float())
             else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.yaml_files import load_text
 from steerl.training.run.log import METRICS, SAMPLES, log_line
 
@@ -121,7 +121,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 log_line(f"{path}: its last line was cut short, by a kill or a full disk, and is left out")
                 break
-            raise UserError(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
+            raise DataError(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
         found.append(value)
     return found
 
@@ -183,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); the job that writes it makes it again") from error
+        raise DataError(f"{path}: not JSON ({error}); the job that writes it makes it again") from error
     return value if isinstance(value, dict) else {}
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError, reading
+from steerl.rollout.common.errors import CheckpointError, UserError, reading
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import flush, written_aside
 from steerl.training.engine import full_state
@@ -119,7 +119,7 @@ def _latest(folder: Path) -> Path | None:
         _logger.warning("%s: damaged (%s); %s", path, damage, before)
     if steps:
         names = ", ".join(path.name for path in steps)
-        raise UserError(f"{folder / FOLDER}: every checkpoint is damaged ({names}); --run.overwrite true starts again")
+        raise CheckpointError(f"{folder / FOLDER}: every checkpoint is damaged ({names}); --run.overwrite true starts again")
     return None
 
 
@@ -134,7 +134,7 @@ def damaged(path: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{_MANIFEST} is not what was written"
     if version != FORMAT:
-        raise UserError(f"{path}: format {version}, this version reads {FORMAT}; resume with the version that wrote it")
+        raise CheckpointError(f"{path}: format {version}, this version reads {FORMAT}; resume with the version that wrote it")
     if set(files) != {_TENSORS, _STATE}:
         return f"{_MANIFEST} lists {sorted(files)}"
     for name, (size, sha256) in files.items():

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.common.fingerprint import folder_fingerprint, tokenizer_fingerprint, values_fingerprint, weights_fingerprint
 from steerl.rollout.common.run_folder import RunSettings, versions, write_text
 from steerl.rollout.common.yaml_files import Dumper
@@ -34,6 +34,7 @@ from steerl.training.types import TrainState
 FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
     *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather", "ppo.eval_every", "ppo.eval_prompts"),
+    "engine.kind",
 )
 """What may differ on a resume, because nothing that is learned depends on it. The number of steps may, too, where no
 learning rate falls towards the last one."""
@@ -139,7 +140,7 @@ def check(
             fatal.append(name)
     if fatal and not allow:
         remedy = "give it back, start another run with --run.dir, or go on all the same with --run.allow_changes true"
-        raise UserError(*(f"{name}: {changed[name]}; {remedy}" for name in fatal))
+        raise CheckpointError(*(f"{name}: {changed[name]}; {remedy}" for name in fatal))
     own = ("run.resume", "run.overwrite", "run.allow_changes")
     return [f"{name}: {told}" for name, told in changed.items() if name not in own]
 

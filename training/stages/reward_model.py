@@ -19,6 +19,7 @@ from steerl.rollout.common.run_folder import write_json
 from steerl.rollout.model import adapters
 from steerl.rollout.model.language_model import vocabulary_size
 from steerl.rollout.model.policy import check_vocabulary
+from steerl.rollout.prompts.chat import is_conversation
 from steerl.rollout.prompts.tables import columns_of
 from steerl.training.stages import data, models, stage
 from steerl.training.stages.data import TableRow
@@ -71,7 +72,7 @@ def _with_spoken_prompt(row: TableRow) -> TableRow:
 
     It then stands before both answers, in every row alike: some of a table's rows may hold it already."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen") or [], row.get("rejected") or []
-    if not isinstance(prompt, str) or not data.is_messages(chosen) or not data.is_messages(rejected):
+    if not isinstance(prompt, str) or not is_conversation(chosen) or not is_conversation(rejected):
         return row
     others = {name: value for name, value in row.items() if name != "prompt"}
     if any(message.get("content") == prompt for message in chosen):
@@ -81,7 +82,6 @@ def _with_spoken_prompt(row: TableRow) -> TableRow:
 
 
 def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], where: StageRun) -> Outcome:
-    import datasets
     import transformers
     import trl
 
@@ -90,16 +90,8 @@ def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], whe
         raise UserError(f"reward_model.center: {settings.center}; give 0 or more")
     transformers.set_seed(job.run.seed)
     tokenizer = models.load_tokenizer(job.model)
-    if data.is_messages(rows[0]["chosen"]) and not tokenizer.chat_template:
-        raise UserError(
-            "model.path: the pairs are conversations, but the tokenizer has no chat template; give texts, or add one"
-        )
-    if data.is_messages(rows[0]["chosen"]):
-        data.check_template(tokenizer, rows, [("prompt", "chosen"), ("prompt", "rejected")])
-    if tokenizer.eos_token is None:
-        raise UserError(
-            "model.path: the tokenizer has no eos token, which marks a whole answer; set one and save the tokenizer"
-        )
+    wholes = [("prompt", "chosen"), ("prompt", "rejected")]
+    data.check_tokenizer(tokenizer, rows, wholes, what="pairs", eos="which marks a whole answer")
     model = models.load_trainable(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
     kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
     if kind is not None and kind.value in adapters.VIRTUAL_KINDS:
@@ -114,14 +106,7 @@ def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], whe
         disable_dropout=not settings.dropout,
     )
     began = time.monotonic()
-    with stage.problems_of("reward_model"):
-        trainer = trl.RewardTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list(list(rows)),
-            eval_dataset=datasets.Dataset.from_list(list(held)) if held else None,
-            processing_class=tokenizer,
-        )
+    trainer = stage.build_trainer("reward_model", trl.RewardTrainer, model, tokenizer, arguments, rows, held)
     for name, part, whole in (("training", trainer.train_dataset, rows), ("held-out", trainer.eval_dataset, held)):
         if whole and not len(part):
             raise UserError(f"prompts.max_tokens: every {name} pair is longer than {longest} tokens; raise it")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.model.policy import ModelSettings
 
@@ -143,4 +143,4 @@ def check_fit(fit: FitSettings, name: str) -> None:
         split = f"{world} process(es) x micro_batch_size {micro}"
         problems.append(f"{name}.batch_size: {fit.batch_size} rows cannot be split evenly into {split}; give a multiple of it")
     if problems:
-        raise UserError(*problems)
+        raise ConfigError(*problems)

@@ -127,15 +127,22 @@ def on_every_process(read: Callable[[], Read]) -> Read:
     return kept[0] if kept else read()
 
 
-@contextlib.contextmanager
-def problems_of(name: str) -> Iterator[None]:
-    """What a trainer refuses when it is built or prepares the rows, as a UserError of the section `name`."""
+def build_trainer(
+    section: str, trainer: Any, model: Any, tokenizer: Any, arguments: Any, rows: Sequence[TableRow], held: Sequence[TableRow]
+) -> Any:
+    """One of trl's trainers over the rows; what it refuses while it prepares them is a UserError of the `section`."""
+    import datasets
+
     try:
-        yield
+        return trainer(
+            model=model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(list(rows)),
+            eval_dataset=datasets.Dataset.from_list(list(held)) if held else None,
+            processing_class=tokenizer,
+        )
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{section}: {' '.join(str(error).split())}") from error
 
 
 def check_checkpointing(fit: FitSettings, model: Any, name: str) -> None:

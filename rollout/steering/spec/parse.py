@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.settings_reader import Path, Reader, Section, dotted, key_of, members, near_name
 from steerl.rollout.common.yaml_files import load_yaml
 from steerl.rollout.steering.core.places import At
@@ -33,7 +33,7 @@ def load_spec(source: Mapping[str, Any] | str | pathlib.Path | SteeringSpec) -> 
     problems: list[str] = []
     loaded: Mapping[str, Any] | None = load_yaml(path, problems, "steering")
     if problems or loaded is None:
-        raise UserError(*problems)
+        raise ConfigError(*problems)
     if set(loaded) == {"steering"} and isinstance(loaded["steering"], Mapping):
         loaded = loaded["steering"]
     return dataclasses.replace(_read(SteeringSpec, loaded), folder=str(path.resolve().parent))
@@ -48,7 +48,7 @@ def _read(section: type, mapping: Any, path: Path = ()) -> Any:
     reader = SpecReader([])
     built = reader.read(section, mapping, path)
     if reader.problems:
-        raise UserError(*reader.problems)
+        raise ConfigError(*reader.problems)
     return built
 
 

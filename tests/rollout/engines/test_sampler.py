@@ -146,6 +146,39 @@ def test_streaming_equals_plain_generate_and_transition_scores(family: str, name
         assert (own - rollout.behaviour_logprobs_BR)[mask].abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("family", ("gpt2", "qwen3", "gemma2", "bart", "t5", "jamba", "switch"))
+def test_the_engine_generate_gives_the_streams_rollout_and_a_lone_rows_numbers(family: str) -> None:
+    policy = tiny_policy(family)
+    settings = Sampling(max_new_tokens=8, n=3, seed=4, temperature=0.8, top_p=0.85, stop_ids=[*range(30, 36)], batch_size=4)
+    (stream, said), (plain, same) = (
+        Sampler(policy, settings, engine=EngineSettings(kind)).sample(batch_of(), step=2) for kind in ("stream", "generate")
+    )
+    assert same == said and len(set(stream.lengths_B.tolist())) > 2
+    for field, value in stream.tensors().items():
+        if value.dtype == torch.float32:
+            assert (value - getattr(plain, field)).abs().max() <= 1e-5, field
+        else:
+            assert torch.equal(value, getattr(plain, field)), field
+    assert worst_gap(policy.model, plain, settings) < 1e-5
+
+
+def test_the_engine_generate_steers_and_says_what_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, settings, engine = tiny_policy("llama"), Sampling(max_new_tokens=8, n=2), EngineSettings("generate")
+    for role in ("policy", "behaviour"):
+        steering = ShiftedLogits(policy.model, role)
+        stream, plain = (Sampler(policy, settings, steering, kind).sample(batch_of())[0] for kind in (None, engine))
+        assert torch.equal(stream.response_BR, plain.response_BR) and torch.equal(stream.strength_B, plain.strength_B)
+        for field in ("behaviour_logprobs_BR", "policy_logprobs_BR", "entropy_BR"):
+            assert (getattr(stream, field) - getattr(plain, field)).abs().max() <= 1e-5, field
+    with pytest.raises(UserError, match="engine.kind: generate compiles no steps"):
+        Sampler(policy, Sampling(compile=True), engine=engine)
+    with pytest.raises(UserError, match="engine.kind: generate shows no token before all are drawn"):
+        Sampler(policy, settings, engine=engine).sample(batch_of(), on_token=print)
+    monkeypatch.setattr("steerl.rollout.engines.sampler.needs_sync", lambda _: True)
+    with pytest.raises(UserError, match="engine.kind: generate does not decode with weights that are spread over ranks"):
+        Sampler(policy, settings, engine=engine).sample(batch_of())
+
+
 # -- one row, one set of numbers: whatever the batch -------------------------------------------------------------------
 
 
@@ -377,8 +410,9 @@ def test_an_encoder_decoders_two_contexts() -> None:
     assert len(sample(policy, [[5] * 128], [3])) == 1
 
 
+@pytest.mark.parametrize("engine", ("stream", "generate"))
 @pytest.mark.parametrize("value", (math.nan, math.inf))
-def test_logits_without_a_law_name_row_and_step(value: float) -> None:
+def test_logits_without_a_law_name_row_and_step(value: float, engine: Any) -> None:
     model = tiny("llama")
     calls = []
 
@@ -390,7 +424,8 @@ def test_logits_without_a_law_name_row_and_step(value: float) -> None:
     assert policy.capabilities.padding
     model.lm_head.register_forward_hook(spoil)
     with pytest.raises(UserError, match=r"row 7 \(sample 0\) at token 3 hold no law"):
-        sample(policy, [[5, 6]], [7], stop_ids=[])
+        sampler = Sampler(policy, Sampling(max_new_tokens=10), engine=EngineSettings(engine))
+        sampler.sample(batch_of([[5, 6]], [7]))
 
 
 def test_banning_every_token_is_told() -> None:

@@ -252,7 +252,7 @@ def test_zero3_marks_parameters_with_their_optimizer_and_keeps_its_hooks() -> No
 # -- the house -------------------------------------------------------------------------------------------------------------
 
 ROOMS = ("rollout", "reward", "training", "configs", "scripts", "steerl")
-STANDARD = {"_exit", "_replace", "_run_exitfuncs"}
+STANDARD = {"_asdict", "_exit", "_replace", "_run_exitfuncs"}
 """Of the standard library: documented, or its own module's only way."""
 
 

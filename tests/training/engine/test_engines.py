@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
-from steerl.training.engine import engine as engine_of_run
+from steerl.training.run.export import check_export
 from steerl.training.settings import PPOSettings
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -212,11 +212,13 @@ def test_every_accelerate_config_is_one_that_accelerate_reads() -> None:
 def test_what_fsdp_cannot_leave_behind_is_said_at_once() -> None:
     fsdp, ddp = SimpleNamespace(distributed_type="DistributedType.FSDP"), SimpleNamespace(distributed_type="DistributedType.NO")
     steering: Any = SimpleNamespace(role="policy", spec=SimpleNamespace(on_deploy="keep"))
+    steered: Any = SimpleNamespace(steering=steering, actor=None)
+    plain: Any = SimpleNamespace(steering=None, actor=None)
     with pytest.raises(UserError) as caught:
-        engine_of_run.check(fsdp, steering, PPOSettings(export_merged=True))
+        check_export(steered, fsdp, PPOSettings(export_merged=True))
     assert [line.split(":")[0] for line in caught.value.lines] == ["ppo.export_merged", "steering.on_deploy"]
-    engine_of_run.check(fsdp, None, PPOSettings())
-    engine_of_run.check(ddp, steering, PPOSettings(export_merged=True))
+    check_export(plain, fsdp, PPOSettings())
+    check_export(steered, ddp, PPOSettings(export_merged=True))
 
 
 def config_fsdp() -> dict[str, Any]:
