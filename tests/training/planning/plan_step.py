@@ -8,6 +8,7 @@ What stands after the imports is not counted. A tiny step goes first: much is im
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
