@@ -1,6 +1,6 @@
 """The one reader of settings: YAML files and dotted flags in, one frozen dataclass out, all problems told together.
 
-    --config a.yaml --config b.yaml      flags (--section.field VALUE)
+    --config steerl:ppo --config b.yaml  flags (--section.field VALUE)
                |                               |
                v                               v
         later file wins, lists replaced;  flags win over files            Job dataclass: types, defaults,
@@ -12,8 +12,8 @@
                               the Job, built
 
 A command is a Job dataclass, a `main(job)` and `run_command(main, Job)`. Fields of the Job are sections (dataclasses beside the
-code that reads them) or plain values. A field with `metadata={"positional": True}` is given without a flag; one with
-`metadata={"check": function}` is shown to that function as well, whose UserError is told with all the others.
+code that reads them) or plain values. A field with `metadata={"positional": True}` is given without a flag ("texts": after a
+flag that stands alone, too); what else a field may say is in rollout/common/settings_reader.py.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
-from steerl.configs import checks, shape, show
-from steerl.configs.shape import Path, dotted
+from steerl.configs import show
+from steerl.configs.values import Text, ValueReader, leaf, type_at
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Stopped, UserError, visible
-from steerl.rollout.common.yaml_files import load_text, load_yaml
+from steerl.rollout.common.errors import ConfigError, Stopped, UserError, visible
+from steerl.rollout.common.settings_reader import MOST, Path, Section, dotted, holds, words
+from steerl.rollout.common.yaml_files import load_yaml
 
 Job = TypeVar("Job")
+SHIPPED = "steerl:"
+"""--config steerl:NAME is the file configs/NAME.yaml of the installed package."""
 
 
 def run_command(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] | None = None) -> None:
@@ -105,16 +108,18 @@ def read(job_type: type[Job], argv: Sequence[str] | None = None) -> Job:
         print(show.help_text(job_type))
         raise SystemExit(0)
     problems = list(command.problems)
-    layers = [_file_layer(job_type, name, problems) for name in command.files]
-    layers += [_flag_layer(job_type, flag, problems) for flag in command.flags]
     tree: dict[str, Any] = {}
-    for path, value in (item for layer in layers for item in layer):
-        _put(tree, path, value, problems)
-    job = checks.build(job_type, tree, problems, complete=not command.print_config)
+    for name in command.files:
+        if (layer := _file_layer(job_type, name, problems)) is not None:
+            lay_over(tree, layer, problems)
+    flags = ValueReader(problems, "command line")
+    for flag in command.flags:
+        lay_over(tree, flags.section(job_type, (), flag), problems)
+    job = flags.build(job_type, tree, complete=not command.print_config)
     if problems:
         told = list(dict.fromkeys(problems))
-        more = [f"{len(told) - checks.MOST:,} more problems of this kind are left for later"] if len(told) > checks.MOST else []
-        raise UserError(*told[: checks.MOST], *more)
+        more = [f"{len(told) - MOST:,} more problems of this kind are left for later"] if len(told) > MOST else []
+        raise ConfigError(*told[:MOST], *more)
     if command.print_config:
         print(show.commented_yaml(job_type, job), end="")
         raise SystemExit(0)
@@ -135,20 +140,13 @@ def to_yaml(job: Any) -> str:
 # -- the command line -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Flag:
-    path: Path
-    text: str
-    plain: list[str] | None = None
-    """The values of a setting that is given without a flag; they are not read as YAML."""
-
-
 @dataclass
 class Command:
     """The command line, taken apart; nothing is looked up yet."""
 
     files: list[str] = field(default_factory=list)
-    flags: list[Flag] = field(default_factory=list)
+    flags: list[Section] = field(default_factory=list)
+    """Each as the mapping that says the same: {section: {field: text}}."""
     help: bool = False
     print_config: bool = False
     problems: list[str] = field(default_factory=list)
@@ -157,10 +155,11 @@ class Command:
 def split(job_type: type, argv: Sequence[str]) -> Command:
     command = Command()
     plain: list[str] = []
-    position = 0
-    while position < len(argv):
-        token = argv[position]
-        position += 1
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, equals, text = token.lstrip("-").partition("=")
+        path = tuple(name.split("."))
         if token in ("-h", "--help"):
             command.help = True
         elif token == "--print_config":
@@ -168,99 +167,83 @@ def split(job_type: type, argv: Sequence[str]) -> Command:
         elif not token.startswith("-") or token == "-":
             plain.append(token)
         else:
-            name, equals, text = token.lstrip("-").partition("=")
-            if not equals and _is_switch(job_type, name, argv[position : position + 1]):
+            if not equals and _stands_alone(job_type, path, rest):
                 text = "true"
-            elif not equals:
+            elif not equals and rest and not rest[0].startswith("--"):
                 # What follows is the value, unless it is a flag itself; a value that begins with -- needs --name=value.
-                if position < len(argv) and not argv[position].startswith("--"):
-                    text = argv[position]
-                    position += 1
-                else:
-                    command.problems.append(_no_value(job_type, token, name))
-                    continue
+                text = rest.pop(0)
+            elif not equals and name == "config":
+                command.problems.append("--config: no value; name a YAML file, --config FILE")
+                continue
+            elif not equals and (wanted := type_at(job_type, path)) is not None:
+                command.problems.append(f"{name}: no value after {token}; give {words(wanted)}, {token} VALUE")
+                continue
             if not token.startswith("--") or not name:
-                command.problems.append(f"{token}: unknown flag (value {text!r}); flags are --section.field VALUE, see --help")
+                found = f" (value {text!r})" if text else ""
+                command.problems.append(f"{token}: unknown flag{found}; flags are --section.field VALUE, see --help")
             elif name == "config":
                 command.files.append(text)
             else:
-                command.flags.append(Flag(tuple(name.split(".")), text))
+                command.flags.append(_nested(path, Text(text)))
     _place_plain(job_type, plain, command)
     return command
 
 
-def _is_switch(job_type: type, name: str, following: Sequence[str]) -> bool:
-    """Whether a bool's flag stands alone, at the end or before another flag, and so says true."""
-    return shape.type_at(job_type, tuple(name.split("."))) is bool and all(word.startswith("--") for word in following)
+def _stands_alone(job_type: type, path: Path, rest: Sequence[str]) -> bool:
+    """Whether a bool's flag says true by itself: at the end, before another flag, and where texts may follow before any word
+    that is no bool (`complete --json "a prompt"`)."""
+    if type_at(job_type, path) is not bool:
+        return False
+    before_texts = len(path) == 1 and any(spot.metadata.get("positional") == "texts" for spot in dataclasses.fields(job_type))  # type: ignore[arg-type]
+    return not rest or rest[0].startswith("--") or (before_texts and rest[0] not in ("true", "false"))
 
 
-def _no_value(job_type: type, token: str, name: str) -> str:
-    if name == "config":
-        return "--config: no value; name a YAML file, --config FILE"
-    wanted = shape.type_at(job_type, tuple(name.split(".")))
-    if wanted is None:
-        return shape.unknown(job_type, tuple(name.split(".")), "no value", "command line")
-    return f"{name}: no value after {token}; give {shape.words(wanted)}, {token} VALUE"
+def _nested(path: Path, value: Any) -> Section:
+    return Section({path[0]: _nested(path[1:], value) if path[1:] else value})
 
 
 def _place_plain(job_type: type, plain: list[str], command: Command) -> None:
-    """Values without a flag go to the fields that take such, in order; a list takes all that is left."""
+    """Values without a flag go to the fields that take such, in order, and are not read as YAML; a list takes all that is
+    left."""
     for spot in dataclasses.fields(job_type):  # type: ignore[arg-type]
         if spot.metadata.get("positional") and plain:
-            wanted = shape.type_at(job_type, (spot.name,))
-            count = len(plain) if shape.is_list(wanted) else 1
-            command.flags.append(Flag((spot.name,), plain[0], plain[:count]))
-            plain = plain[count:]
+            takes_all = holds(type_at(job_type, (spot.name,)), list) is not None
+            command.flags.append(Section({spot.name: list(plain) if takes_all else Text(plain[0])}))
+            plain = [] if takes_all else plain[1:]
     for text in plain:
         command.problems.append(f"{text!r}: a value without a flag; write --section.field {text}, see --help for the names")
 
 
-# -- layers: each file, then each flag, as (path, checked value) ----------------------------------------------------
+# -- files, and what wins -------------------------------------------------------------------------------------------
 
 
-def _file_layer(job_type: type, name: str, problems: list[str]) -> list[tuple[Path, Any]]:
-    file = FilePath(name)
+def _file_layer(job_type: type, name: str, problems: list[str]) -> Section | None:
+    is_shipped = name.startswith(SHIPPED)
+    file = FilePath(__file__).with_name(f"{name.removeprefix(SHIPPED)}.yaml") if is_shipped else FilePath(name)
     if not file.exists():
+        # Shipped names are compared without their prefix, which would make all of them alike.
         folder = file.parent if file.parent.is_dir() else FilePath("configs")
-        known = [str(f) for f in sorted(folder.glob("*.y*ml"))]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "check the path"
+        known = [f.stem if is_shipped else str(f) for f in sorted(folder.glob("*.y*ml"))]
+        near = difflib.get_close_matches(name.removeprefix(SHIPPED), known, n=1)
+        otherwise = f"there are {', '.join(SHIPPED + stem for stem in known)}" if is_shipped else "check the path"
+        hint = f"did you mean {SHIPPED if is_shipped else ''}{near[0]}?" if near else otherwise
         problems.append(f"--config: {name} does not exist; {hint}")
-        return []
+        return None
     tree = load_yaml(file, problems)
-    if tree is None:
-        return []
-    return checks.check(job_type, (), tree, str(file), problems)
+    return None if tree is None else ValueReader(problems, name).section(job_type, (), tree)
 
 
-def _flag_layer(job_type: type, flag: Flag, problems: list[str]) -> list[tuple[Path, Any]]:
-    wanted = shape.type_at(job_type, flag.path)
-    where = "command line"
-    if wanted is None:
-        problems.append(shape.unknown(job_type, flag.path, repr(flag.text), where))
-        return []
-    if flag.plain is not None:
-        if shape.is_list(wanted):
-            return checks.check(wanted, flag.path, flag.plain, where, problems)
-        return checks.check(wanted, flag.path, checks.Text(flag.text), where, problems)
-    if not (shape.has_parts(wanted) or (shape.may_have_parts(wanted) and flag.text.lstrip()[:1] in ("{", "["))):
-        return checks.check(wanted, flag.path, checks.Text(flag.text), where, problems)
-    if shape.section_of(wanted) is not None and flag.text.endswith((".yaml", ".yml")):
-        tree = load_yaml(FilePath(flag.text), problems, dotted(flag.path))
-        return [] if tree is None else checks.check(wanted, flag.path, tree, flag.text, problems)
-    value = load_text(flag.text, dotted(flag.path), problems)
-    return [] if value is None and problems else checks.check(wanted, flag.path, value, where, problems)
-
-
-def _put(tree: dict[str, Any], path: Path, value: Any, problems: list[str]) -> None:
-    """Set one value; what stands there already, a list or a free mapping too, is replaced."""
-    for depth, name in enumerate(path[:-1]):
-        inner = tree.get(name)
-        if inner is None:
-            inner = tree[name] = {}
-        elif not isinstance(inner, dict):
-            stands = f"{dotted(path[: depth + 1])} is {inner!r} already"
-            problems.append(f"{dotted(path)}: cannot be set, {stands}; give the whole of it as a mapping")
-            return
-        tree = inner
-    tree[path[-1]] = value
+def lay_over(tree: dict[str, Any], layer: Section, problems: list[str], path: Path = ()) -> None:
+    """Set what a layer says; what stands there already, a list or a free mapping too, is replaced."""
+    for name, value in layer.items():
+        if not isinstance(value, Section):
+            tree[name] = value
+            continue
+        if value and tree.get(name) is None:
+            tree[name] = {}
+        if isinstance(tree.get(name), dict):
+            lay_over(tree[name], value, problems, (*path, name))
+        elif value:
+            stands = f"{dotted((*path, name))} is {tree[name]!r} already"
+            below, _ = leaf((*path, name), value)
+            problems.append(f"{dotted(below)}: cannot be set, {stands}; give the whole of it as a mapping")

@@ -9,11 +9,10 @@ import textwrap
 from pathlib import Path as FilePath
 from typing import Any
 
-from steerl.configs import shape
-
 import docstring_parser
 import yaml
 from steerl.rollout.common import yaml_files
+from steerl.rollout.common.settings_reader import Path, dotted, fields_of, section_of, words
 
 WIDTH = 110
 
@@ -74,7 +73,8 @@ def help_text(job_type: type) -> str:
     if about and not about.startswith(f"{job_type.__name__}("):
         lines += [*textwrap.wrap(about, WIDTH), ""]
     lines += [
-        "  --config FILE    settings as YAML; of several files the later wins, and flags win over files",
+        "  --config FILE    settings as YAML; of several files the later wins, and flags win over files;",
+        "                   steerl:NAME is one of the shipped files",
         "  --print_config   print the settings in full, as YAML with comments, and stop",
         "  --help           this text",
     ]
@@ -82,24 +82,24 @@ def help_text(job_type: type) -> str:
     return "\n".join(lines)
 
 
-def _help_of(section: type, path: shape.Path, title: str) -> list[str]:
-    known, said = shape.fields_of(section), docs(section)
+def _help_of(section: type, path: Path, title: str) -> list[str]:
+    known, said = fields_of(section), docs(section)
     lines = ["", title] if title else [""]
     inner: list[str] = []
     for spot in dataclasses.fields(section):
         if not spot.init:
             continue
         wanted, spot_path = known[spot.name], (*path, spot.name)
-        below = shape.section_of(wanted)
+        below = section_of(wanted)
         if below is not None:
             about = said.get(spot.name) or " ".join((inspect.getdoc(below) or "").split("\n\n")[0].split())
             about = "" if about.startswith(f"{below.__name__}(") else about
-            inner += _help_of(below, spot_path, f"{shape.dotted(spot_path)}: {about}" if about else shape.dotted(spot_path))
+            inner += _help_of(below, spot_path, f"{dotted(spot_path)}: {about}" if about else dotted(spot_path))
             continue
         value = default(spot)
         needed = "needed" if value is dataclasses.MISSING else f"default {flow(value)}"
-        name = spot.name.upper() if spot.metadata.get("positional") else f"--{shape.dotted(spot_path)}"
-        lines.append(f"  {name}  ({shape.words(wanted)}; {needed})")
+        name = spot.name.upper() if spot.metadata.get("positional") else f"--{dotted(spot_path)}"
+        lines.append(f"  {name}  ({words(wanted)}; {needed})")
         lines += textwrap.wrap(said.get(spot.name, ""), WIDTH, initial_indent="      ", subsequent_indent="      ")
     return (lines if len(lines) > 1 or title else []) + inner
 
@@ -110,13 +110,13 @@ def commented_yaml(job_type: type, job: Any) -> str:
 
 
 def _commented(section: type, value: Any, depth: int) -> list[str]:
-    known, said = shape.fields_of(section), docs(section)
+    known, said = fields_of(section), docs(section)
     margin = "  " * depth
     lines: list[str] = []
     for name, wanted in known.items():
         inner = getattr(value, name)
         lines += textwrap.wrap(said.get(name, ""), WIDTH, initial_indent=f"{margin}# ", subsequent_indent=f"{margin}# ")
-        below = shape.section_of(wanted)
+        below = section_of(wanted)
         if below is not None and dataclasses.is_dataclass(inner):
             lines += [f"{margin}{name}:", *_commented(below, inner, depth + 1)]
         else:

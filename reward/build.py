@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from steerl.reward.fields import near, read_fields, unknown_choice
-from steerl.reward.kinds.reading import vocabulary_of
+from steerl.reward.kinds.model_inputs import vocabulary_of
 from steerl.reward.normalize import Shape, check_shape
 from steerl.reward.weighted_sum import RewardTerm, WeightedSum
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError, UserError
+from steerl.rollout.common.settings_reader import Checked, Path, Reader, brief, choices_of, dotted, fields_of, near_name
 
 # kind -> where its settings are; they are imported when a job asks for the kind. Each has `build(where, around) -> RewardTerm`.
 KINDS: dict[str, tuple[str, str]] = {
@@ -41,23 +41,26 @@ TAKEN = ("mean", "std", "total", "prompt_index", "sample_index")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class Common(Checked):
     """What every entry may say besides its kind's own fields."""
 
     kind: str
     name: str | None = None
     """What metrics and score tables call it; the kind unless given."""
     weight: float = 1.0
-    """total = sum of weight x part."""
+    """total = sum of weight x term."""
     normalise: str | dict[str, Any] | None = None
     """`running`; {mean: m, std: s}; or {reference: FILE} of prompts and completions, measured once. See reward/normalize.py."""
     clip: list[float] | None = None
-    """[low, high] for the part's values, after normalisation and before the weight."""
+    """[low, high] for the term's values, after normalisation and before the weight."""
+
+    def problems(self) -> list[str]:
+        return [*_name_faults(self.name), *check_shape(self.normalise, self.clip)]
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a part may want to know of the job."""
+    """What a term may want to know of the job."""
 
     device: torch.device | None
     vocabulary: str | None
@@ -82,27 +85,27 @@ class Entries:
         device = device if device is not None else getattr(policy, "device", None)
         vocabulary = vocabulary_of(tokenizer) if tokenizer is not None else None
         around = Surroundings(None if device is None else torch.device(device), vocabulary)
-        parts: list[RewardTerm] = []
+        terms: list[RewardTerm] = []
         problems: list[str] = []
         for entry in self.entries:
             try:
-                part: RewardTerm = entry.own.build(entry.where, around)
-                part = dataclasses.replace(part, name=str(entry.common.name), weight=entry.common.weight)
+                term: RewardTerm = entry.own.build(entry.where, around)
+                term = dataclasses.replace(term, name=str(entry.common.name), weight=entry.common.weight)
                 if entry.common.normalise is not None or entry.common.clip is not None:
-                    shape = Shape.of(entry.common.normalise, entry.common.clip, part.score_now, entry.where)
-                    part = dataclasses.replace(part, shape=shape)
-                parts.append(part)
+                    shape = Shape.of(entry.common.normalise, entry.common.clip, term.score_now, entry.where)
+                    term = dataclasses.replace(term, shape=shape)
+                terms.append(term)
             except UserError as problem:
                 problems += problem.lines
         if problems:
-            for part in parts:
-                part.close()
-            raise UserError(*problems)
-        return WeightedSum(tuple(parts), vocabulary)
+            for term in terms:
+                term.close()
+            raise ConfigError(*problems)
+        return WeightedSum(tuple(terms), vocabulary)
 
 
 def build_reward(
-    parts: Sequence[Any],
+    terms: Sequence[Any],
     policy: Any = None,
     device: torch.device | str | None = None,
     *,
@@ -114,19 +117,19 @@ def build_reward(
     An entry is a mapping, or a Python function or reward as it stands. `policy` (or its `tokenizer` alone) says whose ids
     the rollouts hold: reward models of the same vocabulary read them as sampled.
     """
-    return read_terms(parts, field).build(policy, device, tokenizer)
+    return read_terms(terms, field).build(policy, device, tokenizer)
 
 
-def read_terms(parts: Sequence[Any], field: str = "reward") -> Entries:
+def read_terms(terms: Sequence[Any], field: str = "reward") -> Entries:
     """The checked list, before anything of it is opened."""
-    if callable(parts) or isinstance(parts, Mapping):
-        parts = [parts]
-    if not isinstance(parts, Sequence) or isinstance(parts, str):
-        raise UserError(f"{field}: expected a list of parts, found {type(parts).__name__}; write it as [{{kind: ...}}]")
-    if not parts:
-        raise UserError(f"{field}: empty; name at least one part, such as {{kind: function, function: file.py:name}}")
+    if callable(terms) or isinstance(terms, Mapping):
+        terms = [terms]
+    if not isinstance(terms, Sequence) or isinstance(terms, str):
+        raise ConfigError(f"{field}: expected a list of parts, found {type(terms).__name__}; write it as [{{kind: ...}}]")
+    if not terms:
+        raise ConfigError(f"{field}: empty; name at least one part, such as {{kind: function, function: file.py:name}}")
     problems: list[str] = []
-    read = [_read_entry(part, f"{field}[{index}]", problems) for index, part in enumerate(parts)]
+    read = [_read_entry(term, f"{field}[{index}]", problems) for index, term in enumerate(terms)]
     entries = [entry for entry in read if entry is not None]
     names: dict[str, str] = {}
     for entry in entries:
@@ -136,7 +139,7 @@ def read_terms(parts: Sequence[Any], field: str = "reward") -> Entries:
         elif name is not None:
             names[name] = entry.where.split(" ")[0]
     if problems:
-        raise UserError(*problems)
+        raise ConfigError(*problems)
     return Entries(tuple(_named(entries, set(names))))
 
 
@@ -154,41 +157,54 @@ def _named(entries: Sequence[Entry], taken: set[str]) -> list[Entry]:
     return named
 
 
-def _read_entry(part: Any, where: str, problems: list[str]) -> Entry | None:
-    if callable(part):
-        part = {"kind": "function", "function": part, **_name_of(part)}
-    if not isinstance(part, Mapping):
-        problems.append(f"{where}: expected a mapping, found {part!r:.60}; write it as {{kind: model, path: DIR}}")
+class TermReader(Reader):
+    """Reads the fields of one entry: those of its kind and those of `Common`."""
+
+    def __init__(self, problems: list[str], kind: str, known: Sequence[str]):
+        super().__init__(problems)
+        self.kind, self.known = kind, known
+
+    def unknown_key(self, section: type, path: Path, key: str, value: Any) -> str:
+        near = near_name(key, self.known)
+        hint = f"did you mean {near}?" if near else f"a {self.kind} part takes {', '.join(sorted(self.known))}"
+        return f"{dotted(path)}.{key}: unknown (value {brief(value)}); {hint}"
+
+    def misfit(self, wanted: Any, path: Path, value: Any) -> None:
+        if choices := choices_of(wanted):
+            self.problems.append(f"{dotted(path)}: {_unknown_choice(value, choices)}")
+        else:
+            super().misfit(wanted, path, value)
+
+
+def _read_entry(term: Any, where: str, problems: list[str]) -> Entry | None:
+    if callable(term):
+        term = {"kind": "function", "function": term, **_name_of(term)}
+    if not isinstance(term, Mapping):
+        problems.append(f"{where}: expected a mapping, found {brief(term)}; write it as {{kind: model, path: DIR}}")
         return None
-    kind = part.get("kind")
+    kind = term.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
-        problems.append(f"{where}.kind: {unknown_choice(kind, KINDS)}")
+        problems.append(f"{where}.kind: {_unknown_choice(kind, list(KINDS))}")
         return None
     module, name = KINDS[kind]
-    settings = getattr(importlib.import_module(module), name)
-    before = len(problems)
-    own = {spot.name for spot in dataclasses.fields(settings)}
-    shared = {spot.name for spot in dataclasses.fields(Common)}
-    for key, value in part.items():
-        if key not in own | shared:
-            hint = near(str(key), [*own, *shared])
-            problems.append(
-                f"{where}.{key}: unknown (value {value!r:.60}); "
-                + (f"did you mean {hint}?" if hint else f"a {kind} part takes {', '.join(sorted(own | shared))}")
-            )
-    common = read_fields(Common, {k: v for k, v in part.items() if k in shared}, where, problems)
-    values = read_fields(settings, {k: v for k, v in part.items() if k in own}, where, problems)
-    if common is not None:
-        _check_common(common, where, problems)
-    return Entry(common, values, where) if len(problems) == before else None
+    settings, shared = getattr(importlib.import_module(module), name), fields_of(Common)
+    reader = TermReader(problems, kind, [*fields_of(settings), *shared])
+    common = reader.read(Common, {key: value for key, value in term.items() if key in shared}, (where,))
+    own = reader.read(settings, {key: value for key, value in term.items() if key not in shared}, (where,))
+    return None if common is None or own is None else Entry(common, own, where)
 
 
-def _check_common(common: Common, where: str, problems: list[str]) -> None:
-    name = common.name
-    if name is not None and (not name.strip() or "/" in name or name in TAKEN or not name.isprintable()):
-        rules = f"not empty, no slash, no control character, none of {', '.join(TAKEN)}"
-        problems.append(f"{where}.name: {name!r} cannot be a part's name; {rules}")
-    problems += [f"{where}.{line}" for line in check_shape(common.normalise, common.clip)]
+def _unknown_choice(value: Any, choices: Sequence[str]) -> str:
+    near = near_name(value, choices) if isinstance(value, str) else None
+    found = "missing" if value is None else f"unknown value {brief(value)}"
+    return f"{found}; did you mean {near}?" if near else f"{found}; choose one of {', '.join(choices)}"
+
+
+def _name_faults(name: str | None) -> list[str]:
+    if name is None or (name.strip() and "/" not in name and name not in TAKEN and name.isprintable()):
+        return []
+    rules = f"not empty, no slash, no control character, none of {', '.join(TAKEN)}"
+    return [f"name: {name!r} cannot be a part's name; {rules}"]
 
 
 def _name_of(function: Any) -> dict[str, str]:

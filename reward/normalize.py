@@ -1,4 +1,4 @@
-"""Normalisation and clipping of a part's values, before its weight. All of it is off unless asked for.
+"""Normalisation and clipping of a term's values, before its weight. All of it is off unless asked for.
 
     normalise: {mean: 0.3, std: 1.2}       (value - mean) / std with numbers in hand
     normalise: {reference: FILE}           the same, measured once on a file of reference prompts and completions
@@ -21,7 +21,7 @@ import torch
 from steerl.reward.texts import TextSettings, load_texts
 from steerl.reward.types import Scores
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
 
@@ -60,14 +60,14 @@ class Running:
 
     def add(self, values_N: Tensor) -> None:
         """One set of values, over all ranks: every rank must call, with or without values of its own."""
-        own = values_N.double()
-        told = torch.stack([torch.tensor(float(len(own)), dtype=torch.float64), own.sum().cpu()])
-        count, total = processes.sum_(told.to(processes.start().device)).tolist()
+        values_N = values_N.double()
+        sums = torch.stack([torch.tensor(float(len(values_N)), dtype=torch.float64), values_N.sum().cpu()])
+        count, total = processes.sum_(sums.to(processes.start().device)).tolist()
         if not count:
             # Still in step with the other ranks: nobody has values, so nobody makes the second call.
             return
         mean = total / count
-        deviations = (own.cpu() - mean).square().sum().reshape(1)
+        deviations = (values_N.cpu() - mean).square().sum().reshape(1)
         squares = processes.sum_(deviations.to(processes.start().device)).item()
         shift, joined = mean - self.mean, self.count + count
         self.squares += squares + shift * shift * self.count * count / joined
@@ -132,12 +132,12 @@ def measure_reference(
     known = {spot.name for spot in fields(TextSettings)} - {"path"}
     if set(given) - known:
         unknown = ", ".join(sorted(set(given) - known))
-        raise UserError(f"{where}.normalise: unknown {unknown}; beside reference it takes {', '.join(sorted(known))}")
+        raise ConfigError(f"{where}.normalise: unknown {unknown}; beside reference it takes {', '.join(sorted(known))}")
     table = load_texts(TextSettings(path=str(normalise["reference"]), **given), f"{where}.normalise")
     values = score(*table.batch(range(len(table)))).total_B.double()
     values = values[~values.isnan()]
     std = values.std(correction=0).item() if len(values) > 1 else 0.0
     if std <= LEAST:
         found = f"{len(values)} scored row(s) with standard deviation {std}"
-        raise UserError(f"{where}.normalise.reference: {found}; name more, or varied, texts")
+        raise ConfigError(f"{where}.normalise.reference: {found}; name more, or varied, texts")
     return values.mean().item(), std

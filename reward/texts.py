@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError
 from steerl.rollout.prompts.chat import check_messages, text_of
 from steerl.rollout.prompts.tables import columns_of, read_table
 from steerl.rollout.types import Rollout, Texts
@@ -81,13 +81,13 @@ class TextTable:
         if isinstance(prompt, list) and prompt:
             prompt = _messages(prompt, f"{where}, column {self.prompt!r}")
         if not isinstance(prompt, str | list):
-            raise UserError(f"{where}: column {self.prompt!r} holds {type(prompt).__name__}; expected text or messages")
+            raise DataError(f"{where}: column {self.prompt!r} holds {type(prompt).__name__}; expected text or messages")
         if isinstance(completion, list) and completion:
             said = _messages(completion, f"{where}, column {self.completion!r}")
             before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] if prompt else []
             return [*before, *said[:-1]], _last(said, f"{where}, column {self.completion!r}")
         if not isinstance(completion, str):
-            raise UserError(f"{where}: column {self.completion!r} holds {completion!r:.40}; expected text or messages")
+            raise DataError(f"{where}: column {self.completion!r} holds {completion!r:.40}; expected text or messages")
         return prompt, completion
 
 
@@ -95,14 +95,14 @@ def load_texts(settings: TextSettings, field: str) -> TextTable:
     """The dataset of `settings`; `field` is what messages call it."""
     rows = read_table(settings.path, settings.split, settings.name, field)
     if not len(rows):
-        raise UserError(f"{field}.path: {settings.path} has no rows")
+        raise DataError(f"{field}.path: {settings.path} has no rows")
     names = columns_of(rows)
     for spot in ("messages", "prompt", "completion"):
         column = getattr(settings, spot)
         if column and column not in names:
-            raise UserError(f"{field}.{spot}: {column!r} is not a column of {settings.path}; it has: {', '.join(names)}")
+            raise DataError(f"{field}.{spot}: {column!r} is not a column of {settings.path}; it has: {', '.join(names)}")
     if settings.messages and (settings.prompt or settings.completion):
-        raise UserError(
+        raise DataError(
             f"{field}.messages: holds whole conversations; {field}.prompt and {field}.completion have no effect, leave them out"
         )
     named = settings.prompt or settings.completion
@@ -113,7 +113,7 @@ def load_texts(settings: TextSettings, field: str) -> TextTable:
         prompt = settings.prompt or ("prompt" if "prompt" in names else "")
         completion = settings.completion or next((n for n in _COMPLETIONS if n in names and n != prompt), "")
         if not completion:
-            raise UserError(
+            raise DataError(
                 f"{field}.completion: none of the usual columns is there; {settings.path} has: {', '.join(names)}; name one"
             )
     kept = rows[: settings.limit] if settings.limit and isinstance(rows, list) else rows
@@ -125,14 +125,14 @@ def load_texts(settings: TextSettings, field: str) -> TextTable:
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: expected a list of messages with a role and a content, found {value!r:.60}")
+        raise DataError(f"{where}: expected a list of messages with a role and a content, found {value!r:.60}")
     check_messages(value, where)
     return value
 
 
 def _last(said: list[dict[str, Any]], where: str) -> str:
     if said[-1]["role"] != "assistant" or not isinstance(said[-1].get("content"), str | list):
-        raise UserError(
+        raise DataError(
             f"{where}: the last message is {said[-1]!r:.60}; expected the assistant's text, which is what is scored"
         )
     return text_of(said[-1]["content"])

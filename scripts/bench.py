@@ -13,7 +13,6 @@ steerl bench [--out runs/bench]
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +20,6 @@ from steerl.configs.reader import run_command
 
 from steerl.scripts.bench_cases import overhead, scaling, speed
 from steerl.scripts.bench_cases.learning import LearningSettings, measure
-
-PARTS = ("--learning", "--scaling", "--overhead", "--quick")
-"""Flags that choose what is measured; they may stand without a value."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +53,8 @@ def main(job: Job) -> None:
         speed.measure(Path(job.out), job.speed, job.quick)
 
 
-def spelled_out(argv: list[str]) -> list[str]:
-    """`--learning` alone means `--learning=true`."""
-    alone = [token in PARTS and after not in ("true", "false") for token, after in zip(argv, [*argv, ""][1:], strict=True)]
-    return [f"{token}=true" if bare else token for token, bare in zip(argv, alone, strict=True)]
-
-
 def cli() -> None:
-    run_command(main, Job, spelled_out(sys.argv[1:]))
+    run_command(main, Job)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from steerl.rollout.steering import Steering, load_spec
 class Job:
     """Complete prompts, or chat, and say how sure the model was."""
 
-    prompt: list[str] = field(default_factory=list, metadata={"positional": True})
+    prompt: list[str] = field(default_factory=list, metadata={"positional": "texts"})
     """Texts to go on from."""
     model: ModelSettings = field(default_factory=ModelSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
@@ -315,18 +315,8 @@ def show_all(session: Session, asked: list[Asked]) -> None:
             session.show(one, done)
 
 
-def with_switches(argv: list[str]) -> list[str]:
-    """`--json "prompt"` as `--json=true "prompt"`: before a prompt, which is no flag's value, a switch stands alone."""
-    switches = {f"--{name}" for name, kind in Job.__annotations__.items() if kind == "bool"}
-    following = [*argv[1:], "--"]
-    return [
-        f"{word}=true" if word in switches and after not in ("true", "false") else word
-        for word, after in zip(argv, following, strict=True)
-    ]
-
-
 def cli() -> None:
-    run_command(main, Job, with_switches(sys.argv[1:]))
+    run_command(main, Job)
 
 
 if __name__ == "__main__":

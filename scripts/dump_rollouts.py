@@ -26,6 +26,7 @@ from steerl.rollout.decoding.stops import warn_endless
 from steerl.rollout.dumps.dump import dump, left_to_do
 from steerl.rollout.dumps.manifest import RECORDS, Plan, load_manifest, start
 from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering import Steering, load_spec
@@ -39,6 +40,7 @@ class Job:
     model: ModelSettings = field(default_factory=ModelSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
     sampling: Sampling = field(default_factory=Sampling)
+    engine: EngineSettings = field(default_factory=EngineSettings)
     steering: dict[str, Any] | str | None = field(default=None, metadata={"check": load_spec})
     """An intervention's mapping, or the path of a YAML that holds it."""
     run: RunSettings = field(default_factory=RunSettings)
@@ -61,7 +63,7 @@ def write(job: Job, folder: Path) -> None:
     policy = load_policy(job.model, me.device)
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed) if job.steering else None
-    sampler = Sampler(policy, job.sampling, steering)
+    sampler = Sampler(policy, job.sampling, steering, job.engine)
     warn_endless(policy, job.sampling, prompts.table[0][prompts.column])
     plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
 

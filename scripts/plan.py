@@ -21,8 +21,8 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.adapters import adapter_config
 from steerl.rollout.model.policy import ModelSettings
 from steerl.scripts.train_ppo import PPOJob, learnable
-from steerl.training.planning.hardware import GIGA, TERA, Machines, measure, named
-from steerl.training.planning.memory import Work
+from steerl.training.planning.hardware import GIGA, TERA, Machines, measure_device, named
+from steerl.training.planning.memory import PlannedStep
 from steerl.training.planning.passes import Blueprint, count
 from steerl.training.planning.plan import LORA, advise, as_mapping, flags, rows, table, words
 from steerl.training.planning.time import Shares
@@ -112,7 +112,7 @@ def machines_of(job: Job) -> Machines:
     bandwidth, memory = gpu.bandwidth * GIGA, gpu.memory * GIGA
     if job.measure:
         device = processes.start().device
-        operations, bandwidth = measure(device, torch.bfloat16 if job.mixed_precision == "bf16" else torch.float32)
+        operations, bandwidth = measure_device(device, torch.bfloat16 if job.mixed_precision == "bf16" else torch.float32)
         if device.type == "cuda":
             memory = float(torch.cuda.get_device_properties(device).total_memory)
     return Machines(
@@ -127,7 +127,7 @@ def machines_of(job: Job) -> Machines:
     )
 
 
-def work_of(job: Job, peft: dict[str, Any] | None) -> Work:
+def work_of(job: Job, peft: dict[str, Any] | None) -> PlannedStep:
     """The job, with an adapter or without; the policy is loaded in the precision that training would load it in."""
     if peft:
         adapter_config(peft)
@@ -139,10 +139,10 @@ def work_of(job: Job, peft: dict[str, Any] | None) -> Work:
         if job.ppo.value != "separate":
             value = Blueprint.of(ModelSettings(path=job.ppo.value, dtype="float32"), "ppo.value", like=policy)
     prompt = min(job.prompt_tokens, job.prompts.max_tokens or job.prompt_tokens)
-    return Work(policy, value, job.ppo, job.sampling, max(prompt, 1), job.mixed_precision)
+    return PlannedStep(policy, value, job.ppo, job.sampling, max(prompt, 1), job.mixed_precision)
 
 
-def heading(job: Job, work: Work, machines: Machines) -> list[str]:
+def heading(job: Job, work: PlannedStep, machines: Machines) -> list[str]:
     counts = count(work.policy)
     return [
         f"{job.model.path}: {counts.all / 1e9:.3f} billion weights, {counts.trained / 1e9:.3f} trained; vocabulary "

@@ -27,7 +27,7 @@ from steerl.rollout.common.run_folder import RunSettings, begin, is_run, opened,
 from steerl.rollout.model.policy import ModelSettings
 from steerl.rollout.prompts.tables import columns_of, read_table
 from steerl.training.stages import models, stage
-from steerl.training.stages.data import Row, check_values, missing_columns
+from steerl.training.stages.data import TableRow, check_values, missing_columns
 from steerl.training.stages.seq2seq import decode, make_trainer, tokenize
 
 _logger = logging.getLogger(__name__)
@@ -85,13 +85,11 @@ def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, Any]:
     try:
         ours, training = parser.parse_args_into_dataclasses(args=list(argv))
     except (ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(" ".join(str(error).split())) from error
     return ours, training
 
 
-def read(ours: SummarisationArguments, part: str, file: str | None, limit: int | None) -> list[Row]:
+def read(ours: SummarisationArguments, part: str, file: str | None, limit: int | None) -> list[TableRow]:
     """The rows of train, validation or test as {prompt, completion}."""
     if file is None and ours.dataset_name is None:
         raise UserError(f"{part}_file: missing; name a jsonl, json, csv or parquet file, or a dataset with --dataset_name")
@@ -129,7 +127,7 @@ def main(ours: SummarisationArguments, training: Any) -> None:
         raise UserError("nothing to do: give --do_train, --do_eval or --do_predict")
     if training.do_predict and not training.predict_with_generate:
         raise UserError("do_predict: needs --predict_with_generate; without it there is nothing that could be written")
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[TableRow]] = {}
     if training.do_train:
         rows["train"] = stage.on_every_process(lambda: read(ours, "train", ours.train_file, ours.max_train_samples))
     if training.do_eval:
@@ -172,7 +170,7 @@ def flags_named() -> Iterator[None]:
 def work(
     ours: SummarisationArguments,
     training: Any,
-    rows: dict[str, list[Row]],
+    rows: dict[str, list[TableRow]],
     model: Any,
     tokenizer: Any,
     folder: Path,

@@ -31,7 +31,7 @@ from steerl.reward.jobs.scoring import (
     opened_for_scores,
     score_source,
 )
-from steerl.reward.kinds.reading import load_tokenizer
+from steerl.reward.kinds.model_inputs import load_tokenizer
 from steerl.reward.texts import TextSettings, load_texts
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError

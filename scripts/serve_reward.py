@@ -92,7 +92,7 @@ def main(job: Job) -> None:
             f"serve.port: {serve.host}:{serve.port} cannot be bound; choose another, or 0 for any free one"
         ) from error
     host = f"[{serve.host}]" if ":" in serve.host else serve.host
-    print(f"serving http://{host}:{socket.getsockname()[1]} ({', '.join(part.name for part in reward.parts)})", flush=True)
+    print(f"serving http://{host}:{socket.getsockname()[1]} ({', '.join(term.name for term in reward.terms)})", flush=True)
     try:
         uvicorn.Server(config).run(sockets=[socket])
     finally:

@@ -23,6 +23,7 @@ from steerl.reward.build import build_reward, read_terms
 from steerl.rollout.common import processes
 from steerl.rollout.common.run_folder import RunSettings, check_folder
 from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.adapters import is_adapter_folder
 from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
@@ -44,6 +45,8 @@ class PPOJob:
     """What it is evaluated on; without a path, the first of the training prompts."""
     sampling: Sampling = field(default_factory=Sampling)
     """How rollouts are drawn."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """What draws them."""
     steering: dict[str, Any] | str | None = field(default=None, metadata={"check": load_spec})
     """What is done to activations while sampling and learning: a mapping, or the path of a YAML file with it."""
     reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_terms})
@@ -69,6 +72,7 @@ def main(job: PPOJob) -> None:
         job.ppo,
         job.run,
         steering=load_spec(job.steering) if job.steering else None,
+        engine=job.engine,
         heldout=heldout,
         config=config,
     )

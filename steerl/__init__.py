@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 _FILES = {
     "rollout.types": ("Rollout", "Texts"),
-    "rollout.common.errors": ("UserError",),
+    "rollout.common.errors": ("CheckpointError", "ConfigError", "DataError", "UserError"),
     "rollout.common.run_folder": ("RunSettings",),
     "rollout.model.policy": ("ModelSettings", "Policy", "load_policy"),
     "rollout.prompts.prompts": ("PromptBatch", "PromptSettings", "Prompts", "load_prompts"),

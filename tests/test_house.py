@@ -428,8 +428,9 @@ def test_the_commands_of_the_readme_are_read(command, readme_folder, capsys):
 @pytest.mark.proofs
 def test_the_commands_of_the_readme_run(tiny_world, readme_folder, monkeypatch, capfd):
     """One after the other, as they stand, in an empty folder; make only says what it would do."""
-    (readme_folder / "runs" / "tiny").mkdir(parents=True)
-    (readme_folder / "runs" / "tiny" / "reviews").symlink_to(tiny_world("reviews"))
+    for folder, world in (("runs/tiny", "reviews"), ("tiny", "suppressed")):
+        (readme_folder / folder).mkdir(parents=True)
+        (readme_folder / folder / world).symlink_to(tiny_world(world))
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (readme_folder / name).symlink_to(ROOT / name)
     monkeypatch.setattr(sys, "path", ["", *sys.path])

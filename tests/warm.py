@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,8 +57,8 @@ class Warm:
         self._process.start()
         self.pid: int = self._process.pid or 0
         self._read = 0
-        while terminal and self.poll() is None and os.readlink(f"/proc/{self.pid}/fd/0") != terminal:
-            time.sleep(0.002)  # until then the caller alone holds it open
+        while terminal and self.poll() is None and self._input() != terminal:
+            self._process.join(0.002)  # until then the caller alone holds it open
 
     @property
     def returncode(self) -> int | None:
@@ -88,7 +87,13 @@ class Warm:
             if newline or ended:
                 self._read += len(line) + len(newline)
                 return line + newline
-            time.sleep(0.002)
+            self._process.join(0.002)
+
+    def _input(self) -> str:
+        try:
+            return os.readlink(f"/proc/{self.pid}/fd/0")
+        except OSError:  # it ended just now
+            return ""
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

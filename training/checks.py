@@ -6,55 +6,57 @@ import logging
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import warn_endless
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
+from steerl.rollout.steering import SteeringSpec
 from steerl.training.settings import PPOSettings
 from torch import nn
 
 logger = logging.getLogger(__name__)
 
 
-def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings, steering: Any = None) -> None:
+def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings, steering: SteeringSpec | None = None) -> None:
     """Raise a UserError with a line for everything in the job that does not fit together."""
-    found: list[str] = []
+    problems: list[str] = []
     if ppo.rollouts_per_step % sampling.n:
-        found.append(
+        problems.append(
             f"ppo.rollouts_per_step: {ppo.rollouts_per_step} cannot be split into groups of sampling.n = {sampling.n} samples "
             f"per prompt; {ppo.rollouts_per_step // sampling.n * sampling.n or sampling.n} would do"
         )
     if ppo.credit != "gae" and sampling.n < 2:
-        found.append(f"sampling.n: {sampling.n}, but ppo.credit {ppo.credit} compares samples of one prompt; set 2 or more")
+        problems.append(f"sampling.n: {sampling.n}, but ppo.credit {ppo.credit} compares samples of one prompt; set 2 or more")
     if ppo.reference == "adapter" and not hasattr(policy.model, "peft_config"):
-        found.append("ppo.reference: adapter, but the policy has none; set model.peft, or ppo.reference to copy")
+        problems.append("ppo.reference: adapter, but the policy has none; set model.peft, or ppo.reference to copy")
     elif ppo.reference == "adapter" and (name := adapters.learns_in_base(policy.model)):
-        found.append(
+        problems.append(
             f"ppo.reference: adapter, but {name} of the base learns, too, and stays changed where the adapter is off; set copy"
         )
     if prompts is not None and len(prompts) == 0:
-        found.append("prompts: there are none; check prompts.path and prompts.limit")
+        problems.append("prompts: there are none; check prompts.path and prompts.limit")
     copies_value = ppo.credit == "gae" and ppo.value == "separate"
     if copies_value or getattr(steering, "role", "") != "trainable":
-        found += float16_problems(policy.model)
-    found += law_problems(sampling, ppo, steering)
+        problems += float16_problems(policy.model)
+    problems += sampling_problems(sampling, ppo, steering)
     if ppo.kl_target is not None and _unweighed(sampling, ppo, steering):
-        found.append(
+        problems.append(
             "ppo.kl_target: with a correction of type none the KL that is measured is the sampler's, not the policy's; "
             "set the type to token_truncate, or leave kl_target out"
         )
-    if found:
-        raise UserError(*found)
+    if problems:
+        raise ConfigError(*problems)
     if not ppo.replay and isinstance(prompts, Prompts):
         warn_endless(policy, sampling, prompts.table[0][prompts.column])
     if ppo.reference == "none" and ppo.kl_coef:
         logger.warning("ppo.kl_coef: %s has no effect without a reference", ppo.kl_coef)
     if _unweighed(sampling, ppo, steering) and ppo.kl_as == "loss" and ppo.kl_coef:
         logger.warning(
-            "ppo.kl_as: loss with a correction of type none has not the KL's gradient, for the rows come from another law than "
-            "the policy's; token_truncate weighs them, and ppo.kl_as reward shares the bias of the policy loss alone"
+            "ppo.kl_as: loss with a correction of type none has not the KL's gradient, for the rows come from another "
+            "distribution than the policy's; token_truncate weighs them, and ppo.kl_as reward shares the bias of the policy "
+            "loss alone"
         )
     if ppo.kl_as == "reward" and ppo.kl_estimator != "k1":
         logger.warning(
@@ -74,15 +76,15 @@ def float16_problems(model: nn.Module) -> list[str]:
     return [told] if learns else []
 
 
-def _unweighed(sampling: Sampling, ppo: PPOSettings, steering: Any) -> bool:
-    """Whether rows of another law than the policy's count as if they were the policy's."""
+def _unweighed(sampling: Sampling, ppo: PPOSettings, steering: SteeringSpec | None) -> bool:
+    """Whether rows of another distribution than the policy's count as if they were the policy's."""
     correction = ppo.correction or getattr(steering, "correction", None)
     other = ppo.replay or not sampling.is_plain or getattr(steering, "role", "") == "behaviour"
     return bool(other) and correction is not None and correction.type == "none"
 
 
-def law_problems(sampling: Sampling, ppo: PPOSettings, steering: Any = None) -> list[str]:
-    """Samplers whose law is not the policy's need importance weights, or are refused."""
+def sampling_problems(sampling: Sampling, ppo: PPOSettings, steering: SteeringSpec | None = None) -> list[str]:
+    """Samplers whose distribution is not the policy's need importance weights, or are refused."""
     if ppo.replay:
         if ppo.correction is None:
             return [
@@ -91,7 +93,9 @@ def law_problems(sampling: Sampling, ppo: PPOSettings, steering: Any = None) -> 
             ]
         return []
     if sampling.greedy:
-        return ["sampling.greedy: greedy rollouts have no law to weigh by, so PPO cannot learn from them; set it to false"]
+        return [
+            "sampling.greedy: greedy rollouts have no distribution to weigh by, so PPO cannot learn from them; set it to false"
+        ]
     if steering is not None and steering.role == "data":
         return [
             "steering.role: data is for dumps that the supervised stage clones; PPO learns with role policy, trainable or "
@@ -105,13 +109,13 @@ def law_problems(sampling: Sampling, ppo: PPOSettings, steering: Any = None) -> 
         ]
     if not sampling.is_plain and ppo.correction is None:
         return [
-            "sampling: top_k, top_p, min_p, penalties and bans draw from another law than the policy's, so the clipped ratio "
-            "would be off; sample with the temperature alone, or set ppo.correction.type, for example token_truncate "
-            "(none accepts the bias)"
+            "sampling: top_k, top_p, min_p, penalties and bans draw from another distribution than the policy's, so the "
+            "clipped ratio would be off; sample with the temperature alone, or set ppo.correction.type, for example "
+            "token_truncate (none accepts the bias)"
         ]
     if behaviour and ppo.correction is None and getattr(steering, "correction", None) is None:
         return [
-            "steering.correction: missing; rollouts of steering.role behaviour come from another law than the policy's; "
-            "set its type, for example token_truncate (none accepts the bias)"
+            "steering.correction: missing; rollouts of steering.role behaviour come from another distribution than the "
+            "policy's; set its type, for example token_truncate (none accepts the bias)"
         ]
     return []

@@ -35,6 +35,7 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import Stopped
 from steerl.rollout.common.run_folder import RunSettings, begin, opened
 from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import SteeringSpec
@@ -66,6 +67,7 @@ def train(
     run: RunSettings,
     *,
     steering: SteeringSpec | None = None,
+    engine: EngineSettings | None = None,
     heldout: Prompts | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def train(
             log_line(f"{folder}: finished already; more ppo.steps go on with it, --run.overwrite true starts again")
             return read_summary(folder)
         made_from = processes.on_main(lambda: resume.made_from(policy, prompts, heldout, reward, settings))
-        parts = prepare(policy, reward, sampling, settings, run, steering)
+        parts = prepare(policy, reward, sampling, settings, run, steering, engine)
         model, reference, state = parts.actor_critic, parts.reference, parts.state
         made_from |= {"steering": parts.steering.label} if parts.steering is not None else {}
         stored = Replay(settings.replay, policy, settings, parts.steering) if settings.replay else None

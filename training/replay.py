@@ -3,8 +3,8 @@
     DUMP ── finished? same tokenizer? ──> shards in the order of (seed, epoch) ──> prompts of a shard in its order
                                                                                      with all samples of each ──> a step
 
-The rows keep both their log-probs: the importance correction weighs what the policy of today makes of them by the law they
-were drawn from. Memory is that of a few shards. Where a step begins is `position`, prompts taken so far, as when sampling.
+The rows keep both their log-probs: the importance correction weighs what the policy of today makes of them by the distribution
+they were drawn from. Memory is that of a few shards. Where a step begins is `position`, prompts taken so far, as when sampling.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
 from steerl.rollout.dumps.manifest import finished_shards, load_manifest, plan_of
 from steerl.rollout.dumps.store import read_dump
@@ -39,7 +39,7 @@ class Replay:
         """`steering` is the job's own; the dump must have been drawn under the same."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise UserError(f"ppo.replay: {folder} is not a folder; name one that dump_rollouts.py wrote")
+            raise DataError(f"ppo.replay: {folder} is not a folder; name one that dump_rollouts.py wrote")
         finished_shards(self.folder)  # says so where it is unfinished
         manifest = load_manifest(self.folder)
         self.plan = plan_of(manifest)
@@ -53,22 +53,22 @@ class Replay:
         if steering is not None and steering.role in ("policy", "trainable"):
             self._check_steering(steering, manifest.get("config", {}).get("sampling", {}).get("seed"))
         if settings.credit != "gae" and self.samples < 2:
-            raise UserError(f"ppo.replay: {folder} has one sample per prompt; ppo.credit {settings.credit} compares several")
+            raise DataError(f"ppo.replay: {folder} has one sample per prompt; ppo.credit {settings.credit} compares several")
         if settings.kl_target is not None:
             told = "the KL of stored rows is not that of the policy, which draws others"
-            raise UserError(f"ppo.kl_target: {told}; leave it out with ppo.replay, ppo.kl_coef stays as it is")
+            raise DataError(f"ppo.kl_target: {told}; leave it out with ppo.replay, ppo.kl_coef stays as it is")
         if settings.rollouts_per_step % self.samples:
             whole = settings.rollouts_per_step // self.samples * self.samples or self.samples
             told = f"{settings.rollouts_per_step} is no multiple of the {self.samples} samples per prompt of ppo.replay"
-            raise UserError(f"ppo.rollouts_per_step: {told}; {whole} would do")
+            raise DataError(f"ppo.rollouts_per_step: {told}; {whole} would do")
 
     def take(self, seed: int, position: int, count: int) -> list[int]:
         """The `count` prompts from `position` on; every epoch has an order of its own."""
-        found: list[int] = []
-        while len(found) < count:
-            epoch, start = divmod(position + len(found), self.plan.prompts)
-            found += self._order(seed, epoch)[start : start + count - len(found)]
-        return found
+        prompts: list[int] = []
+        while len(prompts) < count:
+            epoch, start = divmod(position + len(prompts), self.plan.prompts)
+            prompts += self._order(seed, epoch)[start : start + count - len(prompts)]
+        return prompts
 
     def batch(self, prompts: Sequence[int], occurrences: Sequence[int] | None = None) -> list[int]:
         """What `sample` is given. A prompt that comes twice brings the same rows twice: `occurrences` tell nothing here."""
@@ -81,8 +81,8 @@ class Replay:
             index = prompt // self.plan.shard_prompts
             rollout, texts = self._shard(index)
             first = (prompt - self.plan.shard(index).start) * self.samples
-            picked = list(range(first, first + self.samples))
-            parts.append((rollout.select(picked), texts.select(picked)))
+            samples = list(range(first, first + self.samples))
+            parts.append((rollout.select(samples), texts.select(samples)))
         rollout = Rollout.join([rollout for rollout, _ in parts]).trim()
         if not self.same_weights:  # so that nothing takes its policy_logprobs for those of a policy that learns here
             rollout = dataclasses.replace(rollout, policy_step=-1)
@@ -117,13 +117,13 @@ class Replay:
     def _check_source(self, made_from: dict[str, Any], policy: Policy, steering: str) -> None:
         told = f"ppo.replay: {self.folder}"
         if policy.tokenizer is not None and made_from.get("model.tokenizer") != tokenizer_fingerprint(policy.tokenizer):
-            raise UserError(
+            raise DataError(
                 f"{told} was sampled with another tokenizer than the policy's; its ids mean other text. Name its own model"
             )
         if steering != made_from.get("steering", "") and steering:
-            found = made_from.get("steering") or "none"
-            raise UserError(
-                f"{told} was sampled under the steering {found}, the job has {steering}; leave steering out, or give that one"
+            other = made_from.get("steering") or "none"
+            raise DataError(
+                f"{told} was sampled under the steering {other}, the job has {steering}; leave steering out, or give that one"
             )
         self.same_weights = made_from.get("model.path") == model_fingerprint(policy.core)
         if not self.same_weights:
@@ -136,7 +136,7 @@ class Replay:
             return
         other_seed = self.same_weights and not unrecorded(steering.spec, same_draws=True)
         mended = f"set run.seed to {seed}, the dump's, " if other_seed and seed is not None else "leave ppo.replay out "
-        raise UserError(
+        raise DataError(
             f"ppo.replay: {self.folder} cannot be steered as it was drawn: a record holds the first site's strength alone, and "
             f"{why}; {mended}or replay a dump under one site without noise"
         )
@@ -144,15 +144,15 @@ class Replay:
     def _check_rows(self, rollout: Rollout, file: str) -> None:
         told = f"ppo.replay: {self.folder / file}"
         if rollout.greedy:
-            raise UserError(
-                f"{told} holds greedy rows, which have no law to weigh by; sample the dump with sampling.greedy false"
+            raise DataError(
+                f"{told} holds greedy rows, which have no distribution to weigh by; sample the dump with sampling.greedy false"
             )
         if rollout.start_ids != self.start_ids:
-            raise UserError(
+            raise DataError(
                 f"{told} begins responses with the ids {list(rollout.start_ids)}, the policy with {list(self.start_ids)}"
             )
         largest = max(int(rollout.prompt_BP.max()), int(rollout.response_BR.max()))
         if largest >= self.vocabulary:
-            raise UserError(
+            raise DataError(
                 f"{told} holds the id {largest}, the policy's vocabulary ends at {self.vocabulary - 1}; name its own model"
             )

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import MOST_ROWS
 from steerl.rollout.steering.spec.spec import Correction
 
@@ -95,8 +95,9 @@ class PPOSettings:
     value_warmup_steps: int = 0
     """First steps in which only the value learns."""
     correction: Correction | None = None
-    """Importance weights for samplers whose law is not the policy's (top_p, penalties, older weights, steered exploration):
-    of the policy loss, of the KL as a loss, and of kl/ref. The KL in the reward is weighed with the advantage it goes into."""
+    """Importance weights for samplers whose distribution is not the policy's (top_p, penalties, older weights, steered
+    exploration): of the policy loss, of the KL as a loss, and of kl/ref. The KL in the reward is weighed with the advantage
+    it goes into."""
     replay: str | None = None
     """A dump of rollouts to learn from instead of sampling."""
     gap_tolerance: float | None = None
@@ -113,7 +114,7 @@ class PPOSettings:
 
     def __post_init__(self) -> None:
         if problems := out_of_range(self):
-            raise UserError(*problems)
+            raise ConfigError(*problems)
 
 
 def out_of_range(ppo: PPOSettings) -> list[str]:

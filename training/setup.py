@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from steerl.reward.types import Reward
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model import adapters, virtual_tokens
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
@@ -51,6 +52,7 @@ def prepare(
     settings: PPOSettings,
     run: RunSettings,
     steering_spec: SteeringSpec | None = None,
+    engine_settings: EngineSettings | None = None,
 ) -> Components:
     """Build the components of a run. Copies of the policy are taken before steering is attached to it."""
     from accelerate.utils import set_seed
@@ -72,7 +74,7 @@ def prepare(
     engine.link_reference(reference, accelerator, actor_critic)
 
     def sampler(how: Sampling, steered: Steering | None) -> EngineSampler:
-        return EngineSampler(Sampler(policy, how, steered), accelerator, actor_critic, settings.gather)
+        return EngineSampler(Sampler(policy, how, steered, engine_settings), accelerator, actor_critic, settings.gather)
 
     evaluation = dataclasses.replace(sampling, n=1, seed=sampling.seed + _EVALUATION_SEED)
     controller = (
@@ -115,7 +117,7 @@ def with_peft(policy: Policy, mapping: dict[str, Any] | None) -> Policy:
     if not mapping:
         return policy
     if hasattr(policy.model, "peft_config"):
-        raise UserError("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
+        raise ConfigError("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
     device = policy.device
     adapted = policy.with_model(adapters.add(policy.model, mapping).to(device))
     taken = virtual_tokens.count(adapted.model)  # room that no prompt or response can use

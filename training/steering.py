@@ -10,7 +10,7 @@ import logging
 
 import torch
 from steerl.rollout.analysis.steering_table import edits_per_row
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering, unsteered
 from steerl.training.model.actor_critic import ActorCritic
@@ -76,5 +76,5 @@ def hold_budget(steering: Steering | None, spent: float | None, step: int) -> No
         allowed = f"above steering.kl_budget {limit.nats_per_sequence:g}"
         said = f"step {step + 1}: steered responses cost {spent:.2f} nats of KL, {allowed}"
         if limit.action == "error":
-            raise UserError(f"{said}; lower the strength, steer fewer steps, or set kl_budget.action to rescale")
+            raise ConfigError(f"{said}; lower the strength, steer fewer steps, or set kl_budget.action to rescale")
         logger.warning("%s", said)

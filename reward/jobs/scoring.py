@@ -27,7 +27,7 @@ from steerl.reward.texts import TextTable
 from steerl.reward.types import Scores
 from steerl.reward.weighted_sum import WeightedSum
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError, reading
+from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.fingerprint import sha256_file, values_fingerprint
 from steerl.rollout.common.progress import Progress
 from steerl.rollout.common.run_folder import RunSettings, opened, write_json
@@ -79,7 +79,7 @@ class DumpSource:
         record = self.shards[index]
         damage = record.damage(self.folder)
         if damage:
-            raise UserError(f"{self.folder / record.file}: {damage}; make it again: dump_rollouts.py with --run.resume true")
+            raise DataError(f"{self.folder / record.file}: {damage}; make it again: dump_rollouts.py with --run.resume true")
         yield from read_shard(self.folder / record.file, CALL_ROWS)
 
 
@@ -115,12 +115,12 @@ def begin(
     run: RunSettings, folder: Path, name: str, source: Source, reward: WeightedSum, config: Mapping[str, Any], **described: Any
 ) -> dict[str, Any]:
     """The manifest to work by: a fresh one, or the one in the folder if it was made with the same settings."""
-    made_from = {"rows": source.fingerprint, **{f"reward {part.name}": part.content() for part in reward.parts}}
+    made_from = {"rows": source.fingerprint, **{f"reward {term.name}": term.content() for term in reward.terms}}
     fresh = {
         "format": "scores 1",
         "finished": False,
         "made_from": made_from,
-        "parts": {part.name: part.weight for part in reward.parts},
+        "parts": {term.name: term.weight for term in reward.terms},
         **described,
         "config": json.loads(json.dumps(config)),
         "shards": [{"file": file_of(i), "rows": rows} for i, rows in enumerate(source.rows)],
@@ -137,10 +137,10 @@ def begin(
         found = read_manifest(path)
         changed = _changes(found, fresh)
         if changed:
-            raise UserError(*(f"{line}; give the same settings, or start afresh with --run.overwrite true" for line in changed))
+            raise DataError(*(f"{line}; give the same settings, or start afresh with --run.overwrite true" for line in changed))
         return found
     if any(folder.glob("scores-*.parquet")):
-        raise UserError(f"run.dir: {folder} holds scores but no {name}; start afresh with --run.overwrite true")
+        raise DataError(f"run.dir: {folder} holds scores but no {name}; start afresh with --run.overwrite true")
     write_json(path, fresh)
     return fresh
 
@@ -149,7 +149,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     with reading(f"{path}: damaged (", "); start afresh with --run.overwrite true"):
         found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not str(found.get("format", "")).startswith("scores "):
-        raise UserError(f"run.dir: {path} is not of scores; name another folder")
+        raise DataError(f"run.dir: {path} is not of scores; name another folder")
     return found
 
 
@@ -157,18 +157,18 @@ def _changes(found: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[str]:
     lines = []
     other_reward = found["config"].get("reward") != fresh["config"].get("reward")
     if other_reward:
-        was, now = (json.dumps(kept["config"].get("reward"))[:300] for kept in (found, fresh))
+        was, now = (json.dumps(manifest["config"].get("reward"))[:300] for manifest in (found, fresh))
         lines.append(f"reward: these scores were begun with {was}, and are now asked to go on with {now}")
     for name in sorted(found["made_from"].keys() | fresh["made_from"].keys()):
-        was, now = (kept["made_from"].get(name, "none") for kept in (found, fresh))
+        was, now = (manifest["made_from"].get(name, "none") for manifest in (found, fresh))
         if was != now and not (other_reward and name.startswith("reward ")):
             lines.append(f"{name}: content has changed since these scores were begun (fingerprint {was}, now {now})")
     return lines
 
 
 def tag_of(begun: Mapping[str, Any]) -> str:
-    kept = [begun["config"].get("reward"), begun["made_from"]]
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    identity = [begun["config"].get("reward"), begun["made_from"]]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_whole(folder: Path, index: int, begun: Mapping[str, Any]) -> bool:
@@ -181,8 +181,8 @@ def is_whole(folder: Path, index: int, begun: Mapping[str, Any]) -> bool:
         return False
     try:
         with pq.ParquetFile(path) as file:
-            told = json.loads((file.schema_arrow.metadata or {}).get(METADATA, b"{}"))
-            if told.get("tag") != tag_of(begun) or file.metadata.num_rows != begun["shards"][index]["rows"]:
+            metadata = json.loads((file.schema_arrow.metadata or {}).get(METADATA, b"{}"))
+            if metadata.get("tag") != tag_of(begun) or file.metadata.num_rows != begun["shards"][index]["rows"]:
                 return False
     except (pa.ArrowInvalid, OSError, ValueError):
         return False
@@ -205,18 +205,18 @@ def score_source(
 
     Where `stopping` says so, a process leaves after the shard that it is at."""
     me = processes.start()
-    rows, mine = source.rows, list(todo[me.rank :: me.world_size])
-    others = set(todo) - set(mine)
+    rows, own_shards = source.rows, list(todo[me.rank :: me.world_size])
+    others = set(todo) - set(own_shards)
     progress = Progress("scores", sum(rows), stream if me.is_main else None, already=sum(rows) - sum(rows[i] for i in todo))
     try:
-        for index in mine:
+        for index in own_shards:
             if stopping():
                 raise stopped(folder)
-            found: list[tuple[Rollout, Scores]] = []
+            scored: list[tuple[Rollout, Scores]] = []
             for rollout, texts in source.read(index):
-                found.append((rollout, reward(rollout, texts)))
+                scored.append((rollout, reward(rollout, texts)))
                 progress.add(len(rollout))
-            write_table(folder / file_of(index), to_table(found, reward, tag_of(begun)))
+            write_table(folder / file_of(index), to_table(scored, reward, tag_of(begun)))
         while me.is_main and others:  # not a barrier: those time out
             for index in [i for i in others if is_whole(folder, i, begun)]:
                 others.discard(index)
@@ -229,18 +229,18 @@ def score_source(
         progress.close()
 
 
-def to_table(found: Sequence[tuple[Rollout, Scores]], reward: WeightedSum, tag: str) -> Any:
+def to_table(scored: Sequence[tuple[Rollout, Scores]], reward: WeightedSum, tag: str) -> Any:
     """prompt_index, sample_index, total, and a column per part, null where it does not apply."""
     import pyarrow as pa
 
-    names = dict.fromkeys([part.name for part in reward.parts] + [name for _, scores in found for name in scores.parts])
+    names = dict.fromkeys([term.name for term in reward.terms] + [name for _, scores in scored for name in scores.parts])
     columns = {
-        "prompt_index": pa.array(torch.cat([rollout.row_B for rollout, _ in found]).cpu().numpy(), pa.int64()),
-        "sample_index": pa.array(torch.cat([rollout.sample_B for rollout, _ in found]).int().cpu().numpy(), pa.int32()),
-        "total": pa.array(torch.cat([scores.total_B for _, scores in found]).cpu().numpy(), pa.float32()),
+        "prompt_index": pa.array(torch.cat([rollout.row_B for rollout, _ in scored]).cpu().numpy(), pa.int64()),
+        "sample_index": pa.array(torch.cat([rollout.sample_B for rollout, _ in scored]).int().cpu().numpy(), pa.int32()),
+        "total": pa.array(torch.cat([scores.total_B for _, scores in scored]).cpu().numpy(), pa.float32()),
     }
     for name in names:
-        values = [scores.parts.get(name, torch.full_like(scores.total_B, math.nan)) for _, scores in found]
+        values = [scores.parts.get(name, torch.full_like(scores.total_B, math.nan)) for _, scores in scored]
         columns[name] = pa.array(torch.cat(values).cpu().numpy(), pa.float32(), from_pandas=True)
     return pa.table(columns).replace_schema_metadata({METADATA: json.dumps({"tag": tag})})
 
@@ -282,13 +282,13 @@ def opened_for_scores(run: RunSettings, dump: Path | None, config: Mapping[str, 
     folder = Path(run.dir)
     if run.dir and dump is not None and folder.resolve() == dump.resolve():
         if run.resume and run.overwrite:
-            raise UserError("run.resume and run.overwrite: both true; choose one")
+            raise DataError("run.resume and run.overwrite: both true; choose one")
         if _scores(folder) and not (run.resume or run.overwrite):
-            told = f"run.dir: {folder} holds scores already"
-            raise UserError(f"{told}; add --run.resume true or --run.overwrite true, or name another")
+            what = f"run.dir: {folder} holds scores already"
+            raise DataError(f"{what}; add --run.resume true or --run.overwrite true, or name another")
         run = dataclasses.replace(run, resume=True, overwrite=False)
     elif run.dir and dump is not None and run.overwrite and folder.resolve() in dump.resolve().parents:
-        raise UserError(f"run.overwrite: {run.dir} holds the dump {dump}, which would be lost; name another run.dir")
+        raise DataError(f"run.overwrite: {run.dir} holds the dump {dump}, which would be lost; name another run.dir")
     with opened(run, config) as found:
         yield found
 
@@ -303,8 +303,8 @@ def manifest_name(folder: Path, dump: Path | None) -> str:
 
 def check_order(reward: WeightedSum) -> None:
     """A running normalisation makes a score depend on the rows before it."""
-    running = [part.where for part in reward.parts if part.shape is not None and part.shape.is_running]
+    running = [term.where for term in reward.terms if term.shape is not None and term.shape.is_running]
     if running:
-        raise UserError(
+        raise DataError(
             *(f"{w}.normalise: running, which depends on the order of the rows; use {{mean: m, std: s}}" for w in running)
         )

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError
+from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.dumps.manifest import Plan, load_manifest, plan_of
 from steerl.rollout.dumps.store import read_dump
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered
@@ -25,7 +26,7 @@ KEYS = ("prompt_index", "sample_index")
 
 
 @dataclass(frozen=True)
-class SelectionSettings:
+class SelectionSettings(Checked):
     """Which rows of a scored dump are kept."""
 
     mode: Literal["best", "worst", "reject", "pairs"] = "best"
@@ -33,30 +34,28 @@ class SelectionSettings:
     pairs: the best against the worst of each prompt."""
     score: str = "total"
     """The column of the scores to judge by: total or a part's name."""
-    count: int = 1
+    count: int = within(1, low=1)
     """best, worst: rows kept per prompt."""
     threshold: float | None = None
     """reject: the least score kept; best, worst: rows below it (worst: above it) are left out too."""
-    min_gap: float = 0.0
+    min_gap: float = within(0.0, low=0)
     """pairs: kept where the best is better than the worst by more than this."""
     ended: bool = False
     """Only responses that ended by themselves; those cut at the limit are left out."""
     unique: bool = True
     """Of equal responses to a prompt keep one: the best-scored (worst: the worst-scored), of equal scores the earlier."""
 
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise UserError(f"select.count: {self.count}; keep at least 1 row per prompt")
+    def problems(self) -> list[str]:
+        wrong = []
         if self.mode == "reject" and self.threshold is None:
-            raise UserError("select.threshold: missing; mode reject keeps the rows at or above it, --select.threshold X")
+            wrong.append("threshold: missing; mode reject keeps the rows at or above it, --select.threshold X")
         if self.mode == "pairs" and self.threshold is not None:
-            raise UserError("select.threshold: has no effect with mode pairs; use select.min_gap")
+            wrong.append("threshold: has no effect with mode pairs; use select.min_gap")
         if self.mode in ("reject", "pairs") and self.count != 1:
-            raise UserError(f"select.count: has no effect with mode {self.mode}; leave it out")
+            wrong.append(f"count: has no effect with mode {self.mode}; leave it out")
         if self.mode != "pairs" and self.min_gap:
-            raise UserError(f"select.min_gap: has no effect with mode {self.mode}; leave it out")
-        if self.min_gap < 0:
-            raise UserError(f"select.min_gap: {self.min_gap}; give 0 or more")
+            wrong.append(f"min_gap: has no effect with mode {self.mode}; leave it out")
+        return wrong
 
 
 def score_files(folder: Path) -> list[Path]:
@@ -74,15 +73,15 @@ def read_scores(folder: Path, plan: Plan) -> dict[str, np.ndarray]:
         try:
             table = pq.read_table(path)
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path}: not readable ({error}); score the dump again") from error
+            raise DataError(f"{path}: not readable ({error}); score the dump again") from error
         if missing := [name for name in KEYS if name not in table.column_names]:
-            raise UserError(f"{path}: no column {', '.join(missing)}; these are not the scores of score_rollouts.py")
+            raise DataError(f"{path}: no column {', '.join(missing)}; these are not the scores of score_rollouts.py")
         prompts, samples = (table.column(name).to_numpy().astype(np.int64) for name in KEYS)
         keys = prompts * plan.samples + samples
         if len(keys) and (keys.min() < 0 or keys.max() >= plan.rows or samples.max() >= plan.samples):
-            raise UserError(f"{path}: scores of rows that the dump does not have; name the scores of this dump")
+            raise DataError(f"{path}: scores of rows that the dump does not have; name the scores of this dump")
         if seen[keys].any() or len(np.unique(keys)) != len(keys):
-            raise UserError(f"{path}: rows that are scored twice in {folder}; score the dump again into a fresh folder")
+            raise DataError(f"{path}: rows that are scored twice in {folder}; score the dump again into a fresh folder")
         seen[keys] = True
         for name in table.column_names:
             if name not in KEYS:
@@ -123,17 +122,17 @@ def selected(folder: Path, scores: Path, selection: SelectionSettings) -> Iterat
     plan = plan_of(load_manifest(folder))
     columns = read_scores(scores, plan)
     if not columns:
-        raise UserError(
+        raise DataError(
             f"{scores}: no scores-*.parquet; score the dump with score_rollouts.py, or name its scores with --scores DIR"
         )
     if selection.score not in columns:
-        raise UserError(f"select.score: {selection.score!r} is no column of the scores; there are {', '.join(columns)}")
+        raise DataError(f"select.score: {selection.score!r} is no column of the scores; there are {', '.join(columns)}")
     score_PN = columns[selection.score].reshape(plan.prompts, plan.samples)
     if np.isnan(score_PN).any():
         prompt, sample = np.argwhere(np.isnan(score_PN))[0]
         count, total = int(np.isnan(score_PN).sum()), plan.rows
         first = f"the first prompt {prompt} sample {sample}"
-        raise UserError(f"{scores}: {count} of {total} rows have no score, {first}; score the whole dump first")
+        raise DataError(f"{scores}: {count} of {total} rows have no score, {first}; score the whole dump first")
     for prompt, rows in _by_prompt(folder):
         yield from _of_prompt(prompt, rows, score_PN[prompt], selection)
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from steerl.reward.kinds.reading import Sequences
+from steerl.reward.kinds.model_inputs import ModelInputs
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, capabilities, compat
 from steerl.rollout.model.auto_classes import NoHead, head_of, load_config, load_head
@@ -82,7 +82,7 @@ class Classifier:
 
     # -- scoring -------------------------------------------------------------------------------------------------
 
-    def per_row(self, rows: Sequences, before_pads: bool = False) -> Tensor:
+    def per_row(self, rows: ModelInputs, before_pads: bool = False) -> Tensor:
         """(B, labels) float32: each row's logits, at its last real token where the model scores every position.
 
         `before_pads`: at the last token that is not the pad id, which is where transformers looks.
@@ -104,7 +104,7 @@ class Classifier:
             last -= 1
         return last
 
-    def per_token(self, rows: Sequences) -> list[Tensor]:
+    def per_token(self, rows: ModelInputs) -> list[Tensor]:
         """(tokens of the row, labels) float32 for every row."""
         found: list[Any] = [None] * len(rows.ids)
         for index in self._batches(rows):
@@ -113,7 +113,7 @@ class Classifier:
                 found[row] = logits_SL[: len(rows.ids[row])]
         return found
 
-    def _batches(self, rows: Sequences) -> Iterator[list[int]]:
+    def _batches(self, rows: ModelInputs) -> Iterator[list[int]]:
         """Rows of like length together, longest first: a batch that does not fit memory shows at once."""
 
         def kind(index: int) -> tuple[int, ...]:
@@ -132,7 +132,7 @@ class Classifier:
         if batch:
             yield batch
 
-    def _forward(self, rows: Sequences, index: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, rows: ModelInputs, index: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """(the model's own logits, what its head gave at every position where it did)."""
         width = max(len(rows.ids[i]) for i in index)
         fill = self.fill_id if not (self.needs_eos and self.fill_id == self.eos_id) else int(self.fill_id == 0)
@@ -177,18 +177,18 @@ class Classifier:
         long = [plain[(7 * k + 3) % len(plain)] for k in range(width)]
         short = [plain[(5 * k + 1) % len(plain)] for k in range(max(width // 3, 1))]
         try:
-            self._forward(Sequences([long]), [0])
+            self._forward(ModelInputs([long]), [0])
         except (ValueError, RuntimeError, IndexError):
             if self.eos_id is None:
                 raise
             self.needs_eos = True  # or it fails with an eos, too: below, with its own words
             long, short = [*long[:-1], self.eos_id], [*short[: max(len(short) - 1, 0)], self.eos_id]
-        logits, every = self._forward(Sequences([long]), [0])
+        logits, every = self._forward(ModelInputs([long]), [0])
         if not self.is_per_token:
             self.at_last = every is not None and bool(torch.equal(every[:, -1], logits))
-        rows = Sequences([long, short])
+        rows = ModelInputs([long, short])
         together = self.per_token(rows)[1] if self.is_per_token else self.per_row(rows)[1]
-        alone = self.per_token(Sequences([short]))[0] if self.is_per_token else self.per_row(Sequences([short]))[0]
+        alone = self.per_token(ModelInputs([short]))[0] if self.is_per_token else self.per_row(ModelInputs([short]))[0]
         slack = 1e-4 if next(self.core.parameters()).dtype == torch.float32 else 5e-2
         if "position_ids" in self.takes and "attention_mask" in self.takes:
             row = torch.tensor([[plain[(7 * k + 3) % len(plain)] for k in range(capabilities.SPREAD)]] * 2, device=self.device)
@@ -268,9 +268,9 @@ def _head_labels(adapter: str) -> int | None:
     return min((int(w.shape[0]) for w in whole), default=None)
 
 
-def _with_eos(rows: Sequences, eos_id: int) -> Sequences:
+def _with_eos(rows: ModelInputs, eos_id: int) -> ModelInputs:
     ids = [row if row[-1] == eos_id else [*row, eos_id] for row in rows.ids]
-    return Sequences(ids, None, rows.responses)
+    return ModelInputs(ids, None, rows.responses)
 
 
 def _single(value: Any) -> int | None:

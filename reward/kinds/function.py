@@ -29,35 +29,35 @@ from typing import Any
 import torch
 from steerl.reward.kinds.loading import LOGS, CallResult, load_function
 from steerl.reward.kinds.worker import Overdue, Worker, WorkerFailed
-from steerl.reward.types import Failure, Scores, check_seconds, joined_extra, joined_metrics, on_last_action, settle
+from steerl.reward.types import SECONDS, Failure, Scores, joined_extra, joined_metrics, on_last_action, settle
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.common.fingerprint import SHORT, sha256_file
+from steerl.rollout.common.settings_reader import Checked, within
+from steerl.rollout.prompts.chat import is_conversation
 from steerl.rollout.types import Rollout, Texts
 
 logger = logging.getLogger(__name__)
-PATIENCE = 60.0
+SLOW_S = 60.0
 """Seconds after which a function without a time limit is said to be running still."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionSettings:
+class FunctionSettings(Checked):
     """A reward function of the user's own."""
 
     function: str | Callable[..., Any]
     """`file.py:name` or `module:name`."""
     arguments: dict[str, Any] | None = None
     """Further keyword arguments, the same in every call."""
-    timeout: float | None = None
+    timeout: float | None = within(None, **SECONDS)
     """Seconds that one call may take. Unless it is asynchronous, the function then runs in a process of its own."""
     fallback: float | None = None
     """The score of rows that raise, hang or give no finite number; without it such a row is an error."""
 
-    def __post_init__(self) -> None:
-        if self.timeout is not None:
-            check_seconds(self.timeout)
-        if isinstance(self.function, str) and not all(self.function.rpartition(":")[::2]):
-            raise UserError(f"function: expected file.py:name or module:name, found {self.function!r}")
+    def problems(self) -> list[str]:
+        named = not isinstance(self.function, str) or all(self.function.rpartition(":")[::2])
+        return [] if named else [f"function: expected file.py:name or module:name, found {self.function!r}"]
 
     def build(self, where: str, around: Any) -> RewardTerm:
         function = load_function(self.function, where) if isinstance(self.function, str) else self.function
@@ -81,7 +81,7 @@ class FunctionReward:
     def __init__(self, function: Callable[..., Any], settings: FunctionSettings, where: str):
         self.where, self.settings = where, settings
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-        self.reads = Reads.of(function)
+        self.signature = Signature.of(function)
         self._check_arguments()
         self.function = functools.partial(function, **(settings.arguments or {}))
         self.worker: Worker | None = None
@@ -98,14 +98,14 @@ class FunctionReward:
         return function if isinstance(function, str) else getattr(function, "__name__", type(function).__name__)
 
     def _check_arguments(self) -> None:
-        given, reads = self.settings.arguments or {}, self.reads
+        given, signature = self.settings.arguments or {}, self.signature
         field = f"{self.where}.arguments"
-        unknown = [name for name in given if reads.takes is not None and name not in reads.takes]
+        unknown = [name for name in given if signature.takes is not None and name not in signature.takes]
         if unknown:
             raise UserError(
-                f"{field}: {self.name} takes no {unknown[0]!r}; it takes: {', '.join(reads.takes or ()) or 'nothing'}"
+                f"{field}: {self.name} takes no {unknown[0]!r}; it takes: {', '.join(signature.takes or ()) or 'nothing'}"
             )
-        lacking = [name for name in reads.needs if reads.is_native and name not in given]
+        lacking = [name for name in signature.needs if signature.is_native and name not in given]
         if lacking:
             raise UserError(f"{field}: {self.name} needs {lacking[0]!r} beside rollout and texts; give it here")
 
@@ -126,7 +126,7 @@ class FunctionReward:
     def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
         if not len(rollout):
             return Scores(torch.zeros(0, device=rollout.device))
-        with _patience(self.where):
+        with _warn_if_slow(self.where):
             result = self._attempt(rollout, texts)
             if not isinstance(result, Failure):
                 return self._scores(result, rollout)
@@ -139,15 +139,15 @@ class FunctionReward:
 
     def _attempt(self, rollout: Rollout, texts: Texts) -> CallResult | Failure:
         """What the function gives, or the Failure that it raised or took too long."""
-        arguments, told = self._arguments(rollout, texts), CallResult(len(rollout))
+        arguments, call = self._arguments(rollout, texts), CallResult(len(rollout))
         try:
             if self.worker is not None:
-                return self.worker.call(arguments, told, self.logs, self.settings.timeout)
-            result = self.function(**arguments, **told.log(self.logs))
+                return self.worker.call(arguments, call, self.logs, self.settings.timeout)
+            result = self.function(**arguments, **call.log(self.logs))
             if inspect.isawaitable(result):  # a plain function around an asynchronous one
                 with ThreadPoolExecutor(max_workers=1) as thread:
                     result = thread.submit(asyncio.run, _awaited(result)).result()
-            return told.take(result)
+            return call.take(result)
         except (Overdue, WorkerFailed) as error:
             return Failure(str(error))
         except UserError:
@@ -160,7 +160,7 @@ class FunctionReward:
     async def score_async(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
         if not len(rollout):
             return Scores(torch.zeros(0, device=rollout.device))
-        with _patience(self.where):
+        with _warn_if_slow(self.where):
             result = await self._attempt_async(rollout, texts)
             if not isinstance(result, Failure):
                 return self._scores(result, rollout)
@@ -177,9 +177,9 @@ class FunctionReward:
             return Failure(f"not done after {self.settings.timeout} s")
 
     async def _called(self, rollout: Rollout, texts: Texts) -> CallResult | Failure:
-        arguments, told = self._arguments(rollout, texts), CallResult(len(rollout))
+        arguments, call = self._arguments(rollout, texts), CallResult(len(rollout))
         try:
-            return told.take(await self.function(**arguments, **told.log(self.logs)))
+            return call.take(await self.function(**arguments, **call.log(self.logs)))
         except UserError:
             raise
         except (Exception, SystemExit) as error:  # noqa: BLE001  as above, and within: SystemExit would end the event loop
@@ -191,28 +191,28 @@ class FunctionReward:
     def logs(self) -> list[str]:
         """Which of TRL's two logging functions the function is given."""
         given = self.settings.arguments or {}
-        return [name for name in LOGS if (self.reads.takes is None or name in self.reads.takes) and name not in given]
+        return [name for name in LOGS if (self.signature.takes is None or name in self.signature.takes) and name not in given]
 
     def _arguments(self, rollout: Rollout, texts: Texts) -> dict[str, Any]:
-        if self.reads.is_native:
+        if self.signature.is_native:
             return {"rollout": rollout, "texts": texts}
         given = {*LOGS, *(self.settings.arguments or {})}
         offered = {name: value for name, value in trl_arguments(rollout, texts).items() if name not in given}
-        absent = [name for name in self.reads.needs if name not in offered and name not in given]
+        absent = [name for name in self.signature.needs if name not in offered and name not in given]
         if absent:
             columns = ", ".join(texts.columns) or "none"
             raise UserError(
                 f"{self.where}: {self.name} asks for {absent[0]!r}, which is no column of the data (columns: {columns})"
             )
-        return {name: value for name, value in offered.items() if self.reads.takes is None or name in self.reads.takes}
+        return {name: value for name, value in offered.items() if self.signature.takes is None or name in self.signature.takes}
 
-    def _scores(self, told: CallResult, rollout: Rollout) -> Scores:
-        for column, values in told.extra.items():
+    def _scores(self, call: CallResult, rollout: Rollout) -> Scores:
+        for column, values in call.extra.items():
             if len(values) != len(rollout):
                 found = f"{len(values)} values" if len(values) <= len(rollout) else "more values than rows"
                 raise UserError(f"{self.where}: log_extra({column!r}) got {found} for {len(rollout)} rows; give one per row")
-        scores = self._settled(told.result, rollout)
-        return replace(scores, metrics={**scores.metrics, **told.metrics}, extra={**scores.extra, **told.extra})
+        scores = self._settled(call.result, rollout)
+        return replace(scores, metrics={**scores.metrics, **call.metrics}, extra={**scores.extra, **call.extra})
 
     def _settled(self, result: Any, rollout: Rollout) -> Scores:
         if not isinstance(result, Scores):
@@ -238,25 +238,25 @@ class FunctionReward:
         if not any(isinstance(row, Failure) for row in rows):
             logger.warning("%s: failed with all %d rows together (%s), not with any alone", self.where, len(rows), whole.reason)
         values: list[Any] = []
-        dense: list[torch.Tensor | None] = []
+        tokens_by_row: list[torch.Tensor | None] = []
         for index, row in enumerate(rows):
             found = row if isinstance(row, Failure) else self._scores(row, rollout.select([index]))
             values.append(found if isinstance(found, Failure) else None if found.total_B.isnan() else found.total_B.item())
-            dense.append(None if isinstance(found, Failure) else found.tokens_BR)
+            tokens_by_row.append(None if isinstance(found, Failure) else found.tokens_BR)
         settled = replace(settle(values, rollout, self.where, self.settings.fallback), **_logs_of(rows))
-        if all(tokens is None for tokens in dense):
+        if all(tokens is None for tokens in tokens_by_row):
             return settled
         last_BR = on_last_action(settled.total_B, rollout)
-        tokens_BR = torch.cat([last_BR[i : i + 1] if tokens is None else tokens for i, tokens in enumerate(dense)])
+        tokens_BR = torch.cat([last_BR[i : i + 1] if tokens is None else tokens for i, tokens in enumerate(tokens_by_row)])
         return replace(settled, tokens_BR=tokens_BR)
 
 
 def _logs_of(rows: Sequence[CallResult | Failure]) -> dict[str, Any]:
     """What was logged by calls with one row each, in the order of the rows."""
-    told = [row if isinstance(row, CallResult) else CallResult(1) for row in rows]
+    calls = [row if isinstance(row, CallResult) else CallResult(1) for row in rows]
     return {
-        "metrics": joined_metrics([one.metrics for one in told]),
-        "extra": joined_extra([one.extra for one in told], [1] * len(told)),
+        "metrics": joined_metrics([call.metrics for call in calls]),
+        "extra": joined_extra([call.extra for call in calls], [1] * len(calls)),
     }
 
 
@@ -278,14 +278,8 @@ def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, Any]:
     }
 
 
-def is_conversation(prompt: Any) -> bool:
-    return (
-        isinstance(prompt, list) and bool(prompt) and all(isinstance(message, dict) and "role" in message for message in prompt)
-    )
-
-
 @dataclass(frozen=True)
-class Reads:
+class Signature:
     """What a function can be called with."""
 
     is_native: bool
@@ -296,16 +290,16 @@ class Reads:
     """All that it may be given; None: everything."""
 
     @staticmethod
-    def of(function: Callable[..., Any]) -> Reads:
+    def of(function: Callable[..., Any]) -> Signature:
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):
-            return Reads(False)
+            return Signature(False)
         is_native = [p.name for p in parameters[:2]] == ["rollout", "texts"]
         named = [p for p in parameters[2 if is_native else 0 :] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         needs = tuple(p.name for p in named if p.default is p.empty)
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters) and not is_native
-        return Reads(is_native, needs, None if open_ended else tuple(p.name for p in named))
+        return Signature(is_native, needs, None if open_ended else tuple(p.name for p in named))
 
 
 def _listed(result: Any, where: str) -> list[Any]:
@@ -322,11 +316,9 @@ async def _awaited(result: Any) -> Any:
 
 
 @contextmanager
-def _patience(where: str) -> Iterator[None]:
+def _warn_if_slow(where: str) -> Iterator[None]:
     """Says after a minute that a function without a time limit is running still: a hang is never silent."""
-    timer = threading.Timer(
-        PATIENCE, logger.warning, (f"{where}: still running after {PATIENCE:.0f} s; `timeout` would stop it",)
-    )
+    timer = threading.Timer(SLOW_S, logger.warning, (f"{where}: still running after {SLOW_S:.0f} s; `timeout` would stop it",))
     timer.daemon = True
     timer.start()
     try:

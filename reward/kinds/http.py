@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from steerl.reward.kinds import http_wire
-from steerl.reward.types import LONGEST, Failure, Scores, joined_extra, joined_metrics, settle
+from steerl.reward.types import SECONDS, Failure, Scores, joined_extra, joined_metrics, settle
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.types import Rollout, Texts
 
 logger = logging.getLogger(__name__)
@@ -30,47 +31,33 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HttpSettings:
+class HttpSettings(Checked):
     """A reward that a server gives."""
 
     url: str
     """http://host:port; the path is /score unless it says another."""
-    timeout: float = 60.0
+    timeout: float = within(60.0, **SECONDS)
     """Seconds that one request may take, from connecting to the last byte of the answer."""
-    retries: int = 3
+    retries: int = within(3, low=0)
     """Further tries after one that was late, refused or answered by an error of the server's."""
-    backoff: float = 0.5
+    backoff: float = within(0.5, low=0.0, high=SECONDS["high"], unit=" s")
     """Seconds before the first further try; doubled before each next one. A server's Retry-After counts, if longer."""
-    batch_size: int = 1024
+    batch_size: int = within(1024, above=0)
     """Rows per request."""
-    concurrency: int = 4
+    concurrency: int = within(4, above=0)
     """Requests at once."""
     token_env: str = "STEERL_REWARD_TOKEN"
     """The environment variable that holds the bearer token; nothing is sent where it is not set."""
     fallback: float | None = None
     """The score of rows that got none; without it they are an error."""
 
-    def __post_init__(self) -> None:
-        wrong = [
-            f"{n}: expected more than 0, found {getattr(self, n)}"
-            for n in ("timeout", "batch_size", "concurrency")
-            if getattr(self, n) <= 0
-        ]
-        wrong += [f"{n}: expected 0 or more, found {getattr(self, n)}" for n in ("retries", "backoff") if getattr(self, n) < 0]
-        wrong += [
-            f"{n}: expected at most {LONGEST:,.0f} s, found {getattr(self, n):g}"
-            for n in ("timeout", "backoff")
-            if getattr(self, n) > LONGEST
-        ]
+    def problems(self) -> list[str]:
         try:
             parsed = urllib.parse.urlsplit(self.url)
             whole = parsed.scheme in ("http", "https") and bool(parsed.hostname) and self.url.isprintable() and parsed.port != 0
         except ValueError:  # a port that is none, half a bracket
             whole = False
-        if not whole:
-            wrong.append(f"url: expected http://host:port, found {self.url!r:.200}")
-        if wrong:
-            raise UserError(*wrong)
+        return [] if whole else [f"url: expected http://host:port, found {self.url!r:.200}"]
 
     def build(self, where: str, around: Any) -> RewardTerm:
         if importlib.util.find_spec("httpx") is None:
@@ -134,7 +121,7 @@ class HttpReward:
                 if status == 200:
                     try:
                         return http_wire.read_answer(content, rollout)
-                    except ValueError as error:
+                    except (ValueError, UserError) as error:
                         raise NoAnswer(f"{self.url}: {error!s:.300}") from error
                 reason = f"status {status}: {http_wire.read_error(content)}"
                 if status not in AGAIN:

@@ -92,7 +92,7 @@ def make_app(reward: WeightedSum, limits: Limits, token: str | None, hosts: Coll
             return _error(400, "the client went away")
 
     async def health(request: Request) -> Response:
-        return _misaddressed(request, hosts) or JSONResponse({"status": "ok", "parts": [part.name for part in reward.parts]})
+        return _misaddressed(request, hosts) or JSONResponse({"status": "ok", "parts": [term.name for term in reward.terms]})
 
     return Starlette(routes=[Route("/health", health), Route("/score", score, methods=["POST"])])
 

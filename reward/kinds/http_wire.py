@@ -120,7 +120,7 @@ def read_question(body: bytes, max_rows: int) -> tuple[Rollout, Texts, str | Non
             sample_B=[int(sample) for _, sample in lists["rows"]],
             start_ids=tuple(ids.get("start") or ()),
         )
-    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+    except (UserError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise UserError(f"ids, ended, rows: {error!s:.200}") from error
     texts = Texts(prompts=prompts, prompt_texts=lists["prompt_texts"], completions=asked["completions"], columns=columns)
     if len(rollout) != rows:

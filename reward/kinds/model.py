@@ -1,6 +1,6 @@
 """`kind: model`: a reward model, or an ensemble of them.
 
-rollout, texts -> Reader (ids or text) -> Classifier (batches) -> logits (B, labels) -> one label -> output
+rollout, texts -> InputReader (ids or text) -> Classifier (batches) -> logits (B, labels) -> one label -> output
                                           one per member, then `combine`: mean | min | mean_minus_std
 """
 
@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import torch
 from steerl.reward.kinds.classifier import Classifier, load_classifier
-from steerl.reward.kinds.reading import Reader, Reads, Tokens, folders_of, load_tokenizer, vocabulary_of
+from steerl.reward.kinds.model_inputs import InputReader, Reads, Tokens, folders_of, load_tokenizer, vocabulary_of
 from steerl.reward.types import Scores, row_name
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
+from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
 
@@ -24,7 +25,7 @@ Output = Literal["logit", "probability", "log_probability"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModelSettings:
+class RewardModelSettings(Checked):
     """A sequence-classification model of any architecture."""
 
     path: str | list[str]
@@ -45,10 +46,10 @@ class RewardModelSettings:
     models trained with pad equal to eos, which were read one token before the eos."""
     output: Output = "logit"
     """probability and log_probability: of the label, by softmax (by sigmoid where there is one label)."""
-    batch_size: int = 64
+    batch_size: int = within(64, low=1)
     too_long: Literal["refuse", "cut"] = "refuse"
     """Rows over the model's context: refused by name, or cut on their left."""
-    max_tokens: int | None = None
+    max_tokens: int | None = within(None, low=1)
     """A smaller limit than the model's own context."""
     empty: float | None = None
     """The score of rows with an empty completion; without it they are scored as they stand."""
@@ -64,20 +65,15 @@ class RewardModelSettings:
     k: float = 1.0
     """mean_minus_std: how many standard deviations (population) are taken off the mean."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> list[str]:
         wrong = []
         if not self.path or not all(self.path):
             wrong.append("path: empty; name a folder or hub name")
-        if self.batch_size < 1:
-            wrong.append(f"batch_size: expected at least 1, found {self.batch_size}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            wrong.append(f"max_tokens: expected at least 1, found {self.max_tokens}")
         if (self.combine != "mean" or self.k != 1.0) and isinstance(self.path, str):
             wrong.append("combine: without effect on one model; give path a list of models")
         elif self.k != 1.0 and self.combine != "mean_minus_std":
             wrong.append(f"k: without effect with combine: {self.combine}")
-        if wrong:
-            raise UserError(*wrong)
+        return wrong
 
     def build(self, where: str, around: Any) -> RewardTerm:
         paths = [self.path] if isinstance(self.path, str) else list(self.path)
@@ -94,7 +90,7 @@ class Member:
     """One model with its reader, and the label that counts."""
 
     classifier: Classifier
-    reader: Reader
+    reader: InputReader
     label: int
 
 
@@ -110,7 +106,7 @@ def load_member(settings: Any, path: str, head: str, where: str, device: Any) ->
     label = choose_label(classifier, settings.label, field, path)
     tokenizer = load_tokenizer(settings.tokenizer, [adapter, folder], field)
     limits = [limit for limit in (classifier.context, settings.max_tokens) if limit is not None]
-    reader = Reader(
+    reader = InputReader(
         tokenizer=tokenizer,
         vocabulary=None if tokenizer is None else vocabulary_of(tokenizer),
         where=where,

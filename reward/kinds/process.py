@@ -18,13 +18,14 @@ from steerl.reward.kinds.model import Member, Output, chosen, content_of, load_m
 from steerl.reward.types import Scores, row_name
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessSettings:
+class ProcessSettings(Checked):
     """A token-classification model of any architecture."""
 
     path: str
@@ -40,19 +41,16 @@ class ProcessSettings:
     output: Output = "logit"
     reduce: Literal["sum", "mean", "min", "last", "product"] = "sum"
     """sum: every step's value is earned at its last token. The others give one number, earned at the response's end."""
-    batch_size: int = 64
+    batch_size: int = within(64, low=1)
     too_long: Literal["refuse"] = "refuse"
-    max_tokens: int | None = None
+    max_tokens: int | None = within(None, low=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None
     attn: str | None = None
     allow_new_head: bool = False
 
-    def __post_init__(self) -> None:
-        if self.separator == "":
-            raise UserError("separator: empty; leave it out to judge every token")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size: expected at least 1, found {self.batch_size}")
+    def problems(self) -> list[str]:
+        return ["separator: empty; leave it out to judge every token"] if self.separator == "" else []
 
     def build(self, where: str, around: Any) -> RewardTerm:
         member = load_member(self, self.path, "token_classification", where, around.device)

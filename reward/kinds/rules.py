@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 import regex
 from steerl.reward.kinds.numbers import numbers_in
-from steerl.reward.types import Failure, Scores, check_seconds, has_ids, settle
+from steerl.reward.types import SECONDS, Failure, Scores, has_ids, settle
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.types import Rollout, Texts
 
 _FAILURES = (ValueError, TypeError, ArithmeticError, RecursionError, TimeoutError)
@@ -58,38 +59,51 @@ class RuleReward:
             row = Row(completion, columns, responses[i][: lengths[i]] if have_ids else None, self.where.split(" ")[0])
             try:
                 values.append(self.judge(row))
-            except UserError:
-                raise
             except _FAILURES as error:
                 late = isinstance(error, TimeoutError)
                 values.append(Failure("the pattern ran over its time" if late else f"{type(error).__name__}: {error!s:.100}"))
         return settle(values, rollout, self.where, self.fallback)
 
 
-def _part(rule: Any, where: str) -> RewardTerm:
-    return RewardTerm("", where, 1.0, RuleReward(rule.judge, rule.fallback, where).score)
+@dataclass(frozen=True, kw_only=True)
+class Rule(Checked):
+    """What every rule has."""
+
+    fallback: float = 0.0
+    """The score of a row that the rule cannot judge."""
+
+    def build(self, where: str, around: Any) -> RewardTerm:
+        return RewardTerm("", where, 1.0, RuleReward(self.judge, self.fallback, where).score)
+
+    def judge(self, row: Row) -> float | None:
+        raise NotImplementedError
 
 
-def _compiled(pattern: str, field: str, ignore_case: bool = False) -> Any:
+def _compiled(pattern: str, ignore_case: bool = False) -> Any:
+    # The regex package, which reads the same patterns as re: its searches can be given a time limit.
+    return regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
+
+
+def _faults(pattern: str | None) -> list[str]:
     try:
-        # The regex package, which reads the same patterns as re: its searches can be given a time limit.
-        return regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
+        _compiled(pattern or "")
     except regex.error as error:
-        raise UserError(f"{field}: {pattern!r} is no regular expression: {error}") from error
+        return [f"pattern: {pattern!r} is no regular expression: {error}"]
+    return []
 
 
 def _extracted(text: str, pattern: str | None, timeout: float) -> str | None:
     """What the pattern's first group holds (the whole match without groups) at its last match; None without a match."""
     if pattern is None:
         return text
-    matches = list(_compiled(pattern, "pattern").finditer(text, timeout=timeout))
+    matches = list(_compiled(pattern).finditer(text, timeout=timeout))
     if not matches:
         return None
     return matches[-1].group(1) if matches[-1].re.groups else matches[-1].group()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exact:
+class Exact(Rule):
     """The completion is the row's answer, or one of its answers where the column holds a list."""
 
     column: str = "answer"
@@ -100,17 +114,11 @@ class Exact:
     """Blanks at both ends do not count."""
     right: float = 1.0
     wrong: float = 0.0
-    timeout: float = 1.0
+    timeout: float = within(1.0, **SECONDS)
     """Seconds that the pattern may take in a row."""
-    fallback: float = 0.0
 
-    def __post_init__(self) -> None:
-        check_seconds(self.timeout)
-        if self.pattern is not None:
-            _compiled(self.pattern, "pattern")
-
-    def build(self, where: str, around: Any) -> RewardTerm:
-        return _part(self, where)
+    def problems(self) -> list[str]:
+        return _faults(self.pattern)
 
     def judge(self, row: Row) -> float | None:
         answer = row.column(self.column)
@@ -126,7 +134,7 @@ class Exact:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numeric:
+class Numeric(Rule):
     """A number of the completion equals the row's, which is a number or a text whose last number counts."""
 
     column: str = "answer"
@@ -134,24 +142,15 @@ class Numeric:
     """Where to look: the first group of the last match."""
     which: Literal["last", "first"] = "last"
     """Which number of the completion counts."""
-    tolerance: float = 0.0
-    relative: float = 0.0
+    tolerance: float = within(0.0, low=0)
+    relative: float = within(0.0, low=0)
     """Allowed distance, absolute and as a share of the answer; the larger counts."""
     right: float = 1.0
     wrong: float = 0.0
-    timeout: float = 1.0
-    fallback: float = 0.0
+    timeout: float = within(1.0, **SECONDS)
 
-    def __post_init__(self) -> None:
-        check_seconds(self.timeout)
-        if self.pattern is not None:
-            _compiled(self.pattern, "pattern")
-        for name in ("tolerance", "relative"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}: expected 0 or more, found {getattr(self, name)}")
-
-    def build(self, where: str, around: Any) -> RewardTerm:
-        return _part(self, where)
+    def problems(self) -> list[str]:
+        return _faults(self.pattern)
 
     def judge(self, row: Row) -> float | None:
         answer = row.column(self.column)
@@ -169,7 +168,7 @@ class Numeric:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regex:
+class Regex(Rule):
     """The completion matches a regular expression."""
 
     pattern: str
@@ -178,19 +177,14 @@ class Regex:
     ignore_case: bool = False
     right: float = 1.0
     wrong: float = 0.0
-    timeout: float = 1.0
+    timeout: float = within(1.0, **SECONDS)
     """Seconds that the pattern may take in a row."""
-    fallback: float = 0.0
 
-    def __post_init__(self) -> None:
-        check_seconds(self.timeout)
-        _compiled(self.pattern, "pattern")
-
-    def build(self, where: str, around: Any) -> RewardTerm:
-        return _part(self, where)
+    def problems(self) -> list[str]:
+        return _faults(self.pattern)
 
     def judge(self, row: Row) -> float | None:
-        pattern = _compiled(self.pattern, "pattern", self.ignore_case)
+        pattern = _compiled(self.pattern, self.ignore_case)
         return self.right if getattr(pattern, self.mode)(row.completion, timeout=self.timeout) else self.wrong
 
 
@@ -198,7 +192,7 @@ _FENCE = re.compile(r"\A\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*\Z", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Json:
+class Json(Rule):
     """The completion is one JSON value, by the standard (NaN and Infinity are none)."""
 
     keys: list[str] | None = None
@@ -207,10 +201,6 @@ class Json:
     """A code fence around the value is allowed."""
     right: float = 1.0
     wrong: float = 0.0
-    fallback: float = 0.0
-
-    def build(self, where: str, around: Any) -> RewardTerm:
-        return _part(self, where)
 
     def judge(self, row: Row) -> float | None:
         fenced = _FENCE.match(row.completion) if self.fence else None
@@ -244,28 +234,20 @@ def _pieces(row: Row, unit: Unit) -> list[Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Length:
+class Length(Rule):
     """1 inside the window; outside 0, or falling to 0 over `soft` units."""
 
-    min: int = 0
+    min: int = within(0, low=0)
     max: int | None = None
     unit: Unit = "tokens"
     """tokens: those sampled, the stop token included."""
-    soft: int = 0
-    fallback: float = 0.0
+    soft: int = within(0, low=0)
 
-    def __post_init__(self) -> None:
-        if self.min < 0 or self.soft < 0:
-            raise UserError(
-                f"{'min' if self.min < 0 else 'soft'}: expected 0 or more, found {self.min if self.min < 0 else self.soft}"
-            )
-        if self.max is not None and self.max < self.min:
-            raise UserError(f"max: expected at least min = {self.min}, found {self.max}")
+    def problems(self) -> list[str]:
         if self.max is None and self.min == 0:
-            raise UserError("max: missing, and min is 0: every length would be right; set one of them")
-
-    def build(self, where: str, around: Any) -> RewardTerm:
-        return _part(self, where)
+            return ["max: missing, and min is 0: every length would be right; set one of them"]
+        too_low = self.max is not None and self.max < self.min
+        return [f"max: expected at least min = {self.min}, found {self.max}"] if too_low else []
 
     def judge(self, row: Row) -> float | None:
         length = len(_pieces(row, self.unit))
@@ -274,19 +256,11 @@ class Length:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repetition:
+class Repetition(Rule):
     """The share of n-grams that are new where they stand: 1 without repetition, near 0 for a loop."""
 
-    n: int = 3
+    n: int = within(3, low=1)
     unit: Unit = "words"
-    fallback: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise UserError(f"n: expected at least 1, found {self.n}")
-
-    def build(self, where: str, around: Any) -> RewardTerm:
-        return _part(self, where)
 
     def judge(self, row: Row) -> float | None:
         pieces = _pieces(row, self.unit)
@@ -295,26 +269,20 @@ class Repetition:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keywords:
+class Keywords(Rule):
     """How many of the words the completion has."""
 
     words: list[str]
     count: Literal["distinct", "all"] = "distinct"
     """distinct: each word once. all: every time it stands there."""
-    cap: int | None = None
+    cap: int | None = within(None, low=1)
     """The most that is counted."""
     ignore_case: bool = True
     whole_words: bool = True
-    fallback: float = 0.0
 
-    def __post_init__(self) -> None:
-        if not self.words or not all(word.strip() for word in self.words):
-            raise UserError(f"words: expected words, found {list(self.words)}")
-        if self.cap is not None and self.cap < 1:
-            raise UserError(f"cap: expected at least 1, found {self.cap}")
-
-    def build(self, where: str, around: Any) -> RewardTerm:
-        return _part(self, where)
+    def problems(self) -> list[str]:
+        right = bool(self.words) and all(word.strip() for word in self.words)
+        return [] if right else [f"words: expected words, found {list(self.words)}"]
 
     def judge(self, row: Row) -> float | None:
         found: Counter[str] = Counter()

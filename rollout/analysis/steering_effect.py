@@ -4,7 +4,7 @@
          0.0      0.12            -             0.000             0.00
          2.0      0.31         0.095            0.021             0.42
 
-The KL is that of the steered law from the plain one, over responses drawn from the steered law: at each token the exact
+The KL is that of the steered distribution from the plain one, over responses drawn steered: at each token the exact
 sum over the vocabulary, so that few responses give a steady figure.
 """
 
@@ -32,7 +32,7 @@ Measure = Callable[[Rollout, Texts], Tensor]
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """One strength's figures, means over responses."""
 
     strength: float
@@ -40,12 +40,12 @@ class Point:
     kl_per_token: float
     kl_per_sequence: float
 
-    def gain(self, plain: Point) -> float:
+    def gain(self, plain: CurvePoint) -> float:
         """How much the measure moved per unit of strength."""
         return (self.measure - plain.measure) / self.strength if self.strength else math.nan
 
 
-def law_distance(policy: Policy, steering: Steering, rollout: Rollout) -> Tensor:
+def kl_from_plain(policy: Policy, steering: Steering, rollout: Rollout) -> Tensor:
     """KL(steered || plain) at every action, (B, R): exact over the vocabulary, 0 beyond a row's end."""
     with torch.no_grad():
         mu_BRV = teacher_forced(policy, rollout, want_entropy=False, want_all=True, steering=steering).all_logprobs_BRV
@@ -67,23 +67,24 @@ def effect_curve(
     *,
     seed: int = 0,
     folder: str = "",
-) -> list[Point]:
+) -> list[CurvePoint]:
     """The site at each strength (0 is always measured first): same prompts, same random numbers."""
-    found: list[Point] = []
+    curve: list[CurvePoint] = []
     for strength in sorted({0.0, *map(float, strengths)}, key=abs):
         at = dataclasses.replace(site, strength=Strength(value=strength), schedule=None)
         steering = Steering(policy.model, SteeringSpec(sites=(at,), role="data", folder=folder), policy.tokenizer, seed)
         rollout, texts = Sampler(policy, sampling, steering).sample(prompts)
-        kl_BR = law_distance(policy, steering, rollout)
+        kl_BR = kl_from_plain(policy, steering, rollout)
         tokens = int(rollout.lengths_B.sum())
         values = measure(rollout, texts).double()
         if values.shape != (len(rollout),) or not bool(torch.isfinite(values).all()):
             raise UserError(f"measure: expected one finite number per response ({len(rollout)}), found {values}")
-        found.append(Point(strength, float(values.mean()), float(kl_BR.sum()) / max(tokens, 1), float(kl_BR.sum(1).mean())))
-    return found
+        kl_per_token = float(kl_BR.sum()) / max(tokens, 1)
+        curve.append(CurvePoint(strength, float(values.mean()), kl_per_token, float(kl_BR.sum(1).mean())))
+    return curve
 
 
-def strength_for(curve: Sequence[Point], nats_per_sequence: float) -> float | None:
+def strength_for(curve: Sequence[CurvePoint], nats_per_sequence: float) -> float | None:
     """The strength (of the sign that was measured) at which a response costs that much KL, between measured points."""
     points = sorted((p for p in curve if p.strength >= 0), key=lambda p: p.strength)
     if len(points) < 2:
@@ -96,7 +97,7 @@ def strength_for(curve: Sequence[Point], nats_per_sequence: float) -> float | No
     return None
 
 
-def table(curve: Sequence[Point], name: str) -> str:
+def table(curve: Sequence[CurvePoint], name: str) -> str:
     """The curve as text."""
     plain = next(p for p in curve if p.strength == 0.0)
     lines = [f"{'strength':>9}{name:>14}{'gain per unit':>15}{'KL per token':>14}{'KL per response':>17}"]

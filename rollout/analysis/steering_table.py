@@ -30,29 +30,26 @@ def applied(
 
     The last response token is never run, so it has 0. Sites on an encoder give (B, P).
     """
-    found: dict[str, Tensor] = {}
+    strengths: dict[str, Tensor] = {}
 
-    def look(active: Active, call: StackCall, stack: str) -> None:
-        del active
+    def look(_: Active, call: StackCall, stack: str) -> None:
         for site in steering.sites:
             if site.points[0].stack not in (stack, ""):
                 continue
             selection = call.selections.get(site.index)
             if selection is None:
-                found[site.name] = torch.zeros(len(call.rows), call.width)
+                strengths[site.name] = torch.zeros(len(call.rows), call.width)
                 continue
             strength_BT = selection.strength_BT1.detach()[..., 0].expand(-1, call.width)
             if selection.mask_BT1 is not None:
                 strength_BT = torch.where(selection.mask_BT1[..., 0], strength_BT, 0.0)
-            found[site.name] = strength_BT.cpu()
+            strengths[site.name] = strength_BT.cpu()
 
     with torch.no_grad(), steering.watched(look):
         teacher_forced(policy, rollout, steering=steering, columns={k: list(v) for k, v in (columns or {}).items()})
     width = rollout.sequences_BS.shape[1]
-    stacks = {site.name: site.points[0].stack for site in steering.sites}
-    return {
-        name: _aligned(value_BT, rollout, width) if stacks[name] != "encoder" else value_BT for name, value_BT in found.items()
-    }
+    on_encoder = {site.name for site in steering.sites if site.points[0].stack == "encoder"}
+    return {name: value if name in on_encoder else _aligned(value, rollout, width) for name, value in strengths.items()}
 
 
 def _aligned(value_BT: Tensor, rollout: Rollout, width: int) -> Tensor:
@@ -69,7 +66,7 @@ def table(
     """One row as text: token by site."""
     one = rollout.select([row]).trim()
     own = {name: [values[row]] for name, values in (columns or {}).items()}
-    found = applied(policy, steering, one, own)
+    strengths = applied(policy, steering, one, own)
     names = [site.name for site in steering.sites if site.points[0].stack != "encoder"]
     ids, real = one.sequences_BS[0].tolist(), one.sequences_mask_BS[0].tolist()
     length = sum(real) - int(one.lengths_B[0])
@@ -81,7 +78,7 @@ def table(
             continue
         position += 1
         text = repr(policy.tokenizer.decode([token]))[1:-1] if policy.tokenizer is not None else str(token)
-        values = [float(found[name][0, column]) for name in names]
+        values = [float(strengths[name][0, column]) for name in names]
         shown = "".join(f"{value:>{wide}.3f}" if value else f"{'-':>{wide}}" for value in values)
         step = position - (length - 1)
         lines.append(f"{text[:15]:<16}{position:>9}{step if step >= 0 else '':>6}{shown}")

@@ -88,7 +88,7 @@ def prompt_logprobs(
         prompts = [list(ids) for ids in prompt_ids[start : start + lone]]
         rollout = given(policy, [ids[:1] for ids in prompts], [ids[1:] for ids in prompts])
         with torch.no_grad():
-            if steering is None:
+            if steering is None or not rollout.response_width:  # of one token there is nothing to predict
                 forced = teacher_forced(policy, rollout, temperature=1.0, want_entropy=False)
             else:
                 mask_1P = torch.ones(1, len(prompts[0]), dtype=torch.bool, device=policy.device)

@@ -1,7 +1,11 @@
-"""The one error that is the user's to mend, and how a command shows it.
+"""The errors that are the user's to fix, and how a command shows them.
 
-A `UserError` says what, where, the value found and what to do, in one line. Doors print it and leave with status 2;
+A `UserError` says what, where, the value found and what to do, in one line. Commands print it and leave with status 2;
 anything else that escapes is a defect of ours and keeps its traceback.
+
+    UserError --+-- ConfigError       settings and specs
+                +-- DataError         prompts, texts, dumps, files of vectors
+                '-- CheckpointError   weights, checkpoints, what a run goes on from
 """
 
 from __future__ import annotations
@@ -14,12 +18,26 @@ from pathlib import Path
 from types import TracebackType
 
 
-class UserError(ValueError):
-    """Bad input: one clear line for the user. Several problems found together are raised once, a line each."""
+class UserError(Exception):
+    """Bad input: one clear line for the user. Several problems found together are raised once, a line each.
+
+    No ValueError: what a library's call may raise is caught as such, and our own error passes."""
 
     def __init__(self, *lines: str):
         self.lines = tuple(map(visible, lines))
         super().__init__("\n".join(self.lines))
+
+
+class ConfigError(UserError):
+    """Settings, a steering spec or a reward's list, by themselves or beside the model they are for."""
+
+
+class DataError(UserError):
+    """Prompts, tables, texts, dumps and scores."""
+
+
+class CheckpointError(UserError):
+    """Models, weights and checkpoints that cannot be loaded, kept or gone on from."""
 
 
 def visible(text: str) -> str:
@@ -35,7 +53,7 @@ def _picture(character: str) -> str:
 
 
 class Stopped(Exception):
-    """A signal ended the job early, with all that was done saved. Doors say so and leave with status 75."""
+    """A signal ended the job early, with all that was done saved. Commands say so and leave with status 75."""
 
     status = 75
     """EX_TEMPFAIL: not done, try again."""
@@ -55,7 +73,7 @@ class reading:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, UserError) and _may_be_the_files(error):
+        if error is not None and _may_be_the_files(error):
             raise UserError(f"{self.before}{one_line(error)}{self.after}") from error
 
 

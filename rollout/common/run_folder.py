@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class RunSettings:
             if not low <= getattr(self, name) <= (high or math.inf)
         ]
         if problems:
-            raise UserError(*problems)
+            raise ConfigError(*problems)
 
 
 MARKER, LOCK = ".steerl-run", ".steerl-lock"
@@ -73,31 +73,31 @@ _OWN = (
 def check_folder(run: RunSettings, config: Mapping[str, Any] | None = None) -> Path:
     """The run's folder, which `opened` would open; nothing is made or emptied. `config` names what the job reads."""
     if not run.dir:
-        raise UserError("run.dir: missing; say where the run is to be written, --run.dir DIR")
+        raise ConfigError("run.dir: missing; say where the run is to be written, --run.dir DIR")
     if run.resume and run.overwrite:
-        raise UserError("run.resume and run.overwrite: both true; choose one")
+        raise ConfigError("run.resume and run.overwrite: both true; choose one")
     if run.allow_changes and not run.resume:
-        raise UserError("run.allow_changes: true, but nothing is resumed; add --run.resume true or leave it out")
+        raise ConfigError("run.allow_changes: true, but nothing is resumed; add --run.resume true or leave it out")
     folder = Path(run.dir)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"run.dir: {folder} is a file; name a folder")
+        raise ConfigError(f"run.dir: {folder} is a file; name a folder")
     with contextlib.suppress(FileNotFoundError):
         os.close(_lock(folder))
     if not (entries := _content(folder)) or run.resume:
         return folder
     if not run.overwrite:
-        raise UserError(f"run.dir: {folder} is not empty; add --run.resume true or --run.overwrite true, or name another")
+        raise ConfigError(f"run.dir: {folder} is not empty; add --run.resume true or --run.overwrite true, or name another")
     if not is_run(folder):
         shown = ", ".join(sorted(entry.name for entry in entries)[:3])
-        raise UserError(
+        raise ConfigError(
             f"run.overwrite: {folder} holds what no job of ours wrote ({shown}); empty it yourself or name another folder"
         )
     if inner := next((marker.parent for marker in folder.rglob(MARKER) if marker.parent != folder), None):
-        raise UserError(
+        raise ConfigError(
             f"run.overwrite: {folder} holds another run, {inner}; move or remove that one first, or name another folder"
         )
     if lost := list(_inputs(config or {}, folder.resolve())):
-        raise UserError(
+        raise ConfigError(
             *(f"{name}: {value} lies in run.dir, which --run.overwrite true would empty; move it" for name, value in lost)
         )
     return folder
@@ -123,7 +123,7 @@ def begin(folder: Path, run: RunSettings) -> None:
         for entry in _content(folder) if run.overwrite else ():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     except OSError as error:
-        raise UserError(f"run.overwrite: {error.filename} cannot be removed: {error.strerror}") from error
+        raise ConfigError(f"run.overwrite: {error.filename} cannot be removed: {error.strerror}") from error
     if not _content(folder):  # what was there before the first job is not a job's own
         write_text(folder / MARKER, "a job's folder: --run.overwrite true empties it\n")
 
@@ -166,7 +166,7 @@ def _holding(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run.dir: cannot make {folder}: {error.strerror}") from error
+        raise ConfigError(f"run.dir: cannot make {folder}: {error.strerror}") from error
     path = folder / LOCK
     handle = _lock(folder, os.O_CREAT)
     while not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):  # its holder has just removed it
@@ -198,7 +198,7 @@ def _lock(folder: Path, flags: int = 0) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UserError(f"run.dir: {folder} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"run.dir: {folder} cannot be written: {error.strerror}") from error
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -207,7 +207,7 @@ def _lock(folder: Path, flags: int = 0) -> int:
         alive = number is not None and number[2] == socket.gethostname() and _is_alive(int(number[1]))
         if error.errno in (errno.EACCES, errno.EAGAIN) or alive:
             os.close(handle)
-            raise UserError(
+            raise ConfigError(
                 f"run.dir: another job is writing {folder} ({holder or 'just begun'}); "
                 "wait for it, stop it, or name another folder"
             ) from error
@@ -237,7 +237,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     except BaseException as error:
         _remove(aside)
         if (reason := disk_trouble(error)) is not None:
-            raise UserError(f"{path}: cannot be written: {reason}; free some space or name another folder") from error
+            raise ConfigError(f"{path}: cannot be written: {reason}; free some space or name another folder") from error
         raise
 
 

@@ -1,15 +1,15 @@
-"""The compiled decode step: fixed shapes and places, one graph (on a GPU a CUDA graph) instead of a launch per operation.
+"""The compiled decode step: fixed shapes and addresses, one graph (on a GPU a CUDA graph) instead of a launch per operation.
 
-    prefill       the plain path's own: caches that grow, one for all samples of a prompt
-      └─ Run      its cache is copied into a static one of (rows, columns)
-    step          token and steering are written into fixed tensors ──> the graph of (rows, columns, steering's structure)
-                  ended rows stay until half of them have ended, and leave by halves: each number of rows is a graph
+    prefill            the eager path's own: caches that grow, one for all samples of a prompt
+      └─ CompiledSteps   its cache is copied into a static one of (rows, columns)
+    step               token and steering are written into fixed tensors ──> the graph of (rows, columns, steering's structure)
+                       ended rows stay until half of them have ended, and leave by halves: each number of rows is a graph
 
 Masks and positions are made inside the graph, from a padding mask that holds for the whole batch. A model's caches and
 inputs stay where they are from batch to batch, because a CUDA graph reads and writes at the addresses it was recorded with.
 
 It does not fit encoder-decoders, models whose cache is not dense (hybrid, Mamba), hooks of others, edits that are more
-than tensors, and weights that are spread over ranks: those go the plain way, and a line says why. Whether a model's
+than tensors, and weights that are spread over ranks: those take the eager path, and a line says why. Whether a model's
 numbers come out of a static cache is not read off its name but seen on it (`_agrees`). The first step at each shape
 compiles; more than `MOST` shapes are not.
 """
@@ -24,18 +24,18 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from steerl.rollout.model import capabilities, compat, language_model
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.model import capabilities, compat, hooks, language_model
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.generation_state import step_forward
+from steerl.rollout.model.policy import Policy
+from steerl.rollout.steering import fixed
+from steerl.rollout.steering.engine import Active
+from steerl.rollout.steering.fixed import FixedSteering, structure
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from steerl.rollout.model.policy import Policy
-    from steerl.rollout.steering.engine import Active
-    from steerl.rollout.steering.fixed import FixedSteering
 
 logger = logging.getLogger(__name__)
 BACKEND = "inductor"
@@ -54,9 +54,6 @@ _GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
 def why_not(policy: Policy, steering: Any = None) -> str | None:
     """Why this model cannot be decoded so; None when it can."""
-    from steerl.rollout.model import hooks
-    from steerl.rollout.steering import fixed
-
     core = policy.core
     if policy.is_seq2seq:
         return "an encoder-decoder has two caches"
@@ -72,29 +69,29 @@ def why_not(policy: Policy, steering: Any = None) -> str | None:
         return "gradient checkpointing is on"
     if steering is not None and (reason := fixed.why_not(steering, core)):
         return reason
-    kept = _kept(core)
-    if kept.failed:
+    state = _state_of(core)
+    if state.failed:
         return f"{type(core).__name__} could not be compiled before"
-    if kept.agrees is None:
-        kept.agrees = _agrees(policy)
-    return None if kept.agrees else f"a static cache does not give the numbers of {type(core).__name__}"
+    if state.agrees is None:
+        state.agrees = _agrees(policy)
+    return None if state.agrees else f"a static cache does not give the numbers of {type(core).__name__}"
 
 
 def fits(policy: Policy, synced: bool, steering: Any = None) -> bool:
-    """Whether the compiled path is taken; a reason against it is told once."""
+    """Whether the compiled path is taken; a reason against it is logged once."""
     reason = "the weights are spread over ranks" if synced else why_not(policy, steering)
     if reason is not None:
-        _tell(f"{reason}; sampling goes the plain way")
+        _warn_once(f"{reason}; sampling falls back to the eager path")
     return reason is None
 
 
-def _tell(line: str) -> None:
-    if line not in _TOLD:
-        _TOLD.add(line)
+def _warn_once(line: str) -> None:
+    if line not in _WARNED:
+        _WARNED.add(line)
         logger.warning("sampling.compile: %s", line)
 
 
-_TOLD: set[str] = set()
+_WARNED: set[str] = set()
 
 
 def _agrees(policy: Policy) -> bool:
@@ -115,7 +112,7 @@ def _agrees(policy: Policy) -> bool:
         for unused in ("logits_processor", "stopping_criteria", "generation_config"):
             kwargs.pop(unused, None)
         _, kwargs = step_forward(model, input_ids, kwargs, first=True)
-        run, ids = Run(policy, _Place(_Shape(2, long + 3), _forward), lambda _: None), input_ids
+        run, ids = CompiledSteps(policy, _StepParts(_StaticInputs(2, long + 3), _forward), lambda _: None), input_ids
         for k in range(2):
             ids = torch.cat([ids, tail[:, k : k + 1]], dim=1)
             seen.append(run(ids, kwargs))
@@ -126,7 +123,7 @@ def _agrees(policy: Policy) -> bool:
         policy.core.generate(
             **language_model.generate_arguments(policy, prompt, mask, first), generation_config=config, custom_generate=follow
         )
-    except (RuntimeError, ValueError, IndexError, AttributeError, NotImplementedError):
+    except (UserError, RuntimeError, ValueError, IndexError, AttributeError, NotImplementedError):
         return False  # what cannot be moved or masked so shows it by an error
     expected = torch.cat([language_model.pass_logits(policy, row, offset=first)[:, -2:] for row in rows])
     return language_model.same(torch.stack(seen, dim=1), expected)
@@ -135,15 +132,15 @@ def _agrees(policy: Policy) -> bool:
 # -- what stays -------------------------------------------------------------------------------------------------------------
 
 
-class _Shape:
-    """Inputs and cache of so many rows and columns, always at the same addresses."""
+class _StaticInputs:
+    """Inputs and cache of a step of so many rows and columns, always at the same addresses."""
 
     def __init__(self, rows: int, columns: int):
         self.rows, self.columns = rows, columns
         self.cache: Any = None
         self.ids = self.mask = self.positions = torch.empty(0)
 
-    def _room(self, device: torch.device) -> None:
+    def _allocate(self, device: torch.device) -> None:
         if not len(self.ids):
             self.ids, self.positions = (
                 compat.mark_static(torch.zeros((self.rows, 1), dtype=torch.int64, device=device)) for _ in range(2)
@@ -151,38 +148,38 @@ class _Shape:
             self.mask = compat.mark_static(torch.ones((self.rows, self.columns), dtype=torch.int64, device=device))
 
     def begin(self, ids: Tensor, kwargs: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-        """`inputs` of the first step with everything that changes put into fixed places; the cache grown so far moves in."""
+        """`inputs` of the first step with all that changes copied to fixed addresses; the cache grown so far moves in."""
         seen = ids.shape[1] - 1
-        self._room(ids.device)
+        self._allocate(ids.device)
         self.mask.fill_(1)
         if inputs.get("attention_mask") is not None:
             self.mask[:, : seen + 1].copy_(inputs["attention_mask"])
-        given: dict[str, Any] = {"input_ids": self.ids, "attention_mask": self.mask}
+        static: dict[str, Any] = {"input_ids": self.ids, "attention_mask": self.mask}
         if inputs.get("position_ids") is not None:
             self.positions.copy_(inputs["position_ids"])
-            given["position_ids"] = self.positions
+            static["position_ids"] = self.positions
         self._move_in(kwargs.get("past_key_values"), seen)
-        return {**inputs, **given, "past_key_values": self.cache}
+        return {**inputs, **static, "past_key_values": self.cache}
 
-    def take(self, other: _Shape, inputs: dict[str, Any], index: Tensor) -> dict[str, Any]:
+    def take(self, other: _StaticInputs, inputs: dict[str, Any], index: Tensor) -> dict[str, Any]:
         """The same for rows of a larger shape, in the middle of a batch."""
-        self._room(index.device)
+        self._allocate(index.device)
         for name in ("mask", "positions"):
             getattr(self, name).copy_(getattr(other, name)[index])
-        places = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
-        taken = {name: places.get(name, value) for name, value in inputs.items()}
-        for name, value in taken.items():
-            if isinstance(value, Tensor) and name not in places and value.dim() and value.shape[0] == other.rows:
-                taken[name] = value[index]
-        for still, layer in zip(self._layers(len(other.cache.layers)), other.cache.layers, strict=True):
-            _fill(still, layer.keys[index], layer.values[index], int(layer.cumulative_length), 0)
-        return {**taken, "past_key_values": self.cache}
+        static = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
+        selected = {name: static.get(name, value) for name, value in inputs.items()}
+        for name, value in selected.items():
+            if isinstance(value, Tensor) and name not in static and value.dim() and value.shape[0] == other.rows:
+                selected[name] = value[index]
+        for static_layer, layer in zip(self._layers(len(other.cache.layers)), other.cache.layers, strict=True):
+            _fill(static_layer, layer.keys[index], layer.values[index], int(layer.cumulative_length), 0)
+        return {**selected, "past_key_values": self.cache}
 
     def _move_in(self, grown: Any, seen: int) -> None:
         if not all(type(layer).__name__ in _GROWING for layer in getattr(grown, "layers", [None])):
             raise NotImplementedError(type(grown).__name__)
-        for still, layer in zip(self._layers(len(grown.layers)), grown.layers, strict=True):
-            _fill(still, layer.keys, layer.values, seen, seen - layer.keys.shape[2])
+        for static_layer, layer in zip(self._layers(len(grown.layers)), grown.layers, strict=True):
+            _fill(static_layer, layer.keys, layer.values, seen, seen - layer.keys.shape[2])
             layer.keys = layer.values = None  # no two caches longer than for a layer
 
     def _layers(self, count: int) -> list[Any]:
@@ -194,38 +191,38 @@ class _Shape:
         return self.cache.layers  # type: ignore[no-any-return]
 
 
-def _fill(still: Any, keys: Tensor, values: Tensor, seen: int, start: int) -> None:
+def _fill(layer: Any, keys: Tensor, values: Tensor, seen: int, start: int) -> None:
     """A static layer with the keys and values of columns from `start` on, `seen` of them in all; zeros beside them."""
-    if not still.is_initialized or still.keys.dtype != keys.dtype or still.keys.device != keys.device:
-        still.lazy_initialization(keys, values)
+    if not layer.is_initialized or layer.keys.dtype != keys.dtype or layer.keys.device != keys.device:
+        layer.lazy_initialization(keys, values)
     else:
-        still.keys.zero_()
-        still.values.zero_()
-    still.keys[:, :, start : start + keys.shape[2]].copy_(keys)
-    still.values[:, :, start : start + values.shape[2]].copy_(values)
-    still.cumulative_length.fill_(seen)
+        layer.keys.zero_()
+        layer.values.zero_()
+    layer.keys[:, :, start : start + keys.shape[2]].copy_(keys)
+    layer.values[:, :, start : start + values.shape[2]].copy_(values)
+    layer.cumulative_length.fill_(seen)
 
 
 @dataclass
-class _Kept:
-    """What stays of one model between batches."""
+class _ModelState:
+    """What a model keeps between batches."""
 
     agrees: bool | None = None
     failed: bool = False
     """The compiler gave up on it once."""
-    shapes: dict[Any, _Shape] = field(default_factory=dict)
+    inputs: dict[Any, _StaticInputs] = field(default_factory=dict)
     edits: dict[Any, FixedSteering] = field(default_factory=dict)
     graphs: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Of whoever decodes: the tensors are there once."""
 
 
-_MODELS: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_MODELS: weakref.WeakKeyDictionary[nn.Module, _ModelState] = weakref.WeakKeyDictionary()
 """By the model itself: a copy of a model carries its attributes, and a graph among them would be the original's."""
 
 
-def _kept(core: nn.Module) -> _Kept:
-    return _MODELS.setdefault(core, _Kept())
+def _state_of(core: nn.Module) -> _ModelState:
+    return _MODELS.setdefault(core, _ModelState())
 
 
 # -- one batch --------------------------------------------------------------------------------------------------------------
@@ -247,105 +244,103 @@ def _graph(device: torch.device) -> Callable[..., Tensor]:
 
 
 @dataclass
-class _Place:
-    """What steps of so many rows are taken with."""
+class _StepParts:
+    """What a step of so many rows is made of."""
 
-    shape: _Shape
+    static: _StaticInputs
     graph: Callable[..., Tensor]
     edits: FixedSteering | None = None
 
 
-class Run:
+class CompiledSteps:
     """The steps of one batch after its prefill. Call it with all ids so far; it gives the logits of the last."""
 
-    def __init__(self, policy: Policy, at: _Place, elsewhere: Callable[[int], _Place | None], active: Active | None = None):
-        """`elsewhere(rows)` is where fewer rows go on, if anywhere."""
-        from steerl.rollout.model import hooks
-
-        self.core, self.active, self.at, self._elsewhere = policy.core, active, at, elsewhere
+    def __init__(
+        self, policy: Policy, parts: _StepParts, parts_for: Callable[[int], _StepParts | None], active: Active | None = None
+    ):
+        """`parts_for(rows)`: what steps of fewer rows are made of; None where such steps cannot be had."""
+        self.core, self.active, self.parts, self._parts_for = policy.core, active, parts, parts_for
         self.hooked = hooks.hooked(policy.core)
         self.inputs: dict[str, Any] | None = None
 
     def __call__(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        from steerl.rollout.model import hooks
-
-        core, at = self.core, self.at
+        core, parts = self.core, self.parts
         if self.inputs is None:
-            given = core.prepare_inputs_for_generation(ids, next_sequence_length=1, is_first_iteration=False, **kwargs)
-            self.inputs = at.shape.begin(ids, kwargs, given)
+            inputs = core.prepare_inputs_for_generation(ids, next_sequence_length=1, is_first_iteration=False, **kwargs)
+            self.inputs = parts.static.begin(ids, kwargs, inputs)
         elif "position_ids" in self.inputs:
             self.inputs["position_ids"].add_(1)
         self.inputs["input_ids"].copy_(ids[:, -1:])
-        if at.graph is _forward:  # hooks work by themselves
+        if parts.graph is _forward:  # hooks work by themselves
             return _forward(core, self.inputs)
         edits: dict[nn.Module, Any] = {}
-        if at.edits is not None and self.active is not None:
-            at.edits.fill(self.active, ids)
-            edits = at.edits.edits
+        if parts.edits is not None and self.active is not None:
+            parts.edits.fill(self.active, ids)
+            edits = parts.edits.edits
         torch.compiler.cudagraph_mark_step_begin()
         try:
             with hooks.fixed(self.hooked, edits):
-                return at.graph(core, self.inputs)
+                return parts.graph(core, self.inputs)
         except compat.compile_errors() as error:
             # Nothing of the step has run. The same step goes on uncompiled, over the same cache.
             cause = getattr(error, "inner_exception", error)
             line = f"{type(cause).__name__}: {cause}".strip().splitlines()[0]
-            _tell(f"compiling failed ({line}); this batch goes on uncompiled")
-            at.graph, _kept(core).failed = _forward, True
+            _warn_once(f"compiling failed ({line}); this batch goes on uncompiled")
+            parts.graph, _state_of(core).failed = _forward, True
             return _forward(core, self.inputs)
 
-    def fewer(self, ended: Tensor, left: int) -> Tensor | None:
+    def shrink(self, ended: Tensor, left: int) -> Tensor | None:
         """Which rows to go on with, now that `left` have not ended: half of them (or a quarter, ...), each count with a graph
         of its own, filled up with rows that have ended. None = all of them."""
-        rows = self.at.shape.rows
-        if self.inputs is None or _kept(self.core).failed:
+        rows = self.parts.static.rows
+        if self.inputs is None or _state_of(self.core).failed:
             return None
         wanted = rows
         while wanted % 2 == 0 and wanted // 2 >= max(left, FEWEST):
             wanted //= 2
-        if wanted == rows or (place := self._elsewhere(wanted)) is None:
+        if wanted == rows or (parts := self._parts_for(wanted)) is None:
             return None
-        still, over = (~ended).nonzero()[:, 0], ended.nonzero()[:, 0]
-        index = torch.cat([still, over[: wanted - left]]).sort().values
-        self.inputs = place.shape.take(self.at.shape, self.inputs, index)
-        self.at = place
+        going, gone = (~ended).nonzero()[:, 0], ended.nonzero()[:, 0]
+        index = torch.cat([going, gone[: wanted - left]]).sort().values
+        self.inputs = parts.static.take(self.parts.static, self.inputs, index)
+        self.parts = parts
         return index
 
 
 @contextlib.contextmanager
-def running(policy: Policy, rows: int, columns: int, steering: Any = None, active: Any = None) -> Iterator[Run | None]:
-    """A Run for a batch of so many rows and at most so many columns; None where it cannot be had now."""
-    from steerl.rollout.steering.fixed import FixedSteering, structure
-
-    kept, device = _kept(policy.core), policy.device
+def compiled_steps(
+    policy: Policy, rows: int, columns: int, steering: Any = None, active: Any = None
+) -> Iterator[CompiledSteps | None]:
+    """The steps of a batch of so many rows and at most so many columns; None where they cannot be had now."""
+    state, device = _state_of(policy.core), policy.device
     built = () if steering is None else structure(steering)
     width, kind = _rounded(columns, policy.context), (str(device), policy.core.dtype)
 
-    def place(rows: int) -> _Place | None:
+    def parts_for(rows: int) -> _StepParts | None:
         key = (rows, width, kind, built)
-        if key not in kept.graphs:
-            if len(kept.graphs) >= MOST:
-                _tell(f"{MOST} graphs were made for this model; batches of other shapes do without")
+        if key not in state.graphs:
+            if len(state.graphs) >= MOST:
+                _warn_once(f"{MOST} graphs were made for this model; batches of other shapes do without")
                 return None
-            kept.graphs[key] = _graph(device)
-        shape = kept.shapes.setdefault((rows, width, kind), _Shape(rows, width))
+            state.graphs[key] = _graph(device)
+        static = state.inputs.setdefault((rows, width, kind), _StaticInputs(rows, width))
         edits = None
         if steering is not None:
-            if (rows, kind, built) not in kept.edits:
-                kept.edits[rows, kind, built] = FixedSteering(steering, rows, device)
-            edits = kept.edits[rows, kind, built]
+            if (rows, kind, built) not in state.edits:
+                state.edits[rows, kind, built] = FixedSteering(steering, rows, device)
+            edits = state.edits[rows, kind, built]
             edits.load(steering)
-        return _Place(shape, kept.graphs[key], edits)
+        return _StepParts(static, state.graphs[key], edits)
 
-    if not kept.lock.acquire(blocking=False):
-        _tell("the model decodes in another thread, or further up; sampling goes the plain way")
+    if not state.lock.acquire(blocking=False):
+        _warn_once("the model decodes in another thread, or further up; sampling falls back to the eager path")
         yield None
         return
     try:
-        first = place(rows)
-        yield None if first is None else Run(policy, first, place, active)
+        first = parts_for(rows)
+        yield None if first is None else CompiledSteps(policy, first, parts_for, active)
     finally:
-        kept.lock.release()
+        state.lock.release()
 
 
 def _rounded(columns: int, context: int | None) -> int:

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.weights import Space, Weights, nucleus
 from steerl.rollout.model.policy import Policy
@@ -166,8 +166,8 @@ def _banned_sequences(sampling: Sampling, policy: Policy) -> list[tuple[int, ...
         spelt = [ids for ids in spelt if ids and policy.tokenizer.unk_token_id not in ids]
         banned |= {tuple(ids): "sampling.bad_words" for ids in spelt}
         if not spelt:
-            raise UserError(f"sampling.bad_words: the tokenizer cannot spell {word!r}; leave it out")
+            raise ConfigError(f"sampling.bad_words: the tokenizer cannot spell {word!r}; leave it out")
     for ids, name in banned.items():
         if not all(0 <= i < policy.vocab_size for i in ids):
-            raise UserError(f"{name}: {list(ids)} is out of range; ids go from 0 to {policy.vocab_size - 1}")
+            raise ConfigError(f"{name}: {list(ids)} is out of range; ids go from 0 to {policy.vocab_size - 1}")
     return list(banned)

@@ -1,10 +1,10 @@
-"""The streaming decode loop that generate is handed: draws every token itself and keeps four numbers of each.
+"""The decode loop that generate is handed: draws every token itself and keeps four numbers of each.
 
     generate ── closed config, encoder, cache ──> DecodeLoop(model, input_ids, ...)
         prefill ─┬─ copies: one prompt's cache becomes its n samples'
-                 └─> logits of the last column ─ law ─ token, log-probs, entropy ─ stops ─┬─ all ended: out
-                       ^                                                                  ├─ few left: drop ended rows
-                       └────────────────── one more column <──────────────────────────────┘
+                 └─> logits of the last column ── Distribution.draw ── token, log-probs, entropy ── stops ─┬─ all ended: out
+                       ^                                                                                   ├─ drop ended rows
+                       └─────────────────────────── one more column <──────────────────────────────────────┘
 
 Memory is O(rows x tokens): no logits outlive their step. Tokens are keyed by (row, sample, t), so neither dropping rows
 nor sharing a prefill changes any of them.
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.decoding.compiled import CompiledSteps
 from steerl.rollout.decoding.distribution import Distribution, Drawn, History
 from steerl.rollout.decoding.stops import Stops
 from steerl.rollout.decoding.weights import Space
@@ -25,45 +26,73 @@ from steerl.rollout.model.generation_state import can_select_rows, select_rows, 
 from steerl.rollout.types import STOP_LENGTH, STOP_USER
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from steerl.rollout.decoding.compiled import Run
-
+OnToken = Callable[[int, Tensor, Tensor, Tensor], None]
 _KEEP_ABOVE = 0.9
 """Ended rows are dropped when less than this share is alive; each drop copies the cache once."""
 
 
+@dataclass(frozen=True)
+class DecodeInputs:
+    """What a batch is decoded from beside its prompts: an entry per row that is drawn."""
+
+    row_B: Tensor
+    """The row of the data set, for `on_token`."""
+    uniforms_BR: Tensor
+    """A number for every token, which decides it."""
+    real_BL: Tensor
+    """The real tokens of the columns that decoding starts with: the prompt's, on encoder-decoders the decoder's start."""
+    before: list[list[int]]
+    """The ids before the response that `Stops` needs."""
+    names: list[str]
+    """Who a row is, in error messages."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What was drawn, by the names of a Rollout's fields."""
+
+    response_BR: Tensor
+    lengths_B: Tensor
+    ended_B: Tensor
+    stop_B: Tensor
+    behaviour_logprobs_BR: Tensor
+    policy_logprobs_BR: Tensor
+    entropy_BR: Tensor
+
+
+def no_distribution(name: str, t: int) -> UserError:
+    return UserError(
+        f"sampling: the logits of {name} at token {t} hold no law (NaN, infinite, or every token banned); "
+        "check the model's weights and dtype, and the bans in the sampling settings"
+    )
+
+
 class DecodeLoop:
-    """One batch's decoding. Call it through `generate(custom_generate=...)`; the results are its fields afterwards."""
+    """One batch's decoding. Call it through `generate(custom_generate=...)`, then ask for its `responses`."""
 
     def __init__(
         self,
-        law: Distribution,
+        distribution: Distribution,
         stops: Stops,
+        inputs: DecodeInputs,
         *,
-        uniforms_BR: Tensor,
-        mask_BP: Tensor,
         copies_B: Tensor | None = None,
-        before: list[list[int]] | None = None,
-        names: list[str] | None = None,
-        live: Any = None,
+        steering: Any = None,
         synced: bool = False,
         compact: bool = True,
-        on_token: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
-        compiled: Run | None = None,
+        on_token: OnToken | None = None,
+        compiled: CompiledSteps | None = None,
     ):
-        """`mask_BP` marks the real tokens of generate's input_ids (the decoder's on encoder-decoders), one row per draw.
+        """`copies_B` says from which of generate's rows each of ours is copied after the prefill.
 
-        `before`: what `stops` needs of each row's prompt.
-        `copies_B` says from which of generate's rows each of ours is copied after the prefill. `names` tells rows apart in
-        error messages. `live` follows dropped rows through its `select(index)`. `synced`: every rank runs as many steps.
+        `steering`, at work around the call, follows dropped rows through its `select(index)`; without one no row is dropped.
+        `synced`: every rank runs as many steps. `compact`: rows can be dropped at all.
         `compiled` takes every step but the first, where it is given, and says when rows leave.
-        `on_token(t, rows, tokens, raw logits)` is told of every step, of the rows that had not ended before it.
+        `on_token(t, row_B, tokens, raw logits)` is told of every step, of the rows that had not ended before it.
         """
-        self.law, self.stops, self.uniforms_BR, self.mask_BP = law, stops, uniforms_BR, mask_BP
-        self.before = before or [[]] * len(uniforms_BR)
-        self.copies_B, self.names, self.live, self.synced, self.compact = copies_B, names, live, synced, compact
-        self.on_token, self.compiled = on_token, compiled
-        self.rows = Rows.start(uniforms_BR)
+        self.distribution, self.stops, self.inputs, self.copies_B = distribution, stops, inputs, copies_B
+        self.steering, self.synced, self.compact, self.on_token, self.compiled = steering, synced, compact, on_token, compiled
+        self.rows = DecodedRows.start(inputs.uniforms_BR)
         """The record of every row, complete after the call."""
 
     def __call__(
@@ -76,10 +105,10 @@ class DecodeLoop:
         **kwargs: Any,
     ) -> Tensor:
         del stopping_criteria, generation_config
-        if len(logits_processor):  # what was declared: none, the law is applied here
+        if len(logits_processor):  # what was declared: none, the distribution is applied here
             names = [type(processor).__name__ for processor in logits_processor]
             raise RuntimeError(f"generate was given logits processors that nobody declared: {names}")
-        ids, alive, space, width = input_ids, self.rows, Space(), self.uniforms_BR.shape[1]
+        ids, alive, space, width = input_ids, self.rows, Space(), self.rows.tokens.shape[1]
         history: History | None = None
         for t in range(width):
             if t and self.compiled is not None:
@@ -92,17 +121,17 @@ class DecodeLoop:
                 if self.copies_B is not None:
                     ids, logits_AV = ids[self.copies_B], logits_AV[self.copies_B]
                     kwargs = select_rows(kwargs, self.copies_B, len(input_ids))
-                history = History(ids, self.mask_BP, self.law)
-            drawn = self.law.draw(logits_AV, history, alive.uniforms[:, t], space)
+                history = History(ids, self.inputs.real_BL, self.distribution)
+            drawn = self.distribution.draw(logits_AV, history, alive.uniforms[:, t], space)
             if self.on_token is not None:
                 going = ~alive.ended
-                self.on_token(t, alive.place[going], drawn.tokens_B[going], logits_AV[going])
+                self.on_token(t, self.inputs.row_B[alive.place[going]], drawn.tokens_B[going], logits_AV[going])
             history.append(drawn.tokens_B)
             ids = torch.cat([ids, drawn.tokens_B[:, None]], dim=1)
-            left = self._take(alive, t, drawn)
+            left = self._write_down(alive, t, drawn)
             if self._all_ended(left, ids.device) or t + 1 == width:
                 break
-            index = self._going_on(alive, left, kwargs)
+            index = self._rows_to_keep(alive, left, kwargs)
             if index is not None:
                 if self.compiled is None:
                     kwargs = select_rows(kwargs, index, len(ids))
@@ -110,21 +139,25 @@ class DecodeLoop:
                 self.rows.write(alive)
                 alive = alive.select(index)
                 history.select(index)
-                if self.live is not None:
-                    self.live.select(index)
+                if self.steering is not None:
+                    self.steering.select(index)
         self.rows.write(alive)
-        self.rows.finish(self.stops)
         return input_ids
 
-    def _going_on(self, alive: Rows, left: int, kwargs: dict[str, Any]) -> Tensor | None:
+    def responses(self) -> Responses:
+        return self.rows.finish(self.stops)
+
+    def _rows_to_keep(self, alive: DecodedRows, left: int, kwargs: dict[str, Any]) -> Tensor | None:
         """Which rows are decoded further; None = all of them."""
-        if not (self.compact and 0 < left < _KEEP_ABOVE * len(alive.ended) and self._can_pick(kwargs)):
+        if not (self.compact and 0 < left < _KEEP_ABOVE * len(alive.ended) and can_select_rows(kwargs)):
+            return None
+        if self.steering is not None and not hasattr(self.steering, "select"):
             return None
         if self.compiled is not None:
-            return self.compiled.fewer(alive.ended, left)
+            return self.compiled.shrink(alive.ended, left)
         return (~alive.ended).nonzero()[:, 0]
 
-    def _take(self, alive: Rows, t: int, drawn: Drawn) -> int:
+    def _write_down(self, alive: DecodedRows, t: int, drawn: Drawn) -> int:
         """Write step t down, and see which rows it ends; the number of rows that go on."""
         alive.tokens[:, t], alive.entropy[:, t] = drawn.tokens_B, drawn.entropy_B
         alive.behaviour[:, t], alive.policy[:, t] = drawn.behaviour_B, drawn.policy_B
@@ -134,19 +167,14 @@ class DecodeLoop:
         if self.stops.has_strings:
             going = (~ended_A).nonzero()[:, 0]
             rows = zip(alive.tokens[going, : t + 1].tolist(), alive.place[going].tolist(), strict=True)
-            hit = [self.stops.completes(ids, self.before[place]) for ids, place in rows]
+            hit = [self.stops.completes(ids, self.inputs.before[place]) for ids, place in rows]
             by_string = going[torch.tensor(hit, dtype=torch.bool, device=going.device)]
             alive.by_string[by_string] = True
             ended_A[by_string] = True
         alive.ended = ended_A
         left, bad = torch.stack([(~ended_A).sum(), bad_A.sum()]).tolist()  # the step's one wait for the device
         if bad:
-            place = int(alive.place[bad_A.nonzero()[0, 0]])
-            who = self.names[place] if self.names else f"row {place}"
-            raise UserError(
-                f"sampling: the logits of {who} at token {t} hold no law (NaN, infinite, or every token banned); "
-                "check the model's weights and dtype, and the bans in the sampling settings"
-            )
+            raise no_distribution(self.inputs.names[int(alive.place[bad_A.nonzero()[0, 0]])], t)
         return int(left)
 
     def _all_ended(self, left: int, device: torch.device) -> bool:
@@ -157,13 +185,10 @@ class DecodeLoop:
         torch.distributed.all_reduce(anywhere)
         return int(anywhere) == 0
 
-    def _can_pick(self, kwargs: dict[str, Any]) -> bool:
-        return (self.live is None or hasattr(self.live, "select")) and can_select_rows(kwargs)
-
 
 @dataclass
-class Rows:
-    """What is written down of each row: (rows, steps) tensors and one entry per row."""
+class DecodedRows:
+    """What is written down of each row while it is decoded: (rows, steps) tensors and one entry per row."""
 
     place: Tensor
     """Where in the whole batch each of these rows is."""
@@ -175,36 +200,43 @@ class Rows:
     length: Tensor
     ended: Tensor
     by_string: Tensor
-    stop: Tensor
-    """Why each row ended; known when all is done."""
 
     @staticmethod
-    def start(uniforms_BR: Tensor) -> Rows:
+    def start(uniforms_BR: Tensor) -> DecodedRows:
         rows, device = len(uniforms_BR), uniforms_BR.device
         wide = {name: torch.zeros(uniforms_BR.shape, device=device) for name in ("behaviour", "policy", "entropy")}
-        return Rows(
+        return DecodedRows(
             place=torch.arange(rows, device=device),
             uniforms=uniforms_BR,
             tokens=torch.zeros(uniforms_BR.shape, dtype=torch.int64, device=device),
             length=torch.zeros(rows, dtype=torch.int64, device=device),
-            stop=torch.full((rows,), STOP_LENGTH, device=device),
             **{name: torch.zeros(rows, dtype=torch.bool, device=device) for name in ("ended", "by_string")},
             **wide,
         )
 
-    def select(self, index: Tensor) -> Rows:
-        return Rows(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+    def select(self, index: Tensor) -> DecodedRows:
+        return DecodedRows(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
-    def write(self, part: Rows) -> None:
+    def write(self, part: DecodedRows) -> None:
         """Put a part's rows back in their places."""
         for field in fields(self):
             if part is not self and field.name not in ("place", "uniforms"):
                 getattr(self, field.name)[part.place] = getattr(part, field.name)
 
-    def finish(self, stops: Stops) -> None:
-        """Nothing but zeros beyond each row's end, and the reason why it is there."""
-        beyond = torch.arange(self.tokens.shape[1], device=self.place.device)[None] >= self.length[:, None]
-        for name in ("tokens", "behaviour", "policy", "entropy"):
-            getattr(self, name).masked_fill_(beyond, 0)
+    def finish(self, stops: Stops) -> Responses:
+        """As wide as the longest row, zeros beyond each row's end, and the reason why it is there."""
+        width = int(self.length.max())
+        beyond_BR = torch.arange(width, device=self.length.device)[None] >= self.length[:, None]
         last = self.tokens.gather(1, (self.length - 1)[:, None])[:, 0]
-        self.stop = torch.where(self.by_string, STOP_USER, torch.where(self.ended, stops.by_id(last), STOP_LENGTH))
+        tokens, behaviour, policy, entropy = (
+            table[:, :width].masked_fill(beyond_BR, 0) for table in (self.tokens, self.behaviour, self.policy, self.entropy)
+        )
+        return Responses(
+            response_BR=tokens,
+            lengths_B=self.length,
+            ended_B=self.ended,
+            stop_B=torch.where(self.by_string, STOP_USER, torch.where(self.ended, stops.by_id(last), STOP_LENGTH)),
+            behaviour_logprobs_BR=behaviour,
+            policy_logprobs_BR=policy,
+            entropy_BR=entropy,
+        )

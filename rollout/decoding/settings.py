@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Sampling:
         if self.temperature == 0:
             problems.append("sampling.temperature: 0 has no law to draw from; set sampling.greedy true for the likeliest token")
         if problems:
-            raise UserError(*problems)
+            raise ConfigError(*problems)
         if self.greedy and (ignored := [name for name in ("temperature", "top_k", "top_p", "min_p") if self._changed(name)]):
             logger.warning(
                 "sampling.greedy: the likeliest token is the same under %s, which have no effect", ", ".join(ignored)

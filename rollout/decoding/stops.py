@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import UNKNOWN, Speller
@@ -33,7 +33,7 @@ class Stops:
         """Whether a response's text goes on with its prompt's; an encoder-decoder begins a text of its own."""
         for stop_id in sampling.stop_ids:
             if stop_id >= policy.vocab_size:
-                raise UserError(f"sampling.stop_ids: {stop_id} is out of range; ids go from 0 to {policy.vocab_size - 1}")
+                raise ConfigError(f"sampling.stop_ids: {stop_id} is out of range; ids go from 0 to {policy.vocab_size - 1}")
         special = {
             token: i for i, token in ((i, self.tokenizer.convert_ids_to_tokens(i)) for i in self.tokenizer.all_special_ids)
         }
@@ -46,7 +46,7 @@ class Stops:
         self.plain = [text for text in strings if text not in self.marked]
         for text in strings:
             if not can_spell(self.tokenizer, text):
-                raise UserError(
+                raise ConfigError(
                     f"sampling.stop: the tokenizer cannot spell {text!r}, so it would never end a row; use what it can"
                 )
         self.ids = torch.tensor([*self.eos_ids, *self.user_ids], dtype=torch.int64)

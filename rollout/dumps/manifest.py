@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerl.rollout.common.errors import UserError, reading
+from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import remove_left_behind, write_json
 
@@ -27,7 +27,7 @@ CALL_BATCHES = 4
 """Batches that the sampler is handed at once: it puts prompts of like length together, and a last small one is rare."""
 SHARD_ROWS, SHARDS = 1024, 16
 """Default size of a shard: about SHARD_ROWS rows, fewer where the dump would then have under SHARDS of them."""
-FREE = ("run.", "verify", "model.path", "prompts.path")
+FREE = ("run.", "verify", "engine.", "model.path", "prompts.path")
 """Settings that may differ on resume (prefixes): they do not change a row, or a fingerprint speaks for them."""
 BOUND = ("run.save_every",)
 """Exceptions to FREE."""
@@ -118,7 +118,7 @@ def write_record(folder: Path, index: int, record: Record) -> None:
     try:
         (folder / RECORDS).mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder / RECORDS}: cannot be made: {error.strerror}; free some space") from error
+        raise DataError(f"{folder / RECORDS}: cannot be made: {error.strerror}; free some space") from error
     write_json(folder / RECORDS / f"{index:05d}.json", dataclasses.asdict(record))
 
 
@@ -140,11 +140,11 @@ def drop_record(folder: Path, index: int) -> None:
 def load_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder}: no {MANIFEST}, so not a dump of rollouts; name the folder that dump_rollouts.py wrote")
+        raise DataError(f"{folder}: no {MANIFEST}, so not a dump of rollouts; name the folder that dump_rollouts.py wrote")
     with reading(f"{path}: damaged (", "); make the dump again with --run.overwrite true"):
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise UserError(
+            raise DataError(
                 f"{path}: format {manifest['format']!r:.40}, expected {FORMAT}; make the dump again with this version"
             )
         kinds = {"finished": bool, "fingerprints": dict, "config": dict, "counts": dict, "shards": list, "plan": dict}
@@ -174,7 +174,7 @@ def finished_shards(folder: Path) -> list[Record]:
     manifest = load_manifest(folder)
     if not manifest["finished"]:
         made, total = len(records_of(folder, manifest)), len(plan_of(manifest))
-        raise UserError(f"{folder}: unfinished, {made} of {total} shards; finish it with dump_rollouts.py --run.resume true")
+        raise DataError(f"{folder}: unfinished, {made} of {total} shards; finish it with dump_rollouts.py --run.resume true")
     return [Record(**record) for record in manifest["shards"]]
 
 
@@ -233,10 +233,10 @@ def start(
             ]
         if changed:
             remedy = "give the same settings, or start afresh with --run.overwrite true"
-            raise UserError(*(f"{line}; {remedy}" for line in changed))
+            raise DataError(*(f"{line}; {remedy}" for line in changed))
         return found
     if any(folder.glob("rollouts-*.parquet")):
-        raise UserError(f"run.dir: {folder} holds shards but no {MANIFEST}; start afresh with --run.overwrite true")
+        raise DataError(f"run.dir: {folder} holds shards but no {MANIFEST}; start afresh with --run.overwrite true")
     shutil.rmtree(folder / RECORDS, ignore_errors=True)
     write_json(folder / MANIFEST, fresh)
     return fresh

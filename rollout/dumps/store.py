@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import written_aside
 from steerl.rollout.dumps.manifest import Plan, Record, finished_shards, write_record
@@ -77,7 +77,7 @@ def to_table(rollout: Rollout, texts: Texts) -> pa.Table:
     import pyarrow as pa
 
     if len(rollout) != len(texts):
-        raise UserError(f"dump: {len(rollout)} rollouts and {len(texts)} texts; expected as many of one as of the other")
+        raise DataError(f"dump: {len(rollout)} rollouts and {len(texts)} texts; expected as many of one as of the other")
     rollout = rollout.to("cpu")
     rows, mask_BR = len(rollout), rollout.mask_BR
     prompt_lengths_B = rollout.prompt_mask_BP.sum(1)
@@ -116,10 +116,10 @@ def from_table(table: pa.Table) -> Iterator[tuple[Rollout, Texts]]:
     """The rows as they were. One pair, or more where greedy, policy_step or steering change between the rows."""
     missing = [name for name in schema().names if name not in table.column_names]
     if missing:
-        raise UserError(f"dump: column(s) {', '.join(missing)} are missing; these are not the rollouts of dump_rollouts.py")
+        raise DataError(f"dump: column(s) {', '.join(missing)} are missing; these are not the rollouts of dump_rollouts.py")
     shared = json.loads((table.schema.metadata or {}).get(METADATA, b"{}"))
     if "temperature" not in shared:
-        raise UserError("dump: the file's metadata does not say the temperature; it was not written by dump_rollouts.py")
+        raise DataError("dump: the file's metadata does not say the temperature; it was not written by dump_rollouts.py")
     keys = list(zip(*(table.column(name).to_pylist() for name in ("greedy", "policy_step", "steering")), strict=True))
     start = 0
     for key, run in itertools.groupby(keys):
@@ -132,7 +132,7 @@ def _from_rows(table: pa.Table, shared: dict[str, Any], greedy: bool, policy_ste
     def lists(name: str, lengths: list[int]) -> Sequence[Tensor]:
         values = torch.from_numpy(table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
         if sum(lengths) != len(values):
-            raise UserError(f"dump: {name} holds {len(values)} numbers for {sum(lengths)} tokens")
+            raise DataError(f"dump: {name} holds {len(values)} numbers for {sum(lengths)} tokens")
         return values.split(lengths)
 
     def numbers(name: str) -> Tensor:
@@ -180,7 +180,7 @@ def _json(name: str, value: Any) -> str:
         if isinstance(inner, datetime.date | datetime.time):
             return inner.isoformat()
         kind = type(inner).__name__
-        raise UserError(f"prompts: a value kept with a row ({name}) is of type {kind}, which JSON cannot hold; drop its column")
+        raise DataError(f"prompts: a value kept with a row ({name}) is of type {kind}, which JSON cannot hold; drop its column")
 
     return json.dumps(value, ensure_ascii=False, default=plain)
 
@@ -236,7 +236,7 @@ def read_shard(path: Path, rows: int = 256) -> Iterator[tuple[Rollout, Texts]]:
             for batch in file.iter_batches(batch_size=rows):
                 yield from from_table(pa.Table.from_batches([batch], schema=file.schema_arrow))
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable parquet file: {error}") from error
+        raise DataError(f"{path}: not a readable parquet file: {error}") from error
 
 
 def read_dump(folder: Path | str, rows: int = 256, shards: Sequence[int] | None = None) -> Iterator[tuple[Rollout, Texts]]:
@@ -250,5 +250,5 @@ def read_dump(folder: Path | str, rows: int = 256, shards: Sequence[int] | None 
         record = records[index]
         damage = record.damage(folder)
         if damage:
-            raise UserError(f"{folder / record.file}: {damage}; make it again: dump_rollouts.py with --run.resume true")
+            raise DataError(f"{folder / record.file}: {damage}; make it again: dump_rollouts.py with --run.resume true")
         yield from read_shard(folder / record.file, rows)

@@ -1,14 +1,16 @@
 """Sampler: prompts -> generate -> Rollout. The one entry to sampling.
 
-PromptBatch ── rows x samples ── parts of like length ── generate(custom_generate=DecodeLoop) ──┬─ Rollout  ids, log-probs
-                                                                                            └─ Texts    what they say
+PromptBatch ── rows x samples ── parts of like length ── generate ──┬─ Rollout  ids, log-probs, entropies, why rows ended
+                                 │                                  └─ Texts    what they say
+                                 └─ engine stream:   custom_generate=DecodeLoop    (decoding/loop.py)
+                                    engine generate: its own scores and logits     (decoding/generate.py)
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +20,11 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.random import uniforms
 from steerl.rollout.decoding import compiled
 from steerl.rollout.decoding.distribution import Distribution
-from steerl.rollout.decoding.loop import DecodeLoop
+from steerl.rollout.decoding.generate import plain_generate
+from steerl.rollout.decoding.loop import DecodeInputs, DecodeLoop, OnToken, Responses
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.capabilities import Capabilities
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.language_model import generate_arguments, no_dropout
@@ -31,8 +35,6 @@ from steerl.rollout.scoring.alignment import encoder_input
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.types import Rollout, Texts, left_pad
 from torch import Tensor
-
-OnToken = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,13 @@ class _Call:
 class Sampler:
     """Samples from one policy with one set of settings; `steering` acts while it does."""
 
-    def __init__(self, policy: Policy, sampling: Sampling, steering: Any = None):
+    def __init__(self, policy: Policy, sampling: Sampling, steering: Any = None, engine: EngineSettings | None = None):
         self.policy, self.sampling, self.steering = policy, sampling, steering
-        self.law = Distribution(sampling, policy)
+        self.engine = engine or EngineSettings()
+        self.distribution = Distribution(sampling, policy)
         self.stops = Stops(sampling, policy)
+        if self.engine.kind == "generate" and sampling.compile:
+            raise UserError("engine.kind: generate compiles no steps; leave sampling.compile out, or use the engine stream")
 
     def sample(
         self, batch: PromptBatch, *, step: int = 0, progress: float | None = None, on_token: OnToken | None = None
@@ -69,6 +74,10 @@ class Sampler:
             order = [(i, j) for i in range(len(batch)) for j in range(self.sampling.n)]
             parts = list(self._parts(batch, order, capabilities))
             call = _Call(step, progress, needs_sync(self.policy.model), on_token)
+            if self.engine.kind == "generate" and call.synced:
+                raise UserError("engine.kind: generate does not decode with weights that are spread over ranks; use stream")
+            if self.engine.kind == "generate" and on_token is not None:
+                raise UserError("engine.kind: generate shows no token before all are drawn; use stream")
             for k in range(processes.most(len(parts)) if call.synced else len(parts)):
                 if k < len(parts):
                     rollouts.append(self._part(batch, [order[at] for at in parts[k]], call))
@@ -140,7 +149,7 @@ class Sampler:
         # A stream is not told twice: it has the safe way from the start.
         own = len(self.policy.start_ids) or max(len(batch.ids[i]) for i, _ in pairs)
         caches = capabilities.caches(own + self.sampling.max_new_tokens)
-        rollout = self._generate(batch, pairs, call, caches and (capabilities.pads_in_text or call.on_token is None))
+        rollout = self._decode(batch, pairs, call, caches and (capabilities.pads_in_text or call.on_token is None))
         if capabilities.pads_in_text or call.on_token is not None:
             return rollout
         # A model that counts positions by comparing with pad decodes on from a drawn pad as no whole pass would: such
@@ -151,75 +160,43 @@ class Sampler:
         if not (processes.most(int(again)) if call.synced else again):
             return rollout
         redo, redo_pairs = (batch, [pairs[int(b)] for b in rows]) if again else (_dummy(self.policy), [(0, 0)])
-        other = self._generate(redo, redo_pairs, call, caching=False)
+        other = self._decode(redo, redo_pairs, call, caching=False)
         if not again:
             return rollout
         place = torch.arange(len(rollout), device=rollout.device)
         place[rows] = len(rollout) + torch.arange(len(rows), device=rollout.device)
         return Rollout.join([rollout, other]).select(place).trim()
 
-    def _generate(self, batch: PromptBatch, pairs: Sequence[tuple[int, int]], call: _Call, caching: bool) -> Rollout:
+    def _decode(self, batch: PromptBatch, pairs: Sequence[tuple[int, int]], call: _Call, caching: bool) -> Rollout:
         policy, sampling, device = self.policy, self.sampling, self.policy.device
         row_B = torch.tensor([batch.rows[i] for i, _ in pairs], device=device)
         sample_B = torch.tensor([batch.sample(i, j, sampling.n) for i, j in pairs], device=device)
         prompt_BP, mask_BP = left_pad([batch.ids[i] for i, _ in pairs], policy.pad_id, device)
         columns = {name: [column[i] for i, _ in pairs] for name, column in batch.columns.items()}
-        # One prefill for all samples of a prompt; with steering each row has its own.
-        unique = list(dict.fromkeys(i for i, _ in pairs))
-        fixed = sampling.compile and caching and compiled.fits(policy, call.synced, self.steering)
-        shared = self.steering is None and len(unique) < len(pairs) and policy.capabilities.row_selection
-        place = {i: k for k, i in enumerate(unique)}
-        first = [next(b for b, pair in enumerate(pairs) if pair[0] == i) for i in unique] if shared else list(range(len(pairs)))
-        copies_B = torch.tensor([place[i] for i, _ in pairs], device=device) if shared else None
-        ids_UP, mask_UP = prompt_BP[first], mask_BP[first]
-        if policy.is_seq2seq:
-            ids_UP, mask_UP = encoder_input(ids_UP, mask_UP)
-        stack, live, strength_B = self._steered(mask_UP, row_B, sample_B, columns, call)
-        stream = DecodeLoop(
-            self.law,
-            self.stops,
-            uniforms_BR=uniforms(
-                sampling.seed, call.step, row_B, sample_B, torch.arange(sampling.max_new_tokens, device=device)
-            ),
-            mask_BP=torch.ones(len(pairs), len(policy.start_ids), dtype=torch.bool, device=device)
-            if policy.is_seq2seq
-            else mask_BP,
-            copies_B=copies_B,
+        token_R = torch.arange(sampling.max_new_tokens, device=device)
+        start_BK = torch.ones(len(pairs), len(policy.start_ids), dtype=torch.bool, device=device)
+        inputs = DecodeInputs(
+            row_B=row_B,
+            uniforms_BR=uniforms(sampling.seed, call.step, row_B, sample_B, token_R),
+            real_BL=start_BK if policy.is_seq2seq else mask_BP,
             before=[self.stops.before(batch.ids[i]) for i, _ in pairs],
             names=[f"row {batch.rows[i]} (sample {j})" for i, j in pairs],
-            live=live,
-            synced=call.synced,
-            compact=policy.capabilities.row_selection,
-            on_token=_by_row(call.on_token, row_B),
         )
+        given_BP = encoder_input(prompt_BP, mask_BP) if policy.is_seq2seq else (prompt_BP, mask_BP)
         self.stops.to(device)
-        config = ClosedGenerationConfig.of(
-            policy.pad_id, policy.start_ids, max_new_tokens=sampling.max_new_tokens, use_cache=caching
-        )
-        with stack:
-            if fixed:
-                columns_of_all = prompt_BP.shape[1] + sampling.max_new_tokens
-                run = compiled.running(policy, len(pairs), columns_of_all, self.steering, live)
-                stream.compiled = stack.enter_context(run)
-            policy.core.generate(
-                **generate_arguments(policy, ids_UP, mask_UP, policy.capabilities.position_offset),
-                generation_config=config,
-                custom_generate=stream,
-            )
-        rows, width = stream.rows, int(stream.rows.length.max())
+        strength_B, steered = self._steering(given_BP[1], row_B, sample_B, columns, call)
+        if self.engine.kind == "generate":
+            with steered:
+                responses = plain_generate(policy, self.distribution, self.stops, inputs, *given_BP, caching=caching)
+        else:
+            responses = self._stream(inputs, *given_BP, [i for i, _ in pairs], steered, call, caching)
         rollout = Rollout(
             prompt_BP=prompt_BP,
             prompt_mask_BP=mask_BP,
-            response_BR=rows.tokens[:, :width],
-            lengths_B=rows.length,
-            ended_B=rows.ended,
-            behaviour_logprobs_BR=rows.behaviour[:, :width],
-            policy_logprobs_BR=rows.policy[:, :width],
-            entropy_BR=rows.entropy[:, :width],
             row_B=row_B,
             sample_B=sample_B,
-            stop_B=rows.stop,
             strength_B=strength_B,
+            **vars(responses),
             **self._record(call.step),
         )
         if self.steering is not None and self.steering.role in ("behaviour", "data"):
@@ -227,6 +204,47 @@ class Sampler:
             plain = teacher_forced(policy, rollout)
             rollout = dataclasses.replace(rollout, policy_logprobs_BR=plain.logprobs_BR, entropy_BR=plain.entropy_BR)
         return rollout
+
+    def _stream(
+        self,
+        inputs: DecodeInputs,
+        prompt_BP: Tensor,
+        mask_BP: Tensor,
+        prompts: list[int],
+        steered: contextlib.AbstractContextManager[Any],
+        call: _Call,
+        caching: bool,
+    ) -> Responses:
+        """Through the decode loop. `prompts` says which rows have one prompt: one prefill is for all of them; with steering
+        each row has its own."""
+        policy, rows, unique = self.policy, len(prompts), list(dict.fromkeys(prompts))
+        shared = self.steering is None and len(unique) < rows and policy.capabilities.row_selection
+        first = [prompts.index(prompt) for prompt in unique] if shared else list(range(rows))
+        place = {prompt: k for k, prompt in enumerate(unique)}
+        copies_B = torch.tensor([place[prompt] for prompt in prompts], device=policy.device) if shared else None
+        config = ClosedGenerationConfig.of(
+            policy.pad_id, policy.start_ids, max_new_tokens=self.sampling.max_new_tokens, use_cache=caching
+        )
+        compiles = self.sampling.compile and caching and compiled.fits(policy, call.synced, self.steering)
+        with steered as active, contextlib.ExitStack() as stack:
+            steps = None
+            if compiles:
+                columns = prompt_BP.shape[1] + self.sampling.max_new_tokens
+                steps = stack.enter_context(compiled.compiled_steps(policy, rows, columns, self.steering, active))
+            loop = DecodeLoop(
+                self.distribution,
+                self.stops,
+                inputs,
+                copies_B=copies_B,
+                steering=object() if active is None and self.steering is not None else active,
+                synced=call.synced,
+                compact=policy.capabilities.row_selection,
+                on_token=call.on_token,
+                compiled=steps,
+            )
+            arguments = generate_arguments(policy, prompt_BP[first], mask_BP[first], policy.capabilities.position_offset)
+            policy.core.generate(**arguments, generation_config=config, custom_generate=loop)
+        return loop.responses()
 
     def _record(self, step: int) -> dict[str, Any]:
         """The fields of a rollout that are the same for all of its rows."""
@@ -238,16 +256,15 @@ class Sampler:
             "greedy": self.sampling.greedy,
         }
 
-    def _steered(
+    def _steering(
         self, mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, columns: dict[str, list[Any]], call: _Call
-    ) -> tuple[contextlib.ExitStack, Any, Tensor]:
-        """The block in which generation is steered, what follows dropped rows, and each row's strength."""
-        stack = contextlib.ExitStack()
+    ) -> tuple[Tensor, contextlib.AbstractContextManager[Any]]:
+        """Each row's strength, and the block in which generation is steered."""
         if self.steering is None:
-            return stack, None, torch.zeros(len(row_B), device=row_B.device)
-        found = self.steering.strengths(row_B, sample_B, columns, progress=call.progress, policy_step=call.step)
-        strength_B = found.to(row_B.device, torch.float32)
-        active = self.steering.active(
+            return torch.zeros(len(row_B), device=row_B.device), contextlib.nullcontext()
+        strengths = self.steering.strengths(row_B, sample_B, columns, progress=call.progress, policy_step=call.step)
+        strength_B = strengths.to(row_B.device, torch.float32)
+        steered = self.steering.active(
             prompt_mask_BP=mask_BP,
             row_B=row_B,
             sample_B=sample_B,
@@ -257,13 +274,7 @@ class Sampler:
             progress=call.progress,
             start_width=max(len(self.policy.start_ids), 1),
         )
-        live = stack.enter_context(active)
-        return stack, live if live is not None else object(), strength_B
-
-
-def _by_row(on_token: OnToken | None, row_B: Tensor) -> OnToken | None:
-    """A stream is told dataset rows, the decode loop knows places in its batch."""
-    return None if on_token is None else lambda t, places, tokens, logits: on_token(t, row_B[places], tokens, logits)
+        return strength_B, steered
 
 
 def _dummy(policy: Policy) -> PromptBatch:

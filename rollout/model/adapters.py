@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.common.errors import UserError, one_line, reading
+from steerl.rollout.common.errors import CheckpointError, one_line, reading
 from steerl.rollout.model import virtual_tokens
 from steerl.rollout.model.auto_classes import head_of
 from transformers import GenerationConfig, PreTrainedModel
@@ -51,31 +51,35 @@ def adapter_config(mapping: Mapping[str, Any], task: str | None = None, field: s
     kind = str(given.pop("peft_type", "")).upper()
     if kind not in (*WEIGHT_KINDS, *VIRTUAL_KINDS):
         found = f"unknown value {kind!r}" if kind else "missing"
-        raise UserError(f"{field}.peft_type: {found}; choose one of {', '.join((*WEIGHT_KINDS, *VIRTUAL_KINDS))}")
+        raise CheckpointError(f"{field}.peft_type: {found}; choose one of {', '.join((*WEIGHT_KINDS, *VIRTUAL_KINDS))}")
     if kind == "DORA":
         kind, given = "LORA", {**given, "use_dora": True}
     config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
     known = {entry.name for entry in dataclasses.fields(config_class) if entry.init}
     unknown = sorted(set(given) - known)
     if unknown:
-        raise UserError(*(f"{field}.{key}: {kind} has no such field; it has: {', '.join(sorted(known))}" for key in unknown))
+        raise CheckpointError(
+            *(f"{field}.{key}: {kind} has no such field; it has: {', '.join(sorted(known))}" for key in unknown)
+        )
     wanted = given.pop("task_type", None)
     if wanted is not None and task is not None and wanted != task:
-        raise UserError(f"{field}.task_type: {wanted!r}, but the model's task is {task}; leave the field out")
+        raise CheckpointError(f"{field}.task_type: {wanted!r}, but the model's task is {task}; leave the field out")
     start = given.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
-        raise UserError(
+        raise CheckpointError(
             f"{field}.init_lora_weights: {start!r} changes the base's own weights, so the adapter switched off would not be "
             "the base; use true, false, gaussian or orthogonal"
         )
     if given.get("alora_invocation_tokens"):
-        raise UserError(f"{field}.alora_invocation_tokens: activated LoRA depends on the prompt's tokens and is not supported")
+        raise CheckpointError(
+            f"{field}.alora_invocation_tokens: activated LoRA depends on the prompt's tokens and is not supported"
+        )
     if kind in VIRTUAL_KINDS and not given.get("num_virtual_tokens"):
-        raise UserError(f"{field}.num_virtual_tokens: missing; {kind} needs the number of virtual tokens")
+        raise CheckpointError(f"{field}.num_virtual_tokens: missing; {kind} needs the number of virtual tokens")
     try:
         return config_class(task_type=task or wanted, **given)
     except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"{field}: {one_line(error)}") from error
+        raise CheckpointError(f"{field}: {one_line(error)}") from error
 
 
 def add(model: PreTrainedModel | PeftModel, mapping: Mapping[str, Any], name: str = "", field: str = "model.peft") -> PeftModel:
@@ -108,7 +112,7 @@ def load(
         weights = load_peft_weights(str(folder), device="cpu")
     kind = config.peft_type.value
     if kind not in (*WEIGHT_KINDS, *VIRTUAL_KINDS):
-        raise UserError(
+        raise CheckpointError(
             f"{field}: {folder} holds a {kind} adapter; these can be used: {', '.join((*WEIGHT_KINDS, *VIRTUAL_KINDS))}"
         )
     config.inference_mode = not trainable
@@ -125,7 +129,7 @@ def load(
     unexpected = [key for key in result.unexpected_keys if key != "prompt_embeddings"]
     if missing or unexpected:
         what = f"it has no weights for {missing[0]}" if missing else f"the base has no place for {unexpected[0]}"
-        raise UserError(f"{field}: {folder} does not fit this base: {what}; load it on the base it was trained on")
+        raise CheckpointError(f"{field}: {folder} does not fit this base: {what}; load it on the base it was trained on")
     switch(adapted, name, trainable=trainable)
     generation = getattr(adapted.get_base_model(), "generation_config", None)
     if generation is not None and (Path(folder) / "generation_config.json").is_file():
@@ -137,7 +141,7 @@ def load(
 def switch(model: PeftModel, name: str, *, trainable: bool = False) -> None:
     """Make the adapter `name` the active one. Only with `trainable` does it take gradients."""
     if name not in model.peft_config:
-        raise UserError(f"adapter {name!r}: unknown; the model has: {', '.join(model.peft_config)}")
+        raise CheckpointError(f"adapter {name!r}: unknown; the model has: {', '.join(model.peft_config)}")
     model.set_adapter(name, inference_mode=not trainable)
     if model.peft_config[name].is_prompt_learning:
         for other, encoder in model.prompt_encoder.items():
@@ -196,7 +200,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
     """A plain model that computes what the active adapter does. The PeftModel is used up."""
     kind = model.peft_config[model.active_adapter].peft_type.value
     if kind in VIRTUAL_KINDS:
-        raise UserError(f"a {kind} adapter cannot be merged: it adds virtual tokens, not weights; keep it as an adapter")
+        raise CheckpointError(f"a {kind} adapter cannot be merged: it adds virtual tokens, not weights; keep it as an adapter")
     merged = model.merge_and_unload(safe_merge=True, adapter_names=[model.active_adapter])
     return merged.requires_grad_(True)
 
@@ -225,12 +229,14 @@ def base_of(folder: str | Path, field: str = "model.path") -> str:
     config = _check_folder(folder, field)
     base = config.get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{field}: {folder} does not say what its base is (adapter_config.json); give the base as model.path")
+        raise CheckpointError(
+            f"{field}: {folder} does not say what its base is (adapter_config.json); give the base as model.path"
+        )
     for candidate in (Path(base), Path(folder) / base):
         if candidate.is_dir():
             return str(candidate)
     if Path(base).is_absolute() or base.startswith("."):
-        raise UserError(
+        raise CheckpointError(
             f"{field}: the base of {folder}, {base}, is missing; give the base as model.path, the folder as model.adapter"
         )
     return str(base)
@@ -242,10 +248,10 @@ def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, fie
 
     prefix = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) or ""
     if not name or "." in name or name in prefix:
-        raise UserError(f"{field}.name: {name!r} cannot be an adapter's name: no dots, not a part of {prefix!r}")
+        raise CheckpointError(f"{field}.name: {name!r} cannot be an adapter's name: no dots, not a part of {prefix!r}")
     adapted = isinstance(model, peft.PeftModel)
     if adapted and name in model.peft_config:
-        raise UserError(f"{field}.name: the model has an adapter {name!r} already; choose another name")
+        raise CheckpointError(f"{field}.name: the model has an adapter {name!r} already; choose another name")
     base = model.get_base_model() if adapted else model
     if config.is_prompt_learning and config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), "classifier", "score"]
@@ -266,16 +272,16 @@ def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, fie
             wrapped.peft_config[name].base_model_name_or_path = path  # peft has put the path back as it was given
             return wrapped
     except (ValueError, TypeError, RuntimeError, KeyError, ImportError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         if "arget modules" in str(error) or "target_modules" in str(error):
             linear = {key.rpartition(".")[2] for key, module in base.named_modules() if _is_projection(module)}
             wanted = getattr(config, "target_modules", None)
-            raise UserError(
+            raise CheckpointError(
                 f"{field}.target_modules: {sorted(wanted) if isinstance(wanted, set) else wanted!r} matches nothing in "
                 f"{type(base).__name__}; its projections are: {', '.join(sorted(linear))}"
             ) from error
-        raise UserError(f"{field}: {config.peft_type.value} does not fit {type(base).__name__}: {one_line(error)}") from error
+        raise CheckpointError(
+            f"{field}: {config.peft_type.value} does not fit {type(base).__name__}: {one_line(error)}"
+        ) from error
 
 
 def _task(model: PreTrainedModel | PeftModel) -> str | None:
@@ -294,11 +300,11 @@ def _is_projection(module: torch.nn.Module) -> bool:
 def _check_folder(folder: str | Path, field: str) -> dict[str, Any]:
     file = Path(folder) / "adapter_config.json"
     if not file.is_file():
-        raise UserError(f"{field}: {folder} is not an adapter's folder (it has no adapter_config.json)")
+        raise CheckpointError(f"{field}: {folder} is not an adapter's folder (it has no adapter_config.json)")
     with reading(f"{field}: {file} cannot be read: "):
         config = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
-        raise UserError(f"{field}: {file} holds no mapping")
+        raise CheckpointError(f"{field}: {file} holds no mapping")
     if not any((Path(folder) / weights).is_file() for weights in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise UserError(f"{field}: {folder} has no weights (adapter_model.safetensors)")
+        raise CheckpointError(f"{field}: {folder} has no weights (adapter_model.safetensors)")
     return config

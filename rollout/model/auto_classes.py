@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from steerl.rollout.common.errors import UserError, reading
+from steerl.rollout.common.errors import CheckpointError, UserError, reading
 from steerl.rollout.model import compat
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -74,12 +74,14 @@ def _check_sizes(config: PretrainedConfig, who: str) -> None:
         ):
             value, most = getattr(part, name, None), 1 << (12 if "layers" in name else 31)
             if isinstance(value, int) and not 1 <= value <= most:
-                raise UserError(f"{who} has a config.json with {name} {value}, but it must be 1 to {most}; mend it")
+                raise CheckpointError(f"{who} has a config.json with {name} {value}, but it must be 1 to {most}; mend it")
         architectures = part.architectures
         if architectures is not None and not (
             isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)
         ):
-            raise UserError(f"{who} has a config.json with architectures {architectures!r:.60}; give a list of class names")
+            raise CheckpointError(
+                f"{who} has a config.json with architectures {architectures!r:.60}; give a list of class names"
+            )
 
 
 def head_of(config: PretrainedConfig) -> str | None:
@@ -91,7 +93,7 @@ def head_of(config: PretrainedConfig) -> str | None:
     return None
 
 
-class NoHead(UserError):
+class NoHead(CheckpointError):
     """The checkpoint lacks weights that the head needs."""
 
 
@@ -113,14 +115,14 @@ def choose_head(
         fitting = generative if generative in allowed else allowed[0]
         head = fitting if saved is None or (fresh and saved not in allowed) else saved
     if head not in HEADS:
-        raise UserError(f"{field}: unknown head {head!r}; {takes}")
+        raise CheckpointError(f"{field}: unknown head {head!r}; {takes}")
     if head not in allowed:
-        raise UserError(f"{field}: {name} with a {head} head, but {takes}")
+        raise CheckpointError(f"{field}: {name} with a {head} head, but {takes}")
     if not compat.class_name(HEADS[head], config.model_type):
         have = ", ".join(heads_for(config)) or "none"
-        raise UserError(f"{field}: {name}, which has no {head} head (it has: {have}); {takes}")
+        raise CheckpointError(f"{field}: {name}, which has no {head} head (it has: {have}); {takes}")
     if role == "policy" and saved not in (head, None):
-        raise UserError(f"{field}: {name} saved with a {saved} head, so it cannot be loaded as {head}; {takes}")
+        raise CheckpointError(f"{field}: {name} saved with a {saved} head, so it cannot be loaded as {head}; {takes}")
     return head
 
 
@@ -220,7 +222,7 @@ def _check_all_used(model: PreTrainedModel, unexpected: set[str], path: str, fie
             left_out.append(key)
     if left_out:
         shown = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
-        raise UserError(
+        raise CheckpointError(
             f"{field}: {path!r} has weights that its config.json has no place for: {shown}; mend config.json "
             "(num_hidden_layers, say), or save the smaller model with save_pretrained"
         )

@@ -234,7 +234,7 @@ def _decodes(model: LanguageModel, prompt: Tensor, tail: Tensor, offset: int, se
         inputs = generate_arguments(model, prompt, torch.ones_like(prompt, dtype=torch.bool), offset)
         try:
             model.core.generate(**inputs, generation_config=config, custom_generate=follow)
-        except (RuntimeError, ValueError, IndexError, AttributeError, NotImplementedError):
+        except (UserError, RuntimeError, ValueError, IndexError, AttributeError, NotImplementedError):
             if not cache:
                 raise
             return False  # a cache that cannot do this (its rows selected, say) shows it by an error

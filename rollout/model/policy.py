@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model import adapters, virtual_tokens
 from steerl.rollout.model.auto_classes import load_head, load_tokenizer
 from steerl.rollout.model.capabilities import Capabilities, observe
@@ -57,9 +57,9 @@ class Policy(LanguageModel):
         is_seq2seq = bool(getattr(config, "is_encoder_decoder", False))
         if kind != "auto" and (kind == "seq2seq") != is_seq2seq:
             is_a = "an encoder-decoder" if is_seq2seq else "a decoder-only model"
-            raise UserError(f"model.kind: {kind}, but {type(core).__name__} is {is_a}; leave model.kind at auto")
+            raise CheckpointError(f"model.kind: {kind}, but {type(core).__name__} is {is_a}; leave model.kind at auto")
         if not core.can_generate():
-            raise UserError(
+            raise CheckpointError(
                 f"model: {type(core).__name__} has no generation head; name a causal or encoder-decoder language model"
             )
         size = vocabulary_size(core)
@@ -109,10 +109,12 @@ def load_policy(settings: ModelSettings, device: torch.device | str | None = Non
     """The model of `settings` with its adapter and tokenizer, in eval mode on `device`."""
     path, adapter = settings.path, settings.adapter
     if not path:
-        raise UserError("model.path: missing; name a model folder or hub name, --model.path DIR")
+        raise CheckpointError("model.path: missing; name a model folder or hub name, --model.path DIR")
     own = adapters.is_adapter_folder(path)
     if own and adapter:
-        raise UserError(f"model.path: {path} is an adapter and model.adapter is set too; name the base model in model.path")
+        raise CheckpointError(
+            f"model.path: {path} is an adapter and model.adapter is set too; name the base model in model.path"
+        )
     if own:
         path, adapter = adapters.base_of(path), path
     attn = None if settings.attn in ("", "auto") else settings.attn
@@ -132,7 +134,9 @@ def _load_tokenizer(settings: ModelSettings, beside: list[str]) -> Any:
         named = [folder for folder in beside if any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)]
         field, path = "model.path", named[0] if named else beside[0]
         if Path(path).is_dir() and not named:
-            raise UserError(f"model.path: no tokenizer in {path}; save it there, or name another folder with model.tokenizer")
+            raise CheckpointError(
+                f"model.path: no tokenizer in {path}; save it there, or name another folder with model.tokenizer"
+            )
     return load_tokenizer(path, field)
 
 
@@ -146,7 +150,7 @@ def check_vocabulary(tokenizer: Any, size: int) -> None:
     """Every id that the tokenizer can give must have a row in the embedding."""
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= size:
-        raise UserError(
+        raise CheckpointError(
             f"model: the tokenizer's highest id is {highest}, but the model's embedding has {size} rows; "
             "use the model's own tokenizer, or resize the model's embedding and save it"
         )
@@ -168,12 +172,12 @@ def _start_ids(core: Any, generation: Any, config: Any, size: int) -> tuple[int,
     start = _first(generation, config, text, name="decoder_start_token_id")
     start = start if start is not None else _first(generation, config, text, name="bos_token_id")
     if start is None:
-        raise UserError(
+        raise CheckpointError(
             f"model: {type(core).__name__} has no decoder_start_token_id; set it in the checkpoint's generation config"
         )
     ids = (*ids_of(start)[:1], *ids_of(_first(generation, name="forced_bos_token_id"))[:1])
     if not all(0 <= i < size for i in ids):
-        raise UserError(
+        raise CheckpointError(
             f"model: the decoder's start ids {list(ids)} do not fit the model's {size} rows; mend the generation config"
         )
     return ids

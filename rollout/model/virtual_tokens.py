@@ -19,7 +19,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model import compat
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
@@ -34,10 +34,14 @@ def install(model: PeftModel, field: str) -> PeftModel:
     placing = _Placing(model)
     trunk = base.get_decoder() if base.config.is_encoder_decoder else _trunk(base)
     if trunk is None or trunk is base:
-        raise UserError(f"{field}: {type(base).__name__} has no trunk below its head to put virtual tokens into; use LORA")
+        raise CheckpointError(
+            f"{field}: {type(base).__name__} has no trunk below its head to put virtual tokens into; use LORA"
+        )
     if placing.in_cache:
         if "past_key_values" not in inspect.signature(trunk.forward).parameters:
-            raise UserError(f"{field}: PREFIX_TUNING needs a cache, which {type(trunk).__name__} has not; use PROMPT_TUNING")
+            raise CheckpointError(
+                f"{field}: PREFIX_TUNING needs a cache, which {type(trunk).__name__} has not; use PROMPT_TUNING"
+            )
         trunk.register_forward_pre_hook(placing.fill_cache, with_kwargs=True)
     elif base.config.is_encoder_decoder:
         base.get_encoder().register_forward_pre_hook(placing.insert, with_kwargs=True)
@@ -79,7 +83,9 @@ class _Placing:
     def check(self, module: nn.Module, args: tuple, output: Any) -> None:
         """An architecture that goes round the hooked trunk would silently be its base."""
         if count(self.model) and not self.placed:
-            raise UserError(f"virtual tokens: {type(module).__name__} did not pass through its trunk; use LORA for this model")
+            raise CheckpointError(
+                f"virtual tokens: {type(module).__name__} did not pass through its trunk; use LORA for this model"
+            )
 
     def insert(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Virtual embeddings between the padding and the first real token; later steps find them in the cache."""
@@ -103,7 +109,9 @@ class _Placing:
         kwargs["inputs_embeds"], kwargs["input_ids"] = _place(virtual, embeds, first), None
         if mask is not None:
             if not bool(mask.any(dim=1).all()):
-                raise UserError("virtual tokens: a row without real tokens; give each row one, and prefill it in one piece")
+                raise CheckpointError(
+                    "virtual tokens: a row without real tokens; give each row one, and prefill it in one piece"
+                )
             kwargs["attention_mask"] = _place(torch.ones_like(mask[:, :1]).expand(-1, width), mask, first)
         positions = kwargs.get("position_ids")
         if positions is not None:
@@ -150,7 +158,7 @@ class _Placing:
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
         if mask is not None:
             if _windowed(module.config) and bool((_first(mask) > 0).any()):
-                raise UserError(
+                raise CheckpointError(
                     f"PREFIX_TUNING with left padding: {module.config.model_type} counts its window over the padding between "
                     "prefix and text; use batches of equal length, or PROMPT_TUNING"
                 )
@@ -193,7 +201,7 @@ def _first(mask: Tensor) -> Tensor:
 def _mask(kwargs: dict[str, Any]) -> Tensor | None:
     mask = kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        raise UserError("virtual tokens: the attention mask must be a tensor of rows by columns")
+        raise CheckpointError("virtual tokens: the attention mask must be a tensor of rows by columns")
     return mask
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError
 from steerl.rollout.model.policy import Policy
 
 UNKNOWN = "\ufffd"
@@ -113,7 +113,7 @@ def conversation_ids(
     goes_on = not whole and continues(messages, extra, where)
     if goes_on and not text_of(messages[-1].get("content")).strip():  # a turn without a word is one that only begins
         if messages[-1].get("tool_calls"):
-            raise UserError(
+            raise DataError(
                 f"{where}: the last message is the assistant's and only calls tools; there is no text to go on from"
             )
         messages, goes_on = messages[:-1], False
@@ -123,11 +123,9 @@ def conversation_ids(
     try:
         ids = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **arguments)
         _check_parts(tokenizer, messages, arguments, where)
-    except UserError:
-        raise
     except _TEMPLATE_ERRORS as error:  # the template is the checkpoint's own code
         told = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where}: the chat template does not take this conversation: {told:.200}") from error
+        raise DataError(f"{where}: the chat template does not take this conversation: {told:.200}") from error
     return [int(i) for i in ids]
 
 
@@ -138,16 +136,16 @@ def continues(messages: Sequence[Any], extra: Any = None, where: str = "prompts"
     named = f"{where}: chat_template_kwargs"
     for name, value in (("add_generation_prompt", opens), ("continue_final_message", goes_on)):
         if value is not None and not isinstance(value, bool):
-            raise UserError(f"{named}: {name} is {value!r:.40}; give true or false, or leave it out")
+            raise DataError(f"{named}: {name} is {value!r:.40}; give true or false, or leave it out")
     if messages[-1]["role"] != "assistant":
         if goes_on or opens is False:
             name = "continue_final_message" if goes_on else "add_generation_prompt"
-            raise UserError(f"{named}: {name} {goes_on or opens}, but the last message is not the assistant's; leave it out")
+            raise DataError(f"{named}: {name} {goes_on or opens}, but the last message is not the assistant's; leave it out")
         return False
     if opens and goes_on:
-        raise UserError(f"{named}: add_generation_prompt and continue_final_message are both true; choose one")
+        raise DataError(f"{named}: add_generation_prompt and continue_final_message are both true; choose one")
     if opens is False and goes_on is False:
-        raise UserError(f"{named}: add_generation_prompt and continue_final_message are both false; no turn would be open")
+        raise DataError(f"{named}: add_generation_prompt and continue_final_message are both false; no turn would be open")
     return bool(goes_on) if goes_on is not None else not opens
 
 
@@ -184,23 +182,28 @@ def text_of(content: Any) -> str:
 # -- what a template is given -------------------------------------------------------------------------------------------
 
 
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of {role, content}, rather than a text."""
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) and "role" in message for message in value)
+
+
 def check_messages(messages: Any, where: str) -> None:
     """One line where a conversation is none, or where a message would enter it empty or as something that is no text."""
     if not isinstance(messages, list | tuple) or not all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages
     ):
-        raise UserError(f"{where}: a conversation is a list of messages with a role and a content, found {str(messages)[:80]}")
+        raise DataError(f"{where}: a conversation is a list of messages with a role and a content, found {str(messages)[:80]}")
     if not messages:
-        raise UserError(f"{where}: a conversation without a message; give every row one, or leave the row out")
+        raise DataError(f"{where}: a conversation without a message; give every row one, or leave the row out")
     for at, message in enumerate(messages):
         told, content = f"{where}: message {at} ({message['role']})", message.get("content")
         if content is None and not message.get("tool_calls"):
-            raise UserError(f"{told} has no content; give it a text, or leave the message out")
+            raise DataError(f"{told} has no content; give it a text, or leave the message out")
         if isinstance(content, list):
             if wrong := [part for part in content if not (isinstance(part, Mapping) and isinstance(part.get("text"), str))]:
-                raise UserError(f"{told} has a part that is no text, {str(wrong[0])[:60]}; only text is read")
+                raise DataError(f"{told} has a part that is no text, {str(wrong[0])[:60]}; only text is read")
         elif content is not None and not isinstance(content, str | Mapping):
-            raise UserError(f"{told} has a content of type {type(content).__name__}, {str(content)[:40]!r}; expected a text")
+            raise DataError(f"{told} has a content of type {type(content).__name__}, {str(content)[:40]!r}; expected a text")
 
 
 def template_arguments(extra: Any, where: str = "prompts") -> dict[str, Any]:
@@ -209,11 +212,11 @@ def template_arguments(extra: Any, where: str = "prompts") -> dict[str, Any]:
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise UserError(
+        raise DataError(
             f"{where}: chat_template_kwargs: expected a mapping of the template's arguments, found {str(found)[:60]!r}"
         )
     if taken := [name for name in found if name in _OURS]:
-        raise UserError(f"{where}: chat_template_kwargs: {taken[0]!r} is not the template's to take; leave it out")
+        raise DataError(f"{where}: chat_template_kwargs: {taken[0]!r} is not the template's to take; leave it out")
     return found
 
 
@@ -221,7 +224,7 @@ def template_tools(tools: Any, where: str = "prompts") -> list[Any]:
     """`tools` of a row: a list of descriptions, or one as JSON text."""
     found = _parsed(tools, f"{where}: tools")
     if found is not None and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
-        raise UserError(f"{where}: tools: expected a list of descriptions, found {str(found)[:60]!r}")
+        raise DataError(f"{where}: tools: expected a list of descriptions, found {str(found)[:60]!r}")
     return found or []
 
 
@@ -231,7 +234,7 @@ def _parsed(value: Any, named: str) -> Any:
     try:
         return json.loads(value) if value.strip() else None
     except ValueError as error:
-        raise UserError(f"{named}: not JSON ({error}): {value[:60]!r}") from error
+        raise DataError(f"{named}: not JSON ({error}): {value[:60]!r}") from error
 
 
 def _check_parts(tokenizer: Any, messages: Sequence[Any], arguments: Mapping[str, Any], where: str) -> None:
@@ -246,4 +249,4 @@ def _check_parts(tokenizer: Any, messages: Sequence[Any], arguments: Mapping[str
         if str(content) in rendered or not all(text in rendered for text in texts):
             kind = "a list of parts" if isinstance(content, list) else "a mapping"
             told = f"{where}: message {at} ({message['role']}) has {kind} as content"
-            raise UserError(f"{told}, which the chat template does not read; give a text")
+            raise DataError(f"{told}, which the chat template does not read; give a text")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError, UserError
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import check_messages, conversation_ids, text_ids
 from steerl.rollout.prompts.tables import columns_of, read_table
@@ -55,7 +55,7 @@ class PromptSettings:
             if getattr(self, n) < 0
         ]
         if problems:
-            raise UserError(*problems)
+            raise DataError(*problems)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class PromptBatch:
     def __post_init__(self) -> None:
         for row, ids in zip(self.rows, self.ids, strict=True):
             if not len(ids):
-                raise UserError(f"prompts: row {row} has an empty prompt; a model needs at least one token to go on from")
+                raise DataError(f"prompts: row {row} has an empty prompt; a model needs at least one token to go on from")
 
     @staticmethod
     def of_ids(ids: Sequence[Sequence[int]], rows: Sequence[int] | None = None, tokenizer: Any = None) -> PromptBatch:
@@ -123,7 +123,7 @@ class Prompts:
         """The prompts of these dataset rows, in this order."""
         for row in rows:
             if not 0 <= row < len(self):
-                raise UserError(f"prompts: row {row} is asked for, but there are {len(self)} rows")
+                raise DataError(f"prompts: row {row} is asked for, but there are {len(self)} rows")
         records = [self.table[int(row)] for row in rows]
         ids = [self._fit(int(row), self._ids(int(row), record)) for row, record in zip(rows, records, strict=True)]
         return PromptBatch(
@@ -161,7 +161,7 @@ class Prompts:
             if len(problems) >= 5:
                 break
         if problems:
-            raise UserError(*dict.fromkeys(problems))
+            raise DataError(*dict.fromkeys(problems))
         if self.cut:
             looked = "" if len(self) <= LOOKED_AT else "first "
             self._tell(f"{len(self.cut):,} of the {looked}{min(len(self), LOOKED_AT):,} prompts", max(self.cut.values()))
@@ -178,16 +178,16 @@ class Prompts:
     def _check_value(self, row: int, value: Any) -> None:
         where = f"prompts.path: row {row} of {self.settings.path or 'the prompts'}"
         if value is None or (isinstance(value, (str, list)) and not len(value)):
-            raise UserError(f"{where}: the column {self.column!r} is empty; give every row a prompt, or leave the row out")
+            raise DataError(f"{where}: the column {self.column!r} is empty; give every row a prompt, or leave the row out")
         if isinstance(value, list):
             check_messages(value, where)
             if not getattr(self.policy.tokenizer, "chat_template", None):
-                raise UserError(
+                raise DataError(
                     f"prompts.path: {self.settings.path or 'the prompts'} holds conversations, but the tokenizer has no chat "
                     "template; add one to it, or give texts"
                 )
         elif not isinstance(value, str):
-            raise UserError(
+            raise DataError(
                 f"{where}: expected a text or a list of messages, found {type(value).__name__}; choose another prompts.column"
             )
 
@@ -203,7 +203,7 @@ class Prompts:
         if self.most is None or len(ids) <= self.most:
             return ids
         if self.settings.too_long == "refuse":
-            raise UserError(
+            raise DataError(
                 f"prompts: row {row} has {len(ids)} tokens, more than the {self.most} that prompts.max_tokens or the model's "
                 "context leave; cut it (prompts.too_long cut) or leave it out"
             )
@@ -226,20 +226,20 @@ class Prompts:
 def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int = 0) -> Prompts:
     """The prompts of `settings`. With `max_new_tokens` a prompt may only be as long as the context leaves beside them."""
     if not settings.path:
-        raise UserError("prompts.path: missing; name a file, a dataset folder or a hub name, --prompts.path FILE")
+        raise DataError("prompts.path: missing; name a file, a dataset folder or a hub name, --prompts.path FILE")
     table = read_table(settings.path, settings.split, settings.name)
     if not len(table):
-        raise UserError(f"prompts.path: {settings.path} has no rows")
+        raise DataError(f"prompts.path: {settings.path} has no rows")
     names = columns_of(table)
     column = settings.column or next((name for name in _COLUMNS if name in names), "")
     if column not in names:
         what = f"{settings.column!r} is not a column" if settings.column else "none of the usual columns is there"
-        raise UserError(f"prompts.column: {what}; {settings.path} has: {', '.join(names)}")
+        raise DataError(f"prompts.column: {what}; {settings.path} has: {', '.join(names)}")
     room = None
     if (context := policy.token_budget) is not None:
         room = context if policy.is_seq2seq else context - max_new_tokens
         if room < 1:
-            raise UserError(f"sampling.max_new_tokens: {max_new_tokens} leaves no room for a prompt in a context of {context}")
+            raise DataError(f"sampling.max_new_tokens: {max_new_tokens} leaves no room for a prompt in a context of {context}")
     return Prompts(table, column, policy, settings, room).check()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from steerl.rollout.common.errors import UserError, one_line
+from steerl.rollout.common.errors import DataError, one_line
 
 
 def read_table(path: str, split: str = "", name: str = "", field: str = "prompts") -> Sequence[dict[str, Any]]:
@@ -25,13 +25,13 @@ def read_table(path: str, split: str = "", name: str = "", field: str = "prompts
         try:
             return _read_file(file, field)
         except UnicodeDecodeError as error:
-            raise UserError(f"{field}.path: {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+            raise DataError(f"{field}.path: {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
         except OSError as error:
-            raise UserError(f"{field}.path: {path} cannot be read: {error.strerror or error}; check its permissions") from error
+            raise DataError(f"{field}.path: {path} cannot be read: {error.strerror or error}; check its permissions") from error
         except RecursionError as error:
-            raise UserError(f"{field}.path: {path} holds JSON that is nested too deeply to be read; flatten it") from error
+            raise DataError(f"{field}.path: {path} holds JSON that is nested too deeply to be read; flatten it") from error
     if path.startswith((".", "/", "~")) or file.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
-        raise UserError(f"{field}.path: {path} does not exist; check the path")
+        raise DataError(f"{field}.path: {path} does not exist; check the path")
     return _ArrowRows(_load_hub(path, split, name, field))
 
 
@@ -52,7 +52,7 @@ def _read_file(file: Path, field: str) -> Sequence[dict[str, Any]]:
         return _read_csv(file, "\t" if kind == ".tsv" else ",", field)
     if kind in (".parquet", ".pq"):
         return _read_parquet(file, field)
-    raise UserError(f"{field}.path: {file} has no ending that is known; use jsonl, json, csv, tsv or parquet")
+    raise DataError(f"{field}.path: {file} has no ending that is known; use jsonl, json, csv, tsv or parquet")
 
 
 def _read_jsonl(file: Path, field: str) -> list[dict[str, Any]]:
@@ -65,9 +65,9 @@ def _read_jsonl(file: Path, field: str) -> list[dict[str, Any]]:
                 row = json.loads(line, object_pairs_hook=_once)
             except (ValueError, RecursionError) as error:
                 kind = "cannot be read" if type(error) is ValueError else "is not JSON"
-                raise UserError(f"{field}.path: {file} line {number} {kind}: {one_line(error)}") from error
+                raise DataError(f"{field}.path: {file} line {number} {kind}: {one_line(error)}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{field}.path: {file} line {number} is a {type(row).__name__}; every line must be an object")
+                raise DataError(f"{field}.path: {file} line {number} is a {type(row).__name__}; every line must be an object")
             rows.append(row)
     return rows
 
@@ -78,9 +78,9 @@ def _read_json(file: Path, field: str) -> list[dict[str, Any]]:
     except (json.JSONDecodeError, RecursionError):
         return _read_jsonl(file, field)
     except ValueError as error:
-        raise UserError(f"{field}.path: {file}: {error}") from error
+        raise DataError(f"{field}.path: {file}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{field}.path: {file} must hold a list of objects")
+        raise DataError(f"{field}.path: {file} must hold a list of objects")
     return rows
 
 
@@ -92,18 +92,18 @@ def _read_csv(file: Path, delimiter: str, field: str) -> list[dict[str, Any]]:
         try:
             names = list(reader.fieldnames or [])
             if doubled := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-                raise UserError(
+                raise DataError(
                     f"{field}.path: {file} has two columns named {doubled[0]!r}; give every column a name of its own"
                 )
             begins = reader.line_num + 1
             for row in reader:
                 if None in row or None in row.values():
-                    raise UserError(f"{field}.path: {file} line {begins} has another number of fields than the first line")
+                    raise DataError(f"{field}.path: {file} line {begins} has another number of fields than the first line")
                 rows.append(row)
                 begins = reader.line_num + 1
         except csv.Error as error:
             told = "a quote that is opened there is never closed" if "unexpected end" in str(error) else str(error)
-            raise UserError(
+            raise DataError(
                 f"{field}.path: {file} line {begins} cannot be read as CSV: {told}; mend it, or save it as jsonl"
             ) from error
     return rows
@@ -131,7 +131,7 @@ def _read_parquet(file: Path, field: str) -> Sequence[dict[str, Any]]:
     try:
         table = pyarrow.parquet.read_table(file)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{field}.path: {file} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{field}.path: {file} cannot be read as parquet: {str(error).splitlines()[0]}") from error
     return [without_missing(row) for row in table.to_pylist()]
 
 
@@ -143,9 +143,7 @@ def _load_folder(folder: Path, split: str, name: str, field: str) -> Any:
             return _one_split(datasets.load_from_disk(str(folder)), str(folder), split, field)
         return _one_split(datasets.load_dataset(str(folder), name or None), str(folder), split, field)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{field}.path: {folder} cannot be read as a dataset: {_line(error)}") from error
+        raise DataError(f"{field}.path: {folder} cannot be read as a dataset: {_line(error)}") from error
 
 
 def _load_hub(path: str, split: str, name: str, field: str) -> Any:
@@ -154,9 +152,7 @@ def _load_hub(path: str, split: str, name: str, field: str) -> Any:
     try:
         return _one_split(datasets.load_dataset(path, name or None), path, split, field)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
+        raise DataError(
             f"{field}.path: {path} is neither a file or folder here nor a dataset that can be fetched: {_line(error)}"
         ) from error
 
@@ -164,12 +160,12 @@ def _load_hub(path: str, split: str, name: str, field: str) -> Any:
 def _one_split(found: Any, path: str, split: str, field: str) -> Any:
     if not isinstance(found, dict):
         if split and split != str(found.split or split):
-            raise UserError(f"{field}.split: {split!r}, but {path} is one split, {found.split}; leave prompts.split out")
+            raise DataError(f"{field}.split: {split!r}, but {path} is one split, {found.split}; leave prompts.split out")
         return found
     names = list(found)
     chosen = split or ("train" if "train" in names else names[0] if len(names) == 1 else "")
     if chosen not in names:
-        raise UserError(f"{field}.split: {split or 'missing'}; {path} has: {', '.join(names)}")
+        raise DataError(f"{field}.split: {split or 'missing'}; {path} has: {', '.join(names)}")
     return found[chosen]
 
 

@@ -1,11 +1,7 @@
 """What is added to, taken from or read off activations: where, when, how strongly.
 
-operations.py   pure functions: what is done to an activation        spec.py (parse, reading, writing)   what a user may write
-structure.py    blocks and components of any model                   positions.py                 which real tokens
-strengths.py    how strong on which row                              vectors.py, learned.py       files and parameters
-sites.py        a site tied to a model                               engine.py, hooks.py          at work in a forward pass
-steering.py     Steering: spec + model                               intervene.py                 one-off interventions
-extract.py      making vectors                                       explain.py                   what was applied where
+spec  ──bind──>  sites, gates  ──Steering.active──>  engine: in each call, a selection per site, an edit per point
+(a user's words)    (on one model)                   state: the rows at work, the calls, where they are edited
 """
 
 from steerl.rollout.model.hooks import unsteered

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError, said
+from steerl.rollout.common.errors import ConfigError, UserError, said
 from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import Point, Stack, locate
 from steerl.rollout.steering.core.table import TABLE
@@ -42,7 +42,7 @@ def bind(site: Site, index: int, to: Binding) -> BoundSite:
     try:
         points = locate(to.model, site.at, to.stacks)
     except UserError as problem:
-        raise UserError(*(f"{who}.{line}" if line.startswith("at.") else line for line in problem.lines)) from problem
+        raise ConfigError(*(f"{who}.{line}" if line.startswith("at.") else line for line in problem.lines)) from problem
     operation = TABLE[site.op.type]
     held: list[dict[str, Tensor]] = [{} for _ in points]
     if site.vector is not None and operation.family != "learned":
@@ -53,7 +53,7 @@ def bind(site: Site, index: int, to: Binding) -> BoundSite:
                 continue
             told = f"{who}.vector: all zeros at layer {point.layer}; it would change nothing"
             if operation.family == "direction" or "file" not in site.vector:
-                raise UserError(told)
+                raise ConfigError(told)
             logger.warning("%s", told)  # a file may be what a training left that never moved this one
     _check_coordinates(site, points, who)
     if operation.tensors:
@@ -61,7 +61,9 @@ def bind(site: Site, index: int, to: Binding) -> BoundSite:
     trained = None
     if to.trainable and any(held):
         if operation.family == "space":
-            raise UserError(f"{who}.op: role trainable trains vectors and learned operations, not the space of {site.op.type}")
+            raise ConfigError(
+                f"{who}.op: role trainable trains vectors and learned operations, not the space of {site.op.type}"
+            )
         trained = Parameters(held)
     function = _users_function(site, who, to) if operation.function is None else operation.function
     excluded, gate = _excluded(site, who, to), bind_gate(site, index, points, to)
@@ -73,7 +75,7 @@ def read_vectors(raw: dict[str, Any], points: list[Point], who: str, to: Binding
     widths, layers = [p.width for p in points], [p.layer for p in points]
     if "init" in raw:
         if None in widths:
-            raise UserError(f"{who}.init: the width at module {site.at.module!r} cannot be told; give values")
+            raise ConfigError(f"{who}.init: the width at module {site.at.module!r} cannot be told; give values")
         generator = torch.Generator().manual_seed(to.seed * 1000 + 1)
         if raw["init"] == "zeros":
             return [torch.zeros(int(w or 0)) for w in widths]
@@ -82,7 +84,7 @@ def read_vectors(raw: dict[str, Any], points: list[Point], who: str, to: Binding
         try:
             values = torch.tensor(raw["values"], dtype=torch.float32)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{who}: expected numbers, or one list of numbers per layer ({error})") from error
+            raise ConfigError(f"{who}: expected numbers, or one list of numbers per layer ({error})") from error
         if values.dim() == 2 and values.shape[0] == len(points):
             named = {str(layer if layer is not None else i): v for i, (layer, v) in enumerate(zip(layers, values, strict=True))}
             found = per_layer(named, layers, widths, who, "values") if None not in layers else list(values)
@@ -109,17 +111,19 @@ def path_of(raw: Any, to: Binding) -> Path:
 def _parameters(site: Site, points: list[Point], who: str, to: Binding) -> list[dict[str, Tensor]]:
     op = site.op
     if any(p.width is None for p in points):
-        raise UserError(f"{who}.at: the width at module {site.at.module!r} cannot be told; choose a block or a linear layer")
+        raise ConfigError(f"{who}.at: the width at module {site.at.module!r} cannot be told; choose a block or a linear layer")
     widths, layers = [int(p.width or 0) for p in points], [p.layer for p in points]
     raw = {"file": op.params} if op.params else site.vector if TABLE[op.type].family == "learned" else None
     if raw is None or "init" in raw:
         if not to.trainable:
-            raise UserError(f"{who}.vector: op {op.type} needs its parameters from a file; only role trainable starts without")
+            raise ConfigError(
+                f"{who}.vector: op {op.type} needs its parameters from a file; only role trainable starts without"
+            )
         generator = torch.Generator().manual_seed(to.seed * 1000 + 1)
         return [fresh_parameters(op, width, generator) for width in widths]
     source = raw.get("file") or raw.get("folder")
     if source is None:
-        raise UserError(f"{who}.vector: op {op.type} reads its parameters from {{file: ...}}, found {sorted(raw)}")
+        raise ConfigError(f"{who}.vector: op {op.type} reads its parameters from {{file: ...}}, found {sorted(raw)}")
     path = path_of(source, to)
     tensors, _ = read_tensors(path, f"{who}.params")
     return read_parameters(op, tensors, layers, widths, f"{who}.params", str(path))
@@ -130,7 +134,7 @@ def _check_coordinates(site: Site, points: list[Point], who: str) -> None:
         return
     for point in points:
         if point.width is not None and max(site.op.coordinates) >= point.width:
-            raise UserError(
+            raise ConfigError(
                 f"{who}.op.coordinates: {max(site.op.coordinates)} is out of range; the activation is {point.width} wide"
             )
 
@@ -153,7 +157,7 @@ def _excluded(site: Site, who: str, to: Binding) -> Tensor | None:
             if known == getattr(to.tokenizer, "unk_token_id", None):
                 known = None
         if known is None:
-            raise UserError(f"{who}.where.exclude.token_ids: {token!r} is not a token here; give its id")
+            raise ConfigError(f"{who}.where.exclude.token_ids: {token!r} is not a token here; give its id")
         ids.extend(known if isinstance(known, list) else [known])
     return torch.tensor(ids, dtype=torch.int64)
 
@@ -162,17 +166,17 @@ def _users_function(site: Site, who: str, to: Binding) -> Callable[..., Tensor]:
     file, name = site.op.function.rsplit(":", 1)
     path = path_of(file, to)
     if not path.is_file():
-        raise UserError(f"{who}.op.function: {path} does not exist; give file.py:name")
+        raise ConfigError(f"{who}.op.function: {path} does not exist; give file.py:name")
     module_spec = importlib.util.spec_from_file_location(f"steering_function_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UserError(f"{who}.op.function: {path} cannot be imported: {said(error)}") from error
+        raise ConfigError(f"{who}.op.function: {path} cannot be imported: {said(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"{who}.op.function: {path} has no function {name!r}")
+        raise ConfigError(f"{who}.op.function: {path} has no function {name!r}")
     return function
 
 
@@ -185,7 +189,7 @@ def bind_gate(site: Site, index: int, points: list[Point], to: Binding) -> Bound
     try:
         point = locate(to.model, At(layers=(gate.layer,), stack=stack.name), to.stacks)[0]
     except UserError as problem:
-        raise UserError(
+        raise ConfigError(
             *(f"{who}.{line.removeprefix('at.').replace('layers', 'layer', 1)}" for line in problem.lines)
         ) from problem
     gate_layer = point.layer or 0
@@ -194,12 +198,12 @@ def bind_gate(site: Site, index: int, points: list[Point], to: Binding) -> Bound
         at_the_end = site.at.component == "block_output" and not site.at.head and not site.at.module
         after = first > gate_layer or (first == gate_layer and at_the_end)
         if not after:
-            raise UserError(
+            raise ConfigError(
                 f"{who}.layer: the gate reads block {point.layer}'s output, which comes after the site's layer {first}; "
                 "choose an earlier one"
             )
     direction = read_vectors(gate.vector, [point], f"{who}.vector", to, site)[0]
     trained = nn.Parameter(direction.clone()) if to.trainable and gate.type == "sigmoid" else None
     if trained is None and not bool(direction.any()):
-        raise UserError(f"{who}.vector: all zeros; no activation can be compared with it")
+        raise ConfigError(f"{who}.vector: all zeros; no activation can be compared with it")
     return BoundGate(gate, index, site.name, point, direction, trained)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.run_folder import write_text
 from steerl.rollout.common.yaml_files import Dumper
 from steerl.rollout.model import policy
@@ -115,7 +115,7 @@ def check_fold(steering: Steering) -> None:
         elif spec.at.head or spec.at.io == "input" or spec.at.component == "block_input":
             problems.append(f"{who} acts on an input; use keep")
     if problems:
-        raise UserError(*problems)
+        raise ConfigError(*problems)
 
 
 def fold(steering: Steering, model: nn.Module) -> None:
@@ -146,7 +146,7 @@ def _writer(module: nn.Module, point: Point) -> nn.Module:
         return inside
     within = [m for m in (inside or module).modules() if matrix_widths(m) is not None and matrix_widths(m)[1] == point.width]  # type: ignore[index]
     if not within:
-        raise UserError(f"on_deploy: fold found no linear layer that writes at layer {point.layer}; use keep")
+        raise ConfigError(f"on_deploy: fold found no linear layer that writes at layer {point.layer}; use keep")
     return within[-1]
 
 
@@ -158,7 +158,7 @@ def _bias(model: nn.Module, matrix: nn.Module, site: BoundSite, point: Point) ->
     group = "attn" if "attn" in name or "attention" in name else "mlp"
     flag = _FLAGS[group]
     if not hasattr(model.config, flag):
-        raise UserError(
+        raise ConfigError(
             f"on_deploy: fold cannot write site {site.name!r}: {type(model).__name__} has no bias at {name} "
             f"(layer {point.layer}) and no option for one; use keep"
         )
@@ -189,7 +189,7 @@ def _compare(steering: Steering, model: nn.Module) -> None:
     moved, off = float((steered - plain).abs().max()), float((folded - steered).abs().max())
     tolerance = 1e-4 if steered.dtype in (torch.float32, torch.float64) else 0.05
     if off > tolerance * max(1.0, moved, float(steered.abs().max())):
-        raise UserError(
+        raise ConfigError(
             f"on_deploy: fold: the folded model is off by {off:.3g} (the steering moves logits by {moved:.3g}): "
             f"{type(model).__name__} does not add its parts up plainly there; use keep"
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.model.hooks import Arguments, Edit, Frame
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Stack
@@ -77,12 +77,12 @@ class Active:
         rows = self.rows
         assert rows is not None
         if not rows.count or count % rows.count:
-            raise UserError(
+            raise ConfigError(
                 f"steering: the {stack} was called with {count} rows, and steering is active for {rows.count}; "
                 "open the context with the batch's own rows (samples already repeated)"
             )
         if encoder and rows.encoder_mask_BP is not None and rows.encoder_mask_BP.shape[1] != width:
-            raise UserError(
+            raise ConfigError(
                 f"steering: the encoder got {width} columns and the prompt mask has {rows.encoder_mask_BP.shape[1]}"
             )
         if not encoder and first == 0 and rows.lead:
@@ -96,7 +96,7 @@ class Active:
         if call is None:
             return
         if not call.edits and stack in self._edited_stacks:
-            raise UserError(
+            raise ConfigError(
                 "steering did not run: the model's forward passed its blocks without calling their hooks; a model compiled "
                 "before Steering was made ignores them, so make Steering first, or use the model as it was before torch.compile"
             )
@@ -149,7 +149,7 @@ class Active:
         mask = arguments.mask()
         if mask is None or mask.shape[1] != width:
             if arguments.kwargs.get("attention_mask") is not None and mask is None:
-                raise UserError(
+                raise ConfigError(
                     "steering: the attention mask is not one number per token; open the context with prompt_mask_BP"
                 )
             device = next(a for a in (*arguments.args, *arguments.kwargs.values()) if isinstance(a, Tensor)).device
@@ -184,7 +184,7 @@ def _left_away(rows: SteeredRows, arguments: Arguments, count: int) -> int:
     mine = (rows.prompt_mask_BP.cumsum(1) == 0).sum(1).cpu().repeat_interleave(count // len(rows))
     away = mine - theirs
     if bool((away != away[0]).any()) or int(away[0]) < 0:
-        raise UserError(
+        raise ConfigError(
             f"steering: the prompt mask has {mine.tolist()} columns of padding on the left and the call's attention mask "
             f"{theirs.tolist()}; open the context with the mask of the batch that is run"
         )
@@ -242,7 +242,7 @@ class SiteEdit:
         call: StackCall | None = frame.calls.get(self.key)
         site = self.site
         if call is None:
-            raise UserError(
+            raise ConfigError(
                 f"steering: site {site.name!r} was reached outside its model's forward; call the model, not the module"
             )
         call.edits += 1
@@ -267,15 +267,16 @@ class SiteEdit:
         if hidden.dim() == 2 and shape[0] == batch * call.width:
             hidden = hidden.reshape(batch, call.width, -1)
         if hidden.dim() != 3 or hidden.shape[0] != batch or hidden.shape[1] > call.width:
-            raise UserError(
+            raise ConfigError(
                 f"site {site.name!r}: the activation has shape {tuple(shape)}, expected ({batch}, {call.width}, width); "
                 "choose a module that sees every row and position"
             )
-        width = hidden.shape[1]  # an output head may keep the last columns only
-        strength, mask = selection.strength_BT1[:, -width:].to(hidden.device), selection.mask_BT1
+        strength, mask, width = selection.strength_BT1.to(hidden.device), selection.mask_BT1, hidden.shape[1]
+        if width < call.width:  # an output head that keeps the last columns only
+            strength, mask = strength[:, -width:], None if mask is None else mask[:, -width:]
         columns = None if self.point.columns is None else torch.tensor(self.point.columns, device=hidden.device)
         part = hidden if columns is None else hidden[..., columns]
-        if site.spec.op.type == "collect":
+        if site.operation.collects:
             self.active.collect(site, self.at, part, call, selection)
             return hidden.reshape(shape)
         noise = None
@@ -283,7 +284,7 @@ class SiteEdit:
             noise = site.noise(self.at, call.rows, call.index()[0][:, -width:], part.shape[-1]).to(part.device)
         edited = site.apply(self.at, part, strength, selection.unit, noise)
         if mask is not None:
-            edited = torch.where(mask[:, -width:].to(hidden.device), edited, part)
+            edited = torch.where(mask.to(hidden.device), edited, part)
         if columns is not None:
             edited = hidden.index_copy(-1, columns, edited)
         return edited.reshape(shape)

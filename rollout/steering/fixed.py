@@ -31,7 +31,7 @@ def why_not(steering: Any, core: nn.Module) -> str | None:
         return "the steering was not made for this model"
     for site in steering.sites:
         op = site.spec.op
-        if not site.operation.compiles:
+        if site.operation.collects or site.operation.family == "function":
             return f"steering site {site.name!r}: op {op.type} is more than tensors"
         if site.gate is not None and site.gate.spec.on == "token":
             return f"steering site {site.name!r}: its gate reads every token"

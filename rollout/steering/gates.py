@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
 from steerl.rollout.steering.spec.spec import Gate
@@ -56,7 +56,7 @@ class BoundGate:
         if call.first:
             before, columns = rows.sums.get(self.index, (total, -1))
             if columns != call.first:
-                raise UserError("steering: a gate over the prompt's mean missed a part of the prompt; prefill it in order")
+                raise ConfigError("steering: a gate over the prompt's mean missed a part of the prompt; prefill it in order")
             total = total + before
         rows.sums[self.index] = (total, call.first + call.width)
         if ends:
@@ -69,7 +69,7 @@ class BoundGate:
     def of_rows(self, rows: SteeredRows) -> Tensor:
         """(B,), once the prompt has been read."""
         if self.index not in rows.gates:
-            raise UserError(
+            raise ConfigError(
                 f"site {self.name!r}: its gate is not known yet at this point (it reads the whole prompt first); "
                 "prefill the prompt in one piece, or use gate.on: token"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.steering.core.table import TABLE
 from steerl.rollout.steering.spec.spec import Op
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def read_parameters(
         for name, letters in operation.tensors.items():
             tensor = named.get(f"{layer}.{name}", named.get(name))
             if tensor is None:
-                raise UserError(
+                raise ConfigError(
                     f"{who}: {path} has no tensor {name!r} for layer {layer}; op {op.type} needs {', '.join(operation.tensors)}"
                 )
             if operation.family == "learned" and "K" in letters and tensor.dim() == len(letters):  # the file says the rank
@@ -42,7 +42,7 @@ def read_parameters(
             tensor = tensor.detach().float()
             if tensor.dim() != len(shape) or any(want and want != have for want, have in zip(shape, tensor.shape, strict=True)):
                 want = " x ".join(str(size) if size else "any" for size in shape)
-                raise UserError(f"{who}: {path} tensor {name!r} has shape {tuple(tensor.shape)}; layer {layer} needs {want}")
+                raise ConfigError(f"{who}: {path} tensor {name!r} has shape {tuple(tensor.shape)}; layer {layer} needs {want}")
             tensors_here[name] = tensor
         per_layer.append(tensors_here)
     return per_layer

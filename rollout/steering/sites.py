@@ -8,8 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError, said
-from steerl.rollout.steering import strengths
+from steerl.rollout.common.errors import ConfigError, said
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
 from steerl.rollout.steering.core.table import ACTIVATIONS, TABLE
@@ -17,6 +16,7 @@ from steerl.rollout.steering.gates import BoundGate
 from steerl.rollout.steering.parameters import Parameters
 from steerl.rollout.steering.spec.spec import Site
 from steerl.rollout.steering.state import SteeredRows
+from steerl.rollout.steering.strengths import keyed_normals
 from torch import Tensor
 
 
@@ -71,14 +71,14 @@ class BoundSite:
         if self.trained is not None:
             return {name: tensor.to(device) for name, tensor in self.trained.layers[at].tensors().items()}  # type: ignore[operator]
         held = self.held[at]
-        if any(tensor.device != device for tensor in held.values()):
+        if held and next(iter(held.values())).device != device:
             held = self.held[at] = {name: tensor.to(device) for name, tensor in held.items()}
         return held
 
     def noise(self, at: int, rows: SteeredRows, index_BT: Tensor, width: int) -> Tensor:
         """What is drawn at a point, a function of row, sample and real position."""
         stream = 4096 + 64 * self.index + at
-        return strengths.keyed_normals(self.seed, stream, rows.policy_step, rows.row_B, rows.sample_B, index_BT, width)
+        return keyed_normals(self.seed, stream, rows.policy_step, rows.row_B, rows.sample_B, index_BT, width)
 
     def apply(self, at: int, base: Tensor, strength: Tensor, unit: bool = False, noise: Tensor | None = None) -> Tensor:
         """The edited activation at every position; the caller keeps it where the site selects."""
@@ -108,15 +108,15 @@ class BoundSite:
         try:
             new = self.function(base, source, strength)
         except (Exception, SystemExit) as error:
-            raise UserError(f"site {self.name!r}: {path} {said(error)}") from error
+            raise ConfigError(f"site {self.name!r}: {path} {said(error)}") from error
         if not isinstance(new, Tensor) or new.shape != base.shape:
             given = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-            raise UserError(f"site {self.name!r}: {path} gave {given}; expected a tensor of shape {tuple(base.shape)}")
+            raise ConfigError(f"site {self.name!r}: {path} gave {given}; expected a tensor of shape {tuple(base.shape)}")
         return new.to(base.dtype)
 
     def _check_width(self, source: Tensor, base: Tensor) -> None:
         if source.shape[-1] != base.shape[-1]:
-            raise UserError(
+            raise ConfigError(
                 f"site {self.name!r}: its vector is {source.shape[-1]} wide, and the activation at "
                 f"{self.spec.at.module or 'its layer'} "
                 f"is {base.shape[-1]} wide; it was made for another model or component"

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.model import hooks
-from steerl.rollout.steering import strengths
 from steerl.rollout.steering.bind import Binding, bind
 from steerl.rollout.steering.core import positions
 from steerl.rollout.steering.core.structure import stacks, unwrap
@@ -30,6 +29,7 @@ from steerl.rollout.steering.sites import BoundSite
 from steerl.rollout.steering.spec.parse import load_spec
 from steerl.rollout.steering.spec.spec import SteeringSpec
 from steerl.rollout.steering.state import SteeredRows
+from steerl.rollout.steering.strengths import column, schedule_factor, site_strength, steered_rows
 from torch import Tensor, nn
 
 
@@ -51,7 +51,7 @@ class Steering:
             except UserError as problem:
                 problems.extend(problem.lines)
         if problems:
-            raise UserError(*problems)
+            raise ConfigError(*problems)
         self.progress = 0.0
         """Share of training done, for schedules: set by the training loop at each step."""
         self._drawn_at: dict[int, tuple[float, float]] = {}
@@ -138,14 +138,14 @@ class Steering:
         """The strength of every site on every row. `strength_B`, where given, is the first site's, as recorded."""
         drawn_at, scale = self._drawn_at.get(policy_step, (self.progress, self.scale))
         progress = drawn_at if progress is None else progress
-        steered_B = strengths.steered_rows(self.spec, self.seed, policy_step, row_B, sample_B)
+        steered_B = steered_rows(self.spec, self.seed, policy_step, row_B, sample_B)
         of_sites: list[Tensor] = []
         for site in self.sites:
             if site.index == 0 and strength_B is not None:
                 of_sites.append(strength_B.to(row_B.device, torch.float32))
                 continue
-            own = strengths.site_strength(site.spec, site.index, self.seed, policy_step, row_B, sample_B, columns or {})
-            own = own * (strengths.schedule_factor(site.spec.schedule, progress) * scale)
+            own = site_strength(site.spec, site.index, self.seed, policy_step, row_B, sample_B, columns or {})
+            own = own * (schedule_factor(site.spec.schedule, progress) * scale)
             of_sites.append(torch.where(steered_B, own, torch.zeros_like(own)))
         return of_sites
 
@@ -191,7 +191,7 @@ class Steering:
             if not isinstance(rule, dict) or "column" not in rule:
                 places.append(None)
                 continue
-            values = strengths.column(columns, rule["column"], f"site {site.name!r}: where.prompt")
+            values = column(columns, rule["column"], f"site {site.name!r}: where.prompt")
             on_encoder = encoder_mask_BP is not None and site.points[0].stack == "encoder"
             lengths_B = (encoder_mask_BP if on_encoder else prompt_mask_BP).sum(1)  # type: ignore[union-attr]
             places.append(positions.places_of(values, lengths_B, rule["column"]))
@@ -242,7 +242,7 @@ class Steering:
         with hooks.entered(active.frame(hooks.current(), self.stacks)):
             yield active
         if not active.calls and (active.rows is None or len(active.rows)):
-            raise UserError(
+            raise ConfigError(
                 "steering did not run: no forward pass of the steered model was seen; "
                 "call the model that Steering was made for, and make Steering before torch.compile"
             )

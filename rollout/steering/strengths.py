@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.random import uniforms
+from steerl.rollout.steering.core.table import TABLE
 from steerl.rollout.steering.spec.spec import Schedule, Site, SteeringSpec
 from torch import Tensor
 
@@ -66,7 +67,7 @@ def site_strength(
         values = column(columns, strength.column, f"site {site.name!r}: strength")
         bad = next((v for v in values if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v)), None)
         if bad is not None:
-            raise UserError(
+            raise DataError(
                 f"column {strength.column!r}: expected a number per row (strength of site {site.name!r}), found {bad!r}"
             )
         return torch.tensor([float(v) for v in values], dtype=torch.float32, device=row_B.device) * strength.value
@@ -86,7 +87,8 @@ def unrecorded(spec: SteeringSpec, *, same_draws: bool) -> str:
 
     `same_draws`: the rows' own seed and step are known to those who steer them again."""
     later = spec.sites[1:]
-    drawn = {f"the noise of site {site.name!r} is drawn by seed and step": site.op.type == "noise" for site in spec.sites}
+    noisy = {site.name: TABLE[site.op.type].source == "noise" for site in spec.sites}
+    drawn = {f"the noise of site {name!r} is drawn by seed and step": is_noisy for name, is_noisy in noisy.items()}
     drawn |= {f"the strength of site {site.name!r} is drawn by seed and step": bool(site.strength.dist) for site in later}
     drawn |= {"which rows the fraction steers is drawn by seed and step": bool(later) and spec.fraction < 1}
     moved = {
@@ -101,5 +103,5 @@ def unrecorded(spec: SteeringSpec, *, same_draws: bool) -> str:
 def column(columns: Mapping[str, Sequence[Any]], name: str, who: str) -> Sequence[Any]:
     if name not in columns:
         known = ", ".join(sorted(columns)) or "none"
-        raise UserError(f"{who}: the data has no column {name!r}; its columns: {known}")
+        raise DataError(f"{who}: the data has no column {name!r}; its columns: {known}")
     return columns[name]

@@ -15,6 +15,7 @@ from steerl.configs.reader import read, run_command, to_yaml
 import pytest
 import yaml
 from steerl.rollout.common.errors import UserError
+from steerl.scripts.dump_rollouts import Job as DumpJob
 
 
 @dataclass(frozen=True)
@@ -305,6 +306,19 @@ def test_free_mappings_are_judged_by_those_who_know_more():
         "steering.role",
         "steering",
     ]
+
+
+def test_shipped_files_have_names(tmp_path, monkeypatch):
+    """From any folder, with a stranger's configs/ in it: steerl:NAME is the package's own file."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "dump.yaml").write_text("dump: {rows: 1}")
+    monkeypatch.chdir(tmp_path)
+    own = Path(__file__).parents[2] / "configs" / "dump.yaml"
+    assert read(DumpJob, ["--config", "steerl:dump"]) == read(DumpJob, ["--config", str(own)])
+    with pytest.raises(UserError) as caught:
+        read(DumpJob, ["--config", "steerl:dumb", "--config", "steerl:zzz"])
+    assert caught.value.lines[0] == "--config: steerl:dumb does not exist; did you mean steerl:dump?"
+    assert caught.value.lines[1].startswith("--config: steerl:zzz does not exist; there are steerl:complete, steerl:dump, ")
 
 
 def test_missing_settings_are_named_once():

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerl.configs import shape
+from steerl.configs.values import type_at
+
+from steerl.rollout.common.settings_reader import every_path, words
 
 from tests.fuzz.damage import ESCAPE, LONE, LONG, NUMBERS, TEXTS, Bomb, damage, damaged_bytes, damaged_tree, deep, dumps, value
 from tests.fuzz.world import CLEAN, COMMANDS, OUT
@@ -45,10 +47,10 @@ ENDLESS = ("steps", "epochs", "eval_every", "measure", "max_steps")
 def settings(draw: random.Random, folder: Path) -> Case:
     """One or two settings of a command with a value that does not suit."""
     command = draw.choice(list(COMMANDS))
-    paths = [path for path in shape.every_path(COMMANDS[command][1]) if path[-1] not in ENDLESS]
+    paths = [path for path in every_path(COMMANDS[command][1]) if path[-1] not in ENDLESS]
     argv, said = list(CLEAN[command]), []
     for path in draw.sample(paths, draw.choice([1, 1, 2])):
-        wanted = shape.words(shape.type_at(COMMANDS[command][1], path))
+        wanted = words(type_at(COMMANDS[command][1], path))
         text = str(draw.choice(NUMBERS)) if "number" in wanted and draw.random() < 0.6 else draw.choice(TEXTS)
         name = ".".join(path[: len(path) - (draw.random() < 0.05)]) or "x"
         argv += [f"--{name}={text}"] if draw.random() < 0.7 else [f"--{name}", text]

@@ -86,7 +86,7 @@ def test_an_empty_list_and_no_list():
 def test_names_are_the_kinds_unless_given_and_never_twice():
     parts = [{"kind": "length", "max": 3}, {"kind": "length", "max": 5}, {"kind": "length", "max": 9, "name": "length_2"}]
     reward = build_reward(parts)
-    assert [part.name for part in reward.parts] == ["length", "length_3", "length_2"]
+    assert [term.name for term in reward.terms] == ["length", "length_3", "length_2"]
     found = lines([{"kind": "length", "max": 3, "name": "a"}, {"kind": "length", "max": 4, "name": "a"}])
     assert found == ("reward[1].name: 'a' is the name of reward[0] already; choose another",)
 
@@ -96,7 +96,7 @@ def test_a_function_as_it_stands_is_a_part():
         return [float(text.isupper()) for text in completions]
 
     reward = build_reward(shout)
-    assert [part.name for part in reward.parts] == ["shout"]
+    assert [term.name for term in reward.terms] == ["shout"]
     assert reward(*made(["A", "b"])).total_B.tolist() == [1.0, 0.0]
 
 

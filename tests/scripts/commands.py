@@ -42,7 +42,8 @@ def main(folder: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     processes.start()
     for module, job, argv in flags(folder):
-        name = module.__name__.rsplit("_", 1)[-1] if "train" in module.__name__ else module.__name__.split(".")[1].split("_")[0]
+        first, second = module.__name__.rpartition(".")[2].split("_")
+        name = second if first == "train" else first
         module.main(read(job, [*argv, "--run.dir", str(folder / name)]))
         models_stay_whole()  # each command has a process to itself; here the trainers' engine would cut the next command's model
         processes.barrier()

@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+from steerl.configs.reader import read
+
 import pytest
 import torch
 from steerl.rollout.common.errors import UserError
@@ -61,14 +63,14 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path):
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        (["--learning"], ["--learning=true"]),
-        (["--learning", "--out", "x"], ["--learning=true", "--out", "x"]),
-        (["--out", "x", "--learning", "false"], ["--out", "x", "--learning", "false"]),
-        ([], []),
+        (["--learning"], bench.Job(learning=True)),
+        (["--learning", "--out", "x"], bench.Job(learning=True, out="x")),
+        (["--out", "x", "--learning", "false"], bench.Job(out="x")),
+        ([], bench.Job()),
     ],
 )
 def test_a_part_may_stand_without_a_value(given, meant):
-    assert bench.spelled_out(given) == meant
+    assert read(bench.Job, given) == meant
 
 
 @pytest.mark.slow

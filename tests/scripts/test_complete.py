@@ -27,7 +27,7 @@ import transformers
 import yaml
 from steerl.rollout.chat.terminal import BANDS, width_of
 from steerl.scripts import complete as complete_door
-from steerl.scripts.complete import Job, main, with_switches
+from steerl.scripts.complete import Job, main
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from tests import warm
@@ -75,7 +75,7 @@ def steering(folder: Path) -> str:
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     code: Any = 0
     try:
-        run_command(main, Job, with_switches(list(argv)))
+        run_command(main, Job, argv)
     except SystemExit as left:
         code = left.code
     out, err = capsys.readouterr()

@@ -103,6 +103,19 @@ def test_every_row_is_what_teacher_forcing_alone_says(given: Path, tmp_path: Pat
         assert row.response_text == tokenizer.decode(row.response_ids, skip_special_tokens=True)
 
 
+def test_plain_generate_dumps_the_same_rows(given: Path, tmp_path: Path) -> None:
+    more = (*SMALL, "--sampling.top_p", "0.9", "--sampling.stop", "[e]")
+    for kind in ("stream", "generate"):
+        assert dump(flags(given, tmp_path / kind, *more, "--engine.kind", kind)) == 0
+    stream, plain = (rows_of(tmp_path / kind) for kind in ("stream", "generate"))
+    for name in stream.columns:
+        if name in ("behaviour_logprobs", "policy_logprobs"):
+            assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(stream[name], plain[name], strict=True)), name
+        else:
+            assert all(np.array_equal(a, b) for a, b in zip(stream[name], plain[name], strict=True)), name
+    assert load_manifest(tmp_path / "generate")["config"]["engine"] == {"kind": "generate"}
+
+
 def test_the_manifest_says_what_the_dump_was_made_from(given: Path, tmp_path: Path) -> None:
     assert dump(flags(given, tmp_path / "run", *SMALL)) == 0
     kept = load_manifest(tmp_path / "run")

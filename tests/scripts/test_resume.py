@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -36,6 +35,14 @@ run: {save_every: 4}
 """
 
 
+SMALL_FILES = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (60 * 1024, 60 * 1024))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """Everything that a run reads."""
@@ -58,11 +65,7 @@ def command(job, run, *flags, steps=STEPS, family="gpt2"):
 
 
 def start(*arguments, launcher=(sys.executable,), **options):
-    if launcher[0] == sys.executable:
-        return warm.start([*launcher, *arguments], **options)
-    return subprocess.Popen(
-        [*launcher, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    return warm.start([*launcher, *arguments], **options)
 
 
 def finish(*arguments, status=0, **options):
@@ -195,7 +198,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(
 @pytest.mark.slow
 def test_a_full_disk_while_saving_is_one_line_and_the_run_goes_on_later(job, whole, tmp_path):
     run = tmp_path / "run"
-    small = ("bash", "-c", f'ulimit -f 60; exec "{sys.executable}" "$@"', "bash")  # 60 KiB a file
+    small = (sys.executable, "-c", SMALL_FILES)
     told = finish(*command(job, run), launcher=small, status=2)
     problem = [line for line in told.splitlines() if "cannot be written" in line]
     assert len(problem) == 1 and "step-000004" in problem[0] and "Traceback" not in told

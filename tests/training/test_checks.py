@@ -87,7 +87,7 @@ def test_adapter_reference_without_an_adapter():
     "law", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 2}]
 )
 def test_another_law_needs_a_correction(law):
-    assert "draw from another law than the policy's" in refused(law)
+    assert "draw from another distribution than the policy's" in refused(law)
     check_job(POLICY, [1], Sampling(**law), PPOSettings(correction=Correction("token_truncate")))
     check_job(POLICY, [1], Sampling(**law), PPOSettings(correction=Correction("none")))
 

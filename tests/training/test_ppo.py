@@ -15,6 +15,7 @@ from steerl.rollout.common.errors import Stopped, UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding import distribution
 from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings
 from steerl.rollout.scoring import logprobs
 from steerl.training.algorithm.importance import Correction
@@ -31,7 +32,18 @@ SMALL = {"steps": 2, "rollouts_per_step": 8, "minibatches": 2, "epochs": 1, "eva
 SAMPLING = {"max_new_tokens": 6, "stop_ids": [11, 17]}
 
 
-def run(folder, family="gpt2", *, reward=share_of_threes, peft=None, sampling=None, overrides=None, prompts=None, **settings):
+def run(
+    folder,
+    family="gpt2",
+    *,
+    reward=share_of_threes,
+    peft=None,
+    sampling=None,
+    overrides=None,
+    prompts=None,
+    engine=None,
+    **settings,
+):
     policy = with_peft(tiny_policy(family, **(overrides or {})), peft)
     summary = train(
         policy,
@@ -40,6 +52,7 @@ def run(folder, family="gpt2", *, reward=share_of_threes, peft=None, sampling=No
         Sampling(**{**SAMPLING, **(sampling or {})}),
         PPOSettings(**{**SMALL, **settings}),
         RunSettings(dir=str(folder)),
+        engine=engine,
     )
     return policy, summary
 
@@ -74,6 +87,23 @@ def test_a_run_leaves_its_files(tmp_path):
     own = policy.model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
     assert len(AutoTokenizer.from_pretrained(folder / "model")) == len(policy.tokenizer)
+
+
+def test_plain_generate_draws_a_runs_rollouts_as_well(tmp_path):
+    found = {}
+    for kind in ("stream", "generate"):
+        policy, summary = run(tmp_path / kind, engine=EngineSettings(kind), sampling={"n": 2, "temperature": 0.8}, samples=8)
+        found[kind] = (
+            summary,
+            [row["completion"] for row in lines(tmp_path / kind / "samples.jsonl")],
+            policy.model.state_dict(),
+        )
+        assert all(row["gap/max"] < 1e-4 for row in lines(tmp_path / kind / "metrics.jsonl"))
+    (stream, said, weights), (plain, same, others) = found.values()
+    assert said == same and len(said) > 8
+    for name in ("reward_before", "reward_after", "kl_after"):
+        assert stream[name] == pytest.approx(plain[name], abs=1e-5), name
+    assert all((weights[name] - value).abs().max() < 1e-4 for name, value in others.items())
 
 
 def test_the_cut_prompts_of_a_step_are_counted(tmp_path):

@@ -107,8 +107,9 @@ def score_one_slot_late(patch: pytest.MonkeyPatch) -> None:
     def late(rewards_BR: torch.Tensor, values_BR: torch.Tensor, mask_BR: torch.Tensor, **settings: Any) -> advantages.Credit:
         pad = torch.nn.functional.pad
         wide = pad(mask_BR, (1, 0), value=True)  # one action more in every row, the last one on padding
-        moved = torch.where(advantages.last_action(mask_BR), rewards_BR, 0.0)
-        rewards = pad(torch.where(advantages.last_action(mask_BR), 0.0, rewards_BR), (0, 1)) + pad(moved, (1, 0))
+        last_BR = mask_BR & ~pad(mask_BR, (0, 1))[:, 1:]
+        moved = torch.where(last_BR, rewards_BR, 0.0)
+        rewards = pad(torch.where(last_BR, 0.0, rewards_BR), (0, 1)) + pad(moved, (1, 0))
         found = real(rewards, pad(values_BR, (0, 1)), wide, **settings)
         return advantages.Credit(*(torch.where(mask_BR, part[:, :-1], 0.0) for part in found))
 
@@ -158,7 +159,7 @@ def test_what_each_defect_costs(tmp_path):
             folder = tmp_path / f"{name.replace(' ', '_')}-{seed}"
             settings = PPOSettings(
                 steps=25, rollouts_per_step=32, minibatches=2, micro_batch_size=4, learning_rate=1e-3, kl_coef=0.01,
-                eval_prompts=0, samples=0, gap_tolerance=1e9,
+                eval_prompts=0, samples=0, gap_tolerance=1e9, stop_kl=1e9,  # no alarm stops a defect
             )  # fmt: skip
             sampling = Sampling(max_new_tokens=12, stop_ids=[12, 17, 24], seed=seed)
             with pytest.MonkeyPatch.context() as patch:

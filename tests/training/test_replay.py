@@ -242,7 +242,7 @@ def test_an_encoder_decoder_does_not_take_a_causal_models_rows(dump):
 
 def test_greedy_rows_are_refused(tmp_path, policy):
     folder = make_dump(tmp_path / "greedy", policy, greedy=True, samples=1)
-    with pytest.raises(UserError, match="greedy rows, which have no law"):
+    with pytest.raises(UserError, match="greedy rows, which have no distribution"):
         Replay(folder, policy, dataclasses.replace(SETTINGS)).sample([0])
 
 

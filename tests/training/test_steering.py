@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from steerl.rollout.analysis.steering_effect import law_distance
+from steerl.rollout.analysis.steering_effect import kl_from_plain
 from steerl.rollout.analysis.steering_table import applied, edits_per_row, table
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
@@ -390,12 +390,12 @@ def test_a_resumed_run_is_the_undisturbed_one(role: str, tmp_path: Path) -> None
 
 
 def test_the_vector_of_a_budget_is_what_the_curve_says() -> None:
-    """law_distance (exact) agrees with the k1 estimate that the budget uses, in the mean."""
+    """kl_from_plain (exact) agrees with the k1 estimate that the budget uses, in the mean."""
     policy = tiny_policy("llama")
     steering = Steering(policy.model, {"role": "data", "sites": [{**SITE, "strength": 1.0}]})
     rollout, _ = Sampler(policy, Sampling(n=800, max_new_tokens=3, batch_size=800), steering).sample(
         PromptBatch.of_ids([[5, 6]])
     )
-    exact = float(law_distance(policy, steering, rollout).sum(1).mean())
+    exact = float(kl_from_plain(policy, steering, rollout).sum(1).mean())
     drawn = (rollout.behaviour_logprobs_BR - rollout.policy_logprobs_BR).sum(1)
     assert abs(exact - float(drawn.mean())) < 4 * float(drawn.std()) / 800**0.5

@@ -21,7 +21,7 @@ class Credit(NamedTuple):
 
 
 def token_rewards(task_BR: Tensor, mask_BR: Tensor, kl_BR: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
-    """Rewards of every action: what the task gives there (reward.base puts a score on the last action) - kl_coef x KL there."""
+    """KL penalty in the reward: per token, what the task gives (a score stands on the last action) - kl_coef x KL."""
     rewards_BR = task_BR if kl_BR is None else task_BR - kl_coef * kl_BR
     return torch.where(mask_BR, rewards_BR, 0.0)
 
@@ -35,9 +35,10 @@ def gae(
     lam: float = 0.95,
     bootstrap_B: Tensor | None = None,
 ) -> Credit:
-    """Generalized advantage estimation. Time is actions: what comes after an action is the next one, however far off.
-    Beyond the last there is neither value nor carry; `bootstrap_B` is the value of the state after it, for rows that were
-    cut (0 for rows that ended)."""
+    """GAE, generalized advantage estimation, and the returns that the value learns.
+
+    Time is actions: what comes after an action is the next one, however far off. Beyond the last there is neither value nor
+    carry; `bootstrap_B` is the value of the state after it, for rows that were cut (0 for rows that ended)."""
     rewards_BR = torch.where(mask_BR, rewards_BR, 0.0)
     values_BR = torch.where(mask_BR, values_BR, 0.0)
     advantages_BR = torch.zeros_like(values_BR)
@@ -53,7 +54,7 @@ def gae(
 
 
 def rloo(rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float = 1.0) -> Credit:
-    """Leave-one-out: the row's discounted return minus the mean return of the other samples of its prompt."""
+    """RLOO, leave-one-out baseline: the row's discounted return minus the mean return of the other samples of its prompt."""
     total_B = discounted_sum(rewards_BR, mask_BR, gamma)
     sum_B, count_B = _group_sum(total_B, group_B), _group_sum(torch.ones_like(total_B), group_B)
     others_B = (sum_B - total_B) / (count_B - 1).clamp(min=1)
@@ -62,7 +63,9 @@ def rloo(rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float =
 
 
 def group(rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float = 1.0, eps: float = 1e-4) -> Credit:
-    """Group-relative: the row's discounted return, standardized among the samples of its prompt (n - 1 in the variance)."""
+    """Group-relative advantages (GRPO): the row's discounted return, standardized among the samples of its prompt.
+
+    The variance has n - 1."""
     total_B = discounted_sum(rewards_BR, mask_BR, gamma)
     count_B = _group_sum(torch.ones_like(total_B), group_B)
     centred_B = total_B - _group_sum(total_B, group_B) / count_B
@@ -96,7 +99,9 @@ def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whiten(values: Tensor, mask: Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
-    """Scale to variance one under the mask and remove the mean, or keep it. One valid entry becomes 0, not NaN."""
+    """Whitening, over all tokens of the step on all ranks: advantages to mean 0 and variance 1; rewards keep their mean.
+
+    One valid entry becomes 0, not NaN."""
     mean, variance = masked_moments(values, mask)
     white = (values - mean) * torch.rsqrt(variance + eps)
     return torch.where(mask, white + mean if keep_mean else white, 0.0)

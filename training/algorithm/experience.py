@@ -48,7 +48,7 @@ def sample(prompts: Any, sampler: Any, rows: list[int], *, step: int, progress: 
 
 
 def gather_scored(rollout: Rollout, texts: Texts, reward: Reward, *, real: bool = True) -> tuple[Rollout, Texts, Scores]:
-    """Score this rank's rows and bring the rows of all ranks together. `real` False: the rows only kept this rank busy."""
+    """The reward of this rank's rows; then the rows of all ranks together. `real` False: the rows only kept this rank busy."""
     parts = []
     if not real and getattr(reward, "is_collective", False):
         reward(rollout.select(slice(0, 0)), texts.select([]))  # in step with the ranks that have rows
@@ -145,7 +145,7 @@ def _join_scores(parts: list[Scores], rollout: Rollout) -> Scores:
 
 
 def importance(scored: Scored, settings: PPOSettings) -> tuple[Tensor | None, dict[str, float]]:
-    """pi_old / mu of every token or row as `ppo.correction` says, and its metrics; None where the two are one law."""
+    """pi_old / mu of every token or row as `ppo.correction` says, and its metrics; None where nothing is corrected."""
     if settings.correction is None:
         return None, {}
     rollout = scored.rollout

@@ -1,7 +1,7 @@
-"""Importance correction: weights for rollouts whose sampling law was not the policy's.
+"""Importance correction: weights for rollouts whose sampling distribution was not the policy's.
 
-PPO's ratio new / old has the policy's law on both sides. Tokens drawn under another law mu (top-p, penalties, steered
-exploration, older weights, another engine) are weighed by pi_old / mu:
+PPO's ratio new / old has the policy's distribution on both sides. Tokens drawn from another one, mu (top-p, penalties, steered
+exploration, older weights, another engine), are weighed by pi_old / mu:
 
     token_*      each token by its own pi_old / mu: low variance, biased (the states before it are mu's)
     sequence_*   each row by the product over its tokens: the true gradient, high variance

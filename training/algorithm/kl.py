@@ -24,14 +24,14 @@ def estimate(logprobs: Tensor, reference: Tensor, estimator: Estimator = "k1") -
         return difference
     if estimator == "k2":
         return difference.square() / 2
-    # expm1 keeps its digits where the two laws almost agree
+    # expm1 keeps its digits where the two almost agree
     return torch.expm1(-difference) + difference
 
 
 def as_loss(new: Tensor, old: Tensor, reference: Tensor, estimator: Estimator = "k1") -> Tensor:
-    """A per-token term whose mean gradient is the gradient of KL(new || ref), for tokens drawn from `old`.
+    """KL as a loss: a per-token term whose mean gradient is the gradient of KL(new || ref), for tokens drawn from `old`.
 
-    The ratio new / old carries the sampling law. Without it k1 has a zero mean gradient and k3 descends another
+    The ratio new / old carries the sampling distribution. Without it k1 has a zero mean gradient and k3 descends another
     divergence. k1 and k3 are unbiased for the KL at every new, so their weighted form is differentiated whole;
     k2 is not, but its own gradient, d x grad log pi, is the right one: there the ratio only weighs.
     """
@@ -42,7 +42,7 @@ def as_loss(new: Tensor, old: Tensor, reference: Tensor, estimator: Estimator = 
 
 
 class FixedKL:
-    """A coefficient that stays."""
+    """KL coefficient that stays."""
 
     def __init__(self, coefficient: float):
         self.coefficient = float(coefficient)
@@ -58,7 +58,7 @@ class FixedKL:
 
 
 class AdaptiveKL:
-    """Moves the coefficient until the KL per sequence (k1, summed over a response, mean over rows) meets its target.
+    """Adaptive KL coefficient: moves until the KL per sequence (k1, summed over a response, mean over rows) meets its target.
 
     After every step: coefficient x (1 + clip(KL / target - 1, -0.2, 0.2) x rollouts / horizon).
     """

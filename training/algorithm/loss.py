@@ -17,7 +17,7 @@ Metrics = dict[str, Tensor]
 
 
 def token_weights(mask_BR: Tensor, *, tokens: int, rows: int, reduction: Reduction = "token") -> Tensor:
-    """What each token counts: 1 / tokens of the minibatch, or 1 / (tokens of its row x rows of the minibatch)."""
+    """Global token count: a token counts 1 / tokens of the minibatch on all ranks, or 1 / (tokens of its row x rows)."""
     if reduction == "token":
         weight = torch.tensor(1.0 / max(tokens, 1), device=mask_BR.device)
     else:
@@ -37,10 +37,10 @@ def policy_loss(
     dual_clip: float | None = None,
     importance_BR: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """The clipped surrogate: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = new / old.
+    """Ratio and clipping, the clipped surrogate: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = new / old.
 
-    `dual_clip` c > 1 bounds the loss of tokens with A < 0 at c |A|, however large r is. `importance_BR` weighs every
-    token for a sampler whose distribution was not the policy's (see importance.py)."""
+    Dual clip: c > 1 bounds the loss of tokens with A < 0 at c |A|, however large r is. Importance weights:
+    `importance_BR` weighs every token for a sampler whose distribution was not the policy's (see importance.py)."""
     log_ratio_BR = torch.where(mask_BR, new_BR - old_BR, 0.0)
     ratio_BR = log_ratio_BR.exp()
     plain_BR = ratio_BR * advantages_BR
@@ -73,7 +73,7 @@ def value_loss(
     *,
     clip: float | None,
 ) -> tuple[Tensor, Metrics]:
-    """Half the squared error; with `clip` the worse of it and of the error of the value held within `clip` of the old one."""
+    """Value clipping: half the squared error, or the worse of it and of that of the value held within `clip` of the old."""
     error_BR = (values_BR - returns_BR).square()
     clipped_share = torch.zeros((), device=values_BR.device)
     if clip is not None:

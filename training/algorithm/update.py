@@ -116,7 +116,7 @@ def micro_batch_loss(
         terms_BR = kl.as_loss(
             new_BR, part(experience.old_logprobs_BR), part(experience.reference_logprobs_BR), settings.kl_estimator
         )
-        if importance_BR is not None:  # the mean over tokens of another law is then that over the policy's
+        if importance_BR is not None:  # the mean over tokens of another distribution is then that over the policy's
             terms_BR = terms_BR * importance_BR
         penalty = loss.weighted_sum(terms_BR, mask_BR, weights_BR)
         metrics["kl/loss"] = penalty.detach()
@@ -139,7 +139,7 @@ def micro_batch_loss(
 
 
 def set_learning_rates(optimizer: Any, settings: PPOSettings, step: int) -> None:
-    """A function of the step, so that a resumed run has nothing to restore."""
+    """Learning-rate annealing, and the value warm-up. A function of the step, so that a resumed run has nothing to restore."""
     factor = schedule(settings, step)
     for group in optimizer.param_groups:
         warming = group["name"] == "policy" and step < settings.value_warmup_steps

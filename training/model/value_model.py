@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model.auto_classes import HEADS, choose_head, load_config, load_head
 from steerl.rollout.model.policy import Policy
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def hidden_width(core: Any) -> int:
     """Width of what the output embedding reads."""
     head = core.get_output_embeddings()
     if head is None:
-        raise UserError(
+        raise CheckpointError(
             f"ppo.value: {type(core).__name__} has no output embedding, so a value cannot read its input; set ppo.credit rloo"
         )
     weight = getattr(head, "weight", None)
@@ -77,7 +77,7 @@ def _from_folder(policy: Policy, path: str) -> tuple[Policy, nn.Linear]:
     config = load_config(path, field)
     kind = "seq2seq" if policy.is_seq2seq else "causal"
     if bool(config.is_encoder_decoder) != policy.is_seq2seq:
-        raise UserError(f"{field}: {path} is a {config.model_type} model and the policy is {kind}; name a {kind} model")
+        raise CheckpointError(f"{field}: {path} is a {config.model_type} model and the policy is {kind}; name a {kind} model")
     saved = choose_head(config, "value", field=field, path=path)
     model = load_head(path, "value", dtype=torch.float32, field=field)
     head = None
@@ -98,9 +98,9 @@ def _score_head(model: Any, path: str) -> nn.Linear:
     """The head of a reward model as the value's own, where it is one number read off one state."""
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear) or score.out_features != 1:
-        found = f"{score.out_features} labels" if isinstance(score, nn.Linear) else "no plain score head"
-        raise UserError(
-            f"ppo.value: {path} has {found}; a value starts from a reward model with one label, or from a language model"
+        labels = f"{score.out_features} labels" if isinstance(score, nn.Linear) else "no plain score head"
+        raise CheckpointError(
+            f"ppo.value: {path} has {labels}; a value starts from a reward model with one label, or from a language model"
         )
     head = zero_head(score.in_features, score.weight.device)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def _as_language_model(model: Any, kind: str, path: str) -> Any:
         with torch.device("meta"):
             shell = auto.from_config(model.config)
     except ValueError as error:
-        raise UserError(f"ppo.value: {path}: there is no {kind} model of type {model.config.model_type}") from error
+        raise CheckpointError(f"ppo.value: {path}: there is no {kind} model of type {model.config.model_type}") from error
     if hasattr(shell, shell.base_model_prefix):
         setattr(shell, shell.base_model_prefix, model.base_model)
     else:  # an encoder-decoder whose language model is its own trunk

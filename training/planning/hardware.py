@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 
 TERA, GIGA = 1e12, 1e9
 
@@ -74,14 +74,14 @@ def named(name: str) -> GPU:
     if name not in GPUS:
         near = difflib.get_close_matches(name.lower(), GPUS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(
+        raise ConfigError(
             f"gpu: unknown GPU {name!r}; {hint}known are {', '.join(GPUS)}; for another one give --memory, --tflops and "
             "--bandwidth, or --measure true on it"
         )
     return GPUS[name]
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+def measure_device(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(products per second of a large square matrix product, bytes per second of a copy), the best of a few."""
     large = device.type == "cuda"
     size = 8192 if large else 1024

@@ -18,7 +18,16 @@ from typing import Literal
 import torch
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.scoring.chunked_head import CHUNK
-from steerl.training.planning.passes import Blueprint, Counts, Pass, cache_bytes, count, layers_of, plain_pass, training_pass
+from steerl.training.planning.passes import (
+    Blueprint,
+    Counts,
+    PassCost,
+    cache_bytes,
+    count,
+    layers_of,
+    plain_pass,
+    training_pass,
+)
 from steerl.training.settings import PPOSettings
 
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
@@ -34,7 +43,7 @@ itself, MALLOC_MMAP_THRESHOLD_=65536)."""
 
 
 @dataclass(frozen=True)
-class Work:
+class PlannedStep:
     """What one PPO step does, whatever it runs on."""
 
     policy: Blueprint
@@ -105,7 +114,7 @@ class Memory:
         return max(self.phases, key=lambda name: self.phases[name])
 
 
-def memory(work: Work, engine: Engine, ranks: int, *, device: Literal["cuda", "cpu"] = "cuda") -> Memory:
+def memory(work: PlannedStep, engine: Engine, ranks: int, *, device: Literal["cuda", "cpu"] = "cuda") -> Memory:
     """Of one process of `ranks` under an engine. `device`: chunks of logits and allocators differ."""
     models = [model for model in (work.policy, work.value) if model is not None]
     counts = [count(model) for model in models]
@@ -132,14 +141,14 @@ def memory(work: Work, engine: Engine, ranks: int, *, device: Literal["cuda", "c
     again = max(head + activations + logits, head * (2 if counts[0].tied else 1)) + size.gradients
     learn = again if work.micro_batches(ranks) > 1 else first
 
-    # Decoding: a batch's cache (one layer's is there twice while it grows), the laws of a step, bfloat16 copies of weights.
+    # Decoding: a batch's cache (one layer's is there twice while it grows), the logits of a step, bfloat16 copies of weights.
     batch = work.decoded_together(ranks)
     cast = engine in ("ddp", "fsdp2") and work.precision == "bf16"
     cache = cache_bytes(in_half(work.policy, work.precision), batch, work.prompt, work.response)
     gathered = policy * (1 - 1 / size.spread) if work.ppo.gather == "phase" else min(live, policy * (1 - 1 / size.spread))
     casts = counts[0].half_bytes if cast and engine == "ddp" else 0.0
-    laws = decoding_logits(work, counts[0].vocabulary, batch)
-    sample = gathered + cache * (1 + 1 / layers_of(work.policy.config)) + laws + casts
+    decoded = decoding_logits(work, counts[0].vocabulary, batch)
+    sample = gathered + cache * (1 + 1 / layers_of(work.policy.config)) + decoded + casts
 
     parts = {
         "weights": policy / size.spread,
@@ -149,7 +158,7 @@ def memory(work: Work, engine: Engine, ranks: int, *, device: Literal["cuda", "c
         "value": value / size.spread,
         "cache": cache,
         "activations": activations,
-        "logits": max(logits, laws),
+        "logits": max(logits, decoded),
         "engine": live + size.buckets,
     }
     phases = {
@@ -182,7 +191,7 @@ class _Sizes:
     """Over how many ranks the weights lie."""
 
 
-def _sizes(work: Work, engine: Engine, ranks: int, counts: list[Counts]) -> _Sizes:
+def _sizes(work: PlannedStep, engine: Engine, ranks: int, counts: list[Counts]) -> _Sizes:
     """What stands for every weight. DeepSpeed in bf16 keeps bfloat16 weights and float32 masters; the others what is stored."""
     trained = counts[0].trained + sum(c.trained - c.head_trained for c in counts[1:])
     head = counts[0].width * (work.ppo.credit == "gae")  # the value's, one number out
@@ -210,7 +219,7 @@ def _without_head(counts: Counts) -> float:
     return counts.trained_bytes * (1 - counts.head_trained / max(counts.trained, 1))
 
 
-def _live(work: Work, engine: Engine, weights: float) -> float:
+def _live(work: PlannedStep, engine: Engine, weights: float) -> float:
     """Weights that a layer-by-layer pass holds together."""
     if engine == "zero3":
         return min(_LIVE * (2.0 if work.precision == "bf16" else 4.0), weights)
@@ -236,7 +245,7 @@ def computed(blueprint: Blueprint, engine: Engine, precision: str) -> Blueprint:
     return blueprint if engine == "ddp" else in_half(blueprint, precision)
 
 
-def _passes(work: Work, engine: Engine, models: list[Blueprint], rows: int, *, trained: bool) -> list[Pass]:
+def _passes(work: PlannedStep, engine: Engine, models: list[Blueprint], rows: int, *, trained: bool) -> list[PassCost]:
     autocast = work.precision == "bf16" and engine == "ddp"
     taken = [computed(model, engine, work.precision) for model in models]
     if not trained:
@@ -248,7 +257,7 @@ def _passes(work: Work, engine: Engine, models: list[Blueprint], rows: int, *, t
 # -- logits: what rollout/scoring/chunked_head.py and rollout/decoding/distribution.py make of them ---------------------------
 
 
-def chunks(work: Work, counts: Counts, rows: int, device: str) -> tuple[int, int]:
+def chunks(work: PlannedStep, counts: Counts, rows: int, device: str) -> tuple[int, int]:
     """(logits that are computed together, how many times), for a micro-batch of `rows` rows."""
     positions = rows * work.response
     together = max(1, CHUNK[device] // counts.vocabulary)
@@ -256,7 +265,7 @@ def chunks(work: Work, counts: Counts, rows: int, device: str) -> tuple[int, int
     return -(-positions // parts) * counts.vocabulary, parts
 
 
-def chunk_bytes(work: Work, counts: Counts, rows: int, device: str) -> float:
+def chunk_bytes(work: PlannedStep, counts: Counts, rows: int, device: str) -> float:
     """Scores and probabilities of a chunk in float32; with bfloat16 products the logits as they came, and the head's weight."""
     numbers, _ = chunks(work, counts, rows, device)
     half = work.precision == "bf16"
@@ -268,7 +277,7 @@ def head_gradient(counts: Counts) -> float:
     return 4.0 * counts.vocabulary * counts.width if counts.trains_head else 0.0
 
 
-def decoding_logits(work: Work, vocabulary: int, rows: int) -> float:
-    """One step's logits and the law's buffers: shifted, weights, products; one more where they are cast or tempered."""
+def decoding_logits(work: PlannedStep, vocabulary: int, rows: int) -> float:
+    """One step's logits and the draw's buffers: shifted, weights, products; one more where they are cast or tempered."""
     cast = work.precision == "bf16" or work.sampling.temperature != 1
     return rows * vocabulary * 4.0 * (5 if cast else 4)

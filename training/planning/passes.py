@@ -35,7 +35,7 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassCost:
     """Bytes and floating-point operations of one pass of some rows."""
 
     saved: float
@@ -72,7 +72,7 @@ class Blueprint:
     def with_peft(self, peft: dict[str, Any] | None) -> Blueprint:
         return dataclasses.replace(self, peft=_frozen(peft))
 
-    def build(self, depth: int | None = None) -> Any:
+    def empty_model(self, depth: int | None = None) -> Any:
         """The model on the meta device, of its own depth or of fewer layers."""
         config = copy.deepcopy(self.config)
         config.name_or_path = ""  # peft compares paths, and warns
@@ -123,7 +123,7 @@ class Counts:
 @lru_cache(maxsize=32)
 def count(blueprint: Blueprint) -> Counts:
     """From the model's own parameters, on the meta device."""
-    model = blueprint.build()
+    model = blueprint.empty_model()
     core = model.get_base_model() if blueprint.peft else model
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -154,7 +154,7 @@ def count(blueprint: Blueprint) -> Counts:
 
 def training_pass(
     blueprint: Blueprint, rows: int, prompt: int, response: int, *, checkpointing: bool = False, autocast: bool = False
-) -> Pass:
+) -> PassCost:
     """Forward and backward of `rows` rows, up to what the output embedding reads."""
     whole = _scaled(blueprint, rows, (prompt, response, "train", autocast))
     if not checkpointing:
@@ -163,10 +163,10 @@ def training_pass(
     kept = _scaled(blueprint, rows, (prompt, response, "kept", autocast)).saved
     again = plain_pass(blueprint, rows, prompt, response, autocast=autocast).operations
     layer = whole.saved / layers_of(blueprint.config)
-    return Pass(kept, kept + layer + whole.peak - whole.saved, whole.operations + again)
+    return PassCost(kept, kept + layer + whole.peak - whole.saved, whole.operations + again)
 
 
-def plain_pass(blueprint: Blueprint, rows: int, prompt: int, response: int, *, autocast: bool = False) -> Pass:
+def plain_pass(blueprint: Blueprint, rows: int, prompt: int, response: int, *, autocast: bool = False) -> PassCost:
     """A forward pass without gradients."""
     return _scaled(blueprint, rows, (prompt, response, "plain", autocast))
 
@@ -177,11 +177,11 @@ def cache_bytes(blueprint: Blueprint, rows: int, prompt: int, response: int) -> 
 
 
 @lru_cache(maxsize=4096)
-def _scaled(blueprint: Blueprint, rows: int, kind: tuple[Any, ...]) -> Pass:
+def _scaled(blueprint: Blueprint, rows: int, kind: tuple[Any, ...]) -> PassCost:
     """From the four passes that were seen: a + b rows + c layers + d rows x layers."""
     layers = layers_of(blueprint.config)
 
-    def at(depth: int | None) -> Pass:
+    def at(depth: int | None) -> PassCost:
         few, more = (_seen(blueprint, kind, depth, count) for count in _ROWS)
         return _line(few, more, rows - _ROWS[0])
 
@@ -190,30 +190,30 @@ def _scaled(blueprint: Blueprint, rows: int, kind: tuple[Any, ...]) -> Pass:
     return _line(at(_DEPTHS[0]), at(_DEPTHS[1]), layers - _DEPTHS[0])
 
 
-def _line(first: Pass, second: Pass, steps: float) -> Pass:
+def _line(first: PassCost, second: PassCost, steps: float) -> PassCost:
     """Through two neighbors, and on."""
     pairs = zip(dataclasses.astuple(first), dataclasses.astuple(second), strict=True)
-    return Pass(*(max(a + (b - a) * steps, 0.0) for a, b in pairs))
+    return PassCost(*(max(a + (b - a) * steps, 0.0) for a, b in pairs))
 
 
 @lru_cache(maxsize=256)
-def _seen(blueprint: Blueprint, kind: tuple[Any, ...], depth: int | None, rows: int) -> Pass:
+def _seen(blueprint: Blueprint, kind: tuple[Any, ...], depth: int | None, rows: int) -> PassCost:
     # Experts' grouped products are for bfloat16 alone where nothing is computed; twice that is float32.
     factor = 2.0 if _has_experts(blueprint.config) and blueprint.dtype == torch.float32 and not kind[3] else 1.0
     planned = dataclasses.replace(blueprint, dtype=torch.bfloat16) if factor == 2.0 else blueprint
-    model = planned.build(depth)
+    model = planned.empty_model(depth)
     try:
         with compat.fake_tensors():
-            found = _run(model, planned, rows, *kind)
+            cost = _run(model, planned, rows, *kind)
     except compat.fake_tensor_errors() as error:
         raise UserError(
             f"model.path: {type(model).__name__} decides by numbers what it computes, so its passes cannot be planned from its "
             "config; measure one step (memory/peak_mb and memory/gpu_peak_mb of metrics.jsonl)"
         ) from error
-    return Pass(found.saved * factor, found.peak * factor, found.operations)
+    return PassCost(cost.saved * factor, cost.peak * factor, cost.operations)
 
 
-def _run(model: Any, blueprint: Blueprint, rows: int, prompt: int, response: int, what: str, autocast: bool) -> Pass:
+def _run(model: Any, blueprint: Blueprint, rows: int, prompt: int, response: int, what: str, autocast: bool) -> PassCost:
     from torch.utils.flop_counter import FlopCounterMode
 
     model.to_empty(device="cpu")
@@ -244,13 +244,13 @@ def _run(model: Any, blueprint: Blueprint, rows: int, prompt: int, response: int
                 for tensor in tensors_in({**out, "logits": None})
                 if tensor.is_floating_point()
             }
-            return Pass(float(sum(kept.values())), float(live.peak), 0.0)
+            return PassCost(float(sum(kept.values())), float(live.peak), 0.0)
         hidden = out.logits
         del out
         saved = live.now
         if what == "train":
             hidden.float().sum().backward()
-    return Pass(float(saved), float(live.peak), float(counter.get_total_flops()) if counts else 0.0)
+    return PassCost(float(saved), float(live.peak), float(counter.get_total_flops()) if counts else 0.0)
 
 
 def _forget(parameter: Tensor) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steerl.training.planning.hardware import Machines
-from steerl.training.planning.memory import ENGINES, GB, Engine, Memory, Work, memory
+from steerl.training.planning.memory import ENGINES, GB, Engine, Memory, PlannedStep, memory
 from steerl.training.planning.time import Seconds, Shares, seconds
 
 LORA = {"peft_type": "LORA", "r": 16}
@@ -23,11 +23,11 @@ _NEAR = 1.05
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """One strategy on the machines."""
 
     engine: Engine
-    work: Work
+    work: PlannedStep
     memory: Memory
     seconds: Seconds
     fits: bool
@@ -41,48 +41,50 @@ class Row:
 class Advice:
     """What to do. `row` is None where nothing fits as asked; `others` are changes that would."""
 
-    row: Row | None
-    least: Row
+    row: PlanRow | None
+    least: PlanRow
     """Of all settings of the job as asked: the one that needs least."""
-    nodes: dict[int, Row]
+    nodes: dict[int, PlanRow]
     """The best on more nodes, where rollouts go round."""
-    others: dict[str, Row]
+    others: dict[str, PlanRow]
 
 
-def row_of(work: Work, engine: Engine, machines: Machines, shares: Shares, usable: float) -> Row:
+def row_of(work: PlannedStep, engine: Engine, machines: Machines, shares: Shares, usable: float) -> PlanRow:
     """`usable` are the bytes of a GPU that the plan may fill."""
     needs = memory(work, engine, machines.ranks, device=machines.device)
-    return Row(engine, work, needs, seconds(work, engine, machines, shares), needs.total <= usable)
+    return PlanRow(engine, work, needs, seconds(work, engine, machines, shares), needs.total <= usable)
 
 
-def rows(works: list[Work], machines: Machines, shares: Shares, usable: float) -> list[Row]:
+def rows(works: list[PlannedStep], machines: Machines, shares: Shares, usable: float) -> list[PlanRow]:
     """Every engine with each of the works, as they are."""
     return [row_of(work, engine, machines, shares, usable) for work in works for engine in ENGINES]
 
 
-def advise(work: Work, adapted: Work, machines: Machines, shares: Shares, usable: float, most_nodes: int = 64) -> Advice:
+def advise(
+    work: PlannedStep, adapted: PlannedStep, machines: Machines, shares: Shares, usable: float, most_nodes: int = 64
+) -> Advice:
     """The fastest settings of `work` that fit; `adapted` is the same with an adapter."""
     best, least = search(work, machines, shares, usable)
-    more: dict[int, Row] = {}
+    more: dict[int, PlanRow] = {}
     nodes = machines.nodes * 2
     while nodes <= most_nodes and nodes * machines.gpus <= work.ppo.rollouts_per_step:
-        found, _ = search(work, dataclasses.replace(machines, nodes=nodes), shares, usable)
-        if found is not None:
-            more[nodes] = found
+        row, _ = search(work, dataclasses.replace(machines, nodes=nodes), shares, usable)
+        if row is not None:
+            more[nodes] = row
         nodes *= 2
-    others: dict[str, Row] = {}
+    others: dict[str, PlanRow] = {}
     if best is None:
         for name, changed in _changes(work, adapted):
-            found, _ = search(changed, machines, shares, usable)
-            if found is not None:
-                others[name] = found
+            row, _ = search(changed, machines, shares, usable)
+            if row is not None:
+                others[name] = row
     return Advice(best, least, more, others)
 
 
-def search(work: Work, machines: Machines, shares: Shares, usable: float) -> tuple[Row | None, Row]:
+def search(work: PlannedStep, machines: Machines, shares: Shares, usable: float) -> tuple[PlanRow | None, PlanRow]:
     """(the fastest row that fits, the row that needs least): engines, recomputation, sizes of batches, ways to gather."""
-    fitting: list[Row] = []
-    least: Row | None = None
+    fitting: list[PlanRow] = []
+    least: PlanRow | None = None
     for engine in ENGINES:
         for tried in _settings(work, engine, machines.ranks):
             row = row_of(tried, engine, machines, shares, usable)
@@ -98,7 +100,7 @@ def search(work: Work, machines: Machines, shares: Shares, usable: float) -> tup
     return min(near, key=_simplicity), least
 
 
-def _simplicity(row: Row) -> tuple[Any, ...]:
+def _simplicity(row: PlanRow) -> tuple[Any, ...]:
     ppo = row.work.ppo
     return (
         ENGINES.index(row.engine), ppo.checkpointing, ppo.gather == "layers", -ppo.micro_batch_size,
@@ -106,7 +108,7 @@ def _simplicity(row: Row) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _settings(work: Work, engine: Engine, ranks: int) -> Iterator[Work]:
+def _settings(work: PlannedStep, engine: Engine, ranks: int) -> Iterator[PlannedStep]:
     """The job's own settings and leaner ones that give the same gradients and the same rollouts."""
     again = [True] if work.ppo.checkpointing else [False, True]
     gathers: list[Any] = (
@@ -122,13 +124,13 @@ def _settings(work: Work, engine: Engine, ranks: int) -> Iterator[Work]:
 
 
 def _halved(size: int) -> list[int]:
-    found = [size]
-    while found[-1] > 1:
-        found.append(found[-1] // 2)
-    return found
+    halves = [size]
+    while halves[-1] > 1:
+        halves.append(halves[-1] // 2)
+    return halves
 
 
-def _changes(work: Work, adapted: Work) -> Iterator[tuple[str, Work]]:
+def _changes(work: PlannedStep, adapted: PlannedStep) -> Iterator[tuple[str, PlannedStep]]:
     """What else might fit, from the smallest change on."""
     shared = {"value": "shared"}
     if work.value is not None:
@@ -143,7 +145,7 @@ def _changes(work: Work, adapted: Work) -> Iterator[tuple[str, Work]]:
             yield "LoRA (model.peft) and ppo.value shared", _with(adapted, **shared)
 
 
-def _with(work: Work, **settings: Any) -> Work:
+def _with(work: PlannedStep, **settings: Any) -> PlannedStep:
     changed = dataclasses.replace(work, ppo=dataclasses.replace(work.ppo, **settings))
     return dataclasses.replace(changed, value=None) if settings.get("value") == "shared" else changed
 
@@ -156,11 +158,11 @@ _HEADS = {
 }  # fmt: skip
 
 
-def table(found: list[Row]) -> list[str]:
+def table(rows: list[PlanRow]) -> list[str]:
     """GB of one GPU, and seconds of a step."""
     heads = " ".join(f"{head:>6}" for head in _HEADS.values())
     lines = [f"GB of a GPU {heads}  total   most fits  sample score learn  send   step"]
-    for row in found:
+    for row in rows:
         numbers = " ".join(f"{_gb(row.memory.parts[name]):>6}" for name in _HEADS)
         times, fits = row.seconds, "yes" if row.fits else "no"
         said = " ".join(f"{part:>5.1f}" for part in (times.sample, times.score, times.learn, times.communication))
@@ -175,7 +177,7 @@ def _gb(size: float) -> str:
     return f"{size / GB:.1f}" if size >= 10 * GB else f"{size / GB:.2f}"
 
 
-def flags(row: Row, machines: Machines) -> list[str]:
+def flags(row: PlanRow, machines: Machines) -> list[str]:
     """The command that takes a row's settings, a piece a line."""
     work, ppo = row.work, row.work.ppo
     several = f" --num_machines {machines.nodes} --machine_rank RANK --main_process_ip FIRST --main_process_port 29500"
@@ -235,13 +237,13 @@ def words(advice: Advice, machines: Machines, usable: float) -> list[str]:
     return lines
 
 
-def _why(row: Row) -> str:
+def _why(row: PlanRow) -> str:
     if row.memory.highest == "load":
         return ": every GPU holds policy, value and reference whole before an engine spreads them, on any number of nodes"
     return ""
 
 
-def as_mapping(row: Row) -> dict[str, Any]:
+def as_mapping(row: PlanRow) -> dict[str, Any]:
     """A row as JSON values, in bytes and seconds."""
     return {
         "engine": row.engine,

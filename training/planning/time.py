@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from steerl.training.planning.hardware import Machines
-from steerl.training.planning.memory import Engine, Work, chunks, in_half
+from steerl.training.planning.memory import Engine, PlannedStep, chunks, in_half
 from steerl.training.planning.passes import cache_bytes, count, layers_of, plain_pass, training_pass
 
 _LAUNCHES = 36
@@ -49,7 +49,7 @@ class Seconds:
         return self.sample + self.score + self.learn + self.communication
 
 
-def seconds(work: Work, engine: Engine, machines: Machines, shares: Shares) -> Seconds:
+def seconds(work: PlannedStep, engine: Engine, machines: Machines, shares: Shares) -> Seconds:
     """Of one step, under one engine."""
     peak = machines.operations * shares.train
     rows = work.rows(machines.ranks)
@@ -61,7 +61,7 @@ def seconds(work: Work, engine: Engine, machines: Machines, shares: Shares) -> S
     )
 
 
-def _sample(work: Work, machines: Machines, shares: Shares) -> float:
+def _sample(work: PlannedStep, machines: Machines, shares: Shares) -> float:
     rows, together = work.rows(machines.ranks), work.decoded_together(machines.ranks)
     counts = count(work.policy)
     model = in_half(work.policy, work.precision)
@@ -81,33 +81,33 @@ def _sample(work: Work, machines: Machines, shares: Shares) -> float:
     return math.ceil(rows / together) * (prefill + work.response * step)
 
 
-def _forward(work: Work, *, reference: bool) -> float:
+def _forward(work: PlannedStep, *, reference: bool) -> float:
     """Operations of one row: policy, value, reference."""
-    found = 0.0
+    operations = 0.0
     for model in [work.policy, *([work.value] if work.value else []), *([work.policy] if reference else [])]:
-        found += plain_pass(in_half(model, work.precision), 1, work.prompt, work.response).operations
-    return found + _head(work) * (2 if reference else 1)
+        operations += plain_pass(in_half(model, work.precision), 1, work.prompt, work.response).operations
+    return operations + _head(work) * (2 if reference else 1)
 
 
-def _update(work: Work) -> float:
+def _update(work: PlannedStep) -> float:
     """Operations of one row's forward and backward pass."""
-    found = 0.0
+    operations = 0.0
     for model in [work.policy, *([work.value] if work.value else [])]:
-        found += training_pass(
+        operations += training_pass(
             in_half(model, work.precision), 1, work.prompt, work.response, checkpointing=work.ppo.checkpointing
         ).operations
     # Logits, those of all chunks but one again, the gradient of the states, and of the weight where it learns.
     counts = count(work.policy)
     parts = chunks(work, counts, work.micro_batch(1), "cuda")[1]
-    return found + _head(work) * (1 + (1 - 1 / parts) + 1 + counts.trains_head)
+    return operations + _head(work) * (1 + (1 - 1 / parts) + 1 + counts.trains_head)
 
 
-def _head(work: Work) -> float:
+def _head(work: PlannedStep) -> float:
     counts = count(work.policy)
     return 2.0 * work.response * counts.vocabulary * counts.width
 
 
-def sent(work: Work, engine: Engine, ranks: int) -> float:
+def sent(work: PlannedStep, engine: Engine, ranks: int) -> float:
     """Bytes that one GPU sends in a step: a ring passes (ranks - 1) / ranks of a tensor on to gather or to reduce it."""
     if ranks == 1:
         return 0.0

@@ -13,14 +13,14 @@ from steerl.rollout.dumps.manifest import load_manifest, plan_of
 from steerl.rollout.model.auto_classes import load_tokenizer
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.types import STOP_REASONS, Rollout, Texts
-from steerl.training.report.run_data import ROW_STRENGTH, Row, Run
+from steerl.training.report.run_data import ROW_STRENGTH, ReportRun, SampleView
 from torch import Tensor
 
 BINS = 24
 """Bars of the histogram of lengths, at most."""
 
 
-def read_dump_folder(path: Path, name: str, most: int) -> Run:
+def read_dump_folder(path: Path, name: str, most: int) -> ReportRun:
     """Counts of all rows; of the rows themselves at most `most`, spread evenly."""
     from steerl.rollout.dumps.store import read_dump
 
@@ -29,7 +29,7 @@ def read_dump_folder(path: Path, name: str, most: int) -> Run:
     stride = max(1, math.ceil(plan_of(manifest).rows / most)) if most else 0
     lengths: Counter[int] = Counter()
     stops: Counter[str] = Counter()
-    rows: list[Row] = []
+    rows: list[SampleView] = []
     position = 0
     for rollout, texts in read_dump(path):
         lengths.update(rollout.lengths_B.tolist())
@@ -38,7 +38,7 @@ def read_dump_folder(path: Path, name: str, most: int) -> Run:
             if stride and (position + i) % stride == 0:
                 rows.append(_dumped(rollout, texts, i, decode, scores))
         position += len(rollout)
-    return Run(
+    return ReportRun(
         name=name,
         rows=rows,
         config=_yaml(manifest["config"]),
@@ -51,7 +51,7 @@ def read_dump_folder(path: Path, name: str, most: int) -> Run:
     )
 
 
-def _dumped(rollout: Rollout, texts: Texts, i: int, decode: Callable[[int], str], scores: Mapping[Any, Any]) -> Row:
+def _dumped(rollout: Rollout, texts: Texts, i: int, decode: Callable[[int], str], scores: Mapping[Any, Any]) -> SampleView:
     length, prompt_ids = int(rollout.lengths_B[i]), rollout.prompt_BP[i][rollout.prompt_mask_BP[i]].tolist()
     ids = rollout.response_BR[i, :length].tolist()
     policy = _floats(rollout.policy_logprobs_BR[i, :length])
@@ -72,7 +72,7 @@ def _dumped(rollout: Rollout, texts: Texts, i: int, decode: Callable[[int], str]
         **({"columns": {key: values[i] for key, values in texts.columns.items()}} if texts.columns else {}),
     }
     steered = {ROW_STRENGTH: [facts["strength"]] * length} if rollout.steering else {}
-    return Row(
+    return SampleView(
         prompt_text=texts.prompt_texts[i],
         completion=texts.completions[i],
         prompt_ids=prompt_ids,
@@ -90,12 +90,12 @@ def _scores(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
         return {}
     plan = plan_of(load_manifest(path))
     columns = {name: [_float(value) for value in column.astype("float32")] for name, column in read_scores(path, plan).items()}
-    found = {}
+    scores = {}
     for key in range(plan.rows):
         parts = {name: values[key] for name, values in columns.items() if name != "total" and values[key] is not None}
         reward = columns["total"][key] if "total" in columns else None
-        found[divmod(key, plan.samples)] = {"reward": reward, "parts": parts}
-    return found
+        scores[divmod(key, plan.samples)] = {"reward": reward, "parts": parts}
+    return scores
 
 
 def _decoder(folder: Path) -> Callable[[int], str]:

@@ -23,7 +23,7 @@ from typing import Any
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import write_text, written_aside
 from steerl.training.report.dump_data import read_dump_folder
-from steerl.training.report.run_data import Run, read_run
+from steerl.training.report.run_data import ReportRun, read_run
 from steerl.training.run.log import METRICS
 
 ASSETS = Path(__file__).parent / "assets"
@@ -65,7 +65,7 @@ def report(folders: Sequence[Path], out: Path | None = None, *, rows: int = 2000
     return path
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[ReportRun]) -> str:
     """The whole page."""
     title = ", ".join(run.name for run in runs)
     index = {
@@ -101,10 +101,10 @@ def page(runs: Sequence[Run]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda spot: parts[spot[1]], _asset("page.html"))
 
 
-def panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def panels(runs: Sequence[ReportRun]) -> list[dict[str, Any]]:
     """Which metrics are drawn together. Every metric of every run is somewhere."""
     left = dict.fromkeys(name for run in runs for name in run.metrics)
-    found: list[dict[str, Any]] = []
+    charts: list[dict[str, Any]] = []
     for title, patterns in PANELS:
         keys = [key for pattern in patterns for key in left if fnmatch.fnmatchcase(key, pattern)]
         if title.startswith("seconds"):
@@ -112,15 +112,15 @@ def panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for key in keys:
             left.pop(key, None)
         if keys:
-            found.append({"title": title, "keys": list(dict.fromkeys(keys)), "target": _target(runs, keys)})
+            charts.append({"title": title, "keys": list(dict.fromkeys(keys)), "target": _target(runs, keys)})
     for room in dict.fromkeys(key.rpartition("/")[0] for key in left):
-        found.append(
+        charts.append(
             {"title": room or "other", "keys": [key for key in left if key.rpartition("/")[0] == room], "target": None}
         )
-    return found
+    return charts
 
 
-def _target(runs: Sequence[Run], keys: Sequence[str]) -> float | None:
+def _target(runs: Sequence[ReportRun], keys: Sequence[str]) -> float | None:
     """The KL target, where all runs have the same."""
     targets = {run.kl_target for run in runs}
     return targets.pop() if "kl/ref" in keys and len(targets) == 1 else None
@@ -139,7 +139,7 @@ def _asset(name: str) -> str:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def read(folders: Sequence[Path], *, rows: int = 2000) -> list[Run]:
+def read(folders: Sequence[Path], *, rows: int = 2000) -> list[ReportRun]:
     """All folders, under names that tell them apart."""
     if not folders:
         raise UserError("report: no run named; report.py RUN [RUN ...]")
@@ -147,7 +147,7 @@ def read(folders: Sequence[Path], *, rows: int = 2000) -> list[Run]:
     return [read_one(path, name, rows=rows) for path, name in zip(paths, _names(paths), strict=True)]
 
 
-def read_one(path: Path, name: str, *, rows: int = 2000) -> Run:
+def read_one(path: Path, name: str, *, rows: int = 2000) -> ReportRun:
     if (path / METRICS).is_file():
         return read_run(path, name)
     if (path / "manifest.json").is_file():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.yaml_files import load_text
 from steerl.training.run.log import METRICS, SAMPLES, log_line
 
@@ -22,7 +22,7 @@ ROW_STRENGTH = "steering strength of the row"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class SampleView:
     """One sample as the viewer shows it."""
 
     prompt_text: str
@@ -48,14 +48,14 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class ReportRun:
     """A run or a dump."""
 
     name: str
     steps: list[int] = field(default_factory=list)
     metrics: dict[str, list[float | None]] = field(default_factory=dict)
     """Metric -> a value for every step, None where the step does not have it."""
-    rows: list[Row] = field(default_factory=list)
+    rows: list[SampleView] = field(default_factory=list)
     config: str = ""
     kl_target: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -70,18 +70,18 @@ class Run:
     def examples(self, each: int = 3) -> list[list[Any]]:
         """Responses at the first and at the last step that has samples: random ones where they are marked."""
         steps = sorted({int(row.facts["step"]) for row in self.rows})
-        found = []
+        rows_shown = []
         for step in dict.fromkeys(steps[:1] + steps[-1:] if self.steps else []):
             rows = [row for row in self.rows if row.facts.get("step") == step]
             rows = [row for row in rows if row.facts.get("kind") == "random"] or rows
-            found += [[step, row.facts.get("reward"), row.prompt_text, row.completion] for row in rows[:each]]
-        return found
+            rows_shown += [[step, row.facts.get("reward"), row.prompt_text, row.completion] for row in rows[:each]]
+        return rows_shown
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------------
 
 
-def read_run(path: Path, name: str) -> Run:
+def read_run(path: Path, name: str) -> ReportRun:
     lines = read_lines(path / METRICS)
     steps = [int(line["step"]) for line in lines]
     keys = dict.fromkeys(key for line in lines for key, value in line.items() if key != "step" and _is_number(value))
@@ -93,7 +93,7 @@ def read_run(path: Path, name: str) -> Run:
         after = {"eval/reward": summary.get("reward_after"), "eval/kl": summary.get("kl_after")}
         lines[-1] = after | lines[-1]
         keys |= dict.fromkeys(after)
-    return Run(
+    return ReportRun(
         name=name,
         steps=steps,
         metrics={key: [value if _is_number(value := line.get(key)) else None for line in lines] for key in keys},
@@ -107,7 +107,7 @@ def read_run(path: Path, name: str) -> Run:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a jsonl file. A last line without an end was being written when the run was killed."""
-    found = []
+    values = []
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text.rstrip("\n").split("\n")  # not splitlines: a text may hold other line ends, which JSON does not escape
     for number, line in enumerate(lines, 1):
@@ -121,12 +121,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 log_line(f"{path}: its last line was cut short, by a kill or a full disk, and is left out")
                 break
-            raise UserError(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
-        found.append(value)
-    return found
+            raise DataError(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
+        values.append(value)
+    return values
 
 
-def _row(line: Mapping[str, Any]) -> Row:
+def _row(line: Mapping[str, Any]) -> SampleView:
     ids = list(line.get("response_ids") or [])
     texts = list(line.get("response_tokens") or map(str, ids))
     quantities = {
@@ -144,7 +144,7 @@ def _row(line: Mapping[str, Any]) -> Row:
     if "gap" in quantities:
         facts["gap"] = max((abs(value) for value in quantities["gap"] if value is not None), default=None)
     prompt_ids = list(line.get("prompt_ids") or [])
-    return Row(
+    return SampleView(
         prompt_text=str(line.get("prompt_text", line.get("prompt", ""))),
         completion=str(line.get("completion", "")),
         prompt_ids=prompt_ids,
@@ -183,12 +183,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); the job that writes it makes it again") from error
+        raise DataError(f"{path}: not JSON ({error}); the job that writes it makes it again") from error
     return value if isinstance(value, dict) else {}
 
 
 def _kl_target(config: str) -> float | None:
-    found = load_text(config, "config.yaml", [])
+    target = load_text(config, "config.yaml", [])
     for name in ("ppo", "kl_target"):
-        found = found.get(name) if isinstance(found, dict) else None
-    return float(found) if _is_number(found) else None
+        target = target.get(name) if isinstance(target, dict) else None
+    return float(target) if _is_number(target) else None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.common.run_folder import write_json, written_aside
 from steerl.rollout.model import adapters, auto_classes
 from steerl.rollout.steering import Steering, deploy
@@ -31,12 +31,12 @@ def check_export(model: ActorCritic, accelerator: Any, settings: PPOSettings) ->
     """What cannot be left behind as asked is said before the first step."""
     steering, how = model.steering, deployed(model.steering)
     if steering is not None and steering.spec.on_deploy == "fold" and how != "fold":
-        raise UserError(
+        raise CheckpointError(
             f"steering.on_deploy: fold leaves the steering in the model, and role {steering.role} leaves a plain one; use strip"
         )
     if steering is not None and how == "fold":
         if hasattr(model.actor, "peft_config") and not settings.export_merged:
-            raise UserError(
+            raise CheckpointError(
                 "steering.on_deploy: fold writes into the model, and the run saves an adapter alone; "
                 "set ppo.export_merged true, or use keep"
             )
@@ -53,7 +53,7 @@ def check_export(model: ActorCritic, accelerator: Any, settings: PPOSettings) ->
             f"steering.on_deploy: {how}, but FSDP's weights cannot be saved with their steering; use strip, or ZeRO-3"
         )
     if problems:
-        raise UserError(*problems)
+        raise CheckpointError(*problems)
 
 
 def save_model(folder: Path, model: ActorCritic, settings: PPOSettings) -> None:

@@ -45,7 +45,7 @@ def rollout_metrics(scored: Scored) -> dict[str, float]:
 def kl_metrics(scored: Scored, importance_BR: Tensor | None = None) -> dict[str, float]:
     """The policy's KL to the reference: k1 summed over a response, mean over rows; k3 per token.
 
-    Rows of another law than the policy's count by their importance weights, which share out 1 whatever bounds them."""
+    Rows of another distribution than the policy's count by their importance weights, which share out 1 whatever bounds them."""
     if scored.reference_logprobs_BR is None:
         return {}
     mask_BR, k1_B = scored.rollout.mask_BR, kl_per_response(scored, importance_BR)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.common.fingerprint import folder_fingerprint, tokenizer_fingerprint, values_fingerprint, weights_fingerprint
 from steerl.rollout.common.run_folder import RunSettings, versions, write_text
 from steerl.rollout.common.yaml_files import Dumper
@@ -34,6 +34,7 @@ from steerl.training.types import TrainState
 FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
     *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather", "ppo.eval_every", "ppo.eval_prompts"),
+    "engine.kind",
 )
 """What may differ on a resume, because nothing that is learned depends on it. The number of steps may, too, where no
 learning rate falls towards the last one."""
@@ -43,18 +44,18 @@ _logger = logging.getLogger(__name__)
 
 def made_from(policy: Policy, prompts: Prompts, heldout: Prompts | None, reward: Any, settings: PPOSettings) -> dict[str, str]:
     """What a run learns from, as hashes: the same paths may lead to other data. Before the policy is trained or spread."""
-    found = {"model.path": weights_fingerprint(policy.model), "prompts.path": rows_fingerprint(prompts)}
+    hashes = {"model.path": weights_fingerprint(policy.model), "prompts.path": rows_fingerprint(prompts)}
     if policy.tokenizer is not None:
-        found["model.tokenizer"] = tokenizer_fingerprint(policy.tokenizer)
+        hashes["model.tokenizer"] = tokenizer_fingerprint(policy.tokenizer)
     if heldout is not None:
-        found["heldout.path"] = rows_fingerprint(heldout)
-    for part in getattr(reward, "parts", ()):
-        found[f"reward {part.name}"] = part.content()
+        hashes["heldout.path"] = rows_fingerprint(heldout)
+    for term in getattr(reward, "terms", ()):
+        hashes[f"reward {term.name}"] = term.content()
     if settings.replay and Path(settings.replay).is_dir():
-        found["ppo.replay"] = values_fingerprint(record.sha256 for record in finished_shards(Path(settings.replay)))
+        hashes["ppo.replay"] = values_fingerprint(record.sha256 for record in finished_shards(Path(settings.replay)))
     if settings.value not in ("separate", "shared") and Path(settings.value).is_dir():
-        found["ppo.value"] = folder_fingerprint(Path(settings.value))
-    return found
+        hashes["ppo.value"] = folder_fingerprint(Path(settings.value))
+    return hashes
 
 
 def rows_fingerprint(prompts: Prompts) -> str:
@@ -139,7 +140,7 @@ def check(
             fatal.append(name)
     if fatal and not allow:
         remedy = "give it back, start another run with --run.dir, or go on all the same with --run.allow_changes true"
-        raise UserError(*(f"{name}: {changed[name]}; {remedy}" for name in fatal))
+        raise CheckpointError(*(f"{name}: {changed[name]}; {remedy}" for name in fatal))
     own = ("run.resume", "run.overwrite", "run.allow_changes")
     return [f"{name}: {told}" for name, told in changed.items() if name not in own]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.common.run_folder import written_aside
 from steerl.rollout.model import adapters, auto_classes, virtual_tokens
 from steerl.rollout.model.auto_classes import save
@@ -33,11 +33,13 @@ def load_base(settings: ModelSettings, role: str, head: str = "auto", **loading:
 def base_path(settings: ModelSettings) -> str:
     """model.path, or the base of the adapter that lies there."""
     if not settings.path:
-        raise UserError("model.path: missing; name a model folder or hub name, --model.path DIR")
+        raise CheckpointError("model.path: missing; name a model folder or hub name, --model.path DIR")
     if not adapters.is_adapter_folder(settings.path):
         return settings.path
     if settings.adapter:
-        raise UserError(f"model.path: {settings.path} is an adapter and model.adapter is set too; name the base in model.path")
+        raise CheckpointError(
+            f"model.path: {settings.path} is an adapter and model.adapter is set too; name the base in model.path"
+        )
     return adapters.base_of(settings.path)
 
 
@@ -45,14 +47,16 @@ def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loa
     """The model of `settings` for a stage; its adapter, or a new one of model.peft, is then all that learns."""
     adapter = settings.path if adapters.is_adapter_folder(settings.path) else settings.adapter
     if adapter and settings.peft:
-        raise UserError("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
+        raise CheckpointError(
+            "model.peft: the model has an adapter already, which is trained further; leave one of the two out"
+        )
     model = load_base(settings, role, head, **loading)
     if adapter:
         model = adapters.load(model, adapter, trainable=True)
     if settings.peft:
         model = adapters.add(model, settings.peft)
     if problems := float16_problems(model):
-        raise UserError(*problems)
+        raise CheckpointError(*problems)
     return model
 
 

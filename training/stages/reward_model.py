@@ -19,9 +19,10 @@ from steerl.rollout.common.run_folder import write_json
 from steerl.rollout.model import adapters
 from steerl.rollout.model.language_model import vocabulary_size
 from steerl.rollout.model.policy import check_vocabulary
+from steerl.rollout.prompts.chat import is_conversation
 from steerl.rollout.prompts.tables import columns_of
 from steerl.training.stages import data, models, stage
-from steerl.training.stages.data import Row
+from steerl.training.stages.data import TableRow
 from steerl.training.stages.settings import RewardJob, TableSettings, check_fit
 from steerl.training.stages.stage import Outcome, StageRun
 from torch import Tensor
@@ -37,7 +38,7 @@ def run_reward(job: RewardJob, resolved: str = "") -> Outcome:
         return _fit(job, rows, held, where)
 
 
-def read(settings: TableSettings, seed: int) -> tuple[list[Row], list[Row]]:
+def read(settings: TableSettings, seed: int) -> tuple[list[TableRow], list[TableRow]]:
     """Checked training and held-out pairs: chosen, rejected and, where it stands apart, prompt."""
     if settings.column:
         raise UserError(f"prompts.column: {settings.column!r} has no effect on pairs; say what is what with prompts.columns")
@@ -45,7 +46,7 @@ def read(settings: TableSettings, seed: int) -> tuple[list[Row], list[Row]]:
     return data.hold_out(rows, settings, seed, held)
 
 
-def _checked(rows: list[Row], where: str) -> list[Row]:
+def _checked(rows: list[TableRow], where: str) -> list[TableRow]:
     there = columns_of(rows)
     if "chosen" not in there or "rejected" not in there:
         raise data.missing_columns(rows, "chosen and rejected (and prompt, unless both begin with it)", where)
@@ -66,22 +67,21 @@ def _checked(rows: list[Row], where: str) -> list[Row]:
     return data.with_template(rows, names, where) if talks else [{name: row[name] for name in names} for row in rows]
 
 
-def _with_spoken_prompt(row: Row) -> Row:
+def _with_spoken_prompt(row: TableRow) -> TableRow:
     """Beside conversations a prompt that is a text is a user's message; many tables have it a second time in both.
 
     It then stands before both answers, in every row alike: some of a table's rows may hold it already."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen") or [], row.get("rejected") or []
-    if not isinstance(prompt, str) or not data.is_messages(chosen) or not data.is_messages(rejected):
+    if not isinstance(prompt, str) or not is_conversation(chosen) or not is_conversation(rejected):
         return row
     others = {name: value for name, value in row.items() if name != "prompt"}
     if any(message.get("content") == prompt for message in chosen):
         return others
-    asked = {"role": "user", "content": prompt}
-    return {**others, "chosen": [asked, *chosen], "rejected": [asked, *rejected]}
+    question = {"role": "user", "content": prompt}
+    return {**others, "chosen": [question, *chosen], "rejected": [question, *rejected]}
 
 
-def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
-    import datasets
+def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], where: StageRun) -> Outcome:
     import transformers
     import trl
 
@@ -90,16 +90,8 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], where: StageR
         raise UserError(f"reward_model.center: {settings.center}; give 0 or more")
     transformers.set_seed(job.run.seed)
     tokenizer = models.load_tokenizer(job.model)
-    if data.is_messages(rows[0]["chosen"]) and not tokenizer.chat_template:
-        raise UserError(
-            "model.path: the pairs are conversations, but the tokenizer has no chat template; give texts, or add one"
-        )
-    if data.is_messages(rows[0]["chosen"]):
-        data.check_template(tokenizer, rows, [("prompt", "chosen"), ("prompt", "rejected")])
-    if tokenizer.eos_token is None:
-        raise UserError(
-            "model.path: the tokenizer has no eos token, which marks a whole answer; set one and save the tokenizer"
-        )
+    wholes = [("prompt", "chosen"), ("prompt", "rejected")]
+    data.check_tokenizer(tokenizer, rows, wholes, what="pairs", eos="which marks a whole answer")
     model = models.load_trainable(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
     kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
     if kind is not None and kind.value in adapters.VIRTUAL_KINDS:
@@ -114,14 +106,7 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], where: StageR
         disable_dropout=not settings.dropout,
     )
     began = time.monotonic()
-    with stage.problems_of("reward_model"):
-        trainer = trl.RewardTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list(list(rows)),
-            eval_dataset=datasets.Dataset.from_list(list(held)) if held else None,
-            processing_class=tokenizer,
-        )
+    trainer = stage.build_trainer("reward_model", trl.RewardTrainer, model, tokenizer, arguments, rows, held)
     for name, part, whole in (("training", trainer.train_dataset, rows), ("held-out", trainer.eval_dataset, held)):
         if whole and not len(part):
             raise UserError(f"prompts.max_tokens: every {name} pair is longer than {longest} tokens; raise it")
@@ -134,7 +119,7 @@ def _fit(job: RewardJob, rows: Sequence[Row], held: Sequence[Row], where: StageR
     }
     if held:
         gaps_B, scores_B2 = pair_gaps(trainer)
-        measured = measure(gaps_B)
+        measured = pair_metrics(gaps_B)
         metrics |= {"accuracy": measured["accuracy"], "margin": measured["margin"], "score_mean": float(scores_B2.mean())}
         metrics |= {"score_std": float(scores_B2.std(correction=0)), "calibration_error": measured["calibration_error"]}
         if trainer.accelerator.is_main_process:
@@ -153,7 +138,7 @@ def pair_gaps(trainer: Any) -> tuple[Tensor, Tensor]:
     model = trainer.model
     model.eval()
     process = processes.start()
-    mine: list[tuple[int, float, float]] = []
+    scored: list[tuple[int, float, float]] = []
     size = max(trainer.args.per_device_eval_batch_size, 1)
     data = trainer.eval_dataset
     numbers = list(range(process.rank, len(data), process.world_size))
@@ -162,13 +147,13 @@ def pair_gaps(trainer: Any) -> tuple[Tensor, Tensor]:
         batch = trainer.data_collator([data[number] for number in chosen])
         inputs = {name: batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask")}
         scores_2B = model(**inputs).logits[:, 0].float().cpu().chunk(2)
-        mine += [(n, float(a), float(b)) for n, a, b in zip(chosen, scores_2B[0], scores_2B[1], strict=True)]
-    rows = sorted(processes.gather_objects(mine))
+        scored += [(n, float(a), float(b)) for n, a, b in zip(chosen, scores_2B[0], scores_2B[1], strict=True)]
+    rows = sorted(processes.gather_objects(scored))
     scores_B2 = torch.tensor([[a, b] for _, a, b in rows], dtype=torch.float64)
     return scores_B2[:, 0] - scores_B2[:, 1], scores_B2
 
 
-def measure(gaps_B: Tensor) -> dict[str, Any]:
+def pair_metrics(gaps_B: Tensor) -> dict[str, Any]:
     """Accuracy, mean margin, and calibration: pairs by the size of their gap, the accuracy that it promises and has.
 
     A gap of g promises that the preferred answer is the better one with probability sigmoid(|g|). Bins hold as many

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.model.policy import ModelSettings
 
@@ -102,7 +102,7 @@ class SFTJob:
 
 
 @dataclass(frozen=True)
-class RewardModelSettings(FitSettings):
+class RewardStageSettings(FitSettings):
     """The reward-model stage."""
 
     center: float = 0.0
@@ -119,7 +119,7 @@ class RewardJob:
     """What it starts from: any language model, or a reward model; with model.peft an adapter learns."""
     prompts: TableSettings = field(default_factory=TableSettings)
     """The pairs."""
-    reward_model: RewardModelSettings = field(default_factory=RewardModelSettings)
+    reward_model: RewardStageSettings = field(default_factory=RewardStageSettings)
     """How it learns."""
     run: RunSettings = field(default_factory=RunSettings)
     """Where it is written, and how it goes on."""
@@ -143,4 +143,4 @@ def check_fit(fit: FitSettings, name: str) -> None:
         split = f"{world} process(es) x micro_batch_size {micro}"
         problems.append(f"{name}.batch_size: {fit.batch_size} rows cannot be split evenly into {split}; give a multiple of it")
     if problems:
-        raise UserError(*problems)
+        raise ConfigError(*problems)

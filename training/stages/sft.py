@@ -19,10 +19,11 @@ from steerl.rollout.decoding.stops import turn_end
 from steerl.rollout.model.auto_classes import choose_head, load_config
 from steerl.rollout.model.language_model import vocabulary_size
 from steerl.rollout.model.policy import ModelSettings, check_vocabulary
+from steerl.rollout.prompts.chat import is_conversation
 from steerl.rollout.prompts.tables import columns_of
 from steerl.training.run.log import log_line
 from steerl.training.stages import data, models, stage
-from steerl.training.stages.data import Row
+from steerl.training.stages.data import TableRow
 from steerl.training.stages.seq2seq import fit_encoder_decoder
 from steerl.training.stages.settings import SFTJob, SFTSettings, TableSettings, check_fit
 from steerl.training.stages.stage import Outcome, StageRun
@@ -39,15 +40,15 @@ def run_sft(job: SFTJob, resolved: str = "") -> Outcome:
         return _fit_causal(job, rows, held, where)
 
 
-def read(settings: TableSettings, seed: int, kind: str, sft: SFTSettings) -> tuple[list[Row], list[Row]]:
+def read(settings: TableSettings, seed: int, kind: str, sft: SFTSettings) -> tuple[list[TableRow], list[TableRow]]:
     """Checked training and held-out rows, with no columns but those that are learned from."""
     if settings.column and kind == "seq2seq":
         raise UserError(f"prompts.column: {settings.column!r}, but an encoder-decoder needs two; name them in prompts.columns")
-    rows, held = data.read_rows(settings, lambda found, where: _checked(found, kind, sft, where, bool(settings.column)))
+    rows, held = data.read_rows(settings, lambda table, where: _checked(table, kind, sft, where, bool(settings.column)))
     return data.hold_out(rows, settings, seed, held)
 
 
-def _checked(rows: list[Row], kind: str, sft: SFTSettings, where: str, text_asked: bool) -> list[Row]:
+def _checked(rows: list[TableRow], kind: str, sft: SFTSettings, where: str, text_asked: bool) -> list[TableRow]:
     shapes: dict[str, tuple[str, ...]] = {"prompt and completion": ("prompt", "completion")}
     if kind == "causal" and text_asked:
         shapes = {"text": ("text",)}
@@ -77,8 +78,7 @@ def _kind(settings: ModelSettings) -> str:
     return choose_head(load_config(path), "policy", settings.kind, path=path)
 
 
-def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: StageRun) -> Outcome:
-    import datasets
+def _fit_causal(job: SFTJob, rows: Sequence[TableRow], held: Sequence[TableRow], where: StageRun) -> Outcome:
     import transformers
     import trl
 
@@ -91,7 +91,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: St
     model = models.load_trainable(job.model, "policy", "causal")
     stage.check_checkpointing(sft, model, "sft")
     check_vocabulary(tokenizer, vocabulary_size(model))
-    _check_tokenizer(tokenizer, rows)
+    data.check_tokenizer(tokenizer, rows, [("prompt", "completion", "messages")], what="rows", eos="so no text would ever end")
     arguments = trl.SFTConfig(
         **stage.trainer_arguments(sft, job.run, where.folder, bool(held)),
         max_length=job.prompts.max_tokens or models.context_of(model),
@@ -101,14 +101,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: St
         pad_token=None,
     )
     began = time.monotonic()
-    with stage.problems_of("sft"):
-        trainer = trl.SFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list(list(rows)),
-            eval_dataset=datasets.Dataset.from_list(list(held)) if held else None,
-            processing_class=tokenizer,
-        )
+    trainer = stage.build_trainer("sft", trl.SFTTrainer, model, tokenizer, arguments, rows, held)
     if not len(trainer.train_dataset):
         raise UserError(f"prompts.max_tokens: every row is cut before its completion at {arguments.max_length}; raise it")
     whole, end = _ends(tokenizer, rows[0])
@@ -131,9 +124,9 @@ def _fit_causal(job: SFTJob, rows: Sequence[Row], held: Sequence[Row], where: St
     return stage.finish(trainer, tokenizer, lambda: models.load_base(job.model, "policy", "causal"), where.folder, metrics, log)
 
 
-def _ends(tokenizer: Any, row: Row) -> tuple[set[int], int | None]:
+def _ends(tokenizer: Any, row: TableRow) -> tuple[set[int], int | None]:
     """(ids that a whole row may end with, the token after an assistant's turn where the row is a conversation)."""
-    messages = next(([*row.get("prompt", []), *value] for value in reversed(row.values()) if data.is_messages(value)), None)
+    messages = next(([*row.get("prompt", []), *value] for value in reversed(row.values()) if is_conversation(value)), None)
     if messages is None:
         return {tokenizer.eos_token_id}, None
     template = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
@@ -143,15 +136,3 @@ def _ends(tokenizer: Any, row: Row) -> tuple[set[int], int | None]:
             "model.path: its chat template ends a turn with no token of its own, so the model learns no end; mend the template"
         )
     return {tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template)[-1], end}, end
-
-
-def _check_tokenizer(tokenizer: Any, rows: Sequence[Row]) -> None:
-    talks = any(data.is_messages(value) for value in rows[0].values())
-    if talks and not tokenizer.chat_template:
-        raise UserError(
-            "model.path: the rows are conversations, but the tokenizer has no chat template; give texts, or add one"
-        )
-    if talks:
-        data.check_template(tokenizer, rows, [("prompt", "completion", "messages")])
-    if tokenizer.eos_token is None:
-        raise UserError("model.path: the tokenizer has no eos token, so no text would ever end; set one and save the tokenizer")

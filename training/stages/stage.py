@@ -34,7 +34,7 @@ from steerl.training.engine import engine
 from steerl.training.run import resume
 from steerl.training.run.log import SAMPLES, RunLog, log_line
 from steerl.training.stages import models
-from steerl.training.stages.data import Row
+from steerl.training.stages.data import TableRow
 from steerl.training.stages.settings import FitSettings
 
 Read = TypeVar("Read")
@@ -112,7 +112,7 @@ class StageRun:
 
 
 @contextlib.contextmanager
-def opened_run(job: Any, resolved: str, rows: Sequence[Row], held: Sequence[Row]) -> Iterator[StageRun]:
+def opened_run(job: Any, resolved: str, rows: Sequence[TableRow], held: Sequence[TableRow]) -> Iterator[StageRun]:
     """The run's folder, held by this job. Nothing in it changes before `train`."""
     content = {"prompts.path": values_fingerprint(rows), "prompts.heldout": values_fingerprint(held)}
     config, run = dataclasses.asdict(job), job.run
@@ -127,15 +127,22 @@ def on_every_process(read: Callable[[], Read]) -> Read:
     return kept[0] if kept else read()
 
 
-@contextlib.contextmanager
-def problems_of(name: str) -> Iterator[None]:
-    """What a trainer refuses when it is built or prepares the rows, as a UserError of the section `name`."""
+def build_trainer(
+    section: str, trainer: Any, model: Any, tokenizer: Any, arguments: Any, rows: Sequence[TableRow], held: Sequence[TableRow]
+) -> Any:
+    """One of trl's trainers over the rows; what it refuses while it prepares them is a UserError of the `section`."""
+    import datasets
+
     try:
-        yield
+        return trainer(
+            model=model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(list(rows)),
+            eval_dataset=datasets.Dataset.from_list(list(held)) if held else None,
+            processing_class=tokenizer,
+        )
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{section}: {' '.join(str(error).split())}") from error
 
 
 def check_checkpointing(fit: FitSettings, model: Any, name: str) -> None:
@@ -270,11 +277,11 @@ def finish(
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest one that was written to its end: trainer_state.json is what the trainer writes last."""
-    found = []
+    checkpoints = []
     for state in folder.glob("checkpoint-*/trainer_state.json"):
         with contextlib.suppress(OSError, ValueError):
-            found.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
-    return max(found)[1] if found else None
+            checkpoints.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
+    return max(checkpoints)[1] if checkpoints else None
 
 
 def tell_cut(count: int, rows: int, longest: int | None, done: str = "cut at their end") -> None:

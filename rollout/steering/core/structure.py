@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.model import language_model
 from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.steering.core.places import At
@@ -64,7 +64,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     for wrapper in (model, getattr(model, "module", None)):
         for name, config in (getattr(wrapper, "peft_config", None) or {}).items():
             if getattr(config, "num_virtual_tokens", None):
-                raise UserError(
+                raise ConfigError(
                     f"steering: adapter {name!r} prepends virtual tokens, and positions would be off; use LoRA, or merge it"
                 )
     return inner  # type: ignore[no-any-return]
@@ -105,7 +105,7 @@ def _stack(name: str, root: nn.Module, config: object) -> Stack:
         count = getattr(text, "num_decoder_layers", None) or getattr(text, "decoder_layers", None) or count
     found = list(_outermost_lists(root))
     if not found:
-        raise UserError(
+        raise ConfigError(
             f"steering: found no list of blocks in {type(root).__name__}; name a module instead: at: {{module: PATH}}"
         )
     sized = [pair for pair in found if len(pair[1]) == count] or found
@@ -260,7 +260,7 @@ def _check_sum(block: nn.Module, ends: dict[str, nn.Module], seen: dict[nn.Modul
         return
     factor = float(factors[list(ends).index(name)])
     if abs(factor - 1.0) > 1e-3:
-        raise UserError(
+        raise ConfigError(
             f"at.component: {label} adds {factor:.4g} times what its {type(ends[name]).__name__} gives, and no module gives "
             f"that product; name the module itself, at: {{module: PATH}}, and divide the strength by {factor:.4g}"
         )
@@ -309,7 +309,7 @@ def _by_path(inner: nn.Module, found: dict[str, Stack], at: At) -> Point:
         hint = (
             f"such modules: {', '.join(near)}" if near else f"its children: {', '.join(n for n, _ in inner.named_children())}"
         )
-        raise UserError(f"at.module: {type(inner).__name__} has no module {at.module!r}; {hint}")
+        raise ConfigError(f"at.module: {type(inner).__name__} has no module {at.module!r}; {hint}")
     module = modules[path]
     home, layer = "", None
     for stack in found.values():
@@ -332,7 +332,7 @@ def layers_of(stack: Stack, at: At) -> tuple[int, ...]:
         return tuple(range(count))
     bad = [layer for layer in at.layers if not -count <= int(layer) < count]
     if bad:
-        raise UserError(f"at.layers: {bad[0]} is out of range; the {stack.name} has {count} blocks, 0 to {count - 1}")
+        raise ConfigError(f"at.layers: {bad[0]} is out of range; the {stack.name} has {count} blocks, 0 to {count - 1}")
     return tuple(int(layer) % count for layer in at.layers)
 
 
@@ -343,7 +343,7 @@ def locate(model: nn.Module, at: At, found: dict[str, Stack] | None = None) -> l
     if at.module:
         return [_by_path(inner, found, at)]
     if at.stack not in found:
-        raise UserError(f"at.stack: {type(inner).__name__} has no {at.stack}; it has {', '.join(found)}")
+        raise ConfigError(f"at.stack: {type(inner).__name__} has no {at.stack}; it has {', '.join(found)}")
     stack = found[at.stack]
     layers = layers_of(stack, at)
     blocks = [stack.blocks[layer] for layer in layers]
@@ -354,7 +354,7 @@ def locate(model: nn.Module, at: At, found: dict[str, Stack] | None = None) -> l
         for layer, block in zip(layers, blocks, strict=True):
             if (attention_of if at.component == "attn_output" else mlp_of)(block) is None:
                 children = ", ".join(name for name, _ in block.named_children())
-                raise UserError(
+                raise ConfigError(
                     f"at.component: block {layer} ({type(block).__name__}: {children}) has no {at.component} that could be "
                     "found; name the module: at: {module: PATH}"
                 )
@@ -366,12 +366,12 @@ def locate(model: nn.Module, at: At, found: dict[str, Stack] | None = None) -> l
 def _heads(block: nn.Module, stack: Stack, layer: int, at: At) -> Point:
     projection = _projection(block, stack)
     if projection is None:
-        raise UserError(
+        raise ConfigError(
             f"at.head: found no attention output projection in block {layer} ({type(block).__name__}); name the module"
         )
     module, heads, size = projection
     bad = [head for head in at.head if not -heads <= head < heads]
     if bad:
-        raise UserError(f"at.head: {bad[0]} is out of range; block {layer} has {heads} heads, 0 to {heads - 1}")
+        raise ConfigError(f"at.head: {bad[0]} is out of range; block {layer} has {heads} heads, 0 to {heads - 1}")
     columns = tuple(head % heads * size + i for head in at.head for i in range(size))
     return Point(module, "input", stack.name, layer, len(columns), columns)

@@ -48,8 +48,8 @@ class Operation:
     starts: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None
     """Of (orthonormal columns DK, small random numbers KD): the tensors of a fresh operation that are not zeros. With them
     the edit should change nothing."""
-    compiles: bool = True
-    """Whether it is tensors in, tensors out, and may stand in a graph."""
+    collects: bool = False
+    """It reads and changes nothing: what it gives is kept instead of put in the activation's place."""
 
     @cached_property
     def arguments(self) -> dict[str, inspect.Parameter]:
@@ -95,7 +95,7 @@ TABLE: dict[str, Operation] = {
     "zero": Operation(operations.zero, "write", source=""),
     "scale": Operation(operations.scale, "write", source=""),
     "noise": Operation(operations.noise, "write", source="noise", strength="level"),
-    "collect": Operation(operations.collect, "write", source="", compiles=False),
+    "collect": Operation(operations.collect, "write", source="", collects=True),
     # along a direction
     "ablate": Operation(operations.ablate, "direction", strength="strength"),
     "project": Operation(operations.project, "direction"),
@@ -120,7 +120,7 @@ TABLE: dict[str, Operation] = {
     "nodireft": Operation(operations.nodireft, "learned", "", starts=lambda _, random: {"projection": random}),
     "adapter": Operation(operations.adapter, "learned", "", starts=lambda _, random: {"down": random}),
     # the user's own
-    "function": Operation(None, "function", strength="strength", compiles=False),
+    "function": Operation(None, "function", strength="strength"),
 }
 
 

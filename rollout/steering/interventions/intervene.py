@@ -6,7 +6,7 @@
     source 0 --(positions)--> group 0's sites        parallel: every source is read plain, all sites are set in the base
     source 1 --(positions)--> group 1's sites        serial:   source 0 is set in source 1, source 1 in the base
 
-The arguments carry the names that pyvene's IntervenableModel gives them (docs/steering.md has the table). What differs:
+The arguments carry the names that pyvene's IntervenableModel gives them (docs/steering/pyvene.md has the table). What differs:
 positions count a row's real tokens (negative ones from its end), so padding changes nothing; rows that generate
 multiplies keep their own sources; nothing about the model is changed (no gradients switched off, no hooks of others
 removed); a learned space acts on each position by itself.

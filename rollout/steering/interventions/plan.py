@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import Point, locate, stacks
 from steerl.rollout.steering.core.table import TABLE, Operation
 from steerl.rollout.steering.spec.parse import read_at
-from steerl.rollout.steering.spec.reading import Fields
 from torch import Tensor, nn
 
 
@@ -55,7 +54,7 @@ class Planned:
 
     @property
     def collects(self) -> bool:
-        return self.spec.op == "collect"
+        return self.operation is not None and self.operation.collects
 
     @property
     def reads_source(self) -> bool:
@@ -75,17 +74,17 @@ class Planned:
                     arguments[parameter.name] = value.to(base.device) if isinstance(value, Tensor) else value
         names = [parameter.name for parameter in operation.arguments.values()]
         if given:
-            raise UserError(
+            raise ConfigError(
                 f"interventions[{self.number}].parameters: {op} takes {', '.join(names) or 'none'}, found {', '.join(given)}"
             )
         if coordinates is not None:
             if "coordinates" not in names:
-                raise UserError(f"interventions[{self.number}]: op {op} has no subspaces")
+                raise ConfigError(f"interventions[{self.number}]: op {op} has no subspaces")
             arguments["coordinates"] = coordinates
         try:
             return operation.function(base, source, **arguments)
         except (TypeError, RuntimeError) as error:
-            raise UserError(
+            raise ConfigError(
                 f"interventions[{self.number}]: {op} failed on an activation of shape {tuple(base.shape)}: {error}"
             ) from error
 
@@ -97,13 +96,13 @@ def planned(model: nn.Module, interventions: Any, subspaces: Any, rows: int) -> 
     for number, raw in enumerate(listed):
         spec = raw if isinstance(raw, Intervention) else _intervention(raw, number)
         if isinstance(spec.op, str) and (spec.op not in TABLE or TABLE[spec.op].function is None):
-            raise UserError(
+            raise ConfigError(
                 f"interventions[{number}].op: no operation {spec.op!r}; see steering/core/operations.py, or pass a function"
             )
-        at = spec.at if isinstance(spec.at, At) else _at(spec.at, number)
+        at = spec.at if isinstance(spec.at, At) else read_at(spec.at, f"interventions[{number}].at")
         points = locate(model, at, found_stacks)
         if len(points) != 1:
-            raise UserError(
+            raise ConfigError(
                 f"interventions[{number}].at.layers: expected one layer, found {len(points)}; write one intervention per layer"
             )
         found.append(Planned(number, spec, points[0], _coordinates(spec, number, len(listed), subspaces, rows)))
@@ -113,17 +112,8 @@ def planned(model: nn.Module, interventions: Any, subspaces: Any, rows: int) -> 
 def _intervention(raw: Mapping[str, Any], number: int) -> Intervention:
     unknown = set(raw) - set(Intervention.__dataclass_fields__)
     if unknown or "at" not in raw:
-        raise UserError(f"interventions[{number}]: expected at, op, parameters, ...; found {sorted(map(str, raw))}")
+        raise ConfigError(f"interventions[{number}]: expected at, op, parameters, ...; found {sorted(map(str, raw))}")
     return Intervention(**raw)
-
-
-def _at(raw: Mapping[str, Any], number: int) -> At:
-
-    problems: list[str] = []
-    at = read_at(Fields(raw, f"interventions[{number}].at", problems))
-    if problems:
-        raise UserError(*problems)
-    return at
 
 
 def _coordinates(spec: Intervention, number: int, count: int, subspaces: Any, rows: int) -> Any:
@@ -131,7 +121,7 @@ def _coordinates(spec: Intervention, number: int, count: int, subspaces: Any, ro
     mine = subspaces
     if isinstance(subspaces, Sequence) and subspaces and not isinstance(subspaces[0], int):
         if len(subspaces) != count:
-            raise UserError(f"subspaces: expected one entry per intervention ({count}), found {len(subspaces)}")
+            raise ConfigError(f"subspaces: expected one entry per intervention ({count}), found {len(subspaces)}")
         mine = subspaces[number]
     if mine is None:
         return spec.coordinates
@@ -150,7 +140,7 @@ def _coordinates(spec: Intervention, number: int, count: int, subspaces: Any, ro
     if mine and isinstance(mine[0], int):
         return entries(mine)
     if len(mine) != rows:
-        raise UserError(f"subspaces[{number}]: expected one list per example ({rows}), found {len(mine)}")
+        raise ConfigError(f"subspaces[{number}]: expected one list per example ({rows}), found {len(mine)}")
     per_row = [entries(row) for row in mine]
     return per_row[0] if all(row == per_row[0] for row in per_row) else per_row
 
@@ -167,7 +157,7 @@ def unit_table(raw: Any, number: int, count: int, rows: int, lengths: Tensor) ->
         table = [list(raw)] * rows
     else:
         if len(raw) != count:
-            raise UserError(f"unit_locations: expected one list per intervention ({count}), found {len(raw)}")
+            raise ConfigError(f"unit_locations: expected one list per intervention ({count}), found {len(raw)}")
         mine = raw[number]
         if mine is None:
             return None
@@ -176,7 +166,7 @@ def unit_table(raw: Any, number: int, count: int, rows: int, lengths: Tensor) ->
         else:
             table = [list(row) for row in mine]
     if len(table) != rows or len({len(row) for row in table}) != 1:
-        raise UserError(
+        raise ConfigError(
             f"unit_locations: intervention {number} needs one list of equal length per example ({rows}), found {table}"
         )
     units = torch.tensor(table, dtype=torch.int64, device=lengths.device)
@@ -184,7 +174,7 @@ def unit_table(raw: Any, number: int, count: int, rows: int, lengths: Tensor) ->
     bad = (units < 0) | (units >= lengths[:, None])
     if bool(bad.any()):
         row = int(bad.any(1).nonzero()[0])
-        raise UserError(
+        raise ConfigError(
             f"unit_locations: intervention {number} names position {table[row]} of example {row}, "
             f"which has {int(lengths[row])} real tokens"
         )
@@ -195,7 +185,7 @@ def stack_masks(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor
     """Which columns are real, per stack, for a set of model inputs."""
     ids = next((inputs[k] for k in ("input_ids", "inputs", "inputs_embeds") if inputs.get(k) is not None), None)
     if ids is None:
-        raise UserError(f"expected input_ids or inputs_embeds, found {', '.join(inputs) or 'nothing'}")
+        raise ConfigError(f"expected input_ids or inputs_embeds, found {', '.join(inputs) or 'nothing'}")
     mask = inputs.get("attention_mask")
     real = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
     if not getattr(model.config, "is_encoder_decoder", False):

@@ -6,16 +6,18 @@ YAML and Python objects are one to one: `SteeringSpec.mapping()` gives back what
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from steerl.rollout.common.settings_reader import MISSING, Path, Reader, key_of, whole_numbers, within
 from steerl.rollout.steering.core.places import At, Ramp
-from steerl.rollout.steering.core.table import TABLE, names
+from steerl.rollout.steering.core.table import ACTIVATIONS, TABLE, names
+from steerl.rollout.steering.spec import reading
 
 CorrectionType = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 CORRECTIONS: tuple[str, ...] = get_args(CorrectionType)
 ROLES = ("policy", "trainable", "behaviour", "data")
-COMPONENTS = ("block_output", "block_input", "attn_output", "mlp_output")
 DIRECTION, SPACE, LEARNED = names("direction"), names("space"), names("learned")
 WITHOUT_VECTOR = tuple(name for name, operation in TABLE.items() if not operation.needs_vector)
 """Operations that need no `vector:` (a learned one reads its parameters from it, or starts fresh)."""
@@ -25,18 +27,18 @@ WITHOUT_VECTOR = tuple(name for name, operation in TABLE.items() if not operatio
 class Op:
     """What is done there."""
 
-    type: str = "add"
-    coordinates: tuple[int, ...] | None = None
+    type: str = within("add", choices=TABLE)
+    coordinates: tuple[int, ...] | None = within(None, read=whole_numbers("indices"), low=0)
     factor: float = 0.0
     """scale: h * factor."""
     value: float = 0.0
     """clamp: what h.u becomes."""
-    rank: int = 4
+    rank: int = within(4, low=1)
     """Learned operations: size of the low-rank space or bottleneck."""
-    act: str = ""
+    act: str = within("", choices=ACTIVATIONS)
     """Learned operations: identity (default), relu (default of adapter), gelu, silu, tanh."""
     temperature: float = 1.0
-    boundary: float = 0.5
+    boundary: float = within(0.5, low=0.0, high=1.0)
     residual: bool = False
     """autoencoder, jumprelu: keep what the autoencoder does not rebuild."""
     params: str = ""
@@ -60,36 +62,85 @@ class Strength:
     norm_match: bool = False
 
 
+# The forms that a strength may be written in besides a number.
+
+
+@dataclass(frozen=True)
+class ByColumn:
+    column: str
+    value: float = Strength.value
+
+
+@dataclass(frozen=True)
+class NormMatch:
+    norm_match: float
+
+
+@dataclass(frozen=True)
+class Uniform:
+    high: float
+    low: float = Strength.low
+    dist: str = within("uniform", choices=("uniform", "normal"))
+    per: str = within("sample", choices=("sample", "prompt"))
+
+
+@dataclass(frozen=True)
+class Normal:
+    std: float = within(low=0.0)
+    mean: float = Strength.mean
+    dist: str = "normal"
+    per: str = within("sample", choices=("sample", "prompt"))
+
+
+def read_strength(reader: Reader, path: Path, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        number = reader.value(float, path, value)
+        return MISSING if number is MISSING else Strength(number)
+    forms: list[type] = [form for form, key in ((ByColumn, "column"), (NormMatch, "norm_match")) if value.get(key) is not None]
+    if value.get("dist") is not None:
+        forms.append(Normal if value["dist"] == "normal" else Uniform)
+    if len(forms) != 1:
+        wish = "a number, {column: c}, {dist: uniform, ...} or {norm_match: x}"
+        reader.tell(path, f"expected {wish}, found {dict(value)!r}")
+        return MISSING
+    form = reader.read(forms[0], value, path)
+    if isinstance(form, Uniform) and form.high <= form.low:
+        reader.tell((*path, "high"), f"must be above low = {form.low:g}, found {form.high:g}")
+    if form is None:
+        return MISSING
+    return Strength(norm_match=True, value=form.norm_match) if isinstance(form, NormMatch) else Strength(**vars(form))
+
+
 @dataclass(frozen=True)
 class Where:
     """Which positions: (prompt or steps) minus excludes. Only real tokens count; step 0 is the last prompt token."""
 
-    prompt: Any = "none"
-    steps: Any = "all"
+    prompt: Any = within("none", read=reading.prompt_positions)
+    steps: Any = within("all", read=reading.step_positions)
     ramp: Ramp | None = None
-    exclude_tokens: tuple[int | str, ...] = ()
-    exclude_positions: tuple[int, ...] = ()
+    exclude_tokens: tuple[int | str, ...] = within((), key="exclude.token_ids", read=reading.tokens)
+    exclude_positions: tuple[int, ...] = within((), key="exclude.positions", read=whole_numbers())
 
 
 @dataclass(frozen=True)
 class Schedule:
     """A factor over training: from `start` to `end`, reached at the share `until` of all steps."""
 
-    type: str = "linear"
-    start: float = 1.0
-    end: float = 0.0
-    until: float = 1.0
-    over: str = "train_steps"
+    type: str = within("linear", choices=("linear", "cosine", "constant"))
+    start: float = within(1.0, key="from")
+    end: float = within(0.0, key="to")
+    until: float = within(1.0, low=0.0, high=1.0)
+    over: str = within("train_steps", choices=("train_steps",))
 
 
 @dataclass(frozen=True)
 class Gate:
     """Open where an earlier activation points the right way; a closed gate leaves the row (or token) plain."""
 
-    vector: Any = None
-    layer: int = 0
-    type: str = "cosine"
-    on: str = "prompt_mean"
+    vector: Any = within(None, read=reading.vector, missing="the gate compares activations with it")
+    layer: int = within(0, missing="give a whole number")
+    type: str = within("cosine", choices=("cosine", "projection", "sigmoid"))
+    on: str = within("prompt_mean", choices=("prompt_mean", "prompt_last", "token"))
     open_above: float | None = None
     open_below: float | None = None
     scale: float = 1.0
@@ -101,10 +152,10 @@ class Site:
     """One edit at one component, over one or several layers."""
 
     name: str
-    at: At
+    at: At = within(missing="say where: {layers: [8]} or {module: PATH}")
     op: Op = Op()
-    vector: Any = None
-    strength: Strength = Strength()
+    vector: Any = within(None, read=reading.vector)
+    strength: Strength = within(Strength(), read=read_strength)
     where: Where = Where()
     schedule: Schedule | None = None
     gate: Gate | None = None
@@ -117,31 +168,31 @@ class Correction:
 
     type: CorrectionType = "token_truncate"
     """`none` says that the bias is accepted: every weight is 1 and the mismatch is only logged."""
-    high: float = 2.0
+    high: float = within(2.0, low=0.0)
     """Upper bound of a weight."""
-    low: float = 0.0
+    low: float = within(0.0, low=0.0)
     """Lower bound of a weight."""
 
 
 @dataclass(frozen=True)
 class KLBudget:
-    nats_per_sequence: float
-    action: str = "rescale"
+    nats_per_sequence: float = within(low=0.0)
+    action: str = within("rescale", choices=("rescale", "warn", "error"))
 
 
 @dataclass(frozen=True)
 class SteeringSpec:
     """All that steers one model."""
 
-    sites: tuple[Site, ...]
-    role: str = "policy"
+    sites: tuple[Site, ...] = within(missing="give a list with at least one site")
+    role: str = within("policy", choices=ROLES)
     name: str = ""
-    fraction: float = 1.0
+    fraction: float = within(1.0, low=0.0, high=1.0)
     correction: Correction | None = None
     kl_budget: KLBudget | None = None
-    reference: str = "unsteered"
-    on_deploy: str = "keep"
-    folder: str = field(default="", compare=False)
+    reference: str = within("unsteered", choices=("unsteered",))
+    on_deploy: str = within("keep", choices=("keep", "strip", "fold"))
+    folder: str = field(default="", compare=False, metadata={"key": ""})
     """What relative paths in the spec are relative to, when it came from a file; the current folder otherwise."""
 
     def mapping(self) -> dict[str, Any]:
@@ -160,13 +211,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _changed(value: Any, default: Any, renames: dict[str, str] | None = None) -> dict[str, Any]:
+def _changed(value: Any, default: Any = None) -> dict[str, Any]:
     """The fields in which a dataclass differs from its default."""
     found: dict[str, Any] = {}
     for spot in dataclasses.fields(value):
         mine = getattr(value, spot.name)
         if default is None or mine != getattr(default, spot.name):
-            found[(renames or {}).get(spot.name, spot.name)] = _plain(mine)
+            found[key_of(spot)] = _plain(mine)
     return found
 
 
@@ -186,7 +237,7 @@ def _where(where: Where, at: At) -> dict[str, Any]:
     plain = Where(prompt="all", steps="none") if at.stack == "encoder" else Where()
     found = {name: _plain(getattr(where, name)) for name in ("prompt", "steps") if getattr(where, name) != getattr(plain, name)}
     if where.ramp is not None:
-        found["ramp"] = _changed(where.ramp, None, {"start": "from", "end": "to"})
+        found["ramp"] = _changed(where.ramp)
     exclude = {"token_ids": _plain(where.exclude_tokens), "positions": _plain(where.exclude_positions)}
     if any(exclude.values()):
         found["exclude"] = {k: v for k, v in exclude.items() if v}
@@ -204,9 +255,9 @@ def _site(site: Site) -> dict[str, Any]:
     if where := _where(site.where, site.at):
         found["where"] = where
     if site.schedule is not None:
-        found["schedule"] = _changed(site.schedule, None, {"start": "from", "end": "to"})
+        found["schedule"] = _changed(site.schedule)
     if site.gate is not None:
-        found["gate"] = {k: v for k, v in _changed(site.gate, None).items() if v is not None}
+        found["gate"] = {k: v for k, v in _changed(site.gate).items() if v is not None}
     return found
 
 
@@ -217,7 +268,7 @@ def _mapping(spec: SteeringSpec) -> dict[str, Any]:
         if getattr(spec, name) != getattr(plain, name):
             found[name] = getattr(spec, name)
     if spec.correction is not None:
-        found["correction"] = _changed(spec.correction, None)
+        found["correction"] = _changed(spec.correction)
     if spec.kl_budget is not None:
-        found["kl_budget"] = _changed(spec.kl_budget, None)
+        found["kl_budget"] = _changed(spec.kl_budget)
     return found

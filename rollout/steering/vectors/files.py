@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError, reading
+from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.run_folder import written_aside
 from torch import Tensor, nn
 
@@ -40,7 +40,7 @@ def fingerprint(model: nn.Module) -> str:
 def read_tensors(path: Path, who: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors by name, metadata). GGUF and pyvene names come back as plain layer numbers where they are vectors."""
     if not path.exists():
-        raise UserError(f"{who}: {path} does not exist; give a .safetensors or .gguf file, or a folder saved by pyvene")
+        raise DataError(f"{who}: {path} does not exist; give a .safetensors or .gguf file, or a folder saved by pyvene")
     if path.is_dir():
         return _read_pyvene(path, who), {}
     if path.suffix == ".gguf":
@@ -59,13 +59,13 @@ def _read_gguf(path: Path, who: str) -> tuple[dict[str, Tensor], dict[str, str]]
     try:
         import gguf
     except ImportError as error:
-        raise UserError(f"{who}: reading {path} needs the gguf package; pip install gguf") from error
+        raise DataError(f"{who}: reading {path} needs the gguf package; pip install gguf") from error
     with reading(f"{who}: {path} is not a GGUF file that can be read (", "); make the vector again"):
         reader = gguf.GGUFReader(str(path))
         field = reader.get_field("general.architecture")
         kind = "" if field is None else str(field.contents())
         if kind != "controlvector":
-            raise UserError(f"{who}: {path} holds a GGUF of architecture {kind or 'unknown'!r}; expected a control vector")
+            raise DataError(f"{who}: {path} holds a GGUF of architecture {kind or 'unknown'!r}; expected a control vector")
         tensors = {
             tensor.name.removeprefix("direction."): torch.from_numpy(tensor.data.copy()).float().reshape(-1)
             for tensor in reader.tensors
@@ -86,7 +86,7 @@ class _Rotation(nn.Module):
 
 def _read_pyvene(folder: Path, who: str) -> dict[str, Tensor]:
     if not (folder / "config.json").exists():
-        raise UserError(f"{who}: {folder} has no config.json; expected a folder saved by pyvene, or name the vector's file")
+        raise DataError(f"{who}: {folder} has no config.json; expected a folder saved by pyvene, or name the vector's file")
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("intkey_*.bin")):
         found = re.search(r"layer_(\d+)_", file.name) or re.search(r"_(\d+)_", file.name)
@@ -105,7 +105,7 @@ def _read_pyvene(folder: Path, who: str) -> dict[str, Tensor]:
             if isinstance(value, Tensor) and key not in ("embed_dim", "interchange_dim"):
                 tensors[name] = value
     if not tensors:
-        raise UserError(f"{who}: {folder} holds no intkey_*.bin with a source_representation or parameters")
+        raise DataError(f"{who}: {folder} holds no intkey_*.bin with a source_representation or parameters")
     return tensors
 
 
@@ -119,7 +119,7 @@ def per_layer(
 ) -> list[Tensor]:
     """One vector per layer: the tensor named by its number, else the only one there is (or the one called `key`)."""
     if key and key not in tensors:
-        raise UserError(f"{who}.key: {path} has no tensor {key!r}; it holds {', '.join(list(tensors)[:8])}")
+        raise DataError(f"{who}.key: {path} has no tensor {key!r}; it holds {', '.join(list(tensors)[:8])}")
     numbered = {int(name): tensor for name, tensor in tensors.items() if name.isdigit()}
     single = tensors[key] if key else None
     if single is None and not numbered and len(tensors) == 1:
@@ -132,19 +132,19 @@ def per_layer(
                 vector = next(iter(numbered.values()))
             else:
                 held = f"layers {sorted(numbered)}" if numbered else f"tensors {', '.join(list(tensors)[:8])}"
-                raise UserError(f"{who}: {path} has no vector for layer {layer}; it holds {held}; choose one with key")
+                raise DataError(f"{who}: {path} has no vector for layer {layer}; it holds {held}; choose one with key")
         vector = vector.detach().float().squeeze()
         if vector.dim() != 1:
-            raise UserError(
+            raise DataError(
                 f"{who}: {path} holds a tensor of shape {tuple(vector.shape)} for layer {layer}; expected one vector"
             )
         if width is not None and vector.shape[0] != width:
-            raise UserError(
+            raise DataError(
                 f"{who}: {path} is {vector.shape[0]} wide, and the model's activation at layer {layer} is {width} wide; "
                 "it was made for another model or component"
             )
         if not bool(torch.isfinite(vector).all()):
-            raise UserError(f"{who}: {path} holds NaN or infinity for layer {layer}; make the vector again")
+            raise DataError(f"{who}: {path} holds NaN or infinity for layer {layer}; make the vector again")
         found.append(vector)
     return found
 
@@ -160,7 +160,7 @@ def save_vector(
     target.parent.mkdir(parents=True, exist_ok=True)
     plain = {str(name): tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
     if not plain:
-        raise UserError(f"{target}: no vectors to write")
+        raise DataError(f"{target}: no vectors to write")
     notes = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
     notes.setdefault("norm", json.dumps({name: round(float(t.norm()), 6) for name, t in plain.items()}))
     if model is not None:
@@ -192,7 +192,7 @@ def _write_gguf(target: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
 
     bad = [name for name, tensor in tensors.items() if not name.isdigit() or tensor.dim() != 1]
     if bad:
-        raise UserError(
+        raise DataError(
             f"{target}: a GGUF control vector holds one vector per layer, found {bad[0]!r}; write .safetensors instead"
         )
     with written_aside(target) as aside:

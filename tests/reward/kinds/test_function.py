@@ -433,3 +433,14 @@ def test_the_users_own_line_is_named_where_a_tracker_has_put_a_function_in_sys_e
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(UserError, match=r"raised SystemExit: 0 \(line 2 of leaves.py\)"):
         build_reward([{"kind": "function", "function": f"{tmp_path / 'leaves.py'}:f"}])
+
+
+def test_the_name_of_before_is_taken_with_a_warning(caplog):
+    """Configs of before say `reward.rouge:rouge_l`; a stranger's module of that name would come first."""
+    rows = made(["the cat sat", "a dog"], summary=["the cat sat", "one bird"])
+    old, new = (
+        build_reward([{"kind": "function", "function": f"{module}:rouge_l"}])(*rows).total_B.tolist()
+        for module in ("reward.rouge", "steerl.reward.kinds.rouge")
+    )
+    assert old == new == [1.0, 0.0]
+    assert [r.getMessage() for r in caplog.records if "called steerl.reward.kinds.rouge now" in r.getMessage()]

@@ -12,7 +12,7 @@ import os
 import pytest
 import torch
 from steerl.reward.build import build_reward
-from steerl.reward.kinds.reading import vocabulary_of
+from steerl.reward.kinds.model_inputs import vocabulary_of
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
 from steerl.rollout.types import Rollout
@@ -441,7 +441,7 @@ def test_scores_leave_nothing_behind(tmp_path):
     reward = build_reward([{"kind": "model", "path": path}])
     first, second = (reward(*made(["good", "bad film"])) for _ in range(2))
     assert not first.total_B.requires_grad and torch.equal(first.total_B, second.total_B)
-    model = reward.parts[0].score.__self__.members[0].classifier.core
+    model = reward.terms[0].score.__self__.members[0].classifier.core
     assert not any(module._forward_hooks for module in model.modules())
 
 

@@ -46,7 +46,7 @@ def quick(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     compiled._MODELS.clear()
-    compiled._TOLD.clear()
+    compiled._WARNED.clear()
 
 
 def both(policy: Policy, steering: Any = None, prompts=PROMPTS, step: int = 3, **settings: Any):
@@ -125,8 +125,8 @@ def test_what_is_kept_of_a_model_goes_with_it():
 def test_an_earlier_batchs_nan_does_not_linger_in_the_cache():
     policy = tiny_policy("llama")
     both(policy)
-    (shape,) = compiled._kept(policy.core).shapes.values()
-    for layer in shape.cache.layers:
+    (static,) = compiled._state_of(policy.core).inputs.values()
+    for layer in static.cache.layers:
         layer.keys.fill_(float("nan"))
         layer.values.fill_(float("nan"))
     assert_same(*both(policy))
@@ -139,8 +139,10 @@ def test_rows_that_ended_leave_by_halves(monkeypatch, steered):
     steering = Steering(ours.model, TWO_SITES, ours.tokenizer) if steered else None
     seen: list[int] = []
     assert compiled.why_not(ours, steering) is None
-    real = compiled.Run.__call__
-    monkeypatch.setattr(compiled.Run, "__call__", lambda run, ids, kwargs: seen.append(len(ids)) or real(run, ids, kwargs))
+    real = compiled.CompiledSteps.__call__
+    monkeypatch.setattr(
+        compiled.CompiledSteps, "__call__", lambda run, ids, kwargs: seen.append(len(ids)) or real(run, ids, kwargs)
+    )
     plain, fixed = both(ours, steering, n=4, stop_ids=list(range(20, 30)), seed=1)
     assert_same(plain, fixed)
     alive = [int((plain.lengths_B > t).sum()) for t in range(1, 12)]
@@ -194,7 +196,7 @@ def test_every_operation_and_scope(group, tmp_path):
         steering = Steering(ours.model, {"sites": sites}, ours.tokenizer)
         assert_same(*both(ours, steering, max_new_tokens=6))
     assert graphs() == 1, "positions and strengths are no part of the graph"
-    assert not compiled._TOLD
+    assert not compiled._WARNED
 
 
 @pytest.mark.parametrize(
@@ -304,7 +306,7 @@ def test_a_graph_holds_no_tensor_of_another_device(family, tmp_path, monkeypatch
         ids = torch.full((2, 5), 5, device=meta)
         kwargs = {"attention_mask": ids, "position_ids": ids, "past_key_values": cache, "use_cache": True}
         inputs = core.prepare_inputs_for_generation(ids, next_sequence_length=1, is_first_iteration=False, **kwargs)
-        inputs = compiled._Shape(2, 64).begin(ids, kwargs, inputs)
+        inputs = compiled._StaticInputs(2, 64).begin(ids, kwargs, inputs)
         with hooks.fixed(hooks.hooked(core), FixedSteering(steering, 2, meta).edits):
             compiled._graph(meta)(core, inputs)
     assert graphs() == 1 and not elsewhere
@@ -321,11 +323,11 @@ def test_what_cannot_be_compiled_goes_the_plain_way_and_says_so_once(caplog):
     with caplog.at_level(logging.WARNING):
         assert_same(*both(tiny_policy("t5")))
         assert_same(*both(tiny_policy("t5"), greedy=True))
-    assert told(caplog) == ["sampling.compile: an encoder-decoder has two caches; sampling goes the plain way"]
+    assert told(caplog) == ["sampling.compile: an encoder-decoder has two caches; sampling falls back to the eager path"]
     for family in ("mamba", "mamba2", "jamba", "lfm2"):
         assert_same(*both(tiny_policy(family), max_new_tokens=4))
     assert "static cache does not give the numbers of Lfm2" in str(compiled.why_not(tiny_policy("lfm2")))
-    assert graphs() == 0 and len(compiled._TOLD) == 5
+    assert graphs() == 0 and len(compiled._WARNED) == 5
 
 
 def test_hooks_of_others_and_edits_from_outside_go_the_plain_way():
@@ -336,7 +338,7 @@ def test_hooks_of_others_and_edits_from_outside_go_the_plain_way():
     with steering.active():
         outside, _ = Sampler(ours, Sampling(max_new_tokens=5, compile=True)).sample(batch)
     inside, _ = Sampler(ours, Sampling(max_new_tokens=5), steering).sample(batch)
-    assert torch.equal(outside.response_BR, inside.response_BR) and "something else acts" in str(compiled._TOLD)
+    assert torch.equal(outside.response_BR, inside.response_BR) and "something else acts" in str(compiled._WARNED)
     ours.core.model.layers[0].register_forward_hook(lambda *_: None)
     assert "hooks of another library" in str(compiled.why_not(ours))
     assert graphs() == 0
@@ -365,7 +367,7 @@ def test_sampling_inside_of_sampling_does_not_share_the_cache():
     outer, _ = sampler.sample(batch, on_token=lambda *_: inner.append(sampler.sample(batch)[0]))
     for rollout in (outer, *inner):
         assert_same(alone, rollout)
-    assert "further up" in str(compiled._TOLD)
+    assert "further up" in str(compiled._WARNED)
 
 
 def test_a_compiler_that_fails_leaves_the_numbers_alone(monkeypatch):
@@ -379,7 +381,7 @@ def test_a_compiler_that_fails_leaves_the_numbers_alone(monkeypatch):
         assert_same(*both(ours, steering, n=8, stop_ids=list(range(20, 30))))
         assert "could not be compiled before" in str(compiled.why_not(ours, steering))
         assert_same(*both(ours, steering, step=4))
-    assert "no C++ compiler" in str(compiled._TOLD)
+    assert "no C++ compiler" in str(compiled._WARNED)
 
 
 def test_more_shapes_than_are_kept_go_the_plain_way(monkeypatch):
@@ -387,7 +389,7 @@ def test_more_shapes_than_are_kept_go_the_plain_way(monkeypatch):
     ours = tiny_policy("llama")
     assert_same(*both(ours))
     assert_same(*both(ours, n=2))
-    assert graphs() == 1 and "1 graphs were made" in str(compiled._TOLD)
+    assert graphs() == 1 and "1 graphs were made" in str(compiled._WARNED)
 
 
 @pytest.mark.proofs
@@ -400,4 +402,4 @@ def test_the_compiler_itself_gives_the_plain_paths_numbers(monkeypatch):
     for step in (3, 4):
         assert_same(*both(ours, steering, n=2, step=step))
         assert_same(*both(ours, n=2, step=step))
-    assert graphs() == 2 and not compiled._TOLD
+    assert graphs() == 2 and not compiled._WARNED

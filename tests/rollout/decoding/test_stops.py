@@ -11,8 +11,8 @@ import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops, can_spell, turn_end, warn_endless
-from steerl.rollout.engines.generate import reference_generate
 from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.types import STOP_EOS, STOP_LENGTH, STOP_USER
@@ -284,7 +284,7 @@ def test_both_paths_end_rows_alike() -> None:
     settings = Sampling(max_new_tokens=24, n=4, temperature=1.5, stop=["a", "e.", "q"], stop_ids=[30])
     batch = PromptBatch.of_ids([[5, 6, 7], [8], [2, 0, 30, 31]])
     rollout, _ = Sampler(policy, settings).sample(batch)
-    reference, _ = reference_generate(policy, settings, batch)
+    reference, _ = Sampler(policy, settings, engine=EngineSettings("generate")).sample(batch)
     assert STOP_USER in rollout.stop_B.tolist()
     for field in ("response_BR", "lengths_B", "stop_B", "ended_B"):
         assert torch.equal(getattr(rollout.trim(), field), getattr(reference.trim(), field)), field

@@ -11,8 +11,8 @@ import pytest
 import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.engines.generate import reference_generate
 from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 
@@ -113,15 +113,24 @@ def test_windows_shorter_than_the_text(family: str) -> None:
     assert worst_gap(policy.model, rollout, settings) < 1e-5
 
 
-# -- the two capture paths -------------------------------------------------------------------------------------------
+# -- the two engines -------------------------------------------------------------------------------------------------
+
+
+def generated(monkeypatch: pytest.MonkeyPatch, policy: Policy, settings: Sampling, batch: PromptBatch) -> tuple[Any, list[Any]]:
+    """The engine generate's rollout, and what each call of generate gave back."""
+    outputs, generate = [], policy.core.generate
+    with monkeypatch.context() as patch:
+        patch.setattr(policy.core, "generate", lambda **given: outputs.append(generate(**given)) or outputs[-1])
+        rollout, _ = Sampler(policy, settings, engine=EngineSettings("generate")).sample(batch)
+    return rollout, outputs
 
 
 @pytest.mark.parametrize("family", ("gpt2", "llama", "bloom", "mistral", "t5", "bart", "mbart", "mamba"))
 @pytest.mark.parametrize("name", ("plain", "greedy penalty", "everything"))
-def test_streaming_equals_the_reference_path_and_transition_scores(family: str, name: str) -> None:
+def test_streaming_equals_plain_generate_and_transition_scores(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, settings = tiny_policy(family), Sampling(max_new_tokens=10, n=2, seed=9, **SETTINGS[name])
     rollout, _ = Sampler(policy, settings).sample(batch_of())
-    reference, output = reference_generate(policy, settings, batch_of())
+    reference, (output,) = generated(monkeypatch, policy, settings, batch_of())
     rollout, reference = rollout.trim(), reference.trim()
     for field in ("prompt_BP", "response_BR", "lengths_B", "ended_B", "stop_B", "row_B", "sample_B"):
         assert torch.equal(getattr(rollout, field), getattr(reference, field)), field
@@ -132,8 +141,42 @@ def test_streaming_equals_the_reference_path_and_transition_scores(family: str, 
         transition = policy.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
         mask = rollout.mask_BR
         own = torch.zeros_like(rollout.behaviour_logprobs_BR)
-        own[:, : transition.shape[1]] = transition[:, -output.sequences.shape[1] :][:, : own.shape[1]]
+        longest_first = (-rollout.prompt_mask_BP.sum(1)).argsort(stable=True)  # as they are decoded
+        own[longest_first, : transition.shape[1]] = transition[:, -output.sequences.shape[1] :][:, : own.shape[1]]
         assert (own - rollout.behaviour_logprobs_BR)[mask].abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ("gpt2", "qwen3", "gemma2", "bart", "t5", "jamba", "switch"))
+def test_the_engine_generate_gives_the_streams_rollout_and_a_lone_rows_numbers(family: str) -> None:
+    policy = tiny_policy(family)
+    settings = Sampling(max_new_tokens=8, n=3, seed=4, temperature=0.8, top_p=0.85, stop_ids=[*range(30, 36)], batch_size=4)
+    (stream, said), (plain, same) = (
+        Sampler(policy, settings, engine=EngineSettings(kind)).sample(batch_of(), step=2) for kind in ("stream", "generate")
+    )
+    assert same == said and len(set(stream.lengths_B.tolist())) > 2
+    for field, value in stream.tensors().items():
+        if value.dtype == torch.float32:
+            assert (value - getattr(plain, field)).abs().max() <= 1e-5, field
+        else:
+            assert torch.equal(value, getattr(plain, field)), field
+    assert worst_gap(policy.model, plain, settings) < 1e-5
+
+
+def test_the_engine_generate_steers_and_says_what_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, settings, engine = tiny_policy("llama"), Sampling(max_new_tokens=8, n=2), EngineSettings("generate")
+    for role in ("policy", "behaviour"):
+        steering = ShiftedLogits(policy.model, role)
+        stream, plain = (Sampler(policy, settings, steering, kind).sample(batch_of())[0] for kind in (None, engine))
+        assert torch.equal(stream.response_BR, plain.response_BR) and torch.equal(stream.strength_B, plain.strength_B)
+        for field in ("behaviour_logprobs_BR", "policy_logprobs_BR", "entropy_BR"):
+            assert (getattr(stream, field) - getattr(plain, field)).abs().max() <= 1e-5, field
+    with pytest.raises(UserError, match="engine.kind: generate compiles no steps"):
+        Sampler(policy, Sampling(compile=True), engine=engine)
+    with pytest.raises(UserError, match="engine.kind: generate shows no token before all are drawn"):
+        Sampler(policy, settings, engine=engine).sample(batch_of(), on_token=print)
+    monkeypatch.setattr("steerl.rollout.engines.sampler.needs_sync", lambda _: True)
+    with pytest.raises(UserError, match="engine.kind: generate does not decode with weights that are spread over ranks"):
+        Sampler(policy, settings, engine=engine).sample(batch_of())
 
 
 # -- one row, one set of numbers: whatever the batch -------------------------------------------------------------------
@@ -242,7 +285,8 @@ def test_nothing_of_the_checkpoints_generation_config_leaks(family: str) -> None
     hostile = sample(Policy.of(model, tiny_tokenizer()), n=2)
     assert torch.equal(clean.response_BR, hostile.response_BR)
     assert (clean.behaviour_logprobs_BR - hostile.behaviour_logprobs_BR).abs().max() < 1e-6
-    rollout, _ = reference_generate(Policy.of(model, tiny_tokenizer()), Sampling(max_new_tokens=10, n=2), batch_of())
+    settings = Sampling(max_new_tokens=10, n=2)
+    rollout, _ = Sampler(Policy.of(model, tiny_tokenizer()), settings, engine=EngineSettings("generate")).sample(batch_of())
     assert torch.equal(rollout.trim().response_BR, hostile.trim().response_BR)
     assert model.generation_config.top_k == 2  # and it is as it was
 
@@ -260,13 +304,13 @@ def test_dropout_in_train_mode_is_off_while_sampling_and_on_again_afterwards() -
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_half_precision_logits_are_raised_before_the_softmax(dtype: torch.dtype) -> None:
+def test_half_precision_logits_are_raised_before_the_softmax(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama").to(dtype)
     policy, settings = Policy.of(model, tiny_tokenizer()), Sampling(max_new_tokens=10, temperature=0.7)
     rollout, _ = Sampler(policy, settings).sample(batch_of([[5, 6, 7]], [0]))
     # One row, no padding: only the cache separates the two passes, and rounding of the logits themselves.
     assert worst_gap(model, rollout, settings) < 0.1
-    reference, output = reference_generate(policy, settings, batch_of([[5, 6, 7]], [0]))
+    reference, (output,) = generated(monkeypatch, policy, settings, batch_of([[5, 6, 7]], [0]))
     logits = torch.stack(output.logits, 1).double() / 0.7
     expected = logits.log_softmax(-1).gather(-1, reference.response_BR[..., None])[..., 0]
     assert (rollout.policy_logprobs_BR.double() - expected).abs().max() < 2e-6
@@ -366,8 +410,9 @@ def test_an_encoder_decoders_two_contexts() -> None:
     assert len(sample(policy, [[5] * 128], [3])) == 1
 
 
+@pytest.mark.parametrize("engine", ("stream", "generate"))
 @pytest.mark.parametrize("value", (math.nan, math.inf))
-def test_logits_without_a_law_name_row_and_step(value: float) -> None:
+def test_logits_without_a_law_name_row_and_step(value: float, engine: Any) -> None:
     model = tiny("llama")
     calls = []
 
@@ -379,7 +424,8 @@ def test_logits_without_a_law_name_row_and_step(value: float) -> None:
     assert policy.capabilities.padding
     model.lm_head.register_forward_hook(spoil)
     with pytest.raises(UserError, match=r"row 7 \(sample 0\) at token 3 hold no law"):
-        sample(policy, [[5, 6]], [7], stop_ids=[])
+        sampler = Sampler(policy, Sampling(max_new_tokens=10), engine=EngineSettings(engine))
+        sampler.sample(batch_of([[5, 6]], [7]))
 
 
 def test_banning_every_token_is_told() -> None:

@@ -8,8 +8,8 @@ from steerl.rollout.chat.completion import complete
 from steerl.rollout.chat.confidence import given
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.engines.generate import reference_generate
 from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.capabilities import Capabilities
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
@@ -221,5 +221,5 @@ def test_experts_of_a_bounded_capacity_are_decoded_without_the_cache_where_it_is
     with torch.no_grad():
         forced = teacher_forced(policy, rollout)
     assert (forced.logprobs_BR - rollout.policy_logprobs_BR).abs().max() < 1e-5
-    same, _ = reference_generate(policy, settings, PromptBatch.of_ids([[5, 6, 7], [8] * 12]))
+    same, _ = Sampler(policy, settings, engine=EngineSettings("generate")).sample(PromptBatch.of_ids([[5, 6, 7], [8] * 12]))
     assert torch.equal(same.response_BR, rollout.response_BR)

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.engines.generate import reference_generate
 from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.prompts.prompts import PromptBatch
 
 from tests.models import tiny_policy, tiny_tokenizer
@@ -34,7 +34,7 @@ def peak_growth(mode: str, rows: int, tokens: int, vocabulary: int) -> float:
         if mode == "stream":
             Sampler(policy, settings).sample(batch)
         elif mode == "stack":
-            reference_generate(policy, settings, batch)
+            Sampler(policy, settings, engine=EngineSettings("generate")).sample(batch)
         else:
             ids = torch.tensor(batch.ids)
             with torch.no_grad():

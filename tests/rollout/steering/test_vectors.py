@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from steerl.rollout.analysis.steering_effect import Point, effect_curve, law_distance, strength_for
+from steerl.rollout.analysis.steering_effect import CurvePoint, effect_curve, kl_from_plain, strength_for
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
@@ -230,7 +230,7 @@ def test_the_kl_is_the_sum_over_the_vocabulary(family: str) -> None:
     steering = Steering(policy.model, {"role": "data", "sites": [{"at": {"layers": [0]}, "vector": vector(), "strength": 1.5}]})
     settings = Sampling(n=1500, max_new_tokens=3, batch_size=1500)
     rollout, _ = Sampler(policy, settings, steering).sample(PromptBatch.of_ids([[5, 6, 7]]))
-    exact = law_distance(policy, steering, rollout).sum(1).mean()
+    exact = kl_from_plain(policy, steering, rollout).sum(1).mean()
     drawn = (rollout.behaviour_logprobs_BR - rollout.policy_logprobs_BR).sum(1)
     assert abs(float(exact - drawn.mean())) < 4.0 * float(drawn.std()) / 1500**0.5
     plain = teacher_forced(policy, rollout)
@@ -259,7 +259,7 @@ def test_the_distance_of_laws_is_that_of_each_row_alone(family: str) -> None:
     rollout, _ = Sampler(policy, Sampling(max_new_tokens=5, temperature=0.8), steering).sample(
         PromptBatch.of_ids([[5, 6, 7], [9, 8, 10, 11, 12, 13, 14], [20]])
     )
-    found = law_distance(policy, steering, rollout)
+    found = kl_from_plain(policy, steering, rollout)
     plain = copy.deepcopy(policy.model)
     block = stacks(plain)["decoder"].blocks[0]
     added = 1.5 * torch.tensor(vector())
@@ -289,7 +289,7 @@ def test_the_curve_and_the_strength_for_a_budget() -> None:
     )
     assert [p.strength for p in curve] == [0.0, 1.0, 2.0]
     assert curve[0].kl_per_sequence == 0.0 < curve[1].kl_per_sequence < curve[2].kl_per_sequence
-    quadratic = [Point(s, 0.0, 0.0, 0.5 * s * s) for s in (0.0, 1.0, 3.0)]
+    quadratic = [CurvePoint(s, 0.0, 0.0, 0.5 * s * s) for s in (0.0, 1.0, 3.0)]
     assert strength_for(quadratic, 2.0) == pytest.approx(2.0)
     assert strength_for(quadratic, 9.0) is None
 

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
-from steerl.training.engine import engine as engine_of_run
+from steerl.training.run.export import check_export
 from steerl.training.settings import PPOSettings
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -27,9 +27,9 @@ from tests.training.engine import engines
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs" / "accelerate"
-EVERY = ("walks", "one_prompt", "unpadded", "lora_shared", "full", "pushed", "learned")
 RUNS = {
-    "one": EVERY,
+    "one": ("one_prompt", "unpadded", "lora_shared", "full", "learned"),
+    "one more": ("walks", "pushed"),
     "ddp": ("walks", "lora_shared", "pushed", "learned"),
     "zero1": ("full", "lora_shared", "learned"),
     "zero2": ("full",),
@@ -76,7 +76,7 @@ def launched(made_once: Any, tiny_world: Callable[[str], Path]) -> Launched:
     def make(out: Path, engine: str) -> None:
         program = ["tests/training/engine/engines.py", str(out), str(tiny_world("randomwalks")), ",".join(RUNS[engine])]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if engine == "one":
+        if engine.startswith("one"):
             done = warm.run([sys.executable, *program])
         elif engine == "fsdp2":
             done = warm.run_ranks(*program, "fully_shard")
@@ -153,8 +153,9 @@ def check_engine(out: Path, name: str, engine: str) -> None:
 
 
 def check(engine: str, launched: Launched) -> None:
-    out, one = launched(engine), launched("one")
+    out = launched(engine)
     for name in RUNS[engine]:
+        one = launched("one" if name in RUNS["one"] else "one more")
         check_engine(out, name, engine)
         check_same(out, one, name, engine)
         # Not weight by weight: a key's bias has no gradient but rounding, which Adam blows up to steps that change nothing.
@@ -211,11 +212,13 @@ def test_every_accelerate_config_is_one_that_accelerate_reads() -> None:
 def test_what_fsdp_cannot_leave_behind_is_said_at_once() -> None:
     fsdp, ddp = SimpleNamespace(distributed_type="DistributedType.FSDP"), SimpleNamespace(distributed_type="DistributedType.NO")
     steering: Any = SimpleNamespace(role="policy", spec=SimpleNamespace(on_deploy="keep"))
+    steered: Any = SimpleNamespace(steering=steering, actor=None)
+    plain: Any = SimpleNamespace(steering=None, actor=None)
     with pytest.raises(UserError) as caught:
-        engine_of_run.check(fsdp, steering, PPOSettings(export_merged=True))
+        check_export(steered, fsdp, PPOSettings(export_merged=True))
     assert [line.split(":")[0] for line in caught.value.lines] == ["ppo.export_merged", "steering.on_deploy"]
-    engine_of_run.check(fsdp, None, PPOSettings())
-    engine_of_run.check(ddp, steering, PPOSettings(export_merged=True))
+    check_export(plain, fsdp, PPOSettings())
+    check_export(steered, ddp, PPOSettings(export_merged=True))
 
 
 def config_fsdp() -> dict[str, Any]:

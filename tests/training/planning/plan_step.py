@@ -8,7 +8,6 @@ What stands after the imports is not counted. A tiny step goes first: much is im
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from steerl.rollout.prompts.prompts import Prompts, PromptSettings
 from steerl.rollout.types import Rollout, Texts
 from steerl.training.algorithm.experience import credit, gather_scored, sample, score
 from steerl.training.algorithm.update import learn
-from steerl.training.planning.memory import Work, memory
+from steerl.training.planning.memory import PlannedStep, memory
 from steerl.training.planning.passes import Blueprint
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import prepare, with_peft
@@ -37,7 +36,9 @@ SHAPE = {
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most memory that this program took. Not ru_maxrss, which begins with what the starting process took."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
 
 
 def standing() -> int:
@@ -72,7 +73,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     config = AutoConfig.for_model("llama", **SHAPE | {"num_hidden_layers": asked.get("layers", SHAPE["num_hidden_layers"])})
     blueprint = Blueprint(config, "causal", torch.float32).with_peft(asked.get("peft"))
     own_value = blueprint if ppo.credit == "gae" and ppo.value == "separate" else None
-    plan = memory(Work(blueprint, own_value, ppo, sampling, prompt, "no"), "ddp", 1, device="cpu")
+    plan = memory(PlannedStep(blueprint, own_value, ppo, sampling, prompt, "no"), "ddp", 1, device="cpu")
 
     take(with_peft(tiny_policy("llama"), asked.get("peft")), sampling, ppo, prompt)
     before = standing()

@@ -21,8 +21,8 @@ from steerl.rollout.model import adapters
 from steerl.scripts import plan as plan_door
 from steerl.scripts.train_ppo import PPOJob
 from steerl.training.model import value_model
-from steerl.training.planning.hardware import GIGA, GPUS, TERA, Machines, measure
-from steerl.training.planning.memory import ENGINES, Work, memory
+from steerl.training.planning.hardware import GIGA, GPUS, TERA, Machines, measure_device
+from steerl.training.planning.memory import ENGINES, PlannedStep, memory
 from steerl.training.planning.passes import Blueprint, cache_bytes, count, plain_pass, training_pass
 from steerl.training.planning.plan import LORA, advise, flags, rows, search
 from steerl.training.planning.time import Shares, seconds, sent
@@ -46,10 +46,10 @@ def blueprint(model, peft=None) -> Blueprint:
     return Blueprint(model.config, kind, torch.float32).with_peft(peft)
 
 
-def work_of(drawn: Blueprint, precision="bf16", prompt=32, response=32, batch=8, **settings) -> Work:
+def work_of(drawn: Blueprint, precision="bf16", prompt=32, response=32, batch=8, **settings) -> PlannedStep:
     ppo = PPOSettings(**{"rollouts_per_step": 64, "minibatches": 4, "micro_batch_size": 4, **settings})
     value = drawn if ppo.credit == "gae" and ppo.value == "separate" else None
-    return Work(drawn, value, ppo, Sampling(max_new_tokens=response, batch_size=batch), prompt, precision)
+    return PlannedStep(drawn, value, ppo, Sampling(max_new_tokens=response, batch_size=batch), prompt, precision)
 
 
 # -- counts ----------------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_seconds_are_bound_by_bandwidth_peak_and_launches():
 
 
 @pytest.fixture(scope="module")
-def llama() -> tuple[Work, Work]:
+def llama() -> tuple[PlannedStep, PlannedStep]:
     """(full in float32 as it is trained, with an adapter in bfloat16)."""
     config = AutoConfig.for_model(**LLAMA_3_8B)
     full = Blueprint(config, "causal", torch.float32)
@@ -304,8 +304,8 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def test_the_readmes_plan_is_what_the_door_says(tmp_path, monkeypatch, capfd):
-    block = next(b for b in (ROOT / "README.md").read_text(encoding="utf-8").split("```") if "$ steerl plan" in b)
+def test_the_plan_of_the_docs_is_what_the_command_says(tmp_path, monkeypatch, capfd):
+    block = next(b for b in (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8").split("```") if "$ steerl plan" in b)
     command, shown = re.split(r"(?<!\\)\n", block.strip(), maxsplit=1)
     (tmp_path / "llama-3-8b").mkdir()
     (tmp_path / "llama-3-8b" / "config.json").write_text(json.dumps(LLAMA_3_8B))
@@ -358,7 +358,7 @@ def test_what_cannot_be_planned_is_one_line(given, parts, folder, tmp_path, capf
 
 
 def test_measured_figures_are_plausible():
-    operations, bandwidth = measure(torch.device("cpu"), torch.float32)
+    operations, bandwidth = measure_device(torch.device("cpu"), torch.float32)
     assert 1e8 < operations < 1e14 and 1e7 < bandwidth < 1e13
     assert all(gpu.half > gpu.single for gpu in GPUS.values())
 

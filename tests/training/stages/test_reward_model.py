@@ -14,8 +14,8 @@ import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.model.policy import ModelSettings
-from steerl.training.stages.reward_model import measure, run_reward
-from steerl.training.stages.settings import RewardJob, RewardModelSettings, TableSettings
+from steerl.training.stages.reward_model import pair_metrics, run_reward
+from steerl.training.stages.settings import RewardJob, RewardStageSettings, TableSettings
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from tests import warm
@@ -74,7 +74,7 @@ def job(tmp_path: Path, rows: list, heldout=None, run: str = "run", model: str =
     return RewardJob(
         model=ModelSettings(path=model, peft=peft),
         prompts=TableSettings(path=paths[0], heldout=0.0, heldout_path=paths[1]),
-        reward_model=RewardModelSettings(**{"batch_size": 4, "steps": 2, "learning_rate": 1e-2, **settings}),
+        reward_model=RewardStageSettings(**{"batch_size": 4, "steps": 2, "learning_rate": 1e-2, **settings}),
         run=RunSettings(dir=str(tmp_path / run)),
     )
 
@@ -176,16 +176,16 @@ def test_a_gap_that_keeps_its_promise_has_no_calibration_error():
     generator = torch.Generator().manual_seed(0)
     size = torch.rand(200_000, generator=generator, dtype=torch.float64) * 4
     right = torch.rand(200_000, generator=generator, dtype=torch.float64) < size.sigmoid()
-    found = measure(torch.where(right, size, -size))
+    found = pair_metrics(torch.where(right, size, -size))
     assert found["calibration_error"] < 0.01 and len(found["bins"]) == 10
     assert found["accuracy"] == pytest.approx(float(right.double().mean()))
     # The same answers told with three times the confidence promise more than they keep.
-    assert measure(torch.where(right, 3 * size, -3 * size))["calibration_error"] > 0.08
+    assert pair_metrics(torch.where(right, 3 * size, -3 * size))["calibration_error"] > 0.08
 
 
 def test_calibration_of_a_few_pairs_by_hand():
     gaps = torch.tensor([0.0, 2.0, -1.0])
-    found = measure(gaps)
+    found = pair_metrics(gaps)
     promised = [0.5, 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))]
     assert found["accuracy"] == pytest.approx((0.5 + 1 + 0) / 3) and found["margin"] == pytest.approx(1 / 3)
     assert [b["promised"] for b in found["bins"]] == pytest.approx(promised)

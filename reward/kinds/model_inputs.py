@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from steerl.reward.kinds.function import is_conversation
 from steerl.reward.types import has_ids, row_name
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError
 from steerl.rollout.model import adapters, auto_classes
-from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, conversation_ids
+from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, conversation_ids, is_conversation
 from steerl.rollout.types import Rollout, Texts
 
 Tokens = Literal["auto", "ids", "text"]
@@ -45,7 +44,7 @@ def load_tokenizer(path: str, beside: Sequence[str], where: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Sequences:
+class ModelInputs:
     """What the model reads, row by row."""
 
     ids: list[list[int]]
@@ -56,8 +55,8 @@ class Sequences:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """rollout and texts -> Sequences."""
+class InputReader:
+    """rollout and texts -> ModelInputs."""
 
     tokenizer: Any
     """None: only ids can be read."""
@@ -71,24 +70,24 @@ class Reader:
     size: int = 0
     """Rows of the model's embedding."""
 
-    def __call__(self, rollout: Rollout, texts: Texts, vocabulary: str | None) -> Sequences:
-        found = self._ids(rollout) if self._reads_ids(rollout, vocabulary) else self._text(rollout, texts)
-        return self._fitted(found, rollout)
+    def __call__(self, rollout: Rollout, texts: Texts, vocabulary: str | None) -> ModelInputs:
+        inputs = self._ids(rollout) if self._reads_ids(rollout, vocabulary) else self._text(rollout, texts)
+        return self._fitted(inputs, rollout)
 
     def _reads_ids(self, rollout: Rollout, vocabulary: str | None) -> bool:
         if self.tokens == "ids":
             if not has_ids(rollout):
-                raise UserError(f"{self.where}.tokens: ids, but these texts come without ids; use tokens: text")
+                raise DataError(f"{self.where}.tokens: ids, but these texts come without ids; use tokens: text")
             return True
         if self.tokens == "auto" and self.reads == "both" and vocabulary is not None and has_ids(rollout):
             if self.tokenizer is None:
-                raise UserError(
+                raise DataError(
                     f"{self.where}.tokenizer: missing; the model's folder has none, so name one, or say tokens: ids"
                 )
             return vocabulary == self.vocabulary
         return False
 
-    def _ids(self, rollout: Rollout) -> Sequences:
+    def _ids(self, rollout: Rollout) -> ModelInputs:
         prompts = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)]
         if rollout.is_encoder_decoder:
             # The encoder's closing token ends its input, not the text that goes on with the response.
@@ -97,25 +96,25 @@ class Reader:
         if self.reads == "completion":
             prompts = [[] for _ in prompts]
         responses = [ids[:n] for ids, n in zip(rollout.response_BR.tolist(), rollout.lengths_B.tolist(), strict=True)]
-        return Sequences([p + r for p, r in zip(prompts, responses, strict=True)], responses=[len(p) for p in prompts])
+        return ModelInputs([p + r for p, r in zip(prompts, responses, strict=True)], responses=[len(p) for p in prompts])
 
-    def _text(self, rollout: Rollout, texts: Texts) -> Sequences:
+    def _text(self, rollout: Rollout, texts: Texts) -> ModelInputs:
         if self.tokenizer is None:
-            raise UserError(
+            raise DataError(
                 f"{self.where}.tokenizer: missing; the model's folder has none, and the rows are to be read as text"
             )
         ended = rollout.ended_B.tolist()
         rows = [self._encode(texts, i, ended[i], row_name(rollout, i)) for i in range(len(texts))]
         types = [types for _, types in rows]
-        return Sequences([ids for ids, _ in rows], None if any(t is None for t in types) else types)  # type: ignore[arg-type]
+        return ModelInputs([ids for ids, _ in rows], None if any(t is None for t in types) else types)  # type: ignore[arg-type]
 
     def _encode(self, texts: Texts, index: int, ended: bool, row: str) -> tuple[list[int], list[int] | None]:
         prompt, completion, tokenizer = texts.prompts[index], texts.completions[index], self.tokenizer
         if self.reads == "both" and is_conversation(prompt) and tokenizer.chat_template:
             tools, extra = (texts.columns[name][index] if name in texts.columns else None for name in TEMPLATE_COLUMNS)
-            said = answered(prompt, completion, extra, texts.prompt_texts[index])
+            messages = answered(prompt, completion, extra, texts.prompt_texts[index])
             where = f"{self.where}: {row}"
-            return conversation_ids(tokenizer, said, tools, extra, whole=True, where=where), None
+            return conversation_ids(tokenizer, messages, tools, extra, whole=True, where=where), None
         text = prompt if isinstance(prompt, str) else texts.prompt_texts[index]
         if self.reads == "pair":
             encoded = tokenizer(text, completion)
@@ -131,34 +130,34 @@ class Reader:
             types = types + types[-1:] if types else types
         return ids, types
 
-    def _fitted(self, found: Sequences, rollout: Rollout) -> Sequences:
-        for index, ids in enumerate(found.ids):
+    def _fitted(self, inputs: ModelInputs, rollout: Rollout) -> ModelInputs:
+        for index, ids in enumerate(inputs.ids):
             name = row_name(rollout, index)
             if not ids:
-                raise UserError(f"{self.where}: {name} is empty: there is no token to score; leave the row out")
+                raise DataError(f"{self.where}: {name} is empty: there is no token to score; leave the row out")
             if self.size and max(ids) >= self.size:
-                raise UserError(
+                raise DataError(
                     f"{self.where}: {name} has token id {max(ids)}, but the model has {self.size} ids; use tokens: text"
                 )
             if self.context is None or len(ids) <= self.context:
                 continue
             if self.too_long == "refuse":
                 lengths = f"{len(ids)} tokens, the model reads {self.context}"
-                raise UserError(f"{self.where}: {name} has {lengths}; shorten it, or set too_long: cut")
-            self._cut(found, index, self.context)
-        return found
+                raise DataError(f"{self.where}: {name} has {lengths}; shorten it, or set too_long: cut")
+            self._cut(inputs, index, self.context)
+        return inputs
 
-    def _cut(self, found: Sequences, index: int, context: int) -> None:
+    def _cut(self, inputs: ModelInputs, index: int, context: int) -> None:
         """The last `context` tokens, after a leading bos or cls if there is one."""
-        ids, over = found.ids[index], len(found.ids[index]) - context
+        ids, over = inputs.ids[index], len(inputs.ids[index]) - context
         tokenizer = self.tokenizer
         opening = {getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "cls_token_id", None)} - {None}
         kept = 1 if ids[0] in opening and context > 1 else 0
-        found.ids[index] = ids[:kept] + ids[kept + over :]
-        if found.types is not None:
-            found.types[index] = found.types[index][:kept] + found.types[index][kept + over :]
-        if found.responses is not None:
-            found.responses[index] = max(found.responses[index] - over, kept)
+        inputs.ids[index] = ids[:kept] + ids[kept + over :]
+        if inputs.types is not None:
+            inputs.types[index] = inputs.types[index][:kept] + inputs.types[index][kept + over :]
+        if inputs.responses is not None:
+            inputs.responses[index] = max(inputs.responses[index] - over, kept)
 
 
 def folders_of(path: str) -> tuple[str, str]:
