@@ -109,7 +109,7 @@ def _column(name: str, values: Any, rows: int | None) -> Tensor:
     return values.detach().float()
 
 
-# -- numbers that parts hand in -----------------------------------------------------------------------------------------
+# -- numbers that terms hand in -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -190,23 +190,23 @@ def metrics(scores: Sequence[Scores]) -> dict[str, float]:
     return logged
 
 
-def joined_metrics(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+def joined_metrics(calls: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
     """All numbers that were logged under each name."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: [value for part in parts for value in part.get(name, [])] for name in names}
+    names = dict.fromkeys(name for call in calls for name in call)
+    return {name: [value for call in calls for value in call.get(name, [])] for name in names}
 
 
-def joined_extra(parts: Sequence[Mapping[str, list[Any]]], rows: Sequence[int]) -> dict[str, list[Any]]:
-    """The columns one after the other; None for the rows of a part that has not logged it."""
-    names = dict.fromkeys(name for part in parts for name in part)
+def joined_extra(calls: Sequence[Mapping[str, list[Any]]], rows: Sequence[int]) -> dict[str, list[Any]]:
+    """The columns one after the other; None for the rows of a call that has not logged it."""
+    names = dict.fromkeys(name for call in calls for name in call)
     return {
-        name: [value for part, count in zip(parts, rows, strict=True) for value in part.get(name, [None] * count)]
+        name: [value for call, count in zip(calls, rows, strict=True) for value in call.get(name, [None] * count)]
         for name in names
     }
 
 
-def mean_metrics(logged: Mapping[str, list[float]], room: str) -> dict[str, float]:
-    return {f"{room}/{name}": math.fsum(values) / len(values) for name, values in logged.items() if values}
+def mean_metrics(logged: Mapping[str, list[float]], prefix: str) -> dict[str, float]:
+    return {f"{prefix}/{name}": math.fsum(values) / len(values) for name, values in logged.items() if values}
 
 
 def _moments(name: str, values: Tensor, mean: str) -> dict[str, float]:
