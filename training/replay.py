@@ -64,11 +64,11 @@ class Replay:
 
     def take(self, seed: int, position: int, count: int) -> list[int]:
         """The `count` prompts from `position` on; every epoch has an order of its own."""
-        found: list[int] = []
-        while len(found) < count:
-            epoch, start = divmod(position + len(found), self.plan.prompts)
-            found += self._order(seed, epoch)[start : start + count - len(found)]
-        return found
+        prompts: list[int] = []
+        while len(prompts) < count:
+            epoch, start = divmod(position + len(prompts), self.plan.prompts)
+            prompts += self._order(seed, epoch)[start : start + count - len(prompts)]
+        return prompts
 
     def batch(self, prompts: Sequence[int], occurrences: Sequence[int] | None = None) -> list[int]:
         """What `sample` is given. A prompt that comes twice brings the same rows twice: `occurrences` tell nothing here."""
@@ -81,8 +81,8 @@ class Replay:
             index = prompt // self.plan.shard_prompts
             rollout, texts = self._shard(index)
             first = (prompt - self.plan.shard(index).start) * self.samples
-            picked = list(range(first, first + self.samples))
-            parts.append((rollout.select(picked), texts.select(picked)))
+            samples = list(range(first, first + self.samples))
+            parts.append((rollout.select(samples), texts.select(samples)))
         rollout = Rollout.join([rollout for rollout, _ in parts]).trim()
         if not self.same_weights:  # so that nothing takes its policy_logprobs for those of a policy that learns here
             rollout = dataclasses.replace(rollout, policy_step=-1)
@@ -121,9 +121,9 @@ class Replay:
                 f"{told} was sampled with another tokenizer than the policy's; its ids mean other text. Name its own model"
             )
         if steering != made_from.get("steering", "") and steering:
-            found = made_from.get("steering") or "none"
+            other = made_from.get("steering") or "none"
             raise DataError(
-                f"{told} was sampled under the steering {found}, the job has {steering}; leave steering out, or give that one"
+                f"{told} was sampled under the steering {other}, the job has {steering}; leave steering out, or give that one"
             )
         self.same_weights = made_from.get("model.path") == model_fingerprint(policy.core)
         if not self.same_weights:

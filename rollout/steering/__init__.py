@@ -1,6 +1,6 @@
 """What is added to, taken from or read off activations: where, when, how strongly.
 
-spec  ──bind──>  sites, gates  ──Steering.active──>  engine: at each call of the model, a selection per site, an edit per point
+spec  ──bind──>  sites, gates  ──Steering.active──>  engine: in each call, a selection per site, an edit per point
 (a user's words)    (on one model)                   state: the rows at work, the calls, where they are edited
 """
 

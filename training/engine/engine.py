@@ -114,9 +114,9 @@ def _check_dtypes(accelerator: Any, actor_critic: ActorCritic) -> None:
         return
     odd = {p.dtype for p in actor_critic.parameters() if p.is_floating_point()} - {torch.float32}
     if odd:
-        found = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(odd, key=str))
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(odd, key=str))
         raise UserError(
-            f"model.dtype: {found}, but DeepSpeed without mixed precision takes float32 alone; set model.dtype float32, or "
+            f"model.dtype: {dtypes}, but DeepSpeed without mixed precision takes float32 alone; set model.dtype float32, or "
             'mixed_precision: "bf16" in the accelerate config'
         )
 

@@ -40,11 +40,11 @@ def weights(state: TrainState) -> dict[str, Tensor]:
 def optimizer(state: TrainState) -> dict[str, Any]:
     """What state_dict() of one process's AdamW holds."""
     if not is_deepspeed(state.model):
-        found: dict[str, Any] = state.optimizer.state_dict()
+        plain: dict[str, Any] = state.optimizer.state_dict()
         return {
-            **found,
+            **plain,
             "state": {
-                index: {name: gathered(value) for name, value in moments.items()} for index, moments in found["state"].items()
+                index: {name: gathered(value) for name, value in moments.items()} for index, moments in plain["state"].items()
             },
         }
     zero = _zero(state)
@@ -66,7 +66,7 @@ def optimizer(state: TrainState) -> dict[str, Any]:
 def kind(state: TrainState) -> str:
     """What holds them, for a checkpoint to say under what it was written."""
     if is_deepspeed(state.model):
-        return f"ZeRO-{int(_model(state).zero_optimization_stage())}"
+        return f"ZeRO-{int(state.model.zero_optimization_stage())}"
     return "FSDP" if any(hasattr(p, "full_tensor") for p in state.model.parameters()) else "whole weights"
 
 
@@ -83,9 +83,9 @@ def load_weights(state: TrainState, saved: Mapping[str, Tensor]) -> None:
             shape = tuple(getattr(value, "ds_shape", value.shape))
             master = zero and value.requires_grad and saved[name].is_floating_point()
             if shape != tuple(saved[name].shape) or (value.dtype != saved[name].dtype and not master):
-                found, was = (f"{size} {v.dtype}" for size, v in ((shape, value), (tuple(saved[name].shape), saved[name])))
+                now, was = (f"{size} {v.dtype}" for size, v in ((shape, value), (tuple(saved[name].shape), saved[name])))
                 raise CheckpointError(
-                    f"checkpoint: {name} is {found}, saved was {was}; resume with the same model and model.dtype"
+                    f"checkpoint: {name} is {now}, saved was {was}; resume with the same model and model.dtype"
                 )
             if master:
                 _set_master(value, saved[name].float())
@@ -101,10 +101,10 @@ def load_optimizer(state: TrainState, saved: Mapping[str, Any]) -> None:
         return
     zero = _zero(state)
     steps = [[saved["state"][i]["step"] for i in group["params"] if i in saved["state"]] for group in saved["param_groups"]]
-    for number, found in enumerate(steps):
-        for flat in _flats(zero, number) if found else ():
+    for number, taken in enumerate(steps):
+        for flat in _flats(zero, number) if taken else ():
             moments = {name: torch.zeros_like(flat.data) for name in _MOMENTS}
-            zero.optimizer.state[flat] = {"step": torch.stack(found).amax().clone(), **moments}
+            zero.optimizer.state[flat] = {"step": torch.stack(taken).amax().clone(), **moments}
     if not any(steps):
         return
     compat.link_optimizer_states(zero)
@@ -175,16 +175,12 @@ def _like(own: Any, value: Tensor) -> Any:
 
 def _zero(state: TrainState) -> Any:
     """DeepSpeed's optimizer, which holds the flat float32 parts; its `optimizer` is the AdamW that steps them."""
-    return _model(state).optimizer
-
-
-def _model(state: TrainState) -> Any:
-    return state.model
+    return state.model.optimizer
 
 
 def _groups(state: TrainState) -> list[list[nn.Parameter]]:
     """The parameters of each of the optimizer's groups, in the order that setup.groups gives them."""
-    module: Any = state.accelerator.unwrap_model(state.model)
+    module = state.accelerator.unwrap_model(state.model)
     return [group for group in (module.policy_parameters(), module.value_parameters()) if group]
 
 
@@ -220,9 +216,9 @@ def _set_master(parameter: Any, value: Tensor, moment: str | None = None) -> Non
         else:
             utils.safe_set_full_optimizer_state(parameter, value, moment)
         return
-    size, ours = parameter.ds_tensor.numel(), processes.start()
-    padded = pad(value.flatten(), (0, size * ours.world_size - value.numel()))
-    part = padded.narrow(0, size * ours.rank, size).to(parameter.ds_tensor.device)
+    size, process = parameter.ds_tensor.numel(), processes.start()
+    padded = pad(value.flatten(), (0, size * process.world_size - value.numel()))
+    part = padded.narrow(0, size * process.rank, size).to(parameter.ds_tensor.device)
     if moment is not None:
         utils.safe_set_local_optimizer_state(parameter, part, moment)
         return

@@ -98,9 +98,9 @@ def _score_head(model: Any, path: str) -> nn.Linear:
     """The head of a reward model as the value's own, where it is one number read off one state."""
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear) or score.out_features != 1:
-        found = f"{score.out_features} labels" if isinstance(score, nn.Linear) else "no plain score head"
+        labels = f"{score.out_features} labels" if isinstance(score, nn.Linear) else "no plain score head"
         raise CheckpointError(
-            f"ppo.value: {path} has {found}; a value starts from a reward model with one label, or from a language model"
+            f"ppo.value: {path} has {labels}; a value starts from a reward model with one label, or from a language model"
         )
     head = zero_head(score.in_features, score.weight.device)
     with torch.no_grad():

@@ -204,13 +204,13 @@ def _seen(blueprint: Blueprint, kind: tuple[Any, ...], depth: int | None, rows: 
     model = planned.empty_model(depth)
     try:
         with compat.fake_tensors():
-            found = _run(model, planned, rows, *kind)
+            cost = _run(model, planned, rows, *kind)
     except compat.fake_tensor_errors() as error:
         raise UserError(
             f"model.path: {type(model).__name__} decides by numbers what it computes, so its passes cannot be planned from its "
             "config; measure one step (memory/peak_mb and memory/gpu_peak_mb of metrics.jsonl)"
         ) from error
-    return PassCost(found.saved * factor, found.peak * factor, found.operations)
+    return PassCost(cost.saved * factor, cost.peak * factor, cost.operations)
 
 
 def _run(model: Any, blueprint: Blueprint, rows: int, prompt: int, response: int, what: str, autocast: bool) -> PassCost:

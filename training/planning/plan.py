@@ -68,16 +68,16 @@ def advise(
     more: dict[int, PlanRow] = {}
     nodes = machines.nodes * 2
     while nodes <= most_nodes and nodes * machines.gpus <= work.ppo.rollouts_per_step:
-        found, _ = search(work, dataclasses.replace(machines, nodes=nodes), shares, usable)
-        if found is not None:
-            more[nodes] = found
+        row, _ = search(work, dataclasses.replace(machines, nodes=nodes), shares, usable)
+        if row is not None:
+            more[nodes] = row
         nodes *= 2
     others: dict[str, PlanRow] = {}
     if best is None:
         for name, changed in _changes(work, adapted):
-            found, _ = search(changed, machines, shares, usable)
-            if found is not None:
-                others[name] = found
+            row, _ = search(changed, machines, shares, usable)
+            if row is not None:
+                others[name] = row
     return Advice(best, least, more, others)
 
 
@@ -124,10 +124,10 @@ def _settings(work: PlannedStep, engine: Engine, ranks: int) -> Iterator[Planned
 
 
 def _halved(size: int) -> list[int]:
-    found = [size]
-    while found[-1] > 1:
-        found.append(found[-1] // 2)
-    return found
+    halves = [size]
+    while halves[-1] > 1:
+        halves.append(halves[-1] // 2)
+    return halves
 
 
 def _changes(work: PlannedStep, adapted: PlannedStep) -> Iterator[tuple[str, PlannedStep]]:
@@ -158,11 +158,11 @@ _HEADS = {
 }  # fmt: skip
 
 
-def table(found: list[PlanRow]) -> list[str]:
+def table(rows: list[PlanRow]) -> list[str]:
     """GB of one GPU, and seconds of a step."""
     heads = " ".join(f"{head:>6}" for head in _HEADS.values())
     lines = [f"GB of a GPU {heads}  total   most fits  sample score learn  send   step"]
-    for row in found:
+    for row in rows:
         numbers = " ".join(f"{_gb(row.memory.parts[name]):>6}" for name in _HEADS)
         times, fits = row.seconds, "yes" if row.fits else "no"
         said = " ".join(f"{part:>5.1f}" for part in (times.sample, times.score, times.learn, times.communication))

@@ -83,23 +83,23 @@ def _sample(work: PlannedStep, machines: Machines, shares: Shares) -> float:
 
 def _forward(work: PlannedStep, *, reference: bool) -> float:
     """Operations of one row: policy, value, reference."""
-    found = 0.0
+    operations = 0.0
     for model in [work.policy, *([work.value] if work.value else []), *([work.policy] if reference else [])]:
-        found += plain_pass(in_half(model, work.precision), 1, work.prompt, work.response).operations
-    return found + _head(work) * (2 if reference else 1)
+        operations += plain_pass(in_half(model, work.precision), 1, work.prompt, work.response).operations
+    return operations + _head(work) * (2 if reference else 1)
 
 
 def _update(work: PlannedStep) -> float:
     """Operations of one row's forward and backward pass."""
-    found = 0.0
+    operations = 0.0
     for model in [work.policy, *([work.value] if work.value else [])]:
-        found += training_pass(
+        operations += training_pass(
             in_half(model, work.precision), 1, work.prompt, work.response, checkpointing=work.ppo.checkpointing
         ).operations
     # Logits, those of all chunks but one again, the gradient of the states, and of the weight where it learns.
     counts = count(work.policy)
     parts = chunks(work, counts, work.micro_batch(1), "cuda")[1]
-    return found + _head(work) * (1 + (1 - 1 / parts) + 1 + counts.trains_head)
+    return operations + _head(work) * (1 + (1 - 1 / parts) + 1 + counts.trains_head)
 
 
 def _head(work: PlannedStep) -> float:

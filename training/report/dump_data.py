@@ -90,12 +90,12 @@ def _scores(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
         return {}
     plan = plan_of(load_manifest(path))
     columns = {name: [_float(value) for value in column.astype("float32")] for name, column in read_scores(path, plan).items()}
-    found = {}
+    scores = {}
     for key in range(plan.rows):
         parts = {name: values[key] for name, values in columns.items() if name != "total" and values[key] is not None}
         reward = columns["total"][key] if "total" in columns else None
-        found[divmod(key, plan.samples)] = {"reward": reward, "parts": parts}
-    return found
+        scores[divmod(key, plan.samples)] = {"reward": reward, "parts": parts}
+    return scores
 
 
 def _decoder(folder: Path) -> Callable[[int], str]:

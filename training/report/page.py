@@ -104,7 +104,7 @@ def page(runs: Sequence[ReportRun]) -> str:
 def panels(runs: Sequence[ReportRun]) -> list[dict[str, Any]]:
     """Which metrics are drawn together. Every metric of every run is somewhere."""
     left = dict.fromkeys(name for run in runs for name in run.metrics)
-    found: list[dict[str, Any]] = []
+    charts: list[dict[str, Any]] = []
     for title, patterns in PANELS:
         keys = [key for pattern in patterns for key in left if fnmatch.fnmatchcase(key, pattern)]
         if title.startswith("seconds"):
@@ -112,12 +112,12 @@ def panels(runs: Sequence[ReportRun]) -> list[dict[str, Any]]:
         for key in keys:
             left.pop(key, None)
         if keys:
-            found.append({"title": title, "keys": list(dict.fromkeys(keys)), "target": _target(runs, keys)})
+            charts.append({"title": title, "keys": list(dict.fromkeys(keys)), "target": _target(runs, keys)})
     for room in dict.fromkeys(key.rpartition("/")[0] for key in left):
-        found.append(
+        charts.append(
             {"title": room or "other", "keys": [key for key in left if key.rpartition("/")[0] == room], "target": None}
         )
-    return found
+    return charts
 
 
 def _target(runs: Sequence[ReportRun], keys: Sequence[str]) -> float | None:

@@ -70,12 +70,12 @@ class ReportRun:
     def examples(self, each: int = 3) -> list[list[Any]]:
         """Responses at the first and at the last step that has samples: random ones where they are marked."""
         steps = sorted({int(row.facts["step"]) for row in self.rows})
-        found = []
+        rows_shown = []
         for step in dict.fromkeys(steps[:1] + steps[-1:] if self.steps else []):
             rows = [row for row in self.rows if row.facts.get("step") == step]
             rows = [row for row in rows if row.facts.get("kind") == "random"] or rows
-            found += [[step, row.facts.get("reward"), row.prompt_text, row.completion] for row in rows[:each]]
-        return found
+            rows_shown += [[step, row.facts.get("reward"), row.prompt_text, row.completion] for row in rows[:each]]
+        return rows_shown
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def read_run(path: Path, name: str) -> ReportRun:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a jsonl file. A last line without an end was being written when the run was killed."""
-    found = []
+    values = []
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text.rstrip("\n").split("\n")  # not splitlines: a text may hold other line ends, which JSON does not escape
     for number, line in enumerate(lines, 1):
@@ -122,8 +122,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 log_line(f"{path}: its last line was cut short, by a kill or a full disk, and is left out")
                 break
             raise DataError(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def _row(line: Mapping[str, Any]) -> SampleView:
@@ -188,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _kl_target(config: str) -> float | None:
-    found = load_text(config, "config.yaml", [])
+    target = load_text(config, "config.yaml", [])
     for name in ("ppo", "kl_target"):
-        found = found.get(name) if isinstance(found, dict) else None
-    return float(found) if _is_number(found) else None
+        target = target.get(name) if isinstance(target, dict) else None
+    return float(target) if _is_number(target) else None

@@ -139,9 +139,9 @@ def damaged(path: Path) -> str | None:
         return f"{_MANIFEST} lists {sorted(files)}"
     for name, (size, sha256) in files.items():
         try:
-            found = (path / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, {size} were written"
+            bytes_there = (path / name).stat().st_size
+            if bytes_there != size:
+                return f"{name} has {bytes_there} bytes, {size} were written"
             if sha256_file(path / name) != sha256:
                 return f"the checksum of {name} differs"
         except OSError as error:
@@ -189,13 +189,13 @@ def load(path: Path, state: TrainState) -> dict[str, Any]:
         state.load_numbers(tree["numbers"])
         full_state.load_weights(state, tree["weights"])
         full_state.load_optimizer(state, tree["optimizer"])
-    ours, written, engine = processes.start(), len(states), full_state.kind(state)
+    process, written, engine = processes.start(), len(states), full_state.kind(state)
     was = (written, head.get("engine", engine))
-    if was != (ours.world_size, engine) and ours.is_main:
+    if was != (process.world_size, engine) and process.is_main:
         told = "%s was written by %d process(es) (%s), this run has %d (%s): it goes on equal up to float noise, not bitwise"
-        _logger.warning(told, path, *was, ours.world_size, engine)
+        _logger.warning(told, path, *was, process.world_size, engine)
     with _written_by_us(path):
-        set_random_states(states[ours.rank % written])
+        set_random_states(states[process.rank % written])
     return head
 
 
@@ -270,8 +270,8 @@ def _steps(folder: Path) -> list[Path]:
     """The checkpoints of a folder, the newest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), entry) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name))]
-    return [entry for _, entry in sorted(found, reverse=True)]
+    checkpoints = [(int(match[1]), entry) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name))]
+    return [entry for _, entry in sorted(checkpoints, reverse=True)]
 
 
 def _remove(path: Path) -> None:

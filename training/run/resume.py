@@ -44,18 +44,18 @@ _logger = logging.getLogger(__name__)
 
 def made_from(policy: Policy, prompts: Prompts, heldout: Prompts | None, reward: Any, settings: PPOSettings) -> dict[str, str]:
     """What a run learns from, as hashes: the same paths may lead to other data. Before the policy is trained or spread."""
-    found = {"model.path": weights_fingerprint(policy.model), "prompts.path": rows_fingerprint(prompts)}
+    hashes = {"model.path": weights_fingerprint(policy.model), "prompts.path": rows_fingerprint(prompts)}
     if policy.tokenizer is not None:
-        found["model.tokenizer"] = tokenizer_fingerprint(policy.tokenizer)
+        hashes["model.tokenizer"] = tokenizer_fingerprint(policy.tokenizer)
     if heldout is not None:
-        found["heldout.path"] = rows_fingerprint(heldout)
+        hashes["heldout.path"] = rows_fingerprint(heldout)
     for term in getattr(reward, "terms", ()):
-        found[f"reward {term.name}"] = term.content()
+        hashes[f"reward {term.name}"] = term.content()
     if settings.replay and Path(settings.replay).is_dir():
-        found["ppo.replay"] = values_fingerprint(record.sha256 for record in finished_shards(Path(settings.replay)))
+        hashes["ppo.replay"] = values_fingerprint(record.sha256 for record in finished_shards(Path(settings.replay)))
     if settings.value not in ("separate", "shared") and Path(settings.value).is_dir():
-        found["ppo.value"] = folder_fingerprint(Path(settings.value))
-    return found
+        hashes["ppo.value"] = folder_fingerprint(Path(settings.value))
+    return hashes
 
 
 def rows_fingerprint(prompts: Prompts) -> str:

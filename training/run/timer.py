@@ -24,8 +24,8 @@ class Timer:
 
     def metrics(self, tokens: float) -> dict[str, float]:
         """The laps, tokens per second, and the peaks of this process's memory so far, in MiB."""
-        found = {**self.laps, "time/tokens_per_s": tokens / self.seconds()}
-        found["memory/peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        metrics = {**self.laps, "time/tokens_per_s": tokens / self.seconds()}
+        metrics["memory/peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if torch.cuda.is_available():
-            found["memory/gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        return found
+            metrics["memory/gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        return metrics

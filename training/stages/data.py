@@ -48,10 +48,10 @@ def read_rows(
 
 def rename(rows: Sequence[TableRow], columns: Mapping[str, str], where: str = "prompts.columns") -> list[TableRow]:
     """Rows under the expected names; `columns` says what the data calls them."""
-    found = columns_of(rows)
+    names = columns_of(rows)
     for expected, given in columns.items():
-        if given not in found:
-            raise DataError(f"{where}.{expected}: the data has no column {given!r}; it has: {', '.join(found)}")
+        if given not in names:
+            raise DataError(f"{where}.{expected}: the data has no column {given!r}; it has: {', '.join(names)}")
     back = {given: expected for expected, given in columns.items()}
     return [{**{k: v for k, v in row.items() if k not in back}, **{back[k]: row[k] for k in back if k in row}} for row in rows]
 
@@ -97,19 +97,19 @@ def with_template(rows: Sequence[TableRow], names: Sequence[str], where: str = "
     """The named columns of conversations, and what their chat template is given besides, where any row has it.
 
     trl reads a column off the first row, and tools as JSON text, which Arrow leaves as it is."""
-    there, found = columns_of(rows), [{name: row[name] for name in names if name in row} for row in rows]
-    for number, (row, kept) in enumerate(zip(rows, found, strict=True), 1):
+    there, records = columns_of(rows), [{name: row[name] for name in names if name in row} for row in rows]
+    for number, (row, record) in enumerate(zip(rows, records, strict=True), 1):
         told = f"{where}: row {number}"
         if "tools" in there:
             tools = template_tools(row.get("tools"), told)
-            kept["tools"] = json.dumps(tools, ensure_ascii=False) if tools else None
+            record["tools"] = json.dumps(tools, ensure_ascii=False) if tools else None
         if "chat_template_kwargs" in there:
-            kept["chat_template_kwargs"] = template_arguments(row.get("chat_template_kwargs"), told)
+            record["chat_template_kwargs"] = template_arguments(row.get("chat_template_kwargs"), told)
             for name in ("add_generation_prompt", "continue_final_message"):  # of a prompt that is answered, not of a row
-                kept["chat_template_kwargs"].pop(name, None)
-    if not any(kept.get("chat_template_kwargs") for kept in found):
-        return [{name: value for name, value in kept.items() if name != "chat_template_kwargs"} for kept in found]
-    return found
+                record["chat_template_kwargs"].pop(name, None)
+    if not any(record.get("chat_template_kwargs") for record in records):
+        return [{name: value for name, value in record.items() if name != "chat_template_kwargs"} for record in records]
+    return records
 
 
 def check_tokenizer(

@@ -77,8 +77,8 @@ def _with_spoken_prompt(row: TableRow) -> TableRow:
     others = {name: value for name, value in row.items() if name != "prompt"}
     if any(message.get("content") == prompt for message in chosen):
         return others
-    asked = {"role": "user", "content": prompt}
-    return {**others, "chosen": [asked, *chosen], "rejected": [asked, *rejected]}
+    question = {"role": "user", "content": prompt}
+    return {**others, "chosen": [question, *chosen], "rejected": [question, *rejected]}
 
 
 def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], where: StageRun) -> Outcome:
@@ -138,7 +138,7 @@ def pair_gaps(trainer: Any) -> tuple[Tensor, Tensor]:
     model = trainer.model
     model.eval()
     process = processes.start()
-    mine: list[tuple[int, float, float]] = []
+    scored: list[tuple[int, float, float]] = []
     size = max(trainer.args.per_device_eval_batch_size, 1)
     data = trainer.eval_dataset
     numbers = list(range(process.rank, len(data), process.world_size))
@@ -147,8 +147,8 @@ def pair_gaps(trainer: Any) -> tuple[Tensor, Tensor]:
         batch = trainer.data_collator([data[number] for number in chosen])
         inputs = {name: batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask")}
         scores_2B = model(**inputs).logits[:, 0].float().cpu().chunk(2)
-        mine += [(n, float(a), float(b)) for n, a, b in zip(chosen, scores_2B[0], scores_2B[1], strict=True)]
-    rows = sorted(processes.gather_objects(mine))
+        scored += [(n, float(a), float(b)) for n, a, b in zip(chosen, scores_2B[0], scores_2B[1], strict=True)]
+    rows = sorted(processes.gather_objects(scored))
     scores_B2 = torch.tensor([[a, b] for _, a, b in rows], dtype=torch.float64)
     return scores_B2[:, 0] - scores_B2[:, 1], scores_B2
 

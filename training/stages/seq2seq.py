@@ -42,9 +42,9 @@ def tokenize(rows: Sequence[TableRow], tokenizer: Any, prefix: str = "", longest
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels, "over": over}
 
     whole = datasets.Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
-    found = whole.map(cut, batched=True, remove_columns=["prompt", "completion"], desc="Tokenizing")
-    stage.tell_cut(sum(found["over"]), len(found), longest)
-    return found.remove_columns("over")
+    dataset = whole.map(cut, batched=True, remove_columns=["prompt", "completion"], desc="Tokenizing")
+    stage.tell_cut(sum(dataset["over"]), len(dataset), longest)
+    return dataset.remove_columns("over")
 
 
 def make_trainer(
@@ -93,11 +93,11 @@ class GenerationMetrics:
         self.tokenizer, self.scale, self.rows = tokenizer, scale, rows
 
     def __call__(self, result: Any) -> dict[str, float]:
-        predicted, references = (_ids(found)[: self.rows] for found in (result.predictions, result.label_ids))
-        found = rouge(decode(self.tokenizer, predicted), decode(self.tokenizer, references))
+        predicted, references = (_ids(ids)[: self.rows] for ids in (result.predictions, result.label_ids))
+        scores = rouge(decode(self.tokenizer, predicted), decode(self.tokenizer, references))
         special = [token for token in (self.tokenizer.pad_token_id, IGNORED) if token is not None]
         length = float((~np.isin(predicted, special)).sum(1).mean())
-        return {**{kind: self.scale * value for kind, value in found.items()}, "gen_len": length}
+        return {**{kind: self.scale * value for kind, value in scores.items()}, "gen_len": length}
 
 
 def decode(tokenizer: Any, ids: Any) -> list[str]:
@@ -107,8 +107,8 @@ def decode(tokenizer: Any, ids: Any) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(np.where(ids == IGNORED, pad, ids), skip_special_tokens=True)]
 
 
-def _ids(found: Any) -> np.ndarray:
-    return np.asarray(found[0] if isinstance(found, tuple) else found)
+def _ids(ids: Any) -> np.ndarray:
+    return np.asarray(ids[0] if isinstance(ids, tuple) else ids)
 
 
 def fit_encoder_decoder(job: SFTJob, rows: Sequence[TableRow], held: Sequence[TableRow], where: StageRun) -> Outcome:

@@ -44,7 +44,7 @@ def read(settings: TableSettings, seed: int, kind: str, sft: SFTSettings) -> tup
     """Checked training and held-out rows, with no columns but those that are learned from."""
     if settings.column and kind == "seq2seq":
         raise UserError(f"prompts.column: {settings.column!r}, but an encoder-decoder needs two; name them in prompts.columns")
-    rows, held = data.read_rows(settings, lambda found, where: _checked(found, kind, sft, where, bool(settings.column)))
+    rows, held = data.read_rows(settings, lambda table, where: _checked(table, kind, sft, where, bool(settings.column)))
     return data.hold_out(rows, settings, seed, held)
 
 

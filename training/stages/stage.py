@@ -277,11 +277,11 @@ def finish(
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest one that was written to its end: trainer_state.json is what the trainer writes last."""
-    found = []
+    checkpoints = []
     for state in folder.glob("checkpoint-*/trainer_state.json"):
         with contextlib.suppress(OSError, ValueError):
-            found.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
-    return max(found)[1] if found else None
+            checkpoints.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
+    return max(checkpoints)[1] if checkpoints else None
 
 
 def tell_cut(count: int, rows: int, longest: int | None, done: str = "cut at their end") -> None:
