@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from steerl.reward.types import Scores
 from steerl.rollout.types import Rollout, Texts
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -82,7 +82,7 @@ class TrainState:
     Learning rates, sampling, and the order of prompts and minibatches are functions of (seed, step) and have no state. Nothing
     in a step draws from a global random number generator."""
 
-    model: nn.Module
+    model: Any
     """The prepared ActorCritic: plain, or wrapped by DDP, DeepSpeed or FSDP."""
     optimizer: Optimizer
     """The prepared optimizer."""

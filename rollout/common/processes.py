@@ -108,19 +108,17 @@ def on_main(function: Callable[[], Value]) -> Value:
     """What the main process gets from `function`, on every process. Its UserError is raised everywhere, told once."""
     if not is_distributed():
         return function()
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, False]  # value, whether it failed
     problem: UserError | None = None
     if start().is_main:
         try:
-            told = [function(), False]
+            outcome = [function(), False]
         except UserError as error:
-            problem, told = error, [None, True]
-    torch.distributed.broadcast_object_list(told)
-    if problem is not None:
-        raise problem
-    if told[1]:
-        raise UserError()  # no lines: the main process shows them
-    value: Value = told[0]
+            problem, outcome = error, [None, True]
+    torch.distributed.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise problem or UserError()  # no lines: the main process shows them
+    value: Value = outcome[0]
     return value
 
 
@@ -151,10 +149,10 @@ def stop_signal() -> Iterator[Stop]:
     leave. Another Ctrl-C does at once what it did before."""
     stop = Stop()
     # Python lets no other thread handle signals; one that is ignored (nohup) stays so.
-    ours = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.getsignal(number) for number in ours}
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
 
-    def asked(number: int, frame: Any) -> None:
+    def on_signal(number: int, frame: Any) -> None:
         if stop.since is None:
             stop.since = time.monotonic()
             if start().is_main:  # not through sys.stderr: its buffer may be in use just now
@@ -166,7 +164,7 @@ def stop_signal() -> Iterator[Stop]:
 
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, asked)
+            signal.signal(number, on_signal)
     try:
         yield stop
     finally:

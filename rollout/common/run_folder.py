@@ -207,8 +207,10 @@ def _lock(folder: Path, flags: int = 0) -> int:
         alive = number is not None and number[2] == socket.gethostname() and _is_alive(int(number[1]))
         if error.errno in (errno.EACCES, errno.EAGAIN) or alive:
             os.close(handle)
-            told = f"run.dir: another job is writing {folder} ({holder or 'just begun'})"
-            raise ConfigError(f"{told}; wait for it, stop it, or name another folder") from error
+            raise ConfigError(
+                f"run.dir: another job is writing {folder} ({holder or 'just begun'}); "
+                "wait for it, stop it, or name another folder"
+            ) from error
         # A file system without locks: who is alive on this host is all that can be told.
     return handle
 
@@ -302,12 +304,11 @@ def write_json(path: Path, value: Any) -> None:
 def versions() -> dict[str, str]:
     """The installed versions that a result depends on, and the state of the git checkout the code runs from."""
     names = ("torch", "transformers", "accelerate", "trl", "peft", "datasets", "tokenizers", "deepspeed")
-    found: dict[str, str] = {}
+    installed: dict[str, str] = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    found["git"] = git_state()
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return {**installed, "git": git_state()}
 
 
 def git_state() -> str:

@@ -169,8 +169,8 @@ def changes_nothing(model: PeftModel) -> bool:
         return False
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            kept = [module.modules_to_save[name] for name in module.active_adapters if name in module.modules_to_save]
-            same = all(_equal(module.original_module, each) for each in kept)
+            copies = [module.modules_to_save[name] for name in module.active_adapters if name in module.modules_to_save]
+            same = all(_equal(module.original_module, each) for each in copies)
         elif isinstance(module, BaseTunerLayer):
             merged = copy.deepcopy(module)
             try:
@@ -186,8 +186,8 @@ def changes_nothing(model: PeftModel) -> bool:
 
 
 def _equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    mine, its = one.state_dict(), other.state_dict()
-    return mine.keys() == its.keys() and all(torch.equal(value, its[name]) for name, value in mine.items())
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def learns_in_base(model: PeftModel) -> str:
@@ -268,9 +268,9 @@ def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, fie
                 return model
             if config.is_prompt_learning:
                 return virtual_tokens.install(peft.PeftModel(model, config, adapter_name=name), field)
-            found = peft.get_peft_model(model, config, adapter_name=name)
-            found.peft_config[name].base_model_name_or_path = path  # peft has put the path back as it was given
-            return found
+            wrapped = peft.get_peft_model(model, config, adapter_name=name)
+            wrapped.peft_config[name].base_model_name_or_path = path  # peft has put the path back as it was given
+            return wrapped
     except (ValueError, TypeError, RuntimeError, KeyError, ImportError, AttributeError) as error:
         if "arget modules" in str(error) or "target_modules" in str(error):
             linear = {key.rpartition(".")[2] for key, module in base.named_modules() if _is_projection(module)}

@@ -163,15 +163,15 @@ def save(model: PreTrainedModel, folder: str | Path, state: Mapping[str, torch.T
 @contextlib.contextmanager
 def savable(model: PreTrainedModel) -> Iterator[None]:
     """Without what has no effect in the model's generation config: transformers loads that, and may refuse to save it."""
-    kept = getattr(model, "generation_config", None)
-    if kept is not None:
-        model.generation_config = copy.deepcopy(kept)
-        mend_generation(model, _SAMPLING | (_BEAMS if (kept.num_beams or 1) == 1 else {}))
+    own = getattr(model, "generation_config", None)
+    if own is not None:
+        model.generation_config = copy.deepcopy(own)
+        mend_generation(model, _SAMPLING | (_BEAMS if (own.num_beams or 1) == 1 else {}))
     try:
         yield
     finally:
-        if kept is not None:
-            model.generation_config = kept
+        if own is not None:
+            model.generation_config = own
 
 
 def mend_generation(model: PreTrainedModel, unused: Mapping[str, Any] = _SAMPLING) -> None:
@@ -182,8 +182,8 @@ def mend_generation(model: PreTrainedModel, unused: Mapping[str, Any] = _SAMPLIN
     names = [name for name in unused if name in _BEAMS or not config.do_sample]
     dropped = [name for name in names if getattr(config, name, None) not in (None, unused[name])]
     if dropped:
-        told = ", ".join(f"{name} {getattr(config, name)}" for name in dropped)
-        _logger.warning("%s: its generation config has %s without effect; left out", model.name_or_path or "the model", told)
+        values = ", ".join(f"{name} {getattr(config, name)}" for name in dropped)
+        _logger.warning("%s: its generation config has %s without effect; left out", model.name_or_path or "the model", values)
     for name in dropped:
         setattr(config, name, None)
 

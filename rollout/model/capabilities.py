@@ -3,10 +3,10 @@
 alone       a b c d e            what every other way is compared with; explicit positions begin where the model's own do
 padded      . . . a b c d e      in a batch with a longer row: the same, or this model must not be padded (states that
                                  run through padding, positions it counts itself): rows of one length go together then
-shorter     a b c d              the same, or the model looks ahead and has no law of the next token
+shorter     a b c d              the same, or the model looks ahead and has no distribution of the next token
 cached      a b c | d | e        the same, or its cache is not used; with rows selected after the prefill, or not
 company     a b c d e            beside a row at the end of the context: the same, or rows of more tokens than some number have
-            . . . . . . . y z    a law of their own (longrope), and only rows of one side go together
+            . . . . . . . y z    a distribution of their own (longrope), and only rows of one side go together
 crowded     a a a | a | a        where the config names a capacity: the same, or the cache is used up to that many tokens only
 
 Rows are some tokens long, and longer than a window of attention where that is short: what a model does beyond it is seen too.
@@ -49,7 +49,7 @@ class Capabilities:
     position_offset: int = 0
     """Number of a row's first position: 0, but for models like RoBERTa, which count from behind their pad id."""
     boundary: int | None = None
-    """Rows of more tokens than this have another law than shorter ones, and so has whatever shares their pass."""
+    """Rows of more tokens than this have another distribution than shorter ones, and so has whatever shares their pass."""
     max_cached_tokens: int | None = None
     """Most tokens of a row for which the cache may be used; None = any. Experts of a bounded capacity drop what is more."""
 
@@ -100,8 +100,8 @@ def _check_causal(model: LanguageModel, row: Tensor, alone: Tensor, offset: int)
     shorter = row if model.is_seq2seq else row[:, :-1]
     if not same(pass_logits(model, shorter, decoder=row[:, :1], offset=offset), alone[:, :-1]):
         raise UserError(
-            f"model: {type(model.core).__name__} looks ahead: its logits change with the tokens after them, so they are "
-            "no law of the next token; load a causal decoder (for BERT-like models, a checkpoint with is_decoder: true)"
+            f"model: {type(model.core).__name__} looks ahead: its logits change with the tokens after them, so they are no "
+            "distribution of the next token; load a causal decoder (for BERT-like models, a checkpoint with is_decoder: true)"
         )
 
 
@@ -133,7 +133,7 @@ _NEAR = 32
 def boundary(
     company: Callable[[Tensor], Tensor], config: Any, context: int | None, offset: int, device: torch.device
 ) -> int | None:
-    """Most tokens of a row that has the law of short rows; None where rows of every length have the same one.
+    """Most tokens of a row that has the distribution of short rows; None where rows of every length have the same one.
 
     `company(positions)` gives the logits of the first of two rows. Its positions are spread over a length, the other row ends
     there too, or at the end of the context: what changes the first row then is the longest position of the pass.
@@ -147,8 +147,8 @@ def boundary(
         near, far = torch.stack([spread, spread]), torch.stack([spread, spread + (other - tokens)])
         return not same(company(far), company(near))
 
-    said = _numbers(config.to_dict(), "original_max_position")
-    tries = dict.fromkeys(n for n in (*said, min(_NEAR, end // 2), SPREAD) if SPREAD <= n < end)
+    named = _numbers(config.to_dict(), "original_max_position")
+    tries = dict.fromkeys(n for n in (*named, min(_NEAR, end // 2), SPREAD) if SPREAD <= n < end)
     low = max((n for n in tries if changes(n, end)), default=None)
     if low is None:
         return None
@@ -158,21 +158,22 @@ def boundary(
         low, high = (middle, high) if changes(middle, end) else (low, middle)
     if low >= 2 * SPREAD and changes(low // 2, low):
         raise UserError(
-            "model: its law changes with every longer row of a pass (dynamic scaling of positions), so that no row would be "
-            f"what it is alone; set max_position_embeddings in its config.json to the {low} tokens it was trained with, or less"
+            "model: its distribution changes with every longer row of a pass (dynamic scaling of positions), so that no row "
+            "would be what it is alone; set max_position_embeddings in its config.json to the "
+            f"{low} tokens it was trained with, or less"
         )
     return low
 
 
 def _numbers(config: Any, *words: str) -> list[int]:
     """The whole numbers of a config, at any depth, whose names hold one of these words."""
-    found: list[int] = []
+    numbers: list[int] = []
     for name, value in config.items():
         if isinstance(value, dict):
-            found += _numbers(value, *words)
+            numbers += _numbers(value, *words)
         elif isinstance(value, int) and not isinstance(value, bool) and any(word in str(name) for word in words):
-            found.append(value)
-    return found
+            numbers.append(value)
+    return numbers
 
 
 def _crowded(model: LanguageModel, offset: int) -> int | None:
@@ -201,8 +202,8 @@ def probe_lengths(model: LanguageModel) -> tuple[int, int]:
 
 def _window(model: LanguageModel) -> int:
     """The widest of the windows, chunks and choices of tokens that attention is said to have, of those that are short; or 0."""
-    said = model.core.config.get_text_config(decoder=True).to_dict()
-    named = _numbers(said, "window", "chunk", "topk", "floor_scale")
+    config = model.core.config.get_text_config(decoder=True).to_dict()
+    named = _numbers(config, "window", "chunk", "topk", "floor_scale")
     return max((value for value in named if value <= _SHORT_WINDOW), default=0)
 
 

@@ -1,4 +1,4 @@
-"""What generate carries from step to step: one forward pass the way it does them, and picking rows out of all of it.
+"""The state of generate between its steps: one forward pass the way it does them, and selecting rows of all of it.
 
 Dropping ended rows and repeating a prompt's cache for its samples are the same operation: an index over the rows.
 """
@@ -40,23 +40,23 @@ def _is_static(cache: Any) -> bool:
 
 
 def select_rows(kwargs: dict[str, Any], index: Tensor, rows: int) -> dict[str, Any]:
-    """generate's keyword arguments for the rows of `index`: caches are reordered in place, tensors of `rows` rows picked."""
+    """generate's keyword arguments for the rows of `index`: caches are reordered in place, tensors of `rows` rows indexed."""
 
-    def pick(value: Any) -> Any:
+    def select(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
             return value[index.to(value.device)]
         if isinstance(value, dict):  # an encoder's outputs
             for key in list(value):
-                value[key] = pick(value[key])
+                value[key] = select(value[key])
         return value
 
-    picked: dict[str, Any] = {}
+    selected: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name in _CACHES and value is not None:
             value.reorder_cache(index)
-            picked[name] = value
+            selected[name] = value
         elif name == "position_ids" and isinstance(value, Tensor) and value.dim() == 3:  # several kinds of positions
-            picked[name] = value[:, index]
+            selected[name] = value[:, index]
         else:
-            picked[name] = pick(value)
-    return picked
+            selected[name] = select(value)
+    return selected

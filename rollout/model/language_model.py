@@ -51,6 +51,10 @@ class LanguageModel:
     def is_seq2seq(self) -> bool:
         return self.kind == "seq2seq"
 
+    def start_rows(self, rows: int) -> Tensor:
+        """(rows, K): what every decoder row starts with."""
+        return torch.tensor(self.start_ids, device=self.device)[None].expand(rows, -1)
+
     @property
     def vocab_size(self) -> int:
         """Ids that the model can draw; may be more than the tokenizer knows."""
@@ -120,18 +124,21 @@ def positions(mask: Tensor, offset: int = 0) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0) + offset
 
 
-def generate_arguments(model: LanguageModel, prompt_BP: Tensor, mask_BP: Tensor, offset: int) -> dict[str, Any]:
-    """What generate is given besides its config: ids and explicit mask and positions, by the names that the model takes."""
+def named(model: LanguageModel, **arguments: Any) -> dict[str, Any]:
+    """What the model's forward takes of `arguments`, beside what every pass of it gets; None stands for left out."""
     takes = forward_arguments(model.core)
-    given: dict[str, Any] = {"input_ids": prompt_BP, **model.extra}
-    if "attention_mask" in takes:
-        given["attention_mask"] = mask_BP.long()
-    if model.is_seq2seq:
-        start = torch.tensor(model.start_ids, device=prompt_BP.device)
-        given["decoder_input_ids"] = start[None].expand(len(prompt_BP), -1)
-    elif "position_ids" in takes:
-        given["position_ids"] = positions(mask_BP, offset)
-    return given
+    return {**model.extra, **{name: value for name, value in arguments.items() if value is not None and name in takes}}
+
+
+def generate_arguments(model: LanguageModel, prompt_BP: Tensor, mask_BP: Tensor, offset: int) -> dict[str, Any]:
+    """What generate is given besides its config: ids and explicit mask and positions."""
+    return named(
+        model,
+        input_ids=prompt_BP,
+        attention_mask=mask_BP.long(),
+        decoder_input_ids=model.start_rows(len(prompt_BP)) if model.is_seq2seq else None,
+        position_ids=None if model.is_seq2seq else positions(mask_BP, offset),
+    )
 
 
 PROBE_TOKENS = 2
@@ -150,19 +157,20 @@ def pass_arguments(
 
     Without an `offset` the model counts positions itself.
     """
-    takes = forward_arguments(model.core)
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    given: dict[str, Any] = {"input_ids": ids, **model.extra}
-    if "attention_mask" in takes:
-        given["attention_mask"] = mask.long()
+    decoder_ids = None
     if model.is_seq2seq:
-        start = torch.tensor(model.start_ids, device=ids.device)[None].expand(len(ids), -1)
-        given["decoder_input_ids"] = torch.cat([start, ids[:, :PROBE_TOKENS] if decoder is None else decoder], dim=1)
-    elif "position_ids" in takes and offset is not None:
-        given["position_ids"] = positions(mask, offset) if position_ids is None else position_ids
-    if "use_cache" in takes:
-        given["use_cache"] = False
-    return given
+        decoder_ids = torch.cat([model.start_rows(len(ids)), ids[:, :PROBE_TOKENS] if decoder is None else decoder], dim=1)
+    elif position_ids is None and offset is not None:
+        position_ids = positions(mask, offset)
+    return named(
+        model,
+        input_ids=ids,
+        attention_mask=mask.long(),
+        decoder_input_ids=decoder_ids,
+        position_ids=position_ids,
+        use_cache=False,
+    )
 
 
 def pass_logits(model: LanguageModel, ids: Tensor, mask: Tensor | None = None, **given: Any) -> Tensor:

@@ -56,8 +56,8 @@ class Policy(LanguageModel):
         config, generation = core.config, getattr(core, "generation_config", None)
         is_seq2seq = bool(getattr(config, "is_encoder_decoder", False))
         if kind != "auto" and (kind == "seq2seq") != is_seq2seq:
-            found = "an encoder-decoder" if is_seq2seq else "a decoder-only model"
-            raise CheckpointError(f"model.kind: {kind}, but {type(core).__name__} is {found}; leave model.kind at auto")
+            is_a = "an encoder-decoder" if is_seq2seq else "a decoder-only model"
+            raise CheckpointError(f"model.kind: {kind}, but {type(core).__name__} is {is_a}; leave model.kind at auto")
         if not core.can_generate():
             raise CheckpointError(
                 f"model: {type(core).__name__} has no generation head; name a causal or encoder-decoder language model"
@@ -71,7 +71,7 @@ class Policy(LanguageModel):
             *eos,
             0,
         ]
-        # Virtual tokens of an adapter take up room that no prompt or response can use.
+        # Virtual tokens of an adapter take up part of the context.
         taken = virtual_tokens.count(getattr(model, "module", model))
         contexts = [limit - taken if limit else None for limit in _contexts(config, is_seq2seq)]
         return Policy(
@@ -159,11 +159,8 @@ def check_vocabulary(tokenizer: Any, size: int) -> None:
 def ids_of(value: Any) -> list[int]:
     if value is None:
         return []
-    return (
-        [int(i) for i in value]
-        if isinstance(value, (list, tuple)) or hasattr(value, "tolist") and value.dim()
-        else [int(value)]
-    )
+    several = isinstance(value, list | tuple) or (hasattr(value, "tolist") and value.dim())
+    return [int(i) for i in value] if several else [int(value)]
 
 
 def _first(*sources: Any, name: str) -> Any:
@@ -189,13 +186,12 @@ def _start_ids(core: Any, generation: Any, config: Any, size: int) -> tuple[int,
 def _contexts(config: Any, is_seq2seq: bool) -> tuple[int | None, int | None]:
     """Limits of the encoder (or the one stack) and of the decoder. Relative positions and states have none."""
 
+    config = config if is_seq2seq else config.get_text_config(decoder=True)
+
     def limit(*names: str) -> int | None:
+        names = (*names, "max_position_embeddings")
         return next((value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0), None)
 
-    if is_seq2seq:
-        return limit("max_encoder_position_embeddings", "max_position_embeddings"), limit(
-            "max_decoder_position_embeddings", "max_position_embeddings"
-        )
-    text = config.get_text_config(decoder=True)
-    config = text
-    return limit("max_position_embeddings"), None
+    return limit("max_encoder_position_embeddings") if is_seq2seq else limit(), (
+        limit("max_decoder_position_embeddings") if is_seq2seq else None
+    )

@@ -1,4 +1,4 @@
-"""Weights that are spread over ranks, by DeepSpeed's ZeRO-3 or by FSDP.
+"""Weights that are sharded over ranks, by DeepSpeed's ZeRO-3 or by FSDP.
 
 layer by layer   every forward pass brings a layer's weights together and lets them go: a collective call, so every rank
                  makes as many passes as the others (`needs_sync`); a layer's worth of memory
@@ -44,15 +44,15 @@ def gathered(*models: nn.Module) -> Iterator[None]:
     """All weights of `models` on every rank inside the block: read them, run them, do not change them. Every rank comes here.
 
     Under FSDP call it inside the root's forward pass, which alone brings the root's own weights together."""
-    spread = [model for model in models if is_sharded(model)]
-    if not spread or _held.get():
+    sharded = [model for model in models if is_sharded(model)]
+    if not sharded or _held.get():
         yield
         return
     with contextlib.ExitStack() as stack:
-        zero = [parameter for model in spread for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+        zero = [parameter for model in sharded for parameter in model.parameters() if hasattr(parameter, "ds_id")]
         if zero:
             stack.enter_context(_whole_zero3(zero))
-        for module in (module for model in spread for module in model.modules()):
+        for module in (module for model in sharded for module in model.modules()):
             if hasattr(module, "unshard") and hasattr(module, "set_reshard_after_forward"):
                 stack.enter_context(_whole_fsdp2(module))
         stack.callback(_held.reset, _held.set(True))
@@ -69,7 +69,7 @@ def _whole_zero3(parameters: list[nn.Parameter]) -> Iterator[None]:
 
     handles = compat.zero3_hooks(parameters[0])
     with deepspeed.zero.GatheredParameters(parameters), contextlib.ExitStack() as stack:
-        for hooks in {id(found): found for handle in handles if (found := handle.hooks_dict_ref()) is not None}.values():
+        for hooks in {id(held): held for handle in handles if (held := handle.hooks_dict_ref()) is not None}.values():
             stack.callback(_put_back, hooks, dict(hooks))
         for handle in handles:
             handle.remove()

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from steerl.rollout.model.language_model import forward_arguments, positions
+from steerl.rollout.model.language_model import named, positions
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.types import Rollout
 from torch import Tensor
@@ -52,33 +52,29 @@ def predicting_places(states_BTX: Tensor, first_B: Tensor | None, width: int) ->
 
 def forward_inputs(policy: Policy, rollout: Rollout, from_first: bool = False) -> dict[str, Any]:
     """The forward's arguments for the whole sequence but its last column; `from_first`: each row from its first token on."""
-    takes = forward_arguments(policy.core)
-    response_BR = rollout.response_BR[:, :-1]
-    given: dict[str, Any] = {**policy.extra}
-    if "use_cache" in takes:
-        given["use_cache"] = False
+    response_BR, offset = rollout.response_BR[:, :-1], 0 if policy.is_seq2seq else policy.capabilities.position_offset
     if policy.is_seq2seq:
-        given["input_ids"], mask_BP = encoder_input(rollout.prompt_BP, rollout.prompt_mask_BP)
-        given["attention_mask"] = mask_BP.long()
-        given["decoder_input_ids"] = torch.cat([rollout.start_BK, response_BR], dim=1)
+        ids_BP, mask_BP = encoder_input(rollout.prompt_BP, rollout.prompt_mask_BP)
+        decoder_ids = torch.cat([rollout.start_BK, response_BR], dim=1)
+        inputs: dict[str, Tensor | None] = {
+            "input_ids": ids_BP,
+            "attention_mask": mask_BP.long(),
+            "decoder_input_ids": decoder_ids,
+        }
     elif from_first:
-        given["input_ids"] = ids_BS = _without_padding(rollout)
-        if "position_ids" in takes:
-            position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device) + policy.capabilities.position_offset
-            given["position_ids"] = _within_context(policy, rollout, position_S)[None].expand(len(ids_BS), -1)
-        return given
+        ids_BS = _without_padding(rollout)
+        position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device) + offset
+        position_BS = _within_context(policy, rollout, position_S)[None].expand(len(ids_BS), -1)
+        return named(policy, input_ids=ids_BS, position_ids=position_BS, use_cache=False)
     else:
         # Tokens after a row's end change nothing before them, so only padding on the left needs the mask.
-        given["input_ids"] = torch.cat([rollout.prompt_BP, response_BR], dim=1)
         mask_BS = torch.cat([rollout.prompt_mask_BP, torch.ones_like(response_BR, dtype=torch.bool)], dim=1)
-        if "attention_mask" in takes and not bool(mask_BS.all()):
-            given["attention_mask"] = mask_BS.long()
-        if "position_ids" in takes:
-            position_BS = positions(mask_BS, policy.capabilities.position_offset)
-            given["position_ids"] = _within_context(policy, rollout, position_BS)
-    if "logits_to_keep" in takes:
-        given["logits_to_keep"] = rollout.response_width
-    return given
+        inputs = {
+            "input_ids": torch.cat([rollout.prompt_BP, response_BR], dim=1),
+            "attention_mask": None if bool(mask_BS.all()) else mask_BS.long(),
+            "position_ids": _within_context(policy, rollout, positions(mask_BS, offset)),
+        }
+    return named(policy, **inputs, logits_to_keep=rollout.response_width, use_cache=False)
 
 
 def encoder_input(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """What a model does to its logits after the output embedding: seen once on the model itself, then done to any rows of logits.
 
-    hidden ── head ──> logits ── / 30 ── tanh ── * 30 ──> what the law is made of         (Gemma 2)
+    hidden ── head ──> logits ── / 30 ── tanh ── * 30 ──> what tokens are drawn from      (Gemma 2)
                              └── operations, one by one, noted in a short pass ┘
 
 A soft cap, a scale, a bias, a change of dtype work on every row alike, so that rows can go through the head in chunks.
@@ -56,30 +56,29 @@ def _filled(core: nn.Module, logits: Tensor, value: Any) -> Any:
     return core.get_buffer(value.name) if isinstance(value, _Named) else value
 
 
-_SEEN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, LogitPostprocessing | None]] = weakref.WeakKeyDictionary()
-"""model -> (the head it had, what was seen)."""
+_OBSERVED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, LogitPostprocessing | None]] = weakref.WeakKeyDictionary()
+"""model -> (a reference to the head it had, what was observed)."""
 
 
 def logit_postprocessing(model: LanguageModel) -> LogitPostprocessing | None:
     """What `model` does after its head; None where it cannot be repeated on rows. Observed once per model and head."""
     core = model.core
-    head = core.get_output_embeddings()
-    known = _SEEN.get(core)
-    if known is None or known[0]() is not head:
+    if (head := core.get_output_embeddings()) is None:
+        return None
+    if core not in _OBSERVED or _OBSERVED[core][0]() is not head:
         with unsteered(), no_dropout(core), torch.no_grad():
-            found = _observe(model, core, head) if head is not None else None
-        known = _SEEN[core] = (weakref.ref(head) if head is not None else lambda: None, found)
-    return known[1]
+            _OBSERVED[core] = weakref.ref(head), _observe(model, core, head)
+    return _OBSERVED[core][1]
 
 
 def _observe(model: LanguageModel, core: Any, head: nn.Module) -> LogitPostprocessing | None:
-    calls: list[tuple[Tensor, Tensor]] = []
+    head_inputs: list[Tensor] = []
 
     def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if len(args) != 1 or not isinstance(output, Tensor):
-            calls.clear()
+            head_inputs.clear()
             return None
-        calls.append((args[0], output))
+        head_inputs.append(args[0])
         watched = output.as_subclass(_Watched)
         watched.done = ()
         return watched
@@ -91,7 +90,7 @@ def _observe(model: LanguageModel, core: Any, head: nn.Module) -> LogitPostproce
     finally:
         hook.remove()
     done = getattr(logits, "done", None)
-    if len(calls) != 1 or done is None or calls[0][0].dim() != 3:
+    if len(head_inputs) != 1 or done is None or head_inputs[0].dim() != 3:
         return None
     buffers = {id(value): name for name, value in core.named_buffers()}
     operations = []
@@ -103,10 +102,9 @@ def _observe(model: LanguageModel, core: Any, head: nn.Module) -> LogitPostproce
         if function.__name__ not in _ROWWISE or None in filled or any(isinstance(v, Tensor) for v in kwargs.values()):
             return None
         operations.append((function, tuple(filled), dict(kwargs)))
-    found = LogitPostprocessing(tuple(operations))
-    hidden_BTD, _ = calls[0]
-    again = found(core, head(hidden_BTD[:, -1:].flatten(0, 1)))
-    return found if same(again, logits.as_subclass(Tensor)[:, -1:].flatten(0, 1)) else None
+    observed = LogitPostprocessing(tuple(operations))
+    again = observed(core, head(head_inputs[0][:, -1:].flatten(0, 1)))
+    return observed if same(again, logits.as_subclass(Tensor)[:, -1:].flatten(0, 1)) else None
 
 
 def _named(value: Tensor, buffers: dict[int, str], vocabulary: int) -> _Named | None:

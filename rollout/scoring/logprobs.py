@@ -143,7 +143,7 @@ def teacher_forced(
 
 def _groups(policy: Policy, rollout: Rollout, padded: bool, max_rows: int | None) -> Iterator[Tensor]:
     """Rows that go through one pass together: all, but for one prompt length where the model takes no padding, and for one
-    side of the length at which its law changes."""
+    side of the length at which its distribution changes."""
     rows = torch.arange(len(rollout), device=rollout.device)
     lengths_B = rollout.prompt_mask_BP.sum(1)
     kind_B = torch.zeros_like(lengths_B) if padded else 2 * lengths_B

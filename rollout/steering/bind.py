@@ -87,18 +87,18 @@ def read_vectors(raw: dict[str, Any], points: list[Point], who: str, to: Binding
             raise ConfigError(f"{who}: expected numbers, or one list of numbers per layer ({error})") from error
         if values.dim() == 2 and values.shape[0] == len(points):
             named = {str(layer if layer is not None else i): v for i, (layer, v) in enumerate(zip(layers, values, strict=True))}
-            found = per_layer(named, layers, widths, who, "values") if None not in layers else list(values)
+            vectors = per_layer(named, layers, widths, who, "values") if None not in layers else list(values)
         else:
-            found = per_layer({"vector": values}, layers, widths, who, "values")
+            vectors = per_layer({"vector": values}, layers, widths, who, "values")
     elif "mean_diff" in raw:
-        found = mean_difference_of(to.model, to.tokenizer, path_of(raw["mean_diff"], to), points, who)
+        vectors = mean_difference_of(to.model, to.tokenizer, path_of(raw["mean_diff"], to), points, who)
     else:
         path = path_of(raw.get("file") or raw.get("folder"), to)
         tensors, _ = read_tensors(path, who)
-        found = per_layer(tensors, layers, widths, who, path, raw.get("key") or "")
+        vectors = per_layer(tensors, layers, widths, who, path, raw.get("key") or "")
     if raw.get("normalise"):
-        found = [v / v.norm().clamp_min(torch.finfo(v.dtype).tiny) for v in found]
-    return found
+        vectors = [v / v.norm().clamp_min(torch.finfo(v.dtype).tiny) for v in vectors]
+    return vectors
 
 
 def path_of(raw: Any, to: Binding) -> Path:

@@ -180,15 +180,15 @@ def _left_away(rows: SteeredRows, arguments: Arguments, count: int) -> int:
     mask = arguments.mask()
     if mask is None and arguments.kwargs.get("attention_mask") is not None:
         return 0  # not one number per token: columns are taken to be the prompt mask's
-    theirs = torch.zeros(count, dtype=torch.int64) if mask is None else (mask.cumsum(1) == 0).sum(1).cpu()
-    mine = (rows.prompt_mask_BP.cumsum(1) == 0).sum(1).cpu().repeat_interleave(count // len(rows))
-    away = mine - theirs
-    if bool((away != away[0]).any()) or int(away[0]) < 0:
+    call_padding_B = torch.zeros(count, dtype=torch.int64) if mask is None else (mask.cumsum(1) == 0).sum(1).cpu()
+    padding_B = (rows.prompt_mask_BP.cumsum(1) == 0).sum(1).cpu().repeat_interleave(count // len(rows))
+    left_away_B = padding_B - call_padding_B
+    if bool((left_away_B != left_away_B[0]).any()) or int(left_away_B[0]) < 0:
         raise ConfigError(
-            f"steering: the prompt mask has {mine.tolist()} columns of padding on the left and the call's attention mask "
-            f"{theirs.tolist()}; open the context with the mask of the batch that is run"
+            f"steering: the prompt mask has {padding_B.tolist()} columns of padding on the left and the call's attention mask "
+            f"{call_padding_B.tolist()}; open the context with the mask of the batch that is run"
         )
-    return int(away[0])
+    return int(left_away_B[0])
 
 
 @dataclass(frozen=True)

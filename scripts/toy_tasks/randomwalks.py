@@ -69,7 +69,7 @@ def shortest_lengths(graph: Graph) -> dict[str, int]:
     lengths, frontier = {GOAL: 1}, {GOAL}
     for length in range(2, LENGTH + 1):
         frontier = {node for node in graph if node not in lengths and any(other in frontier for other in graph[node])}
-        lengths |= dict.fromkeys(frontier, length)
+        lengths |= dict.fromkeys(sorted(frontier), length)  # a set's own order changes from process to process
     return lengths
 
 

@@ -159,7 +159,7 @@ def test_what_each_defect_costs(tmp_path):
             folder = tmp_path / f"{name.replace(' ', '_')}-{seed}"
             settings = PPOSettings(
                 steps=25, rollouts_per_step=32, minibatches=2, micro_batch_size=4, learning_rate=1e-3, kl_coef=0.01,
-                eval_prompts=0, samples=0, gap_tolerance=1e9,
+                eval_prompts=0, samples=0, gap_tolerance=1e9, stop_kl=1e9,  # no alarm stops a defect
             )  # fmt: skip
             sampling = Sampling(max_new_tokens=12, stop_ids=[12, 17, 24], seed=seed)
             with pytest.MonkeyPatch.context() as patch:

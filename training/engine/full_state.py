@@ -66,7 +66,7 @@ def optimizer(state: TrainState) -> dict[str, Any]:
 def kind(state: TrainState) -> str:
     """What holds them, for a checkpoint to say under what it was written."""
     if is_deepspeed(state.model):
-        return f"ZeRO-{int(_model(state).zero_optimization_stage())}"
+        return f"ZeRO-{int(state.model.zero_optimization_stage())}"
     return "FSDP" if any(hasattr(p, "full_tensor") for p in state.model.parameters()) else "whole weights"
 
 
@@ -175,16 +175,12 @@ def _like(own: Any, value: Tensor) -> Any:
 
 def _zero(state: TrainState) -> Any:
     """DeepSpeed's optimizer, which holds the flat float32 parts; its `optimizer` is the AdamW that steps them."""
-    return _model(state).optimizer
-
-
-def _model(state: TrainState) -> Any:
-    return state.model
+    return state.model.optimizer
 
 
 def _groups(state: TrainState) -> list[list[nn.Parameter]]:
     """The parameters of each of the optimizer's groups, in the order that setup.groups gives them."""
-    module: Any = state.accelerator.unwrap_model(state.model)
+    module = state.accelerator.unwrap_model(state.model)
     return [group for group in (module.policy_parameters(), module.value_parameters()) if group]
 
 

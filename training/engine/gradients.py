@@ -30,9 +30,8 @@ def accumulating(state: TrainState, *, last: bool) -> Iterator[float]:
 
     Losses are shares of one global sum. Engines that reduce gradients themselves (ZeRO, FSDP) divide the sum by the number of
     ranks, which the factor undoes."""
-    model: Any = state.model
-    if is_deepspeed(model):
-        model.set_gradient_accumulation_boundary(last)
+    if is_deepspeed(state.model):
+        state.model.set_gradient_accumulation_boundary(last)
         yield float(processes.start().world_size)
         return
     if isinstance(state.model, DistributedDataParallel):
@@ -45,9 +44,8 @@ def accumulating(state: TrainState, *, last: bool) -> Iterator[float]:
 
 def backward(state: TrainState, loss: Tensor) -> None:
     """Inside `accumulating`. accelerate's own would take DeepSpeed's optimizer step along with the last micro-batch."""
-    model: Any = state.model
-    if is_deepspeed(model):
-        model.backward(loss)
+    if is_deepspeed(state.model):
+        state.model.backward(loss)
     else:
         state.accelerator.backward(loss)
 
@@ -61,10 +59,9 @@ def finish(state: TrainState, bound: float) -> float:
 
     DeepSpeed does this in one with its optimizer step (with `bound` in its config), and leaves the weights as they were
     where the norm is no finite number."""
-    model: Any = state.model
-    if is_deepspeed(model):
-        model.step()
-        return float(model.get_global_grad_norm()) if model.was_step_applied() else math.nan
+    if is_deepspeed(state.model):
+        state.model.step()
+        return float(state.model.get_global_grad_norm()) if state.model.was_step_applied() else math.nan
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     if isinstance(state.model, DistributedDataParallel):
         summed_over_ranks(parameters)

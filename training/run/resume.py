@@ -49,8 +49,8 @@ def made_from(policy: Policy, prompts: Prompts, heldout: Prompts | None, reward:
         hashes["model.tokenizer"] = tokenizer_fingerprint(policy.tokenizer)
     if heldout is not None:
         hashes["heldout.path"] = rows_fingerprint(heldout)
-    for part in getattr(reward, "parts", ()):
-        hashes[f"reward {part.name}"] = part.content()
+    for term in getattr(reward, "terms", ()):
+        hashes[f"reward {term.name}"] = term.content()
     if settings.replay and Path(settings.replay).is_dir():
         hashes["ppo.replay"] = values_fingerprint(record.sha256 for record in finished_shards(Path(settings.replay)))
     if settings.value not in ("separate", "shared") and Path(settings.value).is_dir():

@@ -127,7 +127,7 @@ def check_tokenizer(
     make a conversation together; `what` and `eos`: what the rows are called, and what the eos token is for."""
     if any(is_conversation(value) for value in rows[0].values()):
         if not tokenizer.chat_template:
-            raise UserError(
+            raise DataError(
                 f"model.path: the {what} are conversations, but the tokenizer has no chat template; give texts, or add one"
             )
         for number, row in enumerate(rows, 1):
@@ -137,7 +137,7 @@ def check_tokenizer(
                     given = [row.get(name) for name in TEMPLATE_COLUMNS]
                     conversation_ids(tokenizer, messages, *given, whole=True, where=f"prompts.path: row {number}")
     if tokenizer.eos_token is None:
-        raise UserError(f"model.path: the tokenizer has no eos token, {eos}; set one and save the tokenizer")
+        raise DataError(f"model.path: the tokenizer has no eos token, {eos}; set one and save the tokenizer")
 
 
 def raise_first(problems: Sequence[str], most: int = 3) -> None:

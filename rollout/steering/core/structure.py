@@ -103,12 +103,12 @@ def _stack(name: str, root: nn.Module, config: object) -> Stack:
     count = getattr(text, "num_hidden_layers", None)
     if name == "decoder":
         count = getattr(text, "num_decoder_layers", None) or getattr(text, "decoder_layers", None) or count
-    found = list(_outermost_lists(root))
-    if not found:
+    lists = list(_outermost_lists(root))
+    if not lists:
         raise ConfigError(
             f"steering: found no list of blocks in {type(root).__name__}; name a module instead: at: {{module: PATH}}"
         )
-    sized = [pair for pair in found if len(pair[1]) == count] or found
+    sized = [pair for pair in lists if len(pair[1]) == count] or lists
     owner, blocks = max(sized, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
     heads = getattr(text, "num_attention_heads", 0)
     if name == "decoder":
@@ -147,13 +147,13 @@ def _open(module: nn.Module) -> nn.Module:
 
 def _children(block: nn.Module) -> list[tuple[str, nn.Module]]:
     """Named children of a block; a list of sub-layers (T5) is opened, each named by its class."""
-    found: list[tuple[str, nn.Module]] = []
+    children: list[tuple[str, nn.Module]] = []
     for name, child in block.named_children():
         if isinstance(child, nn.ModuleList):
-            found.extend((type(inner).__name__, inner) for inner in child)
+            children.extend((type(inner).__name__, inner) for inner in child)
         else:
-            found.append((name, child))
-    return [(name, child) for name, child in found if _has_matrices(child)]
+            children.append((name, child))
+    return [(name, child) for name, child in children if _has_matrices(child)]
 
 
 def attention_of(block: nn.Module) -> nn.Module | None:
@@ -300,7 +300,7 @@ def _projection(block: nn.Module, stack: Stack) -> tuple[nn.Module, int, int] | 
 # -- points of a site ---------------------------------------------------------------------------------------------------
 
 
-def _by_path(inner: nn.Module, found: dict[str, Stack], at: At) -> Point:
+def _by_path(inner: nn.Module, known: dict[str, Stack], at: At) -> Point:
     modules = dict(inner.named_modules())
     path = next((p for p in (at.module, at.module.removeprefix("base_model.model.")) if p in modules), None)
     if path is None:
@@ -312,16 +312,16 @@ def _by_path(inner: nn.Module, found: dict[str, Stack], at: At) -> Point:
         raise ConfigError(f"at.module: {type(inner).__name__} has no module {at.module!r}; {hint}")
     module = modules[path]
     home, layer = "", None
-    for stack in found.values():
+    for stack in known.values():
         if any(module is m for m in stack.module.modules()):
             home = stack.name
             layer = next((i for i, block in enumerate(stack.blocks) if any(module is m for m in block.modules())), None)
-    if sum(any(module is m for m in stack.module.modules()) for stack in found.values()) > 1:
+    if sum(any(module is m for m in stack.module.modules()) for stack in known.values()) > 1:
         home = ""  # shared between encoder and decoder: whichever runs
     widths = matrix_widths(module)
     width = None if widths is None else widths[0 if at.io == "input" else 1]
-    if any(module is block for stack in found.values() for block in stack.blocks):
-        width = found[home].width if home else None
+    if any(module is block for stack in known.values() for block in stack.blocks):
+        width = known[home].width if home else None
     return Point(module, at.io, home, layer, width)
 
 
@@ -336,15 +336,15 @@ def layers_of(stack: Stack, at: At) -> tuple[int, ...]:
     return tuple(int(layer) % count for layer in at.layers)
 
 
-def locate(model: nn.Module, at: At, found: dict[str, Stack] | None = None) -> list[Point]:
+def locate(model: nn.Module, at: At, known: dict[str, Stack] | None = None) -> list[Point]:
     """The points of a site, one per layer. What the model does not have is a UserError that says what it has."""
     inner = unwrap(model)
-    found = found or stacks(inner)
+    known = known or stacks(inner)
     if at.module:
-        return [_by_path(inner, found, at)]
-    if at.stack not in found:
-        raise ConfigError(f"at.stack: {type(inner).__name__} has no {at.stack}; it has {', '.join(found)}")
-    stack = found[at.stack]
+        return [_by_path(inner, known, at)]
+    if at.stack not in known:
+        raise ConfigError(f"at.stack: {type(inner).__name__} has no {at.stack}; it has {', '.join(known)}")
+    stack = known[at.stack]
     layers = layers_of(stack, at)
     blocks = [stack.blocks[layer] for layer in layers]
     if at.head:

@@ -91,8 +91,8 @@ class Planned:
 
 def planned(model: nn.Module, interventions: Any, subspaces: Any, rows: int) -> list[Planned]:
     listed = [interventions] if isinstance(interventions, Intervention | Mapping) else list(interventions)
-    found_stacks = stacks(model)
-    found: list[Planned] = []
+    known = stacks(model)
+    plans: list[Planned] = []
     for number, raw in enumerate(listed):
         spec = raw if isinstance(raw, Intervention) else _intervention(raw, number)
         if isinstance(spec.op, str) and (spec.op not in TABLE or TABLE[spec.op].function is None):
@@ -100,13 +100,13 @@ def planned(model: nn.Module, interventions: Any, subspaces: Any, rows: int) -> 
                 f"interventions[{number}].op: no operation {spec.op!r}; see steering/core/operations.py, or pass a function"
             )
         at = spec.at if isinstance(spec.at, At) else read_at(spec.at, f"interventions[{number}].at")
-        points = locate(model, at, found_stacks)
+        points = locate(model, at, known)
         if len(points) != 1:
             raise ConfigError(
                 f"interventions[{number}].at.layers: expected one layer, found {len(points)}; write one intervention per layer"
             )
-        found.append(Planned(number, spec, points[0], _coordinates(spec, number, len(listed), subspaces, rows)))
-    return found
+        plans.append(Planned(number, spec, points[0], _coordinates(spec, number, len(listed), subspaces, rows)))
+    return plans
 
 
 def _intervention(raw: Mapping[str, Any], number: int) -> Intervention:
@@ -131,11 +131,11 @@ def _coordinates(spec: Intervention, number: int, count: int, subspaces: Any, ro
     def entries(numbers: Sequence[int]) -> list[int]:
         if spec.partition is None:
             return list(numbers)
-        found: list[int] = []
+        chosen: list[int] = []
         for i in numbers:
             part = list(spec.partition[i])
-            found.extend(range(part[0], part[1]) if len(part) == 2 else part)
-        return found
+            chosen.extend(range(part[0], part[1]) if len(part) == 2 else part)
+        return chosen
 
     if mine and isinstance(mine[0], int):
         return entries(mine)
@@ -158,13 +158,13 @@ def unit_table(raw: Any, number: int, count: int, rows: int, lengths: Tensor) ->
     else:
         if len(raw) != count:
             raise ConfigError(f"unit_locations: expected one list per intervention ({count}), found {len(raw)}")
-        mine = raw[number]
-        if mine is None:
+        listed = raw[number]
+        if listed is None:
             return None
-        if isinstance(mine, int) or (mine and isinstance(mine[0], int)):
-            table = [[mine] if isinstance(mine, int) else list(mine)] * rows
+        if isinstance(listed, int) or (listed and isinstance(listed[0], int)):
+            table = [[listed] if isinstance(listed, int) else list(listed)] * rows
         else:
-            table = [list(row) for row in mine]
+            table = [list(row) for row in listed]
     if len(table) != rows or len({len(row) for row in table}) != 1:
         raise ConfigError(
             f"unit_locations: intervention {number} needs one list of equal length per example ({rows}), found {table}"

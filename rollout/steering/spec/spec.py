@@ -12,15 +12,12 @@ from typing import Any, Literal, get_args
 
 from steerl.rollout.common.settings_reader import MISSING, Path, Reader, key_of, whole_numbers, within
 from steerl.rollout.steering.core.places import At, Ramp
-from steerl.rollout.steering.core.table import ACTIVATIONS, TABLE, names
+from steerl.rollout.steering.core.table import ACTIVATIONS, TABLE
 from steerl.rollout.steering.spec import reading
 
 CorrectionType = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 CORRECTIONS: tuple[str, ...] = get_args(CorrectionType)
 ROLES = ("policy", "trainable", "behaviour", "data")
-DIRECTION, SPACE, LEARNED = names("direction"), names("space"), names("learned")
-WITHOUT_VECTOR = tuple(name for name, operation in TABLE.items() if not operation.needs_vector)
-"""Operations that need no `vector:` (a learned one reads its parameters from it, or starts fresh)."""
 
 
 @dataclass(frozen=True)

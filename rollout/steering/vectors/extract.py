@@ -47,11 +47,11 @@ def read_pairs(path: Path, who: str = "pairs") -> list[Pair]:
         if not line.strip():
             continue
         with reading(f"{who}: {path}:{number} is not JSON: "):
-            found = json.loads(line)
-        texts = [found.get(k) for k in ("positive", "negative")] if isinstance(found, dict) else []
+            record = json.loads(line)
+        texts = [record.get(k) for k in ("positive", "negative")] if isinstance(record, dict) else []
         if not texts or not all(isinstance(t, str) and t for t in texts):
             raise UserError(f"{who}: {path}:{number} needs positive and negative, both text; found {line[:80]!r}")
-        prompt = found.get("prompt", "")
+        prompt = record.get("prompt", "")
         if not isinstance(prompt, str):
             raise UserError(f"{who}: {path}:{number}: prompt must be text, found {prompt!r}")
         pairs.append(Pair(str(texts[0]), str(texts[1]), prompt))
@@ -86,11 +86,11 @@ def activations(
     was_training = [module for module in model.modules() if module.training]
     for point in points:
         hooks.install(point.module, point.io)
-    found: list[Tensor] = []
+    passes: list[Tensor] = []
     order: list[int] = []
     model.eval()
     try:
-        # A model whose law changes at some length does so for whole passes: texts on both sides of it are kept apart.
+        # Where a model computes otherwise from some length on, it does so for a whole pass: texts on both sides are kept apart.
         capabilities = Policy.of(model, tokenizer).capabilities
         sides = [capabilities.is_long(len(_ids(tokenizer, *text)[0])) for text in texts]
         for side in dict.fromkeys(sides):
@@ -99,11 +99,11 @@ def activations(
             for at in range(0, len(alike), batch):
                 part = [texts[number] for number in alike[at : at + batch]]
                 given, mask, keep = (_encoder_decoder if seq2seq else _causal)(model, tokenizer, part, points, device)
-                found.append(_pass(model, given, points, mask, keep, position))
+                passes.append(_pass(model, given, points, mask, keep, position))
     finally:
         for module in was_training:
             module.training = True
-    return torch.cat(found)[torch.tensor(order).argsort()]
+    return torch.cat(passes)[torch.tensor(order).argsort()]
 
 
 def _causal(

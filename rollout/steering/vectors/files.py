@@ -89,8 +89,8 @@ def _read_pyvene(folder: Path, who: str) -> dict[str, Tensor]:
         raise DataError(f"{who}: {folder} has no config.json; expected a folder saved by pyvene, or name the vector's file")
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("intkey_*.bin")):
-        found = re.search(r"layer_(\d+)_", file.name) or re.search(r"_(\d+)_", file.name)
-        layer = found.group(1) if found else ""
+        match = re.search(r"layer_(\d+)_", file.name) or re.search(r"_(\d+)_", file.name)
+        layer = match.group(1) if match else ""
         prefix = f"{layer}." if layer else ""
         with reading(f"{who}: {file} is not what pyvene saves (", "); save the intervention again"):
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -124,7 +124,7 @@ def per_layer(
     single = tensors[key] if key else None
     if single is None and not numbered and len(tensors) == 1:
         single = next(iter(tensors.values()))
-    found: list[Tensor] = []
+    vectors: list[Tensor] = []
     for layer, width in zip(layers, widths, strict=True):
         vector = single if single is not None else numbered.get(-1 if layer is None else layer)
         if vector is None:
@@ -145,8 +145,8 @@ def per_layer(
             )
         if not bool(torch.isfinite(vector).all()):
             raise DataError(f"{who}: {path} holds NaN or infinity for layer {layer}; make the vector again")
-        found.append(vector)
-    return found
+        vectors.append(vector)
+    return vectors
 
 
 # -- writing --------------------------------------------------------------------------------------------------------------

@@ -19,11 +19,10 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.steering import Steering
 from steerl.rollout.steering.fixed import FixedSteering
-from steerl.rollout.steering.spec.spec import DIRECTION, LEARNED, SPACE
 from torch._dynamo.utils import counters
 
 from tests.models import tiny, tiny_policy, tiny_tokenizer
-from tests.rollout.steering.helpers import OPERATIONS, SCOPES, policy, site, vector
+from tests.rollout.steering.helpers import DIRECTION, LEARNED, OPERATIONS, SCOPES, SPACE, policy, site, vector
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [5, 6, 7], [13]]
 SLOW = [pytest.param(family, marks=pytest.mark.proofs) for family in ("gpt2", "qwen2", "gemma3", "mixtral", "gpt_neox")]

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from steerl.rollout.model.policy import Policy
-from steerl.rollout.steering.spec.spec import DIRECTION, LEARNED, SPACE, WITHOUT_VECTOR
+from steerl.rollout.steering.core.table import TABLE, names
 from torch import Tensor
 
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
 WIDTH, RANK, LATENT = 32, 3, 40
 FAMILIES = ("gpt2", "llama", "qwen2", "gpt_neox", "t5", "lora")
+
+DIRECTION, SPACE, LEARNED = names("direction"), names("space"), names("learned")
 
 SCOPES: dict[str, dict[str, Any]] = {
     "all": {"steps": "all"},
@@ -85,7 +87,7 @@ def site(kind: str, folder: Path, **fields: Any) -> dict[str, Any]:
         op["value"] = 3.0
     if kind in ("set", "pca", "rotated"):
         op["coordinates"] = [0, 3, 5]
-    if kind not in WITHOUT_VECTOR:
+    if TABLE[kind].needs_vector:
         found["vector"] = vector()
     return {**found, **fields}
 

@@ -37,9 +37,9 @@ SHAPE = {
 
 
 def peak() -> int:
-    """Not ru_maxrss, which a process takes over from whoever started it."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+    """Most memory that this program took. Not ru_maxrss, which begins with what the starting process took."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
 
 
 def standing() -> int:
