@@ -125,7 +125,7 @@ def build(folder: Path, seed: int) -> None:
         "goal": GOAL,
         "length": LENGTH,
         "edges": graph,
-        "shortest": lengths,
+        "shortest": dict(sorted(lengths.items())),
         "optimum": 1.0,
         "random": random_walker(graph),
     }
