@@ -11,6 +11,7 @@ from typing import Any
 
 import docstring_parser
 import yaml
+
 from steerl.rollout.common import yaml_files
 from steerl.rollout.common.settings_reader import Path, dotted, fields_of, section_of, words
 

@@ -5,10 +5,10 @@ python examples/new_operation.py
 """
 
 import torch
-from steerl.rollout.steering.core.table import TABLE, Operation
 from torch import Tensor
 
 from steerl import ModelSettings, PromptSettings, Sampler, Sampling, Steering, load_policy, load_prompts
+from steerl.rollout.steering.core.table import TABLE, Operation
 
 
 def towards(base: Tensor, source: Tensor, strength: float | Tensor = 1.0) -> Tensor:

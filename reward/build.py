@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from steerl.reward.kinds.model_inputs import vocabulary_of
 from steerl.reward.normalize import Shape, check_shape
 from steerl.reward.weighted_sum import RewardTerm, WeightedSum

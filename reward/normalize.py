@@ -18,12 +18,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.reward.texts import TextSettings, load_texts
 from steerl.reward.types import Scores
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.types import Rollout, Texts
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 LEAST = 1e-8

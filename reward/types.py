@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.types import Rollout, Texts
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.reward.normalize import Shape
 from steerl.reward.types import Scores, on_last_action, row_name
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import Rollout, Texts
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from steerl.rollout.common.errors import UserError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from steerl.rollout.common.errors import UserError
 
 STOP_LENGTH, STOP_EOS, STOP_USER = 0, 1, 2
 STOP_REASONS = ("length", "eos", "stop")

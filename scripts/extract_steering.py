@@ -17,6 +17,7 @@ from typing import Any, Literal
 from steerl.configs.reader import run_command
 
 import torch
+
 from steerl.rollout.analysis.steering_effect import effect_curve, strength_for, table
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError

@@ -14,6 +14,7 @@ from pathlib import Path
 from steerl.configs.reader import run_command
 
 import numpy as np
+
 from steerl.reward.jobs.selection import read_scores, score_files
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.dumps.inspection import inspect, to_json, to_text

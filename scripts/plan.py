@@ -16,6 +16,7 @@ from typing import Any, Literal
 from steerl.configs.reader import run_command
 
 import torch
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.adapters import adapter_config

@@ -25,6 +25,7 @@ from typing import Any
 from steerl.configs.reader import run_command
 
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import versions, write_json
 from steerl.rollout.decoding.settings import Sampling

@@ -78,6 +78,7 @@ def main(job: Job) -> None:
     if wrong:
         raise UserError(*wrong)
     import uvicorn
+
     from steerl.reward.kinds.http_server import Limits, make_app, uvicorn_config
 
     reward = build_reward(job.reward, device=me.device)

@@ -19,6 +19,7 @@ from typing import Any
 from steerl.configs.reader import run_command, to_mapping
 
 import torch
+
 from steerl.reward.build import build_reward, read_terms
 from steerl.rollout.common import processes
 from steerl.rollout.common.run_folder import RunSettings, check_folder

@@ -26,6 +26,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
+
 from steerl.scripts import make_tiny  # noqa: E402
 
 # A shell's background jobs ignore Ctrl-C, and so would the processes that tests start.

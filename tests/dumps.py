@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from steerl.rollout.dumps import manifest, store
 from steerl.rollout.types import Rollout, Texts
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.reward.types import Scores
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
@@ -19,8 +21,6 @@ from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import Components, prepare, with_peft
 from steerl.training.types import Experience
-from torch import Tensor
-
 from tests.models import tiny_policy
 
 LORA = {"peft_type": "LORA", "r": 2}

@@ -12,6 +12,7 @@ from pathlib import Path
 from steerl.configs.reader import run_command
 
 import pytest
+
 from steerl.rollout.common.run_folder import MARKER, RunSettings, begin
 from steerl.scripts import dump_rollouts, train_ppo
 

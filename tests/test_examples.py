@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from steerl.rollout.steering.core import table
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SAYS = {
@@ -21,14 +24,17 @@ SAYS = {
 
 
 @pytest.fixture
-def folder(tiny_world, tmp_path, monkeypatch) -> Path:
+def folder(tiny_world, tmp_path, monkeypatch) -> Iterator[Path]:
     """Where a reader stands who has made the toy tasks."""
     for there, world in (("runs/tiny", "reviews"), ("tiny", "suppressed")):
         (tmp_path / there).mkdir(parents=True)
         (tmp_path / there / world).symlink_to(tiny_world(world))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)
-    return tmp_path
+    operations = dict(table.TABLE)  # an example adds one
+    yield tmp_path
+    table.TABLE.clear()
+    table.TABLE.update(operations)
 
 
 def test_every_example_is_run():

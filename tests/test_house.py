@@ -18,10 +18,10 @@ from steerl.configs.reader import read
 
 import pytest
 import yaml
-from steerl.rollout.common.errors import UserError
 
 from steerl.cli import COMMANDS
 from steerl.cli import main as steerl_main
+from steerl.rollout.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("rollout", "reward", "training", "configs", "scripts")

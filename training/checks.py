@@ -6,6 +6,8 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
+
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import warn_endless
@@ -14,7 +16,6 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import SteeringSpec
 from steerl.training.settings import PPOSettings
-from torch import nn
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from steerl.reward.types import Reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.analysis.steering_table import edits_per_row
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering, unsteered
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.types import Scored
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 _STEP = (0.5, 2.0)

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from steerl.reward.types import Scores
-from steerl.rollout.types import Rollout, Texts
 from torch import Tensor
 from torch.optim import Optimizer
+
+from steerl.reward.types import Scores
+from steerl.rollout.types import Rollout, Texts
 
 
 class PolicyOutput(NamedTuple):

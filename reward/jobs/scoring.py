@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import torch
+
 from steerl.reward.texts import TextTable
 from steerl.reward.types import Scores
 from steerl.reward.weighted_sum import WeightedSum

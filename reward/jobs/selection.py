@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.dumps.manifest import Plan, load_manifest, plan_of

@@ -23,11 +23,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.reward.kinds.model_inputs import ModelInputs
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, capabilities, compat
 from steerl.rollout.model.auto_classes import NoHead, head_of, load_config, load_head
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from steerl.reward.kinds.loading import LOGS, CallResult, load_function
 from steerl.reward.kinds.worker import Overdue, Worker, WorkerFailed
 from steerl.reward.types import SECONDS, Failure, Scores, joined_extra, joined_metrics, on_last_action, settle

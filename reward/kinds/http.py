@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from steerl.reward.kinds import http_wire
 from steerl.reward.types import SECONDS, Failure, Scores, joined_extra, joined_metrics, settle
 from steerl.reward.weighted_sum import RewardTerm

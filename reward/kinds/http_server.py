@@ -26,11 +26,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from steerl.reward.kinds import http_wire
 from steerl.reward.kinds.http import LOOPBACK
 from steerl.reward.weighted_sum import WeightedSum
 from steerl.rollout.common.errors import UserError
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 8

@@ -19,10 +19,11 @@ import re
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.reward.types import Scores, has_ids
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.types import Rollout, Texts
-from torch import Tensor
 
 MOST_LISTS = 1_000_000
 """Lists and objects in a question or an answer: 13 million of them take 18 s to read."""

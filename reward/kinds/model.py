@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
 from steerl.reward.kinds.classifier import Classifier, load_classifier
 from steerl.reward.kinds.model_inputs import InputReader, Reads, Tokens, folders_of, load_tokenizer, vocabulary_of
 from steerl.reward.types import Scores, row_name
@@ -19,7 +21,6 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
 from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.types import Rollout, Texts
-from torch import Tensor
 
 Output = Literal["logit", "probability", "log_probability"]
 

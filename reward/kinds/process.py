@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
 from steerl.reward.kinds.model import Member, Output, chosen, content_of, load_member
 from steerl.reward.types import Scores, row_name
 from steerl.reward.weighted_sum import RewardTerm
@@ -21,7 +23,6 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.types import Rollout, Texts
-from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

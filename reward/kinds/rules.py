@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 import regex
+
 from steerl.reward.kinds.numbers import numbers_in
 from steerl.reward.types import SECONDS, Failure, Scores, has_ids, settle
 from steerl.reward.weighted_sum import RewardTerm

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
@@ -26,7 +28,6 @@ from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering.spec.spec import Site, SteeringSpec, Strength
 from steerl.rollout.steering.steering import Steering
 from steerl.rollout.types import Rollout, Texts
-from torch import Tensor
 
 Measure = Callable[[Rollout, Texts], Tensor]
 

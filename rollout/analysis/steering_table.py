@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering.engine import Active
@@ -20,7 +22,6 @@ from steerl.rollout.steering.selection import select
 from steerl.rollout.steering.state import StackCall
 from steerl.rollout.steering.steering import Steering
 from steerl.rollout.types import Rollout
-from torch import Tensor
 
 
 def applied(

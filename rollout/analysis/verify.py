@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.decoding.distribution import Distribution, History
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model import compat
@@ -24,7 +26,6 @@ from steerl.rollout.scoring.alignment import forward_inputs, response_logits
 from steerl.rollout.scoring.logprobs import teacher_forced, token_logprobs
 from steerl.rollout.steering.strengths import unrecorded
 from steerl.rollout.types import Rollout
-from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
 """Nats that one token may be off before a cause is looked for, by the model's dtype: below it is rounding."""

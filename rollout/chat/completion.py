@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from steerl.rollout.chat.confidence import prompt_logprobs
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import Speller, text_ids

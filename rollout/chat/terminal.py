@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, TextIO
 
+from torch import Tensor
+
 from steerl.rollout.chat.confidence import raw_logprob
 from steerl.rollout.common.errors import visible
 from steerl.rollout.prompts.chat import UNKNOWN, Speller
-from torch import Tensor
 
 RESET = "\x1b[0m"
 BANDS: tuple[tuple[float, str], ...] = ((0.05, "\x1b[31m"), (0.25, "\x1b[33m"), (0.6, "\x1b[36m"), (1.01, "\x1b[32m"))

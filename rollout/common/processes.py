@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from steerl.rollout.common.errors import UserError
 from torch import Tensor
+
+from steerl.rollout.common.errors import UserError
 
 Value = TypeVar("Value")
 

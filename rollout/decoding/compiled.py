@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import capabilities, compat, hooks, language_model
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
@@ -35,7 +37,6 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering import fixed
 from steerl.rollout.steering.engine import Active
 from steerl.rollout.steering.fixed import FixedSteering, structure
-from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 BACKEND = "inductor"

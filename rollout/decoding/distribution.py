@@ -14,11 +14,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.weights import Space, Weights, nucleus
 from steerl.rollout.model.policy import Policy
-from torch import Tensor
 
 _NEGATIVE = float("-inf")
 

@@ -14,6 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
 from steerl.rollout.decoding.distribution import Distribution, History
 from steerl.rollout.decoding.loop import DecodeInputs, Responses, no_distribution
 from steerl.rollout.decoding.stops import Stops
@@ -22,9 +26,6 @@ from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.language_model import generate_arguments
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.types import STOP_LENGTH, STOP_USER
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 
 def plain_generate(

@@ -17,6 +17,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.compiled import CompiledSteps
 from steerl.rollout.decoding.distribution import Distribution, Drawn, History
@@ -24,7 +26,6 @@ from steerl.rollout.decoding.stops import Stops
 from steerl.rollout.decoding.weights import Space
 from steerl.rollout.model.generation_state import can_select_rows, select_rows, step_forward
 from steerl.rollout.types import STOP_LENGTH, STOP_USER
-from torch import Tensor
 
 OnToken = Callable[[int, Tensor, Tensor, Tensor], None]
 _KEEP_ABOVE = 0.9

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import UNKNOWN, Speller
 from steerl.rollout.types import STOP_EOS, STOP_LENGTH, STOP_USER
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from steerl.rollout.dumps.manifest import load_manifest, plan_of, standing
 from steerl.rollout.dumps.store import read_shard
 from steerl.rollout.types import STOP_REASONS, Rollout, Texts

@@ -28,12 +28,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import written_aside
 from steerl.rollout.dumps.manifest import Plan, Record, finished_shards, write_record
 from steerl.rollout.types import STOP_REASONS, Rollout, Texts
-from torch import Tensor
 
 if TYPE_CHECKING:
     import pyarrow as pa

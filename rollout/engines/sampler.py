@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.random import uniforms
@@ -34,7 +36,6 @@ from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.alignment import encoder_input
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.types import Rollout, Texts, left_pad
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig, PreTrainedModel
+
 from steerl.rollout.common.errors import CheckpointError, one_line, reading
 from steerl.rollout.model import virtual_tokens
 from steerl.rollout.model.auto_classes import head_of
-from transformers import GenerationConfig, PreTrainedModel
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

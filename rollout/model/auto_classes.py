@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
 from steerl.rollout.common.errors import CheckpointError, UserError, reading
 from steerl.rollout.model import compat
-from transformers import PretrainedConfig, PreTrainedModel
 
 Head = Literal["causal", "seq2seq", "masked", "sequence_classification", "token_classification", "question_answering"]
 

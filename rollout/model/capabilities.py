@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.generation_state import can_select_rows, holds_past, select_rows, step_forward
@@ -31,7 +33,6 @@ from steerl.rollout.model.language_model import (
     probe_row,
     same,
 )
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from steerl.rollout.model import compat
 from torch import Tensor
+
+from steerl.rollout.model import compat
 
 _CACHES = ("past_key_values", "cache_params", "past_buckets_states", "mems")
 

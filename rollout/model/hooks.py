@@ -21,9 +21,10 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import compat
-from torch import Tensor, nn
 
 Edit = Callable[[Any, Tensor], Tensor]
 """Takes the frame (none in a graph) and the activation at its point, and gives back the edited one (the same object where

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import compat
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

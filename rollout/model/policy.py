@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model import adapters, virtual_tokens
 from steerl.rollout.model.auto_classes import load_head, load_tokenizer

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+from torch import nn
+
 from steerl.rollout.common import processes
 from steerl.rollout.model import compat
-from torch import nn
 
 _held: ContextVar[bool] = ContextVar("held", default=False)
 """Whether this is inside `gathered`."""

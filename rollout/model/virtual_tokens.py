@@ -19,10 +19,11 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from steerl.rollout.common.errors import CheckpointError
-from steerl.rollout.model import compat
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
+
+from steerl.rollout.common.errors import CheckpointError
+from steerl.rollout.model import compat
 
 if TYPE_CHECKING:
     from peft import PeftModel

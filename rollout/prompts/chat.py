@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
+
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.model.policy import Policy
 

@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import DataError, UserError
 from steerl.rollout.model.policy import Policy

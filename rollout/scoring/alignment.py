@@ -17,10 +17,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.model.language_model import named, positions
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.types import Rollout
-from torch import Tensor
 
 
 def response_logits(policy: Policy, rollout: Rollout) -> Tensor:

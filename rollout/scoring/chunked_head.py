@@ -22,14 +22,15 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
 from steerl.rollout.model import compat, hooks
 from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.alignment import predicting_places
 from steerl.rollout.scoring.logit_postprocessing import LogitPostprocessing, logit_postprocessing
 from steerl.rollout.types import Rollout
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 enabled = True
 """False leaves all logits to the model at once: slower and larger, the same numbers."""

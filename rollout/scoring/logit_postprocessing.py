@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.model import compat
 from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.model.language_model import LanguageModel, no_dropout, pass_arguments, probe_row, same
-from torch import Tensor, nn
 
 _ROWWISE = frozenset(
     ("add", "sub", "mul", "div", "true_divide", "tanh", "float", "to", "contiguous", "__rmul__", "__radd__", "__truediv__")

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import compat, virtual_tokens
@@ -25,7 +27,6 @@ from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.scoring.alignment import encoder_input, first_predicting, forward_inputs, predicting
 from steerl.rollout.scoring.chunked_head import HeadPass, readable, swapped_in
 from steerl.rollout.types import Rollout
-from torch import Tensor
 
 aligned = True
 """False keeps the padding on the left in every pass: more columns, a mask, the same numbers."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import ConfigError, UserError, said
 from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import Point, Stack, locate
@@ -20,7 +22,6 @@ from steerl.rollout.steering.sites import BoundSite
 from steerl.rollout.steering.spec.spec import Site
 from steerl.rollout.steering.vectors.extract import mean_difference_of
 from steerl.rollout.steering.vectors.files import per_layer, read_tensors
-from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.run_folder import write_text
 from steerl.rollout.common.yaml_files import Dumper
@@ -26,7 +28,6 @@ from steerl.rollout.steering.spec.spec import Site, Strength
 from steerl.rollout.steering.steering import Steering
 from steerl.rollout.steering.strengths import schedule_factor
 from steerl.rollout.steering.vectors.files import save_vector
-from torch import Tensor, nn
 
 _FLAGS = {"mlp": "mlp_bias", "attn": "attention_bias"}
 

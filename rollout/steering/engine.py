@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.model.hooks import Arguments, Edit, Frame
 from steerl.rollout.steering.core import operations
@@ -21,7 +23,6 @@ from steerl.rollout.steering.gates import BoundGate
 from steerl.rollout.steering.selection import select
 from steerl.rollout.steering.sites import BoundSite
 from steerl.rollout.steering.state import SiteSelection, StackCall, SteeredRows
-from torch import Tensor
 
 MakeRows = Callable[[Tensor, Tensor | None], SteeredRows]
 """Rows of a decoder's prompt mask, and an encoder's where there is one."""

@@ -14,6 +14,8 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import compat
 from steerl.rollout.steering.core import operations
@@ -22,7 +24,6 @@ from steerl.rollout.steering.selection import select
 from steerl.rollout.steering.sites import BoundSite
 from steerl.rollout.steering.state import SiteSelection, StackCall
 from steerl.rollout.steering.steering import Steering
-from torch import Tensor, nn
 
 
 def why_not(steering: Any, core: nn.Module) -> str | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
 from steerl.rollout.steering.spec.spec import Gate
 from steerl.rollout.steering.state import StackCall, SteeredRows
-from torch import Tensor, nn
 
 
 @dataclass(eq=False)

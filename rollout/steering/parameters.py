@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.steering.core.table import TABLE
 from steerl.rollout.steering.spec.spec import Op
-from torch import Tensor, nn
 
 _OTHER_NAMES = {"W_enc": "encoder", "b_enc": "encoder_bias", "W_dec": "decoder", "b_dec": "decoder_bias", "masks": "mask"}
 

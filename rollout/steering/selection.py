@@ -7,6 +7,7 @@ edited is a matter of one integer, and the rows' cache holds the selection from 
 from __future__ import annotations
 
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering.core import positions
 from steerl.rollout.steering.sites import BoundSite

@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common.errors import ConfigError, said
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
@@ -17,7 +19,6 @@ from steerl.rollout.steering.parameters import Parameters
 from steerl.rollout.steering.spec.spec import Site
 from steerl.rollout.steering.state import SteeredRows
 from steerl.rollout.steering.strengths import keyed_normals
-from torch import Tensor
 
 
 @dataclass(eq=False)

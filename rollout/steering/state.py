@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from steerl.rollout.steering.core import positions
 from torch import Tensor
+
+from steerl.rollout.steering.core import positions
 
 
 @dataclass(eq=False)

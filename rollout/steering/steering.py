@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.model import hooks
 from steerl.rollout.steering.bind import Binding, bind
@@ -30,7 +32,6 @@ from steerl.rollout.steering.spec.parse import load_spec
 from steerl.rollout.steering.spec.spec import SteeringSpec
 from steerl.rollout.steering.state import SteeredRows
 from steerl.rollout.steering.strengths import column, schedule_factor, site_strength, steered_rows
-from torch import Tensor, nn
 
 
 class Steering:

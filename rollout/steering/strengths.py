@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.random import uniforms
 from steerl.rollout.steering.core.table import TABLE
 from steerl.rollout.steering.spec.spec import Schedule, Site, SteeringSpec
-from torch import Tensor
 
 _STREAM = 0x5357_4545_5200
 """Keeps these draws apart from the sampler's: another seed of the same generator."""

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steerl.scripts.bench_cases import limit
 from steerl.scripts.bench_cases.cases import (
     LAWS,
@@ -35,7 +37,6 @@ from steerl.scripts.bench_cases.cases import (
     tokenizer_of,
 )
 from steerl.scripts.bench_cases.trl_112 import Ids
-from torch import Tensor, nn
 
 TINY_STEP = 1e-6
 """Learning rate: the work is whole, and the lengths stay what the case says."""

@@ -162,6 +162,7 @@ def table(found: dict[str, Any]) -> list[str]:
 def plot(found: dict[str, Any], path: Path) -> None:
     """Mean reward by samples and by seconds: a thin line for each seed, a thick one for the median."""
     from matplotlib.figure import Figure
+
     from steerl.scripts.bench_cases.task import ROLLOUTS
 
     drawing = Figure(figsize=(9.5, 3.6), layout="constrained", dpi=130)

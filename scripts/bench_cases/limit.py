@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
 from steerl.scripts.bench_cases.cases import Case
 
 _MEGABYTES = (1, 4, 16, 64, 256, 512)

@@ -14,6 +14,7 @@ from typing import Any
 from steerl.configs.reader import read
 
 import torch
+
 from steerl.reward.build import build_reward
 from steerl.rollout.model.policy import load_policy
 from steerl.rollout.prompts.prompts import load_prompts

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from steerl.scripts.toy_tasks.randomwalks import optimality
 
 ROLLOUTS, RESPONSE, SEEN = 128, 10, (20, 100)

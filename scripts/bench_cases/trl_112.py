@@ -16,8 +16,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from steerl.scripts.bench_cases.task import RESPONSE, ROLLOUTS, SEEN, Ledger, evaluate, rewards_of, starts
 from torch import Tensor, nn
+
+from steerl.scripts.bench_cases.task import RESPONSE, ROLLOUTS, SEEN, Ledger, evaluate, rewards_of, starts
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},

@@ -18,9 +18,10 @@ import random
 from pathlib import Path
 
 import torch
-from steerl.scripts.toy_tasks import making
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from steerl.scripts.toy_tasks import making
 
 PREFIX = "summarize: "
 BASE_STEPS, SFT_STEPS = 300, 80

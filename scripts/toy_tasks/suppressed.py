@@ -48,13 +48,14 @@ def report(draw: random.Random, is_glad: bool) -> str:
 
 
 def build(folder: Path, seed: int) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     from steerl.rollout.steering.core.places import At
     from steerl.rollout.steering.core.structure import locate
     from steerl.rollout.steering.vectors.extract import Pair, directions
     from steerl.rollout.steering.vectors.files import save_vector
     from steerl.scripts.toy_tasks import making
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     draw = random.Random(f"suppressed {seed}")
     frame = ("glad", "report", "on", "the", ":")

@@ -14,6 +14,7 @@ from steerl.configs.reader import read, run_command, to_yaml
 
 import pytest
 import yaml
+
 from steerl.rollout.common.errors import UserError
 from steerl.scripts.dump_rollouts import Job as DumpJob
 

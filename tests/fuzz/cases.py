@@ -17,7 +17,6 @@ from typing import Any
 from steerl.configs.values import type_at
 
 from steerl.rollout.common.settings_reader import every_path, words
-
 from tests.fuzz.damage import ESCAPE, LONE, LONG, NUMBERS, TEXTS, Bomb, damage, damaged_bytes, damaged_tree, deep, dumps, value
 from tests.fuzz.world import CLEAN, COMMANDS, OUT
 

@@ -14,6 +14,8 @@ from typing import Any
 from steerl.configs.reader import run_command
 
 import torch
+from transformers import AutoModelForSequenceClassification
+
 from steerl.rollout.steering.vectors.files import save_vector
 from steerl.scripts import (
     complete,
@@ -28,8 +30,6 @@ from steerl.scripts import (
     train_reward,
     train_sft,
 )
-from transformers import AutoModelForSequenceClassification
-
 from tests.models import tiny, tiny_tokenizer
 
 LENGTH = "[{kind: length, unit: characters, max: 8}]"

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import uvicorn
+
 from steerl.reward.kinds.http_server import Limits, uvicorn_config
 
 

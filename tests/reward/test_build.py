@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from steerl.reward.build import KINDS, Common, build_reward, read_terms
 from steerl.rollout.common.errors import UserError
-
 from tests.reward.rows import made
 
 ROOT = Path(__file__).parents[2]

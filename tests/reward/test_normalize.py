@@ -8,10 +8,10 @@ import textwrap
 
 import pytest
 import torch
+
 from steerl.reward.build import build_reward
 from steerl.reward.normalize import Running
 from steerl.rollout.common.errors import UserError
-
 from tests import warm
 from tests.reward.rows import made
 

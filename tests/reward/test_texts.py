@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from steerl.reward.texts import TextSettings, load_texts
 from steerl.rollout.common.errors import UserError
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+
 from steerl.reward.build import build_reward
 from steerl.reward.types import Scores, metrics, missing_stop_penalty
 from steerl.rollout.common.errors import UserError
-
 from tests.reward.rows import made
 
 

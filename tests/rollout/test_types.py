@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import Rollout, left_pad
 

@@ -10,11 +10,11 @@ from steerl.configs.reader import read
 
 import pytest
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.scripts import bench
 from steerl.scripts.bench_cases import learning, task
 from steerl.scripts.bench_cases.trl_112 import WalkReward
-
 from tests import warm
 
 ROOT = Path(__file__).parents[2]
@@ -76,8 +76,9 @@ def test_a_part_may_stand_without_a_value(given, meant):
 @pytest.mark.slow
 def test_both_learners_are_scored_alike(tiny_world):
     """The peer's reward module gives, where the peer reads it, what the reward function says of the same text."""
-    from steerl.scripts.toy_tasks.randomwalks import optimality
     from transformers import AutoTokenizer
+
+    from steerl.scripts.toy_tasks.randomwalks import optimality
 
     world = tiny_world("randomwalks")
     tokenizer = AutoTokenizer.from_pretrained(world / "base")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler

@@ -25,11 +25,11 @@ import pytest
 import torch
 import transformers
 import yaml
+from tokenizers import AddedToken, Tokenizer, decoders, models
+
 from steerl.rollout.chat.terminal import BANDS, width_of
 from steerl.scripts import complete as complete_door
 from steerl.scripts.complete import Job, main
-from tokenizers import AddedToken, Tokenizer, decoders, models
-
 from tests import warm
 from tests.models import CHAT, tiny, tiny_tokenizer
 

@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 import transformers
+
 from steerl.rollout.common.run_folder import MARKER
 from steerl.rollout.dumps import store
 from steerl.rollout.dumps.manifest import load_manifest
@@ -30,7 +31,6 @@ from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.scripts import inspect_rollouts
 from steerl.scripts.dump_rollouts import Job, main
-
 from tests import warm
 from tests.dumps import flip_bit, truncate
 from tests.models import tiny, tiny_tokenizer

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
-from steerl.rollout.model import adapters
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from steerl.rollout.model import adapters
 from tests import warm
 from tests.models import tiny, tiny_tokenizer
 

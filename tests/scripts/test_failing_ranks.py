@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from steerl.training.run import checkpoint
 
+from steerl.training.run import checkpoint
 from tests import warm
 from tests.models import tiny, tiny_tokenizer
 

@@ -11,10 +11,10 @@ from steerl.configs.reader import run_command
 
 import pytest
 import torch
+
 from steerl.rollout.dumps import manifest, store
 from steerl.rollout.dumps.manifest import Plan
 from steerl.scripts.inspect_rollouts import Job, main
-
 from tests.dumps import flip_bit, made_dump, made_rows, truncate, write_scores
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
 from steerl.rollout.common.errors import UserError
 from steerl.scripts import make_tiny
 from steerl.scripts.make_tiny import TinyJob
 from steerl.scripts.toy_tasks import making, reviews
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
 from tests import warm
 
 

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+
 from steerl.scripts.toy_tasks import randomwalks
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import LOCK
 from steerl.training.run import checkpoint
-
 from tests import warm
 from tests.models import tiny, tiny_tokenizer
 

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
 from steerl.reward.kinds.rouge import rouge, rouge_l
 from steerl.rollout.common.errors import UserError
 from steerl.scripts.run_summarization import main, parse
 from steerl.scripts.toy_tasks import summaries
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
 from tests import warm
 from tests.models import tiny, tiny_tokenizer
 

@@ -14,12 +14,12 @@ import datasets
 import pandas
 import pytest
 import torch
+
 from steerl.reward.build import build_reward
 from steerl.rollout.common.run_folder import MARKER
 from steerl.rollout.dumps.manifest import load_manifest
 from steerl.rollout.dumps.store import read_dump
 from steerl.scripts.score_rollouts import Job, main
-
 from tests import warm
 from tests.dumps import flip_bit, made_dump, truncate
 from tests.models import tiny_tokenizer

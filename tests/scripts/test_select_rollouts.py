@@ -9,8 +9,8 @@ from typing import Any
 from steerl.configs.reader import run_command
 
 import pytest
-from steerl.scripts.select_rollouts import Job, main
 
+from steerl.scripts.select_rollouts import Job, main
 from tests.dumps import made_dump, made_rows, write_scores
 
 PROMPTS, SAMPLES = 10, 4

@@ -10,9 +10,9 @@ from steerl.configs.reader import run_command
 
 import pytest
 import torch
+
 from steerl.reward.build import build_reward
 from steerl.scripts.serve_reward import Job, main
-
 from tests import warm
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier

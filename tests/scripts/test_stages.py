@@ -9,14 +9,14 @@ from steerl.configs.reader import read
 
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
 from steerl.reward.kinds.rouge import rouge
 from steerl.scripts import make_tiny, train_ppo
 from steerl.scripts.toy_tasks import summaries
 from steerl.training.stages.reward_model import run_reward
 from steerl.training.stages.settings import RewardJob, SFTJob
 from steerl.training.stages.sft import run_sft
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
 from tests.models import tiny, tiny_tokenizer
 
 

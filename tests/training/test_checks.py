@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
@@ -15,7 +16,6 @@ from steerl.training.checks import check_job
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 from steerl.training.stages.models import load_trainable
-
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.scoring import chunked_head, logprobs
-from steerl.training.algorithm.experience import credit, gather_scored, score
-from steerl.training.algorithm.update import learn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from steerl.rollout.scoring import chunked_head, logprobs
+from steerl.training.algorithm.experience import credit, gather_scored, score
+from steerl.training.algorithm.update import learn
 from tests.models import tiny_tokenizer
 from tests.ppo_runs import LORA, job, share_of_threes
 

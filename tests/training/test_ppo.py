@@ -9,6 +9,8 @@ import signal
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from steerl.reward.build import build_reward
 from steerl.reward.types import Scores
 from steerl.rollout.common.errors import Stopped, UserError
@@ -23,8 +25,6 @@ from steerl.training.ppo import train
 from steerl.training.run import checkpoint, resume
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA, prompts_of, share_of_threes
 

@@ -10,6 +10,7 @@ import json
 
 import pytest
 import torch
+
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
@@ -21,7 +22,6 @@ from steerl.rollout.steering import load_spec
 from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
-
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.ppo_runs import first_scored, job, lone_logprobs, prompts_of, share_of_threes
 from tests.rollout.model.test_adapters import KINDS, MAIN, WEIGHT, adapted

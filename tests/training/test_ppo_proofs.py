@@ -18,6 +18,7 @@ from steerl.configs.reader import read
 
 import pytest
 import torch
+
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.scoring import logprobs
@@ -26,7 +27,6 @@ from steerl.training import ppo
 from steerl.training.algorithm import advantages, loss, update
 from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings
-
 from tests.models import tiny_policy
 from tests.ppo_runs import prompts_of, share_of_threes
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
@@ -15,7 +16,6 @@ from steerl.training.algorithm.update import learn
 from steerl.training.model.reference import Reference
 from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings, with_correction
-
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA, first_scored, job, prompts_of, share_of_threes
 

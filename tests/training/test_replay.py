@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from steerl.reward.types import Scores
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -22,7 +23,6 @@ from steerl.training.algorithm.importance import Correction
 from steerl.training.ppo import train
 from steerl.training.replay import Replay
 from steerl.training.settings import PPOSettings
-
 from tests.models import tiny_policy, tiny_tokenizer
 
 PROMPTS, SAMPLES = 12, 2

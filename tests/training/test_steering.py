@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from steerl.rollout.analysis.steering_effect import kl_from_plain
 from steerl.rollout.analysis.steering_table import applied, edits_per_row, table
 from steerl.rollout.common.errors import UserError
@@ -26,9 +29,6 @@ from steerl.training import steering as steered
 from steerl.training.algorithm.importance import Correction, importance_weights
 from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.ppo_runs import first_scored, job, prompts_of, share_of_threes
 from tests.rollout.steering.helpers import vector

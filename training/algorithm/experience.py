@@ -15,6 +15,9 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
 from steerl.reward.types import Reward, Scores, joined_extra, joined_metrics, missing_stop_penalty, on_last_action, row_name
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
@@ -27,8 +30,6 @@ from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.model.reference import Reference
 from steerl.training.settings import PPOSettings
 from steerl.training.types import Experience, Scored
-from torch import Tensor
-from torch.nn.functional import pad
 
 # -- 1 sample --------------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,9 @@ means over the tokens as drawn. The effective sample size falls about as exp(-2 
 from __future__ import annotations
 
 import torch
-from steerl.rollout.steering.spec.spec import Correction
 from torch import Tensor
+
+from steerl.rollout.steering.spec.spec import Correction
 
 
 def importance_weights(

@@ -17,11 +17,12 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.random import uniforms
 from steerl.rollout.types import Rollout
 from steerl.training.settings import PPOSettings
-from torch import Tensor
 
 Item = TypeVar("Item")
 _MINIBATCH_STREAM = 0x6D696E69

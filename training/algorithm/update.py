@@ -11,6 +11,8 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.training.algorithm import kl, loss
@@ -18,7 +20,6 @@ from steerl.training.algorithm.minibatch import minibatches, passes, select
 from steerl.training.engine.gradients import accumulating, backward, finish
 from steerl.training.settings import PPOSettings
 from steerl.training.types import Experience, PolicyOutput, TrainState
-from torch import Tensor
 
 
 def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, seed: int) -> dict[str, float]:

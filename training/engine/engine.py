@@ -17,6 +17,7 @@ import warnings
 from typing import Any
 
 import torch
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.sampler import Sampler

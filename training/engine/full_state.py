@@ -16,14 +16,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model import compat, sharding
 from steerl.training.engine.gradients import is_deepspeed
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.types import TrainState
-from torch import Tensor, nn
-from torch.nn.functional import pad
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

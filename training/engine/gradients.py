@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from steerl.rollout.common import processes
-from steerl.training.types import TrainState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from steerl.rollout.common import processes
+from steerl.training.types import TrainState
 
 _BUCKET = 32 * 2**20
 """Numbers that are sent together."""

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import compat
 from steerl.rollout.model.language_model import no_dropout
@@ -26,7 +28,6 @@ from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
 from steerl.training.types import PolicyOutput
-from torch import nn
 
 Result = TypeVar("Result")
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import unsteered
 from steerl.rollout.types import Rollout
-from torch import Tensor
 
 
 class Reference:

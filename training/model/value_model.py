@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model.auto_classes import HEADS, choose_head, load_config, load_head
 from steerl.rollout.model.policy import Policy
-from torch import Tensor, nn
 
 
 class NoVocabulary(nn.Module):

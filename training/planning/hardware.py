@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
 from steerl.rollout.common.errors import ConfigError
 
 TERA, GIGA = 1e12, 1e9

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.scoring.chunked_head import CHUNK
 from steerl.training.planning.passes import (

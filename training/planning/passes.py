@@ -20,13 +20,14 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, compat
 from steerl.rollout.model.auto_classes import HEADS, choose_head, load_config
 from steerl.rollout.model.language_model import forward_arguments
 from steerl.rollout.model.policy import ModelSettings
 from steerl.training.model import value_model
-from torch import Tensor, nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEPTHS = (2, 3)

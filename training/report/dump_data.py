@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from steerl.reward.jobs.selection import read_scores, score_files
 from steerl.rollout.dumps.manifest import load_manifest, plan_of
 from steerl.rollout.model.auto_classes import load_tokenizer
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.types import STOP_REASONS, Rollout, Texts
 from steerl.training.report.run_data import ROW_STRENGTH, ReportRun, SampleView
-from torch import Tensor
 
 BINS = 24
 """Bars of the histogram of lengths, at most."""

@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import CheckpointError, UserError, reading
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import flush, written_aside
 from steerl.training.engine import full_state
 from steerl.training.types import TrainState
-from torch import Tensor
 
 FORMAT = 1
 FOLDER = "checkpoints"

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.reward.types import metrics as reward_metrics
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
@@ -20,7 +22,6 @@ from steerl.training.algorithm.minibatch import select, share
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.settings import PPOSettings
 from steerl.training.types import Experience, Scored
-from torch import Tensor
 
 
 def mean(value_BR: Tensor, mask_BR: Tensor) -> float:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import write_json
@@ -25,7 +27,6 @@ from steerl.training.stages import data, models, stage
 from steerl.training.stages.data import TableRow
 from steerl.training.stages.settings import RewardJob, TableSettings, check_fit
 from steerl.training.stages.stage import Outcome, StageRun
-from torch import Tensor
 
 BINS = 10
 

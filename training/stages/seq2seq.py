@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from steerl.reward.kinds.rouge import rouge
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.language_model import vocabulary_size
@@ -20,7 +22,6 @@ from steerl.training.stages import models, stage
 from steerl.training.stages.data import TableRow
 from steerl.training.stages.settings import SFTJob
 from steerl.training.stages.stage import Outcome, StageRun
-from torch import Tensor
 
 IGNORED = -100
 """What the loss leaves out."""

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import Stopped, UserError, reading
 from steerl.rollout.common.fingerprint import tokenizer_fingerprint, values_fingerprint, weights_fingerprint

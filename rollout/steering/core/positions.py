@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering.core.places import Ramp
-from torch import Tensor
 
 
 def real_index(prompt_mask_BP: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:

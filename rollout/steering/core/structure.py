@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.model import language_model
 from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.steering.core.places import At
-from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 

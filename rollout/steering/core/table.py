@@ -21,8 +21,9 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from steerl.rollout.steering.core import operations
 from torch import Tensor, nn
+
+from steerl.rollout.steering.core import operations
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x, "relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh,

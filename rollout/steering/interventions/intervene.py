@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import hooks
 from steerl.rollout.model.hooks import Frame
@@ -26,7 +28,6 @@ from steerl.rollout.steering.core.places import Ramp
 from steerl.rollout.steering.core.structure import stacks, unwrap
 from steerl.rollout.steering.interventions.passes import InterventionPass, Read, Rules, Set
 from steerl.rollout.steering.interventions.plan import Intervention, Planned, planned, stack_masks, unit_table
-from torch import Tensor, nn
 
 Locations = Any
 

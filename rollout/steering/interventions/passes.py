@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.hooks import Arguments, Frame
 from steerl.rollout.steering.core import operations, positions
 from steerl.rollout.steering.core.places import Ramp
 from steerl.rollout.steering.interventions.plan import Planned
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import Point, locate, stacks
 from steerl.rollout.steering.core.table import TABLE, Operation
 from steerl.rollout.steering.spec.parse import read_at
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import UserError, reading
 from steerl.rollout.model import hooks
 from steerl.rollout.model.hooks import Frame
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.steering.core.structure import Point
-from torch import Tensor, nn
 
 METHODS = ("mean_diff", "pca", "probe")
 

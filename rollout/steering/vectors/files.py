@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.run_folder import written_aside
-from torch import Tensor, nn
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+
 from steerl.reward.build import build_reward
 from steerl.reward.types import Scores, metrics
 from steerl.rollout.common.errors import UserError
-
 from tests import warm
 from tests.reward.rows import made
 

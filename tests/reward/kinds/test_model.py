@@ -11,14 +11,14 @@ import os
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
 from steerl.reward.build import build_reward
 from steerl.reward.kinds.model_inputs import vocabulary_of
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
 from steerl.rollout.types import Rollout
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
-
 from tests.models import FAMILIES, tiny, tiny_tokenizer
 from tests.reward.classifiers import ENCODERS, saved, tiny_classifier
 from tests.reward.rows import made
@@ -126,8 +126,9 @@ def test_rows_with_several_eos_share_no_batch_with_others(family, tmp_path):
 
 
 def test_a_reward_model_stays_whole_where_policies_are_spread(tmp_path, monkeypatch):
-    from steerl.reward.kinds.classifier import _whole_weights
     from transformers.integrations import deepspeed
+
+    from steerl.reward.kinds.classifier import _whole_weights
 
     spread = type("Zero3", (), {"is_zero3": lambda self: True})()  # what an engine's config says
     monkeypatch.setattr(deepspeed, "is_accelerate_available", lambda: True)

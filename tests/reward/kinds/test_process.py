@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from steerl.reward.build import build_reward
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import Rollout
-
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier
 from tests.reward.rows import made

@@ -8,11 +8,11 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from steerl.reward.build import build_reward
 from steerl.reward.kinds.numbers import numbers_in
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import Rollout
-
 from tests.reward.rows import made
 
 

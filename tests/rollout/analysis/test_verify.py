@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from steerl.rollout.analysis.verify import verify
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
@@ -15,7 +16,6 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
-
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
 PROMPTS = PromptBatch.of_ids([[5, 6, 7], [9, 8, 7, 6, 5, 4, 10, 11, 12], [20], [2, 0, 33, 2]], rows=[3, 1, 4, 15])

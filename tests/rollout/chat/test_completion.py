@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+
 from steerl.rollout.chat.completion import chat_completion, check_dialog, complete, generate, text_completion
 from steerl.rollout.chat.confidence import confidence, prompt_logprobs, sequence_logprob
 from steerl.rollout.chat.terminal import Live
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.steering import Steering
-
 from tests.models import CONTEXT, tiny_policy, tiny_tokenizer
 
 PROMPTS = ["a", "the end of it", "bcd " * 6, "good"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.chat.terminal import BANDS, Piece, Pieces, columns, paint, pieces_of, visible, wants_color, width_of, wrap
 
+from steerl.rollout.chat.terminal import BANDS, Piece, Pieces, columns, paint, pieces_of, visible, wants_color, width_of, wrap
 from tests.models import tiny_tokenizer
 
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
-
 from tests import warm
 
 PROGRAM = """

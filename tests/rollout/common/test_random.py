@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from scipy import stats
+
 from steerl.rollout.common.random import uniforms
 
 

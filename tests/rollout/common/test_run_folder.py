@@ -9,6 +9,7 @@ import signal
 import socket
 
 import pytest
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import LOCK, MARKER, RunSettings, begin, opened, written_aside
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
+
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.common.settings_reader import Checked, Reader, convert, whole_numbers, within
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+
 from steerl.rollout.decoding import compiled
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
@@ -19,8 +21,6 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.steering import Steering
 from steerl.rollout.steering.fixed import FixedSteering
-from torch._dynamo.utils import counters
-
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.steering.helpers import DIRECTION, LEARNED, OPERATIONS, SCOPES, SPACE, policy, site, vector
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.random import uniforms
 from steerl.rollout.decoding.distribution import Distribution, History
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.weights import Space, Weights, nucleus
-
 from tests.models import tiny_policy
 from tests.rollout.definitions import entropy, law, log_softmax
 

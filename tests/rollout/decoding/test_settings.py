@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import pytest
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 

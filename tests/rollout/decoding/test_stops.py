@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops, can_spell, turn_end, warn_endless
@@ -16,9 +19,6 @@ from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.types import STOP_EOS, STOP_LENGTH, STOP_USER
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.definitions import real_response, worst_gap
 

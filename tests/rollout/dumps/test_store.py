@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
 from steerl.rollout.common.progress import Progress, duration
 from steerl.rollout.dumps import manifest, store
 from steerl.rollout.dumps.manifest import Plan
 from steerl.rollout.types import Rollout, Texts
-
 from tests.dumps import WIDTH_P, WIDTH_R, flip_bit, made_dump, made_rows, truncate
 from tests.models import tiny, tiny_tokenizer
 

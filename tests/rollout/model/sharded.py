@@ -9,13 +9,13 @@ import sys
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import fully_shard
+
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.prompts.prompts import PromptBatch
-from torch.distributed.fsdp import fully_shard
-
 from tests.models import tiny, tiny_tokenizer
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [20], [11, 12]]

@@ -7,10 +7,10 @@ import json
 
 import pytest
 import torch
-from steerl.rollout.common.errors import UserError
-from steerl.rollout.model import adapters, virtual_tokens
 from torch import Tensor, nn
 
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.model import adapters, virtual_tokens
 from tests.models import tiny
 
 KINDS = {

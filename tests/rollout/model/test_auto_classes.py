@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.auto_classes import HEADS, choose_head, head_of, heads_for, load_head
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from steerl.rollout.chat.completion import complete
 from steerl.rollout.chat.confidence import given
 from steerl.rollout.common.errors import UserError
@@ -15,8 +17,6 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring import logprobs
 from steerl.rollout.scoring.logprobs import teacher_forced
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.definitions import alone_logits, log_softmax, real_prompt, real_response, worst_gap
 

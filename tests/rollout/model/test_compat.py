@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.model import compat
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from steerl.rollout.model import compat
 from tests.models import tiny
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from transformers import GenerationConfig
 
+from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from tests.models import tiny_policy
 
 

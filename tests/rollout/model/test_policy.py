@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
@@ -14,8 +16,6 @@ from steerl.rollout.model import adapters
 from steerl.rollout.model.language_model import unwrap
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.prompts import PromptBatch
-from transformers import AutoConfig, AutoModelForSequenceClassification
-
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
 

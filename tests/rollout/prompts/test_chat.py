@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from steerl.rollout.chat.confidence import sequence_logprob
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops
@@ -14,9 +17,6 @@ from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.prompts.prompts import PromptBatch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 from tests.models import tiny, tiny_tokenizer
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|turn|>"]

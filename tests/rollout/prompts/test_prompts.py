@@ -12,6 +12,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers import processors
+
 from steerl.reward.build import build_reward
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
@@ -21,8 +23,6 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import answered, conversation_ids
 from steerl.rollout.prompts.prompts import PromptBatch, Prompts, PromptSettings, load_prompts
 from steerl.rollout.prompts.tables import read_table
-from tokenizers import processors
-
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
 ROWS = [

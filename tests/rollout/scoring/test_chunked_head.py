@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.policy import Policy
@@ -17,8 +19,6 @@ from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
-from torch import Tensor
-
 from tests.models import tiny_policy
 
 LORA_HEAD = {"peft_type": "LORA", "r": 2, "target_modules": ["lm_head"]}

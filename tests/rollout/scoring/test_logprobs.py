@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
@@ -17,7 +18,6 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import entropy, teacher_forced, token_logprobs
 from steerl.rollout.types import Rollout
-
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout import definitions
 from tests.rollout.definitions import alone_logits, real_prompt, real_response

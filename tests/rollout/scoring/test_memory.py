@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.prompts.prompts import PromptBatch
-
 from tests.models import tiny_policy, tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from steerl.rollout.model.policy import Policy
-from steerl.rollout.steering.core.table import TABLE, names
 from torch import Tensor
 
+from steerl.rollout.model.policy import Policy
+from steerl.rollout.steering.core.table import TABLE, names
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
 WIDTH, RANK, LATENT = 32, 3, 40

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from steerl.rollout.common.errors import UserError
-from steerl.rollout.model.hooks import current
-from steerl.rollout.steering import Steering, engine, unsteered
 from torch import Tensor
 from transformers import DynamicCache
 
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.model.hooks import current
+from steerl.rollout.steering import Steering, engine, unsteered
 from tests.models import FAMILIES, tiny
 from tests.rollout.steering.helpers import vector
 

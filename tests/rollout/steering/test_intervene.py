@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from steerl.rollout.common.errors import UserError
-from steerl.rollout.steering import unsteered
-from steerl.rollout.steering.interventions.intervene import Intervened, Intervention, intervene, intervene_generate
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.steering import unsteered
+from steerl.rollout.steering.interventions.intervene import Intervened, Intervention, intervene, intervene_generate
 from tests.models import tiny
 
 GOLDEN = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "golden" / "calls.npz").items()}

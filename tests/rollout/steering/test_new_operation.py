@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding import compiled
 from steerl.rollout.decoding.settings import Sampling
@@ -18,8 +20,6 @@ from steerl.rollout.steering import Steering, load_spec
 from steerl.rollout.steering.core.table import TABLE, Operation
 from steerl.rollout.steering.deploy import save
 from steerl.rollout.steering.interventions.intervene import intervene
-from torch import Tensor
-
 from tests.models import tiny
 from tests.ppo_runs import first_scored, job, lone_logprobs
 from tests.rollout.steering.helpers import WIDTH, policy, prompts

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from steerl.rollout.steering.core import operations as op
 from torch import Tensor
+
+from steerl.rollout.steering.core import operations as op
 
 GOLDEN = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "golden" / "operations.npz").items()}
 ROWS = [[0, 1], [2, 3], [2, 3], [0, 1]]

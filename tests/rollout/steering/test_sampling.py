@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
-
 from tests.rollout.steering.helpers import FAMILIES, OPERATIONS, SCOPES, policy, prompts, site, vector
 
 

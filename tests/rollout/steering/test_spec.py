@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering import Steering, load_spec
 from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.spec.spec import Site, SteeringSpec, Strength, Where
-
 from tests.models import tiny, tiny_tokenizer
 from tests.rollout.steering.helpers import vector
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering import Steering
 from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import locate, stacks, unwrap
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from tests.models import FAMILIES, tiny
 
 NOT_HERE = {"mamba", "mamba2", "recurrent_gemma", "rwkv", "jamba", "bamba", "lfm2", "prophetnet"}

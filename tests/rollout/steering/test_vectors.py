@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from steerl.rollout.analysis.steering_effect import CurvePoint, effect_curve, kl_from_plain, strength_for
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
@@ -24,8 +26,6 @@ from steerl.rollout.steering.core.structure import locate, stacks
 from steerl.rollout.steering.spec.spec import Site
 from steerl.rollout.steering.vectors.extract import Pair, activations, direction, directions, read_pairs
 from steerl.rollout.steering.vectors.files import save_vector
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from tests import warm
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.definitions import alone_logits, real_prompt, real_response

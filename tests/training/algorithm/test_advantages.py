@@ -8,11 +8,11 @@ from statistics import fmean
 
 import pytest
 import torch
+
 from steerl.reward.types import Scores
 from steerl.rollout.types import Rollout
 from steerl.training.algorithm import advantages, loss
 from steerl.training.algorithm.importance import Correction, importance_weights
-
 from tests.ppo_runs import first_experience, job, warm_head
 
 

@@ -9,6 +9,7 @@ from steerl.configs.reader import read
 
 import pytest
 import torch
+
 from steerl.rollout.steering import load_spec
 from steerl.scripts.train_ppo import PPOJob
 from steerl.training.algorithm import advantages, kl

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from steerl.reward.types import Scores
 from steerl.rollout.types import Rollout, Texts
 from steerl.training.algorithm import kl

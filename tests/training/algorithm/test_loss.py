@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+
 from steerl.training.algorithm import loss
 
 

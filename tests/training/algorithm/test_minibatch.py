@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from steerl.rollout.types import Rollout
 from steerl.training.algorithm.minibatch import micro_batches, minibatches, share, whole_lengths
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.training.algorithm import update as learning
 from steerl.training.algorithm.update import learn, schedule, update
 from steerl.training.settings import PPOSettings
-
 from tests.ppo_runs import LORA, first_experience, job, lone_logprobs, lone_row, lone_values, warm_head
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import fully_shard
+
 from steerl.reward.build import build_reward
 from steerl.reward.types import Scores
 from steerl.rollout.common import processes
@@ -32,8 +34,6 @@ from steerl.rollout.types import Rollout, Texts
 from steerl.training import ppo
 from steerl.training.engine import engine
 from steerl.training.setup import Components, groups, with_peft
-from torch.distributed.fsdp import fully_shard
-
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA, prompts_of, share_of_threes
 

@@ -19,7 +19,6 @@ from steerl.training.algorithm.importance import Correction
 from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
-
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA, prompts_of, share_of_threes
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
 from steerl.training.run.export import check_export
 from steerl.training.settings import PPOSettings
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
 from tests import warm
 from tests.models import tiny
 from tests.training.engine import engines

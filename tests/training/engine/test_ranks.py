@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from steerl.rollout.model import adapters
 
+from steerl.rollout.model import adapters
 from tests import warm
 from tests.models import tiny
 from tests.training.engine.ranks import JOBS, SETTINGS

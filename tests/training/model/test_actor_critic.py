@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering import load_spec
 from steerl.training.model import value_model
 from steerl.training.model.reference import Reference
 from steerl.training.run.metrics import gap_tolerance
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from tests.models import tiny, tiny_tokenizer
 from tests.ppo_runs import LORA, first_scored, job, lone_logprobs, lone_values, warm_head
 

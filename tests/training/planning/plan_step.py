@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from steerl.reward.types import Scores
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
@@ -26,8 +28,6 @@ from steerl.training.planning.memory import PlannedStep, memory
 from steerl.training.planning.passes import Blueprint
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import prepare, with_peft
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from tests.models import tiny_policy, tiny_tokenizer
 
 SHAPE = {

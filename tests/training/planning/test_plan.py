@@ -15,6 +15,8 @@ from steerl.configs.reader import read, run_command
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model import adapters
@@ -27,8 +29,6 @@ from steerl.training.planning.passes import Blueprint, cache_bytes, count, plain
 from steerl.training.planning.plan import LORA, advise, flags, rows, search
 from steerl.training.planning.time import Shares, seconds, sent
 from steerl.training.settings import PPOSettings
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[3]

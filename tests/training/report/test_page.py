@@ -10,10 +10,10 @@ import re
 
 import pytest
 import torch
+
 from steerl.rollout.common.errors import UserError
 from steerl.training.report import page as report
 from steerl.training.report.run_data import read_lines, read_run
-
 from tests.browser import Browser
 from tests.dumps import made_dump, made_rows, write_scores
 

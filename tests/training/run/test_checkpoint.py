@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from torch import nn
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.training.algorithm.kl import AdaptiveKL
 from steerl.training.run import checkpoint, resume
 from steerl.training.types import TrainState
-from torch import nn
-
 from tests import warm
 from tests.models import tiny
 

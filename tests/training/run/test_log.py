@@ -11,8 +11,8 @@ import time
 
 import pytest
 import torch
-from steerl.training.run.log import RunLog
 
+from steerl.training.run.log import RunLog
 from tests import warm
 
 HOSTILE = 'two | cells\n<script>alert("x")</script> \u202eright to left \x07'

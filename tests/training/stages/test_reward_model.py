@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
+
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.model.policy import ModelSettings
 from steerl.training.stages.reward_model import pair_metrics, run_reward
 from steerl.training.stages.settings import RewardJob, RewardStageSettings, TableSettings
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
-
 from tests import warm
 from tests.models import tiny, tiny_tokenizer
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
 from steerl.rollout.common.errors import Stopped, UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.training.stages.settings import SFTJob, SFTSettings, TableSettings
 from steerl.training.stages.sft import run_sft
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
 from tests import warm
 from tests.models import tiny, tiny_tokenizer
 
