@@ -135,7 +135,7 @@ def settle(values: Sequence[Any], rollout: Rollout, where: str, fallback: float 
         settled.append(number)
     if failed and fallback is None:
         more = f" (and {len(failed) - 1} more of {len(values)} rows)" if len(failed) > 1 else ""
-        raise UserError(f"{where}: {failed[0]}{more}; mend it, or set `fallback` to the score that such rows are to get")
+        raise UserError(f"{where}: {failed[0]}{more}; fix it, or set `fallback` to the score that such rows are to get")
     if failed:
         shown = "; ".join(failed[:3]) + ("; ..." if len(failed) > 3 else "")
         logger.warning("%s: %d of %d rows got the fallback %s: %s", where, len(failed), len(values), fallback, shown)

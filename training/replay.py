@@ -135,10 +135,10 @@ class Replay:
         if not why:
             return
         other_seed = self.same_weights and not unrecorded(steering.spec, same_draws=True)
-        mended = f"set run.seed to {seed}, the dump's, " if other_seed and seed is not None else "leave ppo.replay out "
+        remedy = f"set run.seed to {seed}, the dump's, " if other_seed and seed is not None else "leave ppo.replay out "
         raise DataError(
             f"ppo.replay: {self.folder} cannot be steered as it was drawn: a record holds the first site's strength alone, and "
-            f"{why}; {mended}or replay a dump under one site without noise"
+            f"{why}; {remedy}or replay a dump under one site without noise"
         )
 
     def _check_rows(self, rollout: Rollout, file: str) -> None:

@@ -148,7 +148,10 @@ def _cause(policy: Policy, rollout: Rollout, alone_BR: Tensor, gap_BR: Tensor, s
 
     before = distance(recorded_BR, alone_BR)
     if before <= 1e-6:
-        return "behaviour: the tokens come from another law than these sampling settings say; give verify those that were used"
+        return (
+            "behaviour: the tokens come from another distribution than these sampling settings say; "
+            "give verify those that were used"
+        )
     distances = {}
     for text, score in _mistakes(policy, part).items():
         scores_BR = score()

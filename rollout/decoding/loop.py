@@ -63,7 +63,7 @@ class Responses:
 
 def no_distribution(name: str, t: int) -> UserError:
     return UserError(
-        f"sampling: the logits of {name} at token {t} hold no law (NaN, infinite, or every token banned); "
+        f"sampling: the logits of {name} at token {t} hold no distribution (NaN, infinite, or every token banned); "
         "check the model's weights and dtype, and the bans in the sampling settings"
     )
 

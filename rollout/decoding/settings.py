@@ -82,7 +82,9 @@ class Sampling:
             if not good
         ]
         if self.temperature == 0:
-            problems.append("sampling.temperature: 0 has no law to draw from; set sampling.greedy true for the likeliest token")
+            problems.append(
+                "sampling.temperature: 0 has no distribution to draw from; set sampling.greedy true for the likeliest token"
+            )
         if problems:
             raise ConfigError(*problems)
         if self.greedy and (ignored := [name for name in ("temperature", "top_k", "top_p", "min_p") if self._changed(name)]):

@@ -123,7 +123,7 @@ class Sampler:
                 prompt, left = max(switch - new, 0), max(switch - len(ids), 0)
                 raise UserError(
                     f"prompts: row {row} has {len(ids)} tokens, and {new} new ones take it past the {switch} where "
-                    f"{type(policy.core).__name__} changes its law for the whole row, with what was drawn before; "
+                    f"{type(policy.core).__name__} changes its distribution for the whole row, with what was drawn before; "
                     f"set prompts.max_tokens to {prompt} or sampling.max_new_tokens to {left}"
                 )
 

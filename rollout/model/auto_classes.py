@@ -75,7 +75,7 @@ def _check_sizes(config: PretrainedConfig, who: str) -> None:
         ):
             value, most = getattr(part, name, None), 1 << (12 if "layers" in name else 31)
             if isinstance(value, int) and not 1 <= value <= most:
-                raise CheckpointError(f"{who} has a config.json with {name} {value}, but it must be 1 to {most}; mend it")
+                raise CheckpointError(f"{who} has a config.json with {name} {value}, but it must be 1 to {most}; fix it")
         architectures = part.architectures
         if architectures is not None and not (
             isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)
@@ -224,6 +224,6 @@ def _check_all_used(model: PreTrainedModel, unexpected: set[str], path: str, fie
     if left_out:
         shown = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
         raise CheckpointError(
-            f"{field}: {path!r} has weights that its config.json has no place for: {shown}; mend config.json "
+            f"{field}: {path!r} has weights that its config.json has no place for: {shown}; fix config.json "
             "(num_hidden_layers, say), or save the smaller model with save_pretrained"
         )

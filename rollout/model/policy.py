@@ -179,7 +179,7 @@ def _start_ids(core: Any, generation: Any, config: Any, size: int) -> tuple[int,
     ids = (*ids_of(start)[:1], *ids_of(_first(generation, name="forced_bos_token_id"))[:1])
     if not all(0 <= i < size for i in ids):
         raise CheckpointError(
-            f"model: the decoder's start ids {list(ids)} do not fit the model's {size} rows; mend the generation config"
+            f"model: the decoder's start ids {list(ids)} do not fit the model's {size} rows; fix the generation config"
         )
     return ids
 

@@ -104,7 +104,7 @@ def _read_csv(file: Path, delimiter: str, field: str) -> list[dict[str, Any]]:
         except csv.Error as error:
             told = "a quote that is opened there is never closed" if "unexpected end" in str(error) else str(error)
             raise DataError(
-                f"{field}.path: {file} line {begins} cannot be read as CSV: {told}; mend it, or save it as jsonl"
+                f"{field}.path: {file} line {begins} cannot be read as CSV: {told}; fix it, or save it as jsonl"
             ) from error
     return rows
 

@@ -43,8 +43,8 @@ class Case:
     minibatches: int = 1
     micro: int = 16
     """Rows in one forward pass of the update."""
-    law: str = "plain"
-    """Sampling only: plain, top_k, top_p, min_p or all (see `LAWS`)."""
+    distribution: str = "plain"
+    """Sampling only: plain, top_k, top_p, min_p or all (see `DISTRIBUTIONS`)."""
     family: str = "llama"
     heads: int = 0
     """Attention heads; 0 = a head for 16 to 64 of hidden."""
@@ -61,11 +61,11 @@ class Case:
     @property
     def name(self) -> str:
         lengths = f"geometric {self.mean}" if self.mean else "full"
-        law = "" if self.law == "plain" else f" {self.law}"
+        distribution = "" if self.distribution == "plain" else f" {self.distribution}"
         shared = f" n{self.n}" if self.n > 1 else ""
         small = f"{self.hidden}x{self.layers}"
         kind = small if self.family == "llama" and self.dtype == "float32" else f"{self.family} {small} {self.dtype}"
-        return f"{self.work} {kind} V{self.vocabulary:,} B{self.rows} R{self.response} {lengths}{shared}{law}"
+        return f"{self.work} {kind} V{self.vocabulary:,} B{self.rows} R{self.response} {lengths}{shared}{distribution}"
 
     @property
     def query_heads(self) -> int:
@@ -85,7 +85,7 @@ class Case:
         return asdict(self)
 
 
-LAWS: dict[str, dict[str, Any]] = {
+DISTRIBUTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "top_k": {"top_k": 50},
     "top_p": {"top_p": 0.9},
@@ -111,7 +111,7 @@ SAMPLING = (
     replace(_DECODE, hidden=256, layers=4),
     Case("sampling", 64, 2, 1024, rows=128, response=256, mean=64),
     Case("sampling", 128, 4, 8192, rows=128, response=256, mean=64),
-    *(replace(_DECODE, law=law) for law in ("top_k", "top_p", "min_p", "all")),
+    *(replace(_DECODE, distribution=name) for name in ("top_k", "top_p", "min_p", "all")),
 )
 _QWEN_HALF = Case(
     family="qwen2", hidden=896, layers=24, heads=14, key_heads=2, intermediate=4864, vocabulary=151_936, tied=True,

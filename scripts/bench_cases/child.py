@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from steerl.scripts.bench_cases import limit
 from steerl.scripts.bench_cases.cases import (
-    LAWS,
+    DISTRIBUTIONS,
     PAD,
     STOP,
     Case,
@@ -114,22 +114,22 @@ def sample_ours(case: Case, times: int, folder: Path) -> Meter:
 
 def sampling_of(case: Case, kind: Callable[..., Any]) -> Any:
     extra = {"compile": True} if case.compile else {}
-    return kind(max_new_tokens=case.response, batch_size=case.rows, n=case.n, **LAWS[case.law], **extra)
+    return kind(max_new_tokens=case.response, batch_size=case.rows, n=case.n, **DISTRIBUTIONS[case.distribution], **extra)
 
 
 def sample_plain(case: Case, times: int, folder: Path) -> Meter:
-    """The same law from model.generate. Its repetition penalty and n-gram ban see padding too; here there is none."""
+    """The same distribution from model.generate. Its repetition penalty and n-gram ban see padding too; here there is none."""
     meter = Meter(case.device)
     model = causal(case)
     model.generation_config.eos_token_id = STOP if case.mean else None
     ids = torch.tensor(prompt_ids(case), device=case.device)
-    law = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **LAWS[case.law]}
+    distribution = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **DISTRIBUTIONS[case.distribution]}
     for step in range(times + 1):
         torch.manual_seed(step)
         with torch.no_grad():
             sequences = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=case.response,
-                num_return_sequences=case.n, pad_token_id=PAD, **law,
+                num_return_sequences=case.n, pad_token_id=PAD, **distribution,
             )  # fmt: skip
         meter.lap("sample")
         meter.done(lengths_of(sequences[:, case.prompt :], case))

@@ -133,6 +133,6 @@ def _ends(tokenizer: Any, row: TableRow) -> tuple[set[int], int | None]:
     end = turn_end(tokenizer, messages, **template)
     if end is None:
         log_line(
-            "model.path: its chat template ends a turn with no token of its own, so the model learns no end; mend the template"
+            "model.path: its chat template ends a turn with no token of its own, so the model learns no end; fix the template"
         )
     return {tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template)[-1], end}, end

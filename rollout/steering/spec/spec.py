@@ -160,8 +160,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Correction:
-    """How rollouts are weighed whose sampling law was not the policy's (training/algorithm/importance.py): in a steering of
-    role behaviour, and as ppo.correction."""
+    """How rollouts are weighed whose sampling distribution was not the policy's (training/algorithm/importance.py): in a
+    steering of role behaviour, and as ppo.correction."""
 
     type: CorrectionType = "token_truncate"
     """`none` says that the bias is accepted: every weight is 1 and the mismatch is only logged."""

@@ -423,7 +423,7 @@ def test_logits_without_a_law_name_row_and_step(value: float, engine: Any) -> No
     policy = Policy.of(model, tiny_tokenizer())
     assert policy.capabilities.padding
     model.lm_head.register_forward_hook(spoil)
-    with pytest.raises(UserError, match=r"row 7 \(sample 0\) at token 3 hold no law"):
+    with pytest.raises(UserError, match=r"row 7 \(sample 0\) at token 3 hold no distribution"):
         sampler = Sampler(policy, Sampling(max_new_tokens=10), engine=EngineSettings(engine))
         sampler.sample(batch_of([[5, 6]], [7]))
 
