@@ -2,3 +2,26 @@
 
 if not __name__.startswith("steerl."):
     raise ImportError(f"this folder is imported as steerl.{__name__}; see CHANGELOG.md for what moved")
+
+from steerl.rollout.common.front import front
+
+__getattr__, __all__ = front(
+    __name__,
+    {
+        "types": ("Rollout", "Texts"),
+        "common.errors": ("CheckpointError", "ConfigError", "DataError", "UserError"),
+        "common.run_folder": ("RunSettings",),
+        "model.policy": ("ModelSettings", "Policy", "load_policy"),
+        "prompts.prompts": ("PromptBatch", "PromptSettings", "Prompts", "load_prompts"),
+        "decoding.settings": ("Sampling",),
+        "engines.sampler": ("Sampler",),
+        "engines.settings": ("EngineSettings",),
+        "scoring.logprobs": ("teacher_forced",),
+        "steering": ("Steering", "SteeringSpec", "load_spec", "unsteered"),
+        "dumps.store": ("read_dump",),
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return __all__

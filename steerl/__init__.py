@@ -1,38 +1,44 @@
 """steerl: rollouts that are exactly right, PPO on plain transformers, and steering of activations while sampling.
 
-The names below are the public face; each is imported from its file when it is first asked for, so `import steerl` is quick.
+The public names are those of the rooms; each is imported when it is first asked for, so `import steerl` is quick.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import Any
+from steerl import reward, rollout, training
+from steerl.rollout.common.front import front
+
+if TYPE_CHECKING:  # for editors and type checkers
+    from steerl.reward.build import build_reward as build_reward
+    from steerl.reward.types import Scores as Scores
+    from steerl.rollout.common.errors import CheckpointError as CheckpointError
+    from steerl.rollout.common.errors import ConfigError as ConfigError
+    from steerl.rollout.common.errors import DataError as DataError
+    from steerl.rollout.common.errors import UserError as UserError
+    from steerl.rollout.common.run_folder import RunSettings as RunSettings
+    from steerl.rollout.decoding.settings import Sampling as Sampling
+    from steerl.rollout.dumps.store import read_dump as read_dump
+    from steerl.rollout.engines.sampler import Sampler as Sampler
+    from steerl.rollout.engines.settings import EngineSettings as EngineSettings
+    from steerl.rollout.model.policy import ModelSettings as ModelSettings
+    from steerl.rollout.model.policy import Policy as Policy
+    from steerl.rollout.model.policy import load_policy as load_policy
+    from steerl.rollout.prompts.prompts import PromptBatch as PromptBatch
+    from steerl.rollout.prompts.prompts import Prompts as Prompts
+    from steerl.rollout.prompts.prompts import PromptSettings as PromptSettings
+    from steerl.rollout.prompts.prompts import load_prompts as load_prompts
+    from steerl.rollout.scoring.logprobs import teacher_forced as teacher_forced
+    from steerl.rollout.steering import Steering as Steering
+    from steerl.rollout.steering import SteeringSpec as SteeringSpec
+    from steerl.rollout.steering import load_spec as load_spec
+    from steerl.rollout.steering import unsteered as unsteered
+    from steerl.rollout.types import Rollout as Rollout
+    from steerl.rollout.types import Texts as Texts
+    from steerl.training.ppo import train as train
+    from steerl.training.settings import PPOSettings as PPOSettings
 
 __version__ = "0.1.0"
-_FILES = {
-    "rollout.types": ("Rollout", "Texts"),
-    "rollout.common.errors": ("CheckpointError", "ConfigError", "DataError", "UserError"),
-    "rollout.common.run_folder": ("RunSettings",),
-    "rollout.model.policy": ("ModelSettings", "Policy", "load_policy"),
-    "rollout.prompts.prompts": ("PromptBatch", "PromptSettings", "Prompts", "load_prompts"),
-    "rollout.decoding.settings": ("Sampling",),
-    "rollout.engines.sampler": ("Sampler",),
-    "rollout.scoring.logprobs": ("teacher_forced",),
-    "rollout.steering": ("Steering", "SteeringSpec", "load_spec", "unsteered"),
-    "rollout.dumps.store": ("read_dump",),
-    "reward.build": ("build_reward",),
-    "reward.types": ("Scores",),
-    "training.ppo": ("train",),
-    "training.settings": ("PPOSettings",),
-}
-_FILE_OF = {name: file for file, names in _FILES.items() for name in names}
-__all__ = sorted([*_FILE_OF, "__version__"])
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _FILE_OF:
-        raise AttributeError(f"module 'steerl' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"steerl.{_FILE_OF[name]}"), name)
+__getattr__, __all__ = front(__name__, {"rollout": rollout.__all__, "reward": reward.__all__, "training": training.__all__})
 
 
 def __dir__() -> list[str]:

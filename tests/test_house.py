@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "training": {"training", "rollout", "reward"},
     "configs": {"configs", "rollout"},
     "scripts": set(ROOMS),
-    "steerl": {"scripts"},
+    "steerl": {"rollout", "reward", "training", "scripts"},
 }
 FLOORS = {
     "rollout": "common types model prompts scoring steering decoding engines dumps analysis chat",
@@ -234,7 +234,8 @@ def test_rollout_needs_torch_and_transformers_alone(tmp_path):
             if top != ".." and not (tmp_path / top).exists() and source.exists():
                 (tmp_path / top).symlink_to(source)
     (tmp_path / "steerl").mkdir()
-    (tmp_path / "steerl" / "rollout").symlink_to(ROOT / "rollout")
+    for name in ("rollout", "reward", "training"):
+        (tmp_path / "steerl" / name).symlink_to(ROOT / name)
     (tmp_path / "steerl" / "__init__.py").symlink_to(ROOT / "steerl" / "__init__.py")
     program = (
         "import steerl, sys; steerl.Rollout, steerl.UserError, steerl.Sampling, steerl.Policy, steerl.Sampler;"
@@ -250,7 +251,12 @@ def test_import_steerl_is_quick_and_its_names_are_there():
     program = "import steerl, sys; assert 'transformers' not in sys.modules; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
     steerl = importlib.import_module("steerl")
-    assert [name for name in steerl.__all__ if getattr(steerl, name, None) is None] == []
+    for package in ("steerl", "steerl.rollout", "steerl.reward", "steerl.training"):
+        face = importlib.import_module(package)
+        assert [name for name in face.__all__ if getattr(face, name) is not getattr(steerl, name)] == [], package
+    shown = ast.parse((ROOT / "steerl" / "__init__.py").read_text(encoding="utf-8"))
+    typed = {alias.name for node in ast.walk(shown) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert typed - {"TYPE_CHECKING", "front", *ROOMS} == set(steerl.__all__)  # what editors and type checkers see
     with pytest.raises(AttributeError, match="no attribute 'Samplr'"):
         _ = steerl.Samplr
 
