@@ -23,7 +23,7 @@ from steerl.scripts.bench_cases.learning import LearningSettings, measure
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """Measurements against what users know."""
 
     out: str = "runs/bench"
@@ -42,7 +42,7 @@ class Job:
     """How speed is compared."""
 
 
-def main(job: Job) -> None:
+def main(job: BenchJob) -> None:
     if job.learning:
         measure(Path(job.out), job.learn)
     elif job.overhead:
@@ -54,7 +54,7 @@ def main(job: Job) -> None:
 
 
 def cli() -> None:
-    run_command(main, Job)
+    run_command(main, BenchJob)
 
 
 if __name__ == "__main__":

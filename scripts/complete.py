@@ -44,7 +44,7 @@ from steerl.rollout.steering import Steering, load_spec
 
 
 @dataclass(frozen=True)
-class Job:
+class CompleteJob:
     """Complete prompts, or chat, and say how sure the model was."""
 
     prompt: list[str] = field(default_factory=list, metadata={"positional": "texts"})
@@ -92,7 +92,7 @@ class Asked:
 class Session:
     """A policy, how it is asked, and where its answers are shown."""
 
-    def __init__(self, job: Job, policy: Policy):
+    def __init__(self, job: CompleteJob, policy: Policy):
         self.job, self.policy, self.speller = job, policy, Speller(policy.tokenizer)
         self.steering = None
         if job.steering:
@@ -262,7 +262,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def read_prompts(job: Job, policy: Policy) -> list[Asked]:
+def read_prompts(job: CompleteJob, policy: Policy) -> list[Asked]:
     """What the job asks for in one go; nothing where it is a chat."""
     texts: list[Any] = list(job.prompt)
     if job.prompts.path.endswith(".txt"):
@@ -286,7 +286,7 @@ def read_prompts(job: Job, policy: Policy) -> list[Asked]:
     return [ask(policy, text) for text in texts]
 
 
-def main(job: Job) -> None:
+def main(job: CompleteJob) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a sign instead
     policy = load_policy(job.model, processes.start().device)
@@ -316,7 +316,7 @@ def show_all(session: Session, asked: list[Asked]) -> None:
 
 
 def cli() -> None:
-    run_command(main, Job)
+    run_command(main, CompleteJob)
 
 
 if __name__ == "__main__":

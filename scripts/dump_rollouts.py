@@ -34,7 +34,7 @@ from steerl.rollout.types import Rollout, Texts
 
 
 @dataclass(frozen=True)
-class Job:
+class DumpJob:
     """Sample every prompt sampling.n times and keep the rows with both log-probs of every token."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -48,7 +48,7 @@ class Job:
     """Rescore every row alone, unpadded, in float32, and say how far the log-probs are off."""
 
 
-def main(job: Job) -> None:
+def main(job: DumpJob) -> None:
     me = processes.start()
     if me.is_main:
         for name in ("seed", "keep", "trackers", "allow_changes"):
@@ -58,7 +58,7 @@ def main(job: Job) -> None:
         write(job, folder)
 
 
-def write(job: Job, folder: Path) -> None:
+def write(job: DumpJob, folder: Path) -> None:
     me = processes.start()
     policy = load_policy(job.model, me.device)
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
@@ -126,7 +126,7 @@ def save_tokenizer(folder: Path, policy: Policy) -> None:
 
 
 def cli() -> None:
-    run_command(main, Job)
+    run_command(main, DumpJob)
 
 
 if __name__ == "__main__":

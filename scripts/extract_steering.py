@@ -67,7 +67,7 @@ class EffectSettings:
 
 
 @dataclass(frozen=True)
-class Job:
+class ExtractJob:
     """Make a steering vector, say how well it separates, and measure what it does."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -79,7 +79,7 @@ class Job:
     """The measure of the effect curve, as in a training run."""
 
 
-def main(job: Job) -> None:
+def main(job: ExtractJob) -> None:
     me = processes.start()
     if not me.is_main:
         return
@@ -121,7 +121,7 @@ def main(job: Job) -> None:
         measure_effect(job, policy, out, chosen)
 
 
-def check(job: Job) -> None:
+def check(job: ExtractJob) -> None:
     problems = []
     if not job.extract.pairs:
         problems.append("extract.pairs: missing; name a file of JSON lines with positive and negative")
@@ -151,7 +151,7 @@ def separations(
     return [separation(vector, positive[:, i], negative[:, i]) for i, vector in enumerate(vectors)]
 
 
-def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...]) -> None:
+def measure_effect(job: ExtractJob, policy: Policy, out: Path, layers: tuple[int, ...]) -> None:
     """The table, OUT.effect.json, and the strength that costs the KL asked for."""
     from steerl.reward.build import build_reward
 
@@ -187,7 +187,7 @@ def measure_effect(job: Job, policy: Policy, out: Path, layers: tuple[int, ...])
 
 
 def cli() -> None:
-    run_command(main, Job)
+    run_command(main, ExtractJob)
 
 
 if __name__ == "__main__":

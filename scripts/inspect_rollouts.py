@@ -22,7 +22,7 @@ from steerl.rollout.dumps.manifest import load_manifest, plan_of
 
 
 @dataclass(frozen=True)
-class Job:
+class InspectJob:
     """Counts, lengths, stop reasons, log-prob gap, doubled and missing rows, scores, worst rows."""
 
     dir: str = field(metadata={"positional": True})
@@ -51,7 +51,7 @@ def score_lines(folder: Path, dump: Path) -> dict[str, dict[str, float]]:
     return summary
 
 
-def main(job: Job) -> None:
+def main(job: InspectJob) -> None:
     dump = Path(job.dir)
     found = inspect(dump, job.worst)
     scores = score_lines(Path(job.scores or job.dir), dump)
@@ -69,7 +69,7 @@ def main(job: Job) -> None:
 
 
 def cli() -> None:
-    run_command(main, Job)
+    run_command(main, InspectJob)
 
 
 if __name__ == "__main__":

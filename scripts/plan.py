@@ -30,7 +30,7 @@ from steerl.training.planning.time import Shares
 
 
 @dataclass(frozen=True)
-class Job(PPOJob):
+class PlanJob(PPOJob):
     """Plan a PPO job: memory of a GPU and seconds of a step."""
 
     gpus: int = 1
@@ -65,7 +65,7 @@ class Job(PPOJob):
     """One JSON object instead of a table."""
 
 
-def main(job: Job) -> None:
+def main(job: PlanJob) -> None:
     check(job)
     machines = machines_of(job)
     works = [work_of(job, None), work_of(job, job.model.peft or LORA)]
@@ -92,7 +92,7 @@ def main(job: Job) -> None:
         print(line)
 
 
-def check(job: Job) -> None:
+def check(job: PlanJob) -> None:
     """Numbers that cannot be."""
     positive: dict[str, float | None] = {
         "gpus": job.gpus, "nodes": job.nodes, "memory": job.memory, "tflops": job.tflops, "bandwidth": job.bandwidth,
@@ -107,7 +107,7 @@ def check(job: Job) -> None:
         raise UserError(*problems)
 
 
-def machines_of(job: Job) -> Machines:
+def machines_of(job: PlanJob) -> Machines:
     gpu = named(job.gpu)
     operations = (gpu.half if job.mixed_precision == "bf16" else gpu.single) * TERA
     bandwidth, memory = gpu.bandwidth * GIGA, gpu.memory * GIGA
@@ -128,7 +128,7 @@ def machines_of(job: Job) -> Machines:
     )
 
 
-def work_of(job: Job, peft: dict[str, Any] | None) -> PlannedStep:
+def work_of(job: PlanJob, peft: dict[str, Any] | None) -> PlannedStep:
     """The job, with an adapter or without; the policy is loaded in the precision that training would load it in."""
     if peft:
         adapter_config(peft)
@@ -143,7 +143,7 @@ def work_of(job: Job, peft: dict[str, Any] | None) -> PlannedStep:
     return PlannedStep(policy, value, job.ppo, job.sampling, max(prompt, 1), job.mixed_precision)
 
 
-def heading(job: Job, work: PlannedStep, machines: Machines) -> list[str]:
+def heading(job: PlanJob, work: PlannedStep, machines: Machines) -> list[str]:
     counts = count(work.policy)
     return [
         f"{job.model.path}: {counts.all / 1e9:.3f} billion weights, {counts.trained / 1e9:.3f} trained; vocabulary "
@@ -157,7 +157,7 @@ def heading(job: Job, work: PlannedStep, machines: Machines) -> list[str]:
 
 
 def cli() -> None:
-    run_command(main, Job)
+    run_command(main, PlanJob)
 
 
 if __name__ == "__main__":

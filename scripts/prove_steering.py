@@ -52,7 +52,7 @@ SWEEP: list[dict[str, Any]] = [
 
 
 @dataclass(frozen=True)
-class Job:
+class ProveJob:
     """Measure what steering does for exploration, beside plain PPO."""
 
     world: str = "tiny/suppressed"
@@ -78,7 +78,7 @@ class Arm:
     seeds: int
 
 
-def arms(job: Job) -> list[Arm]:
+def arms(job: ProveJob) -> list[Arm]:
     site = {
         "name": "cheer",
         "at": {"layers": [1]},
@@ -106,12 +106,12 @@ def arms(job: Job) -> list[Arm]:
     return [arm for arm in found if not job.arms or arm.name in job.arms]
 
 
-def loaded(job: Job, model: str, prompts: str) -> tuple[Any, Prompts]:
+def loaded(job: ProveJob, model: str, prompts: str) -> tuple[Any, Prompts]:
     policy = load_policy(ModelSettings(path=model), processes.start().device)
     return policy, load_prompts(PromptSettings(path=f"{job.world}/{prompts}.jsonl"), policy, SAMPLING.max_new_tokens)
 
 
-def run_arm(job: Job, arm: Arm, seed: int, folder: Path) -> bool:
+def run_arm(job: ProveJob, arm: Arm, seed: int, folder: Path) -> bool:
     """One PPO run, as `steerl ppo` does it; False where it was stopped on its way."""
     policy, prompts = loaded(job, f"{job.world}/base", "prompts")
     _, few = loaded(job, f"{job.world}/base", "heldout")
@@ -127,7 +127,7 @@ def run_arm(job: Job, arm: Arm, seed: int, folder: Path) -> bool:
     return bool(summary)
 
 
-def measure(job: Job, arm: Arm, seed: int, folder: Path) -> None:
+def measure(job: ProveJob, arm: Arm, seed: int, folder: Path) -> None:
     """The model that the run left, loaded as its users would, without steering (`trainable`: with what it trained)."""
     policy, held = loaded(job, str(folder / "model"), "heldout")
     spec = folder / "model" / "steering.yaml"
@@ -221,7 +221,7 @@ def plot(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
     figure.savefig(file)
 
 
-def run_all(job: Job, chosen: list[Arm], folder: Path) -> dict[str, list[dict[str, Any]]] | None:
+def run_all(job: ProveJob, chosen: list[Arm], folder: Path) -> dict[str, list[dict[str, Any]]] | None:
     """Every arm in every seed; None where it was told to stop: what is done is there for the next time."""
     results: dict[str, list[dict[str, Any]]] = {}
     for arm in chosen:
@@ -236,7 +236,7 @@ def run_all(job: Job, chosen: list[Arm], folder: Path) -> dict[str, list[dict[st
     return results
 
 
-def main(job: Job) -> None:
+def main(job: ProveJob) -> None:
     if not job.run.dir:
         raise UserError("run.dir: missing; say where the runs are to be written, --run.dir DIR")
     if not (Path(job.world) / "base").exists():
@@ -261,7 +261,7 @@ def main(job: Job) -> None:
 
 
 def cli() -> None:
-    run_command(main, Job)
+    run_command(main, ProveJob)
 
 
 if __name__ == "__main__":

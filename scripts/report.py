@@ -18,7 +18,7 @@ from steerl.training.report.page import figure, report
 
 
 @dataclass(frozen=True)
-class Job:
+class ReportJob:
     """Curves, results, settings and a token-level rollout viewer in one HTML page."""
 
     runs: list[str] = field(metadata={"positional": True})
@@ -35,7 +35,7 @@ class Job:
             raise UserError(f"rows: {self.rows}, but it must be 0 or more")
 
 
-def main(job: Job) -> None:
+def main(job: ReportJob) -> None:
     if not processes.start().is_main:
         return
     folders = [Path(run) for run in job.runs]
@@ -45,7 +45,7 @@ def main(job: Job) -> None:
 
 
 def cli() -> None:
-    run_command(main, Job)
+    run_command(main, ReportJob)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class DumpSettings:
 
 
 @dataclass(frozen=True)
-class Job:
+class ScoreJob:
     """Score every row of a dump, or of a dataset of texts or conversations."""
 
     dump: DumpSettings = field(default_factory=DumpSettings)
@@ -58,14 +58,14 @@ class Job:
     run: RunSettings = field(default_factory=RunSettings)
 
 
-def main(job: Job) -> None:
+def main(job: ScoreJob) -> None:
     dump = Path(job.dump.dir) if job.dump.dir else None
     source, tokenizer = open_source(job, dump)
     with opened_for_scores(job.run, dump, dataclasses.asdict(job)) as folder:
         write(job, folder, manifest_name(folder, dump), source, tokenizer)
 
 
-def write(job: Job, folder: Path, name: str, source: Source, tokenizer: Any) -> None:
+def write(job: ScoreJob, folder: Path, name: str, source: Source, tokenizer: Any) -> None:
     me = processes.start()
     reward = build_reward(job.reward, device=me.device, tokenizer=tokenizer)
     try:
@@ -86,7 +86,7 @@ def write(job: Job, folder: Path, name: str, source: Source, tokenizer: Any) -> 
         reward.close()
 
 
-def open_source(job: Job, dump: Path | None) -> tuple[Source, Any]:
+def open_source(job: ScoreJob, dump: Path | None) -> tuple[Source, Any]:
     """The rows, and the tokenizer that their ids are of."""
     if (dump is None) == (not job.texts.path):
         raise UserError("dump.dir and texts.path: name one of them, the dump or the texts to score")
@@ -110,7 +110,7 @@ def show(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def cli() -> None:
-    run_command(main, Job)
+    run_command(main, ScoreJob)
 
 
 if __name__ == "__main__":

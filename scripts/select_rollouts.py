@@ -23,7 +23,7 @@ CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class Job:
+class SelectJob:
     """Reads a finished, scored dump; writes {prompt, completion} or, for pairs, {prompt, chosen, rejected}."""
 
     dir: str = field(metadata={"positional": True})
@@ -78,7 +78,7 @@ def _table(records: list[dict[str, Any]], schema: Any, path: Path) -> Any:
     raise UserError(f"out: later rows hold what the first {CHUNK} do not, which parquet needs; write {path.stem}.jsonl")
 
 
-def main(job: Job) -> None:
+def main(job: SelectJob) -> None:
     path = Path(job.out)
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"out: {job.out or 'missing'}; name the dataset's file, --out FILE.jsonl or FILE.parquet")
@@ -95,7 +95,7 @@ def main(job: Job) -> None:
 
 
 def cli() -> None:
-    run_command(main, Job)
+    run_command(main, SelectJob)
 
 
 if __name__ == "__main__":

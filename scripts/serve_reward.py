@@ -48,7 +48,7 @@ class ServeSettings:
 
 
 @dataclass(frozen=True)
-class Job:
+class ServeJob:
     """Offer a reward over HTTP."""
 
     reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_terms})
@@ -56,7 +56,7 @@ class Job:
     serve: ServeSettings = field(default_factory=ServeSettings)
 
 
-def main(job: Job) -> None:
+def main(job: ServeJob) -> None:
     me, serve = processes.start(), job.serve
     wrong = [
         f"serve.{n}: {getattr(serve, n)}; give more than 0, and at most {most:g}"
@@ -102,7 +102,7 @@ def main(job: Job) -> None:
 
 
 def cli() -> None:
-    run_command(main, Job)
+    run_command(main, ServeJob)
 
 
 if __name__ == "__main__":

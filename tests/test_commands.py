@@ -16,7 +16,7 @@ import pytest
 from steerl.rollout.common.run_folder import MARKER, RunSettings, begin
 from steerl.scripts import dump_rollouts, train_ppo
 
-SAMPLERS = {"dump_rollouts": (dump_rollouts, "Job"), "train_ppo": (train_ppo, "PPOJob")}
+SAMPLERS = {"dump_rollouts": (dump_rollouts, "DumpJob"), "train_ppo": (train_ppo, "PPOJob")}
 
 
 @pytest.fixture

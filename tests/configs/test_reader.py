@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from steerl.rollout.common.errors import UserError
-from steerl.scripts.dump_rollouts import Job as DumpJob
+from steerl.scripts.dump_rollouts import DumpJob
 
 
 @dataclass(frozen=True)

@@ -52,16 +52,16 @@ PPO = [
 
 COMMANDS: dict[str, tuple[Any, type]] = {
     "train_ppo": (train_ppo.main, train_ppo.PPOJob),
-    "dump_rollouts": (dump_rollouts.main, dump_rollouts.Job),
-    "score_rollouts": (score_rollouts.main, score_rollouts.Job),
-    "complete": (complete.main, complete.Job),
-    "select_rollouts": (select_rollouts.main, select_rollouts.Job),
-    "inspect_rollouts": (inspect_rollouts.main, inspect_rollouts.Job),
-    "report": (report.main, report.Job),
+    "dump_rollouts": (dump_rollouts.main, dump_rollouts.DumpJob),
+    "score_rollouts": (score_rollouts.main, score_rollouts.ScoreJob),
+    "complete": (complete.main, complete.CompleteJob),
+    "select_rollouts": (select_rollouts.main, select_rollouts.SelectJob),
+    "inspect_rollouts": (inspect_rollouts.main, inspect_rollouts.InspectJob),
+    "report": (report.main, report.ReportJob),
     "train_sft": (train_sft.main, train_sft.SFTJob),
     "train_reward": (train_reward.main, train_reward.RewardJob),
-    "extract_steering": (extract_steering.main, extract_steering.Job),
-    "plan": (plan.main, plan.Job),
+    "extract_steering": (extract_steering.main, extract_steering.ExtractJob),
+    "plan": (plan.main, plan.PlanJob),
 }
 CLEAN: dict[str, list[str]] = {
     "train_ppo": [*SAMPLE, *PROMPTS, *PPO, "--reward", LENGTH, *OUT],

@@ -30,8 +30,8 @@ def flags(folder: Path) -> list[tuple[ModuleType, type, list[str]]]:
     learned = json.dumps([{"name": "kind", "kind": "model", "path": str(folder / "reward" / "model")}])
     small = ["--ppo.steps", "2", "--ppo.rollouts_per_step", "8", "--ppo.micro_batch_size", "2", "--ppo.minibatches", "2"]
     return [
-        (dump_rollouts, dump_rollouts.Job, [*model, *prompts, "--run.save_every", "4"]),
-        (score_rollouts, score_rollouts.Job, ["--dump.dir", str(folder / "dump"), "--reward", LENGTH]),
+        (dump_rollouts, dump_rollouts.DumpJob, [*model, *prompts, "--run.save_every", "4"]),
+        (score_rollouts, score_rollouts.ScoreJob, ["--dump.dir", str(folder / "dump"), "--reward", LENGTH]),
         (train_sft, train_sft.SFTJob, [*model, "--prompts.path", str(folder / "sft.jsonl"), *few]),
         (train_reward, train_reward.RewardJob, [*model, "--prompts.path", str(folder / "pairs.jsonl"), *pairs]),
         (train_ppo, train_ppo.PPOJob, [*model, *prompts, *small, *lora, "--ppo.eval_prompts", "3", "--reward", learned]),

@@ -63,14 +63,14 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path):
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        (["--learning"], bench.Job(learning=True)),
-        (["--learning", "--out", "x"], bench.Job(learning=True, out="x")),
-        (["--out", "x", "--learning", "false"], bench.Job(out="x")),
-        ([], bench.Job()),
+        (["--learning"], bench.BenchJob(learning=True)),
+        (["--learning", "--out", "x"], bench.BenchJob(learning=True, out="x")),
+        (["--out", "x", "--learning", "false"], bench.BenchJob(out="x")),
+        ([], bench.BenchJob()),
     ],
 )
 def test_a_part_may_stand_without_a_value(given, meant):
-    assert read(bench.Job, given) == meant
+    assert read(bench.BenchJob, given) == meant
 
 
 @pytest.mark.slow

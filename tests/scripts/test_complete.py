@@ -29,7 +29,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from steerl.rollout.chat.terminal import BANDS, width_of
 from steerl.scripts import complete as complete_door
-from steerl.scripts.complete import Job, main
+from steerl.scripts.complete import CompleteJob, main
 from tests import warm
 from tests.models import CHAT, tiny, tiny_tokenizer
 
@@ -75,7 +75,7 @@ def steering(folder: Path) -> str:
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     code: Any = 0
     try:
-        run_command(main, Job, argv)
+        run_command(main, CompleteJob, argv)
     except SystemExit as left:
         code = left.code
     out, err = capsys.readouterr()

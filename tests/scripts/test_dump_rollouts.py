@@ -30,7 +30,7 @@ from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.scripts import inspect_rollouts
-from steerl.scripts.dump_rollouts import Job, main
+from steerl.scripts.dump_rollouts import DumpJob, main
 from tests import warm
 from tests.dumps import flip_bit, truncate
 from tests.models import tiny, tiny_tokenizer
@@ -61,7 +61,7 @@ SMALL = ("--prompts.limit", "12", "--sampling.n", "3", "--run.save_every", "9")
 
 def dump(argv: list[str]) -> int:
     try:
-        run_command(main, Job, argv)
+        run_command(main, DumpJob, argv)
     except SystemExit as left:
         return int(left.code or 0)
     return 0

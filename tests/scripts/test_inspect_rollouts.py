@@ -14,14 +14,14 @@ import torch
 
 from steerl.rollout.dumps import manifest, store
 from steerl.rollout.dumps.manifest import Plan
-from steerl.scripts.inspect_rollouts import Job, main
+from steerl.scripts.inspect_rollouts import InspectJob, main
 from tests.dumps import flip_bit, made_dump, made_rows, truncate, write_scores
 
 
 def inspect(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     code: Any = 0
     try:
-        run_command(main, Job, list(argv))
+        run_command(main, InspectJob, list(argv))
     except SystemExit as left:
         code = left.code
     out, err = capsys.readouterr()

@@ -19,7 +19,7 @@ from steerl.reward.build import build_reward
 from steerl.rollout.common.run_folder import MARKER
 from steerl.rollout.dumps.manifest import load_manifest
 from steerl.rollout.dumps.store import read_dump
-from steerl.scripts.score_rollouts import Job, main
+from steerl.scripts.score_rollouts import ScoreJob, main
 from tests import warm
 from tests.dumps import flip_bit, made_dump, truncate
 from tests.models import tiny_tokenizer
@@ -74,7 +74,7 @@ def flags(given: Path, run: Path, *more: str) -> list[str]:
 
 def score(argv: list[str]) -> int:
     try:
-        run_command(main, Job, argv)
+        run_command(main, ScoreJob, argv)
     except SystemExit as left:
         return int(left.code or 0)
     return 0
@@ -313,7 +313,9 @@ def test_a_reward_file_that_calls_sys_exit_leaves_with_two_and_its_name(place, t
     reward = json.dumps([{"kind": "function", "function": f"{tmp_path}/leaves.py:f"}])
     with pytest.raises(SystemExit) as left:
         run_command(
-            main, Job, ["--texts.path", str(tmp_path / "texts.jsonl"), "--reward", reward, "--run.dir", str(tmp_path / "run")]
+            main,
+            ScoreJob,
+            ["--texts.path", str(tmp_path / "texts.jsonl"), "--reward", reward, "--run.dir", str(tmp_path / "run")],
         )
     (line,) = capsys.readouterr().err.splitlines()
     assert left.value.code == 2

@@ -10,7 +10,7 @@ from steerl.configs.reader import run_command
 
 import pytest
 
-from steerl.scripts.select_rollouts import Job, main
+from steerl.scripts.select_rollouts import SelectJob, main
 from tests.dumps import made_dump, made_rows, write_scores
 
 PROMPTS, SAMPLES = 10, 4
@@ -28,13 +28,13 @@ def dump(tmp_path: Path) -> Path:
 
 def select(dump: Path, *argv: str, out: str = "out.jsonl") -> list[dict[str, Any]]:
     path = dump.parent / out
-    run_command(main, Job, [str(dump), "--out", str(path), "--overwrite", "true", *argv])
+    run_command(main, SelectJob, [str(dump), "--out", str(path), "--overwrite", "true", *argv])
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as left:
-        run_command(main, Job, list(argv))
+        run_command(main, SelectJob, list(argv))
     assert left.value.code == 2
     return capsys.readouterr().err
 
@@ -148,7 +148,7 @@ def test_datasets_reads_the_file_and_conversations_stay_conversations(tmp_path: 
     write_scores(tmp_path / "scores", {key: {"total": score} for key, score in SCORE.items()})
     out = tmp_path / f"pairs.{suffix}"
     argv = [str(tmp_path / "dump"), "--scores", str(tmp_path / "scores"), "--out", str(out), "--select.mode", "pairs"]
-    run_command(main, Job, argv)
+    run_command(main, SelectJob, argv)
     kind = "json" if suffix == "jsonl" else "parquet"
     table = datasets.load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
     row = table[0]
@@ -177,7 +177,7 @@ def test_a_turn_that_the_prompt_began_is_whole_in_what_later_stages_read(
     made_dump(tmp_path / "dump", PROMPTS, SAMPLES)
     write_scores(tmp_path / "dump", {key: {"total": score} for key, score in SCORE.items()})
     out = tmp_path / f"out.{suffix}"
-    run_command(main, Job, [str(tmp_path / "dump"), "--out", str(out)])
+    run_command(main, SelectJob, [str(tmp_path / "dump"), "--out", str(out)])
     found = [json.loads(line) for line in out.read_text().splitlines()] if suffix == "jsonl" else None
     for row in found or pyarrow.parquet.read_table(out).to_pylist():
         before = "well " if row["prompt_index"] % 2 else ""

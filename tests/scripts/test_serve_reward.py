@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from steerl.reward.build import build_reward
-from steerl.scripts.serve_reward import Job, main
+from steerl.scripts.serve_reward import ServeJob, main
 from tests import warm
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier
@@ -57,6 +57,6 @@ def test_another_process_asks_it(tmp_path):
 def test_bad_settings(changes, line, capsys, monkeypatch):
     monkeypatch.delenv("STEERL_REWARD_TOKEN", raising=False)
     with pytest.raises(SystemExit) as left:
-        run_command(main, Job, ["--reward", "[{kind: length, max: 3}]", *changes])
+        run_command(main, ServeJob, ["--reward", "[{kind: length, max: 3}]", *changes])
     assert left.value.code == 2
     assert line in capsys.readouterr().err

@@ -7,7 +7,7 @@ import random
 from dataclasses import asdict
 
 from steerl.scripts import prove_steering
-from steerl.scripts.prove_steering import SETTINGS, Job
+from steerl.scripts.prove_steering import SETTINGS, ProveJob
 from steerl.scripts.toy_tasks.suppressed import GLAD, GREY, WORDS, glad, report
 
 
@@ -33,7 +33,7 @@ def test_reports_are_of_one_style():
 
 
 def test_the_arms_differ_in_their_steering_alone():
-    arms = {arm.name: arm for arm in prove_steering.arms(Job())}
+    arms = {arm.name: arm for arm in prove_steering.arms(ProveJob())}
     swept = [arm for name, arm in arms.items() if name.startswith("plain-")]
     assert len(swept) == 8 and all(arm.seeds == 2 and arm.steering is None for arm in swept)
     assert {str(asdict(arm.settings)) for arm in swept}.isdisjoint({str(asdict(SETTINGS))})

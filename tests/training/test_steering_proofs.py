@@ -29,7 +29,7 @@ def test_the_policy_never_earns_the_reward_by_itself(tiny_world):
 @pytest.mark.proofs
 def test_annealed_steering_finds_what_plain_ppo_does_not(tiny_world, tmp_path: Path):
     world = tiny_world("suppressed")
-    job = prove_steering.Job(world=str(world), run=RunSettings(dir=str(tmp_path / "runs")))
+    job = prove_steering.ProveJob(world=str(world), run=RunSettings(dir=str(tmp_path / "runs")))
     names = [arm.name for arm in prove_steering.arms(job) if arm.name.startswith(("plain", "policy"))]
     job = replace(job, arms=names)
     prove_steering.main(job)

@@ -298,7 +298,7 @@ def folder(tmp_path) -> Path:
 
 def run(argv: list[str]) -> int:
     try:
-        run_command(plan_door.main, plan_door.Job, argv)
+        run_command(plan_door.main, plan_door.PlanJob, argv)
     except SystemExit as left:
         return int(left.code or 0)
     return 0
