@@ -57,7 +57,4 @@ def _table() -> list[str]:
     """A line per command: what the first line of its file says."""
     folder = Path(importlib.import_module("steerl.scripts").__path__[0])
     files = {name: ast.parse((folder / f"{file}.py").read_text(encoding="utf-8")) for name, file in COMMANDS.items()}
-    return [
-        f"  {name:<12}{(ast.get_docstring(tree) or '').splitlines()[0].partition(': python ')[0]}"
-        for name, tree in files.items()
-    ]
+    return [f"  {name:<12}{(ast.get_docstring(tree) or '').splitlines()[0]}" for name, tree in files.items()]
