@@ -31,7 +31,7 @@ def main() -> None:
     # The policy's log-probs once more, from one forward pass over the finished rows.
     again_BR = teacher_forced(policy, rollout).logprobs_BR
     gap_BR = (again_BR - rollout.policy_logprobs_BR).abs()
-    print(f"\nlargest gap between sampling and a forward pass: {gap_BR[rollout.mask_BR].max():.1e} nats")
+    print(f"\nlargest gap between sampling and a forward pass: {gap_BR[rollout.action_mask_BR].max():.1e} nats")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Scores:
     def per_token(self, rollout: Rollout) -> Tensor:
         """(B, R): what each action earned; a total without tokens sits on the last action. Empty rows earn nothing."""
         if self.tokens_BR is not None:
-            return torch.where(rollout.mask_BR, self.tokens_BR, torch.zeros_like(self.tokens_BR))
+            return torch.where(rollout.action_mask_BR, self.tokens_BR, torch.zeros_like(self.tokens_BR))
         return on_last_action(self.total_B, rollout)
 
     def to(self, device: torch.device | str) -> Scores:
@@ -83,7 +83,7 @@ class Reward(Protocol):
 
 def on_last_action(values_B: Tensor, rollout: Rollout) -> Tensor:
     """(B, R) with `values_B` on each row's last action (the stop token, or the last token of a cut row), 0 elsewhere."""
-    mask_BR = rollout.mask_BR
+    mask_BR = rollout.action_mask_BR
     left_BR = mask_BR.flip(1).cumsum(1).flip(1)
     return torch.where(mask_BR & (left_BR == 1), values_B.to(rollout.device)[:, None], 0.0)
 

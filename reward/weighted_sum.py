@@ -169,7 +169,7 @@ def _check(term: RewardTerm, scores: Scores, rollout: Rollout) -> None:
     if scores.tokens_BR.shape != rollout.response_BR.shape:
         expected, shape = tuple(rollout.response_BR.shape), tuple(scores.tokens_BR.shape)
         raise UserError(f"{term.where}: tokens_BR has shape {shape}, the responses {expected}; give one number per action")
-    real_BR = torch.where(rollout.mask_BR, scores.tokens_BR, 0.0)
+    real_BR = torch.where(rollout.action_mask_BR, scores.tokens_BR, 0.0)
     bad = torch.nonzero(~real_BR.isfinite().all(1)).flatten().tolist()
     if bad:
         raise UserError(f"{term.where}: {row_name(rollout, bad[0])} has a reward per token that is not finite")

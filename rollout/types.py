@@ -1,40 +1,40 @@
-"""Rollout: the frozen record that every other room reads, and Texts, what travels beside it.
+"""The records of sampling: Rollout, the frozen record that every other room reads; Texts, what its rows say; Samples, both.
 
-Sizes: B rows, P prompt width (left-padded), R response width (right-padded), S = P + R, V vocabulary, D width. They are
-suffixes of tensor names everywhere, because the one dangerous slice is whole sequence against response.
+Sizes: B rows, P prompt width (left-padded), R response width (right-padded), S = P + R, K steering sites, V vocabulary, D
+width. They are suffixes of tensor names everywhere, because the one dangerous slice is whole sequence against response.
 
-    prompt_BP     . . p p p        the last prompt token sits at P - 1, whatever its length
-    response_BR             r r e .    lengths_B counts the actions, a stop token included
-    sequences_BS  . . p p p r r e .    joined by hand: position P + t - 1 predicts response token t
+    prompt_BP       . . p p p              the last prompt token sits at P - 1, whatever its length
+    response_BR               r r e o o r e .  everything after the prompt: what the policy drew, and what it was fed (o)
+    lengths_B                 7                the extent of the response: widths, padding, positions, memory
+    action_mask_BR            1 1 1 0 0 1 1 0  what the policy drew: log-probs, credit, losses, means, counts
+    sequences_BS    . . p p p r r e o o r e .  joined by hand: position P + t - 1 predicts response token t
 
-Example: two rows, one stopped by itself after two tokens, the other cut at three:
+Example: two rows, one stopped by itself after two tokens, the other of two turns and cut at five; in between it was fed 3:
 
-    Rollout(
-        prompt_BP=tensor([[0, 5], [4, 5]]), prompt_mask_BP=tensor([[False, True], [True, True]]),
-        response_BR=tensor([[7, 2, 0], [7, 8, 9]]), lengths_B=tensor([2, 3]), ended_B=tensor([True, False]),
-        behaviour_logprobs_BR=..., policy_logprobs_BR=..., row_B=tensor([0, 1]), sample_B=tensor([0, 0]),
-        temperature=1.0, policy_step=0, steering="",
+    Rollout.of_ids(
+        [[5], [4, 5]], [[7, 2], [7, 8, 3, 9, 9]], action_mask_BR=[[1, 1], [1, 1, 0, 1, 1]], ended_B=[True, False],
+        behaviour_logprobs_BR=..., policy_logprobs_BR=...,
     )
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.ragged import Kept, Lists, left_pad, table
 
 STOP_LENGTH, STOP_EOS, STOP_USER = 0, 1, 2
 STOP_REASONS = ("length", "eos", "stop")
 """What ended a row, by `stop_B`: the limit, one of the checkpoint's stop ids, a stop id or stop string of the user's."""
 
-# field -> (dimensions, dtype). The order is the order in which a wrong field is reported.
+# field -> (dimensions, dtype). The order is the order in which a wrong field is reported. N: positions of a site, any number.
 _TENSORS: dict[str, tuple[str, torch.dtype]] = {
     "prompt_BP": ("BP", torch.int64),
     "prompt_mask_BP": ("BP", torch.bool),
@@ -46,68 +46,78 @@ _TENSORS: dict[str, tuple[str, torch.dtype]] = {
     "row_B": ("B", torch.int64),
     "sample_B": ("B", torch.int64),
     "stop_B": ("B", torch.int64),
-    "strength_B": ("B", torch.float32),
+    "action_mask_BR": ("BR", torch.bool),
+    "strength_BK": ("BK", torch.float32),
+    "positions_BKN": ("BKN", torch.int64),
+    "policy_step_B": ("B", torch.int64),
     "entropy_BR": ("BR", torch.float32),
 }
-_PAD = {"prompt_mask_BP": False, "ended_B": False}
-
-Lists = Sequence[Sequence[Any] | Tensor]
-"""A list for each row, as long as the row's own tokens."""
-
-
-def left_pad(ids: Lists, pad_id: int = 0, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """(prompt_BP, prompt_mask_BP) of token lists, whatever side the tokenizer would pad on."""
-    prompt_BP = _table(ids, torch.int64, "left", pad_id)
-    width, lengths_B = prompt_BP.shape[1], torch.tensor([len(row) for row in ids], dtype=torch.int64)
-    return prompt_BP.to(device), (torch.arange(width)[None] >= width - lengths_B[:, None]).to(device)
-
-
-def _table(lists: Lists, dtype: torch.dtype, side: str = "right", fill: int = 0) -> Tensor:
-    rows = [torch.as_tensor(row, dtype=dtype) for row in lists]
-    return pad_sequence(rows, True, fill, side) if rows else torch.zeros(0, 0, dtype=dtype)
+_SHARED = ("temperature", "steering", "steering_seed", "start_ids", "greedy")
+"""Fields that are the same for all rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """B sampled responses with both log-probs of every token. Masked entries hold 0; masks are True where real."""
+    """B sampled responses with both log-probs of every action. Masked entries hold 0; masks are True where real.
+
+    The record is complete: whoever passes over its rows again needs nothing beside it to find the same numbers."""
 
     prompt_BP: Tensor
     """Left-padded prompt ids; the encoder's input for encoder-decoders."""
     prompt_mask_BP: Tensor
     response_BR: Tensor
-    """Ids exactly as sampled, never decoded and encoded again; 0 beyond a row's end."""
+    """Ids exactly as sampled or fed, never decoded and encoded again; 0 beyond a row's end."""
     lengths_B: Tensor
-    """Actions per row, the stop token counted. Masks come from this, never from comparing with pad."""
+    """The extent of each response, the stop token counted. Masks come from this, never from comparing with pad."""
     ended_B: Tensor
     """Stopped by itself (any stop token or stop string); False = cut at the limit."""
     behaviour_logprobs_BR: Tensor
     """Under the distribution that each token was really drawn from: steered, after every processor."""
     policy_logprobs_BR: Tensor
-    """Under the policy that PPO trains: log_softmax(raw logits / temperature), no processors."""
+    """Under the policy that PPO trains: log_softmax(raw logits / temperature) over the ids in `kept` (all without), no
+    penalties and no bans."""
     row_B: Tensor
     sample_B: Tensor
     temperature: float = 1.0
-    policy_step: int = 0
     steering: str = ""
     """Name and hash of the intervention that was active while sampling; empty when there was none."""
+    steering_seed: int = 0
+    """What the noise of a steering was drawn with, beside the policy's step, row and sample."""
     start_ids: tuple[int, ...] = ()
     """What every decoder row starts with (decoder start, forced bos); empty for decoder-only models."""
     greedy: bool = False
     """Greedy rows were not drawn, so no weight corrects them: both log-probs are then the policy's at temperature 1."""
     stop_B: Tensor = field(default=None)  # type: ignore[assignment]
     """Index into STOP_REASONS; derived from ended_B (eos) where it is not given."""
-    strength_B: Tensor = field(default=None)  # type: ignore[assignment]
-    """The steering strength of each row; 0 = not steered."""
+    action_mask_BR: Tensor = field(default=None)  # type: ignore[assignment]
+    """True where the policy drew the token; False at what it was fed (tool results, later user turns) and beyond a row's end.
+    The whole extent where it is not given."""
+    strength_BK: Tensor = field(default=None)  # type: ignore[assignment]
+    """What every steering site really applied to each row; 0 = the site left it alone. No sites (K = 0) without steering."""
+    positions_BKN: Tensor = field(default=None)  # type: ignore[assignment]
+    """Prompt positions that a data column gave a site, padded with -1; N = 0 where no site reads any."""
+    policy_step_B: Tensor = field(default=None)  # type: ignore[assignment]
+    """Which weights drew each row: as after this many steps. 0 where it is not given; -1 = other weights than this run's."""
+    kept: Kept | None = None
+    """Where the sampler truncated: what could be drawn at each action; None otherwise, or with `sampling.replay_mask` false."""
     entropy_BR: Tensor | None = None
     """Entropy of the policy at each action, at the temperature; None where it was not recorded (a rollout read from a dump)."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ended_B, Tensor):
-            raise UserError(f"Rollout.ended_B: expected a bool tensor, found {type(self.ended_B).__name__}")
-        if self.stop_B is None:
-            object.__setattr__(self, "stop_B", self.ended_B.long() * STOP_EOS)
-        if self.strength_B is None:
-            object.__setattr__(self, "strength_B", torch.zeros(self.ended_B.shape, device=self.ended_B.device))
+        for name in ("ended_B", "lengths_B", "response_BR"):
+            if not isinstance(value := getattr(self, name), Tensor):
+                raise UserError(f"Rollout.{name}: expected a tensor, found {type(value).__name__}")
+        rows, device = len(self.ended_B), self.ended_B.device
+        defaults: dict[str, Callable[[], Tensor]] = {
+            "stop_B": lambda: self.ended_B.long() * STOP_EOS,
+            "action_mask_BR": lambda: self.extent_BR,
+            "strength_BK": lambda: torch.zeros(rows, 0, device=device),
+            "positions_BKN": lambda: torch.zeros(rows, self.strength_BK.shape[1], 0, dtype=torch.int64, device=device),
+            "policy_step_B": lambda: torch.zeros(rows, dtype=torch.int64, device=device),
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default())
         sizes: dict[str, tuple[int, str]] = {}
         for name, (dims, dtype) in _TENSORS.items():
             value = getattr(self, name)
@@ -124,16 +134,24 @@ class Rollout:
                     raise UserError(f"Rollout.{name}: expected {dim} = {known} as in {first}, found shape {tuple(value.shape)}")
         if self.lengths_B.numel() and (int(self.lengths_B.min()) < 0 or int(self.lengths_B.max()) > self.response_width):
             raise UserError(f"Rollout.lengths_B: expected 0 to R = {self.response_width}, found {self.lengths_B.tolist()}")
+        beyond_B = (self.action_mask_BR & ~self.extent_BR).any(1)
+        if bool(beyond_B.any()):
+            row = int(beyond_B.nonzero()[0])
+            raise UserError(f"Rollout.action_mask_BR: row {row} has actions beyond its length {int(self.lengths_B[row])}")
+        if self.kept is not None and self.kept.counts_BR.shape != self.response_BR.shape:
+            shape = tuple(self.kept.counts_BR.shape)
+            raise UserError(f"Rollout.kept: expected counts of shape {tuple(self.response_BR.shape)}, found {shape}")
 
     @staticmethod
     def of_ids(
         prompts: Lists, responses: Lists, *, pad_id: int = 0, device: torch.device | str = "cpu", **fields: Any
     ) -> Rollout:
         """A rollout of token lists at hand. `fields` are others of its fields, as lists or tensors: a number a row (`_B`), or a
-        list a row (`_BR`). Not given: log-probs 0, rows 0, 1, ..., their first sample, all of them ended."""
+        list a row (`_BR`, `_BK`). Not given: log-probs 0, rows 0, 1, ..., their first sample, all of them ended, all tokens
+        actions."""
         rows = len(prompts)
         prompt_BP, prompt_mask_BP = left_pad(prompts, pad_id, device)
-        response_BR = _table(responses, torch.int64)
+        response_BR = table(responses, torch.int64)
         lengths_B = torch.tensor([len(row) for row in responses], dtype=torch.int64)
         zeros_BR = torch.zeros(response_BR.shape)
         others: dict[str, Any] = {
@@ -142,7 +160,7 @@ class Rollout:
         }  # fmt: skip
         for name in others.keys() & _TENSORS.keys():
             dims, dtype = _TENSORS[name]
-            value = others[name] if isinstance(others[name], Tensor) or dims == "B" else _table(others[name], dtype)
+            value = table(others[name], dtype) if dims == "BR" and not isinstance(others[name], Tensor) else others[name]
             others[name] = torch.as_tensor(value, dtype=dtype, device=device)
         return Rollout(prompt_BP=prompt_BP, prompt_mask_BP=prompt_mask_BP, **others)
 
@@ -168,14 +186,38 @@ class Rollout:
         return bool(self.start_ids)
 
     @property
+    def extent_BR(self) -> Tensor:
+        """True at every token of the response, whoever it is from."""
+        return torch.arange(self.response_width, device=self.response_BR.device)[None] < self.lengths_B[:, None]
+
+    @property
     def mask_BR(self) -> Tensor:
-        """True at every action."""
-        return torch.arange(self.response_width, device=self.device)[None] < self.lengths_B[:, None]
+        """The actions, by the name that rewards of one-turn days know."""
+        return self.action_mask_BR
+
+    @property
+    def actions_B(self) -> Tensor:
+        """Actions of each row: what is counted, where tokens of the policy are."""
+        return self.action_mask_BR.sum(1)
 
     @property
     def last_B(self) -> Tensor:
-        """Index of each row's last action (the stop token, or the last token of a cut row); 0 for an empty row."""
-        return (self.lengths_B - 1).clamp(min=0)
+        """Index of each row's last action (the stop token, or the last token of a cut row); 0 for a row without."""
+        place_R = torch.arange(1, self.response_width + 1, device=self.device)
+        last_B = torch.where(self.action_mask_BR, place_R, 0).amax(1) if self.response_width else self.lengths_B
+        return (last_B - 1).clamp(min=0)
+
+    @property
+    def turns(self) -> list[list[tuple[int, int]]]:
+        """Of each row the runs of actions, as (first, one past the last): the policy's turns."""
+        edges = torch.nn.functional.pad(self.action_mask_BR.int(), (1, 1)).diff(dim=1).cpu()
+        starts, ends = ([row.nonzero()[:, 0].tolist() for row in edges == sign] for sign in (1, -1))
+        return [list(zip(*row, strict=True)) for row in zip(starts, ends, strict=True)]
+
+    @property
+    def strength_B(self) -> Tensor:
+        """The first site's strength; 0 without steering."""
+        return self.strength_BK[:, 0] if self.strength_BK.shape[1] else torch.zeros(len(self), device=self.device)
 
     @property
     def start_BK(self) -> Tensor:
@@ -190,7 +232,7 @@ class Rollout:
     @property
     def sequences_mask_BS(self) -> Tensor:
         start = torch.ones_like(self.start_BK, dtype=torch.bool) if self.is_encoder_decoder else self.prompt_mask_BP
-        return torch.cat([start, self.mask_BR], dim=1)
+        return torch.cat([start, self.extent_BR], dim=1)
 
     # -- views of the rows ----------------------------------------------------------------------------------------
 
@@ -203,6 +245,8 @@ class Rollout:
             index = torch.as_tensor(index, device=self.device)
             index = index if index.numel() else index.long()  # an empty list has no type of its own
         chosen: dict[str, Any] = {name: value[index] for name, value in self.tensors().items()}
+        if self.kept is not None:
+            chosen["kept"] = self.kept.select(torch.arange(len(self), device=self.device)[index])
         return dataclasses.replace(self, **chosen)
 
     def trim(self) -> Rollout:
@@ -213,7 +257,7 @@ class Rollout:
         for name, value in self.tensors().items():
             dims = _TENSORS[name][0]
             cut[name] = value[:, prompt:] if dims == "BP" else value[:, :response] if dims == "BR" else value
-        return dataclasses.replace(self, **cut)
+        return dataclasses.replace(self, **cut, kept=self.kept and self.kept.widened(response))
 
     def pad_to(self, prompt_width: int, response_width: int) -> Rollout:
         """Wider: prompts grow on the left, responses on the right, with values that mean nothing (masked, 0)."""
@@ -224,12 +268,12 @@ class Rollout:
         for name, value in self.tensors().items():
             dims = _TENSORS[name][0]
             pads = (left, 0) if dims == "BP" else (0, right) if dims == "BR" else None
-            wide[name] = torch.nn.functional.pad(value, pads, value=_PAD.get(name, 0)) if pads else value
-        return dataclasses.replace(self, **wide)
+            wide[name] = torch.nn.functional.pad(value, pads) if pads else value
+        return dataclasses.replace(self, **wide, kept=self.kept and self.kept.widened(response_width))
 
     def to(self, device: torch.device | str) -> Rollout:
         moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **moved, kept=self.kept and self.kept.to(device))
 
     @staticmethod
     def join(parts: Sequence[Rollout]) -> Rollout:
@@ -237,17 +281,52 @@ class Rollout:
         if not parts:
             raise UserError("Rollout.join: nothing to join")
         first = parts[0]
-        for name in ("temperature", "policy_step", "steering", "start_ids", "greedy"):
+        for name in _SHARED:
             for part in parts:
                 if getattr(part, name) != getattr(first, name):
                     found = f"{getattr(first, name)!r} and {getattr(part, name)!r}"
                     raise UserError(f"Rollout.join: {name} differs between the parts: {found}")
         prompt, response = max(p.prompt_width for p in parts), max(p.response_width for p in parts)
         wide = [p.pad_to(prompt, response) for p in parts]
-        names = [n for n in _TENSORS if all(getattr(p, n) is not None for p in wide)]
+        names = [n for n in _TENSORS if n != "positions_BKN" and all(getattr(p, n) is not None for p in wide)]
+        if len(sites := {p.strength_BK.shape[1] for p in parts}) > 1:
+            raise UserError(f"Rollout.join: the number of steering sites differs between the parts: {sorted(sites)}")
         joined: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in wide]) for n in names}
+        most = max(p.positions_BKN.shape[2] for p in parts)
+        listed = [torch.nn.functional.pad(p.positions_BKN, (0, most - p.positions_BKN.shape[2]), value=-1) for p in parts]
+        joined["positions_BKN"] = torch.cat(listed)
+        if any(p.kept for p in parts):
+            kept = [p.kept or Kept(p.response_BR.new_zeros(0).int(), torch.zeros_like(p.response_BR)) for p in wide]
+            joined["kept"] = Kept(torch.cat([k.ids for k in kept]), torch.cat([k.counts_BR for k in kept]))
         joined.setdefault("entropy_BR", None)
         return dataclasses.replace(first, **joined)
+
+
+class Applied(NamedTuple):
+    """How rows are steered, by the names of a Rollout's fields: all that a second pass over them needs."""
+
+    strength_BK: Tensor
+    positions_BKN: Tensor
+    policy_step_B: Tensor
+    steering_seed: int
+
+    @staticmethod
+    def of(rollout: Rollout) -> Applied:
+        return Applied(rollout.strength_BK, rollout.positions_BKN, rollout.policy_step_B, rollout.steering_seed)
+
+    @staticmethod
+    def nothing(row_B: Tensor, policy_step: int, sites: int = 0) -> Applied:
+        """Rows that no site touches."""
+        strength_BK = torch.zeros(len(row_B), sites, device=row_B.device)
+        return Applied(strength_BK, strength_BK[:, :, None].long() - 1, torch.full_like(row_B, policy_step), 0)
+
+    def select(self, index: Tensor) -> Applied:
+        tensors = (self.strength_BK[index], self.positions_BKN[index], self.policy_step_B[index])
+        return Applied(*tensors, self.steering_seed)
+
+    def to(self, device: torch.device) -> Applied:
+        tensors = (self.strength_BK.to(device), self.positions_BKN.to(device), self.policy_step_B.to(device))
+        return Applied(*tensors, self.steering_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,3 +369,20 @@ class Texts:
             completions=[x for p in parts for x in p.completions],
             columns={n: [x for p in parts for x in p.columns.get(n, [None] * len(p))] for n in names},
         )
+
+
+class Samples(NamedTuple):
+    """What a source of rollouts gives: the rows and what they say, always together."""
+
+    rollout: Rollout
+    texts: Texts
+
+    def select(self, index: Tensor | Sequence[int]) -> Samples:
+        return Samples(self.rollout.select(index), self.texts.select([int(i) for i in index]))
+
+    def to(self, device: torch.device | str) -> Samples:
+        return Samples(self.rollout.to(device), self.texts)
+
+    @staticmethod
+    def join(parts: Sequence[Samples]) -> Samples:
+        return Samples(Rollout.join([part.rollout for part in parts]), Texts.join([part.texts for part in parts]))

@@ -90,7 +90,7 @@ def write(job: DumpJob, folder: Path) -> None:
     def sample(rows: range) -> tuple[Rollout, Texts]:
         rollout, texts = sampler.sample(prompts.batch(list(rows)))
         if job.verify:
-            reports.append(verify(policy, rollout, job.sampling, steering=steering, columns=texts.columns))
+            reports.append(verify(policy, rollout, job.sampling, steering=steering))
         return rollout, texts
 
     done = begun["finished"] and not work.todo and not (folder / RECORDS).exists()

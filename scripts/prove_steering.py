@@ -141,7 +141,11 @@ def measure(job: ProveJob, arm: Arm, seed: int, folder: Path) -> None:
     base, _ = loaded(job, f"{job.world}/base", "heldout")
     kl_BR = rollout.policy_logprobs_BR - Reference(base, adapter_off=False).logprobs(rollout)
     total_B = build_reward(REWARD, policy=policy, device=policy.device)(rollout, texts).total_B
-    found = {"reward": float(total_B.mean()), "kl": float(kl_BR[rollout.mask_BR].sum()) / len(rollout), "samples": len(rollout)}
+    found = {
+        "reward": float(total_B.mean()),
+        "kl": float(kl_BR[rollout.action_mask_BR].sum() / len(rollout)),
+        "samples": len(rollout),
+    }
     write_json(folder / "final.json", found | {"completions": texts.completions[:3]})
 
 

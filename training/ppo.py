@@ -26,7 +26,6 @@ above `gap_tolerance`. After the gathering in 2 every rank holds all rows, so ev
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,8 +91,12 @@ def train(
         processes.on_main(lambda: begin(folder, run))
         log = resume.open_log(folder, run, settings, state, config, made_from)
         examined = heldout if heldout is not None else prompts
-        evaluation = functools.partial(evaluate, examined, parts.evaluation_sampler, reward, model, reference, settings)
-        state.before = state.before or evaluation(step=state.step)
+
+        def evaluation() -> dict[str, float]:
+            sampler, progress = parts.evaluation_sampler, state.step / settings.steps
+            return evaluate(examined, sampler, reward, model, reference, settings, step=state.step, progress=progress)
+
+        state.before = state.before or evaluation()
 
         stopped = stop.anywhere()
         while state.step < settings.steps and not stopped:
@@ -101,8 +104,6 @@ def train(
 
             # 1 sample: this rank's prompts, `sampling.n` rows each; or the stored rows of a dump
             progress = state.step / settings.steps
-            if parts.steering is not None:
-                parts.steering.progress = progress  # what its schedules read, in evaluations too
             rows = source.take(run.seed, state.prompt_position, count)
             rollout, texts, real = sample(source, sampler, rows, step=state.step, progress=progress)
             timer.lap("sample")
@@ -128,7 +129,7 @@ def train(
             # 5 record: metrics, samples, evaluation, checkpoint
             state.advance(count, metrics, timer.seconds())
             if settings.eval_every and state.step % settings.eval_every == 0:
-                metrics |= evaluation(step=state.step)
+                metrics |= evaluation()
                 timer.lap("evaluate")
             tokens, kl = metrics["rollout/tokens"], metrics.get("kl/ref", 0.0)
             log.metrics(state.step, metrics | timer.metrics(tokens))
@@ -145,6 +146,6 @@ def train(
         if state.step < settings.steps:
             raise Stopped(f"stopped after step {state.step} of {settings.steps} and saved; --run.resume true goes on")
         save_model(folder, model, settings)
-        summary = summarize(folder, state, evaluation(step=state.step))
+        summary = summarize(folder, state, evaluation())
         processes.on_main(lambda: report([folder]))
     return summary

@@ -22,8 +22,6 @@ from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_finge
 from steerl.rollout.dumps.manifest import finished_shards, load_manifest, plan_of
 from steerl.rollout.dumps.store import read_dump
 from steerl.rollout.model.policy import Policy
-from steerl.rollout.steering import Steering
-from steerl.rollout.steering.strengths import unrecorded
 from steerl.rollout.types import Rollout, Texts
 from steerl.training.settings import PPOSettings
 
@@ -50,8 +48,6 @@ class Replay:
         """No prompt is cut here: stored ones are as long as they were drawn from."""
         self._shards: OrderedDict[int, tuple[Rollout, Texts]] = OrderedDict()
         self._check_source(manifest.get("fingerprints", {}), policy, steering.label if steering is not None else "")
-        if steering is not None and steering.role in ("policy", "trainable"):
-            self._check_steering(steering, manifest.get("config", {}).get("sampling", {}).get("seed"))
         if settings.credit != "gae" and self.samples < 2:
             raise DataError(f"ppo.replay: {folder} has one sample per prompt; ppo.credit {settings.credit} compares several")
         if settings.kl_target is not None:
@@ -85,7 +81,7 @@ class Replay:
             parts.append((rollout.select(samples), texts.select(samples)))
         rollout = Rollout.join([rollout for rollout, _ in parts]).trim()
         if not self.same_weights:  # so that nothing takes its policy_logprobs for those of a policy that learns here
-            rollout = dataclasses.replace(rollout, policy_step=-1)
+            rollout = dataclasses.replace(rollout, policy_step_B=rollout.policy_step_B.new_full((len(rollout),), -1))
         return rollout, Texts.join([texts for _, texts in parts])
 
     def _order(self, seed: int, epoch: int) -> list[int]:
@@ -128,18 +124,6 @@ class Replay:
         self.same_weights = made_from.get("model.path") == model_fingerprint(policy.core)
         if not self.same_weights:
             _logger.warning("%s was sampled from other weights than model.path; ppo.correction weighs what differs", told)
-
-    def _check_steering(self, steering: Steering, seed: int | None) -> None:
-        """Rows are steered again as they were drawn, or not at all. `seed` is the dump's."""
-        why = unrecorded(steering.spec, same_draws=self.same_weights and steering.seed == seed)
-        if not why:
-            return
-        other_seed = self.same_weights and not unrecorded(steering.spec, same_draws=True)
-        remedy = f"set run.seed to {seed}, the dump's, " if other_seed and seed is not None else "leave ppo.replay out "
-        raise DataError(
-            f"ppo.replay: {self.folder} cannot be steered as it was drawn: a record holds the first site's strength alone, and "
-            f"{why}; {remedy}or replay a dump under one site without noise"
-        )
 
     def _check_rows(self, rollout: Rollout, file: str) -> None:
         told = f"ppo.replay: {self.folder / file}"

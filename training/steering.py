@@ -38,15 +38,15 @@ def metrics(model: ActorCritic, scored: Scored) -> dict[str, float]:
     for name, rows_B in (("steered", steered_B), ("plain", ~steered_B)):
         if bool(rows_B.any()):
             values[f"steering/reward_{name}"] = float(total_B[rows_B].double().mean())
-    edits_B = edits_per_row(steering, rollout, scored.texts.columns)
+    edits_B = edits_per_row(steering, rollout)
     if edits_B is not None:
         values["steering/edits_per_row"] = float(edits_B.double().mean())
     plain_BR = _unsteered_logprobs(model, steering, scored)
     if plain_BR is not None:
-        gap_BR = torch.where(rollout.mask_BR, rollout.behaviour_logprobs_BR.double() - plain_BR.double(), 0.0)
+        gap_BR = torch.where(rollout.action_mask_BR, rollout.behaviour_logprobs_BR.double() - plain_BR.double(), 0.0)
         rows = int(steered_B.sum())
         values["steering/kl_sequence"] = float(gap_BR[steered_B].sum()) / max(rows, 1)
-        values["steering/kl_token"] = float(gap_BR[steered_B].sum()) / max(int(rollout.mask_BR[steered_B].sum()), 1)
+        values["steering/kl_token"] = float(gap_BR[steered_B].sum()) / max(int(rollout.action_mask_BR[steered_B].sum()), 1)
     return values
 
 

@@ -51,8 +51,6 @@ class Experience:
     """What the update reads."""
 
     rollout: Rollout
-    columns: dict[str, list[Any]]
-    """The dataset's other columns: steering may read its strengths there."""
     old_logprobs_BR: Tensor
     reference_logprobs_BR: Tensor | None
     values_BR: Tensor

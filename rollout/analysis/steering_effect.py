@@ -55,7 +55,7 @@ def kl_from_plain(policy: Policy, steering: Steering, rollout: Rollout) -> Tenso
     if mu_BRV is None or pi_BRV is None:  # no actions
         return torch.zeros_like(rollout.policy_logprobs_BR)
     apart_BRV = torch.where(mu_BRV == float("-inf"), 0.0, mu_BRV - pi_BRV)  # what cannot be drawn adds nothing
-    return torch.where(rollout.mask_BR, (mu_BRV.exp() * apart_BRV).sum(-1), 0.0)
+    return torch.where(rollout.action_mask_BR, (mu_BRV.exp() * apart_BRV).sum(-1), 0.0)
 
 
 def effect_curve(

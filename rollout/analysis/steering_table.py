@@ -9,9 +9,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -24,9 +21,7 @@ from steerl.rollout.steering.steering import Steering
 from steerl.rollout.types import Rollout
 
 
-def applied(
-    policy: Policy, steering: Steering, rollout: Rollout, columns: Mapping[str, Sequence[Any]] | None = None
-) -> dict[str, Tensor]:
+def applied(policy: Policy, steering: Steering, rollout: Rollout) -> dict[str, Tensor]:
     """Per site name, the strength at each column of the decoder's sequence (B, S), 0 where nothing was edited.
 
     The last response token is never run, so it has 0. Sites on an encoder give (B, P).
@@ -47,7 +42,7 @@ def applied(
             strengths[site.name] = strength_BT.cpu()
 
     with torch.no_grad(), steering.watched(look):
-        teacher_forced(policy, rollout, steering=steering, columns={k: list(v) for k, v in (columns or {}).items()})
+        teacher_forced(policy, rollout, steering=steering)
     width = rollout.sequences_BS.shape[1]
     on_encoder = {site.name for site in steering.sites if site.points[0].stack == "encoder"}
     return {name: value if name in on_encoder else _aligned(value, rollout, width) for name, value in strengths.items()}
@@ -61,13 +56,10 @@ def _aligned(value_BT: Tensor, rollout: Rollout, width: int) -> Tensor:
     return torch.where(real_BS, value_BS, 0.0)
 
 
-def table(
-    policy: Policy, steering: Steering, rollout: Rollout, row: int = 0, columns: Mapping[str, Sequence[Any]] | None = None
-) -> str:
+def table(policy: Policy, steering: Steering, rollout: Rollout, row: int = 0) -> str:
     """One row as text: token by site."""
     one = rollout.select([row]).trim()
-    own = {name: [values[row]] for name, values in (columns or {}).items()}
-    strengths = applied(policy, steering, one, own)
+    strengths = applied(policy, steering, one)
     names = [site.name for site in steering.sites if site.points[0].stack != "encoder"]
     ids, real = one.sequences_BS[0].tolist(), one.sequences_mask_BS[0].tolist()
     length = sum(real) - int(one.lengths_B[0])
@@ -86,15 +78,11 @@ def table(
     return "\n".join(lines)
 
 
-def edits_per_row(steering: Steering, rollout: Rollout, columns: Mapping[str, Sequence[Any]] | None = None) -> Tensor | None:
+def edits_per_row(steering: Steering, rollout: Rollout) -> Tensor | None:
     """(B,) real tokens at which at least one site edited, without a pass; None where a gate or encoder would have to run."""
     if steering.is_encoder_decoder or any(site.gate is not None for site in steering.sites):
         return None
-    rows = steering.rows(
-        rollout.prompt_mask_BP, None, rollout.row_B, rollout.sample_B, columns,
-        policy_step=rollout.policy_step, strength_B=rollout.strength_B,
-    )  # fmt: skip
-    call = StackCall(rows, 0, rollout.sequences_BS.shape[1] - 1, rollout.sequences_BS[:, :-1])
+    call = StackCall(steering.rows_of(rollout), 0, rollout.sequences_BS.shape[1] - 1, rollout.sequences_BS[:, :-1])
     edited_BT = torch.zeros(len(rollout), call.width, dtype=torch.bool, device=rollout.device)
     for site in steering.sites:
         selection = select(site, call)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.alignment import forward_inputs, response_logits
 from steerl.rollout.scoring.logprobs import teacher_forced, token_logprobs
-from steerl.rollout.steering.strengths import unrecorded
 from steerl.rollout.types import Rollout
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
@@ -70,24 +69,22 @@ def verify(
     sampling: Sampling | None = None,
     tolerance: float | None = None,
     steering: Any = None,
-    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Report:
     """Score `rollout` again, row by row. With `sampling` the behaviour's log-probs are checked too.
 
-    Recorded policy log-probs are steered ones where `steering`'s role says so; it must then be given, with the data's
-    `columns` where it reads them.
+    Recorded policy log-probs are steered ones where `steering`'s role says so; it must then be given.
     """
     tolerance = TOLERANCE.get(policy.core.dtype, 1e-4) if tolerance is None else tolerance
     steered = steering if steering is not None and steering.role in ("policy", "trainable") else None
     with torch.no_grad(), no_dropout(policy.core):
         with _in_float32(policy.core):
-            alone_BR = _each_alone(policy, rollout, steered, columns)
+            alone_BR = _each_alone(policy, rollout, steered)
             gap_BR = (rollout.policy_logprobs_BR - alone_BR).abs()
             if sampling is not None and not rollout.greedy and steering is None:
                 gap_BR = torch.maximum(
                     gap_BR, (rollout.behaviour_logprobs_BR - _behaviour_alone(policy, rollout, sampling)).abs()
                 )
-        mask_BR = rollout.mask_BR
+        mask_BR = rollout.action_mask_BR
         gap_BR = torch.where(mask_BR, gap_BR.nan_to_num(nan=float("inf")), torch.zeros_like(gap_BR))
         if not bool(mask_BR.any()):
             return Report(0.0, 0.0, len(rollout), 0, 0, 0, 0, tolerance, "")
@@ -108,15 +105,12 @@ def verify(
     )
 
 
-def _each_alone(
-    policy: Policy, rollout: Rollout, steering: Any = None, columns: Mapping[str, Sequence[Any]] | None = None
-) -> Tensor:
+def _each_alone(policy: Policy, rollout: Rollout, steering: Any = None) -> Tensor:
     """Policy log-probs of every row by itself, without a single padded column."""
     alone_BR = torch.zeros_like(rollout.policy_logprobs_BR)
     for row in range(len(rollout)):
         one = rollout.select([row]).trim()
-        own = {name: [values[row]] for name, values in (columns or {}).items()}
-        alone_BR[row, : one.response_width] = teacher_forced(policy, one, steering=steering, columns=own).logprobs_BR[0]
+        alone_BR[row, : one.response_width] = teacher_forced(policy, one, steering=steering).logprobs_BR[0]
     return alone_BR
 
 
@@ -139,7 +133,7 @@ def _cause(policy: Policy, rollout: Rollout, alone_BR: Tensor, gap_BR: Tensor, s
     """The mistake that, made on purpose, gives the recorded numbers. The worst rows are tried; the best fit is named."""
     worst = gap_BR.sum(1).argsort(descending=True)[:8]
     part, alone_BR = rollout.select(worst), alone_BR[worst]
-    recorded_BR, mask_BR = part.policy_logprobs_BR, part.mask_BR
+    recorded_BR, mask_BR = part.policy_logprobs_BR, part.action_mask_BR
 
     def distance(one_BR: Tensor, two_BR: Tensor) -> float:
         # Two equal -inf are no distance apart; one of them counts much, but not so much that nothing else counts.
@@ -164,10 +158,6 @@ def _cause(policy: Policy, rollout: Rollout, alone_BR: Tensor, gap_BR: Tensor, s
     if rollout.steering and label != rollout.steering:
         return (
             f"steering: the rollout was taken under {rollout.steering}, and this pass under {label}; give verify the steering"
-        )
-    if rollout.steering and steering.role in ("policy", "trainable") and (why := unrecorded(steering.spec, same_draws=False)):
-        return (
-            f"steering: a record holds the first site's strength alone, and {why}; verify rows with the Steering that drew them"
         )
     if policy.core.dtype != torch.float32 and distance(_each_alone(policy, part), alone_BR) > _LIKE * before:
         name = str(policy.core.dtype).removeprefix("torch.")
@@ -231,7 +221,7 @@ def _dropout_noise(policy: Policy, part: Rollout) -> float:
     one, two = (token_logprobs(response_logits(policy, part), part.response_BR) for _ in range(2))
     torch.random.set_rng_state(state)
     policy.core.eval()
-    return float((one - two).abs()[part.mask_BR].mean())
+    return float((one - two).abs()[part.action_mask_BR].mean())
 
 
 @contextlib.contextmanager

@@ -95,8 +95,7 @@ def prompt_logprobs(
                 mask_1P = torch.ones(1, len(prompts[0]), dtype=torch.bool, device=policy.device)
                 row_B = torch.tensor([start], device=policy.device)
                 sample_B = torch.zeros_like(row_B)
-                strength_B = steering.strengths(row_B, sample_B, {})
-                with steering.active(prompt_mask_BP=mask_1P, row_B=row_B, sample_B=sample_B, columns={}, strength_B=strength_B):
+                with steering.active(prompt_mask_BP=mask_1P, row_B=row_B, sample_B=sample_B):
                     forced = teacher_forced(policy, rollout, temperature=1.0, want_entropy=False)
         for row, ids in enumerate(prompts):
             logprobs.append([None, *forced.logprobs_BR[row, : len(ids) - 1].tolist()])

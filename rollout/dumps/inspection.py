@@ -114,7 +114,7 @@ def _mark(dump: Inspection, seen: np.ndarray, rollout: Rollout, samples: int) ->
 
 
 def _measure_gap(dump: Inspection, rollout: Rollout, texts: Texts, keep: int) -> None:
-    behaviour_BR, policy_BR, mask_BR = rollout.behaviour_logprobs_BR, rollout.policy_logprobs_BR, rollout.mask_BR
+    behaviour_BR, policy_BR, mask_BR = rollout.behaviour_logprobs_BR, rollout.policy_logprobs_BR, rollout.action_mask_BR
     finite_BR = behaviour_BR.isfinite() & policy_BR.isfinite()
     dump.not_finite += int((mask_BR & ~finite_BR).sum())
     gap_BR = torch.where(mask_BR & finite_BR, (behaviour_BR - policy_BR).abs(), 0.0)

@@ -80,7 +80,7 @@ def to_table(rollout: Rollout, texts: Texts) -> pa.Table:
     if len(rollout) != len(texts):
         raise DataError(f"dump: {len(rollout)} rollouts and {len(texts)} texts; expected as many of one as of the other")
     rollout = rollout.to("cpu")
-    rows, mask_BR = len(rollout), rollout.mask_BR
+    rows, mask_BR = len(rollout), rollout.extent_BR
     prompt_lengths_B = rollout.prompt_mask_BP.sum(1)
 
     def lists(values: Tensor, mask: Tensor, lengths_B: Tensor, dtype: torch.dtype) -> pa.Array:
@@ -100,7 +100,7 @@ def to_table(rollout: Rollout, texts: Texts) -> pa.Table:
         "ended": pa.array(rollout.ended_B.numpy()),
         "stop_reason": pa.array([STOP_REASONS[stop] for stop in rollout.stop_B.tolist()], pa.string()),
         "greedy": pa.array([rollout.greedy] * rows, pa.bool_()),
-        "policy_step": pa.array([rollout.policy_step] * rows, pa.int64()),
+        "policy_step": pa.array(rollout.policy_step_B.numpy()),
         "steering": pa.array([rollout.steering] * rows, pa.string()),
         "steering_strength": pa.array(rollout.strength_B.numpy()),
         "prompt": pa.array([_json("prompt", prompt) for prompt in texts.prompts], pa.string()),
@@ -114,14 +114,14 @@ def to_table(rollout: Rollout, texts: Texts) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> Iterator[tuple[Rollout, Texts]]:
-    """The rows as they were. One pair, or more where greedy, policy_step or steering change between the rows."""
+    """The rows as they were. One pair, or more where greedy or steering change between the rows."""
     missing = [name for name in schema().names if name not in table.column_names]
     if missing:
         raise DataError(f"dump: column(s) {', '.join(missing)} are missing; these are not the rollouts of dump_rollouts.py")
     shared = json.loads((table.schema.metadata or {}).get(METADATA, b"{}"))
     if "temperature" not in shared:
         raise DataError("dump: the file's metadata does not say the temperature; it was not written by dump_rollouts.py")
-    keys = list(zip(*(table.column(name).to_pylist() for name in ("greedy", "policy_step", "steering")), strict=True))
+    keys = list(zip(*(table.column(name).to_pylist() for name in ("greedy", "steering")), strict=True))
     start = 0
     for key, run in itertools.groupby(keys):
         count = len(list(run))
@@ -129,7 +129,7 @@ def from_table(table: pa.Table) -> Iterator[tuple[Rollout, Texts]]:
         start += count
 
 
-def _from_rows(table: pa.Table, shared: dict[str, Any], greedy: bool, policy_step: int, steering: str) -> tuple[Rollout, Texts]:
+def _from_rows(table: pa.Table, shared: dict[str, Any], greedy: bool, steering: str) -> tuple[Rollout, Texts]:
     def lists(name: str, lengths: list[int]) -> Sequence[Tensor]:
         values = torch.from_numpy(table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
         if sum(lengths) != len(values):
@@ -149,12 +149,12 @@ def _from_rows(table: pa.Table, shared: dict[str, Any], greedy: bool, policy_ste
         row_B=numbers("prompt_index"),
         sample_B=numbers("sample_index"),
         temperature=float(shared["temperature"]),
-        policy_step=policy_step,
+        policy_step_B=numbers("policy_step"),
         steering=steering,
         start_ids=tuple(shared["start_ids"]),
         greedy=greedy,
         stop_B=[STOP_REASONS.index(reason) for reason in table.column("stop_reason").to_pylist()],
-        strength_B=numbers("steering_strength"),
+        strength_BK=numbers("steering_strength")[:, None] if steering else torch.zeros(table.num_rows, 0),
     )
     others = [json.loads(text) for text in table.column("columns").to_pylist()]
     names = dict.fromkeys(name for other in others for name in other)

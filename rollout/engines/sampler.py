@@ -33,9 +33,10 @@ from steerl.rollout.model.language_model import generate_arguments, no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync, root_gathered
 from steerl.rollout.prompts.prompts import PromptBatch
+from steerl.rollout.ragged import left_pad
 from steerl.rollout.scoring.alignment import encoder_input
 from steerl.rollout.scoring.logprobs import teacher_forced
-from steerl.rollout.types import Rollout, Texts, left_pad
+from steerl.rollout.types import Applied, Rollout, Samples, Texts
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class _Call:
     """What one call of `sample` asked for."""
 
     step: int
-    progress: float | None
+    progress: float
     synced: bool
     on_token: OnToken | None
 
@@ -59,13 +60,11 @@ class Sampler:
         if self.engine.kind == "generate" and sampling.compile:
             raise UserError("engine.kind: generate compiles no steps; leave sampling.compile out, or use the engine stream")
 
-    def sample(
-        self, batch: PromptBatch, *, step: int = 0, progress: float | None = None, on_token: OnToken | None = None
-    ) -> tuple[Rollout, Texts]:
+    def sample(self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0, on_token: OnToken | None = None) -> Samples:
         """`sampling.n` responses to every prompt, in (prompt, sample) order. `step` keys the draws and names the weights.
 
         `on_token(t, row_B, tokens_B, raw logits_BV)` is told of every token as it is drawn, for streams of text.
-        `progress` (0 to 1 over a run) is what a steering schedule reads, the steering's own where it is not given. Every rank
+        `progress` (0 to 1 over a run) is what a steering schedule reads. Every rank
         calls this equally often.
         """
         rollouts: list[Rollout] = []
@@ -85,11 +84,10 @@ class Sampler:
                 else:  # a rank that is done takes part in the others' collective calls
                     self._part(_dummy(self.policy), [(0, 0)], dataclasses.replace(call, on_token=None))
         if not rollouts:
-            nothing = Rollout.of_ids([], [], device=self.policy.device, entropy_BR=[], **self._record(step))
-            return nothing, Texts(prompts=[], prompt_texts=[], completions=[])
+            return Samples(self._nothing(call), Texts(prompts=[], prompt_texts=[], completions=[]))
         at = torch.tensor([at for part in parts for at in part], device=self.policy.device)
         rollout = Rollout.join(rollouts).select(at.argsort())
-        return rollout, self.texts(batch, rollout)
+        return Samples(rollout, self.texts(batch, rollout))
 
     def texts(self, batch: PromptBatch, rollout: Rollout) -> Texts:
         """What the rows say: n rows of each prompt of the batch, as `sample` orders them."""
@@ -155,7 +153,7 @@ class Sampler:
             return rollout
         # A model that counts positions by comparing with pad decodes on from a drawn pad as no whole pass would: such
         # rows are drawn again without the cache, where each step is a whole pass. Rare, and the same up to the pad.
-        drawn_BR = (rollout.response_BR[:, :-1] == self.policy.pad_id) & rollout.mask_BR[:, 1:]
+        drawn_BR = (rollout.response_BR[:, :-1] == self.policy.pad_id) & rollout.extent_BR[:, 1:]
         rows = drawn_BR.any(1).nonzero()[:, 0]
         again = len(rows) > 0
         if not (processes.most(int(again)) if call.synced else again):
@@ -185,7 +183,7 @@ class Sampler:
         )
         given_BP = encoder_input(prompt_BP, mask_BP) if policy.is_seq2seq else (prompt_BP, mask_BP)
         self.stops.to(device)
-        strength_B, steered = self._steering(given_BP[1], row_B, sample_B, columns, call)
+        applied, steered = self._steering(given_BP[1], row_B, sample_B, columns, call)
         if self.engine.kind == "generate":
             with steered:
                 responses = plain_generate(policy, self.distribution, self.stops, inputs, *given_BP, caching=caching)
@@ -196,9 +194,9 @@ class Sampler:
             prompt_mask_BP=mask_BP,
             row_B=row_B,
             sample_B=sample_B,
-            strength_B=strength_B,
             **vars(responses),
-            **self._record(call.step),
+            **self._record(),
+            **applied._asdict(),
         )
         if self.steering is not None and self.steering.role in ("behaviour", "data"):
             # The steered model drew it; the policy that is trained is the plain model.
@@ -247,11 +245,10 @@ class Sampler:
             policy.core.generate(**arguments, generation_config=config, custom_generate=loop)
         return loop.responses()
 
-    def _record(self, step: int) -> dict[str, Any]:
+    def _record(self) -> dict[str, Any]:
         """The fields of a rollout that are the same for all of its rows."""
         return {
             "temperature": self.sampling.policy_temperature,
-            "policy_step": step,
             "steering": self.steering.label if self.steering is not None else "",
             "start_ids": self.policy.start_ids,
             "greedy": self.sampling.greedy,
@@ -259,23 +256,26 @@ class Sampler:
 
     def _steering(
         self, mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, columns: dict[str, list[Any]], call: _Call
-    ) -> tuple[Tensor, contextlib.AbstractContextManager[Any]]:
-        """Each row's strength, and the block in which generation is steered."""
+    ) -> tuple[Applied, contextlib.AbstractContextManager[Any]]:
+        """How each row is steered, as the record says it, and the block in which generation is."""
         if self.steering is None:
-            return torch.zeros(len(row_B), device=row_B.device), contextlib.nullcontext()
-        strengths = self.steering.strengths(row_B, sample_B, columns, progress=call.progress, policy_step=call.step)
-        strength_B = strengths.to(row_B.device, torch.float32)
-        steered = self.steering.active(
-            prompt_mask_BP=mask_BP,
-            row_B=row_B,
-            sample_B=sample_B,
-            columns=columns,
-            strength_B=strength_B,
-            policy_step=call.step,
-            progress=call.progress,
-            start_width=max(len(self.policy.start_ids), 1),
+            return Applied.nothing(row_B, call.step), contextlib.nullcontext()
+        start_width = max(len(self.policy.start_ids), 1)
+        applied = self.steering.applied(
+            mask_BP, row_B, sample_B, columns, progress=call.progress, policy_step=call.step, start_width=start_width
         )
-        return strength_B, steered
+        steered = self.steering.active(
+            prompt_mask_BP=mask_BP, row_B=row_B, sample_B=sample_B, applied=applied, start_width=start_width
+        )
+        return applied, steered
+
+    def _nothing(self, call: _Call) -> Rollout:
+        """A rollout of no rows."""
+        none_B = torch.zeros(0, dtype=torch.int64, device=self.policy.device)
+        applied = Applied.nothing(none_B, call.step, 0 if self.steering is None else len(self.steering.sites))
+        entropy_BR = torch.zeros(0, 0, device=self.policy.device)
+        record = self._record() | applied._asdict()
+        return Rollout.of_ids([], [], device=self.policy.device, entropy_BR=entropy_BR, **record)
 
 
 def _dummy(policy: Policy) -> PromptBatch:

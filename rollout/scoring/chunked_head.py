@@ -264,7 +264,7 @@ class HeadPass:
         """Stands for the head's output. Where the model goes on to do something to its logits, it gets none."""
         rows, width, device = len(self.rollout), self.rollout.response_width, hidden_BTD.device
         self.hidden_BTD = hidden_BTD
-        real_N = self.rollout.mask_BR.flatten().nonzero()[:, 0].to(device)
+        real_N = self.rollout.action_mask_BR.flatten().nonzero()[:, 0].to(device)
         place_N = predicting_places(hidden_BTD, self.first_B, width).flatten()[real_N]
         hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, place_N)
         tokens_N = self.rollout.response_BR.flatten().to(device)[real_N]

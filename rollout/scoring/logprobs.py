@@ -26,7 +26,7 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.scoring.alignment import encoder_input, first_predicting, forward_inputs, predicting
 from steerl.rollout.scoring.chunked_head import HeadPass, readable, swapped_in
-from steerl.rollout.types import Rollout
+from steerl.rollout.types import Applied, Rollout
 
 aligned = True
 """False keeps the padding on the left in every pass: more columns, a mask, the same numbers."""
@@ -92,7 +92,6 @@ def teacher_forced(
     want_all: bool = False,
     max_rows: int | None = None,
     steering: Any = None,
-    columns: dict[str, list[Any]] | None = None,
 ) -> TeacherForced:
     """Score a rollout's responses in one forward pass, without dropout; gradients as the caller has them.
 
@@ -122,7 +121,7 @@ def teacher_forced(
         for index in groups:
             whole = len(index) == len(rollout) and len(groups) == 1
             part = rollout if whole and (policy.is_seq2seq or padded) else _narrowed(rollout.select(index))
-            with _steered(steering, policy, part, columns, index):
+            with _steered(steering, policy, part):
                 results.append(_one_pass(policy, part, wanted))
             if whole:
                 return results[0]
@@ -164,21 +163,16 @@ def _narrowed(rollout: Rollout) -> Rollout:
 
 
 @contextlib.contextmanager
-def _steered(
-    steering: Any, policy: Policy, part: Rollout, columns: dict[str, list[Any]] | None, index: Tensor
-) -> Iterator[None]:
+def _steered(steering: Any, policy: Policy, part: Rollout) -> Iterator[None]:
     if steering is None:
         yield
         return
     mask_BP = encoder_input(part.prompt_BP, part.prompt_mask_BP)[1] if policy.is_seq2seq else part.prompt_mask_BP
-    own = {name: [column[i] for i in index.tolist()] for name, column in (columns or {}).items()}
     with steering.active(
         prompt_mask_BP=mask_BP,
         row_B=part.row_B,
         sample_B=part.sample_B,
-        columns=own,
-        strength_B=part.strength_B,
-        policy_step=part.policy_step,
+        applied=Applied.of(part),
         start_width=max(len(policy.start_ids), 1),
     ):
         yield
@@ -233,8 +227,8 @@ def _all_at_once(
     if not wanted.logprobs:
         return TeacherForced(zeros_BR, zeros_BR, hidden_BRD)
     logprobs_BRV = _logprobs(predicting(logits, first_B, width).to(rollout.device), wanted.temperature)
-    logprobs_BR = torch.where(rollout.mask_BR, _of_tokens(logprobs_BRV, rollout.response_BR), 0.0)
-    entropy_BR = torch.where(rollout.mask_BR, _entropy(logprobs_BRV), 0.0) if wanted.entropy else zeros_BR
+    logprobs_BR = torch.where(rollout.action_mask_BR, _of_tokens(logprobs_BRV, rollout.response_BR), 0.0)
+    entropy_BR = torch.where(rollout.action_mask_BR, _entropy(logprobs_BRV), 0.0) if wanted.entropy else zeros_BR
     return TeacherForced(logprobs_BR, entropy_BR, hidden_BRD, logprobs_BRV if wanted.all else None)
 
 

@@ -68,7 +68,7 @@ def bind(site: Site, index: int, to: Binding) -> BoundSite:
         trained = Parameters(held)
     function = _users_function(site, who, to) if operation.function is None else operation.function
     excluded, gate = _excluded(site, who, to), bind_gate(site, index, points, to)
-    return BoundSite(site, index, points, held, trained, function, to.seed, excluded, gate)
+    return BoundSite(site, index, points, held, trained, function, excluded, gate)
 
 
 def read_vectors(raw: dict[str, Any], points: list[Point], who: str, to: Binding, site: Site) -> list[Tensor]:

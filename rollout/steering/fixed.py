@@ -103,7 +103,7 @@ class _FixedSite(BoundSite):
         if "boundary" in site.settings:
             op = dataclasses.replace(op, boundary=torch.tensor(op.boundary, device=device))  # type: ignore[arg-type]
         spec = dataclasses.replace(site.spec, op=op)
-        super().__init__(spec, site.index, site.points, held, None, site.function, site.seed)
+        super().__init__(spec, site.index, site.points, held, None, site.function)
         self.strength = torch.zeros(rows, 1, 1, device=device)
         self.mask = torch.zeros(rows, 1, 1, dtype=torch.bool, device=device)
         self.drawn: list[Tensor | None] = [None] * len(site.points)

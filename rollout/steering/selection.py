@@ -36,7 +36,7 @@ def select(site: BoundSite, call: StackCall) -> SiteSelection | None:
     if where.prompt in ("none", ()) and last <= 0 and not (last == 0 and positions.in_steps(where.steps, 0)):
         return None
     step_BT = index_BT - (call.length_B[:, None] - 1)
-    mask_BT = positions.select_prompt(where.prompt, index_BT, call.length_B, rows.places_BK[site.index])
+    mask_BT = positions.select_prompt(where.prompt, index_BT, call.length_B, rows.applied.positions_BKN[:, site.index])
     if not call.encoder:
         mask_BT = mask_BT | positions.select_steps(where.steps, step_BT)
     mask_BT = mask_BT & real_BT
@@ -46,7 +46,7 @@ def select(site: BoundSite, call: StackCall) -> SiteSelection | None:
         if call.ids is None:
             raise UserError(f"site {site.name!r}: exclude.token_ids needs token ids, and the model was called with embeddings")
         mask_BT = mask_BT & ~torch.isin(call.ids, site.excluded_ids.to(call.ids.device))
-    strength_BT = rows.strength_B[site.index][:, None].expand(-1, call.width)
+    strength_BT = rows.applied.strength_BK[:, site.index, None].expand(-1, call.width)
     if where.ramp is not None:
         strength_BT = strength_BT * positions.ramp_factors(where.ramp, step_BT)
     if site.gate is not None:
@@ -56,7 +56,7 @@ def select(site: BoundSite, call: StackCall) -> SiteSelection | None:
 
 
 def _one_column(site: BoundSite, rows: SteeredRows, factor: float) -> SiteSelection | None:
-    strength_B = rows.strength_B[site.index] * factor
+    strength_B = rows.applied.strength_BK[:, site.index] * factor
     if site.gate is not None:
         strength_B = strength_B * site.gate.of_rows(rows)
     plain = strength_B == 0

@@ -33,7 +33,6 @@ class BoundSite:
     trained: Parameters | None
     """Those that are trained, in their place."""
     function: Callable[..., Tensor]
-    seed: int
     excluded_ids: Tensor | None = None
     gate: BoundGate | None = None
 
@@ -48,6 +47,12 @@ class BoundSite:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def positions_column(self) -> str | None:
+        """The data column that says at which prompt positions the site acts, where one does."""
+        rule = self.spec.where.prompt
+        return rule.get("column") if isinstance(rule, dict) else None
 
     @cached_property
     def plain_add(self) -> bool:
@@ -78,8 +83,8 @@ class BoundSite:
 
     def noise(self, at: int, rows: SteeredRows, index_BT: Tensor, width: int) -> Tensor:
         """What is drawn at a point, a function of row, sample and real position."""
-        stream = 4096 + 64 * self.index + at
-        return keyed_normals(self.seed, stream, rows.policy_step, rows.row_B, rows.sample_B, index_BT, width)
+        stream, applied = 4096 + 64 * self.index + at, rows.applied
+        return keyed_normals(applied.steering_seed, stream, applied.policy_step_B, rows.row_B, rows.sample_B, index_BT, width)
 
     def apply(self, at: int, base: Tensor, strength: Tensor, unit: bool = False, noise: Tensor | None = None) -> Tensor:
         """The edited activation at every position; the caller keeps it where the site selects."""

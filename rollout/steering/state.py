@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steerl.rollout.steering.core import positions
+from steerl.rollout.types import Applied
 
 
 @dataclass(eq=False)
@@ -19,11 +20,7 @@ class SteeredRows:
     prompt_mask_BP: Tensor
     row_B: Tensor
     sample_B: Tensor
-    strength_B: tuple[Tensor, ...]
-    """Per site."""
-    places_BK: tuple[Tensor | None, ...]
-    """Per site: positions from a data column."""
-    policy_step: int = 0
+    applied: Applied
     encoder_mask_BP: Tensor | None = None
     gates: dict[int, Tensor] = field(default_factory=dict)
     sums: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
@@ -33,7 +30,8 @@ class SteeredRows:
         self.count, self.width = (int(size) for size in self.prompt_mask_BP.shape)
         self.length_B = self.prompt_mask_BP.sum(1)
         self.encoder_length_B = None if self.encoder_mask_BP is None else self.encoder_mask_BP.sum(1)
-        self.any = tuple(bool((s != 0).any()) for s in self.strength_B)
+        self.any: list[bool] = (self.applied.strength_BK != 0).any(0).tolist()
+        """Of each site, whether it acts on any row."""
         self.lead = int((self.prompt_mask_BP.cumsum(1) == 0).sum(1).min()) if self.count else 0
         """Columns of padding on the left that all rows share."""
         self.cache: dict[tuple[Any, ...], Any] = {}
@@ -54,8 +52,7 @@ class SteeredRows:
 
         return SteeredRows(
             self.prompt_mask_BP[index], self.row_B[index], self.sample_B[index],
-            tuple(s[index] for s in self.strength_B), tuple(pick(p) for p in self.places_BK), self.policy_step,
-            pick(self.encoder_mask_BP),
+            self.applied.select(index), pick(self.encoder_mask_BP),
             {k: v[index] for k, v in self.gates.items()}, {k: (v[index], n) for k, (v, n) in self.sums.items()},
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Steering: a spec tied to a model.
 
     steering = Steering(model, load_spec("cheer.yaml"), tokenizer)
-    strength_B = steering.strengths(row_B, sample_B, columns, policy_step=3)
-    with steering.active(prompt_mask_BP=mask, row_B=row_B, sample_B=sample_B, strength_B=strength_B) as active:
+    applied = steering.applied(mask, row_B, sample_B, columns, policy_step=3)          # what a Rollout records
+    with steering.active(prompt_mask_BP=mask, row_B=row_B, sample_B=sample_B, applied=applied) as active:
         model.generate(...)          # or a teacher-forced model(...): the same rows, the same real positions, the same edits
         active.select(keep)          # when the decode loop drops or repeats rows
 
@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from steerl.rollout.common.errors import ConfigError, UserError
+from steerl.rollout.common.errors import ConfigError, DataError, UserError
 from steerl.rollout.model import hooks
 from steerl.rollout.steering.bind import Binding, bind
 from steerl.rollout.steering.core import positions
@@ -32,6 +33,7 @@ from steerl.rollout.steering.spec.parse import load_spec
 from steerl.rollout.steering.spec.spec import SteeringSpec
 from steerl.rollout.steering.state import SteeredRows
 from steerl.rollout.steering.strengths import column, schedule_factor, site_strength, steered_rows
+from steerl.rollout.types import Applied, Rollout
 
 
 class Steering:
@@ -53,10 +55,6 @@ class Steering:
                 problems.extend(problem.lines)
         if problems:
             raise ConfigError(*problems)
-        self.progress = 0.0
-        """Share of training done, for schedules: set by the training loop at each step."""
-        self._drawn_at: dict[int, tuple[float, float]] = {}
-        """Progress and scale that the rows of a step were drawn at."""
         self._look: Look | None = None
         self._hash = self._digest()
         for stack in self.stacks.values():
@@ -126,86 +124,80 @@ class Steering:
 
     # -- how strong ------------------------------------------------------------------------------------------------------
 
-    def site_strengths(
-        self,
-        row_B: Tensor,
-        sample_B: Tensor,
-        columns: Mapping[str, Sequence[Any]] | None = None,
-        *,
-        progress: float | None = None,
-        policy_step: int = 0,
-        strength_B: Tensor | None = None,
-    ) -> list[Tensor]:
-        """The strength of every site on every row. `strength_B`, where given, is the first site's, as recorded."""
-        drawn_at, scale = self._drawn_at.get(policy_step, (self.progress, self.scale))
-        progress = drawn_at if progress is None else progress
-        steered_B = steered_rows(self.spec, self.seed, policy_step, row_B, sample_B)
-        of_sites: list[Tensor] = []
-        for site in self.sites:
-            if site.index == 0 and strength_B is not None:
-                of_sites.append(strength_B.to(row_B.device, torch.float32))
-                continue
-            own = site_strength(site.spec, site.index, self.seed, policy_step, row_B, sample_B, columns or {})
-            own = own * (schedule_factor(site.spec.schedule, progress) * scale)
-            of_sites.append(torch.where(steered_B, own, torch.zeros_like(own)))
-        return of_sites
-
     def strengths(
         self,
         row_B: Tensor,
         sample_B: Tensor,
         columns: Mapping[str, Sequence[Any]] | None = None,
         *,
-        progress: float | None = None,
+        progress: float = 0.0,
         policy_step: int = 0,
     ) -> Tensor:
-        """The first site's strength per row: what a Rollout records. 0 = the row is not steered.
+        """(B, K): the strength of every site on every row. 0 = the site leaves the row alone. `progress`: share of training."""
+        steered_B1 = steered_rows(self.spec, self.seed, policy_step, row_B, sample_B)[:, None]
+        of_sites = [
+            site_strength(site.spec, site.index, self.seed, policy_step, row_B, sample_B, columns or {})
+            * (schedule_factor(site.spec.schedule, progress) * self.scale)
+            for site in self.sites
+        ]
+        return torch.where(steered_B1, torch.stack(of_sites, dim=1), 0.0)
 
-        A progress given here is remembered for its step, and the scale with it, so that later passes over those rows find the
-        same strengths.
-        """
-        if progress is not None:
-            self._drawn_at = {s: at for s, at in self._drawn_at.items() if abs(s - policy_step) < 8}
-            self._drawn_at[policy_step] = (progress, self.scale)
-        return self.site_strengths(row_B, sample_B, columns, progress=progress, policy_step=policy_step)[0]
-
-    def rows(
+    def applied(
         self,
         prompt_mask_BP: Tensor,
-        encoder_mask_BP: Tensor | None = None,
-        row_B: Tensor | None = None,
-        sample_B: Tensor | None = None,
+        row_B: Tensor,
+        sample_B: Tensor,
         columns: Mapping[str, Sequence[Any]] | None = None,
         *,
-        progress: float | None = None,
+        progress: float = 0.0,
         policy_step: int = 0,
-        strength_B: Tensor | None = None,
+        start_width: int = 1,
+    ) -> Applied:
+        """What a record has to say of these rows, so that they are steered again as they were. `start_width`: an
+        encoder-decoder's decoder start."""
+        rows = len(row_B)
+        listed = [torch.zeros(rows, 0, dtype=torch.int64, device=row_B.device) for _ in self.sites]
+        for site in self.sites:
+            if (name := site.positions_column) is not None:
+                values = column(columns or {}, name, f"site {site.name!r}: where.prompt")
+                by_start = self.is_encoder_decoder and site.points[0].stack != "encoder"
+                lengths_B = torch.full_like(row_B, start_width) if by_start else prompt_mask_BP.sum(1)
+                listed[site.index] = positions.places_of(values, lengths_B, name)
+        most = max(places.shape[1] for places in listed)
+        return Applied(
+            strength_BK=self.strengths(row_B, sample_B, columns, progress=progress, policy_step=policy_step),
+            positions_BKN=torch.stack([pad(places, (0, most - places.shape[1]), value=-1) for places in listed], dim=1),
+            policy_step_B=torch.full_like(row_B, policy_step),
+            steering_seed=self.seed,
+        )
+
+    def _rows(
+        self, prompt_mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, applied: Applied, encoder_mask_BP: Tensor | None = None
     ) -> SteeredRows:
         """All that sites ask about the rows of a batch."""
-        count, device, columns = prompt_mask_BP.shape[0], prompt_mask_BP.device, columns or {}
-        row_B = torch.arange(count, device=device) if row_B is None else row_B.to(device)
-        sample_B = torch.zeros_like(row_B) if sample_B is None else sample_B.to(device)
-        given = self.site_strengths(row_B, sample_B, columns, progress=progress, policy_step=policy_step, strength_B=strength_B)
-        places: list[Tensor | None] = []
+        if (recorded := applied.strength_BK.shape[1]) != len(self.sites):
+            raise DataError(
+                f"steering: the rows record the strengths of {recorded} site(s), {self.name} has {len(self.sites)}; they were "
+                "drawn under another steering, or dumped before records held every site: draw them again"
+            )
         for site in self.sites:
-            rule = site.spec.where.prompt
-            if not isinstance(rule, dict) or "column" not in rule:
-                places.append(None)
-                continue
-            values = column(columns, rule["column"], f"site {site.name!r}: where.prompt")
-            on_encoder = encoder_mask_BP is not None and site.points[0].stack == "encoder"
-            lengths_B = (encoder_mask_BP if on_encoder else prompt_mask_BP).sum(1)  # type: ignore[union-attr]
-            places.append(positions.places_of(values, lengths_B, rule["column"]))
-        encoder_mask_BP = None if encoder_mask_BP is None else encoder_mask_BP.bool()
+            if site.positions_column is not None and not applied.positions_BKN.shape[2]:
+                raise DataError(
+                    f"steering: the rows do not record the positions of site {site.name!r} (column {site.positions_column!r}); "
+                    "they were dumped before records held them: draw them again"
+                )
+        device = prompt_mask_BP.device
         return SteeredRows(
             prompt_mask_BP.bool(),
-            row_B,
-            sample_B,
-            tuple(s.to(device) for s in given),
-            tuple(places),
-            policy_step,
-            encoder_mask_BP,
+            row_B.to(device),
+            sample_B.to(device),
+            applied.to(device),
+            None if encoder_mask_BP is None else encoder_mask_BP.bool(),
         )
+
+    def rows_of(self, rollout: Rollout) -> SteeredRows:
+        """A decoder's rollout as its sites see it."""
+        return self._rows(rollout.prompt_mask_BP, rollout.row_B, rollout.sample_B, Applied.of(rollout))
 
     # -- at work ---------------------------------------------------------------------------------------------------------
 
@@ -217,23 +209,29 @@ class Steering:
         row_B: Tensor | None = None,
         sample_B: Tensor | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
-        strength_B: Tensor | None = None,
+        applied: Applied | None = None,
         policy_step: int = 0,
-        progress: float | None = None,
+        progress: float = 0.0,
         start_width: int = 1,
     ) -> Iterator[Active]:
         """Inside, every forward and generate of the model is steered.
 
         `prompt_mask_BP` is the left-padded prompt's mask (for encoder-decoders the encoder input's; `start_width` is then
         the width of the decoder's start). Without it the first call's whole input is the prompt, and so is the input of
-        every later call that brings an empty cache.
+        every later call that brings an empty cache. `applied` is what a record says of the rows; without it strengths and
+        positions are found from `columns`, `policy_step` and `progress`.
         """
 
         def make(decoder_mask_BP: Tensor, encoder_mask_BP: Tensor | None) -> SteeredRows:
-            return self.rows(
-                decoder_mask_BP, encoder_mask_BP, row_B, sample_B, columns,
-                progress=progress, policy_step=policy_step, strength_B=strength_B,
-            )  # fmt: skip
+            count, device = decoder_mask_BP.shape[0], decoder_mask_BP.device
+            rows_B = torch.arange(count, device=device) if row_B is None else row_B.to(device)
+            samples_B = torch.zeros_like(rows_B) if sample_B is None else sample_B.to(device)
+            mask_BP = decoder_mask_BP if encoder_mask_BP is None else encoder_mask_BP
+            width = decoder_mask_BP.shape[1]
+            given = applied or self.applied(
+                mask_BP, rows_B, samples_B, columns, progress=progress, policy_step=policy_step, start_width=width
+            )
+            return self._rows(decoder_mask_BP, rows_B, samples_B, given, encoder_mask_BP)
 
         rows = None
         if prompt_mask_BP is not None:

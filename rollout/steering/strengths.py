@@ -16,19 +16,20 @@ from torch import Tensor
 
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.random import uniforms
-from steerl.rollout.steering.core.table import TABLE
 from steerl.rollout.steering.spec.spec import Schedule, Site, SteeringSpec
 
 _STREAM = 0x5357_4545_5200
 """Keeps these draws apart from the sampler's: another seed of the same generator."""
 
 
-def keyed(seed: int, stream: int, step: int, row_B: Tensor, sample_B: Tensor, t: int | Tensor = 0) -> Tensor:
+def keyed(seed: int, stream: int, step: int | Tensor, row_B: Tensor, sample_B: Tensor, t: int | Tensor = 0) -> Tensor:
     """Uniforms in [0, 1) for (row, sample), float64; `stream` keeps one use apart from another."""
     return uniforms(seed ^ (_STREAM + stream), step, row_B, sample_B, t)
 
 
-def keyed_normals(seed: int, stream: int, step: int, row_B: Tensor, sample_B: Tensor, index_BT: Tensor, width: int) -> Tensor:
+def keyed_normals(
+    seed: int, stream: int, step: int | Tensor, row_B: Tensor, sample_B: Tensor, index_BT: Tensor, width: int
+) -> Tensor:
     """Standard normals (B, T, width) for each real position of each (row, sample)."""
     rows, columns = index_BT.shape
     offsets = torch.arange(2 * width, device=index_BT.device)
@@ -81,24 +82,6 @@ def site_strength(
             drawn = strength.mean + strength.std * torch.sqrt(-2.0 * torch.log1p(-one)) * torch.cos(2.0 * math.pi * two)
         return drawn.float()
     return torch.full(row_B.shape, strength.value, dtype=torch.float32, device=row_B.device)
-
-
-def unrecorded(spec: SteeringSpec, *, same_draws: bool) -> str:
-    """What of the steering a stored row does not say, of which the first site's strength is kept; "" where it says all.
-
-    `same_draws`: the rows' own seed and step are known to those who steer them again."""
-    later = spec.sites[1:]
-    noisy = {site.name: TABLE[site.op.type].source == "noise" for site in spec.sites}
-    drawn = {f"the noise of site {name!r} is drawn by seed and step": is_noisy for name, is_noisy in noisy.items()}
-    drawn |= {f"the strength of site {site.name!r} is drawn by seed and step": bool(site.strength.dist) for site in later}
-    drawn |= {"which rows the fraction steers is drawn by seed and step": bool(later) and spec.fraction < 1}
-    moved = {
-        f"the strength of site {site.name!r} goes by a schedule": schedule_factor(site.schedule, 0)
-        != schedule_factor(site.schedule, 1)
-        for site in later
-    }
-    moved |= {"the budget scales every site": bool(later) and spec.kl_budget is not None and spec.kl_budget.action == "rescale"}
-    return next((why for why, true in (moved | ({} if same_draws else drawn)).items() if true), "")
 
 
 def column(columns: Mapping[str, Sequence[Any]], name: str, who: str) -> Sequence[Any]:

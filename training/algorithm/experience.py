@@ -34,7 +34,7 @@ from steerl.training.types import Experience, Scored
 # -- 1 sample --------------------------------------------------------------------------------------------------------
 
 
-def sample(prompts: Any, sampler: Any, rows: list[int], *, step: int, progress: float | None) -> tuple[Rollout, Texts, bool]:
+def sample(prompts: Any, sampler: Any, rows: list[int], *, step: int, progress: float) -> tuple[Rollout, Texts, bool]:
     """This rank's share of the prompts `rows`, with all samples of each. `progress` (0 to 1) is what steering's schedules read.
 
     False where there are more ranks than prompts: the rows then only keep this rank in step with the others."""
@@ -91,10 +91,10 @@ def score(
     seconds = {"policy": 0.0, "reference": 0.0}
     in_grad_mode = not (needs_sync(model.actor) or settings.checkpointing)
     for micro_batch in passes(list(range(rows)), rollout, settings):
-        part, columns = select(rollout, texts.columns, micro_batch or [0], model.device)
+        part = select(rollout, micro_batch or [0], model.device)
         began = time.perf_counter()
         with torch.set_grad_enabled(in_grad_mode), torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):
-            output = model(part, columns, entropy=True, after=settings.bootstrap_cut)
+            output = model(part, entropy=True, after=settings.bootstrap_cut)
         values = {name: value.detach() for name, value in output._asdict().items() if value is not None}
         del output  # and its graph
         seconds["policy"] += time.perf_counter() - began
@@ -150,7 +150,9 @@ def importance(scored: Scored, settings: PPOSettings) -> tuple[Tensor | None, di
     if settings.correction is None:
         return None, {}
     rollout = scored.rollout
-    return importance_weights(scored.old_logprobs_BR, rollout.behaviour_logprobs_BR, rollout.mask_BR, settings.correction)
+    return importance_weights(
+        scored.old_logprobs_BR, rollout.behaviour_logprobs_BR, rollout.action_mask_BR, settings.correction
+    )
 
 
 def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Experience, dict[str, float]]:
@@ -158,7 +160,7 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
 
     PPO details, in their order: the score and the missing-stop penalty on the last action; the KL taken off per token; reward
     whitening (variance only); GAE, or a critic-free baseline; advantage whitening; importance weights."""
-    rollout, mask_BR, reference_BR = scored.rollout, scored.rollout.mask_BR, scored.reference_logprobs_BR
+    rollout, mask_BR, reference_BR = scored.rollout, scored.rollout.action_mask_BR, scored.reference_logprobs_BR
     task_BR = scored.scores.per_token(rollout)
     if settings.missing_stop_penalty:
         task_BR = task_BR + on_last_action(missing_stop_penalty(rollout.ended_B, settings.missing_stop_penalty), rollout)
@@ -181,7 +183,6 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
     metrics["value/explained_variance"] = advantages.explained_variance(scored.values_BR, returns_BR, mask_BR)
     experience = Experience(
         rollout=rollout,
-        columns=scored.texts.columns,
         old_logprobs_BR=scored.old_logprobs_BR,
         reference_logprobs_BR=reference_BR,
         values_BR=scored.values_BR,

@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -109,11 +109,9 @@ def _cheapest_cuts(sizes: list[tuple[int, int]], most: int, start: int) -> list[
     return cuts[::-1]
 
 
-def select(
-    rollout: Rollout, columns: dict[str, list[Any]], rows: list[int], device: torch.device
-) -> tuple[Rollout, dict[str, list[Any]]]:
-    """Some rows and their data columns, on the model's device, without padding that none of them needs."""
-    return rollout.select(rows).trim().to(device), {name: [column[i] for i in rows] for name, column in columns.items()}
+def select(rollout: Rollout, rows: list[int], device: torch.device) -> Rollout:
+    """Some rows, on the model's device, without padding that none of them needs."""
+    return rollout.select(rows).trim().to(device)
 
 
 def whole_lengths(rollout: Rollout) -> Tensor:

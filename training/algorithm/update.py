@@ -54,7 +54,7 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
 
     PPO details: the losses of all micro-batches and ranks are shares of one mean, over one global count of tokens; the gradient
     is clipped once, after accumulation."""
-    counts = {"tokens": int(experience.rollout.mask_BR[rows].sum()), "rows": len(rows)}
+    counts = {"tokens": int(experience.rollout.action_mask_BR[rows].sum()), "rows": len(rows)}
     micro_batches = passes(rows, experience.rollout, settings)
     module = state.accelerator.unwrap_model(state.model)
     sums: dict[str, Tensor] = {}
@@ -87,15 +87,15 @@ def micro_batch_loss(
     the value warm-up the value loss alone."""
     device = processes.start().device
     rows = micro_batch or [0]  # a rank without rows takes part with a row that counts nothing
-    rollout, columns = select(experience.rollout, experience.columns, rows, device)
+    rollout = select(experience.rollout, rows, device)
     width = rollout.response_width
 
     def part(value_BR: Tensor) -> Tensor:
         return value_BR[rows, :width].to(device)
 
     warming = state.step < settings.value_warmup_steps
-    output: PolicyOutput = state.model(rollout, columns, entropy=settings.entropy_coef != 0, detach_value=warming)
-    new_BR, mask_BR = output.logprobs_BR, rollout.mask_BR
+    output: PolicyOutput = state.model(rollout, entropy=settings.entropy_coef != 0, detach_value=warming)
+    new_BR, mask_BR = output.logprobs_BR, rollout.action_mask_BR
     if not micro_batch:
         mask_BR = torch.zeros_like(mask_BR)
     weights_BR = loss.token_weights(mask_BR, **counts, reduction=settings.loss_reduction)

@@ -23,7 +23,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.sharding import by_zero3, gathered, is_sharded
 from steerl.rollout.prompts.prompts import PromptBatch
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Samples
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.model.reference import Reference
 from steerl.training.settings import PPOSettings
@@ -143,12 +143,12 @@ class EngineSampler:
         self.sampling = sampler.sampling
         self._sampler, self._accelerator, self._actor_critic, self._gather = sampler, accelerator, actor_critic, gather
 
-    def sample(self, batch: PromptBatch, *, step: int = 0, progress: float | None = None) -> tuple[Rollout, Texts]:
+    def sample(self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0) -> Samples:
         """Responses of the policy as it stands; every rank comes here at the same time."""
 
         phase, model = self._gather == "phase", self._actor_critic
 
-        def sampled() -> tuple[Rollout, Texts]:
+        def sampled() -> Samples:
             whole = gathered(*model.policy_modules()) if phase else contextlib.nullcontext()
             with whole, self._accelerator.autocast():
                 return self._sampler.sample(batch, step=step, progress=progress)

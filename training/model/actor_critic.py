@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 
 class ActorCritic(nn.Module):
-    """`model(rollout, columns)` -> PolicyOutput. The names of its modules are those of the tensors in a checkpoint."""
+    """`model(rollout)` -> PolicyOutput. The names of its modules are those of the tensors in a checkpoint."""
 
     def __init__(self, policy: Policy, value_model: Policy | None, head: nn.Linear | None, steering: Steering | None):
         """`value_model`: None where the value shares the policy's; `head`: None where there is no value."""
@@ -102,7 +102,6 @@ class ActorCritic(nn.Module):
     def forward(
         self,
         rollout: Rollout | None,
-        columns: dict[str, list[Any]] | None = None,
         *,
         entropy: bool = False,
         after: bool = False,
@@ -116,8 +115,8 @@ class ActorCritic(nn.Module):
             call()
             return PolicyOutput(torch.empty(0))
         seen = widened(rollout) if after and self.head is not None else rollout
-        width, mask_BR = rollout.response_width, rollout.mask_BR
-        forced = self._policy_pass(seen, columns, entropy)
+        width, mask_BR = rollout.response_width, rollout.action_mask_BR
+        forced = self._policy_pass(seen, entropy)
         logprobs_BR = torch.where(mask_BR, forced.logprobs_BR[:, :width], 0.0)
         entropy_BR = torch.where(mask_BR, forced.entropy_BR[:, :width], 0.0) if entropy else None
         if self.head is None:
@@ -132,7 +131,7 @@ class ActorCritic(nn.Module):
         after_B = states_BR.gather(1, rollout.lengths_B[:, None])[:, 0] if seen is not rollout else None
         return PolicyOutput(logprobs_BR, entropy_BR, values_BR, after_B)
 
-    def _policy_pass(self, rollout: Rollout, columns: dict[str, list[Any]] | None, entropy: bool) -> TeacherForced:
+    def _policy_pass(self, rollout: Rollout, entropy: bool) -> TeacherForced:
         # Behaviour and data are roles of the sampler alone: the policy that learns is then the plain model.
         steers = self.steering is not None and self.steering.role in ("policy", "trainable") and rollout.steering
         shared = self.head is not None and self.value_model is None
@@ -142,7 +141,6 @@ class ActorCritic(nn.Module):
             want_hidden=shared,
             want_entropy=entropy,
             steering=self.steering if steers else None,
-            columns=columns,
         )
 
 

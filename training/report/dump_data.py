@@ -60,7 +60,7 @@ def _dumped(rollout: Rollout, texts: Texts, i: int, decode: Callable[[int], str]
     gap = [None if b is None or p is None else round(b - p, 6) for b, p in zip(behaviour, policy, strict=True)]
     identity = (int(rollout.row_B[i]), int(rollout.sample_B[i]))
     facts = {
-        "step": rollout.policy_step,
+        "step": int(rollout.policy_step_B[i]),
         "row": identity[0],
         "sample": identity[1],
         **scores.get(identity, {}),

@@ -21,19 +21,20 @@ def evaluate(
     settings: PPOSettings,
     *,
     step: int,
+    progress: float,
 ) -> dict[str, float]:
     """eval/reward, eval/kl, eval/length, over the first `eval_prompts` prompts; {} where there is no evaluation."""
     rows = list(range(min(settings.eval_prompts, len(prompts))))
     if not rows:
         return {}
-    rollout, texts, real = sample(prompts, sampler, rows, step=step, progress=None)
+    rollout, texts, real = sample(prompts, sampler, rows, step=step, progress=progress)
     still = getattr(reward, "still", None)  # statistics that the reward keeps are of training rows alone
     scored = score(model, reference, *gather_scored(rollout, texts, still() if still else reward, real=real), settings)
     total_B = scored.scores.total_B.double()
     metrics = {
         "eval/reward": float(total_B.mean()),
         "eval/kl": kl_metrics(scored, importance(scored, settings)[0]).get("kl/ref", 0.0),
-        "eval/length": float(scored.rollout.lengths_B.double().mean()),
+        "eval/length": float(scored.rollout.actions_B.double().mean()),
         "eval/rows": float(len(total_B)),
     } | {f"eval/{name}": float(values.double().nanmean()) for name, values in scored.scores.parts.items()}
     return metrics | mean_metrics(scored.scores.metrics, "eval")

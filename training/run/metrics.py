@@ -33,11 +33,11 @@ def rollout_metrics(scored: Scored) -> dict[str, float]:
     rollout = scored.rollout
     metrics = {
         "rollout/rows": float(len(rollout)),
-        "rollout/tokens": float(rollout.lengths_B.sum()),
-        "rollout/length_mean": float(rollout.lengths_B.double().mean()),
-        "rollout/length_max": float(rollout.lengths_B.max()),
+        "rollout/tokens": float(rollout.actions_B.sum()),
+        "rollout/length_mean": float(rollout.actions_B.double().mean()),
+        "rollout/length_max": float(rollout.actions_B.max()),
         "rollout/ended": float(rollout.ended_B.double().mean()),
-        "policy/entropy": mean(scored.entropy_BR, rollout.mask_BR),
+        "policy/entropy": mean(scored.entropy_BR, rollout.action_mask_BR),
     }
     metrics |= reward_metrics([scored.scores])
     return metrics | {f"time/{name}_pass_s": value for name, value in scored.seconds.items()}
@@ -49,7 +49,7 @@ def kl_metrics(scored: Scored, importance_BR: Tensor | None = None) -> dict[str,
     Rows of another distribution than the policy's count by their importance weights, which share out 1 whatever bounds them."""
     if scored.reference_logprobs_BR is None:
         return {}
-    mask_BR, k1_B = scored.rollout.mask_BR, kl_per_response(scored, importance_BR)
+    mask_BR, k1_B = scored.rollout.action_mask_BR, kl_per_response(scored, importance_BR)
     k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")
     if importance_BR is None:
         return {"kl/ref": float(k1_B.mean()), "kl/ref_k3_token": mean(k3_BR, mask_BR)}
@@ -75,7 +75,7 @@ def kl_per_response(scored: Scored, importance_BR: Tensor | None = None) -> Tens
         return torch.zeros(len(scored.rollout), dtype=torch.float64)
     k1_BR = kl.estimate(scored.old_logprobs_BR.double(), scored.reference_logprobs_BR.double())
     weighed_BR = k1_BR if importance_BR is None else k1_BR * importance_BR
-    return torch.where(scored.rollout.mask_BR, weighed_BR, 0.0).sum(1)
+    return torch.where(scored.rollout.action_mask_BR, weighed_BR, 0.0).sum(1)
 
 
 # -- the gap between the sampler and the trainer ----------------------------------------------------------------------
@@ -86,11 +86,13 @@ def check_gap(scored: Scored, tolerance: float, step: int) -> dict[str, float]:
 
     Rollouts of other weights (a replayed dump) have a gap by right: it is what the correction weighs."""
     rollout = scored.rollout
-    if rollout.policy_step != step:
+    own_B1 = (rollout.policy_step_B == step)[:, None]
+    if not bool(own_B1.any()):
         return {}
     gap_BR = (rollout.policy_logprobs_BR.double() - scored.old_logprobs_BR.double()).abs()
     # NaN is the widest gap of all, and compares as less than nothing
-    gap_BR = torch.where(rollout.mask_BR, gap_BR.nan_to_num(nan=torch.inf), 0.0)
+    measured_BR = rollout.action_mask_BR & own_B1
+    gap_BR = torch.where(measured_BR, gap_BR.nan_to_num(nan=torch.inf), 0.0)
     largest = float(gap_BR.amax())
     if largest > tolerance:
         place = int(gap_BR.argmax())
@@ -99,11 +101,11 @@ def check_gap(scored: Scored, tolerance: float, step: int) -> dict[str, float]:
             f"step {step + 1}: the sampler's log-prob of token {token} of row {int(rollout.row_B[row])} sample "
             f"{int(rollout.sample_B[row])} is {float(rollout.policy_logprobs_BR[row, token]):.4f}, the trainer's forward pass "
             f"gives {float(scored.old_logprobs_BR[row, token]):.4f}: a gap of {largest:.3g} nats (mean "
-            f"{mean(gap_BR, rollout.mask_BR):.3g}), above ppo.gap_tolerance {tolerance:g}. Usual causes: dropout left on, "
+            f"{mean(gap_BR, measured_BR):.3g}), above ppo.gap_tolerance {tolerance:g}. Usual causes: dropout left on, "
             "position ids or attention masks that differ, a penalty or a temperature that one side lacks, an adapter or a "
             "steering vector active on one side only, half precision (then raise ppo.gap_tolerance)"
         )
-    return {"gap/max": largest, "gap/mean": mean(gap_BR, rollout.mask_BR)}
+    return {"gap/max": largest, "gap/mean": mean(gap_BR, measured_BR)}
 
 
 def gap_tolerance(settings: PPOSettings, dtype: torch.dtype, mixed_precision: str = "no") -> float:
@@ -135,9 +137,8 @@ def sample_rows(
 
 def ratio(scored: Scored, model: ActorCritic, i: int) -> list[float]:
     """new / old of every token of a row, after all of the step's updates."""
-    part, columns = select(scored.rollout, scored.texts.columns, [i], model.device)
     with torch.no_grad():
-        new_R = model(part, columns).logprobs_BR[0].float().cpu()
+        new_R = model(select(scored.rollout, [i], model.device)).logprobs_BR[0].float().cpu()
     length = int(scored.rollout.lengths_B[i])
     return [round(float(value), 6) for value in (new_R[:length] - scored.old_logprobs_BR[i, :length]).exp()]
 

@@ -141,7 +141,7 @@ def test_steered_rows_pass_with_the_steering_that_drew_them_and_another_is_named
     steering = Steering(policy.core, spec, policy.tokenizer, seed=4)
     settings = Sampling(max_new_tokens=6, n=2)
     rollout, texts = Sampler(policy, settings, steering).sample(dataclasses.replace(PROMPTS, columns=columns))
-    assert verify(policy, rollout, settings, steering=steering, columns=texts.columns).passed
+    assert verify(policy, rollout, settings, steering=steering).passed
     for other, told in (
         (
             Steering(policy.core, spec, policy.tokenizer, seed=5),
@@ -153,5 +153,5 @@ def test_steered_rows_pass_with_the_steering_that_drew_them_and_another_is_named
         ),
         (None, f"taken under {steering.label}, and this pass under none"),
     ):
-        report = verify(policy, rollout, settings, steering=other, columns=texts.columns)
+        report = verify(policy, rollout, settings, steering=other)
         assert not report.passed and told in report.cause, report.cause

@@ -16,6 +16,7 @@ from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
+from steerl.rollout.types import Applied
 from tests.models import FAMILIES, families, tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.definitions import real_prompt, real_response, worst_gap
 
@@ -337,13 +338,14 @@ class ShiftedLogits:
         self.model, self.role, self.follows = model, role, follows
         self.strength_B = torch.zeros(0)
 
-    def strengths(self, row_B: Any, sample_B: Any, columns: Any, **_: Any) -> Any:
-        return (sample_B % 2 * 3).float()
+    def applied(self, prompt_mask_BP: Any, row_B: Any, sample_B: Any, columns: Any, *, policy_step: int, **_: Any) -> Any:
+        nothing = Applied.nothing(row_B, policy_step, sites=1)
+        return nothing._replace(strength_BK=(sample_B % 2 * 3).float()[:, None])
 
     @contextlib.contextmanager
-    def active(self, *, prompt_mask_BP: Any, strength_B: Any, columns: Any, **_: Any) -> Any:
-        assert len(prompt_mask_BP) == len(strength_B)
-        self.strength_B = strength_B
+    def active(self, *, prompt_mask_BP: Any, applied: Applied, **_: Any) -> Any:
+        assert len(prompt_mask_BP) == len(applied.strength_BK)
+        self.strength_B = applied.strength_BK[:, 0]
         add = torch.nn.functional.one_hot(torch.tensor(9), 64).float()
         hook = self.model.lm_head.register_forward_hook(lambda _, __, logits: logits + self.strength_B[:, None, None] * add)
         try:

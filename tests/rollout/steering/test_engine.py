@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.hooks import current
 from steerl.rollout.steering import Steering, engine, unsteered
+from steerl.rollout.types import Applied
 from tests.models import FAMILIES, tiny
 from tests.rollout.steering.helpers import vector
 
@@ -337,7 +338,14 @@ def decoded(model: Any, steering: Steering) -> list[Tensor]:
         seen.append(out.logits[:, -1])
         return out.past_key_values
 
-    with torch.no_grad(), steering.active(prompt_mask_BP=mask, strength_B=strength_B) as active:
+    nothing = torch.zeros(3, dtype=torch.int64)
+    applied = Applied(
+        strength_B[:, None].expand(-1, len(steering.sites)),
+        nothing[:, None, None].expand(-1, len(steering.sites), 0),
+        nothing,
+        0,
+    )
+    with torch.no_grad(), steering.active(prompt_mask_BP=mask, applied=applied) as active:
         cache = call(
             torch.cat([IDS, IDS[:1]]), attention_mask=mask.long(), position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)
         )
