@@ -95,7 +95,14 @@ def test_every_processor(family: str, name: str) -> None:
     rollout, _ = Sampler(policy, settings).sample(batch_of())
     assert worst_gap(policy.model, rollout, settings) < 1e-5
     same = torch.allclose(rollout.behaviour_logprobs_BR, rollout.policy_logprobs_BR, atol=1e-6)
-    assert same == (name in ("plain", "temperature", "greedy", "greedy penalty"))
+    assert same == (name in ("plain", "temperature", "top_k", "top_p", "min_p", "greedy", "greedy penalty"))
+    truncates = name in ("top_k", "top_p", "min_p", "everything")
+    assert (rollout.kept is not None) == truncates
+    if truncates:
+        whole = Sampling(max_new_tokens=10, seed=5, replay_mask=False, **SETTINGS[name])
+        plain, _ = Sampler(policy, whole).sample(batch_of())
+        assert torch.equal(plain.response_BR, rollout.response_BR) and plain.kept is None
+        assert worst_gap(policy.model, plain, whole) < 1e-5
     assert rollout.temperature == (1.0 if settings.greedy else settings.temperature)
 
 
