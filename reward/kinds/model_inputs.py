@@ -1,6 +1,6 @@
 """What a reward model reads: the sampled ids as they are, or the text through the reward model's own tokenizer.
 
-    ids    prompt ids + response ids, the stop token included            when both tokenizers have one vocabulary
+    ids    prompt ids + response ids (what was fed in between, too)      when both tokenizers have one vocabulary
     text   a conversation -> the reward model's chat template            otherwise, or `tokens: text`
            a text         -> prompt + completion, with the tokenizer's own special tokens
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from steerl.reward.types import has_ids, row_name
+from steerl.reward.types import has_ids, response_ids, row_name
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.model import adapters, auto_classes
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, conversation_ids, is_conversation
@@ -95,8 +95,8 @@ class InputReader:
             prompts = [ids[:-1] if ids and ids[-1] == end else ids for ids in prompts]
         if self.reads == "completion":
             prompts = [[] for _ in prompts]
-        responses = [ids[:n] for ids, n in zip(rollout.response_BR.tolist(), rollout.lengths_B.tolist(), strict=True)]
-        return ModelInputs([p + r for p, r in zip(prompts, responses, strict=True)], responses=[len(p) for p in prompts])
+        ids = [prompt + response for prompt, response in zip(prompts, response_ids(rollout), strict=True)]
+        return ModelInputs(ids, responses=[len(prompt) for prompt in prompts])
 
     def _text(self, rollout: Rollout, texts: Texts) -> ModelInputs:
         if self.tokenizer is None:
