@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.types import Rollout, Texts
@@ -71,6 +72,25 @@ class Scores:
             self.fallbacks,
             self.metrics,
             self.extra,
+        )
+
+    @staticmethod
+    def join(parts: Sequence[Scores]) -> Scores:
+        """The rows of all, one after another; tokens as wide as the widest. Parts that some lack are NaN there."""
+        names = dict.fromkeys(name for scores in parts for name in scores.parts)
+        some = [scores for scores in parts if len(scores)]
+        dense = [scores.tokens_BR for scores in some if scores.tokens_BR is not None]
+        if dense and len(dense) < len(some):
+            raise UserError("reward: a reward per token came for some rows only; give it for all rows, or for none")
+        width = max((tokens_BR.shape[1] for tokens_BR in dense), default=0)
+        return Scores(
+            torch.cat([scores.total_B for scores in parts]),
+            {n: torch.cat([s.parts.get(n, torch.full_like(s.total_B, math.nan)) for s in parts]) for n in names},
+            torch.cat([pad(tokens_BR, (0, width - tokens_BR.shape[1])) for tokens_BR in dense]) if dense else None,
+            {n: max(s.seconds.get(n, 0.0) for s in parts) for n in dict.fromkeys(n for s in parts for n in s.seconds)},
+            {n: sum(s.fallbacks.get(n, 0) for s in parts) for n in dict.fromkeys(n for s in parts for n in s.fallbacks)},
+            joined_metrics([scores.metrics for scores in parts]),
+            joined_extra([scores.extra for scores in parts], [len(scores) for scores in parts]),
         )
 
 

@@ -82,6 +82,28 @@ def test_metrics_of_several_ranks_are_those_of_all_rows():
     assert whole["reward/std"] == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in values.double().tolist()) / 5))
 
 
+def test_joined_scores_are_those_of_each_row():
+    """Other widths, parts that some lack, a rank without rows: row by row as the row's own."""
+    one = Scores(
+        torch.tensor([1.0, 2.0]), {"a": torch.tensor([0.5, math.nan])}, torch.tensor([[1.0], [2.0]]), {"a": 1.0}, {"a": 1}
+    )
+    two = Scores(
+        torch.tensor([3.0]), {"b": torch.tensor([7.0])}, torch.tensor([[1.0, 0.0, 2.0]]), {"a": 0.5, "b": 2.0}, {"a": 2, "b": 0},
+        {"b/x": [4.0]}, {"b/y": ["z"]},
+    )  # fmt: skip
+    none = Scores(torch.zeros(0), {"a": torch.zeros(0)})
+    joined = Scores.join([one, none, two])
+    assert joined.total_B.tolist() == [1.0, 2.0, 3.0]
+    assert joined.parts["a"].nan_to_num(nan=-9).tolist() == [0.5, -9, -9]
+    assert joined.parts["b"].nan_to_num(nan=-9).tolist() == [-9, -9, 7.0]
+    assert joined.tokens_BR.tolist() == [[1.0, 0.0, 0.0], [2.0, 0.0, 0.0], [1.0, 0.0, 2.0]]
+    assert joined.seconds == {"a": 1.0, "b": 2.0} and joined.fallbacks == {"a": 3, "b": 0}
+    assert joined.metrics == {"b/x": [4.0]} and joined.extra == {"b/y": [None, None, "z"]}
+    assert Scores.join([none, none]).tokens_BR is None
+    with pytest.raises(UserError, match="a reward per token came for some rows only"):
+        Scores.join([one, Scores(torch.tensor([1.0]))])
+
+
 def test_a_total_sits_on_the_last_action_of_finished_and_of_cut_rows():
     rollout, _ = made(["abc", "a", ""], ended=[True, False, False])
     rewards_BR = Scores(torch.tensor([1.0, 2.0, 3.0])).per_token(rollout)
