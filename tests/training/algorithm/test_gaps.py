@@ -291,9 +291,7 @@ def credit_by_hand(scored: Scored, places: list[list[int]], ppo: PPOSettings, kl
         middle = fmean(every)
         spread = math.sqrt(fmean((value - middle) ** 2 for value in every) + 1e-8)
         advantages = [[(value - middle) / spread for value in row] for row in advantages]
-    return [
-        (i, t, rewards[i][k], advantages[i][k], returns[i][k]) for i, own in enumerate(places) for k, t in enumerate(own)
-    ]
+    return [(i, t, rewards[i][k], advantages[i][k], returns[i][k]) for i, own in enumerate(places) for k, t in enumerate(own)]
 
 
 def test_credit_is_a_loop_over_the_actions():
