@@ -37,7 +37,7 @@ def prompts_of(policy: Policy, count: int = 40, most: int = 0) -> Prompts:
 
 def share_of_threes(rollout: Rollout, texts: Texts) -> Scores:
     """A toy reward: the share of a row's ids that leave 3 when divided by 4."""
-    hit_BR = (rollout.response_BR % 4 == 3) & rollout.mask_BR
+    hit_BR = (rollout.response_BR % 4 == 3) & rollout.action_mask_BR
     return Scores(hit_BR.sum(1) / rollout.lengths_B)
 
 
