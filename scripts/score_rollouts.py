@@ -56,7 +56,7 @@ class ScoreJob:
     dump: DumpSettings = field(default_factory=DumpSettings)
     texts: TextSettings = field(default_factory=TextSettings)
     """Instead of a dump: texts or conversations that were not sampled here."""
-    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_terms})
+    reward: list[dict[str, object]] = field(default_factory=list, metadata={"check": read_terms})
     """The parts of the reward; each is a column of the scores."""
     run: RunSettings = field(default_factory=RunSettings)
 

@@ -85,7 +85,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()[:SHORT]
 
 
-def values_fingerprint(values: Iterable[Any]) -> str:
+def values_fingerprint(values: Iterable[object]) -> str:
     """Of a stream of plain values, in their order."""
     digest = hashlib.sha256()
     for value in values:

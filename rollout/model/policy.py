@@ -44,7 +44,7 @@ class ModelSettings:
     """auto = as the checkpoint's config says."""
     tokenizer: str = ""
     """A folder or hub name when the tokenizer does not lie beside the model."""
-    peft: dict[str, Any] | None = field(default=None, metadata={"check": adapters.adapter_config})
+    peft: dict[str, object] | None = field(default=None, metadata={"check": adapters.adapter_config})
     """A peft config as a mapping, {peft_type: LORA, r: 8, ...}: what training adds to the model."""
 
 
