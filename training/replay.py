@@ -81,7 +81,7 @@ class Replay:
             parts.append((rollout.select(samples), texts.select(samples)))
         rollout = Rollout.join([rollout for rollout, _ in parts]).trim()
         if not self.same_weights:  # so that nothing takes its policy_logprobs for those of a policy that learns here
-            rollout = dataclasses.replace(rollout, policy_step_B=rollout.policy_step_B.new_full((len(rollout),), -1))
+            rollout = dataclasses.replace(rollout, policy_step_B=-1 - rollout.policy_step_B)
         return rollout, Texts.join([texts for _, texts in parts])
 
     def _order(self, seed: int, epoch: int) -> list[int]:

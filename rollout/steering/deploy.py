@@ -181,7 +181,8 @@ def _compare(steering: Steering, model: nn.Module) -> None:
     modes = [(m, m.training) for net in (steering.model, model) for m in net.modules()]
     steering.model.eval()
     model.eval()
-    with steering.active(progress=1.0):
+    zero_B = ids.new_zeros(1)
+    with steering.active(applied=steering.applied(torch.ones_like(ids), zero_B, zero_B, progress=1.0)):
         steered = steering.model(**given).logits
     with unsteered():
         folded, plain = model(**given).logits, steering.model(**given).logits
