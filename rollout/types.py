@@ -201,13 +201,6 @@ class Rollout:
         return self.action_mask_BR.sum(1)
 
     @property
-    def last_B(self) -> Tensor:
-        """Index of each row's last action (the stop token, or the last token of a cut row); 0 for a row without."""
-        place_R = torch.arange(1, self.response_width + 1, device=self.device)
-        last_B = torch.where(self.action_mask_BR, place_R, 0).amax(1) if self.response_width else self.lengths_B
-        return (last_B - 1).clamp(min=0)
-
-    @property
     def turns(self) -> list[list[tuple[int, int]]]:
         """Of each row the runs of actions, as (first, one past the last): the policy's turns."""
         edges = torch.nn.functional.pad(self.action_mask_BR.int(), (1, 1)).diff(dim=1).cpu()

@@ -17,19 +17,19 @@ from steerl.rollout.types import Rollout, Texts
 
 
 class PolicyOutput(NamedTuple):
-    """One forward pass of policy and value over rollouts; entries beyond a row's end hold 0. None where not asked for."""
+    """One forward pass of policy and value over rollouts; 0 where there is no action. None where not asked for."""
 
     logprobs_BR: Tensor
     entropy_BR: Tensor | None = None
     values_BR: Tensor | None = None
     """Of the state before every action; None with critic-free credit."""
     after_B: Tensor | None = None
-    """Value of the state after the last action."""
+    """Value of the state at the end of each row, which has read what was fed after the last action."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """All rows of the step and what was measured on them before learning. Entries beyond a row's end hold 0."""
+    """All rows of the step and what was measured on them before learning. Entries that are no action hold 0."""
 
     rollout: Rollout
     texts: Texts
@@ -41,7 +41,7 @@ class Scored:
     """Under the reference, at the same temperature; None without a reference."""
     values_BR: Tensor
     after_B: Tensor
-    """Value of the state after the last action of rows that were cut; 0 elsewhere and unless they bootstrap."""
+    """Value of the state at the end of rows that were cut; 0 elsewhere and unless they bootstrap."""
     entropy_BR: Tensor
     seconds: dict[str, float]
 

@@ -62,7 +62,7 @@ class FunctionSettings(Checked):
 
     function: str | Callable[..., Any]
     """`file.py:name` or `module:name`."""
-    arguments: dict[str, Any] | None = None
+    arguments: dict[str, object] | None = None
     """Further keyword arguments, the same in every call."""
     timeout: float | None = within(None, **SECONDS)
     """Seconds that one call may take. Unless it is asynchronous, the function then runs in a process of its own."""

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from steerl.reward.types import has_ids, response_ids, row_name
 from steerl.rollout.common.errors import DataError
@@ -22,18 +22,21 @@ from steerl.rollout.model import adapters, auto_classes
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, conversation_ids, is_conversation
 from steerl.rollout.types import Rollout, Texts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Tokens = Literal["auto", "ids", "text"]
 Reads = Literal["both", "completion", "pair"]
 _FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def vocabulary_of(tokenizer: Any) -> str:
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Equal for tokenizers that map the same tokens to the same ids, whatever roles their special tokens have."""
     table = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(table.encode()).hexdigest()
 
 
-def load_tokenizer(path: str, beside: Sequence[str], where: str) -> Any:
+def load_tokenizer(path: str, beside: Sequence[str], where: str) -> PreTrainedTokenizerBase:
     """The tokenizer named by `path`, or the one that lies beside the model; None where there is none."""
     folders = (
         [path] if path else [f for f in beside if f and (not Path(f).is_dir() or any((Path(f) / n).is_file() for n in _FILES))]
@@ -58,7 +61,7 @@ class ModelInputs:
 class InputReader:
     """rollout and texts -> ModelInputs."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     """None: only ids can be read."""
     vocabulary: str | None
     where: str

@@ -1,8 +1,8 @@
 """PPO's losses: tensors in, (loss, metrics) out.
 
-Every loss is a weighted sum over tokens, never a mean. The weights come from `token_weights`, which divides by counts of
+Every loss is a weighted sum over actions, never a mean. The weights come from `token_weights`, which divides by counts of
 the whole minibatch on all ranks; so losses, metrics and gradients of micro-batches simply add up, however the rows are
-split. Metrics are sums of the same kind, over tokens.
+split. Metrics are sums of the same kind, over actions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ Metrics = dict[str, Tensor]
 
 
 def token_weights(mask_BR: Tensor, *, tokens: int, rows: int, reduction: Reduction = "token") -> Tensor:
-    """Global token count: a token counts 1 / tokens of the minibatch on all ranks, or 1 / (tokens of its row x rows)."""
+    """Global token count: an action counts 1 / `tokens`, or 1 / (actions of its row x `rows`).
+
+    `tokens` are the actions of the minibatch on all ranks, `rows` its rows that have any."""
     if reduction == "token":
         weight = torch.tensor(1.0 / max(tokens, 1), device=mask_BR.device)
     else:

@@ -54,7 +54,8 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
 
     PPO details: the losses of all micro-batches and ranks are shares of one mean, over one global count of tokens; the gradient
     is clipped once, after accumulation."""
-    counts = {"tokens": int(experience.rollout.action_mask_BR[rows].sum()), "rows": len(rows)}
+    actions_B = experience.rollout.actions_B[rows]
+    counts = {"tokens": int(actions_B.sum()), "rows": int((actions_B > 0).sum())}
     micro_batches = passes(rows, experience.rollout, settings)
     module = state.accelerator.unwrap_model(state.model)
     sums: dict[str, Tensor] = {}

@@ -108,8 +108,9 @@ class ActorCritic(nn.Module):
         detach_value: bool = False,
         call: Callable[[], None] | None = None,
     ) -> PolicyOutput:
-        """`after` adds the value of the state after each row's last action; `detach_value` keeps a shared model out of the
-        value's gradient. `call` is all that is done, where there is no rollout."""
+        """Fed tokens are read like any other, and hold 0 in what is given. `after` adds the value at the end of each row,
+        where its next action would be predicted; `detach_value` keeps a shared model out of the value's gradient. `call` is all
+        that is done, where there is no rollout."""
         if rollout is None:
             assert call is not None
             call()
@@ -156,6 +157,6 @@ def checkpoint_activations(actor_critic: ActorCritic) -> None:
 
 
 def widened(rollout: Rollout) -> Rollout:
-    """One column more, so that the state after each row's last action is among those that predict something."""
+    """One column more, so that the state after each row's last token, drawn or fed, is among those that predict something."""
     wide = rollout.pad_to(rollout.prompt_width, rollout.response_width + 1)
     return dataclasses.replace(wide, lengths_B=wide.lengths_B + 1)

@@ -76,7 +76,7 @@ class RunLog:
         self._append(SAMPLES, plain)
         shown = plain[:_TABLE_ROWS]
         names = dict.fromkeys(name for row in shown for name in row)
-        columns = [name for name in names if not isinstance(shown[0].get(name), list | dict)]
+        columns = [name for name in names if not any(isinstance(row.get(name), list | dict) for row in shown)]
         cells = [[row.get(name) for name in columns] for row in shown]
         for name, tracker in self._started().items():
             if name == "wandb":

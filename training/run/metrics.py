@@ -16,7 +16,7 @@ from steerl.reward.types import metrics as reward_metrics
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.prompts.chat import Speller
-from steerl.rollout.types import STOP_REASONS
+from steerl.rollout.types import STOP_REASONS, Rollout
 from steerl.training.algorithm import kl
 from steerl.training.algorithm.minibatch import select, share
 from steerl.training.model.actor_critic import ActorCritic
@@ -24,12 +24,12 @@ from steerl.training.settings import PPOSettings
 from steerl.training.types import Experience, Scored
 
 
-def mean(value_BR: Tensor, mask_BR: Tensor) -> float:
-    return float(value_BR[mask_BR].double().mean()) if bool(mask_BR.any()) else 0.0
+def mean(value: Tensor, mask: Tensor) -> float:
+    return float(value[mask].double().mean()) if bool(mask.any()) else 0.0
 
 
 def rollout_metrics(scored: Scored) -> dict[str, float]:
-    """Rewards, lengths and entropy."""
+    """Rewards, lengths and entropy. What is counted are actions."""
     rollout = scored.rollout
     metrics = {
         "rollout/rows": float(len(rollout)),
@@ -44,7 +44,7 @@ def rollout_metrics(scored: Scored) -> dict[str, float]:
 
 
 def kl_metrics(scored: Scored, importance_BR: Tensor | None = None) -> dict[str, float]:
-    """The policy's KL to the reference: k1 summed over a response, mean over rows; k3 per token.
+    """The policy's KL to the reference: k1 summed over a response, mean over rows that have actions; k3 per action.
 
     Rows of another distribution than the policy's count by their importance weights, which share out 1 whatever bounds them."""
     if scored.reference_logprobs_BR is None:
@@ -52,7 +52,7 @@ def kl_metrics(scored: Scored, importance_BR: Tensor | None = None) -> dict[str,
     mask_BR, k1_B = scored.rollout.action_mask_BR, kl_per_response(scored, importance_BR)
     k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")
     if importance_BR is None:
-        return {"kl/ref": float(k1_B.mean()), "kl/ref_k3_token": mean(k3_BR, mask_BR)}
+        return {"kl/ref": mean(k1_B, mask_BR.any(1)), "kl/ref_k3_token": mean(k3_BR, mask_BR)}
     weights_BR = importance_BR.double()
     rows_B = weights_BR.sum(1) / mask_BR.sum(1).clamp(min=1)
     least = torch.finfo(torch.float64).tiny  # a step whose weights are all 0 says nothing
@@ -70,7 +70,7 @@ def cut_prompts(source: Any, rows: Sequence[int]) -> dict[str, float]:
 
 
 def kl_per_response(scored: Scored, importance_BR: Tensor | None = None) -> Tensor:
-    """k1 summed over each response, in float64, each token by its weight; zeros without a reference."""
+    """k1 summed over each response's actions, in float64, each by its weight; zeros without a reference."""
     if scored.reference_logprobs_BR is None:
         return torch.zeros(len(scored.rollout), dtype=torch.float64)
     k1_BR = kl.estimate(scored.old_logprobs_BR.double(), scored.reference_logprobs_BR.double())
@@ -82,7 +82,7 @@ def kl_per_response(scored: Scored, importance_BR: Tensor | None = None) -> Tens
 
 
 def check_gap(scored: Scored, tolerance: float, step: int) -> dict[str, float]:
-    """Measure |sampler's - trainer's| policy log-prob of every token; above the tolerance the run stops.
+    """Measure |sampler's - trainer's| policy log-prob of every action; above the tolerance the run stops.
 
     Rollouts of other weights (a replayed dump) have a gap by right: it is what the correction weighs."""
     rollout = scored.rollout
@@ -120,7 +120,9 @@ def gap_tolerance(settings: PPOSettings, dtype: torch.dtype, mixed_precision: st
 def sample_rows(
     scored: Scored, experience: Experience, model: ActorCritic, *, each: int, seed: int, step: int
 ) -> list[dict[str, Any]]:
-    """`each` best, worst and random rows with everything per token, for the table and the viewer. On every rank alike."""
+    """`each` best, worst and random rows with everything per token, for the table and the viewer. On every rank alike.
+
+    Lists are as long as `response_ids`, None at tokens that were fed; `action_mask` says which, in rows that have any."""
     if not each:
         return []
     token_text = Speller(model.policy.tokenizer).token
@@ -135,23 +137,29 @@ def sample_rows(
     ]
 
 
-def ratio(scored: Scored, model: ActorCritic, i: int) -> list[float]:
-    """new / old of every token of a row, after all of the step's updates."""
+def ratio(scored: Scored, model: ActorCritic, i: int) -> list[float | None]:
+    """new / old of every action of a row, after all of the step's updates."""
     with torch.no_grad():
         new_R = model(select(scored.rollout, [i], model.device)).logprobs_BR[0].float().cpu()
-    length = int(scored.rollout.lengths_B[i])
-    return [round(float(value), 6) for value in (new_R[:length] - scored.old_logprobs_BR[i, :length]).exp()]
+    return _numbers((new_R - scored.old_logprobs_BR[i, : len(new_R)]).exp(), scored.rollout, i)
+
+
+def _numbers(value_R: Tensor, rollout: Rollout, i: int) -> list[float | None]:
+    """A row's numbers, as many as it has tokens."""
+    length = int(rollout.lengths_B[i])
+    pairs = zip(value_R[:length].tolist(), rollout.action_mask_BR[i, :length].tolist(), strict=True)
+    return [round(value, 6) if acts else None for value, acts in pairs]
 
 
 def _row(scored: Scored, experience: Experience, token_text: Callable[[int], str], i: int) -> dict[str, Any]:
     rollout, texts = scored.rollout, scored.texts
-    length = int(rollout.lengths_B[i])
 
-    def numbers(value_BR: Tensor | None) -> list[float] | None:
-        return None if value_BR is None else [round(float(value), 6) for value in value_BR[i, :length]]
+    def numbers(value_BR: Tensor | None) -> list[float | None] | None:
+        return None if value_BR is None else _numbers(value_BR[i], rollout, i)
 
     prompt_ids = rollout.prompt_BP[i][rollout.prompt_mask_BP[i]].tolist()
-    response_ids = rollout.response_BR[i, :length].tolist()
+    response_ids = rollout.response_BR[i, : int(rollout.lengths_B[i])].tolist()
+    action_mask = rollout.action_mask_BR[i, : len(response_ids)].tolist()
     return {
         "row": int(rollout.row_B[i]),
         "sample": int(rollout.sample_B[i]),
@@ -170,6 +178,7 @@ def _row(scored: Scored, experience: Experience, token_text: Callable[[int], str
         "prompt_tokens": [token_text(token) for token in prompt_ids],
         "response_ids": response_ids,
         "response_tokens": [token_text(token) for token in response_ids],
+        **({} if all(action_mask) else {"action_mask": action_mask}),
         "policy_logprobs": numbers(scored.old_logprobs_BR),
         "gap": numbers(rollout.policy_logprobs_BR - scored.old_logprobs_BR),
         "importance": numbers(experience.importance_BR),

@@ -352,7 +352,7 @@ def test_an_adapter_with_its_head_is_a_reward_model(family, tmp_path):
     rollout, texts, rows = sampled(tokenizer, ["say:", "x"], ["good film", "a"])
     with torch.no_grad():
         expected = torch.stack([adapted(input_ids=torch.tensor([ids[:-1] + [9]])).logits[0, 0] for ids in rows])
-    rollout.response_BR[torch.arange(2), rollout.last_B] = (
+    rollout.response_BR[torch.arange(2), rollout.lengths_B - 1] = (
         9  # not the pad, not eos: transformers then reads the last token, too
     )
     got = build_reward([{"kind": "model", "path": str(tmp_path / "rm")}], tokenizer=tokenizer)(rollout, texts)

@@ -128,7 +128,7 @@ def one_token(correction):
         )
         experience, _ = credit(scored, ppo, 1.0)
 
-        def model(rollout, columns, **_):
+        def model(rollout, **_):
             return PolicyOutput(policy.log_softmax(0)[rollout.response_BR])
 
         state = SimpleNamespace(model=model, step=0, kl=kl.FixedKL(1.0))
@@ -184,7 +184,7 @@ def test_rows_weigh_whole_under_sequence_weights():
             log = float(pi[0, a] + pi[1 + a, b])
             true += math.exp(log) * (log - float(reference[0, a] + reference[1 + a, b]))
     scored = rows_of(pairs, log_mu, log_pi, log_reference)
-    weights, _ = importance_weights(log_pi, log_mu, scored.rollout.mask_BR, Correction("sequence_truncate", high=1e9))
+    weights, _ = importance_weights(log_pi, log_mu, scored.rollout.action_mask_BR, Correction("sequence_truncate", high=1e9))
     assert kl_metrics(scored, weights)["kl/ref"] == pytest.approx(true, abs=1e-5)
     plain = float((log_pi - log_reference).sum(1).mean())
     assert kl_metrics(scored)["kl/ref"] == pytest.approx(plain, abs=1e-6) and abs(plain - true) > 0.05
