@@ -81,8 +81,8 @@ class Rollout:
     temperature: float = 1.0
     steering: str = ""
     """Name and hash of the intervention that was active while sampling; empty when there was none."""
-    steering_seed: int = 0
-    """What the noise of a steering was drawn with, beside the policy's step, row and sample."""
+    steering_seed: int | None = 0
+    """What the noise of a steering was drawn with, beside the policy's step, row and sample; None where a dump does not say."""
     start_ids: tuple[int, ...] = ()
     """What every decoder row starts with (decoder start, forced bos); empty for decoder-only models."""
     greedy: bool = False
@@ -301,7 +301,7 @@ class Applied(NamedTuple):
     strength_BK: Tensor
     positions_BKN: Tensor
     policy_step_B: Tensor
-    steering_seed: int
+    steering_seed: int | None
 
     @staticmethod
     def of(rollout: Rollout) -> Applied:

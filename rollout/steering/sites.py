@@ -84,6 +84,7 @@ class BoundSite:
     def noise(self, at: int, rows: SteeredRows, index_BT: Tensor, width: int) -> Tensor:
         """What is drawn at a point, a function of row, sample and real position."""
         stream, applied = 4096 + 64 * self.index + at, rows.applied
+        assert applied.steering_seed is not None
         return keyed_normals(applied.steering_seed, stream, applied.policy_step_B, rows.row_B, rows.sample_B, index_BT, width)
 
     def apply(self, at: int, base: Tensor, strength: Tensor, unit: bool = False, noise: Tensor | None = None) -> Tensor:

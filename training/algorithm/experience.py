@@ -10,15 +10,13 @@ variance and count is global, and every rank decides the same.
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from steerl.reward.types import Reward, Scores, joined_extra, joined_metrics, missing_stop_penalty, on_last_action, row_name
+from steerl.reward.types import Reward, Scores, missing_stop_penalty, on_last_action, row_name
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.sharding import needs_sync
@@ -57,8 +55,8 @@ def gather_scored(rollout: Rollout, texts: Texts, reward: Reward, *, real: bool 
         scores = check_scores(reward(rollout, texts), rollout)
         parts = [(rollout.to("cpu"), texts, scores.to("cpu"))]
     parts = processes.gather_objects(parts)
-    joined = Rollout.join([part[0] for part in parts])
-    return joined, Texts.join([part[1] for part in parts]), _join_scores([part[2] for part in parts], joined)
+    rollouts, texts_of, scores_of = zip(*parts, strict=True)
+    return Rollout.join(rollouts), Texts.join(texts_of), Scores.join(scores_of)
 
 
 def check_scores(scores: Scores, rollout: Rollout) -> Scores:
@@ -121,25 +119,6 @@ def score(
 
 def _keep_nothing(_: Any) -> Any:
     """Drop saved tensors: this graph is never differentiated."""
-
-
-def _join_scores(parts: list[Scores], rollout: Rollout) -> Scores:
-    names = dict.fromkeys(name for part in parts for name in part.parts)
-    tokens_BR = None
-    dense = [part.tokens_BR for part in parts if part.tokens_BR is not None]
-    if dense:
-        tokens_BR = torch.cat([pad(value_BR, (0, rollout.response_width - value_BR.shape[1])) for value_BR in dense])
-    seconds = dict.fromkeys(name for part in parts for name in part.seconds)
-    fallbacks = dict.fromkeys(name for part in parts for name in part.fallbacks)
-    return Scores(
-        torch.cat([part.total_B for part in parts]),
-        {name: torch.cat([part.parts.get(name, torch.full((len(part),), math.nan)) for part in parts]) for name in names},
-        tokens_BR,
-        {name: max(part.seconds.get(name, 0.0) for part in parts) for name in seconds},
-        {name: sum(part.fallbacks.get(name, 0) for part in parts) for name in fallbacks},
-        joined_metrics([part.metrics for part in parts]),
-        joined_extra([part.extra for part in parts], [len(part) for part in parts]),
-    )
 
 
 # -- 3 credit --------------------------------------------------------------------------------------------------------
