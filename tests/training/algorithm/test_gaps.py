@@ -20,9 +20,10 @@ from steerl.training.algorithm import kl
 from steerl.training.algorithm.experience import credit
 from steerl.training.algorithm.importance import Correction
 from steerl.training.algorithm.update import learn
-from steerl.training.run.metrics import check_gap, kl_metrics, kl_per_response, rollout_metrics
+from steerl.training.run.metrics import check_gap, kl_metrics, kl_per_response, rollout_metrics, sample_rows
 from steerl.training.settings import PPOSettings
 from steerl.training.types import PolicyOutput, Scored
+from tests.ppo_runs import first_scored, job, warm_head
 
 # -- rows by chance ------------------------------------------------------------------------------------------------------
 
@@ -239,6 +240,22 @@ def test_rows_without_actions_are_as_if_they_were_not_there():
             if name not in counts and not name.startswith("kl of row"):
                 assert said[name] == pytest.approx(number, rel=1e-5, abs=1e-6), (seed, name)
     assert empty > 20
+
+
+def test_rows_for_the_viewer_say_which_tokens_were_fed():
+    parts, prompts, ppo = job("gpt2")
+    warm_head(parts.actor_critic)
+    scored = first_scored(parts, prompts, ppo, gaps=True)
+    experience, _ = credit(scored, ppo, 0.05)
+    rows = sample_rows(scored, experience, parts.actor_critic, each=4, seed=0, step=1)
+    lists = ("policy_logprobs", "gap", "behaviour_logprobs", "reference_logprobs", "entropy", "values", "rewards", "advantages")
+    for row in rows:
+        acts = row.get("action_mask", [True] * len(row["response_ids"]))
+        for name in (*lists, "returns", "ratio"):
+            assert [value is not None for value in row[name]] == acts, name
+        assert [value for value in row["ratio"] if value is not None] == pytest.approx([1.0] * sum(acts), abs=1e-5)
+    assert {all(row.get("action_mask", [True])) for row in rows} == {True, False}
+    assert not any(all(row.get("action_mask", [False])) for row in rows)  # only where there are gaps
 
 
 # -- loops over actions --------------------------------------------------------------------------------------------------
