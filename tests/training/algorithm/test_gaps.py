@@ -324,16 +324,18 @@ def test_credit_is_a_loop_over_the_actions():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "advantages", "returns"),
+    ("gamma", "tokens", "expected"),
     [
-        (None, [1, 1, 0, 0, 1], [1, 1, 0, 0, 1]),
+        (1.0, None, [1, 1, 0, 0, 1]),
+        (0.9, None, [0.81, 0.9, 0, 0, 1]),
         # a reward of each turn, on its last action
-        ([0, 2, 0, 0, 3], [5, 5, 0, 0, 3], [5, 5, 0, 0, 3]),
+        (1.0, [0, 2, 0, 0, 3], [5, 5, 0, 0, 3]),
         # what stands at a token that was fed is nobody's
-        ([0, 2, 7, 0, 3], [5, 5, 0, 0, 3], [5, 5, 0, 0, 3]),
+        (1.0, [0, 2, 7, 0, 3], [5, 5, 0, 0, 3]),
     ],
 )
-def test_an_episode_of_two_turns(tokens, advantages, returns):
+def test_an_episode_of_two_turns(gamma, tokens, expected):
+    """The worked row of docs/ppo-details.md."""
     rollout = Rollout.of_ids([[4]], [[5, 6, 7, 8, 9]], action_mask_BR=[[1, 1, 0, 0, 1]])
     zeros = torch.zeros(1, 5)
     scores = Scores(torch.ones(1), tokens_BR=None if tokens is None else torch.tensor([tokens]))
@@ -341,5 +343,6 @@ def test_an_episode_of_two_turns(tokens, advantages, returns):
         rollout=rollout, texts=texts_of(1), scores=scores, old_logprobs_BR=zeros, reference_logprobs_BR=None,
         values_BR=zeros, after_B=torch.zeros(1), entropy_BR=zeros, seconds={},
     )  # fmt: skip
-    experience, _ = credit(scored, PPOSettings(gamma=1.0, lam=1.0, whiten_advantages=False), 0.0)
-    assert experience.advantages_BR.tolist() == [advantages] and experience.returns_BR.tolist() == [returns]
+    experience, _ = credit(scored, PPOSettings(gamma=gamma, lam=1.0, whiten_advantages=False), 0.0)
+    for found_BR in (experience.advantages_BR, experience.returns_BR):
+        assert found_BR.tolist() == ([expected] if gamma == 1 else [pytest.approx(expected)])
