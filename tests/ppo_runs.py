@@ -56,8 +56,8 @@ def job(
 
 def first_scored(parts: Components, prompts: Prompts, ppo: PPOSettings):
     rows = prompts.take(0, 0, ppo.rollouts_per_step // parts.sampler.sampling.n)
-    rollout, texts = parts.sampler.sample(prompts.batch(rows), step=0)
-    return score(parts.actor_critic, parts.reference, *gather_scored(rollout, texts, share_of_threes), ppo)
+    samples = parts.sampler.draw(prompts.batch(rows), step=0)
+    return score(parts.actor_critic, parts.reference, *gather_scored(samples, share_of_threes), ppo)
 
 
 def first_experience(parts: Components, prompts: Prompts, ppo: PPOSettings) -> Experience:
