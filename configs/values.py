@@ -10,6 +10,7 @@ from typing import Any
 
 from steerl.rollout.common import settings_reader
 from steerl.rollout.common.settings_reader import (
+    ANYTHING,
     MISSING,
     Path,
     Section,
@@ -51,12 +52,12 @@ class ValueReader(settings_reader.Reader):
 
     def _into_mapping(self, wanted: Any, path: Path, value: Section) -> Any:
         """A flag into a free mapping: it sets one key and leaves the others."""
-        if wanted is not Any and holds(wanted, dict) is None:
+        if wanted not in ANYTHING and holds(wanted, dict) is None:
             below, text = leaf(path, value)
             told = f"{dotted(path)} takes {words(wanted)}, nothing below it"
             self.problems.append(f"{dotted(below)}: unknown ({self.source}, value {brief(text)}); {told}")
             return MISSING
-        inner = (typing.get_args(holds(wanted, dict)) if wanted is not Any else ()) or (str, Any)
+        inner = (typing.get_args(holds(wanted, dict)) if wanted not in ANYTHING else ()) or (str, object)
         checked = {name: self.value(inner[1], (*path, name), one) for name, one in value.items()}
         return Section({name: one for name, one in checked.items() if one is not MISSING})
 
@@ -67,7 +68,7 @@ class ValueReader(settings_reader.Reader):
         optional = type(None) in kinds
         if isinstance(value, Text) and optional and str in kinds and value in ("null", "~"):
             return True, None
-        if isinstance(value, str) and str not in kinds and Any not in kinds:
+        if isinstance(value, str) and str not in kinds and ANYTHING.isdisjoint(kinds):
             problems: list[str] = []
             value = load_text(value, "", problems)
             if problems or value is None or _unfit(value) is not None:
@@ -94,7 +95,7 @@ def leaf(path: Path, value: Any) -> tuple[Path, Any]:
 def _is_yaml(wanted: Any, text: str) -> bool:
     """Whether a flag's text is more than one word of its own: always where no text may stand, else by its first letter."""
     section = section_of(wanted)
-    if section is None and wanted is not Any and holds(wanted, list, tuple, dict) is None:
+    if section is None and wanted not in ANYTHING and holds(wanted, list, tuple, dict) is None:
         return False
     return str not in members(wanted) or section is not None or text.lstrip()[:1] in ("{", "[")
 
@@ -114,15 +115,15 @@ def _unfit(value: Any) -> str | None:
 
 
 def type_at(job_type: type, path: Path) -> Any:
-    """The type of the setting at `path`; Any inside a free mapping; None where there is no such setting."""
+    """The type of the setting at `path`; anything inside a free mapping; None where there is no such setting."""
     wanted: Any = job_type
     for name in path:
         section = section_of(wanted)
         if section is not None:
             wanted = fields_of(section).get(name)
-        elif wanted is not Any and (mapping := holds(wanted, dict)) is not None:
-            wanted = (typing.get_args(mapping) or (str, Any))[1]
-        elif wanted is not Any:
+        elif wanted not in ANYTHING and (mapping := holds(wanted, dict)) is not None:
+            wanted = (typing.get_args(mapping) or (str, object))[1]
+        elif wanted not in ANYTHING:
             return None
     return wanted
 

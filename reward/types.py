@@ -11,7 +11,7 @@ import logging
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -33,7 +33,8 @@ class Scores:
     parts: dict[str, Tensor] = field(default_factory=dict)
     """(B,) float32 each, before weighting; NaN where a part does not apply. `<part>.raw`: before normalisation, too."""
     tokens_BR: Tensor | None = None
-    """The whole reward, action by action, 0 beyond a row's end. None: the total sits on the last action."""
+    """The whole reward, at the place of each action in the response; 0 at what was fed and beyond a row's end. None: the total
+    sits on the last action."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time that each part took."""
     fallbacks: dict[str, int] = field(default_factory=dict)
@@ -108,6 +109,46 @@ def on_last_action(values_B: Tensor, rollout: Rollout) -> Tensor:
     return torch.where(mask_BR & (left_BR == 1), values_B.to(rollout.device)[:, None], 0.0)
 
 
+@dataclass(frozen=True)
+class TurnRewards:
+    """What a reward function may return instead of a number per row: what each of the policy's turns earned.
+
+    Two rows, of two turns and of one: `TurnRewards([[0.5, 1.0], [0.0]])`. A number sits on its turn's last action, and a row's
+    total is the sum of its numbers; None for a row to which the term does not apply."""
+
+    rows: Sequence[Sequence[float] | None]
+
+
+def on_turns(rewards: Sequence[Sequence[float]], rollout: Rollout, where: str = "reward") -> Tensor:
+    """(B, R) with each row's numbers on the last actions of its turns (`rollout.turns`), one for each turn; 0 elsewhere.
+
+    action_mask_BR   1 1 0 0 1     [0.5, 1.0]  -->   . 0.5 . . 1.0
+    """
+    _one_per_row(len(rewards), rollout, where)
+    values_BR = torch.zeros(rollout.response_BR.shape, device=rollout.device)
+    for row, (numbers, turns) in enumerate(zip(rewards, rollout.turns, strict=True)):
+        if len(numbers) != len(turns):
+            found = f"{len(numbers)} numbers for {len(turns)} turns"
+            raise UserError(f"{where}: {row_name(rollout, row)}: gave {found}; give one for each run of its actions")
+        for number, (_, end) in zip(numbers, turns, strict=True):
+            values_BR[row, end - 1] = number
+    return values_BR
+
+
+def refuse_rewards_of_fed(tokens_BR: Tensor, rollout: Rollout, where: str) -> None:
+    """A tool's result or a later user turn is not the policy's to be rewarded for."""
+    wrong_BR = rollout.extent_BR & ~rollout.action_mask_BR & (tokens_BR.to(rollout.device) != 0)
+    if bool(wrong_BR.any()):
+        row, place = wrong_BR.nonzero()[0].tolist()
+        found = f"earns {tokens_BR[row, place].item():.6g} at token {place}, which the policy did not draw"
+        raise UserError(f"{where}: {row_name(rollout, row)} {found}; rewards belong where rollout.action_mask_BR is true")
+
+
+def response_ids(rollout: Rollout) -> list[list[int]]:
+    """Of each row all that follows its prompt, whoever it is from."""
+    return [ids[:n] for ids, n in zip(rollout.response_BR.tolist(), rollout.lengths_B.tolist(), strict=True)]
+
+
 def missing_stop_penalty(ended_B: Tensor, penalty: float) -> Tensor:
     """What is added to the total of each row: -penalty where it was cut at the limit, 0 where it stopped by itself."""
     return torch.where(ended_B, 0.0, -float(penalty))
@@ -142,9 +183,7 @@ class Failure:
 
 def settle(values: Sequence[Any], rollout: Rollout, where: str, fallback: float | None) -> Scores:
     """One number per row out of what was handed in: a number; None (does not apply); a Failure or no number (fallback)."""
-    if len(values) != len(rollout):
-        found = f"{len(values)} scores" if len(values) < len(rollout) else "more scores than one per row"
-        raise UserError(f"{where}: gave {found} for {len(rollout)} rows; give one per row")
+    _one_per_row(len(values), rollout, where)
     settled: list[float] = []
     failed: list[str] = []
     for index, value in enumerate(values):
@@ -161,6 +200,28 @@ def settle(values: Sequence[Any], rollout: Rollout, where: str, fallback: float 
         logger.warning("%s: %d of %d rows got the fallback %s: %s", where, len(failed), len(values), fallback, shown)
     total_B = torch.tensor(settled, dtype=torch.float64).float()
     return Scores(total_B.to(rollout.device), fallbacks={"": len(failed)} if failed else {})
+
+
+def settle_turns(given: TurnRewards, rollout: Rollout, where: str, fallback: float | None) -> Scores:
+    """The same for rewards of turns: a row with a turn that has no number gets the fallback, on its last action."""
+    _one_per_row(len(given.rows), rollout, where)
+    totals: list[Any] = []
+    numbers: list[list[float]] = []
+    for row, turns in zip(given.rows, rollout.turns, strict=True):
+        pairs = [_number(value) if value is not None else (math.nan, "gave None for a turn") for value in row or ()]
+        reason = next((reason for _, reason in pairs if reason), "")
+        totals.append(None if row is None else Failure(reason) if reason else math.fsum(number for number, _ in pairs))
+        numbers.append([0.0] * len(turns) if row is None else [0.0 if reason else number for number, _ in pairs])
+    tokens_BR = on_turns(numbers, rollout, where)
+    settled = settle(totals, rollout, where, fallback)
+    failed_B = torch.tensor([isinstance(total, Failure) for total in totals], dtype=torch.bool, device=rollout.device)
+    return replace(settled, tokens_BR=torch.where(failed_B[:, None], on_last_action(settled.total_B, rollout), tokens_BR))
+
+
+def _one_per_row(count: int, rollout: Rollout, where: str) -> None:
+    if count != len(rollout):
+        found = f"{count} scores" if count < len(rollout) else "more scores than one per row"
+        raise UserError(f"{where}: gave {found} for {len(rollout)} rows; give one per row")
 
 
 def _number(value: Any) -> tuple[float, str]:

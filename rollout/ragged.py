@@ -34,6 +34,15 @@ def table(lists: Lists, dtype: torch.dtype, side: str = "right", fill: int = 0) 
     return pad_sequence(rows, True, fill, side) if rows else torch.zeros(0, 0, dtype=dtype)
 
 
+def listed(mask_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids of a mask, row after row, and how many each row has; none and 0 for a row of all ids."""
+    counts_N = mask_NV.sum(1)
+    some_N = counts_N < mask_NV.shape[1]
+    if not bool(some_N.all()):
+        mask_NV = mask_NV & some_N[:, None]
+    return mask_NV.nonzero()[:, 1].int(), torch.where(some_N, counts_N, 0)
+
+
 @dataclass(frozen=True)
 class Kept:
     """The ids that could be drawn at each action, where the sampler truncates (top-k, top-p, min-p): a ragged list of lists.
@@ -55,6 +64,14 @@ class Kept:
         ids = [i for row in lists for places in row for i in places]
         counts_BR = table([[len(places) for places in row] for row in lists], torch.int64)
         return Kept(torch.tensor(ids, dtype=torch.int32, device=device), counts_BR.to(device))
+
+    @staticmethod
+    def of_steps(steps: Sequence[tuple[Tensor, Tensor]], width: int) -> Kept:
+        """`steps[t]`: the ids of all rows at token t, row after row, and how many belong to which."""
+        ids, counts_RB = torch.cat([ids for ids, _ in steps]), torch.stack([counts_B for _, counts_B in steps])
+        place_BR = torch.arange(counts_RB.numel(), device=ids.device).view(counts_RB.shape).T
+        by_row = Kept(Kept(ids, counts_RB)._at(place_BR.flatten())[0], counts_RB.T)
+        return by_row.widened(width)
 
     def lists(self) -> list[list[list[int]]]:
         """A list of ids for each token of each row."""

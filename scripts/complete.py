@@ -53,7 +53,7 @@ class CompleteJob:
     prompts: PromptSettings = field(default_factory=PromptSettings)
     """A file of prompts instead: whatever a dump reads, or a .txt with one on each line."""
     sampling: Sampling = field(default_factory=Sampling)
-    steering: dict[str, Any] | str | None = field(default=None, metadata={"check": load_spec})
+    steering: dict[str, object] | str | None = field(default=None, metadata={"check": load_spec})
     """An intervention: completions without and with it stand side by side."""
     chat: bool = False
     """Take each prompt as a user's message, through the chat template."""

@@ -41,7 +41,7 @@ class DumpJob:
     prompts: PromptSettings = field(default_factory=PromptSettings)
     sampling: Sampling = field(default_factory=Sampling)
     engine: EngineSettings = field(default_factory=EngineSettings)
-    steering: dict[str, Any] | str | None = field(default=None, metadata={"check": load_spec})
+    steering: dict[str, object] | str | None = field(default=None, metadata={"check": load_spec})
     """An intervention's mapping, or the path of a YAML that holds it."""
     run: RunSettings = field(default_factory=RunSettings)
     verify: bool = False

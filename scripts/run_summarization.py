@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import steerl.configs  # noqa: F401  # the environment that torch is loaded in
 
@@ -29,6 +29,9 @@ from steerl.rollout.prompts.tables import columns_of, read_table
 from steerl.training.stages import models, stage
 from steerl.training.stages.data import TableRow, check_values, missing_columns
 from steerl.training.stages.seq2seq import decode, make_trainer, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _logger = logging.getLogger(__name__)
 
@@ -171,8 +174,8 @@ def work(
     ours: SummarisationArguments,
     training: Any,
     rows: dict[str, list[TableRow]],
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     run: RunSettings,
     stop: processes.Stop,

@@ -51,7 +51,7 @@ class ServeSettings:
 class ServeJob:
     """Offer a reward over HTTP."""
 
-    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_terms})
+    reward: list[dict[str, object]] = field(default_factory=list, metadata={"check": read_terms})
     """The parts of the reward."""
     serve: ServeSettings = field(default_factory=ServeSettings)
 

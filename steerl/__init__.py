@@ -11,6 +11,7 @@ from steerl.rollout.common.front import front
 if TYPE_CHECKING:  # for editors and type checkers
     from steerl.reward.build import build_reward as build_reward
     from steerl.reward.types import Scores as Scores
+    from steerl.reward.types import TurnRewards as TurnRewards
     from steerl.rollout.common.errors import CheckpointError as CheckpointError
     from steerl.rollout.common.errors import ConfigError as ConfigError
     from steerl.rollout.common.errors import DataError as DataError

@@ -80,7 +80,7 @@ def float16_problems(model: nn.Module) -> list[str]:
 def _unweighed(sampling: Sampling, ppo: PPOSettings, steering: SteeringSpec | None) -> bool:
     """Whether rows of another distribution than the policy's count as if they were the policy's."""
     correction = ppo.correction or getattr(steering, "correction", None)
-    other = ppo.replay or not sampling.is_plain or getattr(steering, "role", "") == "behaviour"
+    other = ppo.replay or not sampling.is_policy or getattr(steering, "role", "") == "behaviour"
     return bool(other) and correction is not None and correction.type == "none"
 
 
@@ -108,11 +108,13 @@ def sampling_problems(sampling: Sampling, ppo: PPOSettings, steering: SteeringSp
             "sampling: top_k, top_p or min_p together with steering.role behaviour leaves tokens of the policy that are never "
             "drawn, so weights pi / mu are wrong; sample with the temperature alone"
         ]
-    if not sampling.is_plain and ppo.correction is None:
+    if not sampling.is_policy and ppo.correction is None:
+        cut = sampling.truncates and not sampling.replays_mask
+        what = "top_k, top_p and min_p with replay_mask false" if cut else "penalties and bans"
+        remedy = "leave replay_mask out" if cut else "sample without them"
         return [
-            "sampling: top_k, top_p, min_p, penalties and bans draw from another distribution than the policy's, so the "
-            "clipped ratio would be off; sample with the temperature alone, or set ppo.correction.type, for example "
-            "token_truncate (none accepts the bias)"
+            f"sampling: {what} draw from another distribution than the policy's, so the clipped ratio would be off; {remedy}, "
+            "or set ppo.correction.type, for example token_truncate (none accepts the bias)"
         ]
     if behaviour and ppo.correction is None and getattr(steering, "correction", None) is None:
         return [

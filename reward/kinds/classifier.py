@@ -20,7 +20,7 @@ import inspect
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,13 +30,16 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, capabilities, compat
 from steerl.rollout.model.auto_classes import NoHead, head_of, load_config, load_head
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 logger = logging.getLogger(__name__)
 
 
 class Classifier:
     """The model, and what was seen of its ways."""
 
-    def __init__(self, model: Any, where: str, batch_size: int):
+    def __init__(self, model: PreTrainedModel, where: str, batch_size: int):
         self.model, self.where, self.batch_size = model, where, batch_size
         self.core = model.get_base_model() if hasattr(model, "peft_config") else model
         self.config = self.core.config
@@ -222,7 +225,7 @@ def load_classifier(
         settings["num_labels"] = 1
     with _whole_weights():
         try:
-            model: Any = load_head(
+            model: PreTrainedModel = load_head(
                 path, "reward", head, dtype=dtype, attn=attn, fresh=fresh or head_in_adapter is not None,
                 field=f"{where}.path", **settings,
             )  # fmt: skip

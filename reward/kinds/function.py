@@ -3,10 +3,11 @@
     name(prompts, completions, **columns) -> list of numbers     as TRL's trainers call it; None: does not apply to the row
     name(rollout, texts) -> Scores (or one number per row)       this package's own; may give a reward per token
 
-Either may be asynchronous. A function gets the columns it names, and everything if it takes **kwargs. Where the
-prompts are conversations, completions are `[{"role": "assistant", "content": ...}]`. As TRL's, it may ask for
-`log_metric(name, number)`, whose mean over all calls and ranks is the metric reward/<part>/<name>, and for
-`log_extra(column, values)`, one value per row, which rows of samples.jsonl show as extra/<part>/<column>.
+Either may give TurnRewards (what each of the policy's turns earned), and may be asynchronous. A function gets the columns that
+it names, and everything if it takes **kwargs. Where the prompts are conversations, completions are `[{"role": "assistant",
+"content": ...}]`. As TRL's, it may ask for `log_metric(name, number)`, whose mean over all calls and ranks is the metric
+reward/<part>/<name>, and for `log_extra(column, values)`, one value per row, which rows of samples.jsonl show as
+extra/<part>/<column>.
 
     in this process (the default) ---- raises? rows one by one, to name the row ---- fallback, or a UserError
     `timeout` set: a process of its own, killed when the time is over ---- rows one by one, each with that time
@@ -30,7 +31,19 @@ import torch
 
 from steerl.reward.kinds.loading import LOGS, CallResult, load_function
 from steerl.reward.kinds.worker import Overdue, Worker, WorkerFailed
-from steerl.reward.types import SECONDS, Failure, Scores, joined_extra, joined_metrics, on_last_action, settle
+from steerl.reward.types import (
+    SECONDS,
+    Failure,
+    Scores,
+    TurnRewards,
+    joined_extra,
+    joined_metrics,
+    on_last_action,
+    refuse_rewards_of_fed,
+    response_ids,
+    settle,
+    settle_turns,
+)
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.common.fingerprint import SHORT, sha256_file
@@ -49,7 +62,7 @@ class FunctionSettings(Checked):
 
     function: str | Callable[..., Any]
     """`file.py:name` or `module:name`."""
-    arguments: dict[str, Any] | None = None
+    arguments: dict[str, object] | None = None
     """Further keyword arguments, the same in every call."""
     timeout: float | None = within(None, **SECONDS)
     """Seconds that one call may take. Unless it is asynchronous, the function then runs in a process of its own."""
@@ -216,10 +229,13 @@ class FunctionReward:
         return replace(scores, metrics={**scores.metrics, **call.metrics}, extra={**scores.extra, **call.extra})
 
     def _settled(self, result: Any, rollout: Rollout) -> Scores:
+        if isinstance(result, TurnRewards):
+            return settle_turns(result, rollout, self.where, self.settings.fallback)
         if not isinstance(result, Scores):
             return settle(_listed(result, self.where), rollout, self.where, self.settings.fallback)
         totals_B = result.total_B
         if result.tokens_BR is not None and result.tokens_BR.shape == rollout.response_BR.shape:
+            refuse_rewards_of_fed(result.tokens_BR, rollout, self.where)
             sums_B = result.per_token(rollout).sum(1)
             if bool(totals_B.any()) and not torch.allclose(totals_B.to(sums_B), sums_B, rtol=1e-3, atol=1e-4):
                 raise UserError(
@@ -262,8 +278,10 @@ def _logs_of(rows: Sequence[CallResult | Failure]) -> dict[str, Any]:
 
 
 def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, Any]:
-    """The keyword arguments that TRL's trainers hand to a reward function; beside them prompt_ids and ended."""
-    lengths = rollout.lengths_B.tolist()
+    """The keyword arguments that TRL's trainers hand to a reward function, and prompt_ids, ended, action_mask and turns.
+
+    As in TRL, completion_ids hold a tool's result too; action_mask, as long, says which of them the policy drew."""
+    completion_ids = response_ids(rollout)
     completions: list[Any] = [
         [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
         for prompt, text in zip(texts.prompts, texts.completions, strict=True)
@@ -272,10 +290,12 @@ def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, Any]:
     return {
         "prompt_ids": prompt_ids,
         "ended": rollout.ended_B.tolist(),
+        "action_mask": [row[: len(ids)] for row, ids in zip(rollout.action_mask_BR.tolist(), completion_ids, strict=True)],
+        "turns": rollout.turns,
         **{name: column for name, column in texts.columns.items() if name.isidentifier()},
         "prompts": texts.prompts,
         "completions": completions,
-        "completion_ids": [ids[:n] for ids, n in zip(rollout.response_BR.tolist(), lengths, strict=True)],
+        "completion_ids": completion_ids,
     }
 
 

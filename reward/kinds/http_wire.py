@@ -2,9 +2,11 @@
 
     POST /score   {"prompts": [...], "completions": [...], "prompt_texts": [...], "columns": {name: [...]}, "ended": [...],
                    "rows": [[dataset row, sample], ...],
-                   "ids": {"prompts": [[...]], "responses": [[...]], "start": [...], "vocabulary": "..."} or null}
+                   "ids": {"prompts": [[...]], "responses": [[...]], "start": [...], "vocabulary": "...",
+                           "action_mask": [[...]] where a row was fed something in between} or null}
     200           {"scores": [...], "parts": {name: [...]}, "tokens": [[...], ...] or null, "fallbacks": {name: count}}
 
+`tokens` are as long as the row's response, and 0 where its `action_mask` is (1: the policy drew the token, 0: it was fed).
 A server of another make needs only `prompts` and `completions`, and may answer with `scores` alone. null: the reward
 does not apply to the row. A float32 travels as the shortest text that reads back as the same number: nothing is lost.
 """
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerl.reward.types import Scores, has_ids
+from steerl.reward.types import Scores, has_ids, response_ids
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.types import Rollout, Texts
 
@@ -35,13 +37,15 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 def ask(rollout: Rollout, texts: Texts, vocabulary: str | None, where: str) -> bytes:
     ids = None
     if has_ids(rollout):
-        lengths = rollout.lengths_B.tolist()
         ids = {
             "prompts": [row[mask].tolist() for row, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)],
-            "responses": [row[:n] for row, n in zip(rollout.response_BR.tolist(), lengths, strict=True)],
+            "responses": (responses := response_ids(rollout)),
             "start": list(rollout.start_ids),
             "vocabulary": vocabulary,
         }
+        if bool((rollout.actions_B < rollout.lengths_B).any()):
+            masks = rollout.action_mask_BR.int().tolist()
+            ids["action_mask"] = [row[: len(response)] for row, response in zip(masks, responses, strict=True)]
 
     def plain(value: Any) -> Any:
         if hasattr(value, "tolist"):
@@ -110,6 +114,9 @@ def read_question(body: bytes, max_rows: int) -> tuple[Rollout, Texts, str | Non
         raise UserError("completions: expected a list of texts")
     ids = asked.get("ids") or {}
     try:
+        masks = ids.get("action_mask")
+        if masks is not None and [len(row) for row in masks] != [len(row) for row in ids.get("responses") or ()]:
+            raise UserError("action_mask: expected as many as the responses' ids")
         cells = sum(rows * max(map(len, ids.get(name) or [[]])) for name in ("prompts", "responses"))
         if cells > MOST_CELLS:
             raise TooLarge(f"{cells:,} places for token ids, padded; at most {MOST_CELLS:,} in a request")
@@ -120,6 +127,7 @@ def read_question(body: bytes, max_rows: int) -> tuple[Rollout, Texts, str | Non
             row_B=[int(row) for row, _ in lists["rows"]],
             sample_B=[int(sample) for _, sample in lists["rows"]],
             start_ids=tuple(ids.get("start") or ()),
+            **({} if masks is None else {"action_mask_BR": masks}),
         )
     except (UserError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise UserError(f"ids, ended, rows: {error!s:.200}") from error
@@ -156,7 +164,7 @@ def read_answer(body: bytes, rollout: Rollout) -> dict[str, Any]:
     parts = {name: _tensor(name, values, rows) for name, values in _mapping(told, "parts").items()}
     tokens_BR: Tensor | None = None
     if told.get("tokens") is not None:
-        lengths, wrong = rollout.lengths_B.tolist(), "the answer's tokens are not one number per sampled token"
+        lengths, wrong = rollout.lengths_B.tolist(), "the answer's tokens are not one number per token of the response"
         lists = told["tokens"]
         if not isinstance(lists, list) or [len(row) if isinstance(row, list) else -1 for row in lists] != lengths:
             raise ValueError(wrong)

@@ -74,7 +74,8 @@ def effect_curve(
     for strength in sorted({0.0, *map(float, strengths)}, key=abs):
         at = dataclasses.replace(site, strength=Strength(value=strength), schedule=None)
         steering = Steering(policy.model, SteeringSpec(sites=(at,), role="data", folder=folder), policy.tokenizer, seed)
-        rollout, texts = Sampler(policy, sampling, steering).sample(prompts)
+        # The KL is over the whole vocabulary, whatever could be drawn of it.
+        rollout, texts = Sampler(policy, dataclasses.replace(sampling, replay_mask=False), steering).sample(prompts)
         kl_BR = kl_from_plain(policy, steering, rollout)
         tokens = int(rollout.lengths_B.sum())
         values = measure(rollout, texts).double()

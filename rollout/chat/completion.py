@@ -186,6 +186,8 @@ def complete(
     """
     if sampling.n != 1:
         raise UserError(f"sampling.n: {sampling.n}, but a prompt has one completion; leave it at 1, or dump rollouts")
+    if sampling.replay_mask:
+        raise UserError("sampling.replay_mask: true, but nothing learns from a completion, so it has no effect; leave it out")
     prompts = [[int(token) for token in ids] for ids in prompt_ids]
     context = _context(policy, None) if context is None else context
     limit = sampling.max_new_tokens if limit is None else limit
@@ -200,7 +202,7 @@ def complete(
         if most < 1:
             done.update({row: Completed(prompts[row], [], "", STOP_REASONS[STOP_LENGTH], [], None, None) for row in group})
             continue
-        sampler = Sampler(policy, dataclasses.replace(sampling, max_new_tokens=most), steering)
+        sampler = Sampler(policy, dataclasses.replace(sampling, max_new_tokens=most, replay_mask=False), steering)
         batch = PromptBatch.of_ids(
             [prompts[row] for row in group], [rows[row] if rows else row for row in group], policy.tokenizer
         )

@@ -35,7 +35,9 @@ MOST = 50
 LARGEST = 1 << 1000
 """Of a whole number that is taken for a float."""
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping", list: "a list"}
-_WORDS |= {type(None): "null", Any: "anything", Callable: "a function"}  # type: ignore[dict-item]
+_WORDS |= {type(None): "null", Any: "anything", object: "anything", Callable: "a function"}  # type: ignore[dict-item]
+ANYTHING = frozenset({Any, object})
+"""The types of a value that may be whatever it is."""
 _EXAMPLES = {int: "such as 8", float: "such as 0.5 or 1e-5", bool: "true or false"}
 
 
@@ -117,7 +119,7 @@ def words(wanted: Any) -> str:
 def convert(wanted: Any, value: Any) -> tuple[bool, Any]:
     """(whether a value is of a type as settings spell it, the value as the type has it). A bool is no number, and no number
     is nan or infinite."""
-    if wanted is Any:
+    if wanted in ANYTHING:
         return True, value
     found = ((m, *_of_member(m, value)) for m in members(wanted))
     fitting = [(type(as_it_is) is type(value), as_it_is) for _, fits, as_it_is in found if fits]
@@ -126,7 +128,7 @@ def convert(wanted: Any, value: Any) -> tuple[bool, Any]:
 
 def _of_member(wanted: Any, value: Any) -> tuple[bool, Any]:
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
-    if wanted is Any:
+    if wanted in ANYTHING:
         return True, value
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in inner), value
@@ -190,7 +192,7 @@ def remedy(wanted: Any, value: Any) -> str:
         return f"did you mean {near}?" if near else f"choose {' or '.join(choices)}"
     if holds(wanted, list, tuple):
         return f"write it as [{brief(value)}]"
-    if section_of(wanted) or wanted is Any or holds(wanted, dict):
+    if section_of(wanted) or wanted in ANYTHING or holds(wanted, dict):
         return "write it as {name: value}"
     if value is None:
         return "leave the line out for the default"

@@ -1,6 +1,7 @@
 """What the next token is drawn from: processors in their one order, and the draw.
 
     raw logits ─┬─ / temperature ───────────────────────────────────── policy ──────── log-prob, entropy
+                │                                                        ^ over these alone, with sampling.replay_mask
                 └─ penalty ─ bans ─ / temperature ─ top-k ─ top-p ─ min-p ─ behaviour ─ draw, log-prob
 
 All in float32, sums that matter in float64. Penalties and bans see real tokens only, never padding. The draw is an
@@ -33,6 +34,8 @@ class Drawn:
     policy_B: Tensor
     entropy_B: Tensor
     bad_B: Tensor
+    kept_BV: Tensor | None = None
+    """What could be drawn, where the mask is replayed; overwritten by the next step."""
 
 
 class History:
@@ -102,10 +105,11 @@ class Distribution:
 
     def draw(self, logits_BV: Tensor, history: History, uniform_B: Tensor, space: Space) -> Drawn:
         """A token per row as the behaviour draws it, with both log-probs and the policy's entropy."""
-        settings = self.sampling
-        policy = Weights(_tempered(logits_BV, settings.policy_temperature, space), space, "policy", entropy=True)
-        entropy_B, total_B, bad_B = policy.entropy(), policy.total_B, policy.bad_B
-        behaviour = policy
+        settings, replays = self.sampling, self.sampling.replays_mask
+        scores_BV = _tempered(logits_BV, settings.policy_temperature, space)
+        policy = Weights(scores_BV, space, "policy", entropy=not replays)
+        behaviour, total_B, bad_B = policy, policy.total_B, policy.bad_B
+        entropy_B = total_B if replays else policy.entropy()  # of what is left then, below
         if settings.greedy:
             best = self.penalized(logits_BV, history, space).max(dim=1)
             logprobs_B = policy.logprobs(best.indices, total_B)
@@ -114,10 +118,15 @@ class Distribution:
             behaviour = Weights(self.penalized(logits_BV, history, space).div_(settings.temperature), space, "behaviour")
         if settings.truncates:
             self.truncate(behaviour)
-        tokens_B = behaviour.draw(uniform_B)
+        tokens_B, kept_BV = behaviour.draw(uniform_B), None
+        if replays:
+            kept_BV = torch.gt(behaviour.weights_BV, 0, out=space.like("drawable", scores_BV, torch.bool))
+            if self.penalises:  # what is left may be so unlikely that its weights beside the likeliest's are 0
+                policy = Weights(scores_BV.masked_fill(~kept_BV, _NEGATIVE), space, "policy")
+            entropy_B, total_B = policy.entropy(), policy.total_B
         policy_B = policy.logprobs(tokens_B, total_B)
-        behaviour_B = policy_B if settings.is_plain else behaviour.logprobs(tokens_B, behaviour.total_B)
-        return Drawn(tokens_B, behaviour_B, policy_B, entropy_B, bad_B | behaviour.bad_B)
+        behaviour_B = policy_B if settings.is_policy else behaviour.logprobs(tokens_B, behaviour.total_B)
+        return Drawn(tokens_B, behaviour_B, policy_B, entropy_B, bad_B | behaviour.bad_B, kept_BV)
 
 
 def _tempered(logits_BV: Tensor, temperature: float, space: Space) -> Tensor:

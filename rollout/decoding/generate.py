@@ -4,6 +4,7 @@
         sequences  . . p p p r r e     from the start's width on ── response_BR ── where a stop ends it ── lengths_B
         scores     (rows, steps, V)    what tokens were drawn from ── log-softmax ── behaviour
         logits     (rows, steps, V)    raw, divided by temperature ── log-softmax ── policy, entropy
+                                       where scores are finite alone, with sampling.replay_mask
 
 Slow and wide (two tensors of rows x tokens x vocabulary). It is the definition that the decode loop is held to: the same
 tokens, because both draw them with the same numbers, and the same log-probs to rounding.
@@ -25,6 +26,7 @@ from steerl.rollout.decoding.weights import Space, Weights
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.language_model import generate_arguments
 from steerl.rollout.model.policy import Policy
+from steerl.rollout.ragged import Kept, listed
 from steerl.rollout.types import STOP_LENGTH, STOP_USER
 
 
@@ -68,6 +70,12 @@ def plain_generate(
     if bool(bad_BR.any()):
         t, row = bad_BR.T.nonzero()[0].tolist()
         raise no_distribution(inputs.names[row], t)
+    kept = None
+    if sampling.replays_mask:
+        kept_BRV = scores_BRV.isfinite() & ~beyond_BR[..., None]
+        ids, counts_N = listed(kept_BRV.flatten(0, 1))
+        kept = Kept(ids, counts_N.view(beyond_BR.shape))
+        logits_BRV = logits_BRV.masked_fill(~kept_BRV, float("-inf"))
     policy_BR, entropy_BR = _logprobs(logits_BRV, response_BR, sampling.policy_temperature)
     behaviour_BR = policy_BR if sampling.greedy else _logprobs(scores_BRV, response_BR, 1.0)[0]
     return Responses(
@@ -78,6 +86,7 @@ def plain_generate(
         behaviour_logprobs_BR=behaviour_BR.masked_fill(beyond_BR, 0),
         policy_logprobs_BR=policy_BR.masked_fill(beyond_BR, 0),
         entropy_BR=entropy_BR.masked_fill(beyond_BR, 0),
+        kept=kept,
     )
 
 

@@ -6,8 +6,8 @@
                        ^                                                                                   ├─ drop ended rows
                        └─────────────────────────── one more column <──────────────────────────────────────┘
 
-Memory is O(rows x tokens): no logits outlive their step. Tokens are keyed by (row, sample, t), so neither dropping rows
-nor sharing a prefill changes any of them.
+Memory is O(rows x tokens), with the ids that could be drawn where the mask is replayed: no logits outlive their step. Tokens
+are keyed by (row, sample, t), so neither dropping rows nor sharing a prefill changes any of them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from steerl.rollout.decoding.distribution import Distribution, Drawn, History
 from steerl.rollout.decoding.stops import Stops
 from steerl.rollout.decoding.weights import Space
 from steerl.rollout.model.generation_state import can_select_rows, select_rows, step_forward
+from steerl.rollout.ragged import Kept, listed
 from steerl.rollout.types import STOP_LENGTH, STOP_USER
 
 OnToken = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -59,6 +60,7 @@ class Responses:
     behaviour_logprobs_BR: Tensor
     policy_logprobs_BR: Tensor
     entropy_BR: Tensor
+    kept: Kept | None
 
 
 def no_distribution(name: str, t: int) -> UserError:
@@ -95,6 +97,8 @@ class DecodeLoop:
         self.steering, self.synced, self.compact, self.on_token, self.compiled = steering, synced, compact, on_token, compiled
         self.rows = DecodedRows.start(inputs.uniforms_BR)
         """The record of every row, complete after the call."""
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        """Where the mask is replayed: of each step what could be drawn, and how much of it in which row."""
 
     def __call__(
         self,
@@ -146,7 +150,7 @@ class DecodeLoop:
         return input_ids
 
     def responses(self) -> Responses:
-        return self.rows.finish(self.stops)
+        return self.rows.finish(self.stops, self.kept)
 
     def _rows_to_keep(self, alive: DecodedRows, left: int, kwargs: dict[str, Any]) -> Tensor | None:
         """Which rows are decoded further; None = all of them."""
@@ -162,6 +166,10 @@ class DecodeLoop:
         """Write step t down, and see which rows it ends; the number of rows that go on."""
         alive.tokens[:, t], alive.entropy[:, t] = drawn.tokens_B, drawn.entropy_B
         alive.behaviour[:, t], alive.policy[:, t] = drawn.behaviour_B, drawn.policy_B
+        if drawn.kept_BV is not None:
+            ids, counts_A = listed(drawn.kept_BV.logical_and_(~alive.ended[:, None]))
+            counts_B = torch.zeros(len(self.rows.place), dtype=torch.int64, device=ids.device)
+            self.kept.append((ids, counts_B.index_copy(0, alive.place, counts_A)))
         alive.length += ~alive.ended
         bad_A = drawn.bad_B & ~alive.ended
         ended_A = alive.ended | self.stops.is_stop(drawn.tokens_B)
@@ -224,7 +232,7 @@ class DecodedRows:
             if part is not self and field.name not in ("place", "uniforms"):
                 getattr(self, field.name)[part.place] = getattr(part, field.name)
 
-    def finish(self, stops: Stops) -> Responses:
+    def finish(self, stops: Stops, kept: list[tuple[Tensor, Tensor]]) -> Responses:
         """As wide as the longest row, zeros beyond each row's end, and the reason why it is there."""
         width = int(self.length.max())
         beyond_BR = torch.arange(width, device=self.length.device)[None] >= self.length[:, None]
@@ -240,4 +248,5 @@ class DecodedRows:
             behaviour_logprobs_BR=behaviour,
             policy_logprobs_BR=policy,
             entropy_BR=entropy,
+            kept=Kept.of_steps(kept, width) if kept else None,
         )

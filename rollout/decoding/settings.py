@@ -32,6 +32,9 @@ class Sampling:
     """Only the smallest set of tokens whose probabilities reach p; 1 = all."""
     min_p: float = 0.0
     """Only tokens at least min_p times as likely as the likeliest; 0 = all."""
+    replay_mask: bool | None = None
+    """Where top_k, top_p or min_p leave tokens out, the record says which could be drawn, and the policy is the distribution
+    over these, now and in every later pass; null = wherever they do. False: the policy is that over the whole vocabulary."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that were there already less likely."""
     no_repeat_ngram_size: int = 0
@@ -85,6 +88,9 @@ class Sampling:
             problems.append(
                 "sampling.temperature: 0 has no distribution to draw from; set sampling.greedy true for the likeliest token"
             )
+        if self.replay_mask and not self.truncates:
+            why = "greedy rows are not drawn" if self.greedy else "top_k, top_p and min_p leave no token out"
+            problems.append(f"sampling.replay_mask: true, but {why}, so it has no effect; leave it out")
         if problems:
             raise ConfigError(*problems)
         if self.greedy and (ignored := [name for name in ("temperature", "top_k", "top_p", "min_p") if self._changed(name)]):
@@ -106,7 +112,12 @@ class Sampling:
         return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
-    def is_plain(self) -> bool:
-        """Temperature alone: behaviour and policy are one distribution."""
+    def replays_mask(self) -> bool:
+        """The policy's distribution is the one over the ids that could be drawn, which the record holds."""
+        return self.truncates and self.replay_mask is not False
+
+    @property
+    def is_policy(self) -> bool:
+        """What is drawn from is the policy: at a temperature alone, or over the same ids."""
         changed = self.repetition_penalty != 1 or self.no_repeat_ngram_size or self.bad_words or self.bad_words_ids
-        return not (self.truncates or changed or self.greedy)
+        return not (changed or self.greedy or (self.truncates and not self.replays_mask))

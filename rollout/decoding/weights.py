@@ -95,6 +95,7 @@ class Weights:
         for piece in self.pieces:
             self.weights_BV[piece].mul_(keep_BV[piece])  # all finite, and a third of the time that `where` takes
             _block_sums(self.padded_BW[piece], out=sums_BN[piece])
+        self.expected_B = None
         self._sum(sums_BN)
 
     def at_least(self, floor_B1: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ class Weights:
         return (chosen_B - total_B.log()).float()
 
     def entropy(self) -> Tensor:
-        """log Z - E[score], before anything was taken out."""
+        """log Z - E[score], of what is left."""
         if self.expected_B is None:
             products_BN = torch.empty(len(self.scores_BV), self.blocks, device=self.scores_BV.device)
             for piece in self.pieces:

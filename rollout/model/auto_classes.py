@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from steerl.rollout.common.errors import CheckpointError, UserError, reading
 from steerl.rollout.model import compat
@@ -56,7 +56,7 @@ def load_config(path: str, field: str = "model.path") -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(path: str, field: str = "model.path") -> Any:
+def load_tokenizer(path: str, field: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name."""
     with reading(f"{field}: the tokenizer of {path} cannot be loaded: "):
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)

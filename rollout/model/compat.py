@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # -- torch -----------------------------------------------------------------------------------------------------------
 
@@ -28,7 +31,7 @@ def is_wrapped(module: nn.Module) -> bool:
     return hasattr(module, "_fsdp_wrapped_module") or hasattr(module, "_orig_mod")
 
 
-def uncompiled(module: Any) -> Any:
+def uncompiled(module: nn.Module) -> nn.Module:
     """The module that torch.compile wraps; one that it does not wrap is given back."""
     return getattr(module, "_orig_mod", module)
 
@@ -80,7 +83,7 @@ def cpu_attention_operations() -> tuple[Any, Any]:
 # -- transformers ------------------------------------------------------------------------------------------------------
 
 
-def update_generation_kwargs(model: Any, outputs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def update_generation_kwargs(model: PreTrainedModel, outputs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """generate's keyword arguments after a step: the caches of `outputs`, masks and positions one column wider."""
     updated: dict[str, Any] = model._update_model_kwargs_for_generation(
         outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder
@@ -88,7 +91,7 @@ def update_generation_kwargs(model: Any, outputs: Any, kwargs: dict[str, Any]) -
     return updated
 
 
-def logits_processors(model: Any, config: Any, prompt_width: int, encoder_ids: Tensor) -> Any:
+def logits_processors(model: PreTrainedModel, config: PretrainedConfig, prompt_width: int, encoder_ids: Tensor) -> Any:
     """The processors that generate would make of a generation config; its special tokens become tensors."""
     device = encoder_ids.device
     model._prepare_special_tokens(config, True, device=device)
@@ -112,7 +115,7 @@ def wrap_checkpointing(module: nn.Module, wrap: Callable[[Callable[..., Any]], C
             vars(part)["_gradient_checkpointing_func"] = wrap(checkpoint)
 
 
-def can_compile_fullgraph(model: Any) -> bool:
+def can_compile_fullgraph(model: PreTrainedModel) -> bool:
     """Whether transformers can compile a model's forward as one graph."""
     return bool(getattr(model, "_can_compile_fullgraph", False))
 
@@ -147,7 +150,7 @@ def without_message(text: str) -> Iterator[None]:
 # -- peft ----------------------------------------------------------------------------------------------------------------
 
 
-def adapters_are_off(model: Any) -> bool:
+def adapters_are_off(model: nn.Module) -> bool:
     """Whether this is inside `model.disable_adapter()`."""
     return bool(getattr(model, "_adapters_disabled", False))
 

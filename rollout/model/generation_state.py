@@ -5,16 +5,19 @@ Dropping ended rows and repeating a prompt's cache for its samples are the same 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from steerl.rollout.model import compat
 
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
 _CACHES = ("past_key_values", "cache_params", "past_buckets_states", "mems")
 
 
-def step_forward(model: Any, ids: Tensor, kwargs: dict[str, Any], first: bool) -> tuple[Any, dict[str, Any]]:
+def step_forward(model: PreTrainedModel, ids: Tensor, kwargs: dict[str, Any], first: bool) -> tuple[Any, dict[str, Any]]:
     """One forward pass; the caches' names and shapes stay the model's own business."""
     columns = None if first or not kwargs.get("use_cache") else 1
     inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=columns, is_first_iteration=first, **kwargs)
@@ -35,7 +38,7 @@ def can_select_rows(kwargs: dict[str, Any]) -> bool:
     return bool(caches) and all(hasattr(cache, "reorder_cache") and not _is_static(cache) for cache in caches)
 
 
-def _is_static(cache: Any) -> bool:
+def _is_static(cache: Cache) -> bool:
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
     return any(type(layer).__name__.startswith("Static") for layer in layers)
 

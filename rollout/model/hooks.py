@@ -18,13 +18,16 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import compat
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 Edit = Callable[[Any, Tensor], Tensor]
 """Takes the frame (none in a graph) and the activation at its point, and gives back the edited one (the same object where
@@ -38,7 +41,7 @@ class Reader(Protocol):
 
     def closed(self, frame: Frame, stack: str) -> None: ...
 
-    def goes_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def goes_on(self, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         """Whether a call with these arguments is one that the frame's steady edits were made for."""
         ...
 
@@ -99,14 +102,14 @@ class Arguments:
 
     __slots__ = ("args", "ids", "kwargs")
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(self, args: tuple[object, ...], kwargs: dict[str, object]):
         self.args, self.kwargs = args, kwargs
         ids = kwargs.get("input_ids")
         if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
             ids = args[0]
         if isinstance(ids, Tensor) and ids.dim() != 2:
             ids = ids.reshape(-1, ids.shape[-1])
-        self.ids: Tensor | None = ids
+        self.ids: Tensor | None = ids if isinstance(ids, Tensor) else None
         """Token ids (B, T), where the stack gets ids and not embeddings."""
 
     def shape(self) -> tuple[int, int]:
@@ -114,8 +117,8 @@ class Arguments:
         ids = self.ids
         if ids is None:
             for name in ("inputs_embeds", "hidden_states"):
-                if isinstance(self.kwargs.get(name), Tensor):
-                    ids = self.kwargs[name]
+                if isinstance(given := self.kwargs.get(name), Tensor):
+                    ids = given
             if ids is None:
                 ids = next((a for a in self.args if isinstance(a, Tensor) and a.dim() >= 2), None)
         if ids is None:
@@ -154,7 +157,7 @@ _FED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """Columns that went into caches which hold a state and no length (linear attention alone): noted on the cache itself."""
 
 
-def _fed(cache: Any, width: int, mask: Tensor | None) -> int:
+def _fed(cache: Cache, width: int, mask: Tensor | None) -> int:
     if mask is not None:
         _FED[cache] = int(mask.shape[1])
         return int(mask.shape[1]) - width
@@ -176,7 +179,7 @@ def _in_graph(module: nn.Module) -> dict[str, tuple[Edit, ...]] | None:
     return getattr(module, "steering_fixed", None) if _is_compiling() else None
 
 
-def _before_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_stack(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     if _in_graph(module) is not None:
         return
     if module.training and torch.is_grad_enabled():
@@ -213,7 +216,7 @@ def _after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame.entered = None
 
 
-def _after_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _after_stack(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> None:
     if _in_graph(module) is not None:
         return
     frame = _FRAME.get()
@@ -251,7 +254,7 @@ def _put(frame: Frame | None, edits: tuple[Edit, ...], output: Any) -> Any:
     return type(output)((_edited(frame, edits, output[0]), *output[1:]))
 
 
-def _before_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _before_module(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
     if (fixed := _in_graph(module)) is not None:
         return _put_in(None, fixed["input"], args, kwargs) if "input" in fixed else None
     frame = _FRAME.get()
@@ -261,7 +264,7 @@ def _before_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return None if edits is None else _put_in(frame, edits, args, kwargs)
 
 
-def _put_in(frame: Frame | None, edits: tuple[Edit, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _put_in(frame: Frame | None, edits: tuple[Edit, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
     """A module's arguments with the activation among them edited."""
     if args:
         return (_edited(frame, edits, args[0]), *args[1:]), kwargs

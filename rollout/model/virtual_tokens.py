@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model import compat
@@ -55,7 +55,7 @@ def install(model: PeftModel, field: str) -> PeftModel:
     return model
 
 
-def _trunk(base: Any) -> nn.Module:
+def _trunk(base: PreTrainedModel) -> nn.Module:
     """The transformer below the head. OPT's head, and Bart's for causal models, call the decoder inside the trunk."""
     inner = getattr(base.base_model, "decoder", None)
     return inner if isinstance(inner, nn.Module) else base.base_model
@@ -217,7 +217,7 @@ def _shift(kwargs: dict[str, Any], width: int) -> None:
             kwargs[name] = kwargs[name] + width
 
 
-def _windowed(config: Any) -> bool:
+def _windowed(config: PretrainedConfig) -> bool:
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return any(kind != "full_attention" for kind in kinds)

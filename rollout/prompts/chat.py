@@ -13,12 +13,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.model.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 UNKNOWN = "\ufffd"
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
@@ -36,7 +39,7 @@ _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, Attri
 class Speller:
     """What ids say, seen from the ids before them."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         marked = (i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special)
         self.silent = frozenset([*tokenizer.all_special_ids, *marked])
@@ -96,7 +99,7 @@ def text_ids(policy: Policy, text: str) -> list[int]:
 
 
 def conversation_ids(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Any],
     tools: Any = None,
     extra: Any = None,
@@ -240,7 +243,7 @@ def _parsed(value: Any, named: str) -> Any:
         raise DataError(f"{named}: not JSON ({error}): {value[:60]!r}") from error
 
 
-def _check_parts(tokenizer: Any, messages: Sequence[Any], arguments: Mapping[str, Any], where: str) -> None:
+def _check_parts(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], arguments: Mapping[str, Any], where: str) -> None:
     """A content that is not a plain text must come out of the template as text, not as Python prints it."""
     for at, message in enumerate(messages):
         content = message.get("content")

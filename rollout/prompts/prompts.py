@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -22,6 +22,9 @@ from steerl.rollout.common.errors import DataError, UserError
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import check_messages, conversation_ids, text_ids
 from steerl.rollout.prompts.tables import columns_of, read_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOOKED_AT = 1000
 """Prompts that are made into tokens before any work begins: cut ones are counted, and a template may refuse them."""
@@ -87,7 +90,9 @@ class PromptBatch:
                 raise DataError(f"prompts: row {row} has an empty prompt; a model needs at least one token to go on from")
 
     @staticmethod
-    def of_ids(ids: Sequence[Sequence[int]], rows: Sequence[int] | None = None, tokenizer: Any = None) -> PromptBatch:
+    def of_ids(
+        ids: Sequence[Sequence[int]], rows: Sequence[int] | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> PromptBatch:
         """Prompts that are token ids already; with a tokenizer their texts are decoded."""
         lists = [[int(i) for i in prompt] for prompt in ids]
         texts = [tokenizer.decode(prompt) if tokenizer else "" for prompt in lists]

@@ -2,6 +2,7 @@
 
     model ── hidden (B, T, D) ──> the rows that predict a real action (N, D)
              chunk of rows ──> head ── logit post-processing ── / temperature ── softmax ──> two numbers of each row (N, 2)
+                                                      over what could be drawn, where the rollout says it ^
     backward    the chunk's logits again, the gradient where the softmax begins, back through the head
 
 The head's forward is exchanged for the length of the pass, inside the module: the model, its wrappers and their hooks
@@ -28,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from steerl.rollout.model import compat, hooks
 from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
+from steerl.rollout.ragged import Kept
 from steerl.rollout.scoring.alignment import predicting_places
 from steerl.rollout.scoring.logit_postprocessing import LogitPostprocessing, logit_postprocessing
 from steerl.rollout.types import Rollout
@@ -53,7 +55,10 @@ class ChunkedHead:
         temperature: float,
         want_entropy: bool,
         device: str,
+        kept: tuple[Kept, Tensor] | None = None,
     ):
+        """`kept`: what could be drawn, and which of its places each of the rows to come is."""
+        self.kept = kept
         self.core, self.head, self.forward, self.postprocessing = core, head, forward, postprocessing
         self.temperature, self.want_entropy, self.device = temperature, want_entropy, device
         self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -90,12 +95,15 @@ class ChunkedHead:
         ):
             return self.postprocessing(self.core, self.forward(hidden_ND)).float()
 
-    def scores_and_probabilities(self, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
+    def scores_and_probabilities(self, logits_nV: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """(scores, each row's largest at 0; probabilities). The scores take the logits' place, where these are nobody else's:
         a head of any make may give what is not its own."""
         if not self.is_matrix:
             logits_nV = logits_nV.detach().clone()
         scores_nV = logits_nV.div_(self.temperature) if self.temperature != 1 else logits_nV
+        if self.kept is not None:
+            kept, place_N = self.kept
+            scores_nV.masked_fill_(kept.mask(place_N[part], scores_nV.shape[1]).logical_not_(), float("-inf"))
         scores_nV.sub_(scores_nV.amax(-1, keepdim=True))
         return scores_nV, torch.softmax(scores_nV, dim=-1)
 
@@ -106,7 +114,7 @@ class ChunkedHead:
         probs_nV: Tensor | None = None
         for part in self.chunks(len(hidden_ND)):
             del probs_nV
-            scores_nV, probs_nV = self.scores_and_probabilities(self.logits(hidden_ND[part]))
+            scores_nV, probs_nV = self.scores_and_probabilities(self.logits(hidden_ND[part]), part)
             # The likeliest token has score 0, so its probability is 1 / sum(exp(scores)): no second pass of exp.
             log_sum_n = -probs_nV.amax(-1).log()
             numbers_N2[part, 0] = scores_nV.gather(-1, tokens_N[part, None])[:, 0] - log_sum_n
@@ -118,21 +126,21 @@ class ChunkedHead:
         return numbers_N2, probs_nV if keep and self.is_matrix else None
 
     def gradients(
-        self, grad_N2: Tensor, hidden_ND: Tensor, tokens_N: Tensor, numbers_N2: Tensor, kept: list[Tensor]
+        self, grad_N2: Tensor, hidden_ND: Tensor, tokens_N: Tensor, numbers_N2: Tensor, saved: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Of hidden states and of the head's weights. `kept` is emptied."""
+        """Of hidden states and of the head's weights. `saved` is emptied."""
         grad_ND, weights = torch.zeros_like(hidden_ND), self.weights()
         sums = [_Sum(weight) for weight in weights]
         for part in reversed(self.chunks(len(hidden_ND))):
             hidden_nD = hidden_ND[part].detach()
             if self.is_matrix:
-                probs_nV = kept.pop() if kept else self.scores_and_probabilities(self.logits(hidden_nD))[1]
+                probs_nV = saved.pop() if saved else self.scores_and_probabilities(self.logits(hidden_nD), part)[1]
                 slope_nV = self.slope(probs_nV, grad_N2[part], tokens_N[part], numbers_N2[part])
                 grad_ND[part] = self.through_matrix(slope_nV, hidden_nD, weights, sums)
             else:
                 with torch.enable_grad():
                     logits_nV = self.logits(hidden_nD.requires_grad_())
-                probs_nV = self.scores_and_probabilities(logits_nV)[1]
+                probs_nV = self.scores_and_probabilities(logits_nV, part)[1]
                 slope_nV = self.slope(probs_nV, grad_N2[part], tokens_N[part], numbers_N2[part])
                 grad_nD, *others = torch.autograd.grad(logits_nV, [hidden_nD, *weights], slope_nV, allow_unused=True)
                 grad_ND[part] = grad_nD
@@ -193,7 +201,7 @@ class _Chunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: ChunkedHead, hidden_ND: Tensor, tokens_N: Tensor, *weights: Tensor) -> Tensor:
         numbers_N2, probs_nV = head.numbers(hidden_ND, tokens_N, keep=any(ctx.needs_input_grad))
-        ctx.head, ctx.kept = head, [] if probs_nV is None else [probs_nV]
+        ctx.head, ctx.probs = head, [] if probs_nV is None else [probs_nV]
         ctx.save_for_backward(hidden_ND, tokens_N, numbers_N2)
         return numbers_N2
 
@@ -201,7 +209,7 @@ class _Chunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N2: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, tokens_N, numbers_N2 = ctx.saved_tensors
-        grad_ND, others = ctx.head.gradients(grad_N2, hidden_ND, tokens_N, numbers_N2, ctx.kept)
+        grad_ND, others = ctx.head.gradients(grad_N2, hidden_ND, tokens_N, numbers_N2, ctx.probs)
         return None, grad_ND, None, *others
 
 
@@ -268,7 +276,10 @@ class HeadPass:
         place_N = predicting_places(hidden_BTD, self.first_B, width).flatten()[real_N]
         hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, place_N)
         tokens_N = self.rollout.response_BR.flatten().to(device)[real_N]
-        head = ChunkedHead(self.core, self.head, forward, self.postprocessing, self.temperature, self.want_entropy, device.type)
+        kept = None if self.rollout.kept is None else (self.rollout.kept.to(device), real_N)
+        head = ChunkedHead(
+            self.core, self.head, forward, self.postprocessing, self.temperature, self.want_entropy, device.type, kept
+        )
         numbers_N2 = head(hidden_ND, tokens_N)
         numbers = numbers_N2.new_zeros(rows * width, 2).index_copy(0, real_N, numbers_N2)
         self.numbers_BR2 = numbers.view(rows, width, 2)

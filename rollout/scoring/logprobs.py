@@ -3,7 +3,8 @@
     rollout ── forward_inputs (alignment.py) ── model ──┬─ its head in chunks (chunked_head.py): log-prob and entropy
                                                         └─ or all logits at once, where somebody is to see them
 
-Everything is raised to float32 before the temperature and the log-softmax.
+Everything is raised to float32 before the temperature and the log-softmax, which is over the ids that could be drawn where the
+rollout has kept them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from steerl.rollout.model.hooks import is_steerable
 from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
+from steerl.rollout.ragged import Kept
 from steerl.rollout.scoring.alignment import encoder_input, first_predicting, forward_inputs, predicting
 from steerl.rollout.scoring.chunked_head import HeadPass, readable, swapped_in
 from steerl.rollout.types import Applied, Rollout
@@ -67,8 +69,11 @@ def entropy(logits_BRV: Tensor, temperature: float = 1.0) -> Tensor:
     return _entropy(_logprobs(logits_BRV, temperature))
 
 
-def _logprobs(logits_BRV: Tensor, temperature: float) -> Tensor:
+def _logprobs(logits_BRV: Tensor, temperature: float, kept: Kept | None = None) -> Tensor:
     scores = logits_BRV.float()
+    if kept is not None:
+        place_N = torch.arange(kept.counts_BR.numel(), device=scores.device)
+        scores = scores.masked_fill(~kept.mask(place_N, scores.shape[-1]).view(scores.shape), float("-inf"))
     return torch.log_softmax(scores if temperature == 1 else scores / temperature, dim=-1)
 
 
@@ -96,8 +101,9 @@ def teacher_forced(
     """Score a rollout's responses in one forward pass, without dropout; gradients as the caller has them.
 
     `want_logprobs` False leaves the logits alone: a value's trunk has hidden states and no vocabulary; `want_all` keeps the
-    log-probs of all tokens. `max_rows` splits the pass by rows. A model that cannot be left-padded gets rows of one prompt
-    length at a time, and as many passes as on the rank that has most, where each is a collective call.
+    log-probs of all tokens, -inf for those that the rollout's `kept` leaves out. `max_rows` splits the pass by rows. A model
+    that cannot be left-padded gets rows of one prompt length at a time, and as many passes as on the rank that has most, where
+    each is a collective call.
     `steering` steers each of those passes; without it an `active` block around the call does, where there is one pass.
     """
     if not len(rollout) or not rollout.response_width:
@@ -226,7 +232,7 @@ def _all_at_once(
     zeros_BR = torch.zeros_like(rollout.policy_logprobs_BR)
     if not wanted.logprobs:
         return TeacherForced(zeros_BR, zeros_BR, hidden_BRD)
-    logprobs_BRV = _logprobs(predicting(logits, first_B, width).to(rollout.device), wanted.temperature)
+    logprobs_BRV = _logprobs(predicting(logits, first_B, width).to(rollout.device), wanted.temperature, rollout.kept)
     logprobs_BR = torch.where(rollout.action_mask_BR, _of_tokens(logprobs_BRV, rollout.response_BR), 0.0)
     entropy_BR = torch.where(rollout.action_mask_BR, _entropy(logprobs_BRV), 0.0) if wanted.entropy else zeros_BR
     return TeacherForced(logprobs_BR, entropy_BR, hidden_BRD, logprobs_BRV if wanted.all else None)

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from steerl.scripts.bench_cases.cases import (
     tokenizer_of,
 )
 from steerl.scripts.bench_cases.trl_112 import Ids
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 TINY_STEP = 1e-6
 """Learning rate: the work is whole, and the lengths stay what the case says."""
@@ -233,7 +236,7 @@ def update_trl(case: Case, times: int, folder: Path) -> Meter:
         return sequences, logits
 
     class Update(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
             meter.lap("learn")
             meter.done(lengths)
 

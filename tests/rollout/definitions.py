@@ -84,11 +84,17 @@ def alone_logprobs(
     found: dict[str, list[float]] = {"behaviour": [], "policy": [], "entropy": []}
     for t, logits in enumerate(alone_logits(model, prompt, response, start)):
         tempered = [x / temperature for x in logits]
+        behaviour = law(logits, [*(start or prompt), *response[:t]], settings)
+        if (
+            settings.replay_mask is not False
+            and not settings.greedy
+            and (settings.top_k or settings.top_p < 1 or settings.min_p)
+        ):  # the policy is then over what could be drawn
+            tempered = [x if b > -math.inf else -math.inf for x, b in zip(tempered, behaviour, strict=True)]
         policy = log_softmax(tempered)[response[t]]
         found["policy"].append(policy)
         found["entropy"].append(entropy(tempered))
-        seen = [*(start or prompt), *response[:t]]
-        found["behaviour"].append(policy if settings.greedy else law(logits, seen, settings)[response[t]])
+        found["behaviour"].append(policy if settings.greedy else behaviour[response[t]])
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -84,12 +85,33 @@ def test_adapter_reference_without_an_adapter():
 
 
 @pytest.mark.parametrize(
-    "law", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 2}]
+    "law, told",
+    [
+        (
+            {"top_p": 0.9, "replay_mask": False},
+            "top_k, top_p and min_p with replay_mask false draw .* leave replay_mask out, or",
+        ),
+        ({"top_k": 5, "replay_mask": False}, "top_k, top_p and min_p with replay_mask false draw .* leave replay_mask out, or"),
+        (
+            {"min_p": 0.1, "replay_mask": False},
+            "top_k, top_p and min_p with replay_mask false draw .* leave replay_mask out, or",
+        ),
+        ({"repetition_penalty": 1.2}, "penalties and bans draw from another distribution than the policy's"),
+        ({"no_repeat_ngram_size": 2}, "penalties and bans draw"),
+        ({"bad_words_ids": [[3]], "top_p": 0.9}, "penalties and bans draw .* sample without them, or set ppo.correction.type"),
+    ],
 )
-def test_another_law_needs_a_correction(law):
-    assert "draw from another distribution than the policy's" in refused(law)
+def test_another_law_needs_a_correction(law, told):
+    assert re.search(told, refused(law))
     check_job(POLICY, [1], Sampling(**law), PPOSettings(correction=Correction("token_truncate")))
     check_job(POLICY, [1], Sampling(**law), PPOSettings(correction=Correction("none")))
+
+
+@pytest.mark.parametrize("law", [{"top_p": 0.9}, {"top_k": 5, "temperature": 0.7}, {"min_p": 0.1, "replay_mask": True}])
+def test_truncation_that_is_replayed_needs_none(law, caplog):
+    check_job(POLICY, [1], Sampling(**law), PPOSettings(kl_as="loss"))
+    check_job(POLICY, [1], Sampling(**law), PPOSettings(kl_target=1.0, correction=Correction("none")))
+    assert not caplog.text
 
 
 def test_greedy_is_always_refused():
@@ -116,13 +138,14 @@ def test_a_kl_of_another_law_is_weighed_or_not_held(caplog):
     """kl_target steers by a measured KL: refused where it is not the policy's, quiet where there is but one law."""
     none, explores = Correction("none"), SimpleNamespace(role="behaviour", correction=Correction("none"))
     told = "ppo.kl_target: with a correction of type none the KL that is measured is the sampler's"
-    assert told in refused({"top_p": 0.9}, kl_target=1.0, correction=none)
+    whole = {"top_p": 0.9, "replay_mask": False}
+    assert told in refused(whole, kl_target=1.0, correction=none)
     with pytest.raises(UserError, match="the KL that is measured is the sampler's"):
         check_job(POLICY, [1], Sampling(), PPOSettings(kl_target=1.0), explores)
-    check_job(POLICY, [1], Sampling(top_p=0.9), PPOSettings(kl_target=1.0, correction=Correction("token_mask")))
+    check_job(POLICY, [1], Sampling(**whole), PPOSettings(kl_target=1.0, correction=Correction("token_mask")))
     check_job(POLICY, [1], Sampling(), PPOSettings(kl_target=1.0, kl_as="loss", correction=none))
     assert not caplog.text
-    check_job(POLICY, [1], Sampling(top_p=0.9), PPOSettings(kl_as="loss", correction=none))
+    check_job(POLICY, [1], Sampling(**whole), PPOSettings(kl_as="loss", correction=none))
     assert "has not the KL's gradient" in caplog.text
 
 

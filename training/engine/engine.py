@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,8 +28,11 @@ from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.model.reference import Reference
 from steerl.training.settings import PPOSettings
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def start() -> Any:
+
+def start() -> Accelerator:
     """accelerate's Accelerator. What it accumulates by itself is nothing: micro-batches are the update's business."""
     ready_deepspeed()
     # Its new name, forward_sync_buffers, is not one that accelerate passes on.
@@ -54,7 +57,7 @@ def models_stay_whole() -> None:
     unset_hf_deepspeed_config()
 
 
-def wrap(accelerator: Any, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings) -> tuple[Any, Any]:
+def wrap(accelerator: Accelerator, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings) -> tuple[Any, Any]:
     """(model, optimizer) as the engine wants them."""
     if uses_deepspeed(accelerator):
         return _by_deepspeed(accelerator, actor_critic, optimizer, settings)
@@ -69,11 +72,13 @@ def _observe(actor_critic: ActorCritic) -> None:
             _ = policy.capabilities
 
 
-def uses_deepspeed(accelerator: Any) -> bool:
+def uses_deepspeed(accelerator: Accelerator) -> bool:
     return getattr(accelerator, "deepspeed_plugin", None) is not None
 
 
-def _by_deepspeed(accelerator: Any, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings) -> tuple[Any, Any]:
+def _by_deepspeed(
+    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings
+) -> tuple[Any, Any]:
     import deepspeed
 
     _check_dtypes(accelerator, actor_critic)
@@ -110,7 +115,7 @@ def ready_deepspeed() -> None:
         deepspeed.ops.__compatible_ops__["shm_comm"] = deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _check_dtypes(accelerator: Any, actor_critic: ActorCritic) -> None:
+def _check_dtypes(accelerator: Accelerator, actor_critic: ActorCritic) -> None:
     if accelerator.mixed_precision != "no":
         return
     odd = {p.dtype for p in actor_critic.parameters() if p.is_floating_point()} - {torch.float32}
@@ -122,7 +127,7 @@ def _check_dtypes(accelerator: Any, actor_critic: ActorCritic) -> None:
         )
 
 
-def link_reference(reference: Reference | None, accelerator: Any, actor_critic: ActorCritic) -> None:
+def link_reference(reference: Reference | None, accelerator: Accelerator, actor_critic: ActorCritic) -> None:
     """The reference runs in the precision that the policy runs in, and where the policy's weights are together."""
     if reference is None:
         return
@@ -139,7 +144,7 @@ class EngineSampler:
     """A Sampler of the policy as its engine holds it: in the engine's precision, the weights together on every rank for a whole
     phase of sampling, or layer by layer (ppo.gather)."""
 
-    def __init__(self, sampler: Sampler, accelerator: Any, actor_critic: ActorCritic, gather: str):
+    def __init__(self, sampler: Sampler, accelerator: Accelerator, actor_critic: ActorCritic, gather: str):
         self.sampling = sampler.sampling
         self._sampler, self._accelerator, self._actor_critic, self._gather = sampler, accelerator, actor_critic, gather
 

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from steerl.rollout.model.auto_classes import HEADS, choose_head, load_config
 from steerl.rollout.model.language_model import forward_arguments
 from steerl.rollout.model.policy import ModelSettings
 from steerl.training.model import value_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEPTHS = (2, 3)
@@ -51,7 +54,7 @@ class PassCost:
 class Blueprint:
     """A model as its config says it is: everything but the numbers in its weights."""
 
-    config: Any
+    config: PretrainedConfig
     kind: str
     dtype: torch.dtype
     """Of its weights; adapters are float32."""
@@ -214,7 +217,9 @@ def _seen(blueprint: Blueprint, kind: tuple[Any, ...], depth: int | None, rows: 
     return PassCost(cost.saved * factor, cost.peak * factor, cost.operations)
 
 
-def _run(model: Any, blueprint: Blueprint, rows: int, prompt: int, response: int, what: str, autocast: bool) -> PassCost:
+def _run(
+    model: PreTrainedModel, blueprint: Blueprint, rows: int, prompt: int, response: int, what: str, autocast: bool
+) -> PassCost:
     from torch.utils.flop_counter import FlopCounterMode
 
     model.to_empty(device="cpu")
@@ -259,7 +264,7 @@ def _forget(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _without_vocabulary(core: Any) -> None:
+def _without_vocabulary(core: PreTrainedModel) -> None:
     """No output embedding and an input embedding of few rows: what a vocabulary costs is added by name."""
     value_model.strip(core)
     embedding = core.get_input_embeddings()
@@ -269,7 +274,7 @@ def _without_vocabulary(core: Any) -> None:
             module.weight, module.padding_idx = nn.Parameter(module.weight.detach()[:8].clone(), trained), None
 
 
-def _inputs(core: Any, is_seq2seq: bool, rows: int, prompt: int, response: int, *, cached: bool) -> dict[str, Any]:
+def _inputs(core: PreTrainedModel, is_seq2seq: bool, rows: int, prompt: int, response: int, *, cached: bool) -> dict[str, Any]:
     """Padded rows, as a forward pass in training gets them: the last column predicts nothing."""
     takes = forward_arguments(core)
     width = prompt if is_seq2seq else max(prompt + response - 1, 1)
@@ -338,7 +343,7 @@ def _attention() -> dict[Any, Any]:
 # -- configs -----------------------------------------------------------------------------------------------------------
 
 
-def _is_uniform(config: Any) -> bool:
+def _is_uniform(config: PretrainedConfig) -> bool:
     """Whether every layer is like every other, so that a few show what all of them cost."""
     text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None) or ["same"]
@@ -347,11 +352,11 @@ def _is_uniform(config: Any) -> bool:
     return len(set(kinds)) == 1 and not (mixed or periodic or config.is_encoder_decoder)
 
 
-def layers_of(config: Any) -> int:
+def layers_of(config: PretrainedConfig) -> int:
     return int(config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def _of_depth(config: Any, depth: int) -> Any:
+def _of_depth(config: PretrainedConfig, depth: int) -> Any:
     text = config.get_text_config(decoder=True)
     text.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
@@ -359,7 +364,7 @@ def _of_depth(config: Any, depth: int) -> Any:
     return config
 
 
-def _has_experts(config: Any) -> bool:
+def _has_experts(config: PretrainedConfig) -> bool:
     text = config.get_text_config(decoder=True)
     return any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS)
 

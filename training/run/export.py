@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import CheckpointError
@@ -22,13 +22,16 @@ from steerl.training.run.evaluate import Evaluation
 from steerl.training.settings import PPOSettings
 from steerl.training.types import TrainState
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 def deployed(steering: Steering | None) -> str:
     """What becomes of the steering when the policy is saved: strip, keep or fold. Without a part in the policy it is left."""
     return steering.spec.on_deploy if steering is not None and steering.role in ("policy", "trainable") else "strip"
 
 
-def check_export(model: ActorCritic, accelerator: Any, settings: PPOSettings) -> None:
+def check_export(model: ActorCritic, accelerator: Accelerator, settings: PPOSettings) -> None:
     """What cannot be left behind as asked is said before the first step."""
     steering, how = model.steering, deployed(model.steering)
     if steering is not None and steering.spec.on_deploy == "fold" and how != "fold":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,11 +23,16 @@ from steerl.training.stages.data import TableRow
 from steerl.training.stages.settings import SFTJob
 from steerl.training.stages.stage import Outcome, StageRun
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 IGNORED = -100
 """What the loss leaves out."""
 
 
-def tokenize(rows: Sequence[TableRow], tokenizer: Any, prefix: str = "", longest: int = 0, longest_target: int = 0) -> Any:
+def tokenize(
+    rows: Sequence[TableRow], tokenizer: PreTrainedTokenizerBase, prefix: str = "", longest: int = 0, longest_target: int = 0
+) -> Any:
     """The rows as a dataset of input_ids, attention_mask and labels; longer ones are cut at their end."""
     import datasets
 
@@ -49,7 +54,13 @@ def tokenize(rows: Sequence[TableRow], tokenizer: Any, prefix: str = "", longest
 
 
 def make_trainer(
-    model: Any, tokenizer: Any, arguments: Any, training: Any, held_out: Any, generates: bool, scale: float = 1
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: Any,
+    training: Any,
+    held_out: Any,
+    generates: bool,
+    scale: float = 1,
 ) -> Any:
     """A Seq2SeqTrainer; where it generates, its evaluation reports ROUGE (times `scale`) and lengths."""
     import transformers
@@ -90,7 +101,7 @@ class GenerationMetrics:
     With several processes the last batches are filled up with rows from the beginning, and Seq2SeqTrainer keeps those.
     """
 
-    def __init__(self, tokenizer: Any, scale: float, rows: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, scale: float, rows: int):
         self.tokenizer, self.scale, self.rows = tokenizer, scale, rows
 
     def __call__(self, result: Any) -> dict[str, float]:
@@ -101,7 +112,7 @@ class GenerationMetrics:
         return {**{kind: self.scale * value for kind, value in scores.items()}, "gen_len": length}
 
 
-def decode(tokenizer: Any, ids: Any) -> list[str]:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
     """Texts of label or generated ids, without what only pads."""
     ids = _ids(ids)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

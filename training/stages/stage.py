@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -37,6 +37,9 @@ from steerl.training.run.log import SAMPLES, RunLog, log_line
 from steerl.training.stages import models
 from steerl.training.stages.data import TableRow
 from steerl.training.stages.settings import FitSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 Read = TypeVar("Read")
 BEGUN = "checkpoints/begun.json"
@@ -129,7 +132,13 @@ def on_every_process(read: Callable[[], Read]) -> Read:
 
 
 def build_trainer(
-    section: str, trainer: Any, model: Any, tokenizer: Any, arguments: Any, rows: Sequence[TableRow], held: Sequence[TableRow]
+    section: str,
+    trainer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: Any,
+    rows: Sequence[TableRow],
+    held: Sequence[TableRow],
 ) -> Any:
     """One of trl's trainers over the rows; what it refuses while it prepares them is a UserError of the `section`."""
     import datasets
@@ -146,7 +155,7 @@ def build_trainer(
         raise UserError(f"{section}: {' '.join(str(error).split())}") from error
 
 
-def check_checkpointing(fit: FitSettings, model: Any, name: str) -> None:
+def check_checkpointing(fit: FitSettings, model: PreTrainedModel, name: str) -> None:
     """Recomputed layers see no cache, so a prefix would silently not be there."""
     config = getattr(model, "active_peft_config", None)
     if fit.checkpointing and config is not None and config.peft_type.value == "PREFIX_TUNING":
@@ -218,7 +227,7 @@ def telling(log: RunLog) -> Any:
     import transformers
 
     class Telling(transformers.TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
             for entry in state.log_history:  # what the checkpoint has of a run that is resumed
                 log.metrics(entry["step"], entry)
             for group in rest["optimizer"].param_groups:  # a checkpoint brings its own learning rate
@@ -227,7 +236,14 @@ def telling(log: RunLog) -> Any:
                     group["lr"], group["initial_lr"] = group["lr"] * factor, args.learning_rate
                     rest["lr_scheduler"].base_lrs = [args.learning_rate] * len(rest["lr_scheduler"].base_lrs)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
+        def on_log(
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            logs: dict[str, Any] | None = None,
+            **rest: Any,
+        ) -> None:
             log.metrics(state.global_step, logs or {})
             loss = (logs or {}).get("loss", 0.0)
             if not math.isfinite(loss):
@@ -241,7 +257,7 @@ def stopping(stop: processes.Stop) -> Any:
     import transformers
 
     class Stopping(transformers.TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
             if stop.anywhere() and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
 
@@ -260,7 +276,12 @@ def full_disk_told(folder: Path) -> Iterator[None]:
 
 
 def finish(
-    trainer: Any, tokenizer: Any, base: Callable[[], Any], folder: Path, metrics: dict[str, Any], log: RunLog
+    trainer: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Callable[[], Any],
+    folder: Path,
+    metrics: dict[str, Any],
+    log: RunLog,
 ) -> Outcome:
     """Write the model and the summary; every process calls it. `base` loads the model that an adapter sits on."""
     log.close()

@@ -56,7 +56,7 @@ class InterventionPass:
     def closed(self, frame: Frame, stack: str) -> None:
         self.ran += 1
 
-    def goes_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def goes_on(self, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         return False
 
 

@@ -49,9 +49,23 @@ def test_settings_without_effect_under_greedy_are_told(caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize(
-    ("settings", "truncates", "plain"),
-    [({}, False, True), ({"temperature": 2.0}, False, True), ({"top_k": 5}, True, False), ({"top_p": 0.5}, True, False),
-     ({"min_p": 0.1}, True, False), ({"repetition_penalty": 1.1}, False, False), ({"greedy": True}, False, False)],
+    ("settings", "truncates", "same"),
+    [({}, False, True), ({"temperature": 2.0}, False, True), ({"top_k": 5}, True, True), ({"top_p": 0.5}, True, True),
+     ({"min_p": 0.1}, True, True), ({"repetition_penalty": 1.1}, False, False), ({"greedy": True}, False, False),
+     ({"top_p": 0.5, "replay_mask": False}, True, False), ({"top_k": 5, "replay_mask": True}, True, True),
+     ({"top_k": 5, "bad_words_ids": [[3]]}, True, False), ({"replay_mask": False}, False, True)],
 )  # fmt: skip
-def test_what_a_setting_does_to_the_two_laws(settings: dict[str, Any], truncates: bool, plain: bool) -> None:
-    assert (Sampling(**settings).truncates, Sampling(**settings).is_plain) == (truncates, plain)
+def test_what_a_setting_does_to_the_two_laws(settings: dict[str, Any], truncates: bool, same: bool) -> None:
+    sampling = Sampling(**settings)
+    assert (sampling.truncates, sampling.is_policy) == (truncates, same)
+    assert sampling.replays_mask == (truncates and settings.get("replay_mask") is not False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [({}, "top_k, top_p and min_p leave no token out"), ({"repetition_penalty": 1.3}, "top_k, top_p and min_p leave no token"),
+     ({"greedy": True, "top_k": 5}, "greedy rows are not drawn")],
+)  # fmt: skip
+def test_a_mask_that_leaves_nothing_out_is_not_replayed(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=f"sampling.replay_mask: true, but {why}"):
+        Sampling(**settings, replay_mask=True)

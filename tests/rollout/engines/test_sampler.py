@@ -95,7 +95,14 @@ def test_every_processor(family: str, name: str) -> None:
     rollout, _ = Sampler(policy, settings).sample(batch_of())
     assert worst_gap(policy.model, rollout, settings) < 1e-5
     same = torch.allclose(rollout.behaviour_logprobs_BR, rollout.policy_logprobs_BR, atol=1e-6)
-    assert same == (name in ("plain", "temperature", "greedy", "greedy penalty"))
+    assert same == (name in ("plain", "temperature", "top_k", "top_p", "min_p", "greedy", "greedy penalty"))
+    truncates = name in ("top_k", "top_p", "min_p", "everything")
+    assert (rollout.kept is not None) == truncates
+    if truncates:
+        whole = Sampling(max_new_tokens=10, seed=5, replay_mask=False, **SETTINGS[name])
+        plain, _ = Sampler(policy, whole).sample(batch_of())
+        assert torch.equal(plain.response_BR, rollout.response_BR) and plain.kept is None
+        assert worst_gap(policy.model, plain, whole) < 1e-5
     assert rollout.temperature == (1.0 if settings.greedy else settings.temperature)
 
 
@@ -157,7 +164,7 @@ def test_the_engine_generate_gives_the_streams_rollout_and_a_lone_rows_numbers(f
     assert same == said and len(set(stream.lengths_B.tolist())) > 2
     for field, value in stream.tensors().items():
         if value.dtype == torch.float32:
-            assert (value - getattr(plain, field)).abs().max() <= 1e-5, field
+            assert torch.allclose(value, getattr(plain, field), rtol=0, atol=1e-5), field
         else:
             assert torch.equal(value, getattr(plain, field)), field
     assert worst_gap(policy.model, plain, settings) < 1e-5

@@ -27,7 +27,7 @@ LORA_HEAD = {"peft_type": "LORA", "r": 2, "target_modules": ["lm_head"]}
 def rolled(policy: Policy, **settings: Any) -> Rollout:
     batch = PromptBatch.of_ids([[5, 6, 7], [9, 8, 7, 6, 5, 4, 10], [20], [2, 0, 33, 2]])
     rollout = Sampler(policy, Sampling(**{"max_new_tokens": 6, "temperature": 0.7, **settings})).sample(batch)[0]
-    return dataclasses.replace(rollout, lengths_B=torch.tensor([3, 6, 1, 5]).minimum(rollout.lengths_B))
+    return dataclasses.replace(rollout, lengths_B=torch.tensor([3, 6, 1, 5]).minimum(rollout.lengths_B), action_mask_BR=None)
 
 
 def loss_of(logprobs_BR: Tensor, entropy_BR: Tensor, mask_BR: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def test_steering_on_the_head_edits_whole_logits(monkeypatch):
     rollout = rolled(policy)
     site = {"at": {"module": "lm_head"}, "vector": [1.0] * 8 + [0.0] * 56, "strength": 3.0, "where": {"steps": [1, 2]}}
     steering = Steering(policy.model, {"sites": [site]}, policy.tokenizer)
-    rollout = dataclasses.replace(rollout, steering=steering.name, strength_B=torch.ones(4))
+    rollout = dataclasses.replace(rollout, steering=steering.name, strength_BK=torch.ones(4, 1), positions_BKN=None)
     steered = teacher_forced(policy, rollout, steering=steering).logprobs_BR
     plain = teacher_forced(policy, rollout).logprobs_BR
     monkeypatch.setattr(chunked_head, "enabled", False)

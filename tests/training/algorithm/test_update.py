@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from steerl.reward.types import Scores
 from steerl.rollout.common.errors import UserError
 from steerl.training.algorithm import update as learning
+from steerl.training.algorithm.experience import credit, score
 from steerl.training.algorithm.update import learn, schedule, update
 from steerl.training.settings import PPOSettings
-from tests.ppo_runs import LORA, first_experience, job, lone_logprobs, lone_row, lone_values, warm_head
+from tests.ppo_runs import LORA, first_experience, first_scored, job, lone_logprobs, lone_row, lone_values, warm_head
 
 
 def gradients_of(parts, experience, rows, ppo) -> dict[str, torch.Tensor]:
@@ -45,16 +47,17 @@ def entropy_of(policy, rollout, i):
 
 
 def loss_by_hand(parts, experience, rows, ppo) -> torch.Tensor:
-    """PPO's whole loss of one minibatch, token by token, in float64 from unpadded rows."""
+    """PPO's whole loss of one minibatch, action by action, in float64 from unpadded rows."""
     rollout = experience.rollout
-    tokens = sum(int(rollout.lengths_B[i]) for i in rows)
+    places = {i: [t for t, acts in enumerate(rollout.action_mask_BR[i].tolist()) if acts] for i in rows}
+    rows = [i for i in rows if places[i]]
+    tokens = sum(len(places[i]) for i in rows)
     total = torch.zeros((), dtype=torch.float64)
     for i in rows:
-        n = int(rollout.lengths_B[i])
-        weight = 1 / tokens if ppo.loss_reduction == "token" else 1 / (n * len(rows))
+        weight = 1 / tokens if ppo.loss_reduction == "token" else 1 / (len(places[i]) * len(rows))
         new, values = lone_logprobs(parts.policy, rollout, i), lone_values(parts.actor_critic, rollout, i)
         entropy = entropy_of(parts.policy, rollout, i) if ppo.entropy_coef else None
-        for t in range(n):
+        for t in places[i]:
             advantage, old = float(experience.advantages_BR[i, t]), float(experience.old_logprobs_BR[i, t])
             ratio = torch.exp(new[t] - old)
             objective = torch.minimum(ratio * advantage, ratio.clamp(1 - ppo.clip, 1 + ppo.clip) * advantage)
@@ -81,11 +84,12 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("gaps", [False, True], ids=["", "gaps"])
 @pytest.mark.parametrize("family, settings", CASES, ids=[f"{family}-{i}" for i, (family, _) in enumerate(CASES)])
-def test_the_gradient_is_that_of_the_written_out_loss(family, settings):
-    parts, prompts, ppo = job(family, max_grad_norm=0.0, **settings)
+def test_the_gradient_is_that_of_the_written_out_loss(family, settings, gaps):
+    parts, prompts, ppo = job(family, max_grad_norm=0.0, bootstrap_cut=gaps, **settings)
     warm_head(parts.actor_critic)
-    experience = first_experience(parts, prompts, ppo)
+    experience = first_experience(parts, prompts, ppo, gaps)
     moved(parts)
     rows = list(range(3, 14))
     found = gradients_of(parts, experience, rows, ppo)
@@ -99,11 +103,12 @@ def test_the_gradient_is_that_of_the_written_out_loss(family, settings):
         assert torch.allclose(found[name], gradient, atol=2e-5 * scale + 1e-7), name
 
 
+@pytest.mark.parametrize("gaps", [False, True], ids=["", "gaps"])
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
-def test_the_split_into_micro_batches_does_not_matter(family):
+def test_the_split_into_micro_batches_does_not_matter(family, gaps):
     parts, prompts, ppo = job(family, max_grad_norm=0.0)
     warm_head(parts.actor_critic)
-    experience = first_experience(parts, prompts, ppo)
+    experience = first_experience(parts, prompts, ppo, gaps)
     moved(parts)
     rows = list(range(8))
     one = gradients_of(parts, experience, rows, SimpleNamespace(**{**vars(ppo), "micro_batch_size": 8}))
@@ -111,6 +116,31 @@ def test_the_split_into_micro_batches_does_not_matter(family):
         other = gradients_of(parts, experience, rows, SimpleNamespace(**{**vars(ppo), "micro_batch_size": size}))
         for name, gradient in one.items():
             assert torch.allclose(other[name], gradient, atol=1e-6), (size, name)
+
+
+@pytest.mark.parametrize("family, settings", [("gpt2", {}), ("t5", {"value": "shared", "loss_reduction": "sequence"})])
+def test_padding_and_the_order_of_rows_with_gaps_do_not_matter(family, settings):
+    parts, prompts, ppo = job(family, max_grad_norm=0.0, bootstrap_cut=True, **settings)
+    warm_head(parts.actor_critic)
+    scored = first_scored(parts, prompts, ppo, gaps=True)
+    rollout, order = scored.rollout, torch.randperm(len(scored.rollout), generator=torch.Generator().manual_seed(1))
+    moved_rows = rollout.pad_to(rollout.prompt_width + 3, rollout.response_width + 4).select(order)
+    again = score(
+        parts.actor_critic, parts.reference, moved_rows, scored.texts.select(order), Scores(scored.scores.total_B[order]), ppo
+    )
+    one, other = (credit(each, ppo, ppo.kl_coef)[0] for each in (scored, again))
+    for name in ("old_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"):
+        value, wide = getattr(one, name)[order], getattr(other, name)
+        assert torch.allclose(wide[:, : rollout.response_width], value, atol=1e-5), name
+        assert wide[:, rollout.response_width :].eq(0).all()
+    moved(parts)
+    rows = list(range(2, 10))
+    place = {int(i): new for new, i in enumerate(order)}
+    plain, found = (
+        gradients_of(parts, experience, chosen, ppo) for experience, chosen in ((one, rows), (other, [place[i] for i in rows]))
+    )
+    scale = max(float(g.abs().max()) for g in plain.values())
+    assert all(torch.allclose(found[name], gradient, atol=2e-5 * scale) for name, gradient in plain.items())
 
 
 @pytest.mark.parametrize("family, peft", [("gpt2", None), ("opt", LORA), ("t5", None), ("llama", LORA)])

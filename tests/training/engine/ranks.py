@@ -27,7 +27,12 @@ JOBS = {
     "ragged": ("gpt2", None, {}, {"rollouts_per_step": 21, "minibatches": 3, "micro_batch_size": 2}),
     "lora_shared": ("t5", LORA, {}, {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0, "bootstrap_cut": True}),
     "group": ("llama", None, {"n": 4}, {"credit": "group", "loss_reduction": "sequence"}),
-    "corrected": ("bloom", None, {"top_p": 0.8}, {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1}),
+    "corrected": (
+        "bloom",
+        None,
+        {"top_p": 0.8, "replay_mask": False},
+        {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1},
+    ),
     # one prompt: the second rank samples nothing, and learns from a row or none of each minibatch
     "one_prompt": ("gpt2", None, {"n": 3}, {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1}),
     "steered": ("llama", None, {"n": 2}, {"value": "shared"}),
