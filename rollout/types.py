@@ -311,7 +311,8 @@ class Applied(NamedTuple):
     def nothing(row_B: Tensor, policy_step: int, sites: int = 0) -> Applied:
         """Rows that no site touches."""
         strength_BK = torch.zeros(len(row_B), sites, device=row_B.device)
-        return Applied(strength_BK, strength_BK[:, :, None].long() - 1, torch.full_like(row_B, policy_step), 0)
+        positions_BKN = row_B.new_full((len(row_B), sites, min(sites, 1)), -1)
+        return Applied(strength_BK, positions_BKN, torch.full_like(row_B, policy_step), 0)
 
     def select(self, index: Tensor) -> Applied:
         tensors = (self.strength_BK[index], self.positions_BKN[index], self.policy_step_B[index])

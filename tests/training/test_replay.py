@@ -209,7 +209,8 @@ def test_exploration_is_replayed_whatever_drew_it(tmp_path):
     """The policy that learns is the plain model: nothing is steered again."""
     spec = two("behaviour", fraction=0.5)
     policy, folder, _ = steered_dump(tmp_path, spec, seed=3)
-    rollout, _ = Replay(folder, policy, SETTINGS, Steering(policy.core, spec, policy.tokenizer, 8)).sample([0, 1])
+    replay = Replay(folder, policy, SETTINGS, Steering(policy.core, spec, policy.tokenizer, 8))
+    rollout, _ = replay.draw(replay.batch([0, 1]))
     with torch.no_grad():
         assert torch.allclose(teacher_forced(policy, rollout).logprobs_BR, rollout.policy_logprobs_BR, atol=1e-5)
 

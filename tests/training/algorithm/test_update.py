@@ -10,6 +10,7 @@ import torch
 
 from steerl.reward.types import Scores
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.types import Samples
 from steerl.training.algorithm import update as learning
 from steerl.training.algorithm.experience import credit, score
 from steerl.training.algorithm.update import learn, schedule, update
@@ -125,9 +126,8 @@ def test_padding_and_the_order_of_rows_with_gaps_do_not_matter(family, settings)
     scored = first_scored(parts, prompts, ppo, gaps=True)
     rollout, order = scored.rollout, torch.randperm(len(scored.rollout), generator=torch.Generator().manual_seed(1))
     moved_rows = rollout.pad_to(rollout.prompt_width + 3, rollout.response_width + 4).select(order)
-    again = score(
-        parts.actor_critic, parts.reference, moved_rows, scored.texts.select(order), Scores(scored.scores.total_B[order]), ppo
-    )
+    moved_samples, scores = Samples(moved_rows, scored.texts.select(order)), Scores(scored.scores.total_B[order])
+    again = score(parts.actor_critic, parts.reference, moved_samples, scores, ppo)
     one, other = (credit(each, ppo, ppo.kl_coef)[0] for each in (scored, again))
     for name in ("old_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"):
         value, wide = getattr(one, name)[order], getattr(other, name)
