@@ -117,7 +117,7 @@ def score(
     )
 
 
-def _keep_nothing(_: Any) -> Any:
+def _keep_nothing(_: object) -> Any:
     """Drop saved tensors: this graph is never differentiated."""
 
 
