@@ -54,8 +54,8 @@ def save(
     state: TrainState,
     *,
     keep: int = 2,
-    config: Mapping[str, Any] | None = None,
-    log: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
+    log: Mapping[str, object] | None = None,
     made_from: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `folder/checkpoints/step-NNNNNN`; `step` counts the finished steps. A full disk leaves the older ones whole."""
@@ -78,7 +78,7 @@ def save(
     return path
 
 
-def _write(path: Path, head: dict[str, Any], tree: dict[str, Any], keep: int) -> None:
+def _write(path: Path, head: Mapping[str, object], tree: Mapping[str, object], keep: int) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -238,7 +238,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 # -- trees, files --------------------------------------------------------------------------------------------------
 
 
-def _flatten(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _flatten(tree: object, name: str, tensors: dict[str, Tensor]) -> object:
     """The tree as JSON; tensors go into `tensors`. What JSON cannot say (tuples, keys that are no strings) is tagged."""
     if isinstance(tree, Tensor):
         plain = tree.detach().cpu().contiguous()

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.common.run_folder import write_json, written_aside
@@ -82,7 +84,7 @@ def save_model(folder: Path, model: ActorCritic, settings: PPOSettings) -> None:
         processes.on_main(save)
 
 
-def _with_folded_steering(model: ActorCritic) -> Any:
+def _with_folded_steering(model: ActorCritic) -> nn.Module:
     copied = copy.deepcopy(model.actor)
     if hasattr(copied, "peft_config"):
         copied = adapters.merge(copied)
