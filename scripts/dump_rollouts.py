@@ -67,7 +67,7 @@ def write(job: DumpJob, folder: Path) -> None:
     warn_endless(policy, job.sampling, prompts.table[0][prompts.column])
     plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
 
-    def start_here() -> dict[str, Any]:
+    def start_here() -> dict[str, object]:
         made_from = {
             "model.path": model_fingerprint(policy.model),
             "model.tokenizer": tokenizer_fingerprint(policy.tokenizer),

@@ -32,12 +32,12 @@ class Row:
     """What a rule may look at."""
 
     completion: str
-    columns: dict[str, Any]
+    columns: dict[str, object]
     ids: list[int] | None
     """The sampled ids, the stop token included; None where the texts came without."""
     where: str
 
-    def column(self, name: str) -> Any:
+    def column(self, name: str) -> object:
         if name not in self.columns:
             known = ", ".join(self.columns) or "none"
             raise UserError(f"{self.where}.column: {name!r} is no column of the data (columns: {known})")
@@ -54,7 +54,7 @@ class RuleReward:
         have_ids = has_ids(rollout)
         lengths = rollout.lengths_B.tolist()
         responses = rollout.response_BR.tolist()
-        values: list[Any] = []
+        values: list[object] = []
         for i, completion in enumerate(texts.completions):
             columns = {name: column[i] for name, column in texts.columns.items()}
             row = Row(completion, columns, responses[i][: lengths[i]] if have_ids else None, self.where.split(" ")[0])
@@ -73,7 +73,7 @@ class Rule(Checked):
     fallback: float = 0.0
     """The score of a row that the rule cannot judge."""
 
-    def build(self, where: str, around: Any) -> RewardTerm:
+    def build(self, where: str, around: object) -> RewardTerm:
         return RewardTerm("", where, 1.0, RuleReward(self.judge, self.fallback, where).score)
 
     def judge(self, row: Row) -> float | None:
@@ -217,7 +217,7 @@ class Json(Rule):
         return self.right
 
 
-def _refuse(constant: str) -> Any:
+def _refuse(constant: str) -> object:
     raise ValueError(f"{constant} is not JSON")
 
 

@@ -257,10 +257,10 @@ class _Follow:
         self,
         model: PreTrainedModel,
         input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **kwargs: Any,
+        logits_processor: object,
+        stopping_criteria: object,
+        generation_config: object,
+        **kwargs: object,
     ) -> Tensor:
         del logits_processor, stopping_criteria, generation_config
         ids, seen = input_ids, []

@@ -57,7 +57,7 @@ def models_stay_whole() -> None:
     unset_hf_deepspeed_config()
 
 
-def wrap(accelerator: Accelerator, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings) -> tuple[Any, Any]:
+def wrap(accelerator: Accelerator, actor_critic: ActorCritic, optimizer: object, settings: PPOSettings) -> tuple[object, Any]:
     """(model, optimizer) as the engine wants them."""
     if uses_deepspeed(accelerator):
         return _by_deepspeed(accelerator, actor_critic, optimizer, settings)
@@ -77,8 +77,8 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def _by_deepspeed(
-    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings
-) -> tuple[Any, Any]:
+    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: object, settings: PPOSettings
+) -> tuple[object, object]:
     import deepspeed
 
     _check_dtypes(accelerator, actor_critic)

@@ -51,7 +51,7 @@ def backward(state: TrainState, loss: Tensor) -> None:
         state.accelerator.backward(loss)
 
 
-def is_deepspeed(model: Any) -> bool:
+def is_deepspeed(model: object) -> bool:
     return type(model).__name__ == "DeepSpeedEngine"
 
 

@@ -119,7 +119,7 @@ def gap_tolerance(settings: PPOSettings, dtype: torch.dtype, mixed_precision: st
 
 def sample_rows(
     scored: Scored, experience: Experience, model: ActorCritic, *, each: int, seed: int, step: int
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """`each` best, worst and random rows with everything per token, for the table and the viewer. On every rank alike."""
     if not each:
         return []
@@ -143,7 +143,7 @@ def ratio(scored: Scored, model: ActorCritic, i: int) -> list[float]:
     return [round(float(value), 6) for value in (new_R[:length] - scored.old_logprobs_BR[i, :length]).exp()]
 
 
-def _row(scored: Scored, experience: Experience, token_text: Callable[[int], str], i: int) -> dict[str, Any]:
+def _row(scored: Scored, experience: Experience, token_text: Callable[[int], str], i: int) -> dict[str, object]:
     rollout, texts = scored.rollout, scored.texts
     length = int(rollout.lengths_B[i])
 

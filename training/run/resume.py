@@ -43,7 +43,7 @@ learning rate falls towards the last one."""
 _logger = logging.getLogger(__name__)
 
 
-def made_from(policy: Policy, prompts: Prompts, heldout: Prompts | None, reward: Any, settings: PPOSettings) -> dict[str, str]:
+def made_from(policy: Policy, prompts: Prompts, heldout: Prompts | None, reward: object, settings: PPOSettings) -> dict[str, str]:
     """What a run learns from, as hashes: the same paths may lead to other data. Before the policy is trained or spread."""
     hashes = {"model.path": weights_fingerprint(policy.model), "prompts.path": rows_fingerprint(prompts)}
     if policy.tokenizer is not None:
@@ -63,7 +63,7 @@ def rows_fingerprint(prompts: Prompts) -> str:
     return values_fingerprint(prompts.table[row] for row in range(len(prompts)))
 
 
-def finished(folder: Path, steps: int, config: Mapping[str, Any], run: RunSettings, schedule: str = "constant") -> bool:
+def finished(folder: Path, steps: int, config: Mapping[str, object], run: RunSettings, schedule: str = "constant") -> bool:
     """Did the run in `folder` come to its end, with at least `steps` steps and this config? summary.json is the last thing
     that a run writes."""
     folder = Path(folder)
@@ -82,7 +82,7 @@ def open_log(
     run: RunSettings,
     settings: PPOSettings,
     state: TrainState,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     content: Mapping[str, str],
 ) -> RunLog:
     """The log of the run and, on a resume, the newest whole checkpoint put into `state`. `content` is what `made_from` gave."""
@@ -111,7 +111,7 @@ def write_config(folder: Path, text: str, changed: Sequence[str] = ()) -> None:
 
 
 def _compare(
-    path: Path, config: Mapping[str, Any], run: RunSettings, schedule: str, content: Mapping[str, str] | None = None
+    path: Path, config: Mapping[str, object], run: RunSettings, schedule: str, content: Mapping[str, str] | None = None
 ) -> list[str]:
     free = (*FREE, "ppo.steps") if schedule == "constant" else FREE
     head = checkpoint.read_head(path)
@@ -119,8 +119,8 @@ def _compare(
 
 
 def check(
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
+    saved: Mapping[str, object],
+    current: Mapping[str, object],
     made_from: Mapping[str, str] | None = None,
     content: Mapping[str, str] | None = None,
     free: Sequence[str] = FREE,
@@ -146,10 +146,10 @@ def check(
     return [f"{name}: {told}" for name, told in changed.items() if name not in own]
 
 
-def _dotted(config: Any, prefix: str = "") -> dict[str, Any]:
+def _dotted(config: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(config, Mapping) or not config:
         return {prefix: config}
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, part in config.items():
         flat |= _dotted(part, f"{prefix}.{key}" if prefix else str(key))
     return flat

@@ -113,7 +113,7 @@ def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], whe
             raise UserError(f"prompts.max_tokens: every {name} pair is longer than {longest} tokens; raise it")
     stage.tell_cut(len(rows) - len(trainer.train_dataset), len(rows), longest, "left out")
     log = stage.train(trainer, where)
-    metrics: dict[str, Any] = {
+    metrics: dict[str, object] = {
         "rows": len(trainer.train_dataset),
         "rows_heldout": len(trainer.eval_dataset) if held else 0,
         "rows_too_long": len(rows) - len(trainer.train_dataset) + (len(held) - len(trainer.eval_dataset) if held else 0),
@@ -127,7 +127,7 @@ def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], whe
             write_json(where.folder / "calibration.json", measured)
     metrics["seconds"] = round(time.monotonic() - began, 1)
 
-    def base() -> Any:
+    def base() -> object:
         return models.load_base(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
 
     return stage.finish(trainer, tokenizer, base, where.folder, metrics, log)
@@ -154,7 +154,7 @@ def pair_gaps(trainer: Any) -> tuple[Tensor, Tensor]:
     return scores_B2[:, 0] - scores_B2[:, 1], scores_B2
 
 
-def pair_metrics(gaps_B: Tensor) -> dict[str, Any]:
+def pair_metrics(gaps_B: Tensor) -> dict[str, object]:
     """Accuracy, mean margin, and calibration: pairs by the size of their gap, the accuracy that it promises and has.
 
     A gap of g promises that the preferred answer is the better one with probability sigmoid(|g|). Bins hold as many

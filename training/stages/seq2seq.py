@@ -36,10 +36,10 @@ def tokenize(
     """The rows as a dataset of input_ids, attention_mask and labels; longer ones are cut at their end."""
     import datasets
 
-    def encode(texts: list[str], length: int, **how: Any) -> Any:
+    def encode(texts: list[str], length: int, **how: object) -> Any:
         return tokenizer(texts, **how, truncation=bool(length), max_length=length or None)
 
-    def cut(batch: dict[str, list[str]]) -> dict[str, Any]:
+    def cut(batch: dict[str, list[str]]) -> dict[str, object]:
         encoded = encode([prefix + text for text in batch["prompt"]], longest)
         targets = tokenizer(text_target=batch["completion"], truncation=bool(longest_target), max_length=longest_target or None)
         # A tokenizer that ends no text by itself would teach a model that never stops.
@@ -57,7 +57,7 @@ def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     arguments: Any,
-    training: Any,
+    training: object,
     held_out: Any,
     generates: bool,
     scale: float = 1,
@@ -112,14 +112,14 @@ class GenerationMetrics:
         return {**{kind: self.scale * value for kind, value in scores.items()}, "gen_len": length}
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: object) -> list[str]:
     """Texts of label or generated ids, without what only pads."""
     ids = _ids(ids)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return [text.strip() for text in tokenizer.batch_decode(np.where(ids == IGNORED, pad, ids), skip_special_tokens=True)]
 
 
-def _ids(ids: Any) -> np.ndarray:
+def _ids(ids: object) -> np.ndarray:
     return np.asarray(ids[0] if isinstance(ids, tuple) else ids)
 
 

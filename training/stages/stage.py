@@ -51,10 +51,10 @@ class Outcome:
     """What a supervised stage leaves."""
 
     model: Path
-    metrics: dict[str, Any]
+    metrics: dict[str, object]
 
 
-def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out: bool) -> dict[str, Any]:
+def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out: bool) -> dict[str, object]:
     """The settings in the words of transformers' TrainingArguments."""
     engine.ready_deepspeed()
     world = processes.start().world_size
@@ -109,7 +109,7 @@ class StageRun:
     run: RunSettings
     resolved: str
     """The settings as YAML."""
-    config: dict[str, Any]
+    config: dict[str, object]
     content: dict[str, str]
     """Hashes of the data; the model's and the tokenizer's come to them when training begins."""
     stop: processes.Stop
@@ -136,7 +136,7 @@ def build_trainer(
     trainer: Any,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    arguments: Any,
+    arguments: object,
     rows: Sequence[TableRow],
     held: Sequence[TableRow],
 ) -> Any:
@@ -215,14 +215,14 @@ def save_any_generation_config(trainer: Any) -> None:
     """Checkpoints too are saved without what has no effect in it."""
     save_model = trainer.save_model
 
-    def save(*given: Any, **named: Any) -> None:
+    def save(*given: object, **named: object) -> None:
         with savable(trainer.accelerator.unwrap_model(trainer.model)):
             save_model(*given, **named)
 
     trainer.save_model = save
 
 
-def telling(log: RunLog) -> Any:
+def telling(log: RunLog) -> object:
     """A callback of a trainer that writes its logs into the run's."""
     import transformers
 
@@ -242,7 +242,7 @@ def telling(log: RunLog) -> Any:
             state: TrainerState,
             control: TrainerControl,
             logs: dict[str, Any] | None = None,
-            **rest: Any,
+            **rest: object,
         ) -> None:
             log.metrics(state.global_step, logs or {})
             loss = (logs or {}).get("loss", 0.0)
@@ -252,12 +252,12 @@ def telling(log: RunLog) -> Any:
     return Telling()
 
 
-def stopping(stop: processes.Stop) -> Any:
+def stopping(stop: processes.Stop) -> object:
     """A callback of a trainer that saves and ends after the step in which a signal came."""
     import transformers
 
     class Stopping(transformers.TrainerCallback):
-        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: object) -> None:
             if stop.anywhere() and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
 
@@ -278,9 +278,9 @@ def full_disk_told(folder: Path) -> Iterator[None]:
 def finish(
     trainer: Any,
     tokenizer: PreTrainedTokenizerBase,
-    base: Callable[[], Any],
+    base: Callable[[], object],
     folder: Path,
-    metrics: dict[str, Any],
+    metrics: dict[str, object],
     log: RunLog,
 ) -> Outcome:
     """Write the model and the summary; every process calls it. `base` loads the model that an adapter sits on."""
