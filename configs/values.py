@@ -6,7 +6,6 @@ import dataclasses
 import math
 import typing
 from pathlib import Path as FilePath
-from typing import Any
 
 from steerl.rollout.common import settings_reader
 from steerl.rollout.common.settings_reader import (

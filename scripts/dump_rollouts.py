@@ -13,7 +13,6 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from steerl.configs.reader import run_command
 

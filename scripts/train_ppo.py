@@ -14,7 +14,6 @@ import dataclasses
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from steerl.configs.reader import run_command, to_mapping
 

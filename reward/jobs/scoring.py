@@ -113,7 +113,13 @@ def file_of(index: int) -> str:
 
 
 def begin(
-    run: RunSettings, folder: Path, name: str, source: Source, reward: WeightedSum, config: Mapping[str, object], **described: object
+    run: RunSettings,
+    folder: Path,
+    name: str,
+    source: Source,
+    reward: WeightedSum,
+    config: Mapping[str, object],
+    **described: object,
 ) -> dict[str, object]:
     """The manifest to work by: a fresh one, or the one in the folder if it was made with the same settings."""
     made_from = {"rows": source.fingerprint, **{f"reward {term.name}": term.content() for term in reward.terms}}

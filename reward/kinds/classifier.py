@@ -212,7 +212,16 @@ class Classifier:
 
 
 def load_classifier(
-    path: str, adapter: str, head: str, where: str, *, dtype: str, attn: str | None, fresh: bool, device: object, batch_size: int
+    path: str,
+    adapter: str,
+    head: str,
+    where: str,
+    *,
+    dtype: str,
+    attn: str | None,
+    fresh: bool,
+    device: object,
+    batch_size: int,
 ) -> Classifier:
     """The model of `path` with its adapter, in eval mode and without gradients."""
     # Allowed to start anew is only a head that is not there: a reward model's own is always read.

@@ -16,7 +16,6 @@ import datetime
 import json
 import math
 import re
-from typing import Any
 
 import torch
 from torch import Tensor

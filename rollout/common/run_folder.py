@@ -20,7 +20,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError

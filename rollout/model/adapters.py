@@ -83,7 +83,9 @@ def adapter_config(mapping: Mapping[str, object], task: str | None = None, field
         raise CheckpointError(f"{field}: {one_line(error)}") from error
 
 
-def add(model: PreTrainedModel | PeftModel, mapping: Mapping[str, object], name: str = "", field: str = "model.peft") -> PeftModel:
+def add(
+    model: PreTrainedModel | PeftModel, mapping: Mapping[str, object], name: str = "", field: str = "model.peft"
+) -> PeftModel:
     """A new, trainable, active adapter on `model`. Its name: `name`, or the mapping's `name`, or `default`.
 
     The base is frozen and wrapped in place; a model that has adapters already gets another one beside them.

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import LogitsProcessorList, PretrainedConfig, PreTrainedModel
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.utils import ModelOutput
 
 # -- torch -----------------------------------------------------------------------------------------------------------
 
@@ -83,7 +85,7 @@ def cpu_attention_operations() -> tuple[object, object]:
 # -- transformers ------------------------------------------------------------------------------------------------------
 
 
-def update_generation_kwargs(model: PreTrainedModel, outputs: object, kwargs: dict[str, object]) -> dict[str, object]:
+def update_generation_kwargs(model: PreTrainedModel, outputs: ModelOutput, kwargs: dict[str, object]) -> dict[str, object]:
     """generate's keyword arguments after a step: the caches of `outputs`, masks and positions one column wider."""
     updated: dict[str, object] = model._update_model_kwargs_for_generation(
         outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder
@@ -91,7 +93,9 @@ def update_generation_kwargs(model: PreTrainedModel, outputs: object, kwargs: di
     return updated
 
 
-def logits_processors(model: PreTrainedModel, config: PretrainedConfig, prompt_width: int, encoder_ids: Tensor) -> Any:
+def logits_processors(
+    model: PreTrainedModel, config: PretrainedConfig, prompt_width: int, encoder_ids: Tensor
+) -> LogitsProcessorList:
     """The processors that generate would make of a generation config; its special tokens become tensors."""
     device = encoder_ids.device
     model._prepare_special_tokens(config, True, device=device)
@@ -120,12 +124,12 @@ def can_compile_fullgraph(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "_can_compile_fullgraph", False))
 
 
-def unsplit_layers(models: Sequence[object]) -> list[str]:
+def unsplit_layers(models: Sequence[nn.Module]) -> list[str]:
     """Names of the classes of layers that are not to be split over devices."""
     return sorted({name for model in models for name in getattr(model, "_no_split_modules", None) or ()})
 
 
-def active_deepspeed_config() -> object:
+def active_deepspeed_config() -> HfDeepSpeedConfig | None:
     """The DeepSpeed configuration by which transformers cuts every model that it loads; None without ZeRO-3."""
     from transformers.integrations import deepspeed
 

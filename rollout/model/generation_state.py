@@ -13,11 +13,14 @@ from steerl.rollout.model import compat
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
+    from transformers.utils import ModelOutput
 
 _CACHES = ("past_key_values", "cache_params", "past_buckets_states", "mems")
 
 
-def step_forward(model: PreTrainedModel, ids: Tensor, kwargs: dict[str, object], first: bool) -> tuple[Any, dict[str, object]]:
+def step_forward(
+    model: PreTrainedModel, ids: Tensor, kwargs: dict[str, object], first: bool
+) -> tuple[ModelOutput, dict[str, object]]:
     """One forward pass; the caches' names and shapes stay the model's own business."""
     columns = None if first or not kwargs.get("use_cache") else 1
     inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=columns, is_first_iteration=first, **kwargs)

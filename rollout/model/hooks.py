@@ -254,7 +254,9 @@ def _put(frame: Frame | None, edits: tuple[Edit, ...], output: Any) -> object:
     return type(output)((_edited(frame, edits, output[0]), *output[1:]))
 
 
-def _before_module(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+def _before_module(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]] | None:
     if (fixed := _in_graph(module)) is not None:
         return _put_in(None, fixed["input"], args, kwargs) if "input" in fixed else None
     frame = _FRAME.get()
@@ -264,7 +266,9 @@ def _before_module(module: nn.Module, args: tuple[object, ...], kwargs: dict[str
     return None if edits is None else _put_in(frame, edits, args, kwargs)
 
 
-def _put_in(frame: Frame | None, edits: tuple[Edit, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+def _put_in(
+    frame: Frame | None, edits: tuple[Edit, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """A module's arguments with the activation among them edited."""
     if args:
         return (_edited(frame, edits, args[0]), *args[1:]), kwargs

@@ -88,7 +88,7 @@ class _Placing:
                 f"virtual tokens: {type(module).__name__} did not pass through its trunk; use LORA for this model"
             )
 
-    def insert(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, object]] | None:
+    def insert(self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, object]] | None:
         """Virtual embeddings between the padding and the first real token; later steps find them in the cache."""
         if not (width := count(self.model)):
             return None
@@ -138,7 +138,9 @@ class _Placing:
             output["hidden_states"] = tuple(state[:, width:] for state in output["hidden_states"])
         return output
 
-    def widen_encoder_mask(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, object]] | None:
+    def widen_encoder_mask(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, object]] | None:
         """The decoder attends to the virtual tokens that the encoder has read."""
         self.placed = True
         kwargs = _by_name(module, args, kwargs)
@@ -149,7 +151,9 @@ class _Placing:
         kwargs["encoder_attention_mask"] = _place(torch.ones_like(mask[:, :1]).expand(-1, width), mask, _first(mask))
         return (), kwargs
 
-    def fill_cache(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, object]] | None:
+    def fill_cache(
+        self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, object]] | None:
         """The prefix as the first entries of an empty cache; afterwards only masks and positions have to know of it."""
         if not (width := count(self.model)):
             return None

@@ -243,7 +243,9 @@ def _parsed(value: object, named: str) -> object:
         raise DataError(f"{named}: not JSON ({error}): {value[:60]!r}") from error
 
 
-def _check_parts(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], arguments: Mapping[str, object], where: str) -> None:
+def _check_parts(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], arguments: Mapping[str, object], where: str
+) -> None:
     """A content that is not a plain text must come out of the template as text, not as Python prints it."""
     for at, message in enumerate(messages):
         content = message.get("content")

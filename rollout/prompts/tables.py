@@ -11,9 +11,12 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerl.rollout.common.errors import DataError, one_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 
 def read_table(path: str, split: str = "", name: str = "", field: str = "prompts") -> Sequence[dict[str, object]]:
@@ -135,7 +138,7 @@ def _read_parquet(file: Path, field: str) -> Sequence[dict[str, object]]:
     return [without_missing(row) for row in table.to_pylist()]
 
 
-def _load_folder(folder: Path, split: str, name: str, field: str) -> object:
+def _load_folder(folder: Path, split: str, name: str, field: str) -> Dataset:
     import datasets
 
     try:
@@ -146,7 +149,7 @@ def _load_folder(folder: Path, split: str, name: str, field: str) -> object:
         raise DataError(f"{field}.path: {folder} cannot be read as a dataset: {_line(error)}") from error
 
 
-def _load_hub(path: str, split: str, name: str, field: str) -> object:
+def _load_hub(path: str, split: str, name: str, field: str) -> Dataset:
     import datasets
 
     try:
@@ -157,7 +160,7 @@ def _load_hub(path: str, split: str, name: str, field: str) -> object:
         ) from error
 
 
-def _one_split(dataset: Any, path: str, split: str, field: str) -> object:
+def _one_split(dataset: Dataset | DatasetDict, path: str, split: str, field: str) -> Dataset:
     if not isinstance(dataset, dict):
         if split and split != str(dataset.split or split):
             raise DataError(f"{field}.split: {split!r}, but {path} is one split, {dataset.split}; leave prompts.split out")
@@ -172,7 +175,7 @@ def _one_split(dataset: Any, path: str, split: str, field: str) -> object:
 class _ArrowRows(Sequence[dict[str, object]]):
     """A dataset's rows as plain objects, read when asked for."""
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
     def __len__(self) -> int:

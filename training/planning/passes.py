@@ -76,7 +76,7 @@ class Blueprint:
     def with_peft(self, peft: dict[str, object] | None) -> Blueprint:
         return dataclasses.replace(self, peft=_frozen(peft))
 
-    def empty_model(self, depth: int | None = None) -> Any:
+    def empty_model(self, depth: int | None = None) -> PreTrainedModel:
         """The model on the meta device, of its own depth or of fewer layers."""
         config = copy.deepcopy(self.config)
         config.name_or_path = ""  # peft compares paths, and warns
@@ -274,7 +274,9 @@ def _without_vocabulary(core: PreTrainedModel) -> None:
             module.weight, module.padding_idx = nn.Parameter(module.weight.detach()[:8].clone(), trained), None
 
 
-def _inputs(core: PreTrainedModel, is_seq2seq: bool, rows: int, prompt: int, response: int, *, cached: bool) -> dict[str, object]:
+def _inputs(
+    core: PreTrainedModel, is_seq2seq: bool, rows: int, prompt: int, response: int, *, cached: bool
+) -> dict[str, object]:
     """Padded rows, as a forward pass in training gets them: the last column predicts nothing."""
     takes = forward_arguments(core)
     width = prompt if is_seq2seq else max(prompt + response - 1, 1)
@@ -334,7 +336,9 @@ def _attention() -> dict[object, object]:
         rows, heads, queries, width = query
         return 2 * rows * heads * queries * key[-2] * (width + value[-1]) // 2
 
-    def backward(grad: object, query: object, key: object, value: object, *_: object, out_shape: object = None, **__: object) -> int:
+    def backward(
+        grad: object, query: object, key: object, value: object, *_: object, out_shape: object = None, **__: object
+    ) -> int:
         return int(2.5 * forward(query, key, value))
 
     return dict(zip(compat.cpu_attention_operations(), (forward, backward), strict=True))
@@ -356,7 +360,7 @@ def layers_of(config: PretrainedConfig) -> int:
     return int(config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def _of_depth(config: PretrainedConfig, depth: int) -> object:
+def _of_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     text = config.get_text_config(decoder=True)
     text.num_hidden_layers = depth
     if getattr(text, "layer_types", None):

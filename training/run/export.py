@@ -23,6 +23,7 @@ from steerl.training.types import TrainState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 
 def deployed(steering: Steering | None) -> str:
@@ -81,7 +82,7 @@ def save_model(folder: Path, model: ActorCritic, settings: PPOSettings) -> None:
         processes.on_main(save)
 
 
-def _with_folded_steering(model: ActorCritic) -> object:
+def _with_folded_steering(model: ActorCritic) -> PreTrainedModel:
     copied = copy.deepcopy(model.actor)
     if hasattr(copied, "peft_config"):
         copied = adapters.merge(copied)

@@ -15,7 +15,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -43,7 +42,9 @@ learning rate falls towards the last one."""
 _logger = logging.getLogger(__name__)
 
 
-def made_from(policy: Policy, prompts: Prompts, heldout: Prompts | None, reward: object, settings: PPOSettings) -> dict[str, str]:
+def made_from(
+    policy: Policy, prompts: Prompts, heldout: Prompts | None, reward: object, settings: PPOSettings
+) -> dict[str, str]:
     """What a run learns from, as hashes: the same paths may lead to other data. Before the policy is trained or spread."""
     hashes = {"model.path": weights_fingerprint(policy.model), "prompts.path": rows_fingerprint(prompts)}
     if policy.tokenizer is not None:

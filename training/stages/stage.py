@@ -39,7 +39,15 @@ from steerl.training.stages.data import TableRow
 from steerl.training.stages.settings import FitSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
 
 Read = TypeVar("Read")
 BEGUN = "checkpoints/begun.json"
@@ -133,13 +141,13 @@ def on_every_process(read: Callable[[], Read]) -> Read:
 
 def build_trainer(
     section: str,
-    trainer: Any,
+    trainer: type[Trainer],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    arguments: object,
+    arguments: TrainingArguments,
     rows: Sequence[TableRow],
     held: Sequence[TableRow],
-) -> Any:
+) -> Trainer:
     """One of trl's trainers over the rows; what it refuses while it prepares them is a UserError of the `section`."""
     import datasets
 
@@ -162,7 +170,7 @@ def check_checkpointing(fit: FitSettings, model: PreTrainedModel, name: str) -> 
         raise UserError(f"{name}.checkpointing: true, but PREFIX_TUNING lives in the cache, which recomputed layers do not see")
 
 
-def train(trainer: Any, where: StageRun) -> RunLog:
+def train(trainer: Trainer, where: StageRun) -> RunLog:
     """Run the trainer, from the newest whole checkpoint where the run is resumed. Every log of it is told at once.
 
     A signal ends it early, with a checkpoint."""
@@ -185,7 +193,7 @@ def train(trainer: Any, where: StageRun) -> RunLog:
     return log
 
 
-def _begin(trainer: Any, where: StageRun) -> str | None:
+def _begin(trainer: Trainer, where: StageRun) -> str | None:
     """Write what the run is made from, or compare it with what a resumed one was. The checkpoint to go on from."""
     run, folder = where.run, where.folder
     content = where.content | {
@@ -211,7 +219,7 @@ def _begin(trainer: Any, where: StageRun) -> str | None:
     return str(start) if start else None
 
 
-def save_any_generation_config(trainer: Any) -> None:
+def save_any_generation_config(trainer: Trainer) -> None:
     """Checkpoints too are saved without what has no effect in it."""
     save_model = trainer.save_model
 
@@ -222,7 +230,7 @@ def save_any_generation_config(trainer: Any) -> None:
     trainer.save_model = save
 
 
-def telling(log: RunLog) -> object:
+def telling(log: RunLog) -> TrainerCallback:
     """A callback of a trainer that writes its logs into the run's."""
     import transformers
 
@@ -252,7 +260,7 @@ def telling(log: RunLog) -> object:
     return Telling()
 
 
-def stopping(stop: processes.Stop) -> object:
+def stopping(stop: processes.Stop) -> TrainerCallback:
     """A callback of a trainer that saves and ends after the step in which a signal came."""
     import transformers
 
@@ -276,9 +284,9 @@ def full_disk_told(folder: Path) -> Iterator[None]:
 
 
 def finish(
-    trainer: Any,
+    trainer: Trainer,
     tokenizer: PreTrainedTokenizerBase,
-    base: Callable[[], object],
+    base: Callable[[], PreTrainedModel],
     folder: Path,
     metrics: dict[str, object],
     log: RunLog,

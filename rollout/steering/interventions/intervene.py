@@ -27,7 +27,7 @@ from steerl.rollout.model.hooks import Frame
 from steerl.rollout.steering.core.places import Ramp
 from steerl.rollout.steering.core.structure import stacks, unwrap
 from steerl.rollout.steering.interventions.passes import InterventionPass, Read, Rules, Set
-from steerl.rollout.steering.interventions.plan import Intervention, Planned, planned, stack_masks, unit_table
+from steerl.rollout.steering.interventions.plan import Interventions, Planned, planned, stack_masks, unit_table
 
 Locations = object
 
@@ -36,15 +36,15 @@ Locations = object
 class Intervened:
     """What an intervention gives back."""
 
-    intervened_outputs: object
-    original_outputs: object = None
+    intervened_outputs: Any
+    original_outputs: Any = None
     collected_activations: list[Tensor] | None = None
     """One tensor per collecting intervention and call, (B, units, D); one call in a forward pass."""
 
 
 def intervene(
     model: nn.Module,
-    interventions: Sequence[Intervention | Mapping[str, object]] | Intervention | Mapping[str, object],
+    interventions: Interventions,
     base: Mapping[str, object],
     sources: Sequence[Mapping[str, object] | None] | Mapping[str, object] | None = None,
     unit_locations: Mapping[str, Locations] | None = None,
@@ -56,7 +56,7 @@ def intervene(
     use_cache: bool | None = None,
     mode: str = "parallel",
     strength: float | Tensor = 1.0,
-) -> Intervened | tuple[object, object]:
+) -> Intervened | tuple[Any, Any]:
     """One forward pass of `base` with the interventions in it."""
     run = InterventionRun(model, interventions, base, unit_locations, subspaces, mode, Rules(strength=strength))
     original = None
@@ -73,7 +73,7 @@ def intervene(
 
 def intervene_generate(
     model: nn.Module,
-    interventions: Sequence[Intervention | Mapping[str, object]] | Intervention | Mapping[str, object],
+    interventions: Interventions,
     base: Mapping[str, object],
     sources: Sequence[Mapping[str, object] | None] | Mapping[str, object] | None = None,
     unit_locations: Mapping[str, Locations] | None = None,
@@ -87,7 +87,7 @@ def intervene_generate(
     steps: object = None,
     ramp: Ramp | None = None,
     **generate_kwargs: object,
-) -> Intervened | tuple[object, object]:
+) -> Intervened | tuple[Any, Any]:
     """model.generate with the interventions in the prompt, in response steps, or in both.
 
     `intervene_on_prompt` acts at unit_locations of the prompt (everywhere in it without them). `steps` acts on response
@@ -114,8 +114,8 @@ class InterventionRun:
     """One call of intervene: what is read where, and set where."""
 
     def __init__(
-        self, model: nn.Module, interventions: object, base: Mapping[str, object], unit_locations: Mapping[str, Locations] | None,
-        subspaces: object, mode: str, rules: Rules,
+        self, model: nn.Module, interventions: Interventions, base: Mapping[str, object],
+        unit_locations: Mapping[str, Locations] | None, subspaces: object, mode: str, rules: Rules,
     ):  # fmt: skip
         if mode not in ("parallel", "serial"):
             raise UserError(f"mode: expected parallel or serial, found {mode!r}")
@@ -271,7 +271,7 @@ class InterventionRun:
             )
         return frame
 
-    def result(self, output: Any, original: object, return_dict: bool) -> Intervened | tuple[object, object]:
+    def result(self, output: Any, original: object, return_dict: bool) -> Intervened | tuple[Any, Any]:
         collects = [plan for plan in self.plans if plan.collects]
         collected = [t for plan in collects for t in self.collected.get(plan.number, [])] if collects else None
         if return_dict:

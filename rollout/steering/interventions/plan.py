@@ -90,7 +90,10 @@ class Planned:
             ) from error
 
 
-def planned(model: nn.Module, interventions: Any, subspaces: object, rows: int) -> list[Planned]:
+Interventions = Sequence[Intervention | Mapping[str, object]] | Intervention | Mapping[str, object]
+
+
+def planned(model: nn.Module, interventions: Interventions, subspaces: object, rows: int) -> list[Planned]:
     listed = [interventions] if isinstance(interventions, Intervention | Mapping) else list(interventions)
     known = stacks(model)
     plans: list[Planned] = []
