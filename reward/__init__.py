@@ -8,7 +8,7 @@ from steerl.rollout.common.front import front
 __getattr__, __all__ = front(
     __name__,
     {
-        "types": ("Scores",),
+        "types": ("Scores", "TurnRewards"),
         "build": ("build_reward",),
     },
 )

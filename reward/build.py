@@ -50,7 +50,7 @@ class Common(Checked):
     """What metrics and score tables call it; the kind unless given."""
     weight: float = 1.0
     """total = sum of weight x term."""
-    normalise: str | dict[str, Any] | None = None
+    normalise: str | dict[str, object] | None = None
     """`running`; {mean: m, std: s}; or {reference: FILE} of prompts and completions, measured once. See reward/normalize.py."""
     clip: list[float] | None = None
     """[low, high] for the term's values, after normalisation and before the weight."""

@@ -11,11 +11,12 @@ import logging
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.types import Rollout, Texts
@@ -32,7 +33,8 @@ class Scores:
     parts: dict[str, Tensor] = field(default_factory=dict)
     """(B,) float32 each, before weighting; NaN where a part does not apply. `<part>.raw`: before normalisation, too."""
     tokens_BR: Tensor | None = None
-    """The whole reward, action by action, 0 beyond a row's end. None: the total sits on the last action."""
+    """The whole reward, at the place of each action in the response; 0 at what was fed and beyond a row's end. None: the total
+    sits on the last action."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time that each part took."""
     fallbacks: dict[str, int] = field(default_factory=dict)
@@ -73,6 +75,25 @@ class Scores:
             self.extra,
         )
 
+    @staticmethod
+    def join(parts: Sequence[Scores]) -> Scores:
+        """The rows of all, one after another; tokens as wide as the widest. Parts that some lack are NaN there."""
+        names = dict.fromkeys(name for scores in parts for name in scores.parts)
+        some = [scores for scores in parts if len(scores)]
+        dense = [scores.tokens_BR for scores in some if scores.tokens_BR is not None]
+        if dense and len(dense) < len(some):
+            raise UserError("reward: a reward per token came for some rows only; give it for all rows, or for none")
+        width = max((tokens_BR.shape[1] for tokens_BR in dense), default=0)
+        return Scores(
+            torch.cat([scores.total_B for scores in parts]),
+            {n: torch.cat([s.parts.get(n, torch.full_like(s.total_B, math.nan)) for s in parts]) for n in names},
+            torch.cat([pad(tokens_BR, (0, width - tokens_BR.shape[1])) for tokens_BR in dense]) if dense else None,
+            {n: max(s.seconds.get(n, 0.0) for s in parts) for n in dict.fromkeys(n for s in parts for n in s.seconds)},
+            {n: sum(s.fallbacks.get(n, 0) for s in parts) for n in dict.fromkeys(n for s in parts for n in s.fallbacks)},
+            joined_metrics([scores.metrics for scores in parts]),
+            joined_extra([scores.extra for scores in parts], [len(scores) for scores in parts]),
+        )
+
 
 @runtime_checkable
 class Reward(Protocol):
@@ -86,6 +107,46 @@ def on_last_action(values_B: Tensor, rollout: Rollout) -> Tensor:
     mask_BR = rollout.action_mask_BR
     left_BR = mask_BR.flip(1).cumsum(1).flip(1)
     return torch.where(mask_BR & (left_BR == 1), values_B.to(rollout.device)[:, None], 0.0)
+
+
+@dataclass(frozen=True)
+class TurnRewards:
+    """What a reward function may return instead of a number per row: what each of the policy's turns earned.
+
+    Two rows, of two turns and of one: `TurnRewards([[0.5, 1.0], [0.0]])`. A number sits on its turn's last action, and a row's
+    total is the sum of its numbers; None for a row to which the term does not apply."""
+
+    rows: Sequence[Sequence[float] | None]
+
+
+def on_turns(rewards: Sequence[Sequence[float]], rollout: Rollout, where: str = "reward") -> Tensor:
+    """(B, R) with each row's numbers on the last actions of its turns (`rollout.turns`), one for each turn; 0 elsewhere.
+
+    action_mask_BR   1 1 0 0 1     [0.5, 1.0]  -->   . 0.5 . . 1.0
+    """
+    _one_per_row(len(rewards), rollout, where)
+    values_BR = torch.zeros(rollout.response_BR.shape, device=rollout.device)
+    for row, (numbers, turns) in enumerate(zip(rewards, rollout.turns, strict=True)):
+        if len(numbers) != len(turns):
+            found = f"{len(numbers)} numbers for {len(turns)} turns"
+            raise UserError(f"{where}: {row_name(rollout, row)}: gave {found}; give one for each run of its actions")
+        for number, (_, end) in zip(numbers, turns, strict=True):
+            values_BR[row, end - 1] = number
+    return values_BR
+
+
+def refuse_rewards_of_fed(tokens_BR: Tensor, rollout: Rollout, where: str) -> None:
+    """A tool's result or a later user turn is not the policy's to be rewarded for."""
+    wrong_BR = rollout.extent_BR & ~rollout.action_mask_BR & (tokens_BR.to(rollout.device) != 0)
+    if bool(wrong_BR.any()):
+        row, place = wrong_BR.nonzero()[0].tolist()
+        found = f"earns {tokens_BR[row, place].item():.6g} at token {place}, which the policy did not draw"
+        raise UserError(f"{where}: {row_name(rollout, row)} {found}; rewards belong where rollout.action_mask_BR is true")
+
+
+def response_ids(rollout: Rollout) -> list[list[int]]:
+    """Of each row all that follows its prompt, whoever it is from."""
+    return [ids[:n] for ids, n in zip(rollout.response_BR.tolist(), rollout.lengths_B.tolist(), strict=True)]
 
 
 def missing_stop_penalty(ended_B: Tensor, penalty: float) -> Tensor:
@@ -122,9 +183,7 @@ class Failure:
 
 def settle(values: Sequence[Any], rollout: Rollout, where: str, fallback: float | None) -> Scores:
     """One number per row out of what was handed in: a number; None (does not apply); a Failure or no number (fallback)."""
-    if len(values) != len(rollout):
-        found = f"{len(values)} scores" if len(values) < len(rollout) else "more scores than one per row"
-        raise UserError(f"{where}: gave {found} for {len(rollout)} rows; give one per row")
+    _one_per_row(len(values), rollout, where)
     settled: list[float] = []
     failed: list[str] = []
     for index, value in enumerate(values):
@@ -141,6 +200,28 @@ def settle(values: Sequence[Any], rollout: Rollout, where: str, fallback: float 
         logger.warning("%s: %d of %d rows got the fallback %s: %s", where, len(failed), len(values), fallback, shown)
     total_B = torch.tensor(settled, dtype=torch.float64).float()
     return Scores(total_B.to(rollout.device), fallbacks={"": len(failed)} if failed else {})
+
+
+def settle_turns(given: TurnRewards, rollout: Rollout, where: str, fallback: float | None) -> Scores:
+    """The same for rewards of turns: a row with a turn that has no number gets the fallback, on its last action."""
+    _one_per_row(len(given.rows), rollout, where)
+    totals: list[Any] = []
+    numbers: list[list[float]] = []
+    for row, turns in zip(given.rows, rollout.turns, strict=True):
+        pairs = [_number(value) if value is not None else (math.nan, "gave None for a turn") for value in row or ()]
+        reason = next((reason for _, reason in pairs if reason), "")
+        totals.append(None if row is None else Failure(reason) if reason else math.fsum(number for number, _ in pairs))
+        numbers.append([0.0] * len(turns) if row is None else [0.0 if reason else number for number, _ in pairs])
+    tokens_BR = on_turns(numbers, rollout, where)
+    settled = settle(totals, rollout, where, fallback)
+    failed_B = torch.tensor([isinstance(total, Failure) for total in totals], dtype=torch.bool, device=rollout.device)
+    return replace(settled, tokens_BR=torch.where(failed_B[:, None], on_last_action(settled.total_B, rollout), tokens_BR))
+
+
+def _one_per_row(count: int, rollout: Rollout, where: str) -> None:
+    if count != len(rollout):
+        found = f"{count} scores" if count < len(rollout) else "more scores than one per row"
+        raise UserError(f"{where}: gave {found} for {len(rollout)} rows; give one per row")
 
 
 def _number(value: Any) -> tuple[float, str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from steerl.reward.normalize import Shape
-from steerl.reward.types import Scores, on_last_action, row_name
+from steerl.reward.types import Scores, on_last_action, refuse_rewards_of_fed, row_name
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import Rollout, Texts
 
@@ -168,7 +168,8 @@ def _check(term: RewardTerm, scores: Scores, rollout: Rollout) -> None:
         raise UserError(f"{term.where}: gives a reward per token, which `normalise` and `clip` do not change; leave them out")
     if scores.tokens_BR.shape != rollout.response_BR.shape:
         expected, shape = tuple(rollout.response_BR.shape), tuple(scores.tokens_BR.shape)
-        raise UserError(f"{term.where}: tokens_BR has shape {shape}, the responses {expected}; give one number per action")
+        raise UserError(f"{term.where}: tokens_BR has shape {shape}, the responses {expected}; give one number per token")
+    refuse_rewards_of_fed(scores.tokens_BR, rollout, term.where)
     real_BR = torch.where(rollout.action_mask_BR, scores.tokens_BR, 0.0)
     bad = torch.nonzero(~real_BR.isfinite().all(1)).flatten().tolist()
     if bad:

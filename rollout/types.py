@@ -81,8 +81,8 @@ class Rollout:
     temperature: float = 1.0
     steering: str = ""
     """Name and hash of the intervention that was active while sampling; empty when there was none."""
-    steering_seed: int = 0
-    """What the noise of a steering was drawn with, beside the policy's step, row and sample."""
+    steering_seed: int | None = 0
+    """What the noise of a steering was drawn with, beside the policy's step, row and sample; None where a dump does not say."""
     start_ids: tuple[int, ...] = ()
     """What every decoder row starts with (decoder start, forced bos); empty for decoder-only models."""
     greedy: bool = False
@@ -95,9 +95,10 @@ class Rollout:
     strength_BK: Tensor = field(default=None)  # type: ignore[assignment]
     """What every steering site really applied to each row; 0 = the site left it alone. No sites (K = 0) without steering."""
     positions_BKN: Tensor = field(default=None)  # type: ignore[assignment]
-    """Prompt positions that a data column gave a site, padded with -1; N = 0 where no site reads any."""
+    """Prompt positions that a data column gave a site, padded with -1; N = 0 where no site reads any, or none are recorded."""
     policy_step_B: Tensor = field(default=None)  # type: ignore[assignment]
-    """Which weights drew each row: as after this many steps. 0 where it is not given; -1 = other weights than this run's."""
+    """Which weights drew each row: as after this many steps. 0 where it is not given; -1 - n = other weights than this run's,
+    after n steps of theirs (which the noise of a steering was drawn for)."""
     kept: Kept | None = None
     """Where the sampler truncated: what could be drawn at each action; None otherwise, or with `sampling.replay_mask` false."""
     entropy_BR: Tensor | None = None
@@ -201,13 +202,6 @@ class Rollout:
         return self.action_mask_BR.sum(1)
 
     @property
-    def last_B(self) -> Tensor:
-        """Index of each row's last action (the stop token, or the last token of a cut row); 0 for a row without."""
-        place_R = torch.arange(1, self.response_width + 1, device=self.device)
-        last_B = torch.where(self.action_mask_BR, place_R, 0).amax(1) if self.response_width else self.lengths_B
-        return (last_B - 1).clamp(min=0)
-
-    @property
     def turns(self) -> list[list[tuple[int, int]]]:
         """Of each row the runs of actions, as (first, one past the last): the policy's turns."""
         edges = torch.nn.functional.pad(self.action_mask_BR.int(), (1, 1)).diff(dim=1).cpu()
@@ -308,7 +302,7 @@ class Applied(NamedTuple):
     strength_BK: Tensor
     positions_BKN: Tensor
     policy_step_B: Tensor
-    steering_seed: int
+    steering_seed: int | None
 
     @staticmethod
     def of(rollout: Rollout) -> Applied:
@@ -318,7 +312,8 @@ class Applied(NamedTuple):
     def nothing(row_B: Tensor, policy_step: int, sites: int = 0) -> Applied:
         """Rows that no site touches."""
         strength_BK = torch.zeros(len(row_B), sites, device=row_B.device)
-        return Applied(strength_BK, strength_BK[:, :, None].long() - 1, torch.full_like(row_B, policy_step), 0)
+        positions_BKN = row_B.new_full((len(row_B), sites, min(sites, 1)), -1)
+        return Applied(strength_BK, positions_BKN, torch.full_like(row_B, policy_step), 0)
 
     def select(self, index: Tensor) -> Applied:
         tensors = (self.strength_BK[index], self.positions_BKN[index], self.policy_step_B[index])

@@ -13,7 +13,6 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from steerl.configs.reader import run_command
 
@@ -30,7 +29,7 @@ from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering import Steering, load_spec
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Samples
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class DumpJob:
     prompts: PromptSettings = field(default_factory=PromptSettings)
     sampling: Sampling = field(default_factory=Sampling)
     engine: EngineSettings = field(default_factory=EngineSettings)
-    steering: dict[str, Any] | str | None = field(default=None, metadata={"check": load_spec})
+    steering: dict[str, object] | str | None = field(default=None, metadata={"check": load_spec})
     """An intervention's mapping, or the path of a YAML that holds it."""
     run: RunSettings = field(default_factory=RunSettings)
     verify: bool = False
@@ -67,7 +66,7 @@ def write(job: DumpJob, folder: Path) -> None:
     warn_endless(policy, job.sampling, prompts.table[0][prompts.column])
     plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
 
-    def start_here() -> dict[str, Any]:
+    def start_here() -> dict[str, object]:
         made_from = {
             "model.path": model_fingerprint(policy.model),
             "model.tokenizer": tokenizer_fingerprint(policy.tokenizer),
@@ -87,11 +86,11 @@ def write(job: DumpJob, folder: Path) -> None:
 
     reports: list[Report] = []
 
-    def sample(rows: range) -> tuple[Rollout, Texts]:
-        rollout, texts = sampler.sample(prompts.batch(list(rows)))
+    def sample(rows: range) -> Samples:
+        samples = sampler.sample(prompts.batch(list(rows)))
         if job.verify:
-            reports.append(verify(policy, rollout, job.sampling, steering=steering))
-        return rollout, texts
+            reports.append(verify(policy, samples.rollout, job.sampling, steering=steering))
+        return samples
 
     done = begun["finished"] and not work.todo and not (folder / RECORDS).exists()
     if not done:

@@ -75,7 +75,7 @@ class ExtractJob:
     effect: EffectSettings = field(default_factory=EffectSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=32))
-    reward: list[dict[str, Any]] = field(default_factory=list)
+    reward: list[dict[str, object]] = field(default_factory=list)
     """The measure of the effect curve, as in a training run."""
 
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import steerl.configs  # noqa: F401  # the environment that torch is loaded in
 
@@ -29,6 +29,9 @@ from steerl.rollout.prompts.tables import columns_of, read_table
 from steerl.training.stages import models, stage
 from steerl.training.stages.data import TableRow, check_values, missing_columns
 from steerl.training.stages.seq2seq import decode, make_trainer, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _logger = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ class SummarisationArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Empty the output folder first, if a job wrote it."})
 
 
-def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, Any]:
+def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, object]:
     """The command line as (ours, transformers' Seq2SeqTrainingArguments); a UserError in a line where it is wrong."""
     import torch
     import transformers
@@ -171,8 +174,8 @@ def work(
     ours: SummarisationArguments,
     training: Any,
     rows: dict[str, list[TableRow]],
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     run: RunSettings,
     stop: processes.Stop,
@@ -214,7 +217,7 @@ def work(
                 write_text(folder / "generated_predictions.txt", texts)
 
 
-def keep(trainer: Any, part: str, metrics: dict[str, Any]) -> None:
+def keep(trainer: Any, part: str, metrics: dict[str, object]) -> None:
     """Show the metrics, and write them into PART_results.json and all_results.json."""
     trainer.log_metrics(part, metrics)
     trainer.save_metrics(part, metrics)

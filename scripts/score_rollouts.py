@@ -13,7 +13,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerl.configs.reader import run_command
 
@@ -37,6 +37,9 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings, versions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class DumpSettings:
@@ -53,7 +56,7 @@ class ScoreJob:
     dump: DumpSettings = field(default_factory=DumpSettings)
     texts: TextSettings = field(default_factory=TextSettings)
     """Instead of a dump: texts or conversations that were not sampled here."""
-    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_terms})
+    reward: list[dict[str, object]] = field(default_factory=list, metadata={"check": read_terms})
     """The parts of the reward; each is a column of the scores."""
     run: RunSettings = field(default_factory=RunSettings)
 
@@ -65,7 +68,7 @@ def main(job: ScoreJob) -> None:
         write(job, folder, manifest_name(folder, dump), source, tokenizer)
 
 
-def write(job: ScoreJob, folder: Path, name: str, source: Source, tokenizer: Any) -> None:
+def write(job: ScoreJob, folder: Path, name: str, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
     me = processes.start()
     reward = build_reward(job.reward, device=me.device, tokenizer=tokenizer)
     try:
@@ -86,7 +89,7 @@ def write(job: ScoreJob, folder: Path, name: str, source: Source, tokenizer: Any
         reward.close()
 
 
-def open_source(job: ScoreJob, dump: Path | None) -> tuple[Source, Any]:
+def open_source(job: ScoreJob, dump: Path | None) -> tuple[Source, object]:
     """The rows, and the tokenizer that their ids are of."""
     if (dump is None) == (not job.texts.path):
         raise UserError("dump.dir and texts.path: name one of them, the dump or the texts to score")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass, field
-from typing import Any
 
 from steerl.configs.reader import run_command
 
@@ -51,7 +50,7 @@ class ServeSettings:
 class ServeJob:
     """Offer a reward over HTTP."""
 
-    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_terms})
+    reward: list[dict[str, object]] = field(default_factory=list, metadata={"check": read_terms})
     """The parts of the reward."""
     serve: ServeSettings = field(default_factory=ServeSettings)
 

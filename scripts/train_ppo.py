@@ -14,7 +14,6 @@ import dataclasses
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from steerl.configs.reader import run_command, to_mapping
 
@@ -48,9 +47,9 @@ class PPOJob:
     """How rollouts are drawn."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     """What draws them."""
-    steering: dict[str, Any] | str | None = field(default=None, metadata={"check": load_spec})
+    steering: dict[str, object] | str | None = field(default=None, metadata={"check": load_spec})
     """What is done to activations while sampling and learning: a mapping, or the path of a YAML file with it."""
-    reward: list[dict[str, Any]] = field(default_factory=list, metadata={"check": read_terms})
+    reward: list[dict[str, object]] = field(default_factory=list, metadata={"check": read_terms})
     """The parts of the reward."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
     """The algorithm."""

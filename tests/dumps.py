@@ -1,24 +1,28 @@
 """Hand-made rollouts and dumps for the tests of what stores, inspects, scores and selects them. No model is needed.
 
 made_rows(prompts, samples, seed)     ragged rows with empty and full responses, as the sampler would give them
+episodes(prompts, samples)            the same with all that a row may record: gaps, two sites, positions, steps, kept ids
 made_dump(folder, ...)                a finished dump of such rows
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from steerl.rollout.dumps import manifest, store
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.ragged import Kept
+from steerl.rollout.types import Rollout, Samples, Texts
 
 WIDTH_P, WIDTH_R = 5, 7
 
 
-def made_rows(prompts: Sequence[int], samples: int = 2, chat: bool = False, **changes: Any) -> tuple[Rollout, Texts]:
+def made_rows(prompts: Sequence[int], samples: int = 2, chat: bool = False, **changes: Any) -> Samples:
     """What a row holds depends on its prompt and sample alone."""
     rows: list[dict[str, Any]] = []
     for prompt in prompts:
@@ -62,15 +66,51 @@ def made_rows(prompts: Sequence[int], samples: int = 2, chat: bool = False, **ch
         completions=[f"answer {prompt}.{sample} 🙂" for prompt, sample in (row["key"] for row in rows)],
         columns={"answer": [row["key"][0] * 2 for row in rows], "tags": [["a", None] for _ in rows]},
     )
-    return rollout, texts
+    return Samples(rollout, texts)
 
 
-def made_dump(folder: Path, prompts: int = 10, samples: int = 2, shard_rows: int = 8, **rows: Any) -> manifest.Plan:
+def episodes(prompts: Sequence[int], samples: int = 2, **changes: Any) -> Samples:
+    """Rows of several turns, steered at two sites of which the second reads its positions from the data, truncated."""
+    rollout, texts = made_rows(prompts, samples)
+    draws = [
+        random.Random(f"{row} {sample}") for row, sample in zip(rollout.row_B.tolist(), rollout.sample_B.tolist(), strict=True)
+    ]
+    action_BR = (
+        torch.tensor([[draw.random() < 0.6 for _ in range(rollout.response_width)] for draw in draws]) & rollout.extent_BR
+    )
+    kept = [
+        [draw.sample(range(90_000), draw.randrange(4)) if drawn else [] for drawn in action_BR[i]]
+        for i, draw in enumerate(draws)
+    ]
+    listed = [[[], [draw.randrange(5) for _ in range(draw.randrange(3))]] for draw in draws]
+    most = max(len(places) for row in listed for places in row)
+    fields: dict[str, Any] = {
+        "action_mask_BR": action_BR,
+        "behaviour_logprobs_BR": torch.where(action_BR, rollout.behaviour_logprobs_BR, 0.0),
+        "policy_logprobs_BR": torch.where(action_BR, rollout.policy_logprobs_BR, 0.0),
+        "steering": "cheer#1f",
+        "steering_seed": 5,
+        "strength_BK": torch.tensor([[draw.random(), -draw.random()] for draw in draws]),
+        "positions_BKN": torch.tensor([[places + [-1] * (most - len(places)) for places in row] for row in listed]).long(),
+        "policy_step_B": torch.tensor([draw.randrange(3) for draw in draws]),
+        "kept": Kept.of_lists(kept),
+    }
+    return Samples(dataclasses.replace(rollout, **{**fields, **changes}), texts)
+
+
+def made_dump(
+    folder: Path,
+    prompts: int = 10,
+    samples: int = 2,
+    shard_rows: int = 8,
+    make: Callable[..., Samples] | None = None,
+    **rows: Any,
+) -> manifest.Plan:
     folder.mkdir(parents=True, exist_ok=True)
     plan = manifest.Plan.of(prompts, samples, batch_size=4, shard_rows=shard_rows)
     begun = manifest.start(folder, plan, {"sampling": {"n": samples}}, {"model.path": "made by hand"})
     for index in range(len(plan)):
-        store.make_shard(folder, plan, index, lambda call: made_rows(call, samples, **rows))
+        store.make_shard(folder, plan, index, lambda call: (make or made_rows)(call, samples, **rows))
     manifest.finish(folder, begun, world_size=1)
     return plan
 

@@ -5,6 +5,8 @@ An independent definition is one row at a time: unpadded, teacher-forced, throug
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import STOP_LENGTH, Rollout, Texts
 from steerl.training.algorithm.experience import credit, gather_scored, score
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.settings import PPOSettings
@@ -37,8 +39,8 @@ def prompts_of(policy: Policy, count: int = 40, most: int = 0) -> Prompts:
 
 def share_of_threes(rollout: Rollout, texts: Texts) -> Scores:
     """A toy reward: the share of a row's ids that leave 3 when divided by 4."""
-    hit_BR = (rollout.response_BR % 4 == 3) & rollout.mask_BR
-    return Scores(hit_BR.sum(1) / rollout.lengths_B)
+    hit_BR = (rollout.response_BR % 4 == 3) & rollout.action_mask_BR
+    return Scores(hit_BR.sum(1) / rollout.actions_B.clamp(min=1))
 
 
 def job(
@@ -54,14 +56,37 @@ def job(
     return parts, prompts_of(policy), ppo
 
 
-def first_scored(parts: Components, prompts: Prompts, ppo: PPOSettings):
+def first_scored(parts: Components, prompts: Prompts, ppo: PPOSettings, gaps: bool = False):
     rows = prompts.take(0, 0, ppo.rollouts_per_step // parts.sampler.sampling.n)
-    rollout, texts = parts.sampler.sample(prompts.batch(rows), step=0)
-    return score(parts.actor_critic, parts.reference, *gather_scored(rollout, texts, share_of_threes), ppo)
+    samples = parts.sampler.draw(prompts.batch(rows), step=0)
+    samples = samples._replace(rollout=with_gaps(samples.rollout)) if gaps else samples
+    return score(parts.actor_critic, parts.reference, *gather_scored(samples, share_of_threes), ppo)
 
 
-def first_experience(parts: Components, prompts: Prompts, ppo: PPOSettings) -> Experience:
-    return credit(first_scored(parts, prompts, ppo), ppo, ppo.kl_coef)[0]
+def first_experience(parts: Components, prompts: Prompts, ppo: PPOSettings, gaps: bool = False) -> Experience:
+    return credit(first_scored(parts, prompts, ppo, gaps), ppo, ppo.kl_coef)[0]
+
+
+def with_gaps(rollout: Rollout) -> Rollout:
+    """The rows as if some runs of their tokens had been fed: which ones hangs on the row and sample alone. A row that ends in
+    such a run is cut there; one in five has no action at all."""
+    mask_BR, ended_B = rollout.extent_BR.clone(), rollout.ended_B.clone()
+    for i, (row, sample, length) in enumerate(zip(rollout.row_B, rollout.sample_B, rollout.lengths_B, strict=True)):
+        draw, t = random.Random(f"{int(row)} {int(sample)}"), 0
+        fed = draw.random() < 0.4
+        while t < int(length):
+            run = draw.randint(1, 3)
+            mask_BR[i, t : t + run] &= not fed
+            fed, t = not fed, t + run
+        if draw.random() < 1 / 5:
+            mask_BR[i] = False
+        ended_B[i] &= mask_BR[i, int(length) - 1]
+    numbers = {
+        name: torch.where(mask_BR, getattr(rollout, name), 0.0)
+        for name in ("behaviour_logprobs_BR", "policy_logprobs_BR", "entropy_BR")
+    }
+    stop_B = torch.where(ended_B, rollout.stop_B, STOP_LENGTH)
+    return dataclasses.replace(rollout, action_mask_BR=mask_BR, ended_B=ended_B, stop_B=stop_B, **numbers)
 
 
 def lone_row(policy: Policy, rollout: Rollout, i: int, extra: int = 0) -> tuple[dict[str, Tensor], int]:
@@ -75,7 +100,7 @@ def lone_row(policy: Policy, rollout: Rollout, i: int, extra: int = 0) -> tuple[
 
 
 def lone_logprobs(policy: Policy, rollout: Rollout, i: int) -> Tensor:
-    """Log-probs of row i's actions, differentiable: one row, no padding, softmax of logits / temperature."""
+    """Log-probs of row i's tokens, differentiable: one row, no padding, softmax of logits / temperature."""
     arguments, first = lone_row(policy, rollout, i)
     length = int(rollout.lengths_B[i])
     logits = policy.model(**arguments).logits[0, first : first + length].double() / rollout.temperature
@@ -84,7 +109,7 @@ def lone_logprobs(policy: Policy, rollout: Rollout, i: int) -> Tensor:
 
 
 def lone_values(actor_critic: ActorCritic, rollout: Rollout, i: int) -> Tensor:
-    """Values of the states of row i before every action and after the last, differentiable."""
+    """Values of the states of row i before every token of the response and after the last, differentiable."""
     policy = actor_critic.value_model or actor_critic.policy
     arguments, first = lone_row(policy, rollout, i)
     caught: list[Tensor] = []

@@ -3,10 +3,11 @@
     name(prompts, completions, **columns) -> list of numbers     as TRL's trainers call it; None: does not apply to the row
     name(rollout, texts) -> Scores (or one number per row)       this package's own; may give a reward per token
 
-Either may be asynchronous. A function gets the columns it names, and everything if it takes **kwargs. Where the
-prompts are conversations, completions are `[{"role": "assistant", "content": ...}]`. As TRL's, it may ask for
-`log_metric(name, number)`, whose mean over all calls and ranks is the metric reward/<part>/<name>, and for
-`log_extra(column, values)`, one value per row, which rows of samples.jsonl show as extra/<part>/<column>.
+Either may give TurnRewards (what each of the policy's turns earned), and may be asynchronous. A function gets the columns that
+it names, and everything if it takes **kwargs. Where the prompts are conversations, completions are `[{"role": "assistant",
+"content": ...}]`. As TRL's, it may ask for `log_metric(name, number)`, whose mean over all calls and ranks is the metric
+reward/<part>/<name>, and for `log_extra(column, values)`, one value per row, which rows of samples.jsonl show as
+extra/<part>/<column>.
 
     in this process (the default) ---- raises? rows one by one, to name the row ---- fallback, or a UserError
     `timeout` set: a process of its own, killed when the time is over ---- rows one by one, each with that time
@@ -30,7 +31,19 @@ import torch
 
 from steerl.reward.kinds.loading import LOGS, CallResult, load_function
 from steerl.reward.kinds.worker import Overdue, Worker, WorkerFailed
-from steerl.reward.types import SECONDS, Failure, Scores, joined_extra, joined_metrics, on_last_action, settle
+from steerl.reward.types import (
+    SECONDS,
+    Failure,
+    Scores,
+    TurnRewards,
+    joined_extra,
+    joined_metrics,
+    on_last_action,
+    refuse_rewards_of_fed,
+    response_ids,
+    settle,
+    settle_turns,
+)
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.common.fingerprint import SHORT, sha256_file
@@ -47,9 +60,9 @@ SLOW_S = 60.0
 class FunctionSettings(Checked):
     """A reward function of the user's own."""
 
-    function: str | Callable[..., Any]
+    function: str | Callable[..., object]
     """`file.py:name` or `module:name`."""
-    arguments: dict[str, Any] | None = None
+    arguments: dict[str, object] | None = None
     """Further keyword arguments, the same in every call."""
     timeout: float | None = within(None, **SECONDS)
     """Seconds that one call may take. Unless it is asynchronous, the function then runs in a process of its own."""
@@ -60,7 +73,7 @@ class FunctionSettings(Checked):
         named = not isinstance(self.function, str) or all(self.function.rpartition(":")[::2])
         return [] if named else [f"function: expected file.py:name or module:name, found {self.function!r}"]
 
-    def build(self, where: str, around: Any) -> RewardTerm:
+    def build(self, where: str, around: object) -> RewardTerm:
         function = load_function(self.function, where) if isinstance(self.function, str) else self.function
         if inspect.isclass(function):
             raise UserError(f"{where}.function: {self.function!r} is a class; name a function, or an instance of the class")
@@ -194,7 +207,7 @@ class FunctionReward:
         given = self.settings.arguments or {}
         return [name for name in LOGS if (self.signature.takes is None or name in self.signature.takes) and name not in given]
 
-    def _arguments(self, rollout: Rollout, texts: Texts) -> dict[str, Any]:
+    def _arguments(self, rollout: Rollout, texts: Texts) -> dict[str, object]:
         if self.signature.is_native:
             return {"rollout": rollout, "texts": texts}
         given = {*LOGS, *(self.settings.arguments or {})}
@@ -215,18 +228,21 @@ class FunctionReward:
         scores = self._settled(call.result, rollout)
         return replace(scores, metrics={**scores.metrics, **call.metrics}, extra={**scores.extra, **call.extra})
 
-    def _settled(self, result: Any, rollout: Rollout) -> Scores:
+    def _settled(self, result: object, rollout: Rollout) -> Scores:
+        if isinstance(result, TurnRewards):
+            return settle_turns(result, rollout, self.where, self.settings.fallback)
         if not isinstance(result, Scores):
             return settle(_listed(result, self.where), rollout, self.where, self.settings.fallback)
         totals_B = result.total_B
         if result.tokens_BR is not None and result.tokens_BR.shape == rollout.response_BR.shape:
+            refuse_rewards_of_fed(result.tokens_BR, rollout, self.where)
             sums_B = result.per_token(rollout).sum(1)
             if bool(totals_B.any()) and not torch.allclose(totals_B.to(sums_B), sums_B, rtol=1e-3, atol=1e-4):
                 raise UserError(
                     f"{self.where}: total_B is not the sum of tokens_BR; what a whole response earns belongs on its last action"
                 )
             totals_B = sums_B
-        values: list[Any] = totals_B.tolist()
+        values: list[object] = totals_B.tolist()
         settled = settle(values, rollout, self.where, self.settings.fallback)
         tokens_BR = result.tokens_BR
         if tokens_BR is not None and settled.fallbacks:
@@ -238,7 +254,7 @@ class FunctionReward:
         """The scores of rows that were tried one by one, after the call with all of them failed."""
         if not any(isinstance(row, Failure) for row in rows):
             logger.warning("%s: failed with all %d rows together (%s), not with any alone", self.where, len(rows), whole.reason)
-        values: list[Any] = []
+        values: list[object] = []
         tokens_by_row: list[torch.Tensor | None] = []
         for index, row in enumerate(rows):
             found = row if isinstance(row, Failure) else self._scores(row, rollout.select([index]))
@@ -261,10 +277,12 @@ def _logs_of(rows: Sequence[CallResult | Failure]) -> dict[str, Any]:
     }
 
 
-def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, Any]:
-    """The keyword arguments that TRL's trainers hand to a reward function; beside them prompt_ids and ended."""
-    lengths = rollout.lengths_B.tolist()
-    completions: list[Any] = [
+def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, object]:
+    """The keyword arguments that TRL's trainers hand to a reward function, and prompt_ids, ended, action_mask and turns.
+
+    As in TRL, completion_ids hold a tool's result too; action_mask, as long, says which of them the policy drew."""
+    completion_ids = response_ids(rollout)
+    completions: list[object] = [
         [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
         for prompt, text in zip(texts.prompts, texts.completions, strict=True)
     ]
@@ -272,10 +290,12 @@ def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, Any]:
     return {
         "prompt_ids": prompt_ids,
         "ended": rollout.ended_B.tolist(),
+        "action_mask": [row[: len(ids)] for row, ids in zip(rollout.action_mask_BR.tolist(), completion_ids, strict=True)],
+        "turns": rollout.turns,
         **{name: column for name, column in texts.columns.items() if name.isidentifier()},
         "prompts": texts.prompts,
         "completions": completions,
-        "completion_ids": [ids[:n] for ids, n in zip(rollout.response_BR.tolist(), lengths, strict=True)],
+        "completion_ids": completion_ids,
     }
 
 
@@ -291,7 +311,7 @@ class Signature:
     """All that it may be given; None: everything."""
 
     @staticmethod
-    def of(function: Callable[..., Any]) -> Signature:
+    def of(function: Callable[..., object]) -> Signature:
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):
@@ -303,7 +323,7 @@ class Signature:
         return Signature(is_native, needs, None if open_ended else tuple(p.name for p in named))
 
 
-def _listed(result: Any, where: str) -> list[Any]:
+def _listed(result: object, where: str) -> list[object]:
     """A list of what a function gave: a list, a tensor, an array."""
     if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
         raise UserError(f"{where}: gave {type(result).__name__}; give a list with one number per row")
@@ -312,7 +332,7 @@ def _listed(result: Any, where: str) -> list[Any]:
     return list(result)
 
 
-async def _awaited(result: Any) -> Any:
+async def _awaited(result: Any) -> object:
     return await result
 
 

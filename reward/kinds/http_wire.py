@@ -2,9 +2,11 @@
 
     POST /score   {"prompts": [...], "completions": [...], "prompt_texts": [...], "columns": {name: [...]}, "ended": [...],
                    "rows": [[dataset row, sample], ...],
-                   "ids": {"prompts": [[...]], "responses": [[...]], "start": [...], "vocabulary": "..."} or null}
+                   "ids": {"prompts": [[...]], "responses": [[...]], "start": [...], "vocabulary": "...",
+                           "action_mask": [[...]] where a row was fed something in between} or null}
     200           {"scores": [...], "parts": {name: [...]}, "tokens": [[...], ...] or null, "fallbacks": {name: count}}
 
+`tokens` are as long as the row's response, and 0 where its `action_mask` is (1: the policy drew the token, 0: it was fed).
 A server of another make needs only `prompts` and `completions`, and may answer with `scores` alone. null: the reward
 does not apply to the row. A float32 travels as the shortest text that reads back as the same number: nothing is lost.
 """
@@ -16,12 +18,11 @@ import datetime
 import json
 import math
 import re
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerl.reward.types import Scores, has_ids
+from steerl.reward.types import Scores, has_ids, response_ids
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.types import Rollout, Texts
 
@@ -35,15 +36,17 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 def ask(rollout: Rollout, texts: Texts, vocabulary: str | None, where: str) -> bytes:
     ids = None
     if has_ids(rollout):
-        lengths = rollout.lengths_B.tolist()
         ids = {
             "prompts": [row[mask].tolist() for row, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)],
-            "responses": [row[:n] for row, n in zip(rollout.response_BR.tolist(), lengths, strict=True)],
+            "responses": (responses := response_ids(rollout)),
             "start": list(rollout.start_ids),
             "vocabulary": vocabulary,
         }
+        if bool((rollout.actions_B < rollout.lengths_B).any()):
+            masks = rollout.action_mask_BR.int().tolist()
+            ids["action_mask"] = [row[: len(response)] for row, response in zip(masks, responses, strict=True)]
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         if hasattr(value, "tolist"):
             return value.tolist()
         if isinstance(value, datetime.date | datetime.time):
@@ -71,7 +74,7 @@ class TooLarge(Exception):
     """The question is over a limit."""
 
 
-def parse(body: bytes) -> Any:
+def parse(body: bytes) -> object:
     """What JSON says; ValueError where it is none, or lists in lists that would take minutes and gigabytes to read."""
     if body.count(b"[") + body.count(b"{") > MOST_LISTS:
         plain = _STRING.sub(b"", body)
@@ -110,6 +113,9 @@ def read_question(body: bytes, max_rows: int) -> tuple[Rollout, Texts, str | Non
         raise UserError("completions: expected a list of texts")
     ids = asked.get("ids") or {}
     try:
+        masks = ids.get("action_mask")
+        if masks is not None and [len(row) for row in masks] != [len(row) for row in ids.get("responses") or ()]:
+            raise UserError("action_mask: expected as many as the responses' ids")
         cells = sum(rows * max(map(len, ids.get(name) or [[]])) for name in ("prompts", "responses"))
         if cells > MOST_CELLS:
             raise TooLarge(f"{cells:,} places for token ids, padded; at most {MOST_CELLS:,} in a request")
@@ -120,6 +126,7 @@ def read_question(body: bytes, max_rows: int) -> tuple[Rollout, Texts, str | Non
             row_B=[int(row) for row, _ in lists["rows"]],
             sample_B=[int(sample) for _, sample in lists["rows"]],
             start_ids=tuple(ids.get("start") or ()),
+            **({} if masks is None else {"action_mask_BR": masks}),
         )
     except (UserError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise UserError(f"ids, ended, rows: {error!s:.200}") from error
@@ -135,7 +142,7 @@ def answer(scores: Scores, rollout: Rollout) -> bytes:
     tokens = None
     if scores.tokens_BR is not None:
         tokens = [row[:n] for row, n in zip(scores.tokens_BR.tolist(), rollout.lengths_B.tolist(), strict=True)]
-    told: dict[str, Any] = {
+    told: dict[str, object] = {
         "scores": _plain(scores.total_B),
         "parts": {name: _plain(values) for name, values in scores.parts.items()},
         "tokens": tokens,
@@ -145,7 +152,7 @@ def answer(scores: Scores, rollout: Rollout) -> bytes:
     return json.dumps(told, allow_nan=False).encode()
 
 
-def read_answer(body: bytes, rollout: Rollout) -> dict[str, Any]:
+def read_answer(body: bytes, rollout: Rollout) -> dict[str, object]:
     """{"scores": list, "parts": {name: tensor}, "tokens": (B, R) tensor or None, ...}; ValueError says what is wrong."""
     told = parse(body)
     if not isinstance(told, dict) or not isinstance(told.get("scores"), list):
@@ -156,7 +163,7 @@ def read_answer(body: bytes, rollout: Rollout) -> dict[str, Any]:
     parts = {name: _tensor(name, values, rows) for name, values in _mapping(told, "parts").items()}
     tokens_BR: Tensor | None = None
     if told.get("tokens") is not None:
-        lengths, wrong = rollout.lengths_B.tolist(), "the answer's tokens are not one number per sampled token"
+        lengths, wrong = rollout.lengths_B.tolist(), "the answer's tokens are not one number per token of the response"
         lists = told["tokens"]
         if not isinstance(lists, list) or [len(row) if isinstance(row, list) else -1 for row in lists] != lengths:
             raise ValueError(wrong)
@@ -180,20 +187,20 @@ def read_answer(body: bytes, rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def _mapping(told: dict[str, Any], name: str) -> dict[str, Any]:
+def _mapping(told: dict[str, object], name: str) -> dict[str, object]:
     found = told.get(name) or {}
     if not isinstance(found, dict):
         raise ValueError(f"the answer's {name} are no object")
     return {visible(key): value for key, value in found.items()}
 
 
-def _list(values: Any, wrong: str, length: int | None = None) -> list[Any]:
+def _list(values: object, wrong: str, length: int | None = None) -> list[object]:
     if not isinstance(values, list) or length not in (None, len(values)) or any(isinstance(v, list | dict) for v in values):
         raise ValueError(wrong)
     return values
 
 
-def _number(value: Any, wrong: str) -> float:
+def _number(value: object, wrong: str) -> float:
     """A finite number that float32 holds."""
     if not isinstance(value, int | float) or not abs(value) <= torch.finfo(torch.float32).max:
         raise ValueError(wrong)
@@ -205,7 +212,7 @@ def _plain(values: Tensor) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _tensor(name: str, values: Any, rows: int) -> Tensor:
+def _tensor(name: str, values: object, rows: int) -> Tensor:
     wrong = f"the answer's part {name!r} has not {rows} scores"
     given = _list(values, wrong, rows)
     return torch.tensor([math.nan if value is None else _number(value, wrong) for value in given])

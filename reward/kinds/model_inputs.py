@@ -1,6 +1,6 @@
 """What a reward model reads: the sampled ids as they are, or the text through the reward model's own tokenizer.
 
-    ids    prompt ids + response ids, the stop token included            when both tokenizers have one vocabulary
+    ids    prompt ids + response ids (what was fed in between, too)      when both tokenizers have one vocabulary
     text   a conversation -> the reward model's chat template            otherwise, or `tokens: text`
            a text         -> prompt + completion, with the tokenizer's own special tokens
 
@@ -14,26 +14,29 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from steerl.reward.types import has_ids, row_name
+from steerl.reward.types import has_ids, response_ids, row_name
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.model import adapters, auto_classes
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, conversation_ids, is_conversation
 from steerl.rollout.types import Rollout, Texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Tokens = Literal["auto", "ids", "text"]
 Reads = Literal["both", "completion", "pair"]
 _FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def vocabulary_of(tokenizer: Any) -> str:
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Equal for tokenizers that map the same tokens to the same ids, whatever roles their special tokens have."""
     table = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(table.encode()).hexdigest()
 
 
-def load_tokenizer(path: str, beside: Sequence[str], where: str) -> Any:
+def load_tokenizer(path: str, beside: Sequence[str], where: str) -> PreTrainedTokenizerBase:
     """The tokenizer named by `path`, or the one that lies beside the model; None where there is none."""
     folders = (
         [path] if path else [f for f in beside if f and (not Path(f).is_dir() or any((Path(f) / n).is_file() for n in _FILES))]
@@ -58,7 +61,7 @@ class ModelInputs:
 class InputReader:
     """rollout and texts -> ModelInputs."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     """None: only ids can be read."""
     vocabulary: str | None
     where: str
@@ -95,8 +98,8 @@ class InputReader:
             prompts = [ids[:-1] if ids and ids[-1] == end else ids for ids in prompts]
         if self.reads == "completion":
             prompts = [[] for _ in prompts]
-        responses = [ids[:n] for ids, n in zip(rollout.response_BR.tolist(), rollout.lengths_B.tolist(), strict=True)]
-        return ModelInputs([p + r for p, r in zip(prompts, responses, strict=True)], responses=[len(p) for p in prompts])
+        ids = [prompt + response for prompt, response in zip(prompts, response_ids(rollout), strict=True)]
+        return ModelInputs(ids, responses=[len(prompt) for prompt in prompts])
 
     def _text(self, rollout: Rollout, texts: Texts) -> ModelInputs:
         if self.tokenizer is None:

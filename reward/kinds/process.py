@@ -1,10 +1,11 @@
 """`kind: process`: a process reward model, a token classifier that judges every step of a response.
 
-    step     tokens up to one that holds `separator`; without a separator every token is a step
+    step     tokens up to one that holds `separator`, or up to a turn's end; without a separator every token is a step
     value    the chosen label's output at the step's last token; there it is earned, so the reward is dense
     reduce   sum (dense), or one number per response: mean, min, last, product
 
-The model reads the sampled ids, so its vocabulary must be the policy's.
+The model reads the sampled ids, so its vocabulary must be the policy's. It reads what a row was fed in between, too (a tool's
+result), and judges only what the policy drew.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ProcessSettings(Checked):
     tokens: Literal["auto", "ids"] = "auto"
     """auto: an error where the vocabularies differ. ids: read the sampled ids whatever the tokenizer says."""
     separator: str | None = None
-    """What ends a step, such as "\\n\\n"; the response's end ends one too."""
+    """What ends a step, such as "\\n\\n"; the end of a turn (so of the response) ends one too."""
     label: str | int | None = None
     """Which label is the value, by name or number; not needed where there is one."""
     output: Output = "logit"
@@ -69,8 +70,8 @@ class ProcessReward:
     def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
         if not len(rollout):
             return Scores(torch.zeros(0))
-        if not rollout.lengths_B.all():
-            empty = int((rollout.lengths_B == 0).nonzero()[0])
+        if not rollout.actions_B.all():
+            empty = int((rollout.actions_B == 0).nonzero()[0])
             raise UserError(
                 f"{self.where}: {row_name(rollout, empty)} has no sampled ids, and a process reward is given by token"
             )
@@ -83,26 +84,29 @@ class ProcessReward:
         assert rows.responses is not None
         tokens_BR = torch.zeros(rollout.response_BR.shape)
         total_B = torch.zeros(len(rollout))
-        for i, logits_SL in enumerate(self.member.classifier.per_token(rows)):
+        for i, (logits_SL, turns) in enumerate(zip(self.member.classifier.per_token(rows), rollout.turns, strict=True)):
             values_R = chosen(logits_SL[rows.responses[i] :], self.member.label, self.settings.output)
             if not values_R.isfinite().all():
                 raise UserError(f"{self.where}: {row_name(rollout, i)} has a value that is not finite; try dtype: float32")
-            steps = self._steps(rows.ids[i][rows.responses[i] :], rows.ids[i][: rows.responses[i]])
+            steps = self._steps(rows.ids[i][rows.responses[i] :], rows.ids[i][: rows.responses[i]], turns)
             tokens_BR[i, steps] = values_R[steps]
             total_B[i] = self._reduced(values_R[steps])
         return Scores(total_B, tokens_BR=tokens_BR if self.settings.reduce == "sum" else None)
 
-    def _steps(self, ids: list[int], prompt_ids: list[int]) -> list[int]:
-        """Where steps end: the tokens that complete a separator, and the last one."""
+    def _steps(self, ids: list[int], prompt_ids: list[int], turns: list[tuple[int, int]]) -> list[int]:
+        """Where steps end: the tokens that complete a separator, and the last one of each of the policy's turns."""
         if self.settings.separator is None:
-            return list(range(len(ids)))
+            return [position for first, end in turns for position in range(first, end)]
         ends, speller = [], Speller(self.member.reader.tokenizer)
-        start, before = 0, speller.tail(prompt_ids)
-        for position in range(len(ids)):
-            if self.settings.separator in speller.after(before, ids[start : position + 1], skip=False):
-                ends.append(position)
-                start, before = position + 1, speller.tail([*prompt_ids, *ids[: position + 1]])
-        return ends if ends and ends[-1] == len(ids) - 1 else [*ends, len(ids) - 1]
+        for first, end in turns:
+            start, before = first, speller.tail([*prompt_ids, *ids[:first]])
+            for position in range(first, end):
+                if self.settings.separator in speller.after(before, ids[start : position + 1], skip=False):
+                    ends.append(position)
+                    start, before = position + 1, speller.tail([*prompt_ids, *ids[: position + 1]])
+            if start < end:
+                ends.append(end - 1)
+        return ends
 
     def _reduced(self, values_N: Tensor) -> Tensor:
         if self.settings.reduce == "last":

@@ -32,12 +32,14 @@ class Row:
     """What a rule may look at."""
 
     completion: str
-    columns: dict[str, Any]
+    """The whole text, what the row was fed in between (a tool's result) too."""
+    columns: dict[str, object]
     ids: list[int] | None
-    """The sampled ids, the stop token included; None where the texts came without."""
+    """Those that the policy drew, the stop token included; None where the texts came without."""
+    was_fed: bool
     where: str
 
-    def column(self, name: str) -> Any:
+    def column(self, name: str) -> object:
         if name not in self.columns:
             known = ", ".join(self.columns) or "none"
             raise UserError(f"{self.where}.column: {name!r} is no column of the data (columns: {known})")
@@ -52,12 +54,12 @@ class RuleReward:
 
     def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
         have_ids = has_ids(rollout)
-        lengths = rollout.lengths_B.tolist()
-        responses = rollout.response_BR.tolist()
-        values: list[Any] = []
+        drawn = [ids[mask].tolist() for ids, mask in zip(rollout.response_BR, rollout.action_mask_BR, strict=True)]
+        fed = (rollout.actions_B < rollout.lengths_B).tolist()
+        values: list[object] = []
         for i, completion in enumerate(texts.completions):
             columns = {name: column[i] for name, column in texts.columns.items()}
-            row = Row(completion, columns, responses[i][: lengths[i]] if have_ids else None, self.where.split(" ")[0])
+            row = Row(completion, columns, drawn[i] if have_ids else None, fed[i], self.where.split(" ")[0])
             try:
                 values.append(self.judge(row))
             except _FAILURES as error:
@@ -73,7 +75,7 @@ class Rule(Checked):
     fallback: float = 0.0
     """The score of a row that the rule cannot judge."""
 
-    def build(self, where: str, around: Any) -> RewardTerm:
+    def build(self, where: str, around: object) -> RewardTerm:
         return RewardTerm("", where, 1.0, RuleReward(self.judge, self.fallback, where).score)
 
     def judge(self, row: Row) -> float | None:
@@ -217,7 +219,7 @@ class Json(Rule):
         return self.right
 
 
-def _refuse(constant: str) -> Any:
+def _refuse(constant: str) -> object:
     raise ValueError(f"{constant} is not JSON")
 
 
@@ -225,6 +227,9 @@ Unit = Literal["tokens", "words", "characters"]
 
 
 def _pieces(row: Row, unit: Unit) -> list[Any]:
+    if row.was_fed and unit != "tokens":
+        told = "but the row's text also holds what it was fed (a tool's result, a later user turn)"
+        raise UserError(f"{row.where}.unit: {unit}, {told}; use tokens, of which the policy's own are counted")
     if unit == "words":
         return row.completion.split()
     if unit == "characters":
@@ -241,7 +246,7 @@ class Length(Rule):
     min: int = within(0, low=0)
     max: int | None = None
     unit: Unit = "tokens"
-    """tokens: those sampled, the stop token included."""
+    """tokens: those that the policy drew, the stop token included."""
     soft: int = within(0, low=0)
 
     def problems(self) -> list[str]:

@@ -15,13 +15,16 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from torch import Tensor
 
 from steerl.rollout.chat.confidence import raw_logprob
 from steerl.rollout.common.errors import visible
 from steerl.rollout.prompts.chat import UNKNOWN, Speller
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RESET = "\x1b[0m"
 BANDS: tuple[tuple[float, str], ...] = ((0.05, "\x1b[31m"), (0.25, "\x1b[33m"), (0.6, "\x1b[36m"), (1.01, "\x1b[32m"))
@@ -50,7 +53,7 @@ class Pieces:
 
     Special tokens have none."""
 
-    def __init__(self, tokenizer: Any, before: Sequence[int] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()):
         self.speller = Speller(tokenizer)
         self.ids = self.speller.tail(before)
         self._start, self._shown = 0, len(self.ids)
@@ -90,7 +93,9 @@ class Pieces:
         return self._start
 
 
-def pieces_of(tokenizer: Any, ids: Sequence[int], logprobs: Sequence[float | None], before: Sequence[int] = ()) -> list[Piece]:
+def pieces_of(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], logprobs: Sequence[float | None], before: Sequence[int] = ()
+) -> list[Piece]:
     stream = Pieces(tokenizer, before)
     pieces = [stream.add(token, logprob) for token, logprob in zip(ids, logprobs, strict=True)]
     return [piece for piece in (*pieces, stream.rest()) if piece is not None]
@@ -169,8 +174,8 @@ class Live:
 
     def __init__(
         self,
-        tokenizer: Any,
-        write: Callable[[Piece], Any],
+        tokenizer: PreTrainedTokenizerBase,
+        write: Callable[[Piece], object],
         ends: Sequence[int],
         stops: Sequence[str] = (),
         before: Sequence[int] = (),
@@ -224,7 +229,7 @@ class Ears:
     def __init__(self) -> None:
         self.open = True
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def __call__(self, number: int, frame: object) -> None:
         if self.open:
             self.open = False
             raise KeyboardInterrupt

@@ -6,9 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHORT = 16
 """Hex digits kept of a fingerprint; checksums of files are kept whole."""
@@ -66,7 +69,7 @@ def folder_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:SHORT]
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of what turns text into ids and back: vocabulary, rules, special tokens, chat template."""
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -82,7 +85,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return digest.hexdigest()[:SHORT]
 
 
-def values_fingerprint(values: Iterable[Any]) -> str:
+def values_fingerprint(values: Iterable[object]) -> str:
     """Of a stream of plain values, in their order."""
     digest = hashlib.sha256()
     for value in values:

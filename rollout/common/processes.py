@@ -153,7 +153,7 @@ def stop_signal() -> Iterator[Stop]:
     numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for number in numbers}
 
-    def on_signal(number: int, frame: Any) -> None:
+    def on_signal(number: int, frame: object) -> None:
         if stop.since is None:
             stop.since = time.monotonic()
             if start().is_main:  # not through sys.stderr: its buffer may be in use just now

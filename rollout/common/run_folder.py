@@ -20,7 +20,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
@@ -70,7 +70,7 @@ _OWN = (
 """What jobs wrote into their folders before there was a marker."""
 
 
-def check_folder(run: RunSettings, config: Mapping[str, Any] | None = None) -> Path:
+def check_folder(run: RunSettings, config: Mapping[str, object] | None = None) -> Path:
     """The run's folder, which `opened` would open; nothing is made or emptied. `config` names what the job reads."""
     if not run.dir:
         raise ConfigError("run.dir: missing; say where the run is to be written, --run.dir DIR")
@@ -104,7 +104,7 @@ def check_folder(run: RunSettings, config: Mapping[str, Any] | None = None) -> P
 
 
 @contextlib.contextmanager
-def opened(run: RunSettings, config: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def opened(run: RunSettings, config: Mapping[str, object] | None = None) -> Iterator[Path]:
     """The run's folder, held until the block ends or the process dies: another job that wants it is told so. Collective.
 
     Nothing in it changes before `begin`; a job that fails until then leaves the folder as it was."""
@@ -142,7 +142,7 @@ def is_run(folder: Path) -> bool:
     return known and any((folder / name).is_file() for name in ("config.yaml", "manifest.json"))
 
 
-def _inputs(value: Any, folder: Path, name: str = "") -> Iterator[tuple[str, str]]:
+def _inputs(value: object, folder: Path, name: str = "") -> Iterator[tuple[str, str]]:
     """The settings that name something in `folder`: paths, and functions as file.py:name."""
     if isinstance(value, Mapping):
         for key, part in value.items():
@@ -297,7 +297,7 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -17,9 +17,9 @@ from typing import Any, TextIO
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import Stopped
 from steerl.rollout.common.progress import Progress
-from steerl.rollout.dumps.manifest import drop_record, finish, load_manifest, plan_of, read_record, standing
+from steerl.rollout.dumps.manifest import drop_record, finish, load_manifest, plan_of, read_record, refuse_earlier, standing
 from steerl.rollout.dumps.store import make_shard
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Samples
 
 LOOK_S = 0.1
 """Seconds between two looks for the other processes' records."""
@@ -39,9 +39,11 @@ def left_to_do(folder: Path, begun: Mapping[str, Any]) -> Work:
     """Every shard on disk is read and its checksum compared, each process taking its share. Collective."""
     me, shards = processes.start(), range(len(plan_of(begun)))
     state = standing(folder, begun, shards[me.rank :: me.world_size])
+    damaged = dict(processes.gather_objects(sorted(state.damaged.items())))
+    if damaged:
+        refuse_earlier(folder, begun)
     for index in state.damaged:
         drop_record(folder, index)  # the main process takes a record as the sign that its shard is made
-    damaged = dict(processes.gather_objects(sorted(state.damaged.items())))
     return Work(sorted([*processes.gather_objects(state.absent), *damaged]), damaged)
 
 
@@ -53,7 +55,7 @@ def dump(
     folder: Path,
     begun: Mapping[str, Any],
     work: Work,
-    sample: Callable[[range], tuple[Rollout, Texts]],
+    sample: Callable[[range], Samples],
     stream: TextIO | None = None,
     stopping: Callable[[], bool] = lambda: False,
     *,
@@ -69,10 +71,10 @@ def dump(
     own, others = work.todo[me.rank :: me.world_size], set(work.todo) - set(work.todo[me.rank :: me.world_size])
     progress = Progress("rollouts", plan.rows, stream if me.is_main else None, already=plan.rows - sum(rows.values()))
 
-    def counted(call: range) -> tuple[Rollout, Texts]:
-        rollout, texts = sample(call)
-        progress.add(len(rollout), int(rollout.lengths_B.sum()))
-        return rollout, texts
+    def counted(call: range) -> Samples:
+        samples = sample(call)
+        progress.add(len(samples.rollout), int(samples.rollout.actions_B.sum()))
+        return samples
 
     def look_for_others() -> None:
         for index in sorted(others):

@@ -22,7 +22,9 @@ from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import remove_left_behind, write_json
 
-MANIFEST, RECORDS, FORMAT = "manifest.json", "records", 1
+MANIFEST, RECORDS, FORMAT = "manifest.json", "records", 2
+READS = (1, FORMAT)
+"""Formats that are read. A dump of format 1 holds shards of schema 1 (store.py), and gets no others."""
 CALL_BATCHES = 4
 """Batches that the sampler is handed at once: it puts prompts of like length together, and a last small one is rare."""
 SHARD_ROWS, SHARDS = 1024, 16
@@ -87,7 +89,7 @@ class Record:
     file: str
     rows: int
     tokens: int
-    """Response tokens."""
+    """What the policy drew; of the rows that were fed something in between, that is not all of the response."""
     stops: dict[str, int] = field(default_factory=dict)
     """Rows by stop reason."""
     cut_prompts: int = 0
@@ -143,7 +145,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder}: no {MANIFEST}, so not a dump of rollouts; name the folder that dump_rollouts.py wrote")
     with reading(f"{path}: damaged (", "); make the dump again with --run.overwrite true"):
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in READS:
             raise DataError(
                 f"{path}: format {manifest['format']!r:.40}, expected {FORMAT}; make the dump again with this version"
             )
@@ -226,6 +228,8 @@ def start(
     remove_left_behind(folder)
     if (folder / MANIFEST).exists():
         begun = load_manifest(folder)
+        if not begun["finished"]:
+            refuse_earlier(folder, begun)
         changed = list(_changes(begun, fresh))
         if not changed and begun["plan"] != fresh["plan"]:
             changed = [
@@ -242,10 +246,20 @@ def start(
     return fresh
 
 
+def refuse_earlier(folder: Path, begun: Mapping[str, Any]) -> None:
+    """No dump holds shards of two schemas: what an earlier version has begun is not gone on with."""
+    if begun["format"] != FORMAT:
+        raise DataError(
+            f"{folder}: begun by an earlier version (format {begun['format']}, now {FORMAT}), whose rows record less; "
+            "finish it with that version, or start afresh with --run.overwrite true"
+        )
+
+
 def _changes(begun: Mapping[str, Any], fresh: Mapping[str, Any]) -> Iterator[str]:
     old, new = dict(_flat(begun["config"])), dict(_flat(fresh["config"]))
     sections: set[str] = set()
-    for name in sorted(old.keys() | new.keys()):
+    # A finished dump of an earlier version is as good as it was, whatever settings have come since.
+    for name in sorted(old.keys() | new.keys() if begun["format"] == FORMAT else old.keys()):
         free = name.startswith(FREE) and name not in BOUND
         if not free and old.get(name) != new.get(name):
             sections.add(name.split(".")[0])

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from steerl.rollout.model.language_model import (
     probe_row,
     same,
 )
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, PretrainedConfig, PreTrainedModel, StoppingCriteriaList
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ _NEAR = 32
 
 
 def boundary(
-    company: Callable[[Tensor], Tensor], config: Any, context: int | None, offset: int, device: torch.device
+    company: Callable[[Tensor], Tensor], config: PretrainedConfig, context: int | None, offset: int, device: torch.device
 ) -> int | None:
     """Most tokens of a row that has the distribution of short rows; None where rows of every length have the same one.
 
@@ -166,7 +169,7 @@ def boundary(
     return low
 
 
-def _numbers(config: Any, *words: str) -> list[int]:
+def _numbers(config: PretrainedConfig, *words: str) -> list[int]:
     """The whole numbers of a config, at any depth, whose names hold one of these words."""
     numbers: list[int] = []
     for name, value in config.items():
@@ -252,12 +255,12 @@ class _Follow:
 
     def __call__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **kwargs: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs: object,
     ) -> Tensor:
         del logits_processor, stopping_criteria, generation_config
         ids, seen = input_ids, []

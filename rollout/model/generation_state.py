@@ -5,16 +5,22 @@ Dropping ended rows and repeating a prompt's cache for its samples are the same 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from steerl.rollout.model import compat
 
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+    from transformers.utils import ModelOutput
+
 _CACHES = ("past_key_values", "cache_params", "past_buckets_states", "mems")
 
 
-def step_forward(model: Any, ids: Tensor, kwargs: dict[str, Any], first: bool) -> tuple[Any, dict[str, Any]]:
+def step_forward(
+    model: PreTrainedModel, ids: Tensor, kwargs: dict[str, object], first: bool
+) -> tuple[ModelOutput, dict[str, object]]:
     """One forward pass; the caches' names and shapes stay the model's own business."""
     columns = None if first or not kwargs.get("use_cache") else 1
     inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=columns, is_first_iteration=first, **kwargs)
@@ -22,12 +28,12 @@ def step_forward(model: Any, ids: Tensor, kwargs: dict[str, Any], first: bool) -
     return outputs, compat.update_generation_kwargs(model, outputs, kwargs)
 
 
-def holds_past(kwargs: dict[str, Any]) -> bool:
+def holds_past(kwargs: dict[str, object]) -> bool:
     """Whether anything of the past travels in the arguments; some models keep it in themselves instead."""
     return any(kwargs.get(name) is not None for name in (*_CACHES, "state"))
 
 
-def can_select_rows(kwargs: dict[str, Any]) -> bool:
+def can_select_rows(kwargs: dict[str, object]) -> bool:
     """Whether rows can be taken out of (or repeated in) everything that generate carries from step to step."""
     caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
     if not kwargs.get("use_cache"):
@@ -35,7 +41,7 @@ def can_select_rows(kwargs: dict[str, Any]) -> bool:
     return bool(caches) and all(hasattr(cache, "reorder_cache") and not _is_static(cache) for cache in caches)
 
 
-def _is_static(cache: Any) -> bool:
+def _is_static(cache: Cache) -> bool:
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
     return any(type(layer).__name__.startswith("Static") for layer in layers)
 
@@ -43,7 +49,7 @@ def _is_static(cache: Any) -> bool:
 def select_rows(kwargs: dict[str, Any], index: Tensor, rows: int) -> dict[str, Any]:
     """generate's keyword arguments for the rows of `index`: caches are reordered in place, tensors of `rows` rows indexed."""
 
-    def select(value: Any) -> Any:
+    def select(value: object) -> object:
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
             return value[index.to(value.device)]
         if isinstance(value, dict):  # an encoder's outputs
@@ -51,7 +57,7 @@ def select_rows(kwargs: dict[str, Any], index: Tensor, rows: int) -> dict[str, A
                 value[key] = select(value[key])
         return value
 
-    selected: dict[str, Any] = {}
+    selected: dict[str, object] = {}
     for name, value in kwargs.items():
         if name in _CACHES and value is not None:
             value.reorder_cache(index)

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import compat
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LanguageModel:
     """A generating model with what its responses begin with, end with and are padded with."""
 
-    model: Any
+    model: nn.Module
     """May be wrapped by DDP, DeepSpeed, FSDP or PEFT."""
     kind: Literal["causal", "seq2seq"]
     start_ids: tuple[int, ...]
@@ -36,11 +39,11 @@ class LanguageModel:
     """Most tokens of a sequence (of the encoder's input for encoder-decoders); None where nothing limits it."""
     decoder_context: int | None = None
     """Most tokens of an encoder-decoder's decoder sequence."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
     """Arguments that every forward pass of this model gets besides ids, masks and positions."""
 
     @property
-    def core(self) -> Any:
+    def core(self) -> PreTrainedModel:
         """The transformers model itself, out of every wrapper."""
         return unwrap(self.model)
 
@@ -62,16 +65,16 @@ class LanguageModel:
         return vocabulary_size(self.core)
 
 
-def unwrap(model: Any) -> Any:
+def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
     while True:
         model = compat.uncompiled(model)
-        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            return model.get_base_model()  # its layers carry the adapter, its trunk the hooks of virtual tokens
+        if hasattr(model, "peft_config") and (base := getattr(model, "get_base_model", None)):
+            return base()  # its layers carry the adapter, its trunk the hooks of virtual tokens
         elif not hasattr(model, "config") or type(model).__name__ in _WRAPPERS:
-            if not isinstance(getattr(model, "module", None), nn.Module):
+            if not isinstance(inner := getattr(model, "module", None), nn.Module):
                 raise UserError(f"model: {type(model).__name__} is not a transformers model; load it with the Auto classes")
-            model = model.module
+            model = inner
         else:
             return model
 
@@ -103,7 +106,7 @@ def no_dropout(model: nn.Module) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def vocabulary_size(core: Any) -> int:
+def vocabulary_size(core: PreTrainedModel) -> int:
     """Width of the logits: the head's rows where there is a head of its own, else the embedding's."""
     for module in (core.get_output_embeddings(), core.get_input_embeddings()):
         for name in ("out_features", "num_embeddings"):
@@ -115,7 +118,7 @@ def vocabulary_size(core: Any) -> int:
 # -- what a pass is given ----------------------------------------------------------------------------------------------
 
 
-def forward_arguments(core: Any) -> frozenset[str]:
+def forward_arguments(core: PreTrainedModel) -> frozenset[str]:
     """Names that the model's forward takes."""
     return frozenset(inspect.signature(core.forward).parameters)
 
@@ -125,13 +128,13 @@ def positions(mask: Tensor, offset: int = 0) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0) + offset
 
 
-def named(model: LanguageModel, **arguments: Any) -> dict[str, Any]:
+def named(model: LanguageModel, **arguments: object) -> dict[str, object]:
     """What the model's forward takes of `arguments`, beside what every pass of it gets; None stands for left out."""
     takes = forward_arguments(model.core)
     return {**model.extra, **{name: value for name, value in arguments.items() if value is not None and name in takes}}
 
 
-def generate_arguments(model: LanguageModel, prompt_BP: Tensor, mask_BP: Tensor, offset: int) -> dict[str, Any]:
+def generate_arguments(model: LanguageModel, prompt_BP: Tensor, mask_BP: Tensor, offset: int) -> dict[str, object]:
     """What generate is given besides its config: ids and explicit mask and positions."""
     return named(
         model,
@@ -153,7 +156,7 @@ def pass_arguments(
     decoder: Tensor | None = None,
     offset: int | None = 0,
     position_ids: Tensor | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What one plain pass is given: of `ids`, or of a decoder that is fed `decoder` (or the first of `ids`) after its start.
 
     Without an `offset` the model counts positions itself.

@@ -12,9 +12,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model import adapters, virtual_tokens
@@ -22,6 +23,9 @@ from steerl.rollout.model.auto_classes import load_head, load_tokenizer
 from steerl.rollout.model.capabilities import Capabilities, observe
 from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.model.language_model import LanguageModel, no_dropout, unwrap, vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class ModelSettings:
     """auto = as the checkpoint's config says."""
     tokenizer: str = ""
     """A folder or hub name when the tokenizer does not lie beside the model."""
-    peft: dict[str, Any] | None = field(default=None, metadata={"check": adapters.adapter_config})
+    peft: dict[str, object] | None = field(default=None, metadata={"check": adapters.adapter_config})
     """A peft config as a mapping, {peft_type: LORA, r: 8, ...}: what training adds to the model."""
 
 
@@ -48,10 +52,10 @@ class ModelSettings:
 class Policy(LanguageModel):
     """A generating model and its tokenizer."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
 
     @staticmethod
-    def of(model: Any, tokenizer: Any, kind: Literal["auto", "causal", "seq2seq"] = "auto") -> Policy:
+    def of(model: nn.Module, tokenizer: PreTrainedTokenizerBase, kind: Literal["auto", "causal", "seq2seq"] = "auto") -> Policy:
         """A Policy of a model and a tokenizer in hand, after the checks that every policy passes."""
         core = unwrap(model)
         config, generation = core.config, getattr(core, "generation_config", None)
@@ -98,7 +102,7 @@ class Policy(LanguageModel):
         """Tokens that a row may have: the context, but for models that begin to count positions later."""
         return None if self.context is None else self.context - self.capabilities.position_offset
 
-    def with_model(self, model: Any, capabilities: Capabilities | None = None) -> Policy:
+    def with_model(self, model: nn.Module, capabilities: Capabilities | None = None) -> Policy:
         """The same policy around another wrapper of its model; or around a copy, whose `capabilities` need not be observed."""
         other = dataclasses.replace(self, model=model)
         if capabilities is not None:
@@ -119,7 +123,7 @@ def load_policy(settings: ModelSettings, device: torch.device | str | None = Non
     if own:
         path, adapter = adapters.base_of(path), path
     attn = None if settings.attn in ("", "auto") else settings.attn
-    model: Any = load_head(path, "policy", settings.kind, dtype=settings.dtype, attn=attn)
+    model: PreTrainedModel = load_head(path, "policy", settings.kind, dtype=settings.dtype, attn=attn)
     tokenizer = _load_tokenizer(settings, [path, adapter])
     if adapter:
         model = adapters.load(model, adapter, trainable=True, field="model.adapter" if settings.adapter else "model.path")
@@ -128,7 +132,7 @@ def load_policy(settings: ModelSettings, device: torch.device | str | None = Non
     return Policy.of(model, tokenizer, settings.kind)
 
 
-def _load_tokenizer(settings: ModelSettings, beside: list[str]) -> Any:
+def _load_tokenizer(settings: ModelSettings, beside: list[str]) -> PreTrainedTokenizerBase:
     if settings.tokenizer:
         field, path = "model.tokenizer", settings.tokenizer
     else:
@@ -147,7 +151,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "
 # -- checks and look-ups --------------------------------------------------------------------------------------------
 
 
-def check_vocabulary(tokenizer: Any, size: int) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> None:
     """Every id that the tokenizer can give must have a row in the embedding."""
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= size:
@@ -164,11 +168,13 @@ def ids_of(value: Any) -> list[int]:
     return [int(i) for i in value] if several else [int(value)]
 
 
-def _first(*sources: Any, name: str) -> Any:
+def _first(*sources: object, name: str) -> object:
     return next((value for source in sources if (value := getattr(source, name, None)) is not None), None)
 
 
-def _start_ids(core: Any, generation: Any, config: Any, size: int) -> tuple[int, ...]:
+def _start_ids(
+    core: PreTrainedModel, generation: GenerationConfig | None, config: PretrainedConfig, size: int
+) -> tuple[int, ...]:
     text = config.get_text_config(decoder=True)
     start = _first(generation, config, text, name="decoder_start_token_id")
     start = start if start is not None else _first(generation, config, text, name="bos_token_id")
@@ -184,7 +190,7 @@ def _start_ids(core: Any, generation: Any, config: Any, size: int) -> tuple[int,
     return ids
 
 
-def _contexts(config: Any, is_seq2seq: bool) -> tuple[int | None, int | None]:
+def _contexts(config: PretrainedConfig, is_seq2seq: bool) -> tuple[int | None, int | None]:
     """Limits of the encoder (or the one stack) and of the decoder. Relative positions and states have none."""
 
     config = config if is_seq2seq else config.get_text_config(decoder=True)

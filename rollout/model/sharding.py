@@ -21,12 +21,12 @@ _held: ContextVar[bool] = ContextVar("held", default=False)
 """Whether this is inside `gathered`."""
 
 
-def needs_sync(model: Any) -> bool:
+def needs_sync(model: nn.Module) -> bool:
     """Whether each forward pass is a collective call, so that all ranks must make as many."""
     return not _held.get() and is_sharded(model)
 
 
-def is_sharded(model: Any) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether the weights of `model` lie in parts, as an engine keeps them: with one rank too, all parts on that one."""
     if not processes.is_distributed():
         return False
@@ -77,7 +77,7 @@ def _whole_zero3(parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def _put_back(hooks: dict[int, Any], before: dict[int, Any]) -> None:
+def _put_back(hooks: dict[int, object], before: dict[int, object]) -> None:
     added = {key: hook for key, hook in hooks.items() if key not in before}
     hooks.clear()
     hooks.update(before | added)

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -22,6 +22,9 @@ from steerl.rollout.common.errors import DataError, UserError
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import check_messages, conversation_ids, text_ids
 from steerl.rollout.prompts.tables import columns_of, read_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOOKED_AT = 1000
 """Prompts that are made into tokens before any work begins: cut ones are counted, and a template may refuse them."""
@@ -65,11 +68,11 @@ class PromptBatch:
 
     ids: list[list[int]]
     rows: list[int]
-    prompts: list[Any]
+    prompts: list[object]
     """As read: a string, or a list of messages."""
     prompt_texts: list[str]
     """As the model sees them, special tokens kept."""
-    columns: dict[str, list[Any]] = field(default_factory=dict)
+    columns: dict[str, list[object]] = field(default_factory=dict)
     """The dataset's other columns."""
     occurrences: list[int] | None = None
     """How often each row was there before: its samples go on counting, else a row that comes twice would say the same twice."""
@@ -87,7 +90,9 @@ class PromptBatch:
                 raise DataError(f"prompts: row {row} has an empty prompt; a model needs at least one token to go on from")
 
     @staticmethod
-    def of_ids(ids: Sequence[Sequence[int]], rows: Sequence[int] | None = None, tokenizer: Any = None) -> PromptBatch:
+    def of_ids(
+        ids: Sequence[Sequence[int]], rows: Sequence[int] | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> PromptBatch:
         """Prompts that are token ids already; with a tokenizer their texts are decoded."""
         lists = [[int(i) for i in prompt] for prompt in ids]
         texts = [tokenizer.decode(prompt) if tokenizer else "" for prompt in lists]
@@ -176,7 +181,7 @@ class Prompts:
                 *(which, self.settings.path or "the job", f"{self.most:,}", f"{longest:,}"),
             )
 
-    def _check_value(self, row: int, value: Any) -> None:
+    def _check_value(self, row: int, value: object) -> None:
         where = f"prompts.path: row {row} of {self.settings.path or 'the prompts'}"
         if value is None or (isinstance(value, (str, list)) and not len(value)):
             raise DataError(f"{where}: the column {self.column!r} is empty; give every row a prompt, or leave the row out")
@@ -192,7 +197,7 @@ class Prompts:
                 f"{where}: expected a text or a list of messages, found {type(value).__name__}; choose another prompts.column"
             )
 
-    def _ids(self, row: int, record: dict[str, Any]) -> list[int]:
+    def _ids(self, row: int, record: dict[str, object]) -> list[int]:
         value, tokenizer = record.get(self.column), self.policy.tokenizer
         self._check_value(row, value)
         if isinstance(value, list):

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from steerl.rollout.steering.spec.spec import Site
 from steerl.rollout.steering.vectors.extract import mean_difference_of
 from steerl.rollout.steering.vectors.files import per_layer, read_tensors
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +35,7 @@ class Binding:
 
     model: nn.Module
     stacks: dict[str, Stack]
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     folder: str
     seed: int
     trainable: bool
@@ -102,7 +105,7 @@ def read_vectors(raw: dict[str, Any], points: list[Point], who: str, to: Binding
     return vectors
 
 
-def path_of(raw: Any, to: Binding) -> Path:
+def path_of(raw: object, to: Binding) -> Path:
     """Relative to the spec's file where it came from one and the path is there; else to the current folder."""
     path = Path(str(raw)).expanduser()
     beside = Path(to.folder) / path

@@ -6,11 +6,14 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from steerl.scripts.toy_tasks.randomwalks import optimality
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROLLOUTS, RESPONSE, SEEN = 128, 10, (20, 100)
 """Rollouts of a step, tokens of a response, the steps after which the policy is evaluated."""
@@ -46,7 +49,7 @@ def starts(world: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (world / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def rewards_of(world: Path, tokenizer: Any, sequences: torch.Tensor) -> list[float]:
+def rewards_of(world: Path, tokenizer: PreTrainedTokenizerBase, sequences: torch.Tensor) -> list[float]:
     """The reward of whole sequences of ids, the start first."""
     rows = {row["prompt"]: row for row in starts(world)}
     texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
@@ -55,7 +58,7 @@ def rewards_of(world: Path, tokenizer: Any, sequences: torch.Tensor) -> list[flo
     return optimality([text[:1] for text in texts], [text[1:] for text in texts], **columns)
 
 
-def evaluate(world: Path, tokenizer: Any, model: Any, seed: int, samples: int = 100) -> float:
+def evaluate(world: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, seed: int, samples: int = 100) -> float:
     """The mean reward at temperature 1, `samples` walks from every start. Greedy walks would flatter a collapsed policy."""
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)

@@ -13,14 +13,17 @@ import contextlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from steerl.scripts.bench_cases.task import RESPONSE, ROLLOUTS, SEEN, Ledger, evaluate, rewards_of, starts
 
-SETTINGS: dict[str, dict[str, Any]] = {
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+
+SETTINGS: dict[str, dict[str, object]] = {
     "defaults": {},
     "tuned": {
         "learning_rate": 1e-4, "lr_scheduler_type": "linear", "kl_coef": 0.05, "num_ppo_epochs": 8, "num_mini_batches": 4,
@@ -36,14 +39,14 @@ class Enough(Exception):
 class Ids(nn.Module):
     """A backbone whose last hidden state is the ids themselves."""
 
-    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
         return SimpleNamespace(hidden_states=[input_ids.unsqueeze(-1)])
 
 
 class Score(nn.Module):
     """The reward of each row at every position: the trainer reads the one it wants."""
 
-    def __init__(self, world: Path, tokenizer: Any, ledger: Ledger):
+    def __init__(self, world: Path, tokenizer: PreTrainedTokenizerBase, ledger: Ledger):
         super().__init__()
         self.world, self.tokenizer, self.ledger = world, tokenizer, ledger
 
@@ -58,7 +61,7 @@ class WalkReward(nn.Module):
 
     base_model_prefix = "backbone"
 
-    def __init__(self, world: Path, tokenizer: Any, ledger: Ledger):
+    def __init__(self, world: Path, tokenizer: PreTrainedTokenizerBase, ledger: Ledger):
         super().__init__()
         self.backbone, self.score = Ids(), Score(world, tokenizer, ledger)
 
@@ -85,7 +88,7 @@ def main(world: Path, run: Path, seed: int, steps: int, setting: str, stop: int 
     ledger, kept = Ledger(), {}
 
     class Keep(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
             if state.global_step in SEEN:
                 kept[state.global_step] = {name: v.detach().clone() for name, v in policy.state_dict().items()}
             if state.global_step == stop:

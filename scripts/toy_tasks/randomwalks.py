@@ -18,7 +18,6 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -39,7 +38,7 @@ Graph = dict[str, str]
 
 
 def optimality(
-    prompts: Sequence[str], completions: Sequence[str], edges: Sequence[str], shortest: Sequence[int], **_: Any
+    prompts: Sequence[str], completions: Sequence[str], edges: Sequence[str], shortest: Sequence[int], **_: object
 ) -> list[float]:
     """The reward, as PPO trainers call it. `edges` is the graph as `f:bc g:a`, one copy for each row."""
     graphs = {text: dict(part.split(":") for part in text.split()) for text in set(edges)}

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerl.scripts.toy_tasks import making
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GENRES = ("comedy", "drama", "thriller", "western", "romance", "mystery", "musical", "fantasy")
 SUBJECTS = (
@@ -137,7 +140,7 @@ def preferences(draw: random.Random, plain: list[dict[str, Any]]) -> list[dict[s
 
 def train_policies(
     folder: Path,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     draw: random.Random,
     plain: list[dict[str, Any]],
     chats: list[dict[str, Any]],
@@ -170,7 +173,9 @@ def train_policies(
     making.save(folder / "sft", tokenizer, model)
 
 
-def train_reward_model(folder: Path, tokenizer: Any, draw: random.Random, plain: list[dict[str, Any]], seed: int) -> None:
+def train_reward_model(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, draw: random.Random, plain: list[dict[str, Any]], seed: int
+) -> None:
     """Reviews of all moods, whole or cut short, with and without the end token: the sigmoid is to be their kindness."""
     rows, wanted = [], []
     for _ in range(4000):

@@ -19,7 +19,6 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 THINGS = (
     "harbour", "market", "garden", "bridge", "mill", "school", "forest", "station", "castle", "river", "village", "tower",
@@ -37,7 +36,7 @@ ENOUGH = 4
 """Different glad words that earn the reward: eight drawn of the glad ones hold as many in 98 of 100 reports."""
 
 
-def glad(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+def glad(prompts: Sequence[str], completions: Sequence[str], **_: object) -> list[float]:
     """The reward, as PPO trainers call it: 1 for at least four different glad words, else 0."""
     return [float(len(set(text.split()) & set(GLAD)) >= ENOUGH) for text in completions]
 

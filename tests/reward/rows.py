@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
+
+import torch
 
 from steerl.rollout.types import Rollout, Texts
 
@@ -21,3 +24,12 @@ def made(
     )
     texts = Texts(prompts=prompts, prompt_texts=[str(p) for p in prompts], completions=completions, columns=columns)
     return rollout, texts
+
+
+def episodes(completions: list[str], masks: list[str], **columns: Any) -> tuple[Rollout, Texts]:
+    """The same with gaps: of each row a 1 where the policy drew the token, a 0 where it was fed."""
+    rollout, texts = made(completions, **columns)
+    drawn = torch.tensor(
+        [[place < len(mask) and mask[place] == "1" for place in range(rollout.response_width)] for mask in masks]
+    )
+    return dataclasses.replace(rollout, action_mask_BR=drawn), texts

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from steerl.reward.build import build_reward
-from steerl.reward.types import Scores, metrics, missing_stop_penalty
+from steerl.reward.types import Scores, metrics, missing_stop_penalty, on_turns
 from steerl.rollout.common.errors import UserError
-from tests.reward.rows import made
+from tests.reward.rows import episodes, made
 
 
 def test_the_total_is_the_weighted_sum_of_the_parts():
@@ -82,10 +82,65 @@ def test_metrics_of_several_ranks_are_those_of_all_rows():
     assert whole["reward/std"] == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in values.double().tolist()) / 5))
 
 
+def test_joined_scores_are_those_of_each_row():
+    """Other widths, parts that some lack, a rank without rows: row by row as the row's own."""
+    one = Scores(
+        torch.tensor([1.0, 2.0]), {"a": torch.tensor([0.5, math.nan])}, torch.tensor([[1.0], [2.0]]), {"a": 1.0}, {"a": 1}
+    )
+    two = Scores(
+        torch.tensor([3.0]), {"b": torch.tensor([7.0])}, torch.tensor([[1.0, 0.0, 2.0]]), {"a": 0.5, "b": 2.0}, {"a": 2, "b": 0},
+        {"b/x": [4.0]}, {"b/y": ["z"]},
+    )  # fmt: skip
+    none = Scores(torch.zeros(0), {"a": torch.zeros(0)})
+    joined = Scores.join([one, none, two])
+    assert joined.total_B.tolist() == [1.0, 2.0, 3.0]
+    assert joined.parts["a"].nan_to_num(nan=-9).tolist() == [0.5, -9, -9]
+    assert joined.parts["b"].nan_to_num(nan=-9).tolist() == [-9, -9, 7.0]
+    assert joined.tokens_BR.tolist() == [[1.0, 0.0, 0.0], [2.0, 0.0, 0.0], [1.0, 0.0, 2.0]]
+    assert joined.seconds == {"a": 1.0, "b": 2.0} and joined.fallbacks == {"a": 3, "b": 0}
+    assert joined.metrics == {"b/x": [4.0]} and joined.extra == {"b/y": [None, None, "z"]}
+    assert Scores.join([none, none]).tokens_BR is None
+    with pytest.raises(UserError, match="a reward per token came for some rows only"):
+        Scores.join([one, Scores(torch.tensor([1.0]))])
+
+
 def test_a_total_sits_on_the_last_action_of_finished_and_of_cut_rows():
     rollout, _ = made(["abc", "a", ""], ended=[True, False, False])
     rewards_BR = Scores(torch.tensor([1.0, 2.0, 3.0])).per_token(rollout)
     assert rewards_BR.tolist() == [[0.0, 0.0, 1.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_a_total_sits_on_the_last_action_before_what_was_fed_last():
+    rollout, _ = episodes(["abcde", "abcd", "ab"], ["11001", "0110", "00"])
+    rewards_BR = Scores(torch.tensor([1.0, 2.0, 3.0])).per_token(rollout)
+    assert rewards_BR.tolist() == [[0.0, 0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 2.0, 0.0, 0.0], [0.0] * 5]
+
+
+def test_what_turns_earned_sits_on_their_last_actions():
+    rollout, _ = episodes(["abcde", "abcd", "ab", "abcdef"], ["11001", "0110", "00", "101010"])
+    assert on_turns([[0.5, -1.0], [2.0], [], [1.0, 2.0, 4.0]], rollout).tolist() == [
+        [0.0, 0.5, 0.0, 0.0, -1.0, 0.0],
+        [0.0, 0.0, 2.0, 0.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [1.0, 0.0, 2.0, 0.0, 4.0, 0.0],
+    ]
+    with pytest.raises(UserError, match="reward: row 11 sample 0: gave 2 numbers for 1 turns"):
+        on_turns([[0.5, -1.0], [2.0, 0.0], [], [1.0, 2.0, 4.0]], rollout)
+    with pytest.raises(UserError, match="reward: gave 1 scores for 4 rows"):
+        on_turns([[0.5, -1.0]], rollout)
+
+
+def test_a_reward_for_what_was_fed_is_refused_where_it_stands():
+    given_BR = torch.tensor([[1.0, 2.0, 0.0, 0.0, 4.0], [0.0, 1.0, 0.0, 0.25, 9.0]])  # the 9 lies beyond the row's end
+
+    def steps(rollout, texts):
+        return Scores(torch.zeros(len(rollout)), tokens_BR=given_BR[rollout.row_B - 10])
+
+    rollout, texts = episodes(["abcde", "abcd"], ["11001", "0110"])
+    scores = build_reward([steps])(rollout.select([0]), texts.select([0]))
+    assert scores.tokens_BR.tolist() == [[1.0, 2.0, 0.0, 0.0, 4.0]] and scores.total_B.tolist() == [7.0]
+    with pytest.raises(UserError, match="row 11 sample 0 earns 0.25 at token 3, which the policy did not draw"):
+        build_reward([steps])(rollout, texts)
 
 
 def test_dense_and_whole_rewards_add_up_token_by_token():

@@ -329,7 +329,7 @@ def resumable(
 
 
 def interrupts(rollout, texts):
-    if rollout.policy_step == 1:
+    if bool((rollout.policy_step_B == 1).any()):
         signal.raise_signal(signal.SIGINT)
     return share_of_threes(rollout, texts)
 

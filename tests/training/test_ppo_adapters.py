@@ -66,8 +66,8 @@ def test_the_other_weight_adapters_too(kind):
 def test_behaviour_is_the_law_of_the_draw_and_policy_is_not(family, kind, law):
     policy, rollout = sampled(family, kind, replay_mask=False, **law)
     plain = torch.cat([lone_logprobs(policy, rollout, i).float() for i in range(len(rollout))])
-    torch.testing.assert_close(rollout.policy_logprobs_BR[rollout.mask_BR], plain, atol=1e-5, rtol=0)
-    assert (rollout.behaviour_logprobs_BR[rollout.mask_BR] - plain).abs().max() > 0.01
+    torch.testing.assert_close(rollout.policy_logprobs_BR[rollout.action_mask_BR], plain, atol=1e-5, rtol=0)
+    assert (rollout.behaviour_logprobs_BR[rollout.action_mask_BR] - plain).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING"])
@@ -161,4 +161,4 @@ def test_a_steered_encoder_decoder_keeps_its_ratio_and_an_unsteered_reference(fa
                 torch.testing.assert_close(found[i, :length], alone, atol=1e-5, rtol=0)
             base = lone_logprobs(plain, rollout, i).float()
             torch.testing.assert_close(scored.reference_logprobs_BR[i, :length], base, atol=1e-5, rtol=0)
-    assert (scored.old_logprobs_BR - scored.reference_logprobs_BR)[rollout.mask_BR].abs().max() > 0.01
+    assert (scored.old_logprobs_BR - scored.reference_logprobs_BR)[rollout.action_mask_BR].abs().max() > 0.01

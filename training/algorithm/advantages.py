@@ -3,7 +3,7 @@
     task_BR, kl_BR --token_rewards--> rewards_BR --gae | rloo | group--> advantages_BR, returns_BR --whiten-->
 
 All rows of all ranks are in the tensors, so a mean here is a global mean. Masks are True at every action. Actions need not
-lie side by side: a row counts as if what stands between them were cut out.
+lie side by side: a row counts as if what stands between them were cut out, and a row without any as if it were not there.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def gae(
 def rloo(rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float = 1.0) -> Credit:
     """RLOO, leave-one-out baseline: the row's discounted return minus the mean return of the other samples of its prompt."""
     total_B = discounted_sum(rewards_BR, mask_BR, gamma)
-    sum_B, count_B = _group_sum(total_B, group_B), _group_sum(torch.ones_like(total_B), group_B)
+    sum_B, count_B = _group_sum(total_B, group_B), _group_sum(mask_BR.any(1).to(total_B), group_B)
     others_B = (sum_B - total_B) / (count_B - 1).clamp(min=1)
     # A prompt with one sample has nothing to compare with: no signal, not its whole return.
     return _spread(torch.where(count_B > 1, total_B - others_B, 0.0), total_B, mask_BR)
@@ -67,8 +67,9 @@ def group(rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float 
 
     The variance has n - 1."""
     total_B = discounted_sum(rewards_BR, mask_BR, gamma)
-    count_B = _group_sum(torch.ones_like(total_B), group_B)
-    centred_B = total_B - _group_sum(total_B, group_B) / count_B
+    acts_B = mask_BR.any(1)
+    count_B = _group_sum(acts_B.to(total_B), group_B)
+    centred_B = torch.where(acts_B, total_B - _group_sum(total_B, group_B) / count_B, 0.0)
     variance_B = _group_sum(centred_B.square(), group_B) / (count_B - 1).clamp(min=1)
     return _spread(centred_B / (variance_B.sqrt() + eps), total_B, mask_BR)
 

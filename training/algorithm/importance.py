@@ -24,13 +24,14 @@ from steerl.rollout.steering.spec.spec import Correction
 def importance_weights(
     policy_BR: Tensor, behaviour_BR: Tensor, mask_BR: Tensor, correction: Correction
 ) -> tuple[Tensor, dict[str, float]]:
-    """Weights of every token (0 beyond a row's end) and what they say about the mismatch. All rows of all ranks go in.
+    """Weights of every action (0 elsewhere) and what they say about the mismatch. All rows of all ranks go in; one without
+    actions counts nothing.
 
     Logged: the effective sample size in rows (of the plain sequence weights) and of the weights in use (as a share), the
     largest weight before truncation, the share truncated or masked, and KL(mu || pi_old) per token and sequence."""
     log_token_BR = torch.where(mask_BR, policy_BR.double() - behaviour_BR.double(), 0.0)
-    log_row_B = log_token_BR.sum(1)
-    rows, tokens = max(len(log_row_B), 1), max(int(mask_BR.sum()), 1)
+    log_row_B, acts_B = log_token_BR.sum(1), mask_BR.any(1)
+    rows, tokens = max(int(acts_B.sum()), 1), max(int(mask_BR.sum()), 1)
     by_row = correction.type.startswith("sequence")
     # Held where exp is still finite: a row of another policy's may be off by thousands of nats.
     plain_BR = (log_row_B[:, None].expand_as(log_token_BR) if by_row else log_token_BR).clamp(max=700).exp()
@@ -42,11 +43,11 @@ def importance_weights(
     else:
         used_BR = torch.where(outside_BR, 0.0, plain_BR)
     used_BR = torch.where(mask_BR, used_BR, 0.0)
-    used = used_BR[mask_BR] if not by_row else used_BR.amax(1)
+    used = used_BR[mask_BR] if not by_row else used_BR.amax(1)[acts_B]
     metrics = {
-        "correction/ess": _effective(log_row_B),
+        "correction/ess": _effective(log_row_B[acts_B]),
         "correction/ess_share_used": float(used.sum().square() / (used.square().sum().clamp(min=1e-300) * max(len(used), 1))),
-        "correction/max": float(plain_BR[mask_BR].amax()),
+        "correction/max": float(torch.where(mask_BR, plain_BR, 0.0).amax()),
         "correction/share_outside": float(outside_BR.sum()) / tokens,
         "correction/kl_token": float(-log_token_BR.sum()) / tokens,
         "correction/kl_sequence": float(-log_row_B.sum()) / rows,
@@ -55,5 +56,5 @@ def importance_weights(
 
 
 def _effective(log_weights_B: Tensor) -> float:
-    """(sum w)^2 / sum w^2 from logarithms: 1 to B rows."""
-    return float((2 * log_weights_B.logsumexp(0) - (2 * log_weights_B).logsumexp(0)).exp())
+    """(sum w)^2 / sum w^2 from logarithms: 1 to B rows, 0 without any."""
+    return 0.0 if not len(log_weights_B) else float((2 * log_weights_B.logsumexp(0) - (2 * log_weights_B).logsumexp(0)).exp())

@@ -1,8 +1,8 @@
 """PPO's losses: tensors in, (loss, metrics) out.
 
-Every loss is a weighted sum over tokens, never a mean. The weights come from `token_weights`, which divides by counts of
+Every loss is a weighted sum over actions, never a mean. The weights come from `token_weights`, which divides by counts of
 the whole minibatch on all ranks; so losses, metrics and gradients of micro-batches simply add up, however the rows are
-split. Metrics are sums of the same kind, over tokens.
+split. Metrics are sums of the same kind, over actions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ Metrics = dict[str, Tensor]
 
 
 def token_weights(mask_BR: Tensor, *, tokens: int, rows: int, reduction: Reduction = "token") -> Tensor:
-    """Global token count: a token counts 1 / tokens of the minibatch on all ranks, or 1 / (tokens of its row x rows)."""
+    """Global token count: an action counts 1 / `tokens`, or 1 / (actions of its row x `rows`).
+
+    `tokens` are the actions of the minibatch on all ranks, `rows` its rows that have any."""
     if reduction == "token":
         weight = torch.tensor(1.0 / max(tokens, 1), device=mask_BR.device)
     else:
@@ -54,12 +56,12 @@ def policy_loss(
     loss = -weighted_sum(objective_BR, mask_BR, weights_BR)
     with torch.no_grad():
         metrics = {
-            "ppo/policy_loss": loss.detach(),
-            "ppo/clip_fraction": weighted_sum((clipped_BR < plain_BR).to(ratio_BR), mask_BR, weights_BR),
+            "policy_loss": loss.detach(),
+            "clip_fraction": weighted_sum((clipped_BR < plain_BR).to(ratio_BR), mask_BR, weights_BR),
             # k3 of KL(old || new), from tokens of the old policy
-            "ppo/approx_kl": weighted_sum(torch.expm1(log_ratio_BR) - log_ratio_BR, mask_BR, weights_BR),
+            "approx_kl": weighted_sum(torch.expm1(log_ratio_BR) - log_ratio_BR, mask_BR, weights_BR),
             # mean of ratio - 1: exactly 0 where every ratio is 1, which a sum of weights would miss by a rounding
-            "ppo/ratio_excess": weighted_sum(torch.expm1(log_ratio_BR), mask_BR, weights_BR),
+            "ratio_excess": weighted_sum(torch.expm1(log_ratio_BR), mask_BR, weights_BR),
         }
     return loss, metrics
 
@@ -84,7 +86,7 @@ def value_loss(
         clipped_share = weighted_sum(counts_BR.to(error_BR), mask_BR, weights_BR)
         error_BR = torch.maximum(error_BR, held_error_BR)
     loss = weighted_sum(error_BR, mask_BR, weights_BR) / 2
-    return loss, {"value/loss": loss.detach(), "value/clip_fraction": clipped_share.detach()}
+    return loss, {"value_loss": loss.detach(), "value_clip_fraction": clipped_share.detach()}
 
 
 def weighted_sum(value_BR: Tensor, mask_BR: Tensor, weights_BR: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ import contextlib
 import logging
 import os
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
@@ -28,8 +29,12 @@ from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.model.reference import Reference
 from steerl.training.settings import PPOSettings
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
-def start() -> Any:
+
+def start() -> Accelerator:
     """accelerate's Accelerator. What it accumulates by itself is nothing: micro-batches are the update's business."""
     ready_deepspeed()
     # Its new name, forward_sync_buffers, is not one that accelerate passes on.
@@ -54,7 +59,9 @@ def models_stay_whole() -> None:
     unset_hf_deepspeed_config()
 
 
-def wrap(accelerator: Any, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings) -> tuple[Any, Any]:
+def wrap(
+    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, settings: PPOSettings
+) -> tuple[nn.Module, AcceleratedOptimizer]:
     """(model, optimizer) as the engine wants them."""
     if uses_deepspeed(accelerator):
         return _by_deepspeed(accelerator, actor_critic, optimizer, settings)
@@ -69,11 +76,13 @@ def _observe(actor_critic: ActorCritic) -> None:
             _ = policy.capabilities
 
 
-def uses_deepspeed(accelerator: Any) -> bool:
+def uses_deepspeed(accelerator: Accelerator) -> bool:
     return getattr(accelerator, "deepspeed_plugin", None) is not None
 
 
-def _by_deepspeed(accelerator: Any, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings) -> tuple[Any, Any]:
+def _by_deepspeed(
+    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, settings: PPOSettings
+) -> tuple[nn.Module, AcceleratedOptimizer]:
     import deepspeed
 
     _check_dtypes(accelerator, actor_critic)
@@ -110,7 +119,7 @@ def ready_deepspeed() -> None:
         deepspeed.ops.__compatible_ops__["shm_comm"] = deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _check_dtypes(accelerator: Any, actor_critic: ActorCritic) -> None:
+def _check_dtypes(accelerator: Accelerator, actor_critic: ActorCritic) -> None:
     if accelerator.mixed_precision != "no":
         return
     odd = {p.dtype for p in actor_critic.parameters() if p.is_floating_point()} - {torch.float32}
@@ -122,7 +131,7 @@ def _check_dtypes(accelerator: Any, actor_critic: ActorCritic) -> None:
         )
 
 
-def link_reference(reference: Reference | None, accelerator: Any, actor_critic: ActorCritic) -> None:
+def link_reference(reference: Reference | None, accelerator: Accelerator, actor_critic: ActorCritic) -> None:
     """The reference runs in the precision that the policy runs in, and where the policy's weights are together."""
     if reference is None:
         return
@@ -139,11 +148,11 @@ class EngineSampler:
     """A Sampler of the policy as its engine holds it: in the engine's precision, the weights together on every rank for a whole
     phase of sampling, or layer by layer (ppo.gather)."""
 
-    def __init__(self, sampler: Sampler, accelerator: Any, actor_critic: ActorCritic, gather: str):
+    def __init__(self, sampler: Sampler, accelerator: Accelerator, actor_critic: ActorCritic, gather: str):
         self.sampling = sampler.sampling
         self._sampler, self._accelerator, self._actor_critic, self._gather = sampler, accelerator, actor_critic, gather
 
-    def sample(self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0) -> Samples:
+    def draw(self, prompts: PromptBatch, /, *, step: int = 0, progress: float = 0.0) -> Samples:
         """Responses of the policy as it stands; every rank comes here at the same time."""
 
         phase, model = self._gather == "phase", self._actor_critic
@@ -151,7 +160,13 @@ class EngineSampler:
         def sampled() -> Samples:
             whole = gathered(*model.policy_modules()) if phase else contextlib.nullcontext()
             with whole, self._accelerator.autocast():
-                return self._sampler.sample(batch, step=step, progress=progress)
+                return self._sampler.sample(prompts, step=step, progress=progress)
 
         # ZeRO-3 brings weights together anywhere, FSDP inside the root's forward pass alone
         return sampled() if phase and by_zero3(model) else model.inside(sampled)
+
+    def weights_changed(self, step: int) -> None:
+        self._sampler.weights_changed(step)
+
+    def close(self) -> None:
+        self._sampler.close()

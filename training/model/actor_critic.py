@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
 from steerl.training.types import PolicyOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Result = TypeVar("Result")
 
@@ -69,7 +72,7 @@ class ActorCritic(nn.Module):
                 stack.enter_context(no_dropout(core))
             yield
 
-    def cores(self) -> list[Any]:
+    def cores(self) -> list[PreTrainedModel]:
         """The transformers models, adapters taken off: the policy's, and the value's own."""
         return [policy.core for policy in (self.policy, self.value_model) if policy is not None]
 
@@ -108,8 +111,9 @@ class ActorCritic(nn.Module):
         detach_value: bool = False,
         call: Callable[[], None] | None = None,
     ) -> PolicyOutput:
-        """`after` adds the value of the state after each row's last action; `detach_value` keeps a shared model out of the
-        value's gradient. `call` is all that is done, where there is no rollout."""
+        """Fed tokens are read like any other, and hold 0 in what is given. `after` adds the value at the end of each row,
+        where its next action would be predicted; `detach_value` keeps a shared model out of the value's gradient. `call` is all
+        that is done, where there is no rollout."""
         if rollout is None:
             assert call is not None
             call()
@@ -156,6 +160,6 @@ def checkpoint_activations(actor_critic: ActorCritic) -> None:
 
 
 def widened(rollout: Rollout) -> Rollout:
-    """One column more, so that the state after each row's last action is among those that predict something."""
+    """One column more, so that the state after each row's last token, drawn or fed, is among those that predict something."""
     wide = rollout.pad_to(rollout.prompt_width, rollout.response_width + 1)
     return dataclasses.replace(wide, lengths_B=wide.lengths_B + 1)

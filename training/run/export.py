@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import CheckpointError
@@ -18,8 +18,13 @@ from steerl.rollout.model import adapters, auto_classes
 from steerl.rollout.steering import Steering, deploy
 from steerl.training.engine import full_state
 from steerl.training.model.actor_critic import ActorCritic
+from steerl.training.run.evaluate import Evaluation
 from steerl.training.settings import PPOSettings
 from steerl.training.types import TrainState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 
 def deployed(steering: Steering | None) -> str:
@@ -27,7 +32,7 @@ def deployed(steering: Steering | None) -> str:
     return steering.spec.on_deploy if steering is not None and steering.role in ("policy", "trainable") else "strip"
 
 
-def check_export(model: ActorCritic, accelerator: Any, settings: PPOSettings) -> None:
+def check_export(model: ActorCritic, accelerator: Accelerator, settings: PPOSettings) -> None:
     """What cannot be left behind as asked is said before the first step."""
     steering, how = model.steering, deployed(model.steering)
     if steering is not None and steering.spec.on_deploy == "fold" and how != "fold":
@@ -78,7 +83,7 @@ def save_model(folder: Path, model: ActorCritic, settings: PPOSettings) -> None:
         processes.on_main(save)
 
 
-def _with_folded_steering(model: ActorCritic) -> Any:
+def _with_folded_steering(model: ActorCritic) -> PreTrainedModel:
     copied = copy.deepcopy(model.actor)
     if hasattr(copied, "peft_config"):
         copied = adapters.merge(copied)
@@ -87,12 +92,12 @@ def _with_folded_steering(model: ActorCritic) -> Any:
     return copied
 
 
-def summarize(folder: Path, state: TrainState, after: dict[str, float]) -> dict[str, Any]:
+def summarize(folder: Path, state: TrainState, after: Evaluation | None) -> dict[str, Any]:
     """Write summary.json, the last file of a run, and return what it holds."""
     summary = {
-        "reward_before": state.before.get("eval/reward"),
-        "reward_after": after.get("eval/reward"),
-        "kl_after": after.get("eval/kl"),
+        "reward_before": state.reward_before,
+        "reward_after": after and after.reward,
+        "kl_after": after and after.kl,
         "gap_max": state.totals.get("gap_max", 0.0),
         "steps": state.step,
         "optimizer_steps": int(state.totals.get("optimizer_steps", 0)),
@@ -105,6 +110,6 @@ def summarize(folder: Path, state: TrainState, after: dict[str, float]) -> dict[
     return summary
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+def read_summary(folder: Path) -> dict[str, object]:
+    summary: dict[str, object] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summary

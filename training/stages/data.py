@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerl.rollout.common.errors import DataError, UserError
 from steerl.rollout.prompts.chat import (
@@ -23,6 +23,9 @@ from steerl.rollout.prompts.chat import (
 )
 from steerl.rollout.prompts.tables import columns_of, read_table
 from steerl.training.stages.settings import TableSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TableRow = dict[str, Any]
 
@@ -113,7 +116,7 @@ def with_template(rows: Sequence[TableRow], names: Sequence[str], where: str = "
 
 
 def check_tokenizer(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TableRow],
     wholes: Sequence[Sequence[str]],
     *,

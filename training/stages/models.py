@@ -10,7 +10,7 @@ import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.common.run_folder import written_aside
@@ -20,8 +20,11 @@ from steerl.rollout.model.language_model import unwrap
 from steerl.rollout.model.policy import ModelSettings, ids_of
 from steerl.training.checks import float16_problems
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def load_base(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> Any:
+
+def load_base(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> PreTrainedModel:
     """The model of `settings` without any adapter."""
     path = base_path(settings)
     attn = None if settings.attn in ("", "auto") else settings.attn
@@ -43,7 +46,7 @@ def base_path(settings: ModelSettings) -> str:
     return adapters.base_of(settings.path)
 
 
-def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> Any:
+def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loading: object) -> PreTrainedModel:
     """The model of `settings` for a stage; its adapter, or a new one of model.peft, is then all that learns."""
     adapter = settings.path if adapters.is_adapter_folder(settings.path) else settings.adapter
     if adapter and settings.peft:
@@ -60,13 +63,13 @@ def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loa
     return model
 
 
-def context_of(model: Any) -> int | None:
+def context_of(model: PreTrainedModel) -> int | None:
     """Most tokens of a row; None where nothing limits it."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit - virtual_tokens.count(model) if isinstance(limit, int) and limit > 0 else None
 
 
-def stop_at(model: Any, token: int | None) -> None:
+def stop_at(model: PreTrainedModel, token: int | None) -> None:
     """Let generation end at `token`, too, beside what ends it already."""
     generation = unwrap(model).generation_config
     ends = ids_of(generation.eos_token_id)
@@ -74,7 +77,7 @@ def stop_at(model: Any, token: int | None) -> None:
         generation.eos_token_id = [*ends, token] if ends else token
 
 
-def load_tokenizer(settings: ModelSettings) -> Any:
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model, or model.tokenizer."""
     path = settings.tokenizer or settings.path
     if not settings.tokenizer and adapters.is_adapter_folder(path) and not (Path(path) / "tokenizer_config.json").is_file():
@@ -82,10 +85,16 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     return auto_classes.load_tokenizer(path, "model.tokenizer" if settings.tokenizer else "model.path")
 
 
-def save_model(model: Any, tokenizer: Any, base: Callable[[], Any], folder: Path, state: dict[str, Any]) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Callable[[], PreTrainedModel],
+    folder: Path,
+    state: dict[str, Any],
+) -> None:
     """RUN/model, merged where there is an adapter that can be; RUN/adapter; links in RUN to the model's files."""
 
-    def write(target: Path, save_into: Callable[[Path], Any]) -> None:
+    def write(target: Path, save_into: Callable[[Path], object]) -> None:
         if target.exists():
             shutil.rmtree(target)
         with written_aside(target) as aside:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
@@ -27,6 +27,9 @@ from steerl.training.stages.data import TableRow
 from steerl.training.stages.seq2seq import fit_encoder_decoder
 from steerl.training.stages.settings import SFTJob, SFTSettings, TableSettings, check_fit
 from steerl.training.stages.stage import Outcome, StageRun
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def run_sft(job: SFTJob, resolved: str = "") -> Outcome:
@@ -124,7 +127,7 @@ def _fit_causal(job: SFTJob, rows: Sequence[TableRow], held: Sequence[TableRow],
     return stage.finish(trainer, tokenizer, lambda: models.load_base(job.model, "policy", "causal"), where.folder, metrics, log)
 
 
-def _ends(tokenizer: Any, row: TableRow) -> tuple[set[int], int | None]:
+def _ends(tokenizer: PreTrainedTokenizerBase, row: TableRow) -> tuple[set[int], int | None]:
     """(ids that a whole row may end with, the token after an assistant's turn where the row is a conversation)."""
     messages = next(([*row.get("prompt", []), *value] for value in reversed(row.values()) if is_conversation(value)), None)
     if messages is None:

@@ -190,7 +190,7 @@ def _calls(inner: nn.Module, watched: list[nn.Module]) -> dict[nn.Module, tuple[
     """(activation in, activation out) of modules in a pass over four tokens."""
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def keep(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> None:
         into = next((value for value in (*args, kwargs.get("hidden_states")) if isinstance(value, Tensor)), None)
         out = output if isinstance(output, Tensor) else next(iter(output.values() if isinstance(output, dict) else output))
         if into is not None and isinstance(out, Tensor):

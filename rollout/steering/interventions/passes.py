@@ -32,7 +32,7 @@ class Rules:
     """Where and how strongly a run is edited beside the positions of each intervention. A source's has none of its own."""
 
     prompt: bool = True
-    steps: Any = "none"
+    steps: object = "none"
     strength: float | Tensor = 1.0
     ramp: Ramp | None = None
 
@@ -56,7 +56,7 @@ class InterventionPass:
     def closed(self, frame: Frame, stack: str) -> None:
         self.ran += 1
 
-    def goes_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def goes_on(self, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         return False
 
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from steerl.rollout.model.hooks import Frame
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.steering.core.structure import Point
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 METHODS = ("mean_diff", "pca", "probe")
 
@@ -64,7 +67,7 @@ def read_pairs(path: Path, who: str = "pairs") -> list[Pair]:
 # -- activations --------------------------------------------------------------------------------------------------------
 
 
-def _ids(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tuple[list[int], int]:
     """(ids, where the text begins). Prompt and text are encoded apart, as sampling joins them."""
     start = tokenizer(prompt)["input_ids"] if prompt else []
     rest = Speller(tokenizer).ids(start, text) if prompt else tokenizer(text)["input_ids"]
@@ -73,7 +76,7 @@ def _ids(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], int]:
 
 def activations(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[tuple[str, str]],
     points: Sequence[Point],
     position: str,
@@ -108,8 +111,12 @@ def activations(
 
 
 def _causal(
-    model: nn.Module, tokenizer: Any, texts: Sequence[tuple[str, str]], points: Sequence[Point], device: torch.device
-) -> Any:
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[tuple[str, str]],
+    points: Sequence[Point],
+    device: torch.device,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     rows = [_ids(tokenizer, *pair) for pair in texts]
     width = max(len(ids) for ids, _ in rows)
     ids_BS = torch.zeros(len(rows), width, dtype=torch.int64, device=device)
@@ -123,11 +130,15 @@ def _causal(
 
 
 def _encoder_decoder(
-    model: nn.Module, tokenizer: Any, texts: Sequence[tuple[str, str]], points: Sequence[Point], device: torch.device
-) -> Any:
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[tuple[str, str]],
+    points: Sequence[Point],
+    device: torch.device,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     on_encoder = points[0].stack == "encoder"
     given, mask_BP, _ = _causal(model, tokenizer, [("", prompt or text) for prompt, text in texts], points, device)
-    config: Any = model.config
+    config: PretrainedConfig = model.config
     start = int(config.decoder_start_token_id or 0)
     rows = [[start, *(tokenizer(text, add_special_tokens=False)["input_ids"] if prompt else [])] for prompt, text in texts]
     width = max(map(len, rows))
@@ -209,7 +220,7 @@ def _probe(positive: Tensor, negative: Tensor, penalty: float = 1e-2, rounds: in
 
 def directions(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Pair],
     points: Sequence[Point],
     method: str,
@@ -228,6 +239,8 @@ def separation(vector: Tensor, positive_ND: Tensor, negative_ND: Tensor) -> floa
     return float(((positive_ND.float() @ vector) > (negative_ND.float() @ vector)).float().mean())
 
 
-def mean_difference_of(model: nn.Module, tokenizer: Any, path: Path, points: Sequence[Point], who: str) -> list[Tensor]:
+def mean_difference_of(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, points: Sequence[Point], who: str
+) -> list[Tensor]:
     """What `vector: {mean_diff: pairs.jsonl}` in a spec stands for."""
     return directions(model, tokenizer, read_pairs(path, who), points, "mean_diff", "mean")

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.run_folder import written_aside
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 def fingerprint(model: nn.Module) -> str:
     """Tells one model's width, depth and kind from another's, and roughly its weights: written into vector files."""
-    config: Any = getattr(model, "config", None)
+    config: PretrainedConfig = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     parts = [getattr(config, "model_type", type(model).__name__)]
     parts += [str(getattr(text, name, "")) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
@@ -115,7 +118,7 @@ def per_layer(
     layers: Sequence[int | None],
     widths: Sequence[int | None],
     who: str,
-    path: Any,
+    path: object,
     key: str = "",
 ) -> list[Tensor]:
     """One vector per layer: the tensor named by its number, else the only one there is (or the one called `key`)."""
@@ -154,7 +157,7 @@ def per_layer(
 
 
 def save_vector(
-    path: str | Path, tensors: Mapping[int | str, Tensor], metadata: Mapping[str, Any], model: nn.Module | None = None
+    path: str | Path, tensors: Mapping[int | str, Tensor], metadata: Mapping[str, object], model: nn.Module | None = None
 ) -> Path:
     """Write a vector file, safetensors or GGUF by its ending. Norms and the model's fingerprint go into the metadata."""
     target = Path(path)

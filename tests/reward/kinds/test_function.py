@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from steerl.reward.build import build_reward
-from steerl.reward.types import Scores, metrics
+from steerl.reward.types import Scores, TurnRewards, metrics
 from steerl.rollout.common.errors import UserError
 from tests import warm
-from tests.reward.rows import made
+from tests.reward.rows import episodes, made
 
 FILE = """
 import os, sys, time
@@ -98,6 +98,51 @@ def test_what_a_function_is_given():
     assert seen["completions"] == ["ab", [{"role": "assistant", "content": "c"}]]
     assert seen["completion_ids"] == [rollout.response_BR[0, :2].tolist(), rollout.response_BR[1, :1].tolist()]
     assert seen["genre"] == ["x", "y"]
+
+
+def test_a_function_is_told_which_tokens_are_the_policys():
+    seen = {}
+
+    def mine(completion_ids, action_mask, turns, **others):
+        seen.update(completion_ids=completion_ids, action_mask=action_mask, turns=turns)
+        return [0.0] * len(turns)
+
+    rollout, texts = episodes(["abcde", "ab"], ["11001", "11"])
+    build_reward([mine])(rollout, texts)
+    assert seen["completion_ids"] == [rollout.response_BR[0].tolist(), rollout.response_BR[1, :2].tolist()]
+    assert seen["action_mask"] == [[True, True, False, False, True], [True, True]]
+    assert seen["turns"] == [[(0, 2), (4, 5)], [(0, 2)]]
+
+
+def test_rewards_of_turns():
+    """By hand: numbers on the last actions of turns, weighted, beside a term that sits on the last action."""
+
+    def each(turns, **others):
+        return TurnRewards([[1.0 + place for place in range(len(row))] if len(row) != 1 else None for row in turns])
+
+    def whole(rollout, texts):
+        return [10.0] * len(texts)
+
+    rollout, texts = episodes(["abcde", "ab", "abc"], ["11001", "11", "101"])
+    scores = build_reward([{"kind": "function", "function": each, "name": "each", "weight": 0.5}, whole])(rollout, texts)
+    assert scores.tokens_BR.tolist() == [[0, 0.5, 0, 0, 11.0], [0, 10.0, 0, 0, 0], [0.5, 0, 11.0, 0, 0]]
+    assert scores.total_B.tolist() == [11.5, 10.0, 11.5]
+    assert scores.parts["each"].nan_to_num(nan=-9).tolist() == [3.0, -9.0, 3.0]
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_a_turn_without_a_number_gets_the_row_the_fallback(tmp_path, timeout):
+    (tmp_path / "turns.py").write_text(
+        "from steerl.reward import TurnRewards\n"
+        "def each(completions, turns):\n"
+        "    return TurnRewards([[float(c) for c in text[::2]] if text != 'bad' else [1.0, None] for text in completions])\n"
+    )
+    rollout, texts = episodes(["1f2", "bad"], ["101", "101"])
+    part = {"kind": "function", "function": f"{tmp_path / 'turns.py'}:each", "timeout": timeout}
+    scores = build_reward([{**part, "fallback": -5.0}])(rollout, texts)
+    assert scores.tokens_BR.tolist() == [[1.0, 0.0, 2.0], [0.0, 0.0, -5.0]] and scores.fallbacks == {"function": 1}
+    with pytest.raises(UserError, match="row 11 sample 0: gave None for a turn"):
+        build_reward([part])(rollout, texts)
 
 
 def test_a_function_gets_the_columns_it_names(file):

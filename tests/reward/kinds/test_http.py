@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 import socket
 import threading
@@ -21,7 +22,7 @@ from steerl.reward.types import Scores
 from steerl.rollout.common.errors import UserError
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier
-from tests.reward.rows import made
+from tests.reward.rows import episodes, made
 from tests.reward.servers import scripted, served
 
 LIMITS = Limits(max_rows=1000, max_bytes=1_000_000)
@@ -63,6 +64,37 @@ def test_rewards_per_token_go_through(tmp_path):
         found = build_reward(http(url, batch_size=2))(rollout, texts)
     assert torch.equal(found.per_token(rollout), expected.per_token(rollout))
     assert torch.equal(found.total_B, expected.total_B)
+
+
+def test_gaps_go_over_the_wire_and_rows_without_look_as_before(tmp_path):
+    tokenizer = tiny_tokenizer()
+
+    def steps(rollout, texts):
+        return Scores(torch.zeros(len(texts)), tokens_BR=torch.where(rollout.mask_BR, rollout.response_BR / 7.0, 0.0))
+
+    parts = [
+        {"kind": "length", "max": 2, "soft": 10},
+        {"kind": "model", "path": saved(tiny_classifier("llama"), tmp_path / "rm", tokenizer), "tokens": "ids"},
+        steps,
+    ]
+    rollout, texts = episodes(["abcde", "d", "efg"], ["11001", "1", "010"])
+    expected = build_reward(parts)(rollout, texts)
+    with served(make_app(build_reward(parts), LIMITS, None)) as url:
+        found = build_reward(http(url, batch_size=2))(rollout, texts)
+    assert torch.equal(found.tokens_BR, expected.tokens_BR) and torch.equal(found.total_B, expected.total_B)
+    asked = [json.loads(http_wire.ask(*pair, None, "")) for pair in ((rollout, texts), made(["abcde", "d", "efg"]))]
+    assert asked[0]["ids"]["action_mask"] == [[1, 1, 0, 0, 1], [1], [0, 1, 0]] and "action_mask" not in asked[1]["ids"]
+    assert {**asked[0]["ids"], "action_mask": 0} == {**asked[1]["ids"], "action_mask": 0}
+    asked[0]["ids"]["action_mask"][1] = [1, 1]
+    with pytest.raises(UserError, match="action_mask: expected as many as the responses' ids"):
+        http_wire.read_question(json.dumps(asked[0]).encode(), 10)
+
+
+def test_a_server_that_rewards_what_was_fed_is_refused():
+    rollout, texts = episodes(["abc"], ["101"])
+    told = pytest.raises(UserError, match="row 10 sample 0 earns 1 at token 1, which the policy did not draw")
+    with scripted(lambda number, question: (200, {"scores": [3.0], "tokens": [[1.0, 1.0, 1.0]]})) as (url, _), told:
+        build_reward(http(url))(rollout, texts)
 
 
 def test_order_is_kept_when_later_requests_are_answered_first():
@@ -110,7 +142,7 @@ def test_errors_of_the_server_are_tried_again(status):
         (
             (200, {"scores": [1.0, 2.0], "tokens": [[1.0], [2.0, 3.0]]}),
             1,
-            "the answer's tokens are not one number per sampled token",
+            "the answer's tokens are not one number per token of the response",
         ),
         ((200, {"scores": [1.0, 2.0], "parts": {"x": [1.0]}}), 1, "the answer's part 'x' has not 2 scores"),
         ((200, {"scores": [1.0, 2.0], "parts": {"x": [1.0, 1e39]}}), 1, "the answer's part 'x' has not 2 scores"),

@@ -21,7 +21,7 @@ from steerl.rollout.model import adapters
 from steerl.rollout.types import Rollout
 from tests.models import FAMILIES, tiny, tiny_tokenizer
 from tests.reward.classifiers import ENCODERS, saved, tiny_classifier
-from tests.reward.rows import made
+from tests.reward.rows import episodes, made
 
 EOS_POOLED = ["t5", "mt5", "umt5", "bart", "mbart"]
 DECODERS = [
@@ -49,6 +49,17 @@ def sampled(tokenizer, prompts, completions, ended=None):
     rollout = Rollout.of_ids(ids, responses, ended_B=ended, row_B=[i + 10 for i in range(len(prompts))])
     _, texts = made(completions, prompts)
     return rollout, texts, [p + r for p, r in zip(ids, responses, strict=True)]
+
+
+def test_a_reward_model_reads_what_a_row_was_fed(tmp_path):
+    """The whole row is judged, at its last token, whoever that is from."""
+    model, tokenizer = tiny_classifier("llama"), tiny_tokenizer()
+    rollout, texts = episodes(["abcde", "abc"], ["11001", "100"])
+    part = {"kind": "model", "path": saved(model, tmp_path / "rm", tokenizer), "tokens": "ids"}
+    scores = build_reward([part])(rollout, texts)
+    rows = [rollout.prompt_BP[i].tolist() + rollout.response_BR[i, :n].tolist() for i, n in enumerate((5, 3))]
+    assert torch.allclose(scores.total_B, torch.stack([alone(model, ids)[0] for ids in rows]), atol=1e-5)
+    assert scores.per_token(rollout).nonzero().tolist() == [[0, 4], [1, 0]]  # it lands on the last action
 
 
 @pytest.mark.parametrize("family", [*DECODERS, *EOS_POOLED, *(f for f in ENCODERS if f != "funnel")])
@@ -341,7 +352,7 @@ def test_an_adapter_with_its_head_is_a_reward_model(family, tmp_path):
     rollout, texts, rows = sampled(tokenizer, ["say:", "x"], ["good film", "a"])
     with torch.no_grad():
         expected = torch.stack([adapted(input_ids=torch.tensor([ids[:-1] + [9]])).logits[0, 0] for ids in rows])
-    rollout.response_BR[torch.arange(2), rollout.last_B] = (
+    rollout.response_BR[torch.arange(2), rollout.lengths_B - 1] = (
         9  # not the pad, not eos: transformers then reads the last token, too
     )
     got = build_reward([{"kind": "model", "path": str(tmp_path / "rm")}], tokenizer=tokenizer)(rollout, texts)

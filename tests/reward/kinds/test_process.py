@@ -65,6 +65,25 @@ def test_steps_end_at_the_separator(reduce, tmp_path):
     assert (scores.tokens_BR is not None) == (reduce == "sum")
 
 
+def test_of_an_episode_only_the_policys_turns_are_judged(tmp_path):
+    """The model reads the whole row; steps end in a turn, or with it, never in what was fed."""
+    model, tokenizer = tiny_classifier("llama", per_token=True), tiny_tokenizer()
+    path = saved(model, tmp_path / "prm", tokenizer)
+    texts = made(["x"])[1]
+    ids = tokenizer("one; two [3; 4] six; seven")["input_ids"]
+    mask = [0 if 9 <= t < 15 else 1 for t in range(len(ids))]  # "[3; 4]" was fed
+    rollout = Rollout.of_ids([[5, 6]], [ids], action_mask_BR=[mask])
+    with torch.no_grad():
+        values = model(input_ids=torch.tensor([[5, 6, *ids]])).logits[0, 2:, 0]
+    ends = {"; ": [4, 8, 20, 25], None: [t for t, drawn in enumerate(mask) if drawn]}
+    for separator, places in ends.items():
+        tokens_BR = build_reward([{"kind": "process", "path": path, "separator": separator}], tokenizer=tokenizer)(
+            rollout, texts
+        ).tokens_BR
+        assert tokens_BR[0].nonzero().flatten().tolist() == places
+        assert torch.allclose(tokens_BR[0, places], values[places], atol=1e-5)
+
+
 def test_a_separator_may_begin_with_the_blank_of_a_steps_first_token(tmp_path):
     tokenizer = tiny_tokenizer(330, kind="pieces")
     path = saved(tiny_classifier("llama", per_token=True, vocab_size=len(tokenizer)), tmp_path / "prm", tokenizer)

@@ -13,7 +13,7 @@ from steerl.reward.build import build_reward
 from steerl.reward.kinds.numbers import numbers_in
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import Rollout
-from tests.reward.rows import made
+from tests.reward.rows import episodes, made
 
 
 def score(part: dict, completions: list[str], **columns) -> list[float]:
@@ -154,6 +154,17 @@ def test_tokens_cannot_be_counted_where_there_are_none():
     _, texts = made(["abc"])
     with pytest.raises(UserError, match=r"reward\[0\].unit: tokens, but these texts come without ids"):
         build_reward([{"kind": "length", "max": 3}])(Rollout.of_ids([[]], [[]]), texts)
+
+
+def test_only_what_the_policy_drew_is_counted():
+    """Against the rows with what they were fed cut out. A text's words cannot be told apart so."""
+    rollout, texts = episodes(["ababXYZab", "abc"], ["111100011", "111"])
+    cut, cut_texts = made(["ababab", "abc"])
+    for rule in ({"kind": "length", "max": 4, "soft": 10}, {"kind": "repetition", "n": 2, "unit": "tokens"}):
+        found, expected = build_reward([rule])(rollout, texts).total_B, build_reward([rule])(cut, cut_texts).total_B
+        assert found.tolist() == expected.tolist() and len(set(found.tolist())) == 2
+    with pytest.raises(UserError, match=r"reward\[0\].unit: words, but the row's text also holds what it was fed"):
+        build_reward([{"kind": "repetition"}])(rollout, texts)
 
 
 def test_repetition():

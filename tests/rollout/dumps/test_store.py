@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,21 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
 from steerl.rollout.common.progress import Progress, duration
 from steerl.rollout.dumps import manifest, store
+from steerl.rollout.dumps.dump import left_to_do
 from steerl.rollout.dumps.manifest import Plan
-from steerl.rollout.types import Rollout, Texts
-from tests.dumps import WIDTH_P, WIDTH_R, flip_bit, made_dump, made_rows, truncate
+from steerl.rollout.types import Applied, Rollout, Samples, Texts
+from tests.dumps import WIDTH_P, WIDTH_R, episodes, flip_bit, made_dump, made_rows, truncate
 from tests.models import tiny, tiny_tokenizer
 
 
 def equal(left: Rollout, right: Rollout) -> None:
     for name, value in left.pad_to(WIDTH_P, WIDTH_R).tensors().items():
         assert torch.equal(value, right.pad_to(WIDTH_P, WIDTH_R).tensors()[name]), name
-    for name in ("temperature", "policy_step", "steering", "start_ids", "greedy"):
+    assert (left.kept is None) == (right.kept is None)
+    if left.kept and right.kept:
+        lists = [[row[: int(n)] for row, n in zip(r.kept.lists(), r.lengths_B, strict=True)] for r in (left, right)]
+        assert lists[0] == lists[1]
+    for name in ("temperature", "steering", "steering_seed", "start_ids", "greedy"):
         assert getattr(left, name) == getattr(right, name), name
 
 
@@ -36,13 +42,136 @@ def equal(left: Rollout, right: Rollout) -> None:
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 def test_rows_come_back_bit_for_bit(tmp_path: Path, chat: bool, rows: int) -> None:
-    made_dump(tmp_path, chat=chat, steering="cheer#1f", start_ids=(2, 7), policy_step=3, greedy=True)
+    made_dump(tmp_path, chat=chat, start_ids=(2, 7), greedy=True)
     pairs = list(store.read_dump(tmp_path, rows=rows))
     rollout, texts = Rollout.join([r for r, _ in pairs]), Texts.join([t for _, t in pairs])
-    wanted, wanted_texts = made_rows(range(10), chat=chat, steering="cheer#1f", start_ids=(2, 7), policy_step=3, greedy=True)
+    wanted, wanted_texts = made_rows(range(10), chat=chat, start_ids=(2, 7), greedy=True)
     assert all(len(r) <= rows for r, _ in pairs)
     equal(rollout, wanted)
     assert texts == wanted_texts
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_all_that_a_row_records_comes_back_bit_for_bit(tmp_path: Path, rows: int) -> None:
+    """Gaps, sites, positions, steps, kept ids: a later reader finds what the sampler had. Shards of one step hold several."""
+    made_dump(tmp_path, make=episodes)
+    parts = list(store.read_dump(tmp_path, rows=rows))
+    rollout, _ = Samples.join(parts)
+    wanted, _ = episodes(range(10))
+    assert not torch.equal(wanted.action_mask_BR, wanted.extent_BR) and (wanted.lengths_B == 0).any()
+    assert (
+        wanted.kept and len(wanted.kept.ids) and (wanted.positions_BKN >= 0).any() and wanted.policy_step_B.unique().numel() > 1
+    )
+    equal(rollout, wanted)
+
+
+def test_the_columns_of_an_episode_are_plain_lists(tmp_path: Path) -> None:
+    """What pandas and datasets see, against the record read entry by entry."""
+    import datasets
+    import pandas
+
+    made_dump(tmp_path / "dump", make=episodes)
+    files = [str(path) for path in sorted((tmp_path / "dump").glob("*.parquet"))]
+    frame = pandas.concat([pandas.read_parquet(file) for file in files], ignore_index=True)
+    table = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    rollout, _ = episodes(range(10))
+    assert set(frame.columns) == set(store.schema().names) == set(table.column_names)
+    assert rollout.kept is not None
+    kept = rollout.kept.lists()
+    for i in range(20):
+        length = int(rollout.lengths_B[i])
+        mask = [bool(drawn) for drawn in rollout.action_mask_BR[i, :length]]
+        starts = [t for t in range(length) if mask[t] and not (t and mask[t - 1])]
+        ends = [t + 1 for t in range(length) if mask[t] and not (t + 1 < length and mask[t + 1])]
+        for row in (frame.iloc[i], table[i]):
+            assert [bool(drawn) for drawn in row["action_mask"]] == mask and len(row["response_ids"]) == length
+            assert json.loads(row["turns"]) == [list(turn) for turn in zip(starts, ends, strict=True)]
+            assert np.array_equal(np.float32(row["steering_strengths"]), rollout.strength_BK[i].numpy())
+            assert np.float32(row["steering_strength"]) == rollout.strength_BK[i, 0].numpy()
+            places = [[int(at) for at in site if at >= 0] for site in rollout.positions_BKN[i]]
+            assert [[int(at) for at in site] for site in row["steering_positions"]] == places
+            assert [[int(token) for token in tokens] for tokens in row["kept"]] == kept[i][:length]
+            assert row["policy_step"] == int(rollout.policy_step_B[i])
+            assert all(row["policy_logprobs"][t] == 0 for t in range(length) if not mask[t])
+
+
+def test_calls_of_a_shard_may_differ_in_what_they_record(tmp_path: Path) -> None:
+    plan = Plan.of(8, 2, batch_size=1, shard_rows=16)
+    begun = manifest.start(tmp_path, plan, {}, {})
+    made = [episodes(range(4), kept=None), episodes(range(4, 8), positions_BKN=torch.zeros(8, 2, 0, dtype=torch.int64))]
+    store.make_shard(
+        tmp_path, plan, 0, lambda call: made[call.start // 4].select([2 * (p % 4) + s for p in call for s in (0, 1)])
+    )
+    manifest.finish(tmp_path, begun)
+    for found, wanted in zip(store.read_dump(tmp_path), made, strict=True):
+        equal(found.rollout, wanted.rollout)
+
+
+def test_rows_that_no_site_touches_come_back() -> None:
+    """A sampler without steering, and one whose sites read no position in these rows."""
+    rows = len(made_rows([0]).rollout)
+    for sites in (0, 2):
+        applied = Applied.nothing(torch.arange(rows), 0, sites)
+        rollout, texts = made_rows(
+            [0], steering="x" * sites, strength_BK=applied.strength_BK, positions_BKN=applied.positions_BKN
+        )
+        [(back, _)] = store.from_table(store.to_table(rollout, texts))
+        assert torch.equal(back.strength_BK, rollout.strength_BK)
+        assert back.positions_BKN.tolist() == [[[-1]] * sites] * rows and bool(back.positions_BKN.shape[2]) == bool(sites)
+
+
+# -- schema 1 ---------------------------------------------------------------------------------------------------------
+
+OLD = Path(__file__).parent / "schema_1"
+"""Dumps of 4 prompts with 2 samples each that version 4024743 wrote: not steered, steered at one site, and at two with noise."""
+
+
+@pytest.mark.parametrize("name", ["plain", "steered", "two"])
+def test_a_dump_from_before_is_read(name: str) -> None:
+    """Column by column as the file has it; every token was drawn; of the steering only the first site's strength is known."""
+    import pyarrow.parquet as pq
+
+    file = pq.read_table(OLD / name / "rollouts-00000.parquet")
+    assert len(file.column_names) == 16 and "action_mask" not in file.column_names
+    rows = file.to_pylist()
+    [(rollout, texts)] = store.read_dump(OLD / name)
+    assert rollout.temperature == 0.8 and rollout.kept is None and not rollout.greedy
+    assert torch.equal(rollout.action_mask_BR, rollout.extent_BR) and rollout.positions_BKN.shape[2] == 0
+    sites = 0 if name == "plain" else 1
+    assert rollout.strength_BK.tolist() == [[row["steering_strength"]] * sites for row in rows]
+    assert rollout.steering_seed == (0 if name == "plain" else None)
+    assert rollout.policy_step_B.tolist() == [row["policy_step"] for row in rows]
+    for i, row in enumerate(rows):
+        ids = rollout.response_BR[i, : rollout.lengths_B[i]].tolist()
+        assert ids == row["response_ids"] and rollout.turns[i] == [(0, len(ids))]
+        assert rollout.policy_logprobs_BR[i, : len(ids)].tolist() == row["policy_logprobs"]
+        assert (rollout.row_B[i], rollout.sample_B[i], texts.completions[i]) == (i // 2, i % 2, row["response_text"])
+
+
+def test_a_dump_from_before_is_not_gone_on_with(tmp_path: Path) -> None:
+    """One dump never holds two schemas: unfinished or damaged it is refused with the remedy, finished it stays as it is."""
+    shutil.copytree(OLD / "plain", tmp_path, dirs_exist_ok=True)
+    begun = manifest.load_manifest(tmp_path)
+    plan = manifest.plan_of(begun)
+    config = {**begun["config"], "sampling": {**begun["config"]["sampling"], "a_setting_that_came_later": True}}
+    assert manifest.start(tmp_path, plan, config, begun["fingerprints"]) == begun
+    assert left_to_do(tmp_path, begun).todo == []
+    changed = {**config, "sampling": {**config["sampling"], "temperature": 0.5}}
+    with pytest.raises(UserError, match="sampling.temperature: this dump was begun with 0.8"):
+        manifest.start(tmp_path, plan, changed, begun["fingerprints"])
+    flip_bit(tmp_path / "rollouts-00000.parquet")
+    with pytest.raises(UserError, match="earlier version.*--run.overwrite true"):
+        left_to_do(tmp_path, begun)
+    (tmp_path / "manifest.json").write_text(json.dumps({**begun, "finished": False, "shards": []}))
+    with pytest.raises(UserError, match="earlier version.*--run.overwrite true"):
+        manifest.start(tmp_path, plan, config, begun["fingerprints"])
+
+
+def test_a_file_of_a_later_version_is_not_guessed_at() -> None:
+    table = store.to_table(*made_rows([0]))
+    later = table.replace_schema_metadata({b"steerl": table.schema.metadata[b"steerl"].replace(b'"schema": 2', b'"schema": 3')})
+    with pytest.raises(UserError, match="schema 3, this version reads 1 and 2"):
+        next(store.from_table(later))
 
 
 def test_columns_are_the_documented_ones_for_pandas_and_datasets(tmp_path: Path) -> None:
@@ -59,7 +188,8 @@ def test_columns_are_the_documented_ones_for_pandas_and_datasets(tmp_path: Path)
         "prompt_text": "string", "response_text": "string", "behaviour_logprobs": "list<float>",
         "policy_logprobs": "list<float>",
         "ended": "bool", "stop_reason": "string", "greedy": "bool", "policy_step": "int64", "steering": "string",
-        "steering_strength": "float", "prompt": "string", "columns": "string",
+        "steering_strength": "float", "prompt": "string", "columns": "string", "action_mask": "list<bool>", "turns": "string",
+        "steering_strengths": "list<float>",
     }  # fmt: skip
     found = {field.name: str(field.type).replace("element: ", "").replace("item: ", "") for field in table.data.schema}
     assert found == kinds
@@ -76,14 +206,6 @@ def test_columns_are_the_documented_ones_for_pandas_and_datasets(tmp_path: Path)
             assert bool(row["ended"]) == (row["stop_reason"] != "length")
             assert json.loads(row["prompt"]) == texts.prompts[i] and row["response_text"] == texts.completions[i]
             assert json.loads(row["columns"]) == {"answer": i // 2 * 2, "tags": ["a", None]}
-
-
-def test_rows_of_several_steps_are_read_as_several_rollouts() -> None:
-    import pyarrow as pa
-
-    tables = [store.to_table(*made_rows([step], policy_step=step)) for step in (0, 1)]
-    steps = [(rollout.policy_step, len(rollout)) for rollout, _ in store.from_table(pa.concat_tables(tables))]
-    assert steps == [(0, 2), (1, 2)]
 
 
 def test_values_that_json_lacks_are_kept_as_text_or_refused_by_name() -> None:

@@ -11,8 +11,7 @@ import torch
 
 from steerl.reward.types import Scores
 from steerl.rollout.types import Rollout
-from steerl.training.algorithm import advantages, loss
-from steerl.training.algorithm.importance import Correction, importance_weights
+from steerl.training.algorithm import advantages
 from tests.ppo_runs import first_experience, job, warm_head
 
 
@@ -156,76 +155,3 @@ def test_a_steps_advantages_are_whitened_as_the_setting_says(credit, asked, whit
                 after = float(values[t + 1]) if t + 1 < n else 0.0
                 carry = (score if t == n - 1 else 0.0) + after - float(values[t]) + 0.95 * carry
                 assert abs(carry - float(experience.advantages_BR[i, t])) < 1e-5
-
-
-# -- masks with holes ------------------------------------------------------------------------------------------------
-
-
-def holed(seed: int):
-    """(mask, each row's actions, a draw): rows whose actions need not lie side by side; nothing but they may matter."""
-    draw = random.Random(seed)
-    rows, width = draw.randint(2, 6), draw.randint(1, 9)
-    places = [sorted(draw.sample(range(width), draw.randint(0, width))) for _ in range(rows)]
-    places[0] = places[0] or [draw.randrange(width)]
-    mask = torch.tensor([[t in own for t in range(width)] for own in places])
-
-    def numbers() -> torch.Tensor:
-        return torch.tensor([[draw.gauss(0, 1) if t in own else math.nan for t in range(width)] for own in places]).double()
-
-    return mask, places, draw, numbers
-
-
-def without_gaps(value: torch.Tensor, places: list[list[int]]) -> torch.Tensor:
-    """The rows with their gaps cut out, and nothing beyond their ends."""
-    width = max(len(own) for own in places)
-    return torch.stack([torch.cat([row[own], row.new_zeros(width - len(own))]) for row, own in zip(value, places, strict=True)])
-
-
-def all_functions(mask, tensors, after, group, gamma, lam, kind):
-    """What every function of credit, correction and loss makes of the rows: per token, and in one number."""
-    task, distance, values, old, mu = tensors
-    rewards = advantages.token_rewards(task, mask, distance, 0.3)
-    credit = advantages.gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap_B=after)
-    weights, totals = importance_weights(old, mu, mask, Correction(kind, high=1.3, low=0.7))
-    share = loss.token_weights(mask, tokens=int(mask.sum()), rows=len(mask), reduction="sequence")
-    policy, more = loss.policy_loss(old, mu, credit.advantages_BR, mask, share, clip_low=0.2, clip_high=0.2)
-    value, other = loss.value_loss(values, old, credit.returns_BR, mask, share, clip=0.2)
-    tokens = {
-        "rewards": rewards,
-        "gae": credit.advantages_BR,
-        "returns": credit.returns_BR,
-        "plain gae": advantages.gae(rewards, values, mask, gamma=gamma, lam=lam).advantages_BR,
-        "rloo": advantages.rloo(rewards, mask, group, gamma=gamma).advantages_BR,
-        "group": advantages.group(rewards, mask, group, gamma=gamma).returns_BR,
-        "whitened": advantages.whiten(credit.advantages_BR, mask),
-        "importance": weights,
-        "share": share,
-    }
-    explained = advantages.explained_variance(values, credit.returns_BR, mask)
-    return tokens, {**totals, **more, **other, "policy": policy, "value": value, "explained": explained}
-
-
-def test_time_is_actions_wherever_they_stand():
-    """500 masks: every function gives the actions what it gives the same rows without their gaps, and the gaps nothing."""
-    for seed in range(500):
-        mask, places, draw, numbers = holed(seed)
-        tensors = [numbers() for _ in range(5)]
-        after = torch.tensor([draw.gauss(0, 1) for _ in places]).double()
-        group = torch.tensor([draw.randrange(2) for _ in places])
-        kind = draw.choice(["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-        rest = (after, group, draw.choice([1.0, 0.9]), draw.choice([1.0, 0.8]), kind)
-        tokens, totals = all_functions(mask, tensors, *rest)
-        short = torch.arange(max(map(len, places)))[None] < torch.tensor([[len(own)] for own in places])
-        own_tokens, own_totals = all_functions(short, [without_gaps(value, places) for value in tensors], *rest)
-        for name, value in tokens.items():
-            assert value[~mask].eq(0).all(), (seed, name)
-            assert torch.allclose(without_gaps(value, places), own_tokens[name], rtol=0, atol=1e-10), (seed, name)
-        for name, value in totals.items():
-            assert float(value) == pytest.approx(float(own_totals[name]), abs=1e-10), (seed, name)
-
-
-def test_credit_passes_over_a_hole():
-    mask = torch.tensor([[True, True, False, False, True]])
-    score = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0]])
-    found = advantages.gae(score, torch.zeros(1, 5), mask, gamma=1.0, lam=1.0)
-    assert found.advantages_BR.tolist() == [[1, 1, 0, 0, 1]]

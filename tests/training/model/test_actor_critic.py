@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering import load_spec
+from steerl.training.algorithm.experience import credit
 from steerl.training.model import value_model
 from steerl.training.model.reference import Reference
 from steerl.training.run.metrics import gap_tolerance
@@ -42,6 +43,50 @@ def test_log_probs_and_values_are_those_of_lone_rows(family, value, peft):
             after = 0.0 if rollout.ended_B[i] else float(values[n])
             assert float(scored.after_B[i]) == pytest.approx(after, abs=1e-5)
             assert scored.old_logprobs_BR[i, n:].eq(0).all() and scored.values_BR[i, n:].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "family, value, peft",
+    [("gpt2", "separate", None), ("llama", "shared", LORA), ("t5", "separate", LORA), ("bart", "shared", None)],
+)
+def test_what_was_fed_is_read_and_holds_nothing(family, value, peft):
+    """Rows with gaps: every number is read in the whole sequence; the value that a cut row goes on with is that of the state at
+    its end, where its next action would be predicted. GAE from these by a loop over the actions."""
+    parts, prompts, ppo = job(
+        family, value=value, peft=peft, bootstrap_cut=True, gamma=0.9, lam=0.8, kl_coef=0.0, whiten_advantages=False,
+        missing_stop_penalty=0.5,
+    )  # fmt: skip
+    warm_head(parts.actor_critic)
+    scored = first_scored(parts, prompts, ppo, gaps=True)
+    experience, _ = credit(scored, ppo, 0.0)
+    rollout, mask_BR = scored.rollout, scored.rollout.action_mask_BR
+    last_is_fed = [not mask_BR[i, int(n) - 1] for i, n in enumerate(rollout.lengths_B)]
+    assert sum(last_is_fed) > 2 and not mask_BR.any(1).all() and (~mask_BR[:, 0] & mask_BR.any(1)).any()
+    with torch.no_grad():
+        for i in range(len(rollout)):
+            n, own = int(rollout.lengths_B[i]), mask_BR[i].nonzero()[:, 0].tolist()
+            logprobs, values = lone_logprobs(parts.policy, rollout, i), lone_values(parts.actor_critic, rollout, i)
+            assert torch.allclose(scored.old_logprobs_BR[i, own].double(), logprobs[own], atol=1e-5)
+            assert torch.allclose(scored.values_BR[i, own].double(), values[own], atol=1e-5)
+            carry, ahead = 0.0, 0.0 if rollout.ended_B[i] else float(values[n])
+            assert float(scored.after_B[i]) == pytest.approx(ahead, abs=1e-5)
+            reward = float(scored.scores.total_B[i]) - (0.0 if rollout.ended_B[i] else 0.5)
+            for t in reversed(own):
+                carry = reward + 0.9 * ahead - float(values[t]) + 0.9 * 0.8 * carry
+                ahead, reward = float(values[t]), 0.0
+                assert float(experience.advantages_BR[i, t]) == pytest.approx(carry, abs=1e-4)
+    for held in (scored.old_logprobs_BR, scored.values_BR, scored.entropy_BR, scored.reference_logprobs_BR):
+        assert held[~mask_BR].eq(0).all() and held[mask_BR].ne(0).all()
+
+
+def test_what_was_fed_is_read_by_a_steered_policy_too():
+    """Its passes keep their padding and a mask: the sampler, which drew in the whole sequence, found the same."""
+    site = {"at": {"layers": [1]}, "vector": [0.5 - i % 3 for i in range(32)], "strength": 2.0}
+    parts, prompts, ppo = job("llama", steering=load_spec({"role": "policy", "sites": [site]}))
+    scored = first_scored(parts, prompts, ppo, gaps=True)
+    rollout = scored.rollout
+    assert (rollout.extent_BR & ~rollout.action_mask_BR).any() and not rollout.prompt_mask_BP.all()
+    assert (scored.old_logprobs_BR - scored.rollout.policy_logprobs_BR).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
