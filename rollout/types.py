@@ -312,7 +312,7 @@ class Applied(NamedTuple):
     def nothing(row_B: Tensor, policy_step: int, sites: int = 0) -> Applied:
         """Rows that no site touches."""
         strength_BK = torch.zeros(len(row_B), sites, device=row_B.device)
-        positions_BKN = torch.zeros(len(row_B), sites, 0, dtype=torch.int64, device=row_B.device)
+        positions_BKN = row_B.new_full((len(row_B), sites, min(sites, 1)), -1)
         return Applied(strength_BK, positions_BKN, torch.full_like(row_B, policy_step), 0)
 
     def select(self, index: Tensor) -> Applied:
