@@ -8,7 +8,7 @@ from steerl.rollout.common.front import front
 __getattr__, __all__ = front(
     __name__,
     {
-        "types": ("Rollout", "Texts"),
+        "types": ("Rollout", "Samples", "Texts"),
         "common.errors": ("CheckpointError", "ConfigError", "DataError", "UserError"),
         "common.run_folder": ("RunSettings",),
         "model.policy": ("ModelSettings", "Policy", "load_policy"),
@@ -16,6 +16,7 @@ __getattr__, __all__ = front(
         "decoding.settings": ("Sampling",),
         "engines.sampler": ("Sampler",),
         "engines.settings": ("EngineSettings",),
+        "engines.source": ("RolloutSource",),
         "scoring.logprobs": ("teacher_forced",),
         "steering": ("Steering", "SteeringSpec", "load_spec", "unsteered"),
         "dumps.store": ("read_dump",),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from steerl.rollout.dumps.store import read_dump as read_dump
     from steerl.rollout.engines.sampler import Sampler as Sampler
     from steerl.rollout.engines.settings import EngineSettings as EngineSettings
+    from steerl.rollout.engines.source import RolloutSource as RolloutSource
     from steerl.rollout.model.policy import ModelSettings as ModelSettings
     from steerl.rollout.model.policy import Policy as Policy
     from steerl.rollout.model.policy import load_policy as load_policy
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from steerl.rollout.steering import load_spec as load_spec
     from steerl.rollout.steering import unsteered as unsteered
     from steerl.rollout.types import Rollout as Rollout
+    from steerl.rollout.types import Samples as Samples
     from steerl.rollout.types import Texts as Texts
     from steerl.training.ppo import train as train
     from steerl.training.settings import PPOSettings as PPOSettings

@@ -58,9 +58,9 @@ def job(
 
 def first_scored(parts: Components, prompts: Prompts, ppo: PPOSettings, gaps: bool = False):
     rows = prompts.take(0, 0, ppo.rollouts_per_step // parts.sampler.sampling.n)
-    rollout, texts = parts.sampler.sample(prompts.batch(rows), step=0)
-    rollout = with_gaps(rollout) if gaps else rollout
-    return score(parts.actor_critic, parts.reference, *gather_scored(rollout, texts, share_of_threes), ppo)
+    samples = parts.sampler.draw(prompts.batch(rows), step=0)
+    samples = samples._replace(rollout=with_gaps(samples.rollout)) if gaps else samples
+    return score(parts.actor_critic, parts.reference, *gather_scored(samples, share_of_threes), ppo)
 
 
 def first_experience(parts: Components, prompts: Prompts, ppo: PPOSettings, gaps: bool = False) -> Experience:

@@ -10,7 +10,7 @@
 One step, in ten files:
 
     ppo.py                         this one
-    rollout/engines/sampler.py     1  prompts -> Rollout, by transformers' generate with a decode loop of ours
+    rollout/engines/sampler.py     1  prompts -> Samples, by transformers' generate with a decode loop of ours
     rollout/decoding/loop.py          its steps: forward, draw, record both log-probs, stop
     rollout/decoding/distribution.py  what a token is drawn from
     algorithm/experience.py        1, 2, 3  sample, score, credit
@@ -20,12 +20,14 @@ One step, in ten files:
     algorithm/update.py            4  epochs, minibatches, micro-batches, optimizer steps
     algorithm/loss.py              4  the clipped losses
 
-The sampler's log-probs and the trainer's own forward pass must agree: the gap is measured in every step and stops the run
-above `gap_tolerance`. After the gathering in 2 every rank holds all rows, so every statistic is global (experience.py).
+Who draws in 1 is a RolloutSource (rollout/engines/source.py): the policy itself, a dump, one of your own. Its log-probs and the
+trainer's own forward pass must agree: the gap is measured in every step and stops the run above `gap_tolerance`. From the
+gathering in 2 on every rank holds all rows, so every statistic is global; metrics are made of the records (types.py) last.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,26 +37,21 @@ from steerl.rollout.common.errors import Stopped
 from steerl.rollout.common.run_folder import RunSettings, begin, opened
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.engines.source import RolloutSource
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import SteeringSpec
-from steerl.training import steering as steered
 from steerl.training.algorithm.experience import credit, gather_scored, sample, score
 from steerl.training.algorithm.update import learn
 from steerl.training.checks import check_job
-from steerl.training.replay import Replay
 from steerl.training.report.page import report
-from steerl.training.run import checkpoint, resume
-from steerl.training.run.evaluate import evaluate
-from steerl.training.run.export import read_summary, save_model, summarize
-from steerl.training.run.log import log_line
-from steerl.training.run.metrics import check_gap, cut_prompts, gap_tolerance, kl_metrics, rollout_metrics, sample_rows
+from steerl.training.run import checkpoint, metrics, resume
+from steerl.training.run.evaluate import Evaluation, evaluate
+from steerl.training.run.export import save_model, summarize
 from steerl.training.run.timer import Timer
 from steerl.training.settings import PPOSettings, with_correction
-from steerl.training.setup import prepare
-
-SAVE_EVERY = 10
-"""Steps between checkpoints where run.save_every is 0."""
+from steerl.training.setup import check_source, prepare, training_rows
+from steerl.training.steering import hold_budget, measure
 
 
 def train(
@@ -67,80 +64,82 @@ def train(
     *,
     steering: SteeringSpec | None = None,
     engine: EngineSettings | None = None,
+    source: RolloutSource | None = None,
     heldout: Prompts | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train `policy` in place; returns what summary.json holds. Stopped where SIGTERM or Ctrl-C ended the run early.
 
+    `source` draws the training's rows in place of the policy, which draws the evaluation's, and is closed whatever happens.
     `config` is the resolved job, for the run's folder; `heldout` are the evaluation's prompts (default: the training's)."""
-    check_job(policy, prompts, sampling, settings, steering)
-    settings, config = with_correction(settings, steering), config or {}
-    with opened(run, config) as folder, processes.stop_signal() as stop:
-        if run.resume and processes.on_main(lambda: resume.finished(folder, settings.steps, config, run, settings.schedule)):
-            log_line(f"{folder}: finished already; more ppo.steps go on with it, --run.overwrite true starts again")
-            return read_summary(folder)
+    with contextlib.ExitStack() as ending:
+        if source is not None:
+            check_source(source, settings, engine, ending)
+        check_job(policy, prompts, sampling, settings, steering)
+        settings, config = with_correction(settings, steering), config or {}
+        folder, stop = ending.enter_context(opened(run, config)), ending.enter_context(processes.stop_signal())
+        if (summary := resume.finished_summary(folder, settings, config, run)) is not None:
+            return summary
         made_from = processes.on_main(lambda: resume.made_from(policy, prompts, heldout, reward, settings))
         parts = prepare(policy, reward, sampling, settings, run, steering, engine)
         model, reference, state = parts.actor_critic, parts.reference, parts.state
         made_from |= {"steering": parts.steering.label} if parts.steering is not None else {}
-        stored = Replay(settings.replay, policy, settings, parts.steering) if settings.replay else None
-        source: Any = stored or prompts
-        sampler: Any = stored or parts.sampler
-        count = settings.rollouts_per_step // (stored.samples if stored else sampling.n)
-        tolerance = gap_tolerance(settings, model.dtype, state.accelerator.mixed_precision)
+        origin = training_rows(parts, prompts, sampling, settings, source, ending)
+        count = settings.rollouts_per_step // origin.samples
+        tolerance = metrics.gap_tolerance(settings, model.dtype, state.accelerator.mixed_precision)
         processes.on_main(lambda: begin(folder, run))
         log = resume.open_log(folder, run, settings, state, config, made_from)
-        examined = heldout if heldout is not None else prompts
 
-        def evaluation() -> dict[str, float]:
-            sampler, progress = parts.evaluation_sampler, state.step / settings.steps
-            return evaluate(examined, sampler, reward, model, reference, settings, step=state.step, progress=progress)
+        def evaluation() -> Evaluation | None:
+            asked = prompts if heldout is None else heldout
+            return evaluate(asked, parts.evaluation_sampler, reward, model, reference, settings, step=state.step)
 
-        state.before = state.before or evaluation()
-
+        if state.reward_before is None and (before := evaluation()):
+            state.reward_before = before.reward
+        if state.step:
+            origin.source.weights_changed(state.step)
         stopped = stop.anywhere()
         while state.step < settings.steps and not stopped:
             timer = Timer()
 
-            # 1 sample: this rank's prompts, `sampling.n` rows each; or the stored rows of a dump
-            progress = state.step / settings.steps
-            rows = source.take(run.seed, state.prompt_position, count)
-            rollout, texts, real = sample(source, sampler, rows, step=state.step, progress=progress)
+            # 1 sample: this rank's prompts, n rows each
+            rows = origin.prompts.take(run.seed, state.prompt_position, count)
+            samples = sample(origin.prompts, origin.source, rows, step=state.step, progress=state.step / settings.steps)
             timer.lap("sample")
 
             # 2 score: the reward; from here on all rows on every rank; the forward passes before learning
-            rollout, texts, scores = gather_scored(rollout, texts, reward, real=real)
+            samples, scores = gather_scored(samples, reward)
             timer.lap("reward")
-            scored = score(model, reference, rollout, texts, scores, settings)
-            metrics = rollout_metrics(scored) | check_gap(scored, tolerance, state.step) | steered.metrics(model, scored)
-            metrics |= cut_prompts(source, rows)
+            scored = score(model, reference, samples, scores, settings)
+            gap = metrics.check_gap(scored, tolerance, state.step, corrected=settings.correction is not None)
+            steered, cut = measure(model, scored), metrics.cut_prompts(origin.prompts, rows)
             timer.lap("score")
 
             # 3 credit: rewards less KL, advantages, returns, importance weights
-            experience, credit_metrics = credit(scored, settings, state.kl.coefficient)
-            metrics |= credit_metrics | kl_metrics(scored, experience.importance_BR) | {"kl/coef": state.kl.coefficient}
+            experience, credited = credit(scored, settings, state.kl.coefficient)
 
             # 4 learn: epochs x minibatches of the clipped loss; then the weight of the KL moves
-            metrics |= learn(state, experience, settings, seed=run.seed)
-            state.kl.update(metrics.get("kl/ref", 0.0), len(scored.rollout))
-            steered.hold_budget(parts.steering, metrics.get("steering/kl_sequence"), state.step)
+            update = learn(state, experience, settings, seed=run.seed)
+            origin.source.weights_changed(state.step + 1)
+            stats = metrics.step_stats(scored, experience, update, gap, steered, cut_prompts=cut, kl_coef=state.kl.coefficient)
+            state.kl.update(stats.kl_per_response, stats.rows)
+            hold_budget(parts.steering, steered, state.step)
             timer.lap("learn")
 
             # 5 record: metrics, samples, evaluation, checkpoint
-            state.advance(count, metrics, timer.seconds())
-            if settings.eval_every and state.step % settings.eval_every == 0:
-                metrics |= evaluation()
+            state.advance(count, stats, timer.seconds())
+            told = metrics.step_metrics(stats, scored, credited)
+            if settings.eval_every and state.step % settings.eval_every == 0 and (found := evaluation()):
+                told |= found.metrics()
                 timer.lap("evaluate")
-            tokens, kl = metrics["rollout/tokens"], metrics.get("kl/ref", 0.0)
-            log.metrics(state.step, metrics | timer.metrics(tokens))
-            shown = sample_rows(scored, experience, model, each=settings.samples, seed=run.seed, step=state.step)
+            log.metrics(state.step, told | timer.metrics(stats.tokens))
+            shown = metrics.sample_rows(scored, experience, model, each=settings.samples, seed=run.seed, step=state.step)
             log.samples(state.step, shown)
-            log.progress(state.step, settings.steps, reward=metrics["reward/mean"], kl=kl, tokens=int(tokens))
+            log.progress(state.step, settings.steps, reward=stats.reward, kl=stats.kl_per_response, tokens=stats.tokens)
             stopped = stop.anywhere()
-            if stopped or state.step == settings.steps or state.step % (run.save_every or SAVE_EVERY) == 0:
-                checkpoint.save(
-                    folder, state.step, state, keep=run.keep, config=config, log=log.position(), made_from=made_from
-                )
+            if stopped or state.step == settings.steps or state.step % (run.save_every or checkpoint.SAVE_EVERY) == 0:
+                kept = {"config": config, "log": log.position(), "made_from": made_from}
+                checkpoint.save(folder, state.step, state, keep=run.keep, **kept)
 
         log.close()
         if state.step < settings.steps:

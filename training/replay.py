@@ -22,18 +22,20 @@ from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_finge
 from steerl.rollout.dumps.manifest import finished_shards, load_manifest, plan_of
 from steerl.rollout.dumps.store import read_dump
 from steerl.rollout.model.policy import Policy
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.prompts.prompts import PromptBatch
+from steerl.rollout.steering import Steering
+from steerl.rollout.types import Rollout, Samples, Texts
 from steerl.training.settings import PPOSettings
 
 _HELD = 4
-"""Shards in memory: those of the present step."""
+"""Shards in memory beside those that a step fills: where it begins and ends, and where an epoch does."""
 _logger = logging.getLogger(__name__)
 
 
 class Replay:
-    """A dump that a run learns from. It stands where the prompts and the sampler do: `take`, `batch`, `sample`."""
+    """A dump that a run learns from. It gives the prompts, and their rows: `take`, `batch`, `draw`."""
 
-    def __init__(self, folder: str | Path, policy: Policy, settings: PPOSettings, steering: Any = None):
+    def __init__(self, folder: str | Path, policy: Policy, settings: PPOSettings, steering: Steering | None = None):
         """`steering` is the job's own; the dump must have been drawn under the same."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -46,7 +48,9 @@ class Replay:
         self.start_ids = tuple(policy.start_ids)
         self.cut: dict[int, int] = {}
         """No prompt is cut here: stored ones are as long as they were drawn from."""
-        self._shards: OrderedDict[int, tuple[Rollout, Texts]] = OrderedDict()
+        # all of a step, which asks twice: for its prompts, and for their rows
+        self._held = _HELD + settings.rollouts_per_step // (self.samples * self.plan.shard_prompts)
+        self._shards: OrderedDict[int, Samples] = OrderedDict()
         self._check_source(manifest.get("fingerprints", {}), policy, steering.label if steering is not None else "")
         if settings.credit != "gae" and self.samples < 2:
             raise DataError(f"ppo.replay: {folder} has one sample per prompt; ppo.credit {settings.credit} compares several")
@@ -66,23 +70,39 @@ class Replay:
             prompts += self._order(seed, epoch)[start : start + count - len(prompts)]
         return prompts
 
-    def batch(self, prompts: Sequence[int], occurrences: Sequence[int] | None = None) -> list[int]:
-        """What `sample` is given. A prompt that comes twice brings the same rows twice: `occurrences` tell nothing here."""
-        return list(prompts)
+    def batch(self, rows: Sequence[int], occurrences: Sequence[int] | None = None) -> PromptBatch:
+        """The stored prompts. One that comes twice brings the same rows twice: `occurrences` tell nothing here."""
+        firsts = [self._samples(row).select([0]) for row in rows]
+        texts = Texts.join([texts for _, texts in firsts])
+        return PromptBatch(
+            ids=[rollout.prompt_BP[0][rollout.prompt_mask_BP[0]].tolist() for rollout, _ in firsts],
+            rows=list(rows),
+            prompts=texts.prompts,
+            prompt_texts=texts.prompt_texts,
+            columns=texts.columns,
+        )
 
-    def sample(self, batch: list[int], *, step: int = 0, progress: float | None = None) -> tuple[Rollout, Texts]:
+    def draw(self, prompts: PromptBatch, /, *, step: int = 0, progress: float = 0.0) -> Samples:
         """All samples of the prompts, in their order: read, where a Sampler would draw."""
-        parts = []
-        for prompt in batch:
-            index = prompt // self.plan.shard_prompts
-            rollout, texts = self._shard(index)
-            first = (prompt - self.plan.shard(index).start) * self.samples
-            samples = list(range(first, first + self.samples))
-            parts.append((rollout.select(samples), texts.select(samples)))
-        rollout = Rollout.join([rollout for rollout, _ in parts]).trim()
+        if not len(prompts):
+            return self._samples(0).select([])
+        samples = Samples.join([self._samples(row) for row in prompts.rows])
+        rollout = samples.rollout.trim()
         if not self.same_weights:  # so that nothing takes its policy_logprobs for those of a policy that learns here
             rollout = dataclasses.replace(rollout, policy_step_B=rollout.policy_step_B.new_full((len(rollout),), -1))
-        return rollout, Texts.join([texts for _, texts in parts])
+        return Samples(rollout, samples.texts)
+
+    def weights_changed(self, step: int) -> None:
+        """What is stored stays."""
+
+    def close(self) -> None:
+        self._shards.clear()
+
+    def _samples(self, prompt: int) -> Samples:
+        """The stored rows of a prompt."""
+        index = prompt // self.plan.shard_prompts
+        first = (prompt - self.plan.shard(index).start) * self.samples
+        return self._shard(index).select(range(first, first + self.samples))
 
     def _order(self, seed: int, epoch: int) -> list[int]:
         draw = random.Random(f"replay {seed} {epoch}")
@@ -95,18 +115,17 @@ class Replay:
             found += prompts
         return found
 
-    def _shard(self, index: int) -> tuple[Rollout, Texts]:
+    def _shard(self, index: int) -> Samples:
         """The rows of a shard; its checksum is compared whenever it is read."""
         if index in self._shards:
             self._shards.move_to_end(index)
             return self._shards[index]
-        parts = list(read_dump(self.folder, shards=[index]))
-        rollout, texts = Rollout.join([rollout for rollout, _ in parts]), Texts.join([texts for _, texts in parts])
-        self._check_rows(rollout, self.plan.file(index))
-        self._shards[index] = (rollout, texts)
-        while len(self._shards) > _HELD:
+        samples = Samples.join(list(read_dump(self.folder, shards=[index])))
+        self._check_rows(samples.rollout, self.plan.file(index))
+        self._shards[index] = samples
+        while len(self._shards) > self._held:
             self._shards.popitem(last=False)
-        return rollout, texts
+        return samples
 
     # -- what is refused --------------------------------------------------------------------------------------------
 

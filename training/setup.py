@@ -1,10 +1,11 @@
-"""What a PPO run is made of, built once: actor and critic, reference, optimizer, samplers, state."""
+"""What a PPO run is made of, built once: actor and critic, reference, optimizer, sources of prompts and rows, state."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,8 +16,10 @@ from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.engines.source import CheckedSource, PromptSource, RolloutSource
 from steerl.rollout.model import adapters, virtual_tokens
 from steerl.rollout.model.policy import Policy
+from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.steering import Steering, SteeringSpec
 from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
@@ -25,6 +28,7 @@ from steerl.training.engine.engine import EngineSampler
 from steerl.training.model.actor_critic import ActorCritic, checkpoint_activations
 from steerl.training.model.reference import Reference, build_reference
 from steerl.training.model.value_model import build_value_model
+from steerl.training.replay import Replay
 from steerl.training.run.export import check_export, deployed
 from steerl.training.settings import PPOSettings
 from steerl.training.types import TrainState
@@ -41,6 +45,7 @@ class Components:
     actor_critic: ActorCritic
     reference: Reference | None
     sampler: EngineSampler
+    """What draws the training's rows where nothing else does."""
     evaluation_sampler: EngineSampler
     steering: Steering | None
     state: TrainState
@@ -95,6 +100,54 @@ def prepare(
             model=model, optimizer=optimizer, accelerator=accelerator, kl=controller, reward=reward, steering=steering
         ),
     )
+
+
+class Rows(NamedTuple):
+    """Where a run's rows come from."""
+
+    prompts: PromptSource
+    source: RolloutSource
+    samples: int
+    """Of each prompt."""
+
+
+def training_rows(
+    parts: Components,
+    prompts: Prompts,
+    sampling: Sampling,
+    settings: PPOSettings,
+    own: RolloutSource | None,
+    ending: contextlib.ExitStack,
+) -> Rows:
+    """The dump of ppo.replay, which is prompts and source in one; a source of the caller's own; or the policy itself. What is
+    made here is closed by `ending`."""
+    if own is not None:
+        return Rows(prompts, CheckedSource(own, parts.policy, sampling), sampling.n)
+    if settings.replay:
+        stored = Replay(settings.replay, parts.policy, settings, parts.steering)
+        made = Rows(stored, stored, stored.samples)
+    else:
+        made = Rows(prompts, parts.sampler, sampling.n)
+    ending.callback(made.source.close)
+    return made
+
+
+def check_source(
+    source: RolloutSource, settings: PPOSettings, engine_settings: EngineSettings | None, ending: contextlib.ExitStack
+) -> None:
+    """A source of the caller's own has all that the loop calls, and nothing else in the job says who draws. From here on it is
+    closed by `ending`."""
+    if missing := [name for name in ("draw", "weights_changed", "close") if not callable(getattr(source, name, None))]:
+        raise ConfigError(f"source: {type(source).__name__} lacks {', '.join(missing)}; steerl.RolloutSource has all three")
+    ending.callback(source.close)
+    problems = []
+    if settings.replay:
+        problems.append("ppo.replay: the run has a source of its own, and draws from one; leave one of the two out")
+    if engine_settings is not None and engine_settings.kind != EngineSettings().kind:
+        told = "the run has a source of its own, which draws in its place; leave one of the two out"
+        problems.append(f"engine.kind: {engine_settings.kind}, but {told}")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def build_models(

@@ -1,6 +1,6 @@
 """Steering in a PPO step: what is logged of it, and its KL budget.
 
-metrics(...)       steering/*: strength, share of rows, reward with and without, edits per row, KL to the unsteered policy
+measure(...)       strength, share of rows, reward with and without, edits per row, KL to the unsteered policy
 hold_budget(...)   the KL budget: rescale the strength of the next step, warn, or stop
 """
 
@@ -16,38 +16,41 @@ from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering, unsteered
 from steerl.training.model.actor_critic import ActorCritic
-from steerl.training.types import Scored
+from steerl.training.types import Scored, SteeringStats
 
 logger = logging.getLogger(__name__)
 _STEP = (0.5, 2.0)
 """How much a rescaling may change the strength in one training step."""
 
 
-def metrics(model: ActorCritic, scored: Scored) -> dict[str, float]:
+def measure(model: ActorCritic, scored: Scored) -> SteeringStats | None:
     """What steering did to this step's rows. KL: of the distribution sampled from, from the unsteered policy."""
     steering, rollout = model.steering, scored.rollout
     if steering is None or not rollout.steering:
-        return {}
+        return None
     steered_B = rollout.strength_B != 0
     total_B = scored.scores.total_B.to(steered_B.device)
-    values = {
-        "steering/share": float(steered_B.double().mean()),
-        "steering/strength": float(rollout.strength_B[steered_B].double().mean()) if bool(steered_B.any()) else 0.0,
-        "steering/scale": steering.scale,
-    }
-    for name, rows_B in (("steered", steered_B), ("plain", ~steered_B)):
-        if bool(rows_B.any()):
-            values[f"steering/reward_{name}"] = float(total_B[rows_B].double().mean())
+
+    def reward(rows_B: Tensor) -> float | None:
+        return float(total_B[rows_B].double().mean()) if bool(rows_B.any()) else None
+
     edits_B = edits_per_row(steering, rollout)
-    if edits_B is not None:
-        values["steering/edits_per_row"] = float(edits_B.double().mean())
+    kl_sequence, kl_token = None, None
     plain_BR = _unsteered_logprobs(model, steering, scored)
     if plain_BR is not None:
         gap_BR = torch.where(rollout.action_mask_BR, rollout.behaviour_logprobs_BR.double() - plain_BR.double(), 0.0)
-        rows = int(steered_B.sum())
-        values["steering/kl_sequence"] = float(gap_BR[steered_B].sum()) / max(rows, 1)
-        values["steering/kl_token"] = float(gap_BR[steered_B].sum()) / max(int(rollout.action_mask_BR[steered_B].sum()), 1)
-    return values
+        kl_sequence = float(gap_BR[steered_B].sum()) / max(int(steered_B.sum()), 1)
+        kl_token = float(gap_BR[steered_B].sum()) / max(int(rollout.action_mask_BR[steered_B].sum()), 1)
+    return SteeringStats(
+        share=float(steered_B.double().mean()),
+        strength=float(rollout.strength_B[steered_B].double().mean()) if bool(steered_B.any()) else 0.0,
+        scale=steering.scale,
+        reward_steered=reward(steered_B),
+        reward_plain=reward(~steered_B),
+        edits_per_row=None if edits_B is None else float(edits_B.double().mean()),
+        kl_sequence=kl_sequence,
+        kl_token=kl_token,
+    )
 
 
 def _unsteered_logprobs(model: ActorCritic, steering: Steering, scored: Scored) -> Tensor | None:
@@ -64,9 +67,9 @@ def _unsteered_logprobs(model: ActorCritic, steering: Steering, scored: Scored) 
         return model.inside(lambda: teacher_forced(model.policy, scored.rollout, want_entropy=False).logprobs_BR)
 
 
-def hold_budget(steering: Steering | None, spent: float | None, step: int) -> None:
-    """Hold KL per steered response (`spent`, nats) to the budget. Rescaling never goes above the strength of the spec."""
-    limit = None if steering is None else steering.spec.kl_budget
+def hold_budget(steering: Steering | None, stats: SteeringStats | None, step: int) -> None:
+    """Hold the KL per steered response to the budget. Rescaling never goes above the strength of the spec."""
+    limit, spent = None if steering is None else steering.spec.kl_budget, None if stats is None else stats.kl_sequence
     if steering is None or limit is None or spent is None:
         return
     if limit.action == "rescale":

@@ -1,19 +1,26 @@
-"""The records of a PPO step: what the model says, the scored rows, what the update reads; and the state that a step changes.
+"""The records of a PPO step: what the model says, the scored rows, what the update reads and says; and a run's state.
+
+    PolicyOutput ──> Scored ──> Experience ──> UpdateStats ──> StepStats ──> TrainState.advance, the KL's weight, budgets
+                                                                   └───────> metrics, by their names, last of all
 
 Scored and Experience hold all rows of the step, of all ranks: ids and a few floats per token, on the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steerl.reward.types import Scores
+from steerl.reward.types import Reward, Scores
+from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout, Texts
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class PolicyOutput(NamedTuple):
@@ -62,6 +69,122 @@ class Experience:
     """pi_old / mu, truncated or masked; None without a correction."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MinibatchStats:
+    """What one optimizer step measured: means over the minibatch's actions."""
+
+    policy_loss: float
+    clip_fraction: float
+    approx_kl: float
+    ratio_mean: float
+    ratio_error: float
+    """Largest |ratio - 1| on this rank."""
+    grad_norm: float
+    value_loss: float | None = None
+    value_clip_fraction: float | None = None
+    kl_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateStats:
+    """What the update of one step measured: means over its minibatches; None where there is no such loss."""
+
+    optimizer_steps: int
+    ratio_first: float
+    """Mean ratio of the first minibatch, whose weights are those of the old log-probs."""
+    ratio_first_error: float
+    """Largest |ratio - 1| of the first minibatch, on all ranks."""
+    policy_loss: float
+    clip_fraction: float
+    approx_kl: float
+    ratio_mean: float
+    grad_norm: float
+    value_loss: float | None
+    value_clip_fraction: float | None
+    kl_loss: float | None
+
+    @staticmethod
+    def of(minibatches: Sequence[MinibatchStats], ratio_first_error: float) -> UpdateStats:
+        def mean(name: str) -> float | None:
+            values = [getattr(one, name) for one in minibatches]
+            return None if values[0] is None else sum(values) / len(values)
+
+        names = MinibatchStats.__dataclass_fields__.keys() - {"ratio_error"}
+        means: dict[str, Any] = {name: mean(name) for name in names}
+        first = minibatches[0].ratio_mean
+        return UpdateStats(optimizer_steps=len(minibatches), ratio_first=first, ratio_first_error=ratio_first_error, **means)
+
+    def metrics(self) -> dict[str, float]:
+        named = {
+            "kl/loss": self.kl_loss,
+            "ppo/approx_kl": self.approx_kl,
+            "ppo/clip_fraction": self.clip_fraction,
+            "ppo/policy_loss": self.policy_loss,
+            "value/clip_fraction": self.value_clip_fraction,
+            "value/loss": self.value_loss,
+            "ppo/ratio_mean": self.ratio_mean,
+            "ppo/grad_norm": self.grad_norm,
+            "ppo/ratio_first": self.ratio_first,
+            "ppo/ratio_first_error": self.ratio_first_error,
+            "ppo/optimizer_steps": float(self.optimizer_steps),
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+
+class KLStats(NamedTuple):
+    """The policy's KL to the reference."""
+
+    per_response: float
+    """k1 summed over a response, mean over rows."""
+    k3_token: float
+
+
+class GapStats(NamedTuple):
+    """|sampler's - trainer's| log-prob of the policy, over the actions that these weights drew."""
+
+    largest: float
+    mean: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringStats:
+    """What steering did to a step's rows; None where it was not measured, or no row is of that kind."""
+
+    share: float
+    strength: float
+    scale: float
+    reward_steered: float | None = None
+    reward_plain: float | None = None
+    edits_per_row: float | None = None
+    kl_sequence: float | None = None
+    """Nats per steered response, of the distribution sampled from, from the unsteered policy."""
+    kl_token: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """What the loop itself, the KL's weight, budgets and the log's line read of a step. Metrics are made from it, not it from
+    them: a metric may have any name."""
+
+    rows: int
+    tokens: int
+    """Actions."""
+    cut_prompts: int
+    reward: float
+    kl: KLStats | None
+    """None without a reference."""
+    kl_coef: float
+    """The KL's weight in this step."""
+    gap: GapStats | None
+    """None where other weights drew all rows."""
+    steering: SteeringStats | None
+    update: UpdateStats
+
+    @property
+    def kl_per_response(self) -> float:
+        return 0.0 if self.kl is None else self.kl.per_response
+
+
 class KLController(Protocol):
     """The weight of the KL to the reference, moved after every step (algorithm/kl.py)."""
 
@@ -85,12 +208,12 @@ class TrainState:
     """The prepared ActorCritic: plain, or wrapped by DDP, DeepSpeed or FSDP."""
     optimizer: Optimizer
     """The prepared optimizer."""
-    accelerator: Any
-    """accelerate.Accelerator: unwraps the model, gathers sharded weights."""
+    accelerator: Accelerator
+    """Unwraps the model, gathers sharded weights."""
     kl: KLController
-    reward: Any
-    """The reward; where it keeps statistics it has state_dict() and load_state_dict(mapping of JSON values)."""
-    steering: Any = None
+    reward: Reward
+    """Where it keeps statistics it has state_dict() and load_state_dict(mapping of JSON values)."""
+    steering: Steering | None = None
     """The job's steering: its KL budget moves `scale` from step to step."""
     step: int = 0
     """Steps completed; the next one has this index."""
@@ -98,21 +221,21 @@ class TrainState:
     """Prompts taken so far; the next step begins here."""
     totals: dict[str, float] = field(default_factory=dict)
     """Running figures of the run: seconds, tokens, gap_max, optimizer_steps."""
-    before: dict[str, float] = field(default_factory=dict)
-    """The evaluation before the first step (reward, kl); empty until it was taken."""
+    reward_before: float | None = None
+    """The evaluation's reward before the first step; None until it was taken."""
 
-    def advance(self, prompts: int, metrics: Mapping[str, float], seconds: float) -> None:
+    def advance(self, prompts: int, stats: StepStats, seconds: float) -> None:
         """A step is done."""
         self.step += 1
         self.prompt_position += prompts
         added = {
             "seconds": seconds,
-            "rollouts": metrics["rollout/rows"],
-            "tokens": metrics["rollout/tokens"],
-            "optimizer_steps": metrics["ppo/optimizer_steps"],
+            "rollouts": float(stats.rows),
+            "tokens": float(stats.tokens),
+            "optimizer_steps": float(stats.update.optimizer_steps),
         }
         self.totals = self.totals | {name: self.totals.get(name, 0.0) + value for name, value in added.items()}
-        self.totals["gap_max"] = max(self.totals.get("gap_max", 0.0), metrics.get("gap/max", 0.0))
+        self.totals["gap_max"] = max(self.totals.get("gap_max", 0.0), stats.gap.largest if stats.gap else 0.0)
 
     def trained(self) -> dict[str, Tensor]:
         """The unwrapped module's trained parameters and its buffers by name: what a checkpoint has to hold.
@@ -132,7 +255,7 @@ class TrainState:
             "reward": reward,
             "steering": {} if self.steering is None else {"scale": self.steering.scale},
             "totals": dict(self.totals),
-            "before": dict(self.before),
+            "before": {} if self.reward_before is None else {"eval/reward": self.reward_before},
         }
 
     def load_numbers(self, numbers: dict[str, Any]) -> None:
@@ -144,4 +267,4 @@ class TrainState:
         if self.steering is not None:
             self.steering.scale = float(numbers["steering"]["scale"])
         self.totals = dict(numbers["totals"])
-        self.before = dict(numbers["before"])
+        self.reward_before = numbers["before"].get("eval/reward")

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from steerl.reward.types import row_name
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.dumps.manifest import Plan, load_manifest, plan_of
@@ -154,6 +155,10 @@ def _by_prompt(folder: Path) -> Iterator[tuple[int, list[_Row]]]:
     rows: list[_Row] = []
     current = -1
     for rollout, texts in read_dump(folder):
+        if bool((fed_B := rollout.actions_B < rollout.lengths_B).any()):
+            name = row_name(rollout, int(fed_B.nonzero()[0]))
+            told = "was fed tokens that the policy did not draw, which a record of prompt and completion cannot tell apart"
+            raise DataError(f"{folder}: {name} {told}; read such rows with read_dump, action_mask_BR says which they are")
         for i, (prompt, sample, ended) in enumerate(
             zip(rollout.row_B.tolist(), rollout.sample_B.tolist(), rollout.ended_B.tolist(), strict=True)
         ):

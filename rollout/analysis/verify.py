@@ -178,9 +178,8 @@ def _mistakes(policy: Policy, part: Rollout) -> dict[str, Callable[[], Tensor | 
         width, end = part.response_width, logits_BSV.shape[1] - shift
         if end - width < 0:
             return None
-        return token_logprobs(
-            logits_BSV[:, end - width : end], part.response_BR, part.temperature if temperature is None else temperature
-        )
+        temperature = part.temperature if temperature is None else temperature
+        return token_logprobs(logits_BSV[:, end - width : end], part.response_BR, temperature, part.kept)
 
     return {
         "positions: without explicit position ids padded rows count their padding; pass cumsum(mask) - 1": lambda: scored(

@@ -84,10 +84,20 @@ class Sampler:
                 else:  # a rank that is done takes part in the others' collective calls
                     self._part(_dummy(self.policy), [(0, 0)], dataclasses.replace(call, on_token=None))
         if not rollouts:
-            return Samples(self._nothing(call), Texts(prompts=[], prompt_texts=[], completions=[]))
+            nothing = self._nothing(call)
+            return Samples(nothing, self.texts(batch, nothing))
         at = torch.tensor([at for part in parts for at in part], device=self.policy.device)
         rollout = Rollout.join(rollouts).select(at.argsort())
         return Samples(rollout, self.texts(batch, rollout))
+
+    draw = sample
+    """As a source of rollouts (source.py)."""
+
+    def weights_changed(self, step: int) -> None:
+        """Nothing is behind: the policy itself draws."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def texts(self, batch: PromptBatch, rollout: Rollout) -> Texts:
         """What the rows say: n rows of each prompt of the batch, as `sample` orders them."""

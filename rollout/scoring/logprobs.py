@@ -59,9 +59,9 @@ class _Wanted:
     """Each row begins at column 0, with its first token."""
 
 
-def token_logprobs(logits_BRV: Tensor, tokens_BR: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probs of the tokens under softmax(logits / temperature)."""
-    return _of_tokens(_logprobs(logits_BRV, temperature), tokens_BR)
+def token_logprobs(logits_BRV: Tensor, tokens_BR: Tensor, temperature: float = 1.0, kept: Kept | None = None) -> Tensor:
+    """Log-probs of the tokens under softmax(logits / temperature), over what is kept where that is given."""
+    return _of_tokens(_logprobs(logits_BRV, temperature, kept), tokens_BR)
 
 
 def entropy(logits_BRV: Tensor, temperature: float = 1.0) -> Tensor:

@@ -60,11 +60,12 @@ def counted(**settings: Any) -> dict[str, Any]:
     overrides = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "tokenizer": tiny_tokenizer()}
     sampling = {"max_new_tokens": 24, "stop_ids": list(range(3, VOCABULARY, 8))}
     parts, prompts, ppo = job("llama", sampling=sampling, overrides=overrides, **{**fixed, **settings})
-    rollout, texts = parts.sampler.sample(prompts.batch(prompts.take(0, 0, 16)), step=0)
+    samples = parts.sampler.draw(prompts.batch(prompts.take(0, 0, 16)), step=0)
+    rollout = samples.rollout
     policies = {"policy": parts.policy, "value": parts.actor_critic.value_model, "reference": parts.reference.policy}
     trunks = {name: Trunk(policy) for name, policy in policies.items() if policy is not None}
     with Made() as made:
-        scored = score(parts.actor_critic, parts.reference, *gather_scored(rollout, texts, share_of_threes), ppo)
+        scored = score(parts.actor_critic, parts.reference, *gather_scored(samples, share_of_threes), ppo)
         learn(parts.state, credit(scored, ppo, ppo.kl_coef)[0], ppo, seed=0)
     return {
         "calls": {name: trunk.calls for name, trunk in trunks.items()},
@@ -154,14 +155,14 @@ class Twin:
         self.patch.setattr(chunked_head, "enabled", self.fast)
         self.patch.setattr(logprobs, "aligned", self.fast)
         self.gradients.clear()
-        rollout, texts = self.parts.sampler.sample(self.prompts.batch(self.prompts.take(0, 8 * step, 8)), step=step)
-        gathered = gather_scored(rollout, texts, share_of_threes)
+        samples = self.parts.sampler.draw(self.prompts.batch(self.prompts.take(0, 8 * step, 8)), step=step)
+        gathered = gather_scored(samples, share_of_threes)
         scored = score(self.parts.actor_critic, self.parts.reference, *gathered, self.ppo)
         experience, _ = credit(scored, self.ppo, self.ppo.kl_coef)
         learn(self.parts.state, experience, self.ppo, seed=0)
         self.parts.state.step += 1
         return {
-            "ids": [rollout.response_BR],
+            "ids": [samples.rollout.response_BR],
             "logprobs": [scored.old_logprobs_BR, scored.reference_logprobs_BR],
             "rewards": [experience.rewards_BR],
             "gradients": self.gradients[0],

@@ -52,8 +52,8 @@ def test_the_first_ratio_is_one_and_the_reference_is_plain(role, family, peft, m
         assert not steered.all()
     experience, metrics = credit(scored, with_correction(ppo, steering), 0.1)
     assert ("correction/ess" in metrics) == (role == "behaviour") == (experience.importance_BR is not None)
-    metrics = learn(parts.state, experience, ppo, seed=0)
-    assert metrics["ppo/ratio_first_error"] < 1e-5 and metrics["ppo/clip_fraction"] == 0
+    stats = learn(parts.state, experience, ppo, seed=0)
+    assert stats.ratio_first_error < 1e-5 and stats.clip_fraction == 0
 
 
 def test_trainable_trains_the_vectors_alone_and_the_reference_is_no_copy():

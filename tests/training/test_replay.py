@@ -83,7 +83,7 @@ def test_rows_are_those_of_the_dump(dump, policy):
     for rollout, texts in store.read_dump(dump):
         for i in range(len(rollout)):
             stored[int(rollout.row_B[i]), int(rollout.sample_B[i])] = (rollout.select([i]).trim(), texts.select([i]))
-    rollout, texts = replay.sample(replay.batch([7, 0, 11, 7]))
+    rollout, texts = replay.draw(replay.batch([7, 0, 11, 7]))
     assert rollout.row_B.tolist() == [7, 7, 0, 0, 11, 11, 7, 7] and rollout.sample_B.tolist() == [0, 1] * 4
     for i in range(len(rollout)):
         wanted, said = stored[int(rollout.row_B[i]), int(rollout.sample_B[i])]
@@ -110,7 +110,7 @@ def test_the_loop_learns_from_stored_rows_weighed_by_their_own_law(tmp_path, dum
     """The logged mismatch of the first step equals one computed row by row, alone and unpadded, in float64."""
     policy = tiny_policy("llama", seed=2)
     replay = Replay(dump, policy, SETTINGS)
-    rollout, texts = replay.sample(replay.take(0, 0, 4))
+    rollout, texts = replay.draw(replay.batch(replay.take(0, 0, 4)))
     kl, logs = 0.0, []
     for i in range(len(rollout)):
         row = rollout.select([i]).trim()
@@ -174,7 +174,7 @@ def replayed_gap(policy, folder, spec, seed):
     """Largest |recorded - replayed| log-prob of rows that the run steers in the middle of its training."""
     steering = Steering(policy.core, spec, policy.tokenizer, seed)
     replay = Replay(folder, policy, SETTINGS, steering)
-    rollout, texts = replay.sample(list(range(PROMPTS)))
+    rollout, texts = replay.batch(range(PROMPTS))
     steering.progress = 0.5
     with torch.no_grad():
         again = teacher_forced(policy, rollout, steering=steering, columns=texts.columns).logprobs_BR
@@ -231,19 +231,19 @@ def test_other_weights_are_told_and_weighed(dump, caplog):
 def test_a_smaller_vocabulary_without_a_tokenizer_is_refused_by_the_id(dump):
     small = dataclasses.replace(tiny_policy("llama", seed=1, vocab_size=16), tokenizer=None)
     with pytest.raises(UserError, match=r"rollouts-0000\d.parquet holds the id \d+, the policy's vocabulary ends at 15"):
-        Replay(dump, small, SETTINGS).sample(list(range(PROMPTS)))
+        Replay(dump, small, SETTINGS).batch(range(PROMPTS))
 
 
 def test_an_encoder_decoder_does_not_take_a_causal_models_rows(dump):
     other = dataclasses.replace(tiny_policy("t5"), tokenizer=None)
     with pytest.raises(UserError, match="begins responses with"):
-        Replay(dump, other, SETTINGS).sample([0])
+        Replay(dump, other, SETTINGS).batch([0])
 
 
 def test_greedy_rows_are_refused(tmp_path, policy):
     folder = make_dump(tmp_path / "greedy", policy, greedy=True, samples=1)
     with pytest.raises(UserError, match="greedy rows, which have no distribution"):
-        Replay(folder, policy, dataclasses.replace(SETTINGS)).sample([0])
+        Replay(folder, policy, dataclasses.replace(SETTINGS)).batch([0])
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_a_damaged_or_unfinished_dump_is_named(tmp_path, policy):
     shard = folder / "rollouts-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"rollouts-00001.parquet: is damaged"):
-        replay.sample(list(range(PROMPTS)))
+        replay.batch(range(PROMPTS))
     described = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(described | {"finished": False}))
     with pytest.raises(UserError, match="unfinished"):

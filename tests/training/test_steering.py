@@ -120,17 +120,17 @@ def test_what_is_logged() -> None:
     )
     parts, prompts, ppo = job("llama", steering=spec, sampling={"n": 4})
     scored = first_scored(parts, prompts, ppo)
-    found = steered.metrics(parts.actor_critic, scored)
+    found = steered.measure(parts.actor_critic, scored)
     rollout, steered_B = scored.rollout, scored.rollout.strength_B != 0
-    assert found["steering/share"] == 0.5 and found["steering/strength"] == 2.0
+    assert found.share == 0.5 and found.strength == 2.0
     total_B = scored.scores.total_B
-    assert found["steering/reward_steered"] == pytest.approx(float(total_B[steered_B].mean())) != found["steering/reward_plain"]
+    assert found.reward_steered == pytest.approx(float(total_B[steered_B].mean())) != found.reward_plain
     gap_B = torch.where(rollout.mask_BR, rollout.behaviour_logprobs_BR - rollout.policy_logprobs_BR, 0.0).sum(1)
-    assert found["steering/kl_sequence"] == pytest.approx(float(gap_B[steered_B].mean()), rel=1e-5)
+    assert found.kl_sequence == pytest.approx(float(gap_B[steered_B].mean()), rel=1e-5)
     assert float(gap_B[~steered_B].abs().max()) < 1e-4
     # steps 0 to 2 of each steered row, as far as it goes: the last token of a response is never run
     expected_B = torch.where(steered_B, rollout.lengths_B.clamp(max=3), 0)
-    assert found["steering/edits_per_row"] == pytest.approx(float(expected_B.double().mean()))
+    assert found.edits_per_row == pytest.approx(float(expected_B.double().mean()))
 
 
 @pytest.mark.parametrize("role", ["policy", "trainable", "behaviour"])

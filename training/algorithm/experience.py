@@ -1,6 +1,6 @@
 """From prompts to experience: steps 1 to 3 of the loop in ppo.py.
 
-    1 sample   this rank's prompts --sampler--> rollout, texts
+    1 sample   this rank's prompts --source--> Samples
     2 score    --reward, gather_scored: all rows on every rank--> scores --score: forward passes, dealt over ranks--> Scored
     3 credit   Scored --KL, per-token rewards, advantages, whitening, importance weights--> Experience
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from steerl.reward.types import Reward, Scores, missing_stop_penalty, on_last_action, row_name
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.engines.source import PromptSource, RolloutSource
 from steerl.rollout.model.sharding import needs_sync
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Rollout, Samples
 from steerl.training.algorithm import advantages, kl
 from steerl.training.algorithm.importance import importance_weights
 from steerl.training.algorithm.minibatch import occurrences, passes, select, share
@@ -32,31 +33,28 @@ from steerl.training.types import Experience, Scored
 # -- 1 sample --------------------------------------------------------------------------------------------------------
 
 
-def sample(prompts: Any, sampler: Any, rows: list[int], *, step: int, progress: float) -> tuple[Rollout, Texts, bool]:
-    """This rank's share of the prompts `rows`, with all samples of each. `progress` (0 to 1) is what steering's schedules read.
+def sample(prompts: PromptSource, source: RolloutSource, rows: list[int], *, step: int, progress: float) -> Samples:
+    """This rank's share of the prompts `rows`, with all samples of each; no rows where there are more ranks than prompts.
 
-    False where there are more ranks than prompts: the rows then only keep this rank in step with the others."""
+    `progress` (0 to 1) is what steering's schedules read."""
     process = processes.start()
     shared = share(list(zip(rows, occurrences(rows), strict=True)), process.rank, process.world_size)
-    batch = prompts.batch(*zip(*(shared or [(rows[0], 0)]), strict=True))
-    rollout, texts = sampler.sample(batch, step=step, progress=progress)
-    return rollout, texts, bool(shared)
+    batch = prompts.batch([row for row, _ in shared], [before for _, before in shared])
+    return source.draw(batch, step=step, progress=progress)
 
 
 # -- 2 score ---------------------------------------------------------------------------------------------------------
 
 
-def gather_scored(rollout: Rollout, texts: Texts, reward: Reward, *, real: bool = True) -> tuple[Rollout, Texts, Scores]:
-    """The reward of this rank's rows; then the rows of all ranks together. `real` False: the rows only kept this rank busy."""
+def gather_scored(samples: Samples, reward: Reward) -> tuple[Samples, Scores]:
+    """The reward of this rank's rows; then the rows of all ranks together. A rank without rows calls a reward that keeps
+    statistics over all ranks, to be in step with the others."""
     parts = []
-    if not real and getattr(reward, "is_collective", False):
-        reward(rollout.select(slice(0, 0)), texts.select([]))  # in step with the ranks that have rows
-    if real:
-        scores = check_scores(reward(rollout, texts), rollout)
-        parts = [(rollout.to("cpu"), texts, scores.to("cpu"))]
-    parts = processes.gather_objects(parts)
-    rollouts, texts_of, scores_of = zip(*parts, strict=True)
-    return Rollout.join(rollouts), Texts.join(texts_of), Scores.join(scores_of)
+    if len(samples.rollout) or getattr(reward, "is_collective", False):
+        scores = check_scores(reward(*samples), samples.rollout)
+        parts = [(samples.to("cpu"), scores.to("cpu"))] if len(scores) else []
+    samples_of, scores_of = zip(*processes.gather_objects(parts), strict=True)
+    return Samples.join(samples_of), Scores.join(scores_of)
 
 
 def check_scores(scores: Scores, rollout: Rollout) -> Scores:
@@ -72,9 +70,7 @@ def check_scores(scores: Scores, rollout: Rollout) -> Scores:
     return scores
 
 
-def score(
-    model: ActorCritic, reference: Reference | None, rollout: Rollout, texts: Texts, scores: Scores, settings: PPOSettings
-) -> Scored:
+def score(model: ActorCritic, reference: Reference | None, samples: Samples, scores: Scores, settings: PPOSettings) -> Scored:
     """The forward passes of all rows before learning: old log-probs, values, reference. Each rank takes its share.
 
     PPO detail: old log-probs come from the trainer's own forward pass, not from the sampler, and are fixed here, before the
@@ -82,6 +78,7 @@ def score(
     round otherwise without, and the first ratio would be off 1 by that. The graph has nothing in it. (Not where weights are
     spread over ranks, whose engines follow passes in grad mode, nor where activations are computed again, which follows what a
     graph keeps.)"""
+    rollout, texts = samples
     rows, width = rollout.response_BR.shape
     # Zeros where another rank has the row, so that the sum over ranks is the row itself.
     measured = {name: torch.zeros(rows, width) for name in ("logprobs_BR", "entropy_BR", "values_BR", "reference_BR")}

@@ -56,12 +56,12 @@ def policy_loss(
     loss = -weighted_sum(objective_BR, mask_BR, weights_BR)
     with torch.no_grad():
         metrics = {
-            "ppo/policy_loss": loss.detach(),
-            "ppo/clip_fraction": weighted_sum((clipped_BR < plain_BR).to(ratio_BR), mask_BR, weights_BR),
+            "policy_loss": loss.detach(),
+            "clip_fraction": weighted_sum((clipped_BR < plain_BR).to(ratio_BR), mask_BR, weights_BR),
             # k3 of KL(old || new), from tokens of the old policy
-            "ppo/approx_kl": weighted_sum(torch.expm1(log_ratio_BR) - log_ratio_BR, mask_BR, weights_BR),
+            "approx_kl": weighted_sum(torch.expm1(log_ratio_BR) - log_ratio_BR, mask_BR, weights_BR),
             # mean of ratio - 1: exactly 0 where every ratio is 1, which a sum of weights would miss by a rounding
-            "ppo/ratio_excess": weighted_sum(torch.expm1(log_ratio_BR), mask_BR, weights_BR),
+            "ratio_excess": weighted_sum(torch.expm1(log_ratio_BR), mask_BR, weights_BR),
         }
     return loss, metrics
 
@@ -86,7 +86,7 @@ def value_loss(
         clipped_share = weighted_sum(counts_BR.to(error_BR), mask_BR, weights_BR)
         error_BR = torch.maximum(error_BR, held_error_BR)
     loss = weighted_sum(error_BR, mask_BR, weights_BR) / 2
-    return loss, {"value/loss": loss.detach(), "value/clip_fraction": clipped_share.detach()}
+    return loss, {"value_loss": loss.detach(), "value_clip_fraction": clipped_share.detach()}
 
 
 def weighted_sum(value_BR: Tensor, mask_BR: Tensor, weights_BR: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ minibatch (global) --> this rank's micro-batches: forward, losses as sums over o
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,37 +19,30 @@ from steerl.training.algorithm import kl, loss
 from steerl.training.algorithm.minibatch import minibatches, passes, select
 from steerl.training.engine.gradients import accumulating, backward, finish
 from steerl.training.settings import PPOSettings
-from steerl.training.types import Experience, PolicyOutput, TrainState
+from steerl.training.types import Experience, MinibatchStats, PolicyOutput, TrainState, UpdateStats
 
 
-def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, seed: int) -> dict[str, float]:
-    """Change the weights in place; means over the minibatches of what was measured on the way.
+def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, seed: int) -> UpdateStats:
+    """Change the weights in place; what was measured on the way.
 
     PPO details: every epoch shuffles the rows anew; learning rates fall over the steps; early stop: a minibatch whose
     approximate KL exceeds `stop_kl` is the step's last."""
     set_learning_rates(state.optimizer, settings, state.step)
-    history: dict[str, list[float]] = defaultdict(list)
+    done: list[MinibatchStats] = []
     for epoch in range(settings.epochs):
         for rows in minibatches(experience.rollout, count=settings.minibatches, seed=seed, step=state.step, epoch=epoch):
-            measured = update(state, experience, rows, settings)
-            for name, value in measured.items():
-                history[name].append(value)
-            if state.step == settings.value_warmup_steps and len(history["ppo/approx_kl"]) == 2:
-                check_first_move(measured["ppo/approx_kl"], settings, state.step)
-            if settings.stop_kl is not None and measured["ppo/approx_kl"] > settings.stop_kl:
+            done.append(update(state, experience, rows, settings))
+            if state.step == settings.value_warmup_steps and len(done) == 2:
+                check_first_move(done[-1].approx_kl, settings, state.step)
+            if settings.stop_kl is not None and done[-1].approx_kl > settings.stop_kl:
                 break
         else:
             continue
         break
-    metrics = {name: sum(values) / len(values) for name, values in history.items()}
-    metrics["ppo/ratio_first"] = history["ppo/ratio_mean"][0]
-    metrics.pop("ppo/ratio_error")
-    metrics["ppo/ratio_first_error"] = max(processes.gather_objects([history["ppo/ratio_error"][0]]))
-    metrics["ppo/optimizer_steps"] = float(len(history["ppo/ratio_mean"]))
-    return metrics
+    return UpdateStats.of(done, max(processes.gather_objects([done[0].ratio_error])))
 
 
-def update(state: TrainState, experience: Experience, rows: list[int], settings: PPOSettings) -> dict[str, float]:
+def update(state: TrainState, experience: Experience, rows: list[int], settings: PPOSettings) -> MinibatchStats:
     """One optimizer step from the rows of one minibatch, on all ranks together.
 
     PPO details: the losses of all micro-batches and ranks are shares of one mean, over one global count of tokens; the gradient
@@ -68,15 +61,15 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
         worst = torch.maximum(worst, error)
     names = sorted(sums)
     summed = processes.sum_(torch.stack([sums[name].float() for name in names]))
-    metrics = dict(zip(names, summed.tolist(), strict=True))
-    metrics["ppo/ratio_mean"] = 1.0 + metrics.pop("ppo/ratio_excess")
-    metrics["ppo/ratio_error"] = float(worst)
-    check_finite(metrics, state.step)
-    metrics["ppo/grad_norm"] = finish(state, settings.max_grad_norm)
-    check_finite(metrics, state.step)
+    means = dict(zip(names, summed.tolist(), strict=True))
+    watched = {"ppo/policy_loss": "policy_loss", "ppo/approx_kl": "approx_kl", "value/loss": "value_loss"}
+    check_finite({told: means[name] for told, name in watched.items() if name in means}, state.step)
+    grad_norm = finish(state, settings.max_grad_norm)
+    check_finite({"ppo/grad_norm": grad_norm}, state.step)
     state.optimizer.step()  # DeepSpeed has taken it
     state.optimizer.zero_grad()
-    return metrics
+    ratio_mean = 1.0 + means.pop("ratio_excess")
+    return MinibatchStats(ratio_mean=ratio_mean, ratio_error=float(worst), grad_norm=grad_norm, **means)
 
 
 def micro_batch_loss(
@@ -121,7 +114,7 @@ def micro_batch_loss(
         if importance_BR is not None:  # the mean over tokens of another distribution is then that over the policy's
             terms_BR = terms_BR * importance_BR
         penalty = loss.weighted_sum(terms_BR, mask_BR, weights_BR)
-        metrics["kl/loss"] = penalty.detach()
+        metrics["kl_loss"] = penalty.detach()
         total = total + state.kl.coefficient * penalty
     if warming:
         total = total * 0.0  # the graph stays whole, so that every wrapper finds a gradient for every weight
@@ -158,15 +151,14 @@ def schedule(settings: PPOSettings, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1.0
 
 
-def check_finite(metrics: dict[str, float], step: int) -> None:
+def check_finite(watched: Mapping[str, float], step: int) -> None:
     """Stop before a loss or gradient that is no number reaches the weights. The sums are global: every rank stops."""
-    watched = ("ppo/policy_loss", "ppo/approx_kl", "value/loss", "ppo/grad_norm")
-    bad = [name for name in watched if not math.isfinite(metrics.get(name, 0.0))]
+    bad = [f"{name} = {value}" for name, value in watched.items() if not math.isfinite(value)]
     if bad:
-        shown = ", ".join(f"{name} = {metrics[name]}" for name in bad)
         raise UserError(
-            f"step {step + 1}: {shown}; the weights were left as they were. Likely causes: a learning rate that is too high "
-            "(lower ppo.learning_rate), scores that are far too large, or float16 that overflows (use bfloat16 or float32)"
+            f"step {step + 1}: {', '.join(bad)}; the weights were left as they were. Likely causes: a learning rate that is "
+            "too high (lower ppo.learning_rate), scores that are far too large, or float16 that overflows (use bfloat16 or "
+            "float32)"
         )
 
 

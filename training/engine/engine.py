@@ -148,7 +148,7 @@ class EngineSampler:
         self.sampling = sampler.sampling
         self._sampler, self._accelerator, self._actor_critic, self._gather = sampler, accelerator, actor_critic, gather
 
-    def sample(self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0) -> Samples:
+    def draw(self, prompts: PromptBatch, /, *, step: int = 0, progress: float = 0.0) -> Samples:
         """Responses of the policy as it stands; every rank comes here at the same time."""
 
         phase, model = self._gather == "phase", self._actor_critic
@@ -156,7 +156,13 @@ class EngineSampler:
         def sampled() -> Samples:
             whole = gathered(*model.policy_modules()) if phase else contextlib.nullcontext()
             with whole, self._accelerator.autocast():
-                return self._sampler.sample(batch, step=step, progress=progress)
+                return self._sampler.sample(prompts, step=step, progress=progress)
 
         # ZeRO-3 brings weights together anywhere, FSDP inside the root's forward pass alone
         return sampled() if phase and by_zero3(model) else model.inside(sampled)
+
+    def weights_changed(self, step: int) -> None:
+        self._sampler.weights_changed(step)
+
+    def close(self) -> None:
+        self._sampler.close()

@@ -37,6 +37,8 @@ from steerl.training.engine import full_state
 from steerl.training.types import TrainState
 
 FORMAT = 1
+SAVE_EVERY = 10
+"""Steps between checkpoints where run.save_every is 0."""
 FOLDER = "checkpoints"
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")

@@ -20,6 +20,7 @@ from steerl.rollout.model import adapters, auto_classes
 from steerl.rollout.steering import Steering, deploy
 from steerl.training.engine import full_state
 from steerl.training.model.actor_critic import ActorCritic
+from steerl.training.run.evaluate import Evaluation
 from steerl.training.settings import PPOSettings
 from steerl.training.types import TrainState
 
@@ -92,12 +93,12 @@ def _with_folded_steering(model: ActorCritic) -> nn.Module:
     return copied
 
 
-def summarize(folder: Path, state: TrainState, after: dict[str, float]) -> dict[str, Any]:
+def summarize(folder: Path, state: TrainState, after: Evaluation | None) -> dict[str, Any]:
     """Write summary.json, the last file of a run, and return what it holds."""
     summary = {
-        "reward_before": state.before.get("eval/reward"),
-        "reward_after": after.get("eval/reward"),
-        "kl_after": after.get("eval/kl"),
+        "reward_before": state.reward_before,
+        "reward_after": after and after.reward,
+        "kl_after": after and after.kl,
         "gap_max": state.totals.get("gap_max", 0.0),
         "steps": state.step,
         "optimizer_steps": int(state.totals.get("optimizer_steps", 0)),

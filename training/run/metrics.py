@@ -6,34 +6,72 @@ Everything here reads the rows of all ranks, so it is global, and the same on ev
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerl.reward.types import metrics as reward_metrics
+from steerl.reward.types import row_name
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.engines.source import PromptSource
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.types import STOP_REASONS, Rollout
 from steerl.training.algorithm import kl
 from steerl.training.algorithm.minibatch import select, share
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.settings import PPOSettings
-from steerl.training.types import Experience, Scored
+from steerl.training.types import Experience, GapStats, KLStats, Scored, SteeringStats, StepStats, UpdateStats
 
 
 def mean(value: Tensor, mask: Tensor) -> float:
     return float(value[mask].double().mean()) if bool(mask.any()) else 0.0
 
 
-def rollout_metrics(scored: Scored) -> dict[str, float]:
+def step_stats(
+    scored: Scored,
+    experience: Experience,
+    update: UpdateStats,
+    gap: GapStats | None,
+    steering: SteeringStats | None,
+    *,
+    cut_prompts: int,
+    kl_coef: float,
+) -> StepStats:
+    return StepStats(
+        rows=len(scored.rollout),
+        tokens=int(scored.rollout.actions_B.sum()),
+        cut_prompts=cut_prompts,
+        reward=float(scored.scores.total_B.double().mean()),
+        kl=kl_to_reference(scored, experience.importance_BR),
+        kl_coef=kl_coef,
+        gap=gap,
+        steering=steering,
+        update=update,
+    )
+
+
+def step_metrics(stats: StepStats, scored: Scored, credited: Mapping[str, float]) -> dict[str, float]:
+    """All that metrics.jsonl has of a step's records. Nothing reads these names but people and their tools."""
+    metrics = rollout_metrics(stats, scored)
+    if stats.gap is not None:
+        metrics |= {"gap/max": stats.gap.largest, "gap/mean": stats.gap.mean}
+    if stats.steering is not None:
+        metrics |= {f"steering/{name}": value for name, value in vars(stats.steering).items() if value is not None}
+    metrics |= {"rollout/cut_prompts": float(stats.cut_prompts), **credited}
+    if stats.kl is not None:
+        metrics |= {"kl/ref": stats.kl.per_response, "kl/ref_k3_token": stats.kl.k3_token}
+    return metrics | {"kl/coef": stats.kl_coef} | stats.update.metrics()
+
+
+def rollout_metrics(stats: StepStats, scored: Scored) -> dict[str, float]:
     """Rewards, lengths and entropy. What is counted are actions."""
     rollout = scored.rollout
     metrics = {
-        "rollout/rows": float(len(rollout)),
-        "rollout/tokens": float(rollout.actions_B.sum()),
+        "rollout/rows": float(stats.rows),
+        "rollout/tokens": float(stats.tokens),
         "rollout/length_mean": float(rollout.actions_B.double().mean()),
         "rollout/length_max": float(rollout.actions_B.max()),
         "rollout/ended": float(rollout.ended_B.double().mean()),
@@ -43,30 +81,30 @@ def rollout_metrics(scored: Scored) -> dict[str, float]:
     return metrics | {f"time/{name}_pass_s": value for name, value in scored.seconds.items()}
 
 
-def kl_metrics(scored: Scored, importance_BR: Tensor | None = None) -> dict[str, float]:
+def kl_to_reference(scored: Scored, importance_BR: Tensor | None = None) -> KLStats | None:
     """The policy's KL to the reference: k1 summed over a response, mean over rows that have actions; k3 per action.
 
     Rows of another distribution than the policy's count by their importance weights, which share out 1 whatever bounds them."""
     if scored.reference_logprobs_BR is None:
-        return {}
+        return None
     mask_BR, k1_B = scored.rollout.action_mask_BR, kl_per_response(scored, importance_BR)
     k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")
     if importance_BR is None:
-        return {"kl/ref": mean(k1_B, mask_BR.any(1)), "kl/ref_k3_token": mean(k3_BR, mask_BR)}
+        return KLStats(mean(k1_B, mask_BR.any(1)), mean(k3_BR, mask_BR))
     weights_BR = importance_BR.double()
     rows_B = weights_BR.sum(1) / mask_BR.sum(1).clamp(min=1)
     least = torch.finfo(torch.float64).tiny  # a step whose weights are all 0 says nothing
-    return {
-        "kl/ref": float(k1_B.sum() / rows_B.sum().clamp(min=least)),
-        "kl/ref_k3_token": float((k3_BR * weights_BR)[mask_BR].sum() / weights_BR[mask_BR].sum().clamp(min=least)),
-    }
+    return KLStats(
+        per_response=float(k1_B.sum() / rows_B.sum().clamp(min=least)),
+        k3_token=float((k3_BR * weights_BR)[mask_BR].sum() / weights_BR[mask_BR].sum().clamp(min=least)),
+    )
 
 
-def cut_prompts(source: Any, rows: Sequence[int]) -> dict[str, float]:
+def cut_prompts(prompts: PromptSource, rows: Sequence[int]) -> int:
     """How many of the step's prompts were cut, over all ranks: each knows of those that it read itself."""
     process = processes.start()
-    count = sum(row in source.cut for row in share(rows, process.rank, process.world_size))
-    return {"rollout/cut_prompts": float(processes.sum_(torch.tensor(count, device=process.device)))}
+    count = sum(row in prompts.cut for row in share(rows, process.rank, process.world_size))
+    return int(processes.sum_(torch.tensor(count, device=process.device)))
 
 
 def kl_per_response(scored: Scored, importance_BR: Tensor | None = None) -> Tensor:
@@ -81,14 +119,13 @@ def kl_per_response(scored: Scored, importance_BR: Tensor | None = None) -> Tens
 # -- the gap between the sampler and the trainer ----------------------------------------------------------------------
 
 
-def check_gap(scored: Scored, tolerance: float, step: int) -> dict[str, float]:
+def check_gap(scored: Scored, tolerance: float, step: int, *, corrected: bool) -> GapStats | None:
     """Measure |sampler's - trainer's| policy log-prob of every action; above the tolerance the run stops.
 
-    Rollouts of other weights (a replayed dump) have a gap by right: it is what the correction weighs."""
+    Rollouts of other weights (a replayed dump) have a gap by right: it is what the correction weighs. Where nothing is
+    corrected they are refused."""
     rollout = scored.rollout
     own_B1 = (rollout.policy_step_B == step)[:, None]
-    if not bool(own_B1.any()):
-        return {}
     gap_BR = (rollout.policy_logprobs_BR.double() - scored.old_logprobs_BR.double()).abs()
     # NaN is the widest gap of all, and compares as less than nothing
     measured_BR = rollout.action_mask_BR & own_B1
@@ -105,7 +142,30 @@ def check_gap(scored: Scored, tolerance: float, step: int) -> dict[str, float]:
             "position ids or attention masks that differ, a penalty or a temperature that one side lacks, an adapter or a "
             "steering vector active on one side only, half precision (then raise ppo.gap_tolerance)"
         )
-    return {"gap/max": largest, "gap/mean": mean(gap_BR, measured_BR)}
+    if not corrected:
+        check_behaviour(scored, tolerance, step)
+    return GapStats(largest, mean(gap_BR, measured_BR)) if bool(own_B1.any()) else None
+
+
+def check_behaviour(scored: Scored, tolerance: float, step: int) -> None:
+    """Rows that no correction weighs were drawn by the weights that learn, and from the policy's own distribution."""
+    rollout = scored.rollout
+    remedy = "ppo.correction is missing; set ppo.correction.type, for example token_truncate (none accepts the bias)"
+    if len(others := (rollout.policy_step_B != step).nonzero()):
+        drawn = int(rollout.policy_step_B[row := int(others[0])])
+        whose = f"the weights of step {drawn}" if drawn >= 0 else "other weights than this run's"
+        raise UserError(
+            f"step {step + 1}: {row_name(rollout, row)} was drawn by {whose}, not by those that learn, and {remedy}"
+        )
+    off_BR = (rollout.behaviour_logprobs_BR.double() - scored.old_logprobs_BR.double()).abs().nan_to_num(nan=torch.inf)
+    off_BR = torch.where(rollout.action_mask_BR, off_BR, 0.0)
+    if off_BR.numel() and float(off_BR.amax()) > tolerance:
+        row, token = divmod(int(off_BR.argmax()), rollout.response_width)
+        raise UserError(
+            f"step {step + 1}: token {token} of {row_name(rollout, row)} was drawn with log-prob "
+            f"{float(rollout.behaviour_logprobs_BR[row, token]):.4f}, where the policy gives "
+            f"{float(scored.old_logprobs_BR[row, token]):.4f} (tolerance {tolerance:g}), and {remedy}"
+        )
 
 
 def gap_tolerance(settings: PPOSettings, dtype: torch.dtype, mixed_precision: str = "no") -> float:

@@ -15,6 +15,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,7 +29,8 @@ from steerl.rollout.dumps.manifest import finished_shards
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.training.run import checkpoint
-from steerl.training.run.log import RunLog
+from steerl.training.run.export import read_summary
+from steerl.training.run.log import RunLog, log_line
 from steerl.training.settings import PPOSettings
 from steerl.training.types import TrainState
 
@@ -63,6 +65,16 @@ def made_from(
 
 def rows_fingerprint(prompts: Prompts) -> str:
     return values_fingerprint(prompts.table[row] for row in range(len(prompts)))
+
+
+def finished_summary(
+    folder: Path, settings: PPOSettings, config: Mapping[str, object], run: RunSettings
+) -> dict[str, Any] | None:
+    """What a run that is to go on has come to, where it came to its end; else None."""
+    if not run.resume or not processes.on_main(lambda: finished(folder, settings.steps, config, run, settings.schedule)):
+        return None
+    log_line(f"{folder}: finished already; more ppo.steps go on with it, --run.overwrite true starts again")
+    return read_summary(folder)
 
 
 def finished(folder: Path, steps: int, config: Mapping[str, object], run: RunSettings, schedule: str = "constant") -> bool:

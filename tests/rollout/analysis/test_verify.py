@@ -19,7 +19,7 @@ from steerl.rollout.types import Rollout
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
 PROMPTS = PromptBatch.of_ids([[5, 6, 7], [9, 8, 7, 6, 5, 4, 10, 11, 12], [20], [2, 0, 33, 2]], rows=[3, 1, 4, 15])
-SETTINGS = Sampling(max_new_tokens=10, n=2, temperature=0.7, top_k=20, repetition_penalty=1.2)
+SETTINGS = Sampling(max_new_tokens=10, n=2, temperature=0.7, top_k=20, repetition_penalty=1.2, replay_mask=False)
 
 
 def recorded(policy: Policy, policy_BR: torch.Tensor | None = None) -> Rollout:

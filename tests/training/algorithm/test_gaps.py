@@ -20,7 +20,7 @@ from steerl.training.algorithm import kl
 from steerl.training.algorithm.experience import credit
 from steerl.training.algorithm.importance import Correction
 from steerl.training.algorithm.update import learn
-from steerl.training.run.metrics import check_gap, kl_metrics, kl_per_response, rollout_metrics, sample_rows
+from steerl.training.run.metrics import check_gap, kl_per_response, sample_rows, step_metrics, step_stats
 from steerl.training.settings import PPOSettings
 from steerl.training.types import PolicyOutput, Scored
 from tests.ppo_runs import first_scored, job, warm_head
@@ -187,8 +187,9 @@ def a_step(scored: Scored, numbers: list[Tensor], ppo: PPOSettings) -> tuple[dic
     state: Any = SimpleNamespace(
         model=table, step=7, kl=kl.FixedKL(0.3), accelerator=accelerator, optimizer=torch.optim.SGD(groups)
     )
-    said = said | learn(state, experience, ppo, seed=3)
-    said |= kl_metrics(scored, experience.importance_BR) | check_gap(scored, 1e9, 0) | rollout_metrics(scored)
+    gap = check_gap(scored, 1e9, 0, corrected=True)
+    stats = step_stats(scored, experience, learn(state, experience, ppo, seed=3), gap, None, cut_prompts=0, kl_coef=0.3)
+    said = step_metrics(stats, scored, said)
     tokens = {name: getattr(experience, name) for name in ("rewards_BR", "advantages_BR", "returns_BR", "importance_BR")}
     learned = zip(("logprobs", "values", "entropies"), table.numbers, numbers, strict=True)
     tokens |= {f"learned {name}": value.detach() - before.nan_to_num(0.0) for name, value, before in learned}

@@ -14,7 +14,7 @@ from steerl.training.algorithm import kl
 from steerl.training.algorithm.experience import credit
 from steerl.training.algorithm.importance import Correction, importance_weights
 from steerl.training.algorithm.update import micro_batch_loss
-from steerl.training.run.metrics import kl_metrics
+from steerl.training.run.metrics import kl_to_reference
 from steerl.training.settings import PPOSettings
 from steerl.training.types import PolicyOutput, Scored
 
@@ -137,7 +137,7 @@ def one_token(correction):
         return torch.autograd.grad(total, policy)[0]
 
     experience, _ = credit(scored, PPOSettings(credit="rloo", correction=correction), 0.0)
-    return policy, old, reference, mu, gradient, kl_metrics(scored, experience.importance_BR)
+    return policy, old, reference, mu, gradient, kl_to_reference(scored, experience.importance_BR)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -160,14 +160,14 @@ def test_weights_of_the_kl_as_a_loss_are_bounded_as_the_setting_says():
 def test_the_kl_that_is_logged_and_held_is_the_policys_whatever_law_drew_the_tokens():
     _, old, reference, mu, _, said = one_token(UNBOUND)
     true = float((old.exp() * (old - reference)).sum())
-    assert said["kl/ref"] == pytest.approx(true, abs=1e-5)
-    assert said["kl/ref_k3_token"] == pytest.approx(true, abs=1e-5)
+    assert said.per_response == pytest.approx(true, abs=1e-5)
+    assert said.k3_token == pytest.approx(true, abs=1e-5)
     assert abs(float((mu.exp() * (old - reference)).sum()) - true) > 0.1  # what the rows say without their weights
     # Bounded weights share out 1 among the rows all the same: a bound does not make the KL look small.
     weights = [min(math.exp(float(a - b)), 1.1) for a, b in zip(old, mu, strict=True)]
     share = [count * weight for count, weight in zip(MU, weights, strict=True)]
     expected = sum(s * float(d) for s, d in zip(share, old - reference, strict=True)) / sum(share)
-    assert one_token(Correction("token_truncate", high=1.1))[-1]["kl/ref"] == pytest.approx(expected, abs=1e-5)
+    assert one_token(Correction("token_truncate", high=1.1))[-1].per_response == pytest.approx(expected, abs=1e-5)
 
 
 def test_rows_weigh_whole_under_sequence_weights():
@@ -185,6 +185,6 @@ def test_rows_weigh_whole_under_sequence_weights():
             true += math.exp(log) * (log - float(reference[0, a] + reference[1 + a, b]))
     scored = rows_of(pairs, log_mu, log_pi, log_reference)
     weights, _ = importance_weights(log_pi, log_mu, scored.rollout.action_mask_BR, Correction("sequence_truncate", high=1e9))
-    assert kl_metrics(scored, weights)["kl/ref"] == pytest.approx(true, abs=1e-5)
+    assert kl_to_reference(scored, weights).per_response == pytest.approx(true, abs=1e-5)
     plain = float((log_pi - log_reference).sum(1).mean())
-    assert kl_metrics(scored)["kl/ref"] == pytest.approx(plain, abs=1e-6) and abs(plain - true) > 0.05
+    assert kl_to_reference(scored).per_response == pytest.approx(plain, abs=1e-6) and abs(plain - true) > 0.05

@@ -58,11 +58,11 @@ def test_metrics_of_the_policy_loss():
     pairs = [(float(new[i, t] - old[i, t]), float(advantages[i, t])) for i, n in enumerate(lengths) for t in range(n)]
     outside = sum((math.exp(d) > 1.2 and a > 0) or (math.exp(d) < 0.8 and a < 0) for d, a in pairs)
     assert outside > 0
-    assert float(metrics["ppo/clip_fraction"]) == pytest.approx(outside / len(pairs), rel=1e-6)
-    assert 1 + float(metrics["ppo/ratio_excess"]) == pytest.approx(sum(math.exp(d) for d, _ in pairs) / len(pairs), rel=1e-6)
-    assert float(metrics["ppo/approx_kl"]) == pytest.approx(sum(math.exp(d) - 1 - d for d, _ in pairs) / len(pairs), rel=1e-6)
+    assert float(metrics["clip_fraction"]) == pytest.approx(outside / len(pairs), rel=1e-6)
+    assert 1 + float(metrics["ratio_excess"]) == pytest.approx(sum(math.exp(d) for d, _ in pairs) / len(pairs), rel=1e-6)
+    assert float(metrics["approx_kl"]) == pytest.approx(sum(math.exp(d) - 1 - d for d, _ in pairs) / len(pairs), rel=1e-6)
     _, same = loss.policy_loss(old, old, advantages, mask, weights, clip_low=0.2, clip_high=0.2)
-    assert float(same["ppo/clip_fraction"]) == 0 and float(same["ppo/approx_kl"]) == 0
+    assert float(same["clip_fraction"]) == 0 and float(same["approx_kl"]) == 0
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
@@ -116,7 +116,7 @@ def test_value_loss(clip):
                 error = max(error, (min(max(v, o - clip), o + clip) - r) ** 2)
             total += error / 2 / sum(lengths)
     assert float(found) == pytest.approx(total, rel=1e-6)
-    assert float(metrics["value/loss"]) == pytest.approx(total, rel=1e-6)
+    assert float(metrics["value_loss"]) == pytest.approx(total, rel=1e-6)
 
 
 def test_a_batch_without_tokens_is_zero_not_nan():

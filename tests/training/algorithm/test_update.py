@@ -10,6 +10,7 @@ import torch
 
 from steerl.reward.types import Scores
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.types import Samples
 from steerl.training.algorithm import update as learning
 from steerl.training.algorithm.experience import credit, score
 from steerl.training.algorithm.update import learn, schedule, update
@@ -125,9 +126,8 @@ def test_padding_and_the_order_of_rows_with_gaps_do_not_matter(family, settings)
     scored = first_scored(parts, prompts, ppo, gaps=True)
     rollout, order = scored.rollout, torch.randperm(len(scored.rollout), generator=torch.Generator().manual_seed(1))
     moved_rows = rollout.pad_to(rollout.prompt_width + 3, rollout.response_width + 4).select(order)
-    again = score(
-        parts.actor_critic, parts.reference, moved_rows, scored.texts.select(order), Scores(scored.scores.total_B[order]), ppo
-    )
+    again_samples = Samples(moved_rows, scored.texts.select(order))
+    again = score(parts.actor_critic, parts.reference, again_samples, Scores(scored.scores.total_B[order]), ppo)
     one, other = (credit(each, ppo, ppo.kl_coef)[0] for each in (scored, again))
     for name in ("old_logprobs_BR", "values_BR", "rewards_BR", "advantages_BR", "returns_BR"):
         value, wide = getattr(one, name)[order], getattr(other, name)
@@ -169,9 +169,9 @@ def test_recomputed_activations_give_the_same_gradient_and_no_dropout(family, pe
 def test_optimizer_steps_are_epochs_times_minibatches():
     parts, prompts, ppo = job("gpt2", epochs=3, minibatches=4, micro_batch_size=1)
     experience = first_experience(parts, prompts, ppo)
-    metrics = learn(parts.state, experience, ppo, seed=0)
+    stats = learn(parts.state, experience, ppo, seed=0)
     steps = {int(entry["step"]) for entry in parts.state.optimizer.state.values()}
-    assert steps == {12} and metrics["ppo/optimizer_steps"] == 12
+    assert steps == {12} and stats.optimizer_steps == 12
 
 
 def test_the_gradient_is_clipped_after_accumulation():
@@ -218,10 +218,10 @@ def test_at_learning_rate_zero_every_ratio_is_one(law, family, peft):
         family, peft, law, learning_rate=0.0, value_learning_rate=1e-2, epochs=2, correction=Correction("token_truncate")
     )
     before = {n: p.clone() for n, p in parts.policy.model.named_parameters()}
-    metrics = learn(parts.state, first_experience(parts, prompts, ppo), ppo, seed=0)
-    assert metrics["ppo/ratio_first"] == pytest.approx(1, abs=1e-6) and metrics["ppo/ratio_mean"] == pytest.approx(1, abs=1e-6)
-    assert metrics["ppo/ratio_first_error"] < 1e-5
-    assert metrics["ppo/clip_fraction"] == 0 and abs(metrics["ppo/approx_kl"]) < 1e-9
+    stats = learn(parts.state, first_experience(parts, prompts, ppo), ppo, seed=0)
+    assert stats.ratio_first == pytest.approx(1, abs=1e-6) and stats.ratio_mean == pytest.approx(1, abs=1e-6)
+    assert stats.ratio_first_error < 1e-5
+    assert stats.clip_fraction == 0 and abs(stats.approx_kl) < 1e-9
     assert all(torch.equal(p, before[n]) for n, p in parts.policy.model.named_parameters())
 
 
@@ -230,15 +230,15 @@ def test_dropout_changes_nothing():
         "gpt2", learning_rate=0.0, overrides={"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}, epochs=2
     )
     parts.policy.model.train()  # as a caller may hand it over
-    metrics = learn(parts.state, first_experience(parts, prompts, ppo), ppo, seed=0)
-    assert metrics["ppo/ratio_first_error"] < 1e-5 and metrics["ppo/ratio_mean"] == pytest.approx(1, abs=1e-6)
+    stats = learn(parts.state, first_experience(parts, prompts, ppo), ppo, seed=0)
+    assert stats.ratio_first_error < 1e-5 and stats.ratio_mean == pytest.approx(1, abs=1e-6)
 
 
 def test_identical_micro_batches_give_a_ratio_of_exactly_one():
     for family in ("gpt2", "llama", "t5"):
         parts, prompts, ppo = job(family, minibatches=1, epochs=1, micro_batch_size=16)
-        metrics = learn(parts.state, first_experience(parts, prompts, ppo), ppo, seed=0)
-        assert metrics["ppo/ratio_first"] == 1.0 and metrics["ppo/ratio_first_error"] == 0.0
+        stats = learn(parts.state, first_experience(parts, prompts, ppo), ppo, seed=0)
+        assert stats.ratio_first == 1.0 and stats.ratio_first_error == 0.0
 
 
 @pytest.mark.parametrize("value", ["separate", "shared"])
@@ -256,8 +256,8 @@ def test_in_the_value_warmup_only_the_value_learns(value):
 
 def test_a_large_step_ends_the_epochs():
     parts, prompts, ppo = job("gpt2", epochs=5, minibatches=4, learning_rate=3e-2, stop_kl=1e-3)
-    metrics = learn(parts.state, first_experience(parts, prompts, ppo), ppo, seed=0)
-    assert 1 < metrics["ppo/optimizer_steps"] < 20
+    stats = learn(parts.state, first_experience(parts, prompts, ppo), ppo, seed=0)
+    assert 1 < stats.optimizer_steps < 20
 
 
 def test_two_learning_rates_and_their_schedule():
@@ -287,5 +287,5 @@ def test_a_loss_that_is_no_number_stops_before_the_weights(bad):
 def test_credit_without_a_value_has_no_value_model():
     parts, prompts, ppo = job("gpt2", credit="rloo", sampling={"n": 4})
     assert parts.actor_critic.critic is None and parts.actor_critic.head is None
-    metrics = learn(parts.state, first_experience(parts, prompts, ppo), ppo, seed=0)
-    assert "value/loss" not in metrics and len(parts.state.optimizer.param_groups) == 1
+    stats = learn(parts.state, first_experience(parts, prompts, ppo), ppo, seed=0)
+    assert stats.value_loss is None and "value/loss" not in stats.metrics() and len(parts.state.optimizer.param_groups) == 1

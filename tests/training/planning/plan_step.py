@@ -58,12 +58,12 @@ def take(policy: Policy, sampling: Sampling, ppo: PPOSettings, prompt: int) -> d
     texts = ["a" * (prompt - i % 3) for i in range(ppo.rollouts_per_step)]
     prompts = Prompts([{"prompt": text} for text in texts], "prompt", policy, PromptSettings())
     rows = prompts.take(0, 0, ppo.rollouts_per_step)
-    rollout, words, _ = sample(prompts, parts.sampler, rows, step=0, progress=0.0)
+    samples = sample(prompts, parts.sampler, rows, step=0, progress=0.0)
     seen["sample"] = peak()
-    scored = score(parts.actor_critic, parts.reference, *gather_scored(rollout, words, reward), ppo)
+    scored = score(parts.actor_critic, parts.reference, *gather_scored(samples, reward), ppo)
     seen["score"] = peak()
     learn(parts.state, credit(scored, ppo, 0.05)[0], ppo, seed=0)
-    return seen | {"learn": peak(), "width": rollout.response_width}
+    return seen | {"learn": peak(), "width": samples.rollout.response_width}
 
 
 def main(asked: dict[str, Any]) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def test_what_moves_from_step_to_step_is_in_the_numbers(tmp_path):
 
     state, other = make(), make()
     state.reward.count, state.steering.scale, state.prompt_position = 7, 1 / 3, 11
-    state.totals, state.before = {"tokens": 5.0}, {"eval/reward": 0.1}
+    state.totals, state.reward_before = {"tokens": 5.0}, 0.1
     state.kl.update(9.0, 2)
     checkpoint.load(checkpoint.save(tmp_path, 4, state), other)
     assert other.numbers() == state.numbers()
