@@ -95,9 +95,10 @@ class Rollout:
     strength_BK: Tensor = field(default=None)  # type: ignore[assignment]
     """What every steering site really applied to each row; 0 = the site left it alone. No sites (K = 0) without steering."""
     positions_BKN: Tensor = field(default=None)  # type: ignore[assignment]
-    """Prompt positions that a data column gave a site, padded with -1; N = 0 where no site reads any."""
+    """Prompt positions that a data column gave a site, padded with -1; N = 0 where no site reads any, or none are recorded."""
     policy_step_B: Tensor = field(default=None)  # type: ignore[assignment]
-    """Which weights drew each row: as after this many steps. 0 where it is not given; -1 = other weights than this run's."""
+    """Which weights drew each row: as after this many steps. 0 where it is not given; -1 - n = other weights than this run's,
+    after n steps of theirs (which the noise of a steering was drawn for)."""
     kept: Kept | None = None
     """Where the sampler truncated: what could be drawn at each action; None otherwise, or with `sampling.replay_mask` false."""
     entropy_BR: Tensor | None = None
@@ -311,7 +312,8 @@ class Applied(NamedTuple):
     def nothing(row_B: Tensor, policy_step: int, sites: int = 0) -> Applied:
         """Rows that no site touches."""
         strength_BK = torch.zeros(len(row_B), sites, device=row_B.device)
-        return Applied(strength_BK, strength_BK[:, :, None].long() - 1, torch.full_like(row_B, policy_step), 0)
+        positions_BKN = row_B.new_full((len(row_B), sites, min(sites, 1)), -1)
+        return Applied(strength_BK, positions_BKN, torch.full_like(row_B, policy_step), 0)
 
     def select(self, index: Tensor) -> Applied:
         tensors = (self.strength_BK[index], self.positions_BKN[index], self.policy_step_B[index])

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -119,7 +119,7 @@ def _top(score_PN: np.ndarray, keep_PN: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(top & keep_PN)
 
 
-def selected(folder: Path, scores: Path, selection: SelectionSettings) -> Iterator[dict[str, Any]]:
+def selected(folder: Path, scores: Path, selection: SelectionSettings) -> Iterator[dict[str, object]]:
     """The records, in the order of the prompts. Memory: one number per row, and the texts of one prompt."""
     plan = plan_of(load_manifest(folder))
     columns = read_scores(scores, plan)
@@ -142,12 +142,12 @@ def selected(folder: Path, scores: Path, selection: SelectionSettings) -> Iterat
 @dataclass(frozen=True)
 class _Row:
     sample: int
-    prompt: Any
+    prompt: object
     completion: str
     ended: bool
-    said: Any
+    said: object
     """The completion in the form of its prompt: text, or the assistant's message, with what the prompt had begun of it."""
-    others: dict[str, Any]
+    others: dict[str, object]
     """What a chat template is given beside the messages, as JSON text."""
 
 
@@ -178,7 +178,7 @@ def _by_prompt(folder: Path) -> Iterator[tuple[int, list[_Row]]]:
         yield current, rows
 
 
-def _of_prompt(prompt: int, rows: list[_Row], score_N: np.ndarray, selection: SelectionSettings) -> Iterator[dict[str, Any]]:
+def _of_prompt(prompt: int, rows: list[_Row], score_N: np.ndarray, selection: SelectionSettings) -> Iterator[dict[str, object]]:
     rows = sorted(rows, key=lambda row: row.sample)
     keep_N = np.array([row.ended or not selection.ended for row in rows])
     if selection.unique:

@@ -155,7 +155,7 @@ def damaged(path: Path) -> str | None:
 def read_head(path: Path) -> dict[str, Any]:
     """What a whole checkpoint says of itself: step, config, log, and the tree without its tensors."""
     with _written_by_us(path):
-        head: dict[str, Any] = json.loads((Path(path) / _STATE).read_text(encoding="utf-8"))
+        head: dict[str, object] = json.loads((Path(path) / _STATE).read_text(encoding="utf-8"))
         kinds = {"step": int, "config": dict, "log": dict, "tree": dict}
         if wrong := [name for name, kind in kinds.items() if not isinstance(head[name], kind)]:
             raise TypeError(f"{wrong[0]} is {head[wrong[0]]!r:.60}")
@@ -205,7 +205,7 @@ def load(path: Path, state: TrainState) -> dict[str, Any]:
 # -- random generators ---------------------------------------------------------------------------------------------
 
 
-def random_states() -> dict[str, Any]:
+def random_states() -> dict[str, object]:
     """Every random generator of this process."""
     import numpy
 
@@ -213,7 +213,7 @@ def random_states() -> dict[str, Any]:
     generator: tuple[Any, ...] = numpy.random.get_state()  # type: ignore[assignment]
     name, keys, position, has_gauss, gauss = generator
     version, internal, normal = random.getstate()
-    states: dict[str, Any] = {
+    states: dict[str, object] = {
         "python": (version, torch.tensor(internal), normal),
         "numpy": (name, torch.tensor(keys.tolist()), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
@@ -256,7 +256,7 @@ def _flatten(tree: object, name: str, tensors: dict[str, Tensor]) -> object:
     raise TypeError(f"checkpoint: {name} is a {type(tree).__name__}, which safetensors and JSON cannot hold")
 
 
-def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unflatten(tree: object, tensors: Mapping[str, Tensor]) -> object:
     if isinstance(tree, list):
         return [_unflatten(value, tensors) for value in tree]
     if not isinstance(tree, dict):

@@ -112,7 +112,7 @@ class RunLog:
 
     # -- resume -----------------------------------------------------------------------------------------------------
 
-    def position(self) -> dict[str, Any]:
+    def position(self) -> dict[str, object]:
         """How far the files are, flushed to the disk, and the trackers' ids: what a checkpoint keeps of the log."""
         sizes = {}
         for name, file in self._files.items():

@@ -15,7 +15,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -69,7 +68,7 @@ def rows_fingerprint(prompts: Prompts) -> str:
 
 def finished_summary(
     folder: Path, settings: PPOSettings, config: Mapping[str, object], run: RunSettings
-) -> dict[str, Any] | None:
+) -> dict[str, object] | None:
     """What a run that is to go on has come to, where it came to its end; else None."""
     if not run.resume or not processes.on_main(lambda: finished(folder, settings.steps, config, run, settings.schedule)):
         return None
