@@ -108,7 +108,7 @@ def read(job_type: type[Job], argv: Sequence[str] | None = None) -> Job:
         print(show.help_text(job_type))
         raise SystemExit(0)
     problems = list(command.problems)
-    tree: dict[str, Any] = {}
+    tree: dict[str, object] = {}
     for name in command.files:
         if (layer := _file_layer(job_type, name, problems)) is not None:
             lay_over(tree, layer, problems)
@@ -126,13 +126,13 @@ def read(job_type: type[Job], argv: Sequence[str] | None = None) -> Job:
     return job  # type: ignore[no-any-return]
 
 
-def to_mapping(job: Any) -> dict[str, Any]:
+def to_mapping(job: object) -> dict[str, object]:
     """The resolved settings as plain mappings, lists and scalars."""
-    mapping: dict[str, Any] = show.plain(job)
+    mapping: dict[str, object] = show.plain(job)
     return mapping
 
 
-def to_yaml(job: Any) -> str:
+def to_yaml(job: object) -> str:
     """The resolved settings as YAML that --config reads back."""
     return show.to_yaml(job)
 
@@ -198,7 +198,7 @@ def _stands_alone(job_type: type, path: Path, rest: Sequence[str]) -> bool:
     return not rest or rest[0].startswith("--") or (before_texts and rest[0] not in ("true", "false"))
 
 
-def _nested(path: Path, value: Any) -> Section:
+def _nested(path: Path, value: object) -> Section:
     return Section({path[0]: _nested(path[1:], value) if path[1:] else value})
 
 

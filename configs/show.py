@@ -18,7 +18,7 @@ from steerl.rollout.common.settings_reader import Path, dotted, fields_of, secti
 WIDTH = 110
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Settings as YAML has them: mappings, lists, scalars."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {spot.name: plain(getattr(value, spot.name)) for spot in dataclasses.fields(value) if spot.init}
@@ -40,7 +40,7 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def to_yaml(job: Any) -> str:
+def to_yaml(job: object) -> str:
     text: str = yaml.dump(plain(job), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=WIDTH)
     return text
 
@@ -52,13 +52,13 @@ def docs(section: type) -> dict[str, str]:
     return {param.arg_name: " ".join((param.description or "").split()) for param in params}
 
 
-def default(spot: dataclasses.Field[Any]) -> Any:
+def default(spot: dataclasses.Field[object]) -> object:
     if spot.default is not dataclasses.MISSING:
         return spot.default
     return dataclasses.MISSING if spot.default_factory is dataclasses.MISSING else spot.default_factory()
 
 
-def flow(value: Any) -> str:
+def flow(value: object) -> str:
     """A value on one line of YAML."""
     text: str = yaml.dump(
         plain(value), Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6
@@ -105,12 +105,12 @@ def _help_of(section: type, path: Path, title: str) -> list[str]:
     return (lines if len(lines) > 1 or title else []) + inner
 
 
-def commented_yaml(job_type: type, job: Any) -> str:
+def commented_yaml(job_type: type, job: object) -> str:
     """The settings in full, each under its docstring; --config reads it back."""
     return "\n".join(_commented(job_type, job, 0)) + "\n"
 
 
-def _commented(section: type, value: Any, depth: int) -> list[str]:
+def _commented(section: type, value: object, depth: int) -> list[str]:
     known, said = fields_of(section), docs(section)
     margin = "  " * depth
     lines: list[str] = []

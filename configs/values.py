@@ -6,7 +6,6 @@ import dataclasses
 import math
 import typing
 from pathlib import Path as FilePath
-from typing import Any
 
 from steerl.rollout.common import settings_reader
 from steerl.rollout.common.settings_reader import (
@@ -34,7 +33,7 @@ class Text(str):
 class ValueReader(settings_reader.Reader):
     """What one file or the command line says, as a Section of values that fit."""
 
-    def value(self, wanted: Any, path: Path, value: Any) -> Any:
+    def value(self, wanted: object, path: Path, value: object) -> object:
         section, before = section_of(wanted), len(self.problems)
         if section is not None and isinstance(value, str) and value.endswith((".yaml", ".yml")):
             tree = load_yaml(FilePath(value), self.problems, dotted(path))
@@ -50,7 +49,7 @@ class ValueReader(settings_reader.Reader):
             return MISSING
         return super().value(wanted, path, value)
 
-    def _into_mapping(self, wanted: Any, path: Path, value: Section) -> Any:
+    def _into_mapping(self, wanted: object, path: Path, value: Section) -> object:
         """A flag into a free mapping: it sets one key and leaves the others."""
         if wanted not in ANYTHING and holds(wanted, dict) is None:
             below, text = leaf(path, value)
@@ -61,7 +60,7 @@ class ValueReader(settings_reader.Reader):
         checked = {name: self.value(inner[1], (*path, name), one) for name, one in value.items()}
         return Section({name: one for name, one in checked.items() if one is not MISSING})
 
-    def judge(self, wanted: Any, value: Any) -> tuple[bool, Any]:
+    def judge(self, wanted: object, value: object) -> tuple[bool, object]:
         kinds = members(wanted)
         if isinstance(value, str) and bool in kinds and value in ("yes", "no"):  # plain YAML's words for it
             return True, value == "yes"
@@ -76,15 +75,15 @@ class ValueReader(settings_reader.Reader):
         fits, found = settings_reader.convert(wanted, value)
         return fits, str(found) if isinstance(found, Text) else found
 
-    def unknown_key(self, section: type, path: Path, key: str, value: Any) -> str:
+    def unknown_key(self, section: type, path: Path, key: str, value: object) -> str:
         below, value = leaf((*path, key), value)
         return unknown(section, below, brief(value), self.source, within=path)
 
-    def wish(self, spot: dataclasses.Field[Any], path: Path, wanted: Any) -> str:
+    def wish(self, spot: dataclasses.Field[object], path: Path, wanted: object) -> str:
         return f"give {words(wanted)}, " + ("VALUE" if spot.metadata.get("positional") else f"--{dotted(path)} VALUE")
 
 
-def leaf(path: Path, value: Any) -> tuple[Path, Any]:
+def leaf(path: Path, value: object) -> tuple[Path, object]:
     """A flag's whole path, and its text."""
     while isinstance(value, Section) and value:
         ((name, value),) = value.items()
@@ -92,7 +91,7 @@ def leaf(path: Path, value: Any) -> tuple[Path, Any]:
     return path, value
 
 
-def _is_yaml(wanted: Any, text: str) -> bool:
+def _is_yaml(wanted: object, text: str) -> bool:
     """Whether a flag's text is more than one word of its own: always where no text may stand, else by its first letter."""
     section = section_of(wanted)
     if section is None and wanted not in ANYTHING and holds(wanted, list, tuple, dict) is None:
@@ -100,7 +99,7 @@ def _is_yaml(wanted: Any, text: str) -> bool:
     return str not in members(wanted) or section is not None or text.lstrip()[:1] in ("{", "[")
 
 
-def _unfit(value: Any) -> str | None:
+def _unfit(value: object) -> str | None:
     """What no setting can be: text that no file can hold, numbers that are not finite, whole ones that no tensor can hold."""
     if isinstance(value, dict | list | tuple):
         inner = [*value, *value.values()] if isinstance(value, dict) else value
@@ -114,9 +113,9 @@ def _unfit(value: Any) -> str | None:
     return "a whole number that does not fit 64 bits" if too_large else None
 
 
-def type_at(job_type: type, path: Path) -> Any:
+def type_at(job_type: type, path: Path) -> object:
     """The type of the setting at `path`; anything inside a free mapping; None where there is no such setting."""
-    wanted: Any = job_type
+    wanted: object = job_type
     for name in path:
         section = section_of(wanted)
         if section is not None:

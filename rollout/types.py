@@ -95,9 +95,10 @@ class Rollout:
     strength_BK: Tensor = field(default=None)  # type: ignore[assignment]
     """What every steering site really applied to each row; 0 = the site left it alone. No sites (K = 0) without steering."""
     positions_BKN: Tensor = field(default=None)  # type: ignore[assignment]
-    """Prompt positions that a data column gave a site, padded with -1; N = 0 where no site reads any."""
+    """Prompt positions that a data column gave a site, padded with -1; N = 0 where no site reads any, or none are recorded."""
     policy_step_B: Tensor = field(default=None)  # type: ignore[assignment]
-    """Which weights drew each row: as after this many steps. 0 where it is not given; -1 = other weights than this run's."""
+    """Which weights drew each row: as after this many steps. 0 where it is not given; -1 - n = other weights than this run's,
+    after n steps of theirs (which the noise of a steering was drawn for)."""
     kept: Kept | None = None
     """Where the sampler truncated: what could be drawn at each action; None otherwise, or with `sampling.replay_mask` false."""
     entropy_BR: Tensor | None = None

@@ -184,8 +184,8 @@ class Session:
     def paint(self, piece: Piece) -> str:
         return paint(piece, self.color, raw=not sys.stdout.isatty())
 
-    def record(self, one: Asked, done: list[Completed]) -> dict[str, Any]:
-        def of(each: Completed) -> dict[str, Any]:
+    def record(self, one: Asked, done: list[Completed]) -> dict[str, object]:
+        def of(each: Completed) -> dict[str, object]:
             sure = self.confidence(each)
             chat = not isinstance(one.prompt, str)
             return {
@@ -264,7 +264,7 @@ def say(text: str) -> None:
 
 def read_prompts(job: CompleteJob, policy: Policy) -> list[Asked]:
     """What the job asks for in one go; nothing where it is a chat."""
-    texts: list[Any] = list(job.prompt)
+    texts: list[object] = list(job.prompt)
     if job.prompts.path.endswith(".txt"):
         path = Path(job.prompts.path)
         if not path.is_file():

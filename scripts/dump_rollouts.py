@@ -13,7 +13,6 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from steerl.configs.reader import run_command
 
@@ -67,7 +66,7 @@ def write(job: DumpJob, folder: Path) -> None:
     warn_endless(policy, job.sampling, prompts.table[0][prompts.column])
     plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
 
-    def start_here() -> dict[str, Any]:
+    def start_here() -> dict[str, object]:
         made_from = {
             "model.path": model_fingerprint(policy.model),
             "model.tokenizer": tokenizer_fingerprint(policy.tokenizer),

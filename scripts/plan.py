@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from steerl.configs.reader import run_command
 
@@ -128,7 +128,7 @@ def machines_of(job: PlanJob) -> Machines:
     )
 
 
-def work_of(job: PlanJob, peft: dict[str, Any] | None) -> PlannedStep:
+def work_of(job: PlanJob, peft: dict[str, object] | None) -> PlannedStep:
     """The job, with an adapter or without; the policy is loaded in the precision that training would load it in."""
     if peft:
         adapter_config(peft)

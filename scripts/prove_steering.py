@@ -227,7 +227,7 @@ def plot(results: dict[str, list[dict[str, Any]]], file: Path) -> None:
 
 def run_all(job: ProveJob, chosen: list[Arm], folder: Path) -> dict[str, list[dict[str, Any]]] | None:
     """Every arm in every seed; None where it was told to stop: what is done is there for the next time."""
-    results: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, list[dict[str, object]]] = {}
     for arm in chosen:
         for seed in range(job.first_seed, job.first_seed + arm.seeds):
             place = folder / f"{arm.name}-{seed}"

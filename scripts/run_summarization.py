@@ -74,7 +74,7 @@ class SummarisationArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Empty the output folder first, if a job wrote it."})
 
 
-def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, Any]:
+def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, object]:
     """The command line as (ours, transformers' Seq2SeqTrainingArguments); a UserError in a line where it is wrong."""
     import torch
     import transformers
@@ -217,7 +217,7 @@ def work(
                 write_text(folder / "generated_predictions.txt", texts)
 
 
-def keep(trainer: Any, part: str, metrics: dict[str, Any]) -> None:
+def keep(trainer: Any, part: str, metrics: dict[str, object]) -> None:
     """Show the metrics, and write them into PART_results.json and all_results.json."""
     trainer.log_metrics(part, metrics)
     trainer.save_metrics(part, metrics)

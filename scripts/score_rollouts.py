@@ -89,7 +89,7 @@ def write(job: ScoreJob, folder: Path, name: str, source: Source, tokenizer: Pre
         reward.close()
 
 
-def open_source(job: ScoreJob, dump: Path | None) -> tuple[Source, Any]:
+def open_source(job: ScoreJob, dump: Path | None) -> tuple[Source, object]:
     """The rows, and the tokenizer that their ids are of."""
     if (dump is None) == (not job.texts.path):
         raise UserError("dump.dir and texts.path: name one of them, the dump or the texts to score")

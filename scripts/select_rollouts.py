@@ -37,7 +37,7 @@ class SelectJob:
     """Replace the file where it is there already."""
 
 
-def write(path: Path, records: Iterator[dict[str, Any]]) -> int:
+def write(path: Path, records: Iterator[dict[str, object]]) -> int:
     """Written aside and renamed; how many there were."""
     count = 0
     with written_aside(path) as aside:
@@ -59,7 +59,7 @@ def write(path: Path, records: Iterator[dict[str, Any]]) -> int:
     return count
 
 
-def _table(records: list[dict[str, Any]], schema: Any, path: Path) -> Any:
+def _table(records: list[dict[str, object]], schema: object, path: Path) -> Any:
     """The records as Arrow holds them; of the first ones' kind, which a parquet file keeps to its end."""
     import pyarrow as pa
 

@@ -103,14 +103,14 @@ def made_dump(
     prompts: int = 10,
     samples: int = 2,
     shard_rows: int = 8,
-    make: Callable[..., Samples] = made_rows,
+    make: Callable[..., Samples] | None = None,
     **rows: Any,
 ) -> manifest.Plan:
     folder.mkdir(parents=True, exist_ok=True)
     plan = manifest.Plan.of(prompts, samples, batch_size=4, shard_rows=shard_rows)
     begun = manifest.start(folder, plan, {"sampling": {"n": samples}}, {"model.path": "made by hand"})
     for index in range(len(plan)):
-        store.make_shard(folder, plan, index, lambda call: make(call, samples, **rows))
+        store.make_shard(folder, plan, index, lambda call: (make or made_rows)(call, samples, **rows))
     manifest.finish(folder, begun, world_size=1)
     return plan
 

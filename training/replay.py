@@ -24,7 +24,7 @@ from steerl.rollout.dumps.store import read_dump
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.steering import Steering
-from steerl.rollout.types import Rollout, Samples, Texts
+from steerl.rollout.types import Applied, Rollout, Samples, Texts
 from steerl.training.settings import PPOSettings
 
 _HELD = 4
@@ -46,6 +46,8 @@ class Replay:
         self.samples = self.plan.samples
         self.vocabulary = policy.core.get_input_embeddings().weight.shape[0]
         self.start_ids = tuple(policy.start_ids)
+        self.steering = steering if steering is not None and steering.role in ("policy", "trainable") else None
+        """What the rows are steered with again."""
         self.cut: dict[int, int] = {}
         """No prompt is cut here: stored ones are as long as they were drawn from."""
         # all of a step, which asks twice: for its prompts, and for their rows
@@ -89,7 +91,7 @@ class Replay:
         samples = Samples.join([self._samples(row) for row in prompts.rows])
         rollout = samples.rollout.trim()
         if not self.same_weights:  # so that nothing takes its policy_logprobs for those of a policy that learns here
-            rollout = dataclasses.replace(rollout, policy_step_B=rollout.policy_step_B.new_full((len(rollout),), -1))
+            rollout = dataclasses.replace(rollout, policy_step_B=-1 - rollout.policy_step_B)
         return Samples(rollout, samples.texts)
 
     def weights_changed(self, step: int) -> None:
@@ -154,6 +156,8 @@ class Replay:
             raise DataError(
                 f"{told} begins responses with the ids {list(rollout.start_ids)}, the policy with {list(self.start_ids)}"
             )
+        if self.steering is not None and (lacking := self.steering.lacking(Applied.of(rollout))) is not None:
+            raise DataError(f"{told} holds {lacking}; dump the rows again, or leave steering out and set ppo.correction")
         largest = max(int(rollout.prompt_BP.max()), int(rollout.response_BR.max()))
         if largest >= self.vocabulary:
             raise DataError(

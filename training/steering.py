@@ -28,7 +28,8 @@ def measure(model: ActorCritic, scored: Scored) -> SteeringStats | None:
     steering, rollout = model.steering, scored.rollout
     if steering is None or not rollout.steering:
         return None
-    steered_B = rollout.strength_B != 0
+    acts_BK = rollout.strength_BK != 0
+    steered_B = acts_BK.any(1)
     total_B = scored.scores.total_B.to(steered_B.device)
 
     def reward(rows_B: Tensor) -> float | None:
@@ -43,7 +44,7 @@ def measure(model: ActorCritic, scored: Scored) -> SteeringStats | None:
         kl_token = float(gap_BR[steered_B].sum()) / max(int(rollout.action_mask_BR[steered_B].sum()), 1)
     return SteeringStats(
         share=float(steered_B.double().mean()),
-        strength=float(rollout.strength_B[steered_B].double().mean()) if bool(steered_B.any()) else 0.0,
+        strength=float(rollout.strength_BK[acts_BK].double().mean()) if bool(acts_BK.any()) else 0.0,
         scale=steering.scale,
         reward_steered=reward(steered_B),
         reward_plain=reward(~steered_B),

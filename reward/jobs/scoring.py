@@ -113,8 +113,14 @@ def file_of(index: int) -> str:
 
 
 def begin(
-    run: RunSettings, folder: Path, name: str, source: Source, reward: WeightedSum, config: Mapping[str, Any], **described: Any
-) -> dict[str, Any]:
+    run: RunSettings,
+    folder: Path,
+    name: str,
+    source: Source,
+    reward: WeightedSum,
+    config: Mapping[str, object],
+    **described: object,
+) -> dict[str, object]:
     """The manifest to work by: a fresh one, or the one in the folder if it was made with the same settings."""
     made_from = {"rows": source.fingerprint, **{f"reward {term.name}": term.content() for term in reward.terms}}
     fresh = {
@@ -146,7 +152,7 @@ def begin(
     return fresh
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, object]:
     with reading(f"{path}: damaged (", "); start afresh with --run.overwrite true"):
         found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not str(found.get("format", "")).startswith("scores "):
@@ -197,7 +203,7 @@ def score_source(
     source: Source,
     reward: WeightedSum,
     folder: Path,
-    begun: Mapping[str, Any],
+    begun: Mapping[str, object],
     todo: Sequence[int],
     stream: TextIO | None,
     stopping: Callable[[], bool] = lambda: False,
@@ -230,7 +236,7 @@ def score_source(
         progress.close()
 
 
-def to_table(scored: Sequence[tuple[Rollout, Scores]], reward: WeightedSum, tag: str) -> Any:
+def to_table(scored: Sequence[tuple[Rollout, Scores]], reward: WeightedSum, tag: str) -> object:
     """prompt_index, sample_index, total, and a column per part, null where it does not apply."""
     import pyarrow as pa
 
@@ -246,7 +252,7 @@ def to_table(scored: Sequence[tuple[Rollout, Scores]], reward: WeightedSum, tag:
     return pa.table(columns).replace_schema_metadata({METADATA: json.dumps({"tag": tag})})
 
 
-def finish(folder: Path, name: str, begun: Mapping[str, Any]) -> dict[str, Any]:
+def finish(folder: Path, name: str, begun: Mapping[str, Any]) -> dict[str, object]:
     """The finished manifest, with each column's mean, standard deviation, least and greatest value."""
     import pyarrow.parquet as pq
 
@@ -278,7 +284,7 @@ def _summary(values: torch.Tensor) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def opened_for_scores(run: RunSettings, dump: Path | None, config: Mapping[str, Any]) -> Iterator[Path]:
+def opened_for_scores(run: RunSettings, dump: Path | None, config: Mapping[str, object]) -> Iterator[Path]:
     """The scores' folder, held. It may be the dump's own: there `begin` removes old scores alone."""
     folder = Path(run.dir)
     if run.dir and dump is not None and folder.resolve() == dump.resolve():

@@ -13,10 +13,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from steerl.reward.types import row_name
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.dumps.manifest import Plan, load_manifest, plan_of
@@ -118,7 +119,7 @@ def _top(score_PN: np.ndarray, keep_PN: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(top & keep_PN)
 
 
-def selected(folder: Path, scores: Path, selection: SelectionSettings) -> Iterator[dict[str, Any]]:
+def selected(folder: Path, scores: Path, selection: SelectionSettings) -> Iterator[dict[str, object]]:
     """The records, in the order of the prompts. Memory: one number per row, and the texts of one prompt."""
     plan = plan_of(load_manifest(folder))
     columns = read_scores(scores, plan)
@@ -141,12 +142,12 @@ def selected(folder: Path, scores: Path, selection: SelectionSettings) -> Iterat
 @dataclass(frozen=True)
 class _Row:
     sample: int
-    prompt: Any
+    prompt: object
     completion: str
     ended: bool
-    said: Any
+    said: object
     """The completion in the form of its prompt: text, or the assistant's message, with what the prompt had begun of it."""
-    others: dict[str, Any]
+    others: dict[str, object]
     """What a chat template is given beside the messages, as JSON text."""
 
 
@@ -154,6 +155,10 @@ def _by_prompt(folder: Path) -> Iterator[tuple[int, list[_Row]]]:
     rows: list[_Row] = []
     current = -1
     for rollout, texts in read_dump(folder):
+        if bool((fed_B := rollout.actions_B < rollout.lengths_B).any()):
+            name = row_name(rollout, int(fed_B.nonzero()[0]))
+            told = "was fed tokens that the policy did not draw, which a record of prompt and completion cannot tell apart"
+            raise DataError(f"{folder}: {name} {told}; read such rows with read_dump, action_mask_BR says which they are")
         for i, (prompt, sample, ended) in enumerate(
             zip(rollout.row_B.tolist(), rollout.sample_B.tolist(), rollout.ended_B.tolist(), strict=True)
         ):
@@ -173,7 +178,7 @@ def _by_prompt(folder: Path) -> Iterator[tuple[int, list[_Row]]]:
         yield current, rows
 
 
-def _of_prompt(prompt: int, rows: list[_Row], score_N: np.ndarray, selection: SelectionSettings) -> Iterator[dict[str, Any]]:
+def _of_prompt(prompt: int, rows: list[_Row], score_N: np.ndarray, selection: SelectionSettings) -> Iterator[dict[str, object]]:
     rows = sorted(rows, key=lambda row: row.sample)
     keep_N = np.array([row.ended or not selection.ended for row in rows])
     if selection.unique:

@@ -142,7 +142,7 @@ class Classifier:
         fill = self.fill_id if not (self.needs_eos and self.fill_id == self.eos_id) else int(self.fill_id == 0)
         ids_BS = torch.tensor([rows.ids[i] + [fill] * (width - len(rows.ids[i])) for i in index], device=self.device)
         mask_BS = torch.tensor([[1] * len(rows.ids[i]) + [0] * (width - len(rows.ids[i])) for i in index], device=self.device)
-        extra: dict[str, Any] = {"use_cache": False} if "use_cache" in self.takes else {}
+        extra: dict[str, object] = {"use_cache": False} if "use_cache" in self.takes else {}
         if "attention_mask" in self.takes:
             extra["attention_mask"] = mask_BS
         if rows.types is not None and "token_type_ids" in self.takes and getattr(self.config, "type_vocab_size", 0) > 1:
@@ -160,7 +160,7 @@ class Classifier:
         trunk = getattr(self.core, self.core.base_model_prefix, None)
         within = set(trunk.modules()) if trunk is not None else set()
 
-        def keep(module: Any, inputs: Any, output: Any) -> None:
+        def keep(module: object, inputs: object, output: object) -> None:
             if isinstance(output, Tensor) and output.dim() == 3:
                 seen.append(output)
 
@@ -212,12 +212,21 @@ class Classifier:
 
 
 def load_classifier(
-    path: str, adapter: str, head: str, where: str, *, dtype: str, attn: str | None, fresh: bool, device: Any, batch_size: int
+    path: str,
+    adapter: str,
+    head: str,
+    where: str,
+    *,
+    dtype: str,
+    attn: str | None,
+    fresh: bool,
+    device: object,
+    batch_size: int,
 ) -> Classifier:
     """The model of `path` with its adapter, in eval mode and without gradients."""
     # Allowed to start anew is only a head that is not there: a reward model's own is always read.
     fresh = fresh and head_of(load_config(path, f"{where}.path")) != head
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     head_in_adapter = _head_labels(adapter) if adapter else None
     if head_in_adapter is not None:
         settings["num_labels"] = head_in_adapter

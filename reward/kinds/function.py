@@ -60,7 +60,7 @@ SLOW_S = 60.0
 class FunctionSettings(Checked):
     """A reward function of the user's own."""
 
-    function: str | Callable[..., Any]
+    function: str | Callable[..., object]
     """`file.py:name` or `module:name`."""
     arguments: dict[str, object] | None = None
     """Further keyword arguments, the same in every call."""
@@ -73,7 +73,7 @@ class FunctionSettings(Checked):
         named = not isinstance(self.function, str) or all(self.function.rpartition(":")[::2])
         return [] if named else [f"function: expected file.py:name or module:name, found {self.function!r}"]
 
-    def build(self, where: str, around: Any) -> RewardTerm:
+    def build(self, where: str, around: object) -> RewardTerm:
         function = load_function(self.function, where) if isinstance(self.function, str) else self.function
         if inspect.isclass(function):
             raise UserError(f"{where}.function: {self.function!r} is a class; name a function, or an instance of the class")
@@ -207,7 +207,7 @@ class FunctionReward:
         given = self.settings.arguments or {}
         return [name for name in LOGS if (self.signature.takes is None or name in self.signature.takes) and name not in given]
 
-    def _arguments(self, rollout: Rollout, texts: Texts) -> dict[str, Any]:
+    def _arguments(self, rollout: Rollout, texts: Texts) -> dict[str, object]:
         if self.signature.is_native:
             return {"rollout": rollout, "texts": texts}
         given = {*LOGS, *(self.settings.arguments or {})}
@@ -228,7 +228,7 @@ class FunctionReward:
         scores = self._settled(call.result, rollout)
         return replace(scores, metrics={**scores.metrics, **call.metrics}, extra={**scores.extra, **call.extra})
 
-    def _settled(self, result: Any, rollout: Rollout) -> Scores:
+    def _settled(self, result: object, rollout: Rollout) -> Scores:
         if isinstance(result, TurnRewards):
             return settle_turns(result, rollout, self.where, self.settings.fallback)
         if not isinstance(result, Scores):
@@ -242,7 +242,7 @@ class FunctionReward:
                     f"{self.where}: total_B is not the sum of tokens_BR; what a whole response earns belongs on its last action"
                 )
             totals_B = sums_B
-        values: list[Any] = totals_B.tolist()
+        values: list[object] = totals_B.tolist()
         settled = settle(values, rollout, self.where, self.settings.fallback)
         tokens_BR = result.tokens_BR
         if tokens_BR is not None and settled.fallbacks:
@@ -254,7 +254,7 @@ class FunctionReward:
         """The scores of rows that were tried one by one, after the call with all of them failed."""
         if not any(isinstance(row, Failure) for row in rows):
             logger.warning("%s: failed with all %d rows together (%s), not with any alone", self.where, len(rows), whole.reason)
-        values: list[Any] = []
+        values: list[object] = []
         tokens_by_row: list[torch.Tensor | None] = []
         for index, row in enumerate(rows):
             found = row if isinstance(row, Failure) else self._scores(row, rollout.select([index]))
@@ -277,12 +277,12 @@ def _logs_of(rows: Sequence[CallResult | Failure]) -> dict[str, Any]:
     }
 
 
-def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, Any]:
+def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, object]:
     """The keyword arguments that TRL's trainers hand to a reward function, and prompt_ids, ended, action_mask and turns.
 
     As in TRL, completion_ids hold a tool's result too; action_mask, as long, says which of them the policy drew."""
     completion_ids = response_ids(rollout)
-    completions: list[Any] = [
+    completions: list[object] = [
         [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
         for prompt, text in zip(texts.prompts, texts.completions, strict=True)
     ]
@@ -311,7 +311,7 @@ class Signature:
     """All that it may be given; None: everything."""
 
     @staticmethod
-    def of(function: Callable[..., Any]) -> Signature:
+    def of(function: Callable[..., object]) -> Signature:
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):
@@ -323,7 +323,7 @@ class Signature:
         return Signature(is_native, needs, None if open_ended else tuple(p.name for p in named))
 
 
-def _listed(result: Any, where: str) -> list[Any]:
+def _listed(result: object, where: str) -> list[object]:
     """A list of what a function gave: a list, a tensor, an array."""
     if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
         raise UserError(f"{where}: gave {type(result).__name__}; give a list with one number per row")
@@ -332,7 +332,7 @@ def _listed(result: Any, where: str) -> list[Any]:
     return list(result)
 
 
-async def _awaited(result: Any) -> Any:
+async def _awaited(result: Any) -> object:
     return await result
 
 

@@ -60,7 +60,7 @@ class HttpSettings(Checked):
             whole = False
         return [] if whole else [f"url: expected http://host:port, found {self.url!r:.200}"]
 
-    def build(self, where: str, around: Any) -> RewardTerm:
+    def build(self, where: str, around: object) -> RewardTerm:
         if importlib.util.find_spec("httpx") is None:
             raise UserError(f"{where}: needs the package httpx; pip install 'steerl[serve]'")
         return RewardTerm("", where, 1.0, HttpReward(self, where).score, is_async=True)
@@ -94,7 +94,7 @@ class HttpReward:
         turns = asyncio.Semaphore(self.settings.concurrency)
         async with httpx.AsyncClient(timeout=self.settings.timeout, trust_env=outside, headers=headers) as client:
 
-            async def one(chunk: range) -> dict[str, Any]:
+            async def one(chunk: range) -> dict[str, object]:
                 part, said = rollout.select(list(chunk)), texts.select(list(chunk))
                 async with turns:
                     try:
@@ -105,7 +105,7 @@ class HttpReward:
             answers = await asyncio.gather(*(one(chunk) for chunk in chunks))
         return self._joined(answers, rollout)
 
-    async def _ask(self, client: Any, body: bytes, rollout: Rollout) -> dict[str, Any]:
+    async def _ask(self, client: object, body: bytes, rollout: Rollout) -> dict[str, object]:
         import httpx
 
         for attempt in range(self.settings.retries + 1):

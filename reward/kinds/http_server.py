@@ -100,10 +100,10 @@ def make_app(reward: WeightedSum, limits: Limits, token: str | None, hosts: Coll
 
 def uvicorn_config(app: Any, limits: Limits, host: str, port: int) -> uvicorn.Config:
     """How the application is served: without websockets, and with `limits` on connections, which uvicorn has not."""
-    working: dict[Any, float] = {}
+    working: dict[object, float] = {}
     """Connection -> when its last request ended; infinity while one is worked on."""
 
-    async def watched(scope: Any, receive: Any, send: Any) -> None:
+    async def watched(scope: Any, receive: object, send: object) -> None:
         clock = asyncio.get_running_loop().time
         working[scope.get("client")] = float("inf")
         try:
@@ -172,5 +172,5 @@ def _is_known(headers: Mapping[str, str], token: str) -> bool:
 
 
 def _error(status: int, text: str) -> JSONResponse:
-    headers: dict[str, Any] = {"www-authenticate": "Bearer"} if status == 401 else {}
+    headers: dict[str, object] = {"www-authenticate": "Bearer"} if status == 401 else {}
     return JSONResponse({"error": text}, status_code=status, headers=headers)

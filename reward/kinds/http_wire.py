@@ -18,7 +18,6 @@ import datetime
 import json
 import math
 import re
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ def ask(rollout: Rollout, texts: Texts, vocabulary: str | None, where: str) -> b
             masks = rollout.action_mask_BR.int().tolist()
             ids["action_mask"] = [row[: len(response)] for row, response in zip(masks, responses, strict=True)]
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         if hasattr(value, "tolist"):
             return value.tolist()
         if isinstance(value, datetime.date | datetime.time):
@@ -75,7 +74,7 @@ class TooLarge(Exception):
     """The question is over a limit."""
 
 
-def parse(body: bytes) -> Any:
+def parse(body: bytes) -> object:
     """What JSON says; ValueError where it is none, or lists in lists that would take minutes and gigabytes to read."""
     if body.count(b"[") + body.count(b"{") > MOST_LISTS:
         plain = _STRING.sub(b"", body)
@@ -143,7 +142,7 @@ def answer(scores: Scores, rollout: Rollout) -> bytes:
     tokens = None
     if scores.tokens_BR is not None:
         tokens = [row[:n] for row, n in zip(scores.tokens_BR.tolist(), rollout.lengths_B.tolist(), strict=True)]
-    told: dict[str, Any] = {
+    told: dict[str, object] = {
         "scores": _plain(scores.total_B),
         "parts": {name: _plain(values) for name, values in scores.parts.items()},
         "tokens": tokens,
@@ -153,7 +152,7 @@ def answer(scores: Scores, rollout: Rollout) -> bytes:
     return json.dumps(told, allow_nan=False).encode()
 
 
-def read_answer(body: bytes, rollout: Rollout) -> dict[str, Any]:
+def read_answer(body: bytes, rollout: Rollout) -> dict[str, object]:
     """{"scores": list, "parts": {name: tensor}, "tokens": (B, R) tensor or None, ...}; ValueError says what is wrong."""
     told = parse(body)
     if not isinstance(told, dict) or not isinstance(told.get("scores"), list):
@@ -188,20 +187,20 @@ def read_answer(body: bytes, rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def _mapping(told: dict[str, Any], name: str) -> dict[str, Any]:
+def _mapping(told: dict[str, object], name: str) -> dict[str, object]:
     found = told.get(name) or {}
     if not isinstance(found, dict):
         raise ValueError(f"the answer's {name} are no object")
     return {visible(key): value for key, value in found.items()}
 
 
-def _list(values: Any, wrong: str, length: int | None = None) -> list[Any]:
+def _list(values: object, wrong: str, length: int | None = None) -> list[object]:
     if not isinstance(values, list) or length not in (None, len(values)) or any(isinstance(v, list | dict) for v in values):
         raise ValueError(wrong)
     return values
 
 
-def _number(value: Any, wrong: str) -> float:
+def _number(value: object, wrong: str) -> float:
     """A finite number that float32 holds."""
     if not isinstance(value, int | float) or not abs(value) <= torch.finfo(torch.float32).max:
         raise ValueError(wrong)
@@ -213,7 +212,7 @@ def _plain(values: Tensor) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _tensor(name: str, values: Any, rows: int) -> Tensor:
+def _tensor(name: str, values: object, rows: int) -> Tensor:
     wrong = f"the answer's part {name!r} has not {rows} scores"
     given = _list(values, wrong, rows)
     return torch.tensor([math.nan if value is None else _number(value, wrong) for value in given])

@@ -30,21 +30,21 @@ class CallResult:
     """What a function gave for some rows, and what it logged meanwhile."""
 
     rows: int
-    result: Any = None
+    result: object = None
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+    extra: dict[str, list[object]] = field(default_factory=dict)
 
     def log_metric(self, name: str, value: float) -> None:
         self.metrics.setdefault(visible(str(name)), []).append(float(value))
 
-    def log_extra(self, column: str, values: Iterable[Any]) -> None:
+    def log_extra(self, column: str, values: Iterable[object]) -> None:
         plain = (value if isinstance(value, str | int | float | None) else str(value) for value in values)
         self.extra.setdefault(visible(str(column)), []).extend(itertools.islice(plain, self.rows + 1))
 
-    def log(self, names: Sequence[str]) -> dict[str, Any]:
+    def log(self, names: Sequence[str]) -> dict[str, object]:
         return {name: getattr(self, name) for name in names}
 
-    def take(self, result: Any) -> CallResult:
+    def take(self, result: object) -> CallResult:
         """Keep a result; of a list, a tensor or what may never end (a generator) no more than shows that it is too much."""
         if not isinstance(result, str | bytes | dict) and hasattr(result, "__iter__") and getattr(result, "ndim", 1) != 0:
             result = list(itertools.islice(result, self.rows + 1))
@@ -67,7 +67,7 @@ def load_function(spec: str, where: str) -> Any:
         ) from error
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{where}.function: {source} cannot be imported: {said(error)}") from error
-    found: Any = module
+    found: object = module
     for attribute in name.split("."):
         known = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
         if not hasattr(found, attribute):

@@ -95,7 +95,7 @@ class Member:
     label: int
 
 
-def load_member(settings: Any, path: str, head: str, where: str, device: Any) -> Member:
+def load_member(settings: Any, path: str, head: str, where: str, device: object) -> Member:
     """`settings`: those of a model or process part."""
     field = where.split(" ")[0]
     folder, adapter = folders_of(path)

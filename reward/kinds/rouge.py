@@ -27,7 +27,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     return {kind: sum(row[kind].fmeasure for row in rows) / len(rows) for kind in KINDS}
 
 
-def rouge_l(prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[str]) -> list[float]:
+def rouge_l(prompts: Sequence[object], completions: Sequence[str], **columns: Sequence[str]) -> list[float]:
     """ROUGE-L of each completion against its row's reference summary."""
     name = next((name for name in COLUMNS if name in columns), None)
     if name is None:

@@ -33,13 +33,13 @@ class Row:
 
     completion: str
     """The whole text, what the row was fed in between (a tool's result) too."""
-    columns: dict[str, Any]
+    columns: dict[str, object]
     ids: list[int] | None
     """Those that the policy drew, the stop token included; None where the texts came without."""
     was_fed: bool
     where: str
 
-    def column(self, name: str) -> Any:
+    def column(self, name: str) -> object:
         if name not in self.columns:
             known = ", ".join(self.columns) or "none"
             raise UserError(f"{self.where}.column: {name!r} is no column of the data (columns: {known})")
@@ -56,7 +56,7 @@ class RuleReward:
         have_ids = has_ids(rollout)
         drawn = [ids[mask].tolist() for ids, mask in zip(rollout.response_BR, rollout.action_mask_BR, strict=True)]
         fed = (rollout.actions_B < rollout.lengths_B).tolist()
-        values: list[Any] = []
+        values: list[object] = []
         for i, completion in enumerate(texts.completions):
             columns = {name: column[i] for name, column in texts.columns.items()}
             row = Row(completion, columns, drawn[i] if have_ids else None, fed[i], self.where.split(" ")[0])
@@ -75,7 +75,7 @@ class Rule(Checked):
     fallback: float = 0.0
     """The score of a row that the rule cannot judge."""
 
-    def build(self, where: str, around: Any) -> RewardTerm:
+    def build(self, where: str, around: object) -> RewardTerm:
         return RewardTerm("", where, 1.0, RuleReward(self.judge, self.fallback, where).score)
 
     def judge(self, row: Row) -> float | None:
@@ -219,7 +219,7 @@ class Json(Rule):
         return self.right
 
 
-def _refuse(constant: str) -> Any:
+def _refuse(constant: str) -> object:
     raise ValueError(f"{constant} is not JSON")
 
 

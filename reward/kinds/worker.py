@@ -40,13 +40,13 @@ class WorkerFailed(Exception):
 class Worker:
     """Calls one function in another process, which is started when first needed and after every kill."""
 
-    def __init__(self, function: str, arguments: dict[str, Any], where: str):
+    def __init__(self, function: str, arguments: dict[str, object], where: str):
         self.function, self.arguments, self.where = function, arguments, where
         self.process: subprocess.Popen[bytes] | None = None
         self.pipe: Connection | None = None
         self.turn = threading.Lock()
 
-    def call(self, arguments: dict[str, Any], told: CallResult, logs: Sequence[str], timeout: float | None) -> CallResult:
+    def call(self, arguments: dict[str, object], told: CallResult, logs: Sequence[str], timeout: float | None) -> CallResult:
         """`told`: what is to be filled. `logs`: which of its methods the function is given."""
         with self.turn:
             if self.process is None or self.process.poll() is not None:

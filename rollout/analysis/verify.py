@@ -12,7 +12,6 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.alignment import forward_inputs, response_logits
 from steerl.rollout.scoring.logprobs import teacher_forced, token_logprobs
+from steerl.rollout.scoring.steered import Steers
 from steerl.rollout.types import Rollout
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
@@ -68,7 +68,7 @@ def verify(
     rollout: Rollout,
     sampling: Sampling | None = None,
     tolerance: float | None = None,
-    steering: Any = None,
+    steering: Steers | None = None,
 ) -> Report:
     """Score `rollout` again, row by row. With `sampling` the behaviour's log-probs are checked too.
 
@@ -105,7 +105,7 @@ def verify(
     )
 
 
-def _each_alone(policy: Policy, rollout: Rollout, steering: Any = None) -> Tensor:
+def _each_alone(policy: Policy, rollout: Rollout, steering: Steers | None = None) -> Tensor:
     """Policy log-probs of every row by itself, without a single padded column."""
     alone_BR = torch.zeros_like(rollout.policy_logprobs_BR)
     for row in range(len(rollout)):
@@ -129,7 +129,7 @@ def _behaviour_alone(policy: Policy, rollout: Rollout, sampling: Sampling) -> Te
     return alone_BR
 
 
-def _cause(policy: Policy, rollout: Rollout, alone_BR: Tensor, gap_BR: Tensor, steering: Any) -> str:
+def _cause(policy: Policy, rollout: Rollout, alone_BR: Tensor, gap_BR: Tensor, steering: Steers | None) -> str:
     """The mistake that, made on purpose, gives the recorded numbers. The worst rows are tried; the best fit is named."""
     worst = gap_BR.sum(1).argsort(descending=True)[:8]
     part, alone_BR = rollout.select(worst), alone_BR[worst]
@@ -178,9 +178,8 @@ def _mistakes(policy: Policy, part: Rollout) -> dict[str, Callable[[], Tensor | 
         width, end = part.response_width, logits_BSV.shape[1] - shift
         if end - width < 0:
             return None
-        return token_logprobs(
-            logits_BSV[:, end - width : end], part.response_BR, part.temperature if temperature is None else temperature
-        )
+        temperature = part.temperature if temperature is None else temperature
+        return token_logprobs(logits_BSV[:, end - width : end], part.response_BR, temperature, part.kept)
 
     return {
         "positions: without explicit position ids padded rows count their padding; pass cumsum(mask) - 1": lambda: scored(

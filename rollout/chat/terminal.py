@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from torch import Tensor
 
@@ -175,7 +175,7 @@ class Live:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        write: Callable[[Piece], Any],
+        write: Callable[[Piece], object],
         ends: Sequence[int],
         stops: Sequence[str] = (),
         before: Sequence[int] = (),
@@ -229,7 +229,7 @@ class Ears:
     def __init__(self) -> None:
         self.open = True
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def __call__(self, number: int, frame: object) -> None:
         if self.open:
             self.open = False
             raise KeyboardInterrupt

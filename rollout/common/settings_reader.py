@@ -41,7 +41,7 @@ ANYTHING = frozenset({Any, object})
 _EXAMPLES = {int: "such as 8", float: "such as 0.5 or 1e-5", bool: "true or false"}
 
 
-def within(default: Any = MISSING, **metadata: Any) -> Any:
+def within(default: object = MISSING, **metadata: object) -> Any:
     """A field with a range or what else its metadata says: `count: int = within(1, low=1)`."""
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -69,7 +69,7 @@ class Section(dict[str, Any]):
 # -- types --------------------------------------------------------------------------------------------------------------
 
 
-def fields_of(section: type) -> dict[str, Any]:
+def fields_of(section: type) -> dict[str, object]:
     """Name -> type of a section's fields."""
     hints = _hints(section)
     choices = {spot.name: tuple(spot.metadata.get("choices", ())) for spot in dataclasses.fields(section) if spot.init}
@@ -77,30 +77,30 @@ def fields_of(section: type) -> dict[str, Any]:
 
 
 @functools.cache
-def _hints(section: type) -> dict[str, Any]:
+def _hints(section: type) -> dict[str, object]:
     return typing.get_type_hints(section)
 
 
-def key_of(spot: dataclasses.Field[Any]) -> str:
+def key_of(spot: dataclasses.Field[object]) -> str:
     return str(spot.metadata.get("key", spot.name))
 
 
-def members(wanted: Any) -> tuple[Any, ...]:
+def members(wanted: object) -> tuple[Any, ...]:
     """A union's members; any other type is its own only one."""
     return typing.get_args(wanted) if typing.get_origin(wanted) in (Union, types.UnionType) else (wanted,)
 
 
-def section_of(wanted: Any) -> type | None:
+def section_of(wanted: object) -> type | None:
     """The dataclass among a type's members."""
     return next((m for m in members(wanted) if isinstance(m, type) and dataclasses.is_dataclass(m)), None)
 
 
-def holds(wanted: Any, *kinds: type) -> Any:
+def holds(wanted: object, *kinds: type) -> Any:
     """The member that is a list, tuple or mapping of one of these kinds; None where there is none."""
     return next((m for m in members(wanted) if m in kinds or typing.get_origin(m) in kinds), None)
 
 
-def words(wanted: Any) -> str:
+def words(wanted: object) -> str:
     """A type as a person says it."""
     said = []
     for member in members(wanted):
@@ -116,7 +116,7 @@ def words(wanted: Any) -> str:
     return " or ".join(dict.fromkeys(said))
 
 
-def convert(wanted: Any, value: Any) -> tuple[bool, Any]:
+def convert(wanted: object, value: object) -> tuple[bool, object]:
     """(whether a value is of a type as settings spell it, the value as the type has it). A bool is no number, and no number
     is nan or infinite."""
     if wanted in ANYTHING:
@@ -126,7 +126,7 @@ def convert(wanted: Any, value: Any) -> tuple[bool, Any]:
     return (True, max(fitting, key=lambda pair: pair[0])[1]) if fitting else (False, value)
 
 
-def _of_member(wanted: Any, value: Any) -> tuple[bool, Any]:
+def _of_member(wanted: Any, value: object) -> tuple[bool, object]:
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if wanted in ANYTHING:
         return True, value
@@ -145,7 +145,7 @@ def _of_member(wanted: Any, value: Any) -> tuple[bool, Any]:
     return isinstance(value, origin or wanted), value
 
 
-def out_of_range(metadata: Mapping[str, Any], value: Any) -> str:
+def out_of_range(metadata: Mapping[str, Any], value: object) -> str:
     """What is wrong with a number, or with one of a list's, by the field's range; empty where nothing is."""
     low, high, above, unit = (*(metadata.get(name) for name in ("low", "high", "above")), metadata.get("unit", ""))
     for number in value if isinstance(value, list | tuple) else [value]:
@@ -169,7 +169,7 @@ def dotted(path: Path) -> str:
     return ".".join(path).replace(".[", "[")
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     said = "null" if value is None else repr(str(value)) if isinstance(value, str) else str(value)
     return said if len(said) <= 80 else said[:77] + "..."
 
@@ -182,11 +182,11 @@ def near_name(name: str, known: Any) -> str | None:
     return near[0] if near else starts[0] if starts else None
 
 
-def choices_of(wanted: Any) -> list[str]:
+def choices_of(wanted: object) -> list[str]:
     return [str(choice) for m in members(wanted) if typing.get_origin(m) is Literal for choice in typing.get_args(m)]
 
 
-def remedy(wanted: Any, value: Any) -> str:
+def remedy(wanted: object, value: object) -> str:
     if choices := choices_of(wanted):
         near = near_name(str(value), choices)
         return f"did you mean {near}?" if near else f"choose {' or '.join(choices)}"
@@ -219,7 +219,7 @@ class Reader:
     def has_told(self, path: Path) -> bool:
         return any(line.startswith(tuple(dotted(path) + after for after in (": ", ".", "["))) for line in self.problems)
 
-    def read(self, section: type, mapping: Any, path: Path = ()) -> Any:
+    def read(self, section: type, mapping: object, path: Path = ()) -> Any:
         """The dataclass of a mapping; None, and lines in `problems`, where something of it is wrong."""
         before = len(self.problems)
         if not isinstance(mapping, Mapping):
@@ -228,7 +228,7 @@ class Reader:
         built = self.build(section, self.section(section, path, mapping), path)
         return built if len(self.problems) == before else None
 
-    def section(self, section: type, path: Path, mapping: Mapping[Any, Any]) -> Section:
+    def section(self, section: type, path: Path, mapping: Mapping[Any, object]) -> Section:
         """The values of a mapping that fit their fields."""
         types_of = fields_of(section)
         known = {key_of(spot): spot for spot in dataclasses.fields(section) if spot.init and key_of(spot)}
@@ -253,15 +253,15 @@ class Reader:
                 checked[spot.name] = value
         return checked
 
-    def field(self, spot: dataclasses.Field[Any], wanted: Any, path: Path, value: Any) -> Any:
-        read: Callable[..., Any] | None = spot.metadata.get("read")
+    def field(self, spot: dataclasses.Field[object], wanted: object, path: Path, value: object) -> object:
+        read: Callable[..., object] | None = spot.metadata.get("read")
         value = self.value(wanted, path, value) if read is None else read(self, path, value)
         if value is not MISSING and (line := out_of_range(spot.metadata, value)):
             self.tell(path, line)
             return MISSING
         return value
 
-    def value(self, wanted: Any, path: Path, value: Any) -> Any:
+    def value(self, wanted: object, path: Path, value: object) -> Any:
         """The value as its type has it; MISSING, and a line in `problems`, where it does not fit."""
         section, optional = section_of(wanted), type(None) in members(wanted)
         if section is not None and value is None and not optional:
@@ -279,23 +279,23 @@ class Reader:
             self.misfit(wanted, path, value)
         return found if fits else MISSING
 
-    def choice(self, choices: Sequence[str], path: Path, value: Any) -> Any:
+    def choice(self, choices: Sequence[str], path: Path, value: object) -> object:
         return self.value(Literal.__getitem__(tuple(choices)), path, value)  # type: ignore[attr-defined]
 
-    def item(self, wanted: Any, path: Path, value: Any) -> Any:
+    def item(self, wanted: object, path: Path, value: object) -> object:
         """One of a list: a section is built at once, for lists are replaced and never laid over each other."""
         checked = self.value(wanted, path, value)
         section = section_of(wanted)
         return self.build(section, checked, path) if section is not None and isinstance(checked, dict) else checked
 
-    def judge(self, wanted: Any, value: Any) -> tuple[bool, Any]:
+    def judge(self, wanted: object, value: object) -> tuple[bool, object]:
         return convert(wanted, value)
 
-    def build(self, section: type, tree: Mapping[str, Any], path: Path = (), complete: bool = True) -> Any:
+    def build(self, section: type, tree: Mapping[str, object], path: Path = (), complete: bool = True) -> Any:
         """The dataclass of checked values; None where it cannot be built. A section's own UserError joins the others.
         Not `complete`: what is needed and missing is None."""
         before, buildable = len(self.problems), True
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for spot in dataclasses.fields(section):
             if not spot.init:
                 continue
@@ -325,7 +325,7 @@ class Reader:
             self.problems += [f"{dotted(path)}.{line}" if relative and path else line for line in problem.lines]
             return None
 
-    def judge_further(self, spot: dataclasses.Field[Any], path: Path, value: Any) -> None:
+    def judge_further(self, spot: dataclasses.Field[object], path: Path, value: object) -> None:
         """Who knows the inside of a free mapping may not know where it stands: the path goes before lines that lack it."""
         if value is None or "check" not in spot.metadata:
             return
@@ -340,32 +340,32 @@ class Reader:
 
     # -- sentences that a subclass may say in its own way ---------------------------------------------------------------
 
-    def unknown_key(self, section: type, path: Path, key: str, value: Any) -> str:
+    def unknown_key(self, section: type, path: Path, key: str, value: object) -> str:
         known = list(fields_of(section))
         near = near_name(key, known)
         hint = f"did you mean {near}?" if near else f"it takes {', '.join(sorted(known))}"
         return f"{dotted((*path, key))}: unknown (value {brief(value)}); {hint}"
 
-    def misfit(self, wanted: Any, path: Path, value: Any) -> None:
+    def misfit(self, wanted: object, path: Path, value: object) -> None:
         source = f" ({self.source})" if self.source else ""
         self.tell(path, f"expected {words(wanted)}, found {brief(value)}{source}; {remedy(wanted, value)}")
 
-    def wish(self, spot: dataclasses.Field[Any], path: Path, wanted: Any) -> str:
+    def wish(self, spot: dataclasses.Field[object], path: Path, wanted: object) -> str:
         return str(spot.metadata.get("missing") or f"give {words(wanted)}")
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def are_whole(value: Any) -> bool:
+def are_whole(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(map(is_whole, value))
 
 
-def whole_numbers(what: str = "", *, single: bool = False, word: str = "") -> Callable[[Reader, Path, Any], Any]:
+def whole_numbers(what: str = "", *, single: bool = False, word: str = "") -> Callable[[Reader, Path, object], object]:
     """For `read`: a list of whole numbers, not empty. A `single` one may stand by itself, and a word for all of them."""
 
-    def read(reader: Reader, path: Path, value: Any) -> Any:
+    def read(reader: Reader, path: Path, value: Any) -> object:
         if word and isinstance(value, str) and value.strip() == word:
             return word
         value = [value] if single and is_whole(value) else value

@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -53,7 +53,7 @@ class Dumper(yaml.SafeDumper):
 Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
 
 
-def load_yaml(path: Path, problems: list[str], named: str = "--config") -> dict[str, Any] | None:
+def load_yaml(path: Path, problems: list[str], named: str = "--config") -> dict[str, object] | None:
     """The mapping that a YAML file holds ({} for an empty one), or None and a problem."""
     try:
         text = path.read_text(encoding="utf-8")

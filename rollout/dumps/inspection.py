@@ -54,6 +54,10 @@ class Inspection:
     """Shards not made yet."""
     rows: int = 0
     tokens: int = 0
+    """What the policy drew; lengths and gaps are of these, too."""
+    fed: int = 0
+    """Tokens of responses that the policy did not draw: tools' results, later user turns."""
+    turns: int = 0
     lengths: collections.Counter[int] = field(default_factory=collections.Counter)
     stops: collections.Counter[str] = field(default_factory=collections.Counter)
     steered: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -97,11 +101,14 @@ def inspect(folder: Path, worst: int = 5) -> Inspection:
 
 def _count(dump: Inspection, rollout: Rollout) -> None:
     dump.rows += len(rollout)
-    dump.tokens += int(rollout.lengths_B.sum())
-    dump.lengths.update(rollout.lengths_B.tolist())
+    actions = int(rollout.actions_B.sum())
+    dump.tokens += actions
+    dump.fed += int(rollout.lengths_B.sum()) - actions
+    dump.turns += sum(map(len, rollout.turns))
+    dump.lengths.update(rollout.actions_B.tolist())
     dump.stops.update(STOP_REASONS[stop] for stop in rollout.stop_B.tolist())
     if rollout.steering:
-        dump.steered[rollout.steering] += int((rollout.strength_B != 0).sum())
+        dump.steered[rollout.steering] += int((rollout.strength_BK != 0).any(1).sum())
 
 
 def _mark(dump: Inspection, seen: np.ndarray, rollout: Rollout, samples: int) -> None:
@@ -123,7 +130,7 @@ def _measure_gap(dump: Inspection, rollout: Rollout, texts: Texts, keep: int) ->
     dump.gap_max = max(dump.gap_max, float(gap_B.max()))
     for row in gap_B.topk(min(keep, len(rollout))).indices.tolist():
         at = int(position_B[row])
-        if rollout.lengths_B[row]:
+        if rollout.actions_B[row]:
             dump.worst.append(
                 Worst(
                     gap=float(gap_B[row]),
@@ -162,6 +169,8 @@ def to_text(dump: Inspection, width: int = 100) -> list[str]:
     lines += [f"steered by {label}: {count:,} rows" for label, count in dump.steered.items()]
     lines += ["", f"response lengths: {dump.tokens:,} tokens, mean {mean:.1f}, {min(dump.lengths)} to {max(dump.lengths)}"]
     lines += histogram(dump.lengths, width)
+    if dump.fed:
+        lines.append(f"beside them {dump.fed:,} tokens that rows were fed in between; {dump.turns / dump.rows:.1f} turns a row")
     lines += ["", f"gap |behaviour - policy| per token, nats: mean {dump.gap_mean:.2e}, largest {dump.gap_max:.2e}"]
     if dump.gap_max > 0:
         for worst in dump.worst:
@@ -208,6 +217,8 @@ def to_json(dump: Inspection) -> dict[str, Any]:
         "missing": dump.missing,
         "doubled": len(dump.doubled),
         "tokens": dump.tokens,
+        "fed_tokens": dump.fed,
+        "turns": dump.turns,
         "lengths": {str(length): dump.lengths[length] for length in sorted(dump.lengths)},
         "stop_reasons": dict(dump.stops),
         "steered": dict(dump.steered),

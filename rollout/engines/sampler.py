@@ -36,6 +36,7 @@ from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.ragged import left_pad
 from steerl.rollout.scoring.alignment import encoder_input
 from steerl.rollout.scoring.logprobs import teacher_forced
+from steerl.rollout.scoring.steered import Steers
 from steerl.rollout.types import Applied, Rollout, Samples, Texts
 
 
@@ -47,12 +48,16 @@ class _Call:
     progress: float
     synced: bool
     on_token: OnToken | None
+    idle: bool = False
+    """The row only keeps this rank in step with the others: it comes from no data, so that nothing is asked of its columns."""
 
 
 class Sampler:
     """Samples from one policy with one set of settings; `steering` acts while it does."""
 
-    def __init__(self, policy: Policy, sampling: Sampling, steering: Any = None, engine: EngineSettings | None = None):
+    def __init__(
+        self, policy: Policy, sampling: Sampling, steering: Steers | None = None, engine: EngineSettings | None = None
+    ):
         self.policy, self.sampling, self.steering = policy, sampling, steering
         self.engine = engine or EngineSettings()
         self.distribution = Distribution(sampling, policy)
@@ -82,7 +87,7 @@ class Sampler:
                 if k < len(parts):
                     rollouts.append(self._part(batch, [order[at] for at in parts[k]], call))
                 else:  # a rank that is done takes part in the others' collective calls
-                    self._part(_dummy(self.policy), [(0, 0)], dataclasses.replace(call, on_token=None))
+                    self._part(_dummy(self.policy), [(0, 0)], dataclasses.replace(call, on_token=None, idle=True))
         if not rollouts:
             nothing = self._nothing(call)
             return Samples(nothing, self.texts(batch, nothing))
@@ -169,7 +174,7 @@ class Sampler:
         if not (processes.most(int(again)) if call.synced else again):
             return rollout
         redo, redo_pairs = (batch, [pairs[int(b)] for b in rows]) if again else (_dummy(self.policy), [(0, 0)])
-        other = self._decode(redo, redo_pairs, call, caching=False)
+        other = self._decode(redo, redo_pairs, call if again else dataclasses.replace(call, idle=True), caching=False)
         if not again:
             return rollout
         place = torch.arange(len(rollout), device=rollout.device)
@@ -271,9 +276,12 @@ class Sampler:
         if self.steering is None:
             return Applied.nothing(row_B, call.step), contextlib.nullcontext()
         start_width = max(len(self.policy.start_ids), 1)
-        applied = self.steering.applied(
-            mask_BP, row_B, sample_B, columns, progress=call.progress, policy_step=call.step, start_width=start_width
-        )
+        if call.idle:
+            applied = Applied.nothing(row_B, call.step, len(self.steering.sites))
+        else:
+            applied = self.steering.applied(
+                mask_BP, row_B, sample_B, columns, progress=call.progress, policy_step=call.step, start_width=start_width
+            )
         steered = self.steering.active(
             prompt_mask_BP=mask_BP, row_B=row_B, sample_B=sample_B, applied=applied, start_width=start_width
         )

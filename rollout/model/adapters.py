@@ -44,7 +44,7 @@ _TASKS = {
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
 
 
-def adapter_config(mapping: Mapping[str, Any], task: str | None = None, field: str = "model.peft") -> PeftConfig:
+def adapter_config(mapping: Mapping[str, object], task: str | None = None, field: str = "model.peft") -> PeftConfig:
     """The peft configuration of a mapping such as {peft_type: LORA, r: 8}. DORA stands for LORA with use_dora."""
     import peft
 
@@ -83,7 +83,9 @@ def adapter_config(mapping: Mapping[str, Any], task: str | None = None, field: s
         raise CheckpointError(f"{field}: {one_line(error)}") from error
 
 
-def add(model: PreTrainedModel | PeftModel, mapping: Mapping[str, Any], name: str = "", field: str = "model.peft") -> PeftModel:
+def add(
+    model: PreTrainedModel | PeftModel, mapping: Mapping[str, object], name: str = "", field: str = "model.peft"
+) -> PeftModel:
     """A new, trainable, active adapter on `model`. Its name: `name`, or the mapping's `name`, or `default`.
 
     The base is frozen and wrapped in place; a model that has adapters already gets another one beside them.

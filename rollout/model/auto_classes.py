@@ -38,9 +38,9 @@ ROLES: dict[str, tuple[str, ...]] = {
     "value": ("causal", "seq2seq", "sequence_classification", "token_classification"),
     "reward": ("sequence_classification", "token_classification"),
 }
-_SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "top_h": None, "typical_p": 1.0}
+_SAMPLING: dict[str, object] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "top_h": None, "typical_p": 1.0}
 _SAMPLING |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-_BEAMS: dict[str, Any] = {"early_stopping": False, "length_penalty": 1.0}
+_BEAMS: dict[str, object] = {"early_stopping": False, "length_penalty": 1.0}
 """Fields of a generation config that only sampling, or only several beams, read; and the values that stand for unset."""
 _logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def load_head(
     attn: str | None = None,
     fresh: bool = False,
     field: str = "model.path",
-    **settings: Any,
+    **settings: object,
 ) -> PreTrainedModel:
     """Load `path` with the head that `role` uses, in eval mode. `fresh` lets the head start from new weights, never the trunk.
 
@@ -144,7 +144,7 @@ def load_head(
     """
     config = load_config(path, field)
     head = choose_head(config, role, head, fresh=fresh, field=field, path=path)
-    extra: dict[str, Any] = {"attn_implementation": attn} if attn else {}
+    extra: dict[str, object] = {"attn_implementation": attn} if attn else {}
     extra |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
     # transformers' own table of missing weights: here a missing one is a UserError, or is meant to be new.
     with reading(f"{field}: {path!r} cannot be loaded as {head}: "), compat.without_message("LOAD REPORT"):
@@ -175,7 +175,7 @@ def savable(model: PreTrainedModel) -> Iterator[None]:
             model.generation_config = own
 
 
-def mend_generation(model: PreTrainedModel, unused: Mapping[str, Any] = _SAMPLING) -> None:
+def mend_generation(model: PreTrainedModel, unused: Mapping[str, object] = _SAMPLING) -> None:
     """Leave out of the generation config what has no effect while do_sample is not set, such as Llama-2-chat's temperature."""
     config = getattr(model, "generation_config", None)
     if config is None:

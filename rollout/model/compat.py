@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import LogitsProcessorList, PretrainedConfig, PreTrainedModel
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.utils import ModelOutput
 
 # -- torch -----------------------------------------------------------------------------------------------------------
 
 
-def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+def forward_hooks(module: nn.Module) -> list[Callable[..., object]]:
     """The hooks around a module's forward, after it and before it."""
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
@@ -59,11 +61,11 @@ def storage_key(tensor: Tensor) -> int:
     return key
 
 
-def fake_tensors() -> contextlib.AbstractContextManager[Any]:
+def fake_tensors() -> contextlib.AbstractContextManager[object]:
     """Inside, operations give tensors of the right shape and dtype, and compute nothing."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    mode: contextlib.AbstractContextManager[Any] = FakeTensorMode(allow_non_fake_inputs=True)
+    mode: contextlib.AbstractContextManager[object] = FakeTensorMode(allow_non_fake_inputs=True)
     return mode
 
 
@@ -74,7 +76,7 @@ def fake_tensor_errors() -> tuple[type[Exception], ...]:
     return fake.DataDependentOutputException, fake.DynamicOutputShapeException, fake.UnsupportedOperatorException
 
 
-def cpu_attention_operations() -> tuple[Any, Any]:
+def cpu_attention_operations() -> tuple[object, object]:
     """(forward, backward) of the attention kernel that the CPU takes."""
     aten = torch.ops.aten
     return aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -83,15 +85,17 @@ def cpu_attention_operations() -> tuple[Any, Any]:
 # -- transformers ------------------------------------------------------------------------------------------------------
 
 
-def update_generation_kwargs(model: PreTrainedModel, outputs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def update_generation_kwargs(model: PreTrainedModel, outputs: ModelOutput, kwargs: dict[str, object]) -> dict[str, object]:
     """generate's keyword arguments after a step: the caches of `outputs`, masks and positions one column wider."""
-    updated: dict[str, Any] = model._update_model_kwargs_for_generation(
+    updated: dict[str, object] = model._update_model_kwargs_for_generation(
         outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder
     )
     return updated
 
 
-def logits_processors(model: PreTrainedModel, config: PretrainedConfig, prompt_width: int, encoder_ids: Tensor) -> Any:
+def logits_processors(
+    model: PreTrainedModel, config: PretrainedConfig, prompt_width: int, encoder_ids: Tensor
+) -> LogitsProcessorList:
     """The processors that generate would make of a generation config; its special tokens become tensors."""
     device = encoder_ids.device
     model._prepare_special_tokens(config, True, device=device)
@@ -106,7 +110,7 @@ def class_name(auto: Any, model_type: str) -> str | None:
     return name[0] if isinstance(name, tuple | list) else name
 
 
-def wrap_checkpointing(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def wrap_checkpointing(module: nn.Module, wrap: Callable[[Callable[..., object]], Callable[..., object]]) -> None:
     """Put `wrap(function)` in the place of the checkpoint functions that transformers hangs on a module and those inside it
     when gradient checkpointing is switched on."""
     for part in module.modules():
@@ -120,12 +124,12 @@ def can_compile_fullgraph(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "_can_compile_fullgraph", False))
 
 
-def unsplit_layers(models: Sequence[Any]) -> list[str]:
+def unsplit_layers(models: Sequence[nn.Module]) -> list[str]:
     """Names of the classes of layers that are not to be split over devices."""
     return sorted({name for model in models for name in getattr(model, "_no_split_modules", None) or ()})
 
 
-def active_deepspeed_config() -> Any:
+def active_deepspeed_config() -> HfDeepSpeedConfig | None:
     """The DeepSpeed configuration by which transformers cuts every model that it loads; None without ZeRO-3."""
     from transformers.integrations import deepspeed
 

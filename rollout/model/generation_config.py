@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import transformers
 
@@ -15,14 +14,14 @@ class ClosedGenerationConfig(transformers.GenerationConfig):
     user passes included. This one refuses that, and sets what generate's preparation reads.
     """
 
-    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: object) -> dict[str, object]:
         if defaults_only:
             return {}
-        unused: dict[str, Any] = super().update(allow_custom_entries=allow_custom_entries, **kwargs)
+        unused: dict[str, object] = super().update(allow_custom_entries=allow_custom_entries, **kwargs)
         return unused
 
     @staticmethod
-    def of(pad_id: int, start_ids: Sequence[int], **fields: Any) -> ClosedGenerationConfig:
+    def of(pad_id: int, start_ids: Sequence[int], **fields: object) -> ClosedGenerationConfig:
         """Plain sampling with this pad and decoder start; `fields` say the rest (max_new_tokens, outputs, eos)."""
         plain = {
             "do_sample": True, "num_beams": 1, "num_return_sequences": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0,

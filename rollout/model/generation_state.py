@@ -13,11 +13,14 @@ from steerl.rollout.model import compat
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
+    from transformers.utils import ModelOutput
 
 _CACHES = ("past_key_values", "cache_params", "past_buckets_states", "mems")
 
 
-def step_forward(model: PreTrainedModel, ids: Tensor, kwargs: dict[str, Any], first: bool) -> tuple[Any, dict[str, Any]]:
+def step_forward(
+    model: PreTrainedModel, ids: Tensor, kwargs: dict[str, object], first: bool
+) -> tuple[ModelOutput, dict[str, object]]:
     """One forward pass; the caches' names and shapes stay the model's own business."""
     columns = None if first or not kwargs.get("use_cache") else 1
     inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=columns, is_first_iteration=first, **kwargs)
@@ -25,12 +28,12 @@ def step_forward(model: PreTrainedModel, ids: Tensor, kwargs: dict[str, Any], fi
     return outputs, compat.update_generation_kwargs(model, outputs, kwargs)
 
 
-def holds_past(kwargs: dict[str, Any]) -> bool:
+def holds_past(kwargs: dict[str, object]) -> bool:
     """Whether anything of the past travels in the arguments; some models keep it in themselves instead."""
     return any(kwargs.get(name) is not None for name in (*_CACHES, "state"))
 
 
-def can_select_rows(kwargs: dict[str, Any]) -> bool:
+def can_select_rows(kwargs: dict[str, object]) -> bool:
     """Whether rows can be taken out of (or repeated in) everything that generate carries from step to step."""
     caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
     if not kwargs.get("use_cache"):
@@ -46,7 +49,7 @@ def _is_static(cache: Cache) -> bool:
 def select_rows(kwargs: dict[str, Any], index: Tensor, rows: int) -> dict[str, Any]:
     """generate's keyword arguments for the rows of `index`: caches are reordered in place, tensors of `rows` rows indexed."""
 
-    def select(value: Any) -> Any:
+    def select(value: object) -> object:
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
             return value[index.to(value.device)]
         if isinstance(value, dict):  # an encoder's outputs
@@ -54,7 +57,7 @@ def select_rows(kwargs: dict[str, Any], index: Tensor, rows: int) -> dict[str, A
                 value[key] = select(value[key])
         return value
 
-    selected: dict[str, Any] = {}
+    selected: dict[str, object] = {}
     for name, value in kwargs.items():
         if name in _CACHES and value is not None:
             value.reorder_cache(index)

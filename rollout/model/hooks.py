@@ -54,7 +54,7 @@ class Frame:
     def __init__(self, outer: Frame | None):
         self.points: dict[tuple[int, str], tuple[Edit, ...]] = dict(outer.points) if outer else {}
         self.stacks: dict[int, tuple[tuple[Reader, str], ...]] = dict(outer.stacks) if outer else {}
-        self.calls: dict[Any, Any] = dict(outer.calls) if outer else {}
+        self.calls: dict[object, Any] = dict(outer.calls) if outer else {}
         self.entered: set[int] | None = None
         """Stacks that the model's pass under way has entered; None outside."""
         self.steady: dict[int, tuple[Edit, ...]] | None = None
@@ -125,7 +125,7 @@ class Arguments:
             raise UserError("steering: the model was called without input_ids and without inputs_embeds")
         return int(ids.shape[0]), int(ids.shape[1])
 
-    def cache(self) -> Any:
+    def cache(self) -> object:
         for name in ("past_key_values", "cache_params"):
             if self.kwargs.get(name) is not None:
                 return self.kwargs[name]
@@ -153,7 +153,7 @@ class Arguments:
         return _fed(cache, width, self.mask())
 
 
-_FED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_FED: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 """Columns that went into caches which hold a state and no length (linear attention alone): noted on the cache itself."""
 
 
@@ -202,21 +202,21 @@ def _before_stack(module: nn.Module, args: tuple[object, ...], kwargs: dict[str,
         reader.opened(frame, stack, Arguments(args, kwargs))
 
 
-def _before_model(module: nn.Module, args: tuple[Any, ...]) -> None:
+def _before_model(module: nn.Module, args: tuple[object, ...]) -> None:
     if _in_graph(module) is not None:
         return
     if (frame := _FRAME.get()) is not None and frame.stacks:
         frame.entered = set()
 
 
-def _after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _after_model(module: nn.Module, args: tuple[object, ...], output: object) -> None:
     if _in_graph(module) is not None:
         return
     if (frame := _FRAME.get()) is not None:
         frame.entered = None
 
 
-def _after_stack(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> None:
+def _after_stack(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
     if _in_graph(module) is not None:
         return
     frame = _FRAME.get()
@@ -232,7 +232,7 @@ def _after_stack(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, 
             _FED[made] = arguments.shape()[1]
 
 
-def _after_module(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def _after_module(module: nn.Module, args: tuple[object, ...], output: object) -> object:
     if (fixed := _in_graph(module)) is not None:
         return _put(None, fixed["output"], output) if "output" in fixed else None
     frame = _FRAME.get()
@@ -242,7 +242,7 @@ def _after_module(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return None if edits is None else _put(frame, edits, output)
 
 
-def _put(frame: Frame | None, edits: tuple[Edit, ...], output: Any) -> Any:
+def _put(frame: Frame | None, edits: tuple[Edit, ...], output: Any) -> object:
     """A module's output with its activation edited."""
     if isinstance(output, Tensor):
         return _edited(frame, edits, output)
@@ -254,7 +254,9 @@ def _put(frame: Frame | None, edits: tuple[Edit, ...], output: Any) -> Any:
     return type(output)((_edited(frame, edits, output[0]), *output[1:]))
 
 
-def _before_module(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+def _before_module(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]] | None:
     if (fixed := _in_graph(module)) is not None:
         return _put_in(None, fixed["input"], args, kwargs) if "input" in fixed else None
     frame = _FRAME.get()
@@ -264,7 +266,9 @@ def _before_module(module: nn.Module, args: tuple[object, ...], kwargs: dict[str
     return None if edits is None else _put_in(frame, edits, args, kwargs)
 
 
-def _put_in(frame: Frame | None, edits: tuple[Edit, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+def _put_in(
+    frame: Frame | None, edits: tuple[Edit, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """A module's arguments with the activation among them edited."""
     if args:
         return (_edited(frame, edits, args[0]), *args[1:]), kwargs
@@ -349,10 +353,10 @@ _NO_EDITS: dict[str, tuple[Edit, ...]] = {}
 class _Again:
     """A checkpointed function that runs in the frame (or in none) in which it ran first."""
 
-    def __init__(self, function: Callable[..., Any], frame: Frame | None):
+    def __init__(self, function: Callable[..., object], frame: Frame | None):
         self.function, self.frame = function, frame
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         with entered(self.frame):
             return self.function(*args, **kwargs)
 
@@ -360,10 +364,10 @@ class _Again:
 class _Carried:
     """A model's checkpoint function, with the frame of the moment bound into whatever it checkpoints."""
 
-    def __init__(self, checkpoint: Callable[..., Any]):
+    def __init__(self, checkpoint: Callable[..., object]):
         self.checkpoint = checkpoint
 
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, function: Callable[..., object], *args: object, **kwargs: object) -> object:
         frame = _FRAME.get()
         return self.checkpoint(_Again(function, None if frame is None else frame.frozen()), *args, **kwargs)
 

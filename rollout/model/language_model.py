@@ -39,7 +39,7 @@ class LanguageModel:
     """Most tokens of a sequence (of the encoder's input for encoder-decoders); None where nothing limits it."""
     decoder_context: int | None = None
     """Most tokens of an encoder-decoder's decoder sequence."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
     """Arguments that every forward pass of this model gets besides ids, masks and positions."""
 
     @property
@@ -128,13 +128,13 @@ def positions(mask: Tensor, offset: int = 0) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0) + offset
 
 
-def named(model: LanguageModel, **arguments: Any) -> dict[str, Any]:
+def named(model: LanguageModel, **arguments: object) -> dict[str, object]:
     """What the model's forward takes of `arguments`, beside what every pass of it gets; None stands for left out."""
     takes = forward_arguments(model.core)
     return {**model.extra, **{name: value for name, value in arguments.items() if value is not None and name in takes}}
 
 
-def generate_arguments(model: LanguageModel, prompt_BP: Tensor, mask_BP: Tensor, offset: int) -> dict[str, Any]:
+def generate_arguments(model: LanguageModel, prompt_BP: Tensor, mask_BP: Tensor, offset: int) -> dict[str, object]:
     """What generate is given besides its config: ids and explicit mask and positions."""
     return named(
         model,
@@ -156,7 +156,7 @@ def pass_arguments(
     decoder: Tensor | None = None,
     offset: int | None = 0,
     position_ids: Tensor | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What one plain pass is given: of `ids`, or of a decoder that is fed `decoder` (or the first of `ids`) after its start.
 
     Without an `offset` the model counts positions itself.

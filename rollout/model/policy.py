@@ -25,7 +25,7 @@ from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.model.language_model import LanguageModel, no_dropout, unwrap, vocabulary_size
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,13 @@ def ids_of(value: Any) -> list[int]:
     return [int(i) for i in value] if several else [int(value)]
 
 
-def _first(*sources: Any, name: str) -> Any:
+def _first(*sources: object, name: str) -> object:
     return next((value for source in sources if (value := getattr(source, name, None)) is not None), None)
 
 
-def _start_ids(core: PreTrainedModel, generation: Any, config: PretrainedConfig, size: int) -> tuple[int, ...]:
+def _start_ids(
+    core: PreTrainedModel, generation: GenerationConfig | None, config: PretrainedConfig, size: int
+) -> tuple[int, ...]:
     text = config.get_text_config(decoder=True)
     start = _first(generation, config, text, name="decoder_start_token_id")
     start = start if start is not None else _first(generation, config, text, name="bos_token_id")

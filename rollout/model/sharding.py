@@ -77,7 +77,7 @@ def _whole_zero3(parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def _put_back(hooks: dict[int, Any], before: dict[int, Any]) -> None:
+def _put_back(hooks: dict[int, object], before: dict[int, object]) -> None:
     added = {key: hook for key, hook in hooks.items() if key not in before}
     hooks.clear()
     hooks.update(before | added)

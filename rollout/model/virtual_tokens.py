@@ -78,17 +78,17 @@ class _Placing:
         self.in_cache = model.peft_config[model.active_adapter].peft_type.value == "PREFIX_TUNING"
         self.placed = True
 
-    def expect(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def expect(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         self.placed = False
 
-    def check(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def check(self, module: nn.Module, args: tuple, output: object) -> None:
         """An architecture that goes round the hooked trunk would silently be its base."""
         if count(self.model) and not self.placed:
             raise CheckpointError(
                 f"virtual tokens: {type(module).__name__} did not pass through its trunk; use LORA for this model"
             )
 
-    def insert(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def insert(self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, object]] | None:
         """Virtual embeddings between the padding and the first real token; later steps find them in the cache."""
         if not (width := count(self.model)):
             return None
@@ -125,7 +125,7 @@ class _Placing:
             kwargs["cache_position"] = torch.arange(width + embeds.shape[1], device=embeds.device)
         return (), kwargs
 
-    def cut(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def cut(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> object:
         """Drop as many columns on the left as were put in: real tokens are then back in the caller's columns."""
         width = count(self.model)
         embeds = kwargs.get("inputs_embeds")
@@ -138,7 +138,9 @@ class _Placing:
             output["hidden_states"] = tuple(state[:, width:] for state in output["hidden_states"])
         return output
 
-    def widen_encoder_mask(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def widen_encoder_mask(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, object]] | None:
         """The decoder attends to the virtual tokens that the encoder has read."""
         self.placed = True
         kwargs = _by_name(module, args, kwargs)
@@ -149,7 +151,9 @@ class _Placing:
         kwargs["encoder_attention_mask"] = _place(torch.ones_like(mask[:, :1]).expand(-1, width), mask, _first(mask))
         return (), kwargs
 
-    def fill_cache(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def fill_cache(
+        self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, object]] | None:
         """The prefix as the first entries of an empty cache; afterwards only masks and positions have to know of it."""
         if not (width := count(self.model)):
             return None
@@ -199,7 +203,7 @@ def _first(mask: Tensor) -> Tensor:
     return mask.to(torch.int8).argmax(dim=1)
 
 
-def _mask(kwargs: dict[str, Any]) -> Tensor | None:
+def _mask(kwargs: dict[str, object]) -> Tensor | None:
     mask = kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise CheckpointError("virtual tokens: the attention mask must be a tensor of rows by columns")
@@ -224,7 +228,7 @@ def _windowed(config: PretrainedConfig) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
-def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> dict[str, Any]:
     """Every argument by its name: callers pass the ids by position or by name."""
     names = list(inspect.signature(module.forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -101,8 +101,8 @@ def text_ids(policy: Policy, text: str) -> list[int]:
 def conversation_ids(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Any],
-    tools: Any = None,
-    extra: Any = None,
+    tools: object = None,
+    extra: object = None,
     *,
     whole: bool = False,
     where: str = "prompts",
@@ -133,7 +133,7 @@ def conversation_ids(
     return [int(i) for i in ids]
 
 
-def continues(messages: Sequence[Any], extra: Any = None, where: str = "prompts") -> bool:
+def continues(messages: Sequence[Any], extra: object = None, where: str = "prompts") -> bool:
     """Whether a completion goes on with the conversation's last message; else it is a message of its own."""
     extra = template_arguments(extra, where)
     opens, goes_on = extra.get("add_generation_prompt"), extra.get("continue_final_message")
@@ -153,7 +153,7 @@ def continues(messages: Sequence[Any], extra: Any = None, where: str = "prompts"
     return bool(goes_on) if goes_on is not None else not opens
 
 
-def answered(prompt: Sequence[Any], completion: str, extra: Any = None, prompt_text: str = "") -> list[Any]:
+def answered(prompt: Sequence[Any], completion: str, extra: object = None, prompt_text: str = "") -> list[object]:
     """The conversation with the completion in it: in the assistant's message that it goes on with, or in one of its own.
 
     `prompt_text`: what the policy saw; a template may have taken the last message's trailing blanks off.
@@ -176,7 +176,7 @@ def _as_seen(text: str, prompt_text: str) -> str:
     return text.rstrip() if not prompt_text.endswith(text) and prompt_text.endswith(text.rstrip()) else text
 
 
-def text_of(content: Any) -> str:
+def text_of(content: object) -> str:
     """A message's text: its own, or that of its parts."""
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
@@ -186,12 +186,12 @@ def text_of(content: Any) -> str:
 # -- what a template is given -------------------------------------------------------------------------------------------
 
 
-def is_conversation(value: Any) -> bool:
+def is_conversation(value: object) -> bool:
     """Whether a value is a list of {role, content}, rather than a text."""
     return isinstance(value, list) and bool(value) and all(isinstance(message, dict) and "role" in message for message in value)
 
 
-def check_messages(messages: Any, where: str) -> None:
+def check_messages(messages: object, where: str) -> None:
     """One line where a conversation is none, or where a message would enter it empty or as something that is no text."""
     if not isinstance(messages, list | tuple) or not all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages
@@ -210,7 +210,7 @@ def check_messages(messages: Any, where: str) -> None:
             raise DataError(f"{told} has a content of type {type(content).__name__}, {str(content)[:40]!r}; expected a text")
 
 
-def template_arguments(extra: Any, where: str = "prompts") -> dict[str, Any]:
+def template_arguments(extra: object, where: str = "prompts") -> dict[str, object]:
     """`chat_template_kwargs` of a row: a mapping, or one as JSON text."""
     arguments = _parsed(extra, f"{where}: chat_template_kwargs")
     if arguments is None:
@@ -224,7 +224,7 @@ def template_arguments(extra: Any, where: str = "prompts") -> dict[str, Any]:
     return arguments
 
 
-def template_tools(tools: Any, where: str = "prompts") -> list[Any]:
+def template_tools(tools: object, where: str = "prompts") -> list[object]:
     """`tools` of a row: a list of descriptions, or one as JSON text."""
     descriptions = _parsed(tools, f"{where}: tools")
     if descriptions is not None and not (
@@ -234,7 +234,7 @@ def template_tools(tools: Any, where: str = "prompts") -> list[Any]:
     return descriptions or []
 
 
-def _parsed(value: Any, named: str) -> Any:
+def _parsed(value: object, named: str) -> object:
     if not isinstance(value, str):
         return value
     try:
@@ -243,7 +243,9 @@ def _parsed(value: Any, named: str) -> Any:
         raise DataError(f"{named}: not JSON ({error}): {value[:60]!r}") from error
 
 
-def _check_parts(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], arguments: Mapping[str, Any], where: str) -> None:
+def _check_parts(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], arguments: Mapping[str, object], where: str
+) -> None:
     """A content that is not a plain text must come out of the template as text, not as Python prints it."""
     for at, message in enumerate(messages):
         content = message.get("content")

@@ -68,11 +68,11 @@ class PromptBatch:
 
     ids: list[list[int]]
     rows: list[int]
-    prompts: list[Any]
+    prompts: list[object]
     """As read: a string, or a list of messages."""
     prompt_texts: list[str]
     """As the model sees them, special tokens kept."""
-    columns: dict[str, list[Any]] = field(default_factory=dict)
+    columns: dict[str, list[object]] = field(default_factory=dict)
     """The dataset's other columns."""
     occurrences: list[int] | None = None
     """How often each row was there before: its samples go on counting, else a row that comes twice would say the same twice."""
@@ -181,7 +181,7 @@ class Prompts:
                 *(which, self.settings.path or "the job", f"{self.most:,}", f"{longest:,}"),
             )
 
-    def _check_value(self, row: int, value: Any) -> None:
+    def _check_value(self, row: int, value: object) -> None:
         where = f"prompts.path: row {row} of {self.settings.path or 'the prompts'}"
         if value is None or (isinstance(value, (str, list)) and not len(value)):
             raise DataError(f"{where}: the column {self.column!r} is empty; give every row a prompt, or leave the row out")
@@ -197,7 +197,7 @@ class Prompts:
                 f"{where}: expected a text or a list of messages, found {type(value).__name__}; choose another prompts.column"
             )
 
-    def _ids(self, row: int, record: dict[str, Any]) -> list[int]:
+    def _ids(self, row: int, record: dict[str, object]) -> list[int]:
         value, tokenizer = record.get(self.column), self.policy.tokenizer
         self._check_value(row, value)
         if isinstance(value, list):

@@ -11,12 +11,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerl.rollout.common.errors import DataError, one_line
 
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
-def read_table(path: str, split: str = "", name: str = "", field: str = "prompts") -> Sequence[dict[str, Any]]:
+
+def read_table(path: str, split: str = "", name: str = "", field: str = "prompts") -> Sequence[dict[str, object]]:
     """The rows of `path`; `field` is the settings' section that errors name."""
     file = Path(path).expanduser()
     if file.is_dir():
@@ -35,14 +38,14 @@ def read_table(path: str, split: str = "", name: str = "", field: str = "prompts
     return _ArrowRows(_load_hub(path, split, name, field))
 
 
-def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+def columns_of(rows: Sequence[dict[str, object]]) -> list[str]:
     """The columns of a table: every row's, for a row of a jsonl file may lack some."""
     if isinstance(rows, _ArrowRows):
         return list(rows.dataset.column_names)
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def _read_file(file: Path, field: str) -> Sequence[dict[str, Any]]:
+def _read_file(file: Path, field: str) -> Sequence[dict[str, object]]:
     kind = "".join(file.suffixes[-1:]).lower()
     if kind in (".jsonl", ".ndjson"):
         return _read_jsonl(file, field)
@@ -55,8 +58,8 @@ def _read_file(file: Path, field: str) -> Sequence[dict[str, Any]]:
     raise DataError(f"{field}.path: {file} has no ending that is known; use jsonl, json, csv, tsv or parquet")
 
 
-def _read_jsonl(file: Path, field: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _read_jsonl(file: Path, field: str) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -72,7 +75,7 @@ def _read_jsonl(file: Path, field: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_json(file: Path, field: str) -> list[dict[str, Any]]:
+def _read_json(file: Path, field: str) -> list[dict[str, object]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except (json.JSONDecodeError, RecursionError):
@@ -84,8 +87,8 @@ def _read_json(file: Path, field: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_csv(file: Path, delimiter: str, field: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _read_csv(file: Path, delimiter: str, field: str) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)  # else an open quote takes in the rest of the file
         begins = 1
@@ -112,7 +115,7 @@ def _read_csv(file: Path, delimiter: str, field: str) -> list[dict[str, Any]]:
 _HALF = re.compile("[\ud800-\udfff]")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object whose keys are all different: of two equal ones the first would be lost."""
     row = dict(pairs)
     if len(row) < len(pairs):
@@ -124,7 +127,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _read_parquet(file: Path, field: str) -> Sequence[dict[str, Any]]:
+def _read_parquet(file: Path, field: str) -> Sequence[dict[str, object]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -135,7 +138,7 @@ def _read_parquet(file: Path, field: str) -> Sequence[dict[str, Any]]:
     return [without_missing(row) for row in table.to_pylist()]
 
 
-def _load_folder(folder: Path, split: str, name: str, field: str) -> Any:
+def _load_folder(folder: Path, split: str, name: str, field: str) -> Dataset:
     import datasets
 
     try:
@@ -146,7 +149,7 @@ def _load_folder(folder: Path, split: str, name: str, field: str) -> Any:
         raise DataError(f"{field}.path: {folder} cannot be read as a dataset: {_line(error)}") from error
 
 
-def _load_hub(path: str, split: str, name: str, field: str) -> Any:
+def _load_hub(path: str, split: str, name: str, field: str) -> Dataset:
     import datasets
 
     try:
@@ -157,7 +160,7 @@ def _load_hub(path: str, split: str, name: str, field: str) -> Any:
         ) from error
 
 
-def _one_split(dataset: Any, path: str, split: str, field: str) -> Any:
+def _one_split(dataset: Dataset | DatasetDict, path: str, split: str, field: str) -> Dataset:
     if not isinstance(dataset, dict):
         if split and split != str(dataset.split or split):
             raise DataError(f"{field}.split: {split!r}, but {path} is one split, {dataset.split}; leave prompts.split out")
@@ -169,10 +172,10 @@ def _one_split(dataset: Any, path: str, split: str, field: str) -> Any:
     return dataset[chosen]
 
 
-class _ArrowRows(Sequence[dict[str, Any]]):
+class _ArrowRows(Sequence[dict[str, object]]):
     """A dataset's rows as plain objects, read when asked for."""
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -181,17 +184,17 @@ class _ArrowRows(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row: dict[str, Any] = without_missing(self.dataset[int(index)])
+        row: dict[str, object] = without_missing(self.dataset[int(index)])
         return row
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, object]]:
         return (self[i] for i in range(len(self)))
 
 
-def without_missing(row: dict[str, Any]) -> dict[str, Any]:
+def without_missing(row: dict[str, object]) -> dict[str, object]:
     """The row without the None keys that Arrow put into nested objects; the row's own columns stay."""
 
-    def clean(value: Any) -> Any:
+    def clean(value: object) -> object:
         if isinstance(value, dict):
             return {key: clean(part) for key, part in value.items() if part is not None or key == "content"}
         if isinstance(value, list):

@@ -26,9 +26,10 @@ from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.ragged import Kept
-from steerl.rollout.scoring.alignment import encoder_input, first_predicting, forward_inputs, predicting
+from steerl.rollout.scoring.alignment import first_predicting, forward_inputs, predicting
 from steerl.rollout.scoring.chunked_head import HeadPass, readable, swapped_in
-from steerl.rollout.types import Applied, Rollout
+from steerl.rollout.scoring.steered import Steers, steered
+from steerl.rollout.types import Rollout
 
 aligned = True
 """False keeps the padding on the left in every pass: more columns, a mask, the same numbers."""
@@ -59,9 +60,9 @@ class _Wanted:
     """Each row begins at column 0, with its first token."""
 
 
-def token_logprobs(logits_BRV: Tensor, tokens_BR: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probs of the tokens under softmax(logits / temperature)."""
-    return _of_tokens(_logprobs(logits_BRV, temperature), tokens_BR)
+def token_logprobs(logits_BRV: Tensor, tokens_BR: Tensor, temperature: float = 1.0, kept: Kept | None = None) -> Tensor:
+    """Log-probs of the tokens under softmax(logits / temperature), over what is kept where that is given."""
+    return _of_tokens(_logprobs(logits_BRV, temperature, kept), tokens_BR)
 
 
 def entropy(logits_BRV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -96,7 +97,7 @@ def teacher_forced(
     want_logprobs: bool = True,
     want_all: bool = False,
     max_rows: int | None = None,
-    steering: Any = None,
+    steering: Steers | None = None,
 ) -> TeacherForced:
     """Score a rollout's responses in one forward pass, without dropout; gradients as the caller has them.
 
@@ -127,7 +128,7 @@ def teacher_forced(
         for index in groups:
             whole = len(index) == len(rollout) and len(groups) == 1
             part = rollout if whole and (policy.is_seq2seq or padded) else _narrowed(rollout.select(index))
-            with _steered(steering, policy, part):
+            with steered(steering, policy, part):
                 results.append(_one_pass(policy, part, wanted))
             if whole:
                 return results[0]
@@ -166,22 +167,6 @@ def _narrowed(rollout: Rollout) -> Rollout:
     return dataclasses.replace(
         rollout, prompt_BP=rollout.prompt_BP[:, empty:], prompt_mask_BP=rollout.prompt_mask_BP[:, empty:]
     )
-
-
-@contextlib.contextmanager
-def _steered(steering: Any, policy: Policy, part: Rollout) -> Iterator[None]:
-    if steering is None:
-        yield
-        return
-    mask_BP = encoder_input(part.prompt_BP, part.prompt_mask_BP)[1] if policy.is_seq2seq else part.prompt_mask_BP
-    with steering.active(
-        prompt_mask_BP=mask_BP,
-        row_B=part.row_B,
-        sample_B=part.sample_B,
-        applied=Applied.of(part),
-        start_width=max(len(policy.start_ids), 1),
-    ):
-        yield
 
 
 def _may_begin_at_first(policy: Policy, want_logprobs: bool) -> bool:

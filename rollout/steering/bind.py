@@ -105,7 +105,7 @@ def read_vectors(raw: dict[str, Any], points: list[Point], who: str, to: Binding
     return vectors
 
 
-def path_of(raw: Any, to: Binding) -> Path:
+def path_of(raw: object, to: Binding) -> Path:
     """Relative to the spec's file where it came from one and the path is there; else to the current folder."""
     path = Path(str(raw)).expanduser()
     beside = Path(to.folder) / path

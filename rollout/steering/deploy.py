@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,13 +174,14 @@ def _compare(steering: Steering, model: nn.Module) -> None:
     """Folded against steered on a few tokens: what no bias can do shows here, not at the user's."""
     device = next(model.parameters()).device
     ids = torch.arange(3, 11, device=device)[None] % policy.vocabulary_size(model)
-    given: dict[str, Any] = {"input_ids": ids}
+    given: dict[str, object] = {"input_ids": ids}
     if steering.is_encoder_decoder:
         given["decoder_input_ids"] = ids[:, :4]
     modes = [(m, m.training) for net in (steering.model, model) for m in net.modules()]
     steering.model.eval()
     model.eval()
-    with steering.active(progress=1.0):
+    zero_B = ids.new_zeros(1)
+    with steering.active(applied=steering.applied(torch.ones_like(ids), zero_B, zero_B, progress=1.0)):
         steered = steering.model(**given).logits
     with unsteered():
         folded, plain = model(**given).logits, steering.model(**given).logits

@@ -211,7 +211,7 @@ class HeldAddition:
     def __init__(self, moved_B1D: Tensor, mask_B11: Tensor | None):
         self.moved_B1D, self.mask_B11 = moved_B1D, mask_B11
 
-    def __call__(self, frame: Any, hidden: Tensor) -> Tensor:
+    def __call__(self, frame: object, hidden: Tensor) -> Tensor:
         edited = hidden + self.moved_B1D
         return edited if self.mask_B11 is None else torch.where(self.mask_B11, edited, hidden)
 

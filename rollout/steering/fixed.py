@@ -11,7 +11,6 @@ gives back the very numbers it got.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from steerl.rollout.steering.state import SiteSelection, StackCall
 from steerl.rollout.steering.steering import Steering
 
 
-def why_not(steering: Any, core: nn.Module) -> str | None:
+def why_not(steering: object, core: nn.Module) -> str | None:
     """Why this steering cannot act inside a graph; None where it can."""
     if not isinstance(steering, Steering) or steering.model is not core:
         return "the steering was not made for this model"
@@ -42,7 +41,7 @@ def why_not(steering: Any, core: nn.Module) -> str | None:
     return None
 
 
-def structure(steering: Steering) -> tuple[Any, ...]:
+def structure(steering: Steering) -> tuple[object, ...]:
     """What a graph is made for: operations, points and shapes, without any vector, strength or position."""
     return tuple(
         (
@@ -145,7 +144,7 @@ class _FixedEdit:
             self.columns = torch.tensor(site.points[at].columns, device=device)
             compat.mark_static(self.columns)
 
-    def __call__(self, frame: Any, hidden: Tensor) -> Tensor:
+    def __call__(self, frame: object, hidden: Tensor) -> Tensor:
         shape, site = hidden.shape, self.site
         if hidden.dim() == 2:
             hidden = hidden.unsqueeze(1)

@@ -82,10 +82,11 @@ class BoundSite:
         return held
 
     def noise(self, at: int, rows: SteeredRows, index_BT: Tensor, width: int) -> Tensor:
-        """What is drawn at a point, a function of row, sample and real position."""
-        stream, applied = 4096 + 64 * self.index + at, rows.applied
-        assert applied.steering_seed is not None
-        return keyed_normals(applied.steering_seed, stream, applied.policy_step_B, rows.row_B, rows.sample_B, index_BT, width)
+        """What is drawn at a point, a function of the drawing run's seed and step, of row, sample and real position."""
+        stream, seed, step_B = 4096 + 64 * self.index + at, rows.applied.steering_seed, rows.applied.policy_step_B
+        assert seed is not None  # Steering.lacking has looked
+        step_B = torch.where(step_B < 0, -1 - step_B, step_B)
+        return keyed_normals(seed, stream, step_B, rows.row_B, rows.sample_B, index_BT, width)
 
     def apply(self, at: int, base: Tensor, strength: Tensor, unit: bool = False, noise: Tensor | None = None) -> Tensor:
         """The edited activation at every position; the caller keeps it where the site selects."""

@@ -35,6 +35,9 @@ from steerl.rollout.steering.state import SteeredRows
 from steerl.rollout.steering.strengths import column, schedule_factor, site_strength, steered_rows
 from steerl.rollout.types import Applied, Rollout
 
+REMEDY = "they were drawn under another steering, or dumped by a version that did not record it: draw them again"
+"""What to do where a record lacks something."""
+
 
 class Steering:
     """A steering spec at work on one model. Everything is found and checked here, before any sampling."""
@@ -134,13 +137,12 @@ class Steering:
         policy_step: int = 0,
     ) -> Tensor:
         """(B, K): the strength of every site on every row. 0 = the site leaves the row alone. `progress`: share of training."""
-        steered_B1 = steered_rows(self.spec, self.seed, policy_step, row_B, sample_B)[:, None]
-        of_sites = [
-            site_strength(site.spec, site.index, self.seed, policy_step, row_B, sample_B, columns or {})
-            * (schedule_factor(site.spec.schedule, progress) * self.scale)
-            for site in self.sites
-        ]
-        return torch.where(steered_B1, torch.stack(of_sites, dim=1), 0.0)
+        steered_B = steered_rows(self.spec, self.seed, policy_step, row_B, sample_B)
+        of_sites = []
+        for site in self.sites:
+            strength_B = site_strength(site.spec, site.index, self.seed, policy_step, row_B, sample_B, columns or {})
+            of_sites.append(strength_B * (schedule_factor(site.spec.schedule, progress) * self.scale))
+        return torch.where(steered_B[:, None], torch.stack(of_sites, dim=1), 0.0)
 
     def applied(
         self,
@@ -155,49 +157,46 @@ class Steering:
     ) -> Applied:
         """What a record has to say of these rows, so that they are steered again as they were. `start_width`: an
         encoder-decoder's decoder start."""
-        rows = len(row_B)
-        listed = [torch.zeros(rows, 0, dtype=torch.int64, device=row_B.device) for _ in self.sites]
-        for site in self.sites:
-            if (name := site.positions_column) is not None:
-                values = column(columns or {}, name, f"site {site.name!r}: where.prompt")
-                by_start = self.is_encoder_decoder and site.points[0].stack != "encoder"
-                lengths_B = torch.full_like(row_B, start_width) if by_start else prompt_mask_BP.sum(1)
-                listed[site.index] = positions.places_of(values, lengths_B, name)
-        most = max(places.shape[1] for places in listed)
-        return Applied(
-            strength_BK=self.strengths(row_B, sample_B, columns, progress=progress, policy_step=policy_step),
-            positions_BKN=torch.stack([pad(places, (0, most - places.shape[1]), value=-1) for places in listed], dim=1),
-            policy_step_B=torch.full_like(row_B, policy_step),
-            steering_seed=self.seed,
-        )
+        columns = columns or {}
+        strength_BK = self.strengths(row_B, sample_B, columns, progress=progress, policy_step=policy_step)
+        listed = [self._positions(site, prompt_mask_BP, columns, start_width) for site in self.sites]
+        most = max(places_BN.shape[1] for places_BN in listed)
+        positions_BKN = torch.stack([pad(places_BN, (0, most - places_BN.shape[1]), value=-1) for places_BN in listed], dim=1)
+        return Applied(strength_BK, positions_BKN.to(row_B.device), torch.full_like(row_B, policy_step), self.seed)
 
-    def _rows(
-        self, prompt_mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, applied: Applied, encoder_mask_BP: Tensor | None = None
-    ) -> SteeredRows:
-        """All that sites ask about the rows of a batch."""
+    def _positions(
+        self, site: BoundSite, prompt_mask_BP: Tensor, columns: Mapping[str, Sequence[Any]], start_width: int
+    ) -> Tensor:
+        """(B, N): the prompt positions that a data column gives the site; N = 0 where it reads none, and never else."""
+        lengths_B = prompt_mask_BP.sum(1)
+        if (name := site.positions_column) is None:
+            return lengths_B.new_zeros(len(lengths_B), 0)
+        if self.is_encoder_decoder and site.points[0].stack != "encoder":
+            lengths_B = torch.full_like(lengths_B, start_width)
+        return positions.places_of(column(columns, name, f"site {site.name!r}: where.prompt"), lengths_B, name)
+
+    def lacking(self, applied: Applied) -> str | None:
+        """What a record of rows does not hold that the sites need; None where they can be steered from it."""
         if (recorded := applied.strength_BK.shape[1]) != len(self.sites):
-            raise DataError(
-                f"steering: the rows record the strengths of {recorded} site(s), {self.name} has {len(self.sites)}; they were "
-                "drawn under another steering, or dumped before records held every site: draw them again"
-            )
+            return f"the strengths of {recorded} site(s), where {self.label} has {len(self.sites)}"
         for site in self.sites:
             if site.positions_column is not None and not applied.positions_BKN.shape[2]:
-                raise DataError(
-                    f"steering: the rows do not record the positions of site {site.name!r} (column {site.positions_column!r}); "
-                    "they were dumped before records held them: draw them again"
-                )
-        device = prompt_mask_BP.device
-        return SteeredRows(
-            prompt_mask_BP.bool(),
-            row_B.to(device),
-            sample_B.to(device),
-            applied.to(device),
-            None if encoder_mask_BP is None else encoder_mask_BP.bool(),
-        )
+                return f"no positions of site {site.name!r} (column {site.positions_column!r})"
+            if site.operation.source == "noise" and applied.steering_seed is None:
+                return f"no seed of the noise of site {site.name!r}"
+        return None
 
     def rows_of(self, rollout: Rollout) -> SteeredRows:
         """A decoder's rollout as its sites see it."""
-        return self._rows(rollout.prompt_mask_BP, rollout.row_B, rollout.sample_B, Applied.of(rollout))
+        return self._rows(rollout.prompt_mask_BP, rollout.row_B, rollout.sample_B, Applied.of(rollout), None)
+
+    def _rows(
+        self, prompt_mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, applied: Applied, encoder_mask_BP: Tensor | None
+    ) -> SteeredRows:
+        """All that sites ask about the rows of a batch."""
+        if (lacking := self.lacking(applied)) is not None:
+            raise DataError(f"steering: the record of these rows holds {lacking}; {REMEDY}")
+        return SteeredRows(prompt_mask_BP, row_B, sample_B, applied.to(prompt_mask_BP.device), encoder_mask_BP)
 
     # -- at work ---------------------------------------------------------------------------------------------------------
 
@@ -208,29 +207,25 @@ class Steering:
         prompt_mask_BP: Tensor | None = None,
         row_B: Tensor | None = None,
         sample_B: Tensor | None = None,
-        columns: Mapping[str, Sequence[Any]] | None = None,
         applied: Applied | None = None,
-        policy_step: int = 0,
-        progress: float = 0.0,
         start_width: int = 1,
     ) -> Iterator[Active]:
         """Inside, every forward and generate of the model is steered.
 
         `prompt_mask_BP` is the left-padded prompt's mask (for encoder-decoders the encoder input's; `start_width` is then
         the width of the decoder's start). Without it the first call's whole input is the prompt, and so is the input of
-        every later call that brings an empty cache. `applied` is what a record says of the rows; without it strengths and
-        positions are found from `columns`, `policy_step` and `progress`.
+        every later call that brings an empty cache. `applied` is what a record says of the rows, or what `applied` finds for
+        new ones; without it they are steered as at step 0, and no site may read a data column.
         """
 
         def make(decoder_mask_BP: Tensor, encoder_mask_BP: Tensor | None) -> SteeredRows:
-            count, device = decoder_mask_BP.shape[0], decoder_mask_BP.device
-            rows_B = torch.arange(count, device=device) if row_B is None else row_B.to(device)
+            rows, device = decoder_mask_BP.shape[0], decoder_mask_BP.device
+            rows_B = torch.arange(rows, device=device) if row_B is None else row_B.to(device)
             samples_B = torch.zeros_like(rows_B) if sample_B is None else sample_B.to(device)
-            mask_BP = decoder_mask_BP if encoder_mask_BP is None else encoder_mask_BP
-            width = decoder_mask_BP.shape[1]
-            given = applied or self.applied(
-                mask_BP, rows_B, samples_B, columns, progress=progress, policy_step=policy_step, start_width=width
-            )
+            given = applied
+            if given is None:
+                mask_BP = decoder_mask_BP if encoder_mask_BP is None else encoder_mask_BP
+                given = self.applied(mask_BP, rows_B, samples_B, start_width=decoder_mask_BP.shape[1])
             return self._rows(decoder_mask_BP, rows_B, samples_B, given, encoder_mask_BP)
 
         rows = None

@@ -81,11 +81,11 @@ class Case:
         """Of a token's keys in one layer, and of its values."""
         return self.hidden * (self.key_heads or self.query_heads) / self.query_heads
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
-DISTRIBUTIONS: dict[str, dict[str, Any]] = {
+DISTRIBUTIONS: dict[str, dict[str, object]] = {
     "plain": {},
     "top_k": {"top_k": 50},
     "top_p": {"top_p": 0.9},
@@ -129,7 +129,7 @@ CUDA = tuple(
 """Shapes of Qwen2.5 0.5B and 1.5B and of Llama 3.2 1B, random weights."""
 
 
-def config_of(case: Case) -> Any:
+def config_of(case: Case) -> object:
     from transformers import LlamaConfig, Qwen2Config
 
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[case.family]
@@ -156,7 +156,7 @@ def causal(case: Case, seed: int = 0) -> Any:
     return model
 
 
-def classifier(case: Case, seed: int = 0) -> Any:
+def classifier(case: Case, seed: int = 0) -> object:
     """The same trunk with a head of one number: the peer's value model."""
     from transformers import AutoModelForSequenceClassification
 
@@ -165,7 +165,7 @@ def classifier(case: Case, seed: int = 0) -> Any:
         return AutoModelForSequenceClassification.from_config(config_of(case), dtype=getattr(torch, case.dtype)).eval()
 
 
-def tokenizer_of(case: Case) -> Any:
+def tokenizer_of(case: Case) -> object:
     """A word for every id."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

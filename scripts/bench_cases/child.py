@@ -89,9 +89,9 @@ class Meter:
         self.laps.append({})
         self.began = self.now()
 
-    def to_json(self, case: Case, implementation: str) -> dict[str, Any]:
+    def to_json(self, case: Case, implementation: str) -> dict[str, object]:
         """Without the first one, which warms up. `alive`: rows at each step of the last one."""
-        found: dict[str, Any] = {"case": case.name, "implementation": implementation, "tokens": self.tokens[1:]}
+        found: dict[str, object] = {"case": case.name, "implementation": implementation, "tokens": self.tokens[1:]}
         laps = [lap for lap in self.laps[1:] if lap]
         found["seconds"] = {name: [lap[name] for lap in laps] for name in laps[0] if name != "wall"}
         found["wall"] = [lap["wall"] for lap in laps]
@@ -115,7 +115,7 @@ def sample_ours(case: Case, times: int, folder: Path) -> Meter:
     return meter
 
 
-def sampling_of(case: Case, kind: Callable[..., Any]) -> Any:
+def sampling_of(case: Case, kind: Callable[..., object]) -> Any:
     extra = {"compile": True} if case.compile else {}
     return kind(max_new_tokens=case.response, batch_size=case.rows, n=case.n, **DISTRIBUTIONS[case.distribution], **extra)
 
@@ -173,7 +173,7 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
 
     lengths: list[int] = []
 
-    def reward(rollout: Any, texts: Any) -> Scores:
+    def reward(rollout: Any, texts: object) -> Scores:
         lengths[:] = rollout.lengths_B.tolist()
         return Scores(total_B=(rollout.response_BR[:, 0] % 2).float())
 
@@ -228,7 +228,7 @@ def update_trl(case: Case, times: int, folder: Path) -> Meter:
     generate = ppo_trainer.batch_generation
     lengths: list[int] = []
 
-    def generate_timed(*given: Any) -> Any:
+    def generate_timed(*given: object) -> object:
         meter.lap("rest")  # since the last update ended: garbage collection, loading of prompts
         sequences, logits = generate(*given)
         meter.lap("sample")
@@ -248,7 +248,7 @@ def update_trl(case: Case, times: int, folder: Path) -> Meter:
     )  # fmt: skip
     accumulate = trainer.accelerator.accumulate
 
-    def accumulate_timed(*models: Any) -> Any:
+    def accumulate_timed(*models: object) -> object:
         if "score" not in meter.laps[-1]:
             meter.lap("score")
         return accumulate(*models)

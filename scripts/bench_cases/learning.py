@@ -46,7 +46,7 @@ class LearningSettings:
     """A folder that holds TRL 1.12; empty = installed into OUT/trl-1.12."""
 
 
-def measure(out: Path, settings: LearningSettings, learners: Sequence[str] = LEARNERS) -> dict[str, Any]:
+def measure(out: Path, settings: LearningSettings, learners: Sequence[str] = LEARNERS) -> dict[str, object]:
     """Run everything that is not in learning.json yet, and write it with its table and its plot."""
     out.mkdir(parents=True, exist_ok=True)
     world = make_world(out)
@@ -69,7 +69,7 @@ def load(path: Path, settings: LearningSettings) -> dict[str, Any]:
     fresh = {"steps": settings.steps, "peer": PEER, "versions": versions(), "runs": {}}
     if not path.is_file():
         return fresh
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
     if found.get("steps") != settings.steps:
         raise UserError(f"{path}: has runs of {found.get('steps')} steps, asked for are {settings.steps}; name another --out")
     return found
@@ -92,7 +92,7 @@ def install_peer(folder: Path) -> Path:
     return folder.absolute()
 
 
-def run(learner: str, world: Path, folder: Path, seed: int, settings: LearningSettings, peer: Path) -> dict[str, Any]:
+def run(learner: str, world: Path, folder: Path, seed: int, settings: LearningSettings, peer: Path) -> dict[str, object]:
     """One run in a process of its own; its last line is what it found."""
     setting = [learner.split()[-1], str(settings.peer_steps)]
     module, last = ("ours", []) if learner == "ours" else ("trl_112", setting)
@@ -100,7 +100,7 @@ def run(learner: str, world: Path, folder: Path, seed: int, settings: LearningSe
     return said_by(module, arguments, None if learner == "ours" else peer, f"{learner}, seed {seed}")
 
 
-def said_by(module: str, arguments: Sequence[str], peer: Path | None, name: str, **extra: str) -> dict[str, Any]:
+def said_by(module: str, arguments: Sequence[str], peer: Path | None, name: str, **extra: str) -> dict[str, object]:
     """What the last line of a child says: a module of this folder in a process of its own, with one thread, and with the
     peer's TRL first on its path. `extra` goes into its environment."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
@@ -111,7 +111,7 @@ def said_by(module: str, arguments: Sequence[str], peer: Path | None, name: str,
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"bench: {name} failed:", *done.stderr.strip().splitlines()[-5:])
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    result: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
@@ -123,7 +123,7 @@ def first_at(rewards: Sequence[float], goal: float = GOAL) -> int | None:
     return next((step for step, reward in enumerate(rewards, 1) if reward >= goal), None)
 
 
-def summary(runs: dict[str, Any]) -> dict[str, Any]:
+def summary(runs: dict[str, Any]) -> dict[str, object]:
     """Of one learner: medians over the seeds, and the worst seed. A seed that never gets there counts as infinite."""
     steps = [first_at(run["rewards"]) for run in runs.values()]
     seconds = [run["seconds"][step - 1] if step else None for step, run in zip(steps, runs.values(), strict=True)]
@@ -131,7 +131,7 @@ def summary(runs: dict[str, Any]) -> dict[str, Any]:
     def median(values: Sequence[float | None]) -> float:
         return statistics.median(float("inf") if value is None else value for value in values)
 
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         "seeds": len(runs),
         f"steps to {GOAL}": median(steps),
         f"seconds to {GOAL}": median(seconds),
@@ -150,7 +150,7 @@ def table(found: dict[str, Any]) -> list[str]:
     rows = {learner: summary(runs) for learner, runs in found["runs"].items() if runs}
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
 
-    def cell(value: Any) -> str:
+    def cell(value: object) -> str:
         return "-" if value is None else "never" if value == float("inf") else f"{value:.3f}".rstrip("0").rstrip(".")
 
     lines = ["| learner | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]

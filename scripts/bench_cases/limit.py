@@ -24,7 +24,7 @@ _MEGABYTES = (1, 4, 16, 64, 256, 512)
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def measured(device: str = "cpu", dtype: str = "float32", rounds: int = 7) -> dict[str, Any]:
+def measured(device: str = "cpu", dtype: str = "float32", rounds: int = 7) -> dict[str, object]:
     """{"flops": operations per second, "bandwidth": {megabytes: bytes per second}}: the best of some rounds."""
     kind = getattr(torch, dtype)
     size = 8192 if device == "cuda" else 1024
@@ -50,7 +50,7 @@ def measured(device: str = "cpu", dtype: str = "float32", rounds: int = 7) -> di
     return found
 
 
-def best(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def best(several: Sequence[dict[str, Any]]) -> dict[str, object]:
     """Of several measurements: other jobs only ever make them lower."""
     sizes = several[0]["bandwidth"]
     return {
@@ -59,7 +59,7 @@ def best(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _fastest(work: Callable[[], Any], device: str, rounds: int) -> float:
+def _fastest(work: Callable[[], object], device: str, rounds: int) -> float:
     """Seconds: of the processor on the CPU, of the clock on a GPU."""
     work()
     found = []

@@ -31,7 +31,7 @@ _AGAIN = 0
 FOUR_DEEP = tuple(replace(shape, work="sampling", rows=16, layers=4) for shape in (SHAPES[0], SHAPES[1], SHAPES[3]))
 
 
-def measure(out: Path, cases: tuple[Case, ...] = FOUR_DEEP, repeats: int = REPEATS) -> list[dict[str, Any]]:
+def measure(out: Path, cases: tuple[Case, ...] = FOUR_DEEP, repeats: int = REPEATS) -> list[dict[str, object]]:
     out.mkdir(parents=True, exist_ok=True)
     found = [entry for case in cases for entry in overhead(case, repeats)]
     write_json(out / "overhead.json", {"versions": versions(), "repeats": repeats, "found": found})
@@ -40,7 +40,7 @@ def measure(out: Path, cases: tuple[Case, ...] = FOUR_DEEP, repeats: int = REPEA
     return found
 
 
-def overhead(case: Case, repeats: int) -> list[dict[str, Any]]:
+def overhead(case: Case, repeats: int) -> list[dict[str, object]]:
     """A row per number of sites. Plain is a model of its own, on which steering never put a hook."""
     policy, batch = policy_of(case), prompt_batch(case)
     settings = Sampling(max_new_tokens=case.response, batch_size=case.rows)
@@ -72,7 +72,7 @@ def overhead(case: Case, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def spec(case: Case, sites: int) -> dict[str, Any]:
+def spec(case: Case, sites: int) -> dict[str, object]:
     """An add at as many blocks, on every step."""
     draw = torch.Generator().manual_seed(0)
     return {

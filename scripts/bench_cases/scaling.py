@@ -36,7 +36,7 @@ def measure(out: Path, settings: SpeedSettings, quick: bool = False) -> dict[str
     rounds, times = (1, 1) if quick else (settings.rounds, settings.times)
     cases = {name: series[:2] if quick else series for name, series in DOUBLED.items()}
     out.mkdir(parents=True, exist_ok=True)
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, list[dict[str, object]]] = {}
     names = {json.dumps(case.to_json()): case for series in cases.values() for case in series}
     for number in range(rounds):
         for text, case in names.items():
@@ -50,7 +50,7 @@ def measure(out: Path, settings: SpeedSettings, quick: bool = False) -> dict[str
     return found
 
 
-def point(case: Case, several: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def point(case: Case, several: Sequence[dict[str, Any]]) -> dict[str, object]:
     """Work, seconds and memory of one case."""
     alive = several[-1]["alive"]
     score, learn = limit.update_seconds(case, alive, _UNIT)

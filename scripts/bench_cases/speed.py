@@ -45,7 +45,7 @@ class SpeedSettings:
     """Without TRL 1.12."""
 
 
-def measure(out: Path, settings: SpeedSettings, quick: bool = False) -> list[dict[str, Any]]:
+def measure(out: Path, settings: SpeedSettings, quick: bool = False) -> list[dict[str, object]]:
     """Run it all; leaves bench.json and bench.md in `out`. `quick`: the smallest case, once, without the peer."""
     if quick:
         settings = replace(settings, rounds=1, times=1, skip_peer=True)
@@ -55,10 +55,10 @@ def measure(out: Path, settings: SpeedSettings, quick: bool = False) -> list[dic
         peer = Path(settings.peer).absolute() if settings.peer else install_peer(out / "trl-1.12")
     out.mkdir(parents=True, exist_ok=True)
     dtype = "bfloat16" if settings.device == "cuda" else "float32"
-    machines: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
+    machines: list[dict[str, object]] = []
+    found: list[dict[str, object]] = []
     lines: list[str] = []
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    runs: dict[tuple[str, str], list[dict[str, object]]] = {}
     for number in range(settings.rounds):
         machines.append(child([f"limit:{settings.device}:{dtype}"], None, 1, out))
         for case in cases:
@@ -98,7 +98,7 @@ def implementations(case: Case, peer: Path | None) -> list[str]:
     return ["ours", "trl"] if peer is not None else ["ours"]
 
 
-def child(arguments: Sequence[str], peer: Path | None, times: int, out: Path) -> dict[str, Any]:
+def child(arguments: Sequence[str], peer: Path | None, times: int, out: Path) -> dict[str, object]:
     """One process; its last line is what it found."""
     run = out.absolute() / "run"
     # In bfloat16 the weights are so themselves.
@@ -113,7 +113,7 @@ def child(arguments: Sequence[str], peer: Path | None, times: int, out: Path) ->
 # -- what it says -----------------------------------------------------------------------------------------------------
 
 
-def entry(case: Case, who: str, several: Sequence[dict[str, Any]], machine: dict[str, Any]) -> dict[str, Any]:
+def entry(case: Case, who: str, several: Sequence[dict[str, Any]], machine: dict[str, object]) -> dict[str, object]:
     """One object of bench.json: what all processes of one case and implementation found."""
     phases = {name: [s for run in several for s in run["seconds"].get(name, [])] for name in _TIMED}
     phases = {name: values for name, values in phases.items() if values}

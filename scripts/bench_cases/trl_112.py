@@ -13,7 +13,7 @@ import contextlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from steerl.scripts.bench_cases.task import RESPONSE, ROLLOUTS, SEEN, Ledger, ev
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, object]] = {
     "defaults": {},
     "tuned": {
         "learning_rate": 1e-4, "lr_scheduler_type": "linear", "kl_coef": 0.05, "num_ppo_epochs": 8, "num_mini_batches": 4,

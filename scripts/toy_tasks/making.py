@@ -44,7 +44,7 @@ def bytes_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def llama_config(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> LlamaConfig:
+def llama_config(tokenizer: PreTrainedTokenizerFast, **overrides: object) -> LlamaConfig:
     """Hidden 64, two layers: small enough to learn in seconds."""
     shape = {
         "vocab_size": len(tokenizer),
@@ -63,12 +63,12 @@ def llama_config(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> LlamaC
     return LlamaConfig(**{**shape, **overrides})
 
 
-def new_causal(tokenizer: PreTrainedTokenizerFast, seed: int, **overrides: Any) -> LlamaForCausalLM:
+def new_causal(tokenizer: PreTrainedTokenizerFast, seed: int, **overrides: object) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(llama_config(tokenizer, **overrides))
 
 
-def new_classifier(tokenizer: PreTrainedTokenizerFast, seed: int, **overrides: Any) -> LlamaForSequenceClassification:
+def new_classifier(tokenizer: PreTrainedTokenizerFast, seed: int, **overrides: object) -> LlamaForSequenceClassification:
     torch.manual_seed(seed)
     return LlamaForSequenceClassification(llama_config(tokenizer, num_labels=1, **overrides))
 

@@ -76,6 +76,11 @@ def law(logits: Sequence[float], seen: Sequence[int], settings: Any) -> list[flo
     return log_softmax(scores)
 
 
+def kept(logits: Sequence[float], seen: Sequence[int], settings: Any) -> list[int]:
+    """The ids that could be drawn."""
+    return [i for i, x in enumerate(law(logits, seen, settings)) if x > -math.inf]
+
+
 def alone_logprobs(
     model: Any, prompt: Sequence[int], response: Sequence[int], settings: Any, start: Sequence[int] = ()
 ) -> dict[str, list[float]]:

@@ -15,7 +15,7 @@ import torch
 from steerl.rollout.dumps import manifest, store
 from steerl.rollout.dumps.manifest import Plan
 from steerl.scripts.inspect_rollouts import InspectJob, main
-from tests.dumps import flip_bit, made_dump, made_rows, truncate, write_scores
+from tests.dumps import episodes, flip_bit, made_dump, made_rows, truncate, write_scores
 
 
 def inspect(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -55,6 +55,33 @@ def test_counts_are_those_of_a_plain_loop(tmp_path: Path, capsys: pytest.Capture
         "min": 0.0,
         "max": 9.5,
     }
+
+
+def test_of_episodes_the_policys_tokens_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stray numbers at what was fed are nobody's gap."""
+    rollout, _ = episodes(range(10))
+    mask = [
+        [bool(drawn) for drawn in row[:length]] for row, length in zip(rollout.action_mask_BR, rollout.lengths_B, strict=True)
+    ]
+    stray = {"behaviour_logprobs_BR": torch.where(rollout.action_mask_BR, rollout.behaviour_logprobs_BR, -9.0)}
+    made_dump(
+        tmp_path,
+        make=lambda call, samples: episodes(range(10), samples, **stray).select([2 * p + s for p in call for s in (0, 1)]),
+    )
+    _, out, _ = inspect(capsys, str(tmp_path), "--json", "true")
+    found = json.loads(out)
+    assert found["tokens"] == sum(map(sum, mask)) and found["fed_tokens"] == sum(len(row) - sum(row) for row in mask) > 20
+    assert found["turns"] == sum(drawn and not (t and row[t - 1]) for row in mask for t, drawn in enumerate(row))
+    assert found["lengths"] == {str(k): v for k, v in sorted(Counter(map(sum, mask)).items())}
+    gap_BR = (rollout.behaviour_logprobs_BR - rollout.policy_logprobs_BR).abs()
+    gaps = [float(gap_BR[i, t]) for i, row in enumerate(mask) for t, drawn in enumerate(row) if drawn]
+    assert found["gap"]["max"] == pytest.approx(max(gaps), rel=1e-6)
+    assert found["gap"]["mean"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-6)
+    assert found["steered"] == {"cheer#1f": 20}
+    kept = manifest.load_manifest(tmp_path)
+    assert kept["counts"]["tokens"] == found["tokens"]
+    _, page, _ = inspect(capsys, str(tmp_path))
+    assert f"beside them {found['fed_tokens']} tokens that rows were fed in between" in page
 
 
 def test_the_page_is_for_a_person(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

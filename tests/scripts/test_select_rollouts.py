@@ -11,7 +11,7 @@ from steerl.configs.reader import run_command
 import pytest
 
 from steerl.scripts.select_rollouts import SelectJob, main
-from tests.dumps import made_dump, made_rows, write_scores
+from tests.dumps import episodes, made_dump, made_rows, write_scores
 
 PROMPTS, SAMPLES = 10, 4
 KEYS = [(p, s) for p in range(PROMPTS) for s in range(SAMPLES)]
@@ -184,6 +184,16 @@ def test_a_turn_that_the_prompt_began_is_whole_in_what_later_stages_read(
         answer = f"answer {row['prompt_index']}.{row['sample_index']} 🙂"
         assert row["prompt"] == [ask] and row["completion"] == [{"role": "assistant", "content": before + answer}]
         assert json.loads(row["tools"]) == tools
+
+
+def test_rows_that_were_fed_something_are_not_taken_for_the_policys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_dump(tmp_path / "dump", PROMPTS, SAMPLES, make=episodes)
+    write_scores(tmp_path / "dump", {key: {"total": score} for key, score in SCORE.items()})
+    line = refused(capsys, str(tmp_path / "dump"), "--out", str(tmp_path / "a.jsonl"))
+    rollout, _ = episodes(range(PROMPTS), SAMPLES)
+    first = next(i for i in range(len(rollout)) if rollout.action_mask_BR[i].sum() < rollout.lengths_B[i])
+    assert f"row {first // SAMPLES} sample {first % SAMPLES} was fed tokens that the policy did not draw" in line
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_bad_input_is_one_line(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

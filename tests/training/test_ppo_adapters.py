@@ -64,7 +64,7 @@ def test_the_other_weight_adapters_too(kind):
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 @pytest.mark.parametrize("law", [{"top_p": 0.8}, {"top_k": 5}, {"repetition_penalty": 1.5}, {"min_p": 0.8}])
 def test_behaviour_is_the_law_of_the_draw_and_policy_is_not(family, kind, law):
-    policy, rollout = sampled(family, kind, **law)
+    policy, rollout = sampled(family, kind, replay_mask=False, **law)
     plain = torch.cat([lone_logprobs(policy, rollout, i).float() for i in range(len(rollout))])
     torch.testing.assert_close(rollout.policy_logprobs_BR[rollout.action_mask_BR], plain, atol=1e-5, rtol=0)
     assert (rollout.behaviour_logprobs_BR[rollout.action_mask_BR] - plain).abs().max() > 0.01

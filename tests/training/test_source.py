@@ -312,7 +312,7 @@ def test_a_metric_may_have_any_name(tmp_path, monkeypatch, capfd):
     assert weights(tmp_path / "plain") == weights(tmp_path / "other")
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("plain", "other"))
     assert {**one, "seconds": 0} == {**two, "seconds": 0} and one["reward_before"] is not None
-    assert plain[0]["steering/scale"] != plain[-1]["steering/scale"], "the budget moved the strength"
+    assert len({line["steering/scale"] for line in plain}) > 1, "the budget moved the strength"
     assert plain[0]["kl/coef"] != plain[-1]["kl/coef"] and plain[0]["ppo/optimizer_steps"] < 6, "the KL's weight moved; stopped"
     for before, after in zip(plain, other, strict=True):
         told = {key: value for key, value in before.items() if not key.startswith(("time/", "memory/")) and key != "step"}

@@ -50,7 +50,7 @@ def enumerated() -> tuple[Policy, Steering, Rollout, Tensor]:
     responses = torch.cartesian_prod(*[torch.arange(5)] * 3)
     count = len(responses)
     rollout = Rollout.of_ids(
-        [[1, 4]] * count, responses, ended_B=[False] * count, strength_B=[0.8] * count, steering=steering.label
+        [[1, 4]] * count, responses, ended_B=[False] * count, strength_BK=[[0.8]] * count, steering=steering.label
     )
     reward_B = torch.randn(count, generator=torch.Generator().manual_seed(1))
     return policy, steering, rollout, reward_B
@@ -184,11 +184,11 @@ def test_explained_strengths_are_those_that_were_applied() -> None:
     batch = PromptBatch.of_ids([[5, 6, 7], [8, 9]])
     columns = {"much": [1.5, 0.0]}
     rollout, _ = Sampler(policy, Sampling(max_new_tokens=5), steering).sample(dataclasses.replace(batch, columns=columns))
-    found = applied(policy, steering, rollout, columns)
+    found = applied(policy, steering, rollout)
     assert found["a"].tolist() == [pytest.approx([0, 0, 0, 1.5, 1.0, 0, 0, 0])] * 2
     assert found["b"].tolist() == [pytest.approx([1.5, *[0] * 7]), pytest.approx([0.0] * 8)]
-    assert edits_per_row(steering, rollout, columns).tolist() == [3, 2]
-    lines = table(policy, steering, rollout, 0, columns).splitlines()
+    assert edits_per_row(steering, rollout).tolist() == [3, 2]
+    lines = table(policy, steering, rollout, 0).splitlines()
     assert lines[0].split() == ["token", "position", "step", "a", "b"] and len(lines) == 1 + 3 + 5
 
 
@@ -370,7 +370,7 @@ def test_a_resumed_run_is_the_undisturbed_one(role: str, tmp_path: Path) -> None
         )
 
     def breaks(rollout: Rollout, texts: Any) -> Any:
-        if rollout.policy_step == 2:
+        if int(rollout.policy_step_B[0]) == 2:
             raise KeyboardInterrupt
         return share_of_threes(rollout, texts)
 

@@ -114,7 +114,7 @@ def score(model: ActorCritic, reference: Reference | None, samples: Samples, sco
     )
 
 
-def _keep_nothing(_: Any) -> Any:
+def _keep_nothing(_: object) -> Any:
     """Drop saved tensors: this graph is never differentiated."""
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
@@ -133,7 +133,7 @@ def micro_batch_loss(
     return total, metrics, error
 
 
-def set_learning_rates(optimizer: Any, settings: PPOSettings, step: int) -> None:
+def set_learning_rates(optimizer: Optimizer, settings: PPOSettings, step: int) -> None:
     """Learning-rate annealing, and the value warm-up. A function of the step, so that a resumed run has nothing to restore."""
     factor = schedule(settings, step)
     for group in optimizer.param_groups:

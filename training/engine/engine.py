@@ -14,9 +14,10 @@ import contextlib
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
@@ -30,6 +31,7 @@ from steerl.training.settings import PPOSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
 
 def start() -> Accelerator:
@@ -57,7 +59,9 @@ def models_stay_whole() -> None:
     unset_hf_deepspeed_config()
 
 
-def wrap(accelerator: Accelerator, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings) -> tuple[Any, Any]:
+def wrap(
+    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, settings: PPOSettings
+) -> tuple[nn.Module, AcceleratedOptimizer]:
     """(model, optimizer) as the engine wants them."""
     if uses_deepspeed(accelerator):
         return _by_deepspeed(accelerator, actor_critic, optimizer, settings)
@@ -77,8 +81,8 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def _by_deepspeed(
-    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: Any, settings: PPOSettings
-) -> tuple[Any, Any]:
+    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, settings: PPOSettings
+) -> tuple[nn.Module, AcceleratedOptimizer]:
     import deepspeed
 
     _check_dtypes(accelerator, actor_critic)

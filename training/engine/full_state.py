@@ -38,7 +38,7 @@ def weights(state: TrainState) -> dict[str, Tensor]:
     }
 
 
-def optimizer(state: TrainState) -> dict[str, Any]:
+def optimizer(state: TrainState) -> dict[str, object]:
     """What state_dict() of one process's AdamW holds."""
     if not is_deepspeed(state.model):
         plain: dict[str, Any] = state.optimizer.state_dict()
@@ -50,8 +50,8 @@ def optimizer(state: TrainState) -> dict[str, Any]:
         }
     zero = _zero(state)
     compat.link_optimizer_states(zero)
-    entries: dict[int, dict[str, Any]] = {}
-    groups: list[dict[str, Any]] = []
+    entries: dict[int, dict[str, object]] = {}
+    groups: list[dict[str, object]] = []
     index = 0
     for parameters, group in zip(_groups(state), zero.optimizer.param_groups, strict=True):
         step = _step_of(zero, len(groups))
@@ -152,7 +152,7 @@ def _gathered_state(model: Any) -> dict[str, Tensor]:
 # -- one value -------------------------------------------------------------------------------------------------------
 
 
-def gathered(value: Any) -> Any:
+def gathered(value: object) -> Any:
     """A value as it is, or whole where FSDP has spread it."""
     return _kept(value.full_tensor()) if hasattr(value, "full_tensor") else value
 

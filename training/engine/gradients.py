@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ def backward(state: TrainState, loss: Tensor) -> None:
         state.accelerator.backward(loss)
 
 
-def is_deepspeed(model: Any) -> bool:
+def is_deepspeed(model: object) -> bool:
     return type(model).__name__ == "DeepSpeedEngine"
 
 

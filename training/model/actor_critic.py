@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
 from steerl.training.types import PolicyOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Result = TypeVar("Result")
 
@@ -69,7 +72,7 @@ class ActorCritic(nn.Module):
                 stack.enter_context(no_dropout(core))
             yield
 
-    def cores(self) -> list[Any]:
+    def cores(self) -> list[PreTrainedModel]:
         """The transformers models, adapters taken off: the policy's, and the value's own."""
         return [policy.core for policy in (self.policy, self.value_model) if policy is not None]
 

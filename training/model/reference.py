@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ class Reference:
 
     def __init__(self, policy: Policy, *, adapter_off: bool):
         self.policy, self.adapter_off = policy, adapter_off
-        self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self.autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
         """The precision that the policy is run in."""
         self.inside: Callable[[Callable[[], Tensor]], Tensor] = lambda function: function()
         """Where the policy's own model is run: ActorCritic.inside. A copy stays whole on every rank."""

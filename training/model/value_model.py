@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
 
 import torch
 import transformers
@@ -48,7 +47,7 @@ def build_value_model(policy: Policy, value: str) -> tuple[Policy | None, nn.Lin
     return _from_folder(policy, value)
 
 
-def hidden_width(core: Any) -> int:
+def hidden_width(core: transformers.PreTrainedModel) -> int:
     """Width of what the output embedding reads."""
     head = core.get_output_embeddings()
     if head is None:
@@ -66,7 +65,7 @@ def zero_head(width: int, device: torch.device) -> nn.Linear:
     return head
 
 
-def strip(core: Any) -> None:
+def strip(core: transformers.PreTrainedModel) -> None:
     """Take the output embedding out of a model, and what is added to its logits."""
     core.set_output_embeddings(NoVocabulary(core.get_input_embeddings().weight.dtype))
     if isinstance(getattr(core, "final_logits_bias", None), Tensor):
@@ -95,7 +94,7 @@ def _from_folder(policy: Policy, path: str) -> tuple[Policy, nn.Linear]:
     return value_model, head.to(policy.device)
 
 
-def _score_head(model: Any, path: str) -> nn.Linear:
+def _score_head(model: transformers.PreTrainedModel, path: str) -> nn.Linear:
     """The head of a reward model as the value's own, where it is one number read off one state."""
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear) or score.out_features != 1:
@@ -111,12 +110,11 @@ def _score_head(model: Any, path: str) -> nn.Linear:
     return head
 
 
-def _as_language_model(model: Any, kind: str, path: str) -> Any:
+def _as_language_model(model: transformers.PreTrainedModel, kind: str, path: str) -> transformers.PreTrainedModel:
     """The trunk of a classifier inside the language model of its architecture, which says how positions are predicted."""
-    auto: Any = HEADS[kind]
     try:
         with torch.device("meta"):
-            shell = auto.from_config(model.config)
+            shell = HEADS[kind].from_config(model.config)
     except ValueError as error:
         raise CheckpointError(f"ppo.value: {path}: there is no {kind} model of type {model.config.model_type}") from error
     if hasattr(shell, shell.base_model_prefix):

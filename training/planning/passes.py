@@ -59,7 +59,7 @@ class Blueprint:
     dtype: torch.dtype
     """Of its weights; adapters are float32."""
     attn: str = "auto"
-    peft: tuple[tuple[str, Any], ...] = ()
+    peft: tuple[tuple[str, object], ...] = ()
     """The adapter's mapping, as pairs."""
 
     @staticmethod
@@ -73,10 +73,10 @@ class Blueprint:
         dtype = DTYPES.get(settings.dtype, stored)
         return Blueprint(config, kind, dtype, settings.attn, _frozen(settings.peft))
 
-    def with_peft(self, peft: dict[str, Any] | None) -> Blueprint:
+    def with_peft(self, peft: dict[str, object] | None) -> Blueprint:
         return dataclasses.replace(self, peft=_frozen(peft))
 
-    def empty_model(self, depth: int | None = None) -> Any:
+    def empty_model(self, depth: int | None = None) -> PreTrainedModel:
         """The model on the meta device, of its own depth or of fewer layers."""
         config = copy.deepcopy(self.config)
         config.name_or_path = ""  # peft compares paths, and warns
@@ -181,7 +181,7 @@ def cache_bytes(blueprint: Blueprint, rows: int, prompt: int, response: int) -> 
 
 
 @lru_cache(maxsize=4096)
-def _scaled(blueprint: Blueprint, rows: int, kind: tuple[Any, ...]) -> PassCost:
+def _scaled(blueprint: Blueprint, rows: int, kind: tuple[object, ...]) -> PassCost:
     """From the four passes that were seen: a + b rows + c layers + d rows x layers."""
     layers = layers_of(blueprint.config)
 
@@ -274,12 +274,14 @@ def _without_vocabulary(core: PreTrainedModel) -> None:
             module.weight, module.padding_idx = nn.Parameter(module.weight.detach()[:8].clone(), trained), None
 
 
-def _inputs(core: PreTrainedModel, is_seq2seq: bool, rows: int, prompt: int, response: int, *, cached: bool) -> dict[str, Any]:
+def _inputs(
+    core: PreTrainedModel, is_seq2seq: bool, rows: int, prompt: int, response: int, *, cached: bool
+) -> dict[str, object]:
     """Padded rows, as a forward pass in training gets them: the last column predicts nothing."""
     takes = forward_arguments(core)
     width = prompt if is_seq2seq else max(prompt + response - 1, 1)
     ids = torch.zeros(rows, width, dtype=torch.long)
-    given: dict[str, Any] = {"input_ids": ids}
+    given: dict[str, object] = {"input_ids": ids}
     if "attention_mask" in takes:
         given["attention_mask"] = torch.ones_like(ids)
     if is_seq2seq:
@@ -297,7 +299,7 @@ class Live(compat.TorchDispatchMode):
         self.now = self.peak = 0
         self.seen = {compat.storage_key(tensor) for tensor in known}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, function: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         out = function(*args, **(kwargs or {}))
         for tensor in tensors_in(out):
             storage, key = tensor.untyped_storage(), compat.storage_key(tensor)
@@ -313,7 +315,7 @@ class Live(compat.TorchDispatchMode):
         self.now -= size
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
     """The tensors in lists, mappings and objects such as caches."""
     if isinstance(value, Tensor):
         yield value
@@ -327,14 +329,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(vars(value))
 
 
-def _attention() -> dict[Any, Any]:
+def _attention() -> dict[object, object]:
     """Operations of the attention kernel that the CPU takes, which torch's counter does not know: half of the square."""
 
-    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    def forward(query: Any, key: Any, value: Any, *_: object, out_shape: object = None, **__: object) -> int:
         rows, heads, queries, width = query
         return 2 * rows * heads * queries * key[-2] * (width + value[-1]) // 2
 
-    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    def backward(
+        grad: object, query: object, key: object, value: object, *_: object, out_shape: object = None, **__: object
+    ) -> int:
         return int(2.5 * forward(query, key, value))
 
     return dict(zip(compat.cpu_attention_operations(), (forward, backward), strict=True))
@@ -356,7 +360,7 @@ def layers_of(config: PretrainedConfig) -> int:
     return int(config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def _of_depth(config: PretrainedConfig, depth: int) -> Any:
+def _of_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     text = config.get_text_config(decoder=True)
     text.num_hidden_layers = depth
     if getattr(text, "layer_types", None):
@@ -369,9 +373,9 @@ def _has_experts(config: PretrainedConfig) -> bool:
     return any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS)
 
 
-def _frozen(peft: dict[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+def _frozen(peft: dict[str, object] | None) -> tuple[tuple[str, object], ...]:
     return tuple((peft or {}).items())
 
 
-def _thawed(peft: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+def _thawed(peft: tuple[tuple[str, object], ...]) -> dict[str, object]:
     return dict(peft)

@@ -100,7 +100,7 @@ def search(work: PlannedStep, machines: Machines, shares: Shares, usable: float)
     return min(near, key=_simplicity), least
 
 
-def _simplicity(row: PlanRow) -> tuple[Any, ...]:
+def _simplicity(row: PlanRow) -> tuple[object, ...]:
     ppo = row.work.ppo
     return (
         ENGINES.index(row.engine), ppo.checkpointing, ppo.gather == "layers", -ppo.micro_batch_size,
@@ -185,7 +185,7 @@ def flags(row: PlanRow, machines: Machines) -> list[str]:
         f"accelerate launch --config_file configs/accelerate/{row.engine}.yaml --num_processes {machines.ranks} "
         f"--mixed_precision {work.precision}" + (several if machines.nodes > 1 else "")
     )
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "ppo.micro_batch_size": ppo.micro_batch_size,
         "ppo.checkpointing": str(ppo.checkpointing).lower(),
         "sampling.batch_size": work.sampling.batch_size,
@@ -201,7 +201,7 @@ def flags(row: PlanRow, machines: Machines) -> list[str]:
     return [launch, "scripts/train_ppo.py --config YOURS.yaml", said, *adapter]
 
 
-def _inline(mapping: dict[str, Any]) -> str:
+def _inline(mapping: dict[str, object]) -> str:
     return "{" + ", ".join(f"{key}: {value}" for key, value in mapping.items()) + "}"
 
 
@@ -243,7 +243,7 @@ def _why(row: PlanRow) -> str:
     return ""
 
 
-def as_mapping(row: PlanRow) -> dict[str, Any]:
+def as_mapping(row: PlanRow) -> dict[str, object]:
     """A row as JSON values, in bytes and seconds."""
     return {
         "engine": row.engine,

@@ -33,7 +33,7 @@ def read_dump_folder(path: Path, name: str, most: int) -> ReportRun:
     rows: list[SampleView] = []
     position = 0
     for rollout, texts in read_dump(path):
-        lengths.update(rollout.lengths_B.tolist())
+        lengths.update(rollout.actions_B.tolist())
         stops.update(STOP_REASONS[stop] for stop in rollout.stop_B.tolist())
         for i in range(len(rollout)):
             if stride and (position + i) % stride == 0:
@@ -55,8 +55,14 @@ def read_dump_folder(path: Path, name: str, most: int) -> ReportRun:
 def _dumped(rollout: Rollout, texts: Texts, i: int, decode: Callable[[int], str], scores: Mapping[Any, Any]) -> SampleView:
     length, prompt_ids = int(rollout.lengths_B[i]), rollout.prompt_BP[i][rollout.prompt_mask_BP[i]].tolist()
     ids = rollout.response_BR[i, :length].tolist()
-    policy = _floats(rollout.policy_logprobs_BR[i, :length])
-    behaviour = _floats(rollout.behaviour_logprobs_BR[i, :length])
+    action_mask = rollout.action_mask_BR[i, :length].tolist()
+
+    def drawn(values_R: Tensor) -> list[float | None]:
+        """None at what was fed, where the stored 0 means nothing."""
+        return [value if own else None for value, own in zip(_floats(values_R[:length]), action_mask, strict=True)]
+
+    policy, behaviour = drawn(rollout.policy_logprobs_BR[i]), drawn(rollout.behaviour_logprobs_BR[i])
+    strengths = _floats(rollout.strength_BK[i])
     gap = [None if b is None or p is None else round(b - p, 6) for b, p in zip(behaviour, policy, strict=True)]
     identity = (int(rollout.row_B[i]), int(rollout.sample_B[i]))
     facts = {
@@ -65,14 +71,16 @@ def _dumped(rollout: Rollout, texts: Texts, i: int, decode: Callable[[int], str]
         "sample": identity[1],
         **scores.get(identity, {}),
         "gap": max((abs(value) for value in gap if value is not None), default=0.0),
-        "length": length,
+        "length": sum(action_mask),
+        **({} if all(action_mask) else {"fed": length - sum(action_mask)}),
         "stop_reason": STOP_REASONS[int(rollout.stop_B[i])],
         "temperature": rollout.temperature,
         "steering": rollout.steering,
-        "strength": _floats(rollout.strength_B[i : i + 1])[0],
+        "strength": dict(enumerate(strengths)) if len(strengths) > 1 else (strengths or [0.0])[0],
         **({"columns": {key: values[i] for key, values in texts.columns.items()}} if texts.columns else {}),
     }
-    steered = {ROW_STRENGTH: [facts["strength"]] * length} if rollout.steering else {}
+    names = [ROW_STRENGTH] if len(strengths) == 1 else [f"{ROW_STRENGTH}, site {site}" for site in range(len(strengths))]
+    steered = {name: [strength] * length for name, strength in zip(names, strengths, strict=True)}
     return SampleView(
         prompt_text=texts.prompt_texts[i],
         completion=texts.completions[i],
@@ -81,6 +89,7 @@ def _dumped(rollout: Rollout, texts: Texts, i: int, decode: Callable[[int], str]
         ids=ids,
         texts=[decode(token) for token in ids],
         facts=facts,
+        action_mask=[] if all(action_mask) else action_mask,
         quantities={"policy_logprobs": policy, "behaviour_logprobs": behaviour, "gap": gap, **steered},
     )
 

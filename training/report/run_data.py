@@ -17,7 +17,16 @@ from steerl.rollout.common.yaml_files import load_text
 from steerl.training.run.log import METRICS, SAMPLES, log_line
 
 _HEADS = ("step", "row", "sample", "kind", "reward", "kl", "gap", "length")
-_TEXTS = ("prompt", "prompt_text", "completion", "prompt_ids", "prompt_tokens", "response_ids", "response_tokens")
+_TEXTS = (
+    "prompt",
+    "prompt_text",
+    "completion",
+    "prompt_ids",
+    "prompt_tokens",
+    "response_ids",
+    "response_tokens",
+    "action_mask",
+)
 ROW_STRENGTH = "steering strength of the row"
 
 
@@ -34,7 +43,9 @@ class SampleView:
     facts: dict[str, Any]
     """What is one value for the row: step, row, sample, reward and its parts, KL, ..."""
     quantities: dict[str, list[Any]]
-    """What is a number for every response token."""
+    """What is a number for every response token; None at those that the policy did not draw."""
+    action_mask: list[bool] = field(default_factory=list)
+    """False at tokens that the row was fed; empty where the policy drew them all."""
 
     def tokens(self) -> dict[str, Any]:
         return {
@@ -44,6 +55,7 @@ class SampleView:
             "tokens": self.texts,
             "facts": self.facts,
             "quantities": self.quantities,
+            "action_mask": self.action_mask,
         }
 
 
@@ -140,7 +152,8 @@ def _row(line: Mapping[str, Any]) -> SampleView:
     if line.get("steering"):
         quantities[ROW_STRENGTH] = [line.get("strength")] * len(ids)
     facts = {key: value for key, value in line.items() if key not in _TEXTS and not isinstance(value, list)}
-    facts.setdefault("length", len(ids))
+    action_mask = list(line.get("action_mask") or [])
+    facts.setdefault("length", sum(action_mask) if action_mask else len(ids))
     if "gap" in quantities:
         facts["gap"] = max((abs(value) for value in quantities["gap"] if value is not None), default=None)
     prompt_ids = list(line.get("prompt_ids") or [])
@@ -153,6 +166,7 @@ def _row(line: Mapping[str, Any]) -> SampleView:
         texts=texts,
         facts=facts,
         quantities=quantities,
+        action_mask=action_mask,
     )
 
 

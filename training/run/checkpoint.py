@@ -54,8 +54,8 @@ def save(
     state: TrainState,
     *,
     keep: int = 2,
-    config: Mapping[str, Any] | None = None,
-    log: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
+    log: Mapping[str, object] | None = None,
     made_from: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `folder/checkpoints/step-NNNNNN`; `step` counts the finished steps. A full disk leaves the older ones whole."""
@@ -78,7 +78,7 @@ def save(
     return path
 
 
-def _write(path: Path, head: dict[str, Any], tree: dict[str, Any], keep: int) -> None:
+def _write(path: Path, head: Mapping[str, object], tree: Mapping[str, object], keep: int) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -155,7 +155,7 @@ def damaged(path: Path) -> str | None:
 def read_head(path: Path) -> dict[str, Any]:
     """What a whole checkpoint says of itself: step, config, log, and the tree without its tensors."""
     with _written_by_us(path):
-        head: dict[str, Any] = json.loads((Path(path) / _STATE).read_text(encoding="utf-8"))
+        head: dict[str, object] = json.loads((Path(path) / _STATE).read_text(encoding="utf-8"))
         kinds = {"step": int, "config": dict, "log": dict, "tree": dict}
         if wrong := [name for name, kind in kinds.items() if not isinstance(head[name], kind)]:
             raise TypeError(f"{wrong[0]} is {head[wrong[0]]!r:.60}")
@@ -205,7 +205,7 @@ def load(path: Path, state: TrainState) -> dict[str, Any]:
 # -- random generators ---------------------------------------------------------------------------------------------
 
 
-def random_states() -> dict[str, Any]:
+def random_states() -> dict[str, object]:
     """Every random generator of this process."""
     import numpy
 
@@ -213,7 +213,7 @@ def random_states() -> dict[str, Any]:
     generator: tuple[Any, ...] = numpy.random.get_state()  # type: ignore[assignment]
     name, keys, position, has_gauss, gauss = generator
     version, internal, normal = random.getstate()
-    states: dict[str, Any] = {
+    states: dict[str, object] = {
         "python": (version, torch.tensor(internal), normal),
         "numpy": (name, torch.tensor(keys.tolist()), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
@@ -238,7 +238,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 # -- trees, files --------------------------------------------------------------------------------------------------
 
 
-def _flatten(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _flatten(tree: object, name: str, tensors: dict[str, Tensor]) -> object:
     """The tree as JSON; tensors go into `tensors`. What JSON cannot say (tuples, keys that are no strings) is tagged."""
     if isinstance(tree, Tensor):
         plain = tree.detach().cpu().contiguous()
@@ -256,7 +256,7 @@ def _flatten(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"checkpoint: {name} is a {type(tree).__name__}, which safetensors and JSON cannot hold")
 
 
-def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unflatten(tree: object, tensors: Mapping[str, Tensor]) -> object:
     if isinstance(tree, list):
         return [_unflatten(value, tensors) for value in tree]
     if not isinstance(tree, dict):

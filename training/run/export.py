@@ -24,6 +24,7 @@ from steerl.training.types import TrainState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 
 def deployed(steering: Steering | None) -> str:
@@ -82,7 +83,7 @@ def save_model(folder: Path, model: ActorCritic, settings: PPOSettings) -> None:
         processes.on_main(save)
 
 
-def _with_folded_steering(model: ActorCritic) -> Any:
+def _with_folded_steering(model: ActorCritic) -> PreTrainedModel:
     copied = copy.deepcopy(model.actor)
     if hasattr(copied, "peft_config"):
         copied = adapters.merge(copied)
@@ -109,6 +110,6 @@ def summarize(folder: Path, state: TrainState, after: Evaluation | None) -> dict
     return summary
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+def read_summary(folder: Path) -> dict[str, object]:
+    summary: dict[str, object] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summary

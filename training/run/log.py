@@ -42,7 +42,7 @@ _logger = logging.getLogger(__name__)
 class RunLog:
     """The open logs of one run. On every process but the main one all of it does nothing."""
 
-    def __init__(self, folder: Path, *, trackers: Sequence[str] = (), config: Mapping[str, Any] | None = None):
+    def __init__(self, folder: Path, *, trackers: Sequence[str] = (), config: Mapping[str, object] | None = None):
         self.folder = Path(folder)
         self.is_main = processes.start().is_main
         self._names = tuple(dict.fromkeys(trackers))
@@ -58,22 +58,22 @@ class RunLog:
 
     # -- writing --------------------------------------------------------------------------------------------------
 
-    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+    def metrics(self, step: int, values: Mapping[str, object]) -> None:
         """One line of metrics.jsonl, and the same keys to every tracker."""
         if not self.is_main:
             return
         row = {"step": step} | {name: _plain(value) for name, value in values.items() if name != "step"}
-        self._append(METRICS, [row])
+        self._append(METRICS, step, [row])
         scalars = {name: value for name, value in row.items() if isinstance(value, int | float)}
         for tracker in self._started().values():
             tracker.log(scalars, step=step)
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Rows of samples.jsonl; in the trackers a table of what fits into cells (no lists)."""
         if not self.is_main or not rows:
             return
         plain = [{"step": step} | {name: _plain(value) for name, value in row.items()} for row in rows]
-        self._append(SAMPLES, plain)
+        self._append(SAMPLES, step, plain)
         shown = plain[:_TABLE_ROWS]
         names = dict.fromkeys(name for row in shown for name in row)
         columns = [name for name in names if not any(isinstance(row.get(name), list | dict) for row in shown)]
@@ -112,7 +112,7 @@ class RunLog:
 
     # -- resume -----------------------------------------------------------------------------------------------------
 
-    def position(self) -> dict[str, Any]:
+    def position(self) -> dict[str, object]:
         """How far the files are, flushed to the disk, and the trackers' ids: what a checkpoint keeps of the log."""
         sizes = {}
         for name, file in self._files.items():
@@ -138,8 +138,8 @@ class RunLog:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._step = max(self._step, int(rows[0]["step"]))
+    def _append(self, name: str, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        self._step = max(self._step, step)
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         try:
             self._files[name].write(text.encode("utf-8", "backslashreplace"))
@@ -203,7 +203,7 @@ def _need(package: str) -> None:
         raise UserError(f"run.trackers: {package} is not installed; pip install {package}, or leave it out of the list")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A JSON value: numbers out of tensors and numpy, None for NaN and infinities, inside lists and mappings too."""
     if isinstance(value, Mapping):
         return {str(name): _plain(part) for name, part in value.items()}
@@ -216,10 +216,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _markdown(columns: Sequence[str], cells: Sequence[Sequence[Any]]) -> str:
+def _markdown(columns: Sequence[str], cells: Sequence[Sequence[object]]) -> str:
     """A table for tensorboard, which renders markdown and HTML: what a model wrote is escaped."""
 
-    def cell(value: Any) -> str:
+    def cell(value: object) -> str:
         text = value if isinstance(value, str) else json.dumps(value)
         return html.escape(text).replace("|", "&#124;").replace("\n", "<br>")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,7 +178,7 @@ def gap_tolerance(settings: PPOSettings, dtype: torch.dtype, mixed_precision: st
 
 def sample_rows(
     scored: Scored, experience: Experience, model: ActorCritic, *, each: int, seed: int, step: int
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """`each` best, worst and random rows with everything per token, for the table and the viewer. On every rank alike.
 
     Lists are as long as `response_ids`, None at tokens that were fed; `action_mask` says which, in rows that have any."""
@@ -211,7 +210,7 @@ def _numbers(value_R: Tensor, rollout: Rollout, i: int) -> list[float | None]:
     return [round(value, 6) if acts else None for value, acts in pairs]
 
 
-def _row(scored: Scored, experience: Experience, token_text: Callable[[int], str], i: int) -> dict[str, Any]:
+def _row(scored: Scored, experience: Experience, token_text: Callable[[int], str], i: int) -> dict[str, object]:
     rollout, texts = scored.rollout, scored.texts
 
     def numbers(value_BR: Tensor | None) -> list[float | None] | None:

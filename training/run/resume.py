@@ -15,10 +15,10 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from steerl.reward.types import Reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.common.fingerprint import folder_fingerprint, tokenizer_fingerprint, values_fingerprint, weights_fingerprint
@@ -44,7 +44,9 @@ learning rate falls towards the last one."""
 _logger = logging.getLogger(__name__)
 
 
-def made_from(policy: Policy, prompts: Prompts, heldout: Prompts | None, reward: Any, settings: PPOSettings) -> dict[str, str]:
+def made_from(
+    policy: Policy, prompts: Prompts, heldout: Prompts | None, reward: Reward, settings: PPOSettings
+) -> dict[str, str]:
     """What a run learns from, as hashes: the same paths may lead to other data. Before the policy is trained or spread."""
     hashes = {"model.path": weights_fingerprint(policy.model), "prompts.path": rows_fingerprint(prompts)}
     if policy.tokenizer is not None:
@@ -64,7 +66,9 @@ def rows_fingerprint(prompts: Prompts) -> str:
     return values_fingerprint(prompts.table[row] for row in range(len(prompts)))
 
 
-def finished_summary(folder: Path, settings: PPOSettings, config: Mapping[str, Any], run: RunSettings) -> dict[str, Any] | None:
+def finished_summary(
+    folder: Path, settings: PPOSettings, config: Mapping[str, object], run: RunSettings
+) -> dict[str, object] | None:
     """What a run that is to go on has come to, where it came to its end; else None."""
     if not run.resume or not processes.on_main(lambda: finished(folder, settings.steps, config, run, settings.schedule)):
         return None
@@ -72,7 +76,7 @@ def finished_summary(folder: Path, settings: PPOSettings, config: Mapping[str, A
     return read_summary(folder)
 
 
-def finished(folder: Path, steps: int, config: Mapping[str, Any], run: RunSettings, schedule: str = "constant") -> bool:
+def finished(folder: Path, steps: int, config: Mapping[str, object], run: RunSettings, schedule: str = "constant") -> bool:
     """Did the run in `folder` come to its end, with at least `steps` steps and this config? summary.json is the last thing
     that a run writes."""
     folder = Path(folder)
@@ -91,7 +95,7 @@ def open_log(
     run: RunSettings,
     settings: PPOSettings,
     state: TrainState,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     content: Mapping[str, str],
 ) -> RunLog:
     """The log of the run and, on a resume, the newest whole checkpoint put into `state`. `content` is what `made_from` gave."""
@@ -120,7 +124,7 @@ def write_config(folder: Path, text: str, changed: Sequence[str] = ()) -> None:
 
 
 def _compare(
-    path: Path, config: Mapping[str, Any], run: RunSettings, schedule: str, content: Mapping[str, str] | None = None
+    path: Path, config: Mapping[str, object], run: RunSettings, schedule: str, content: Mapping[str, str] | None = None
 ) -> list[str]:
     free = (*FREE, "ppo.steps") if schedule == "constant" else FREE
     head = checkpoint.read_head(path)
@@ -128,8 +132,8 @@ def _compare(
 
 
 def check(
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
+    saved: Mapping[str, object],
+    current: Mapping[str, object],
     made_from: Mapping[str, str] | None = None,
     content: Mapping[str, str] | None = None,
     free: Sequence[str] = FREE,
@@ -155,10 +159,10 @@ def check(
     return [f"{name}: {told}" for name, told in changed.items() if name not in own]
 
 
-def _dotted(config: Any, prefix: str = "") -> dict[str, Any]:
+def _dotted(config: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(config, Mapping) or not config:
         return {prefix: config}
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, part in config.items():
         flat |= _dotted(part, f"{prefix}.{key}" if prefix else str(key))
     return flat

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_base(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> Any:
+def load_base(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> PreTrainedModel:
     """The model of `settings` without any adapter."""
     path = base_path(settings)
     attn = None if settings.attn in ("", "auto") else settings.attn
@@ -46,7 +46,7 @@ def base_path(settings: ModelSettings) -> str:
     return adapters.base_of(settings.path)
 
 
-def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> Any:
+def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loading: object) -> PreTrainedModel:
     """The model of `settings` for a stage; its adapter, or a new one of model.peft, is then all that learns."""
     adapter = settings.path if adapters.is_adapter_folder(settings.path) else settings.adapter
     if adapter and settings.peft:
@@ -86,11 +86,15 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: Callable[[], Any], folder: Path, state: dict[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Callable[[], PreTrainedModel],
+    folder: Path,
+    state: dict[str, Any],
 ) -> None:
     """RUN/model, merged where there is an adapter that can be; RUN/adapter; links in RUN to the model's files."""
 
-    def write(target: Path, save_into: Callable[[Path], Any]) -> None:
+    def write(target: Path, save_into: Callable[[Path], object]) -> None:
         if target.exists():
             shutil.rmtree(target)
         with written_aside(target) as aside:

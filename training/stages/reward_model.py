@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from steerl.training.stages import data, models, stage
 from steerl.training.stages.data import TableRow
 from steerl.training.stages.settings import RewardJob, TableSettings, check_fit
 from steerl.training.stages.stage import Outcome, StageRun
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Trainer
 
 BINS = 10
 
@@ -113,7 +116,7 @@ def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], whe
             raise UserError(f"prompts.max_tokens: every {name} pair is longer than {longest} tokens; raise it")
     stage.tell_cut(len(rows) - len(trainer.train_dataset), len(rows), longest, "left out")
     log = stage.train(trainer, where)
-    metrics: dict[str, Any] = {
+    metrics: dict[str, object] = {
         "rows": len(trainer.train_dataset),
         "rows_heldout": len(trainer.eval_dataset) if held else 0,
         "rows_too_long": len(rows) - len(trainer.train_dataset) + (len(held) - len(trainer.eval_dataset) if held else 0),
@@ -127,14 +130,14 @@ def _fit(job: RewardJob, rows: Sequence[TableRow], held: Sequence[TableRow], whe
             write_json(where.folder / "calibration.json", measured)
     metrics["seconds"] = round(time.monotonic() - began, 1)
 
-    def base() -> Any:
+    def base() -> PreTrainedModel:
         return models.load_base(job.model, "reward", "sequence_classification", fresh=True, num_labels=1)
 
     return stage.finish(trainer, tokenizer, base, where.folder, metrics, log)
 
 
 @torch.no_grad()
-def pair_gaps(trainer: Any) -> tuple[Tensor, Tensor]:
+def pair_gaps(trainer: Trainer) -> tuple[Tensor, Tensor]:
     """(score of chosen minus score of rejected, both scores) of every held-out pair, on every process."""
     model = trainer.model
     model.eval()
@@ -154,7 +157,7 @@ def pair_gaps(trainer: Any) -> tuple[Tensor, Tensor]:
     return scores_B2[:, 0] - scores_B2[:, 1], scores_B2
 
 
-def pair_metrics(gaps_B: Tensor) -> dict[str, Any]:
+def pair_metrics(gaps_B: Tensor) -> dict[str, object]:
     """Accuracy, mean margin, and calibration: pairs by the size of their gap, the accuracy that it promises and has.
 
     A gap of g promises that the preferred answer is the better one with probability sigmoid(|g|). Bins hold as many

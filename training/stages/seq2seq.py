@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,7 +24,16 @@ from steerl.training.stages.settings import SFTJob
 from steerl.training.stages.stage import Outcome, StageRun
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from datasets import Dataset
+    from transformers import (
+        BatchEncoding,
+        EvalPrediction,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Seq2SeqTrainer,
+        Seq2SeqTrainingArguments,
+    )
+    from transformers.utils import ModelOutput
 
 IGNORED = -100
 """What the loss leaves out."""
@@ -32,14 +41,14 @@ IGNORED = -100
 
 def tokenize(
     rows: Sequence[TableRow], tokenizer: PreTrainedTokenizerBase, prefix: str = "", longest: int = 0, longest_target: int = 0
-) -> Any:
+) -> Dataset:
     """The rows as a dataset of input_ids, attention_mask and labels; longer ones are cut at their end."""
     import datasets
 
-    def encode(texts: list[str], length: int, **how: Any) -> Any:
+    def encode(texts: list[str], length: int, **how: object) -> BatchEncoding:
         return tokenizer(texts, **how, truncation=bool(length), max_length=length or None)
 
-    def cut(batch: dict[str, list[str]]) -> dict[str, Any]:
+    def cut(batch: dict[str, list[str]]) -> dict[str, object]:
         encoded = encode([prefix + text for text in batch["prompt"]], longest)
         targets = tokenizer(text_target=batch["completion"], truncation=bool(longest_target), max_length=longest_target or None)
         # A tokenizer that ends no text by itself would teach a model that never stops.
@@ -56,12 +65,12 @@ def tokenize(
 def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    arguments: Any,
-    training: Any,
-    held_out: Any,
+    arguments: Seq2SeqTrainingArguments,
+    training: Dataset,
+    held_out: Dataset | None,
     generates: bool,
     scale: float = 1,
-) -> Any:
+) -> Seq2SeqTrainer:
     """A Seq2SeqTrainer; where it generates, its evaluation reports ROUGE (times `scale`) and lengths."""
     import transformers
 
@@ -83,7 +92,7 @@ def make_trainer(
     )
 
 
-def token_mean(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+def token_mean(outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Cross-entropy over one count of learned tokens, that of the whole step.
 
     T5 takes the count as an argument and ignores it, so its own means would be summed over the portions of a step: four
@@ -104,7 +113,7 @@ class GenerationMetrics:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, scale: float, rows: int):
         self.tokenizer, self.scale, self.rows = tokenizer, scale, rows
 
-    def __call__(self, result: Any) -> dict[str, float]:
+    def __call__(self, result: EvalPrediction) -> dict[str, float]:
         predicted, references = (_ids(ids)[: self.rows] for ids in (result.predictions, result.label_ids))
         scores = rouge(decode(self.tokenizer, predicted), decode(self.tokenizer, references))
         special = [token for token in (self.tokenizer.pad_token_id, IGNORED) if token is not None]
@@ -112,14 +121,14 @@ class GenerationMetrics:
         return {**{kind: self.scale * value for kind, value in scores.items()}, "gen_len": length}
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray | tuple[np.ndarray, ...]) -> list[str]:
     """Texts of label or generated ids, without what only pads."""
     ids = _ids(ids)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return [text.strip() for text in tokenizer.batch_decode(np.where(ids == IGNORED, pad, ids), skip_special_tokens=True)]
 
 
-def _ids(ids: Any) -> np.ndarray:
+def _ids(ids: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
     return np.asarray(ids[0] if isinstance(ids, tuple) else ids)
 
 

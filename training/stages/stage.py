@@ -39,7 +39,15 @@ from steerl.training.stages.data import TableRow
 from steerl.training.stages.settings import FitSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
 
 Read = TypeVar("Read")
 BEGUN = "checkpoints/begun.json"
@@ -51,10 +59,10 @@ class Outcome:
     """What a supervised stage leaves."""
 
     model: Path
-    metrics: dict[str, Any]
+    metrics: dict[str, object]
 
 
-def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out: bool) -> dict[str, Any]:
+def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out: bool) -> dict[str, object]:
     """The settings in the words of transformers' TrainingArguments."""
     engine.ready_deepspeed()
     world = processes.start().world_size
@@ -109,7 +117,7 @@ class StageRun:
     run: RunSettings
     resolved: str
     """The settings as YAML."""
-    config: dict[str, Any]
+    config: dict[str, object]
     content: dict[str, str]
     """Hashes of the data; the model's and the tokenizer's come to them when training begins."""
     stop: processes.Stop
@@ -133,13 +141,13 @@ def on_every_process(read: Callable[[], Read]) -> Read:
 
 def build_trainer(
     section: str,
-    trainer: Any,
+    trainer: type[Trainer],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    arguments: Any,
+    arguments: TrainingArguments,
     rows: Sequence[TableRow],
     held: Sequence[TableRow],
-) -> Any:
+) -> Trainer:
     """One of trl's trainers over the rows; what it refuses while it prepares them is a UserError of the `section`."""
     import datasets
 
@@ -162,7 +170,7 @@ def check_checkpointing(fit: FitSettings, model: PreTrainedModel, name: str) -> 
         raise UserError(f"{name}.checkpointing: true, but PREFIX_TUNING lives in the cache, which recomputed layers do not see")
 
 
-def train(trainer: Any, where: StageRun) -> RunLog:
+def train(trainer: Trainer, where: StageRun) -> RunLog:
     """Run the trainer, from the newest whole checkpoint where the run is resumed. Every log of it is told at once.
 
     A signal ends it early, with a checkpoint."""
@@ -185,7 +193,7 @@ def train(trainer: Any, where: StageRun) -> RunLog:
     return log
 
 
-def _begin(trainer: Any, where: StageRun) -> str | None:
+def _begin(trainer: Trainer, where: StageRun) -> str | None:
     """Write what the run is made from, or compare it with what a resumed one was. The checkpoint to go on from."""
     run, folder = where.run, where.folder
     content = where.content | {
@@ -211,18 +219,18 @@ def _begin(trainer: Any, where: StageRun) -> str | None:
     return str(start) if start else None
 
 
-def save_any_generation_config(trainer: Any) -> None:
+def save_any_generation_config(trainer: Trainer) -> None:
     """Checkpoints too are saved without what has no effect in it."""
     save_model = trainer.save_model
 
-    def save(*given: Any, **named: Any) -> None:
+    def save(*given: object, **named: object) -> None:
         with savable(trainer.accelerator.unwrap_model(trainer.model)):
             save_model(*given, **named)
 
     trainer.save_model = save
 
 
-def telling(log: RunLog) -> Any:
+def telling(log: RunLog) -> TrainerCallback:
     """A callback of a trainer that writes its logs into the run's."""
     import transformers
 
@@ -242,7 +250,7 @@ def telling(log: RunLog) -> Any:
             state: TrainerState,
             control: TrainerControl,
             logs: dict[str, Any] | None = None,
-            **rest: Any,
+            **rest: object,
         ) -> None:
             log.metrics(state.global_step, logs or {})
             loss = (logs or {}).get("loss", 0.0)
@@ -252,12 +260,12 @@ def telling(log: RunLog) -> Any:
     return Telling()
 
 
-def stopping(stop: processes.Stop) -> Any:
+def stopping(stop: processes.Stop) -> TrainerCallback:
     """A callback of a trainer that saves and ends after the step in which a signal came."""
     import transformers
 
     class Stopping(transformers.TrainerCallback):
-        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: object) -> None:
             if stop.anywhere() and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
 
@@ -276,11 +284,11 @@ def full_disk_told(folder: Path) -> Iterator[None]:
 
 
 def finish(
-    trainer: Any,
+    trainer: Trainer,
     tokenizer: PreTrainedTokenizerBase,
-    base: Callable[[], Any],
+    base: Callable[[], PreTrainedModel],
     folder: Path,
-    metrics: dict[str, Any],
+    metrics: dict[str, object],
     log: RunLog,
 ) -> Outcome:
     """Write the model and the summary; every process calls it. `base` loads the model that an adapter sits on."""

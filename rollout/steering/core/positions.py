@@ -112,7 +112,7 @@ def ramp_factors(ramp: Ramp, step_BT: Tensor) -> Tensor:
     return table[step_BT.clamp(0, ramp.over)]
 
 
-def places_of(column: Sequence[Any], length_B: Tensor, name: str) -> Tensor:
+def places_of(column: Sequence[object], length_B: Tensor, name: str) -> Tensor:
     """A data column's positions per row as (B, K), negative ones from each prompt's end, padded with -1."""
     rows: list[list[int]] = []
     for value, length in zip(column, length_B.tolist(), strict=True):

@@ -27,9 +27,9 @@ from steerl.rollout.model.hooks import Frame
 from steerl.rollout.steering.core.places import Ramp
 from steerl.rollout.steering.core.structure import stacks, unwrap
 from steerl.rollout.steering.interventions.passes import InterventionPass, Read, Rules, Set
-from steerl.rollout.steering.interventions.plan import Intervention, Planned, planned, stack_masks, unit_table
+from steerl.rollout.steering.interventions.plan import Interventions, Planned, planned, stack_masks, unit_table
 
-Locations = Any
+Locations = object
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Intervened:
 
 def intervene(
     model: nn.Module,
-    interventions: Sequence[Intervention | Mapping[str, Any]] | Intervention | Mapping[str, Any],
-    base: Mapping[str, Any],
-    sources: Sequence[Mapping[str, Any] | None] | Mapping[str, Any] | None = None,
+    interventions: Interventions,
+    base: Mapping[str, object],
+    sources: Sequence[Mapping[str, object] | None] | Mapping[str, object] | None = None,
     unit_locations: Mapping[str, Locations] | None = None,
-    source_representations: Any = None,
-    subspaces: Any = None,
+    source_representations: object = None,
+    subspaces: object = None,
     labels: Tensor | None = None,
     output_original_output: bool = False,
     return_dict: bool = True,
@@ -63,7 +63,7 @@ def intervene(
     if output_original_output:
         with hooks.unsteered():
             original = model(**base)
-    extra: dict[str, Any] = {} if labels is None else {"labels": labels}
+    extra: dict[str, object] = {} if labels is None else {"labels": labels}
     if use_cache is not None:
         extra["use_cache"] = use_cache
     with run.ready(sources, source_representations):
@@ -73,20 +73,20 @@ def intervene(
 
 def intervene_generate(
     model: nn.Module,
-    interventions: Sequence[Intervention | Mapping[str, Any]] | Intervention | Mapping[str, Any],
-    base: Mapping[str, Any],
-    sources: Sequence[Mapping[str, Any] | None] | Mapping[str, Any] | None = None,
+    interventions: Interventions,
+    base: Mapping[str, object],
+    sources: Sequence[Mapping[str, object] | None] | Mapping[str, object] | None = None,
     unit_locations: Mapping[str, Locations] | None = None,
-    source_representations: Any = None,
-    subspaces: Any = None,
+    source_representations: object = None,
+    subspaces: object = None,
     intervene_on_prompt: bool = False,
     output_original_output: bool = False,
     return_dict: bool = True,
     mode: str = "parallel",
     strength: float | Tensor = 1.0,
-    steps: Any = None,
+    steps: object = None,
     ramp: Ramp | None = None,
-    **generate_kwargs: Any,
+    **generate_kwargs: object,
 ) -> Intervened | tuple[Any, Any]:
     """model.generate with the interventions in the prompt, in response steps, or in both.
 
@@ -114,8 +114,8 @@ class InterventionRun:
     """One call of intervene: what is read where, and set where."""
 
     def __init__(
-        self, model: nn.Module, interventions: Any, base: Mapping[str, Any], unit_locations: Mapping[str, Locations] | None,
-        subspaces: Any, mode: str, rules: Rules,
+        self, model: nn.Module, interventions: Interventions, base: Mapping[str, object],
+        unit_locations: Mapping[str, Locations] | None, subspaces: object, mode: str, rules: Rules,
     ):  # fmt: skip
         if mode not in ("parallel", "serial"):
             raise UserError(f"mode: expected parallel or serial, found {mode!r}")
@@ -135,7 +135,7 @@ class InterventionRun:
         for stack in stacks(self.inner).values():
             hooks.install_stack(stack.module)
 
-    def _where(self, key: str) -> tuple[Any, Any]:
+    def _where(self, key: str) -> tuple[object, object]:
         """(source positions, positions they go to) of one arrow."""
         if self.locations is None:
             return None, None
@@ -158,7 +158,7 @@ class InterventionRun:
         return (None, self.locations["base"]) if "base" in self.locations else (None, None)
 
     @contextlib.contextmanager
-    def ready(self, sources: Any, representations: Any) -> Iterator[None]:
+    def ready(self, sources: Any, representations: object) -> Iterator[None]:
         """Sources read; inside, the base's passes have everything set."""
         given = [sources] if isinstance(sources, Mapping) else list(sources or [])
         if len(given) == 1 and len(self.groups) > 1:
@@ -271,7 +271,7 @@ class InterventionRun:
             )
         return frame
 
-    def result(self, output: Any, original: Any, return_dict: bool) -> Intervened | tuple[Any, Any]:
+    def result(self, output: Any, original: object, return_dict: bool) -> Intervened | tuple[Any, Any]:
         collects = [plan for plan in self.plans if plan.collects]
         collected = [t for plan in collects for t in self.collected.get(plan.number, [])] if collects else None
         if return_dict:

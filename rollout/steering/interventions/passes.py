@@ -32,7 +32,7 @@ class Rules:
     """Where and how strongly a run is edited beside the positions of each intervention. A source's has none of its own."""
 
     prompt: bool = True
-    steps: Any = "none"
+    steps: object = "none"
     strength: float | Tensor = 1.0
     ramp: Ramp | None = None
 

@@ -20,9 +20,9 @@ from steerl.rollout.steering.spec.parse import read_at
 class Intervention:
     """What is done at one place: a function of `operations` by name, or your own `f(base, source)`."""
 
-    at: At | Mapping[str, Any]
+    at: At | Mapping[str, object]
     op: str | Callable[..., Tensor] = "vanilla"
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, object] = field(default_factory=dict)
     """The operation's own arguments: rotation, weight, temperature, strength, ..."""
     coordinates: Sequence[int] | None = None
     """Which entries are exchanged when no subspaces are given."""
@@ -61,12 +61,12 @@ class Planned:
     def reads_source(self) -> bool:
         return self.operation is None or self.operation.source != ""
 
-    def apply(self, base: Tensor, source: Tensor | None, coordinates: Any) -> Tensor:
+    def apply(self, base: Tensor, source: Tensor | None, coordinates: object) -> Tensor:
         op, operation = self.spec.op, self.operation
         if operation is None or operation.function is None:
             assert callable(op)
             return op(base, source)
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, object] = {}
         given = dict(self.spec.parameters)
         for short, parameter in operation.arguments.items():
             for key in (parameter.name, short):
@@ -90,7 +90,10 @@ class Planned:
             ) from error
 
 
-def planned(model: nn.Module, interventions: Any, subspaces: Any, rows: int) -> list[Planned]:
+Interventions = Sequence[Intervention | Mapping[str, object]] | Intervention | Mapping[str, object]
+
+
+def planned(model: nn.Module, interventions: Interventions, subspaces: object, rows: int) -> list[Planned]:
     listed = [interventions] if isinstance(interventions, Intervention | Mapping) else list(interventions)
     known = stacks(model)
     plans: list[Planned] = []
@@ -117,7 +120,7 @@ def _intervention(raw: Mapping[str, Any], number: int) -> Intervention:
     return Intervention(**raw)
 
 
-def _coordinates(spec: Intervention, number: int, count: int, subspaces: Any, rows: int) -> Any:
+def _coordinates(spec: Intervention, number: int, count: int, subspaces: Any, rows: int) -> object:
     """Entries per row (or for all rows) of one intervention, from numbers of subspaces and their partition."""
     mine = subspaces
     if isinstance(subspaces, Sequence) and subspaces and not isinstance(subspaces[0], int):

@@ -23,7 +23,7 @@ Faults = Iterator[tuple[tuple[str, ...], str]]
 """(name in the section, what is wrong)."""
 
 
-def load_spec(source: Mapping[str, Any] | str | pathlib.Path | SteeringSpec) -> SteeringSpec:
+def load_spec(source: Mapping[str, object] | str | pathlib.Path | SteeringSpec) -> SteeringSpec:
     """The checked spec. A path names a YAML file that holds the mapping, with or without `steering:` over it."""
     if isinstance(source, SteeringSpec):
         return dataclasses.replace(_read(SteeringSpec, source.mapping()), folder=source.folder)
@@ -31,7 +31,7 @@ def load_spec(source: Mapping[str, Any] | str | pathlib.Path | SteeringSpec) -> 
         return _read(SteeringSpec, source)  # type: ignore[no-any-return]
     path = pathlib.Path(source)
     problems: list[str] = []
-    loaded: Mapping[str, Any] | None = load_yaml(path, problems, "steering")
+    loaded: Mapping[str, object] | None = load_yaml(path, problems, "steering")
     if problems or loaded is None:
         raise ConfigError(*problems)
     if set(loaded) == {"steering"} and isinstance(loaded["steering"], Mapping):
@@ -39,12 +39,12 @@ def load_spec(source: Mapping[str, Any] | str | pathlib.Path | SteeringSpec) -> 
     return dataclasses.replace(_read(SteeringSpec, loaded), folder=str(path.resolve().parent))
 
 
-def read_at(mapping: Mapping[str, Any], where: str) -> At:
+def read_at(mapping: Mapping[str, object], where: str) -> At:
     """The place that a mapping names; `where` is what messages call it."""
     return _read(At, mapping, (where,))  # type: ignore[no-any-return]
 
 
-def _read(section: type, mapping: Any, path: Path = ()) -> Any:
+def _read(section: type, mapping: object, path: Path = ()) -> Any:
     reader = SpecReader([])
     built = reader.read(section, mapping, path)
     if reader.problems:
@@ -55,7 +55,7 @@ def _read(section: type, mapping: Any, path: Path = ()) -> Any:
 class SpecReader(Reader):
     """A key without a value is one that is not given, and sections have rules of what goes with what."""
 
-    def section(self, section: type, path: Path, mapping: Mapping[Any, Any]) -> Section:
+    def section(self, section: type, path: Path, mapping: Mapping[object, object]) -> Section:
         given: dict[str, Any] = {"on" if key is True else str(key): value for key, value in mapping.items()}  # YAML 1.1's `on`
         if section is Where and isinstance(given.get("exclude"), Mapping):
             given |= {f"exclude.{key}": value for key, value in given.pop("exclude").items()}
@@ -67,20 +67,20 @@ class SpecReader(Reader):
                 self.tell((*path, *name), fault)
         return checked
 
-    def field(self, spot: dataclasses.Field[Any], wanted: Any, path: Path, value: Any) -> Any:
+    def field(self, spot: dataclasses.Field[object], wanted: object, path: Path, value: object) -> object:
         return dataclasses.MISSING if value is None else super().field(spot, wanted, path, value)
 
-    def judge(self, wanted: Any, value: Any) -> tuple[bool, Any]:
+    def judge(self, wanted: object, value: object) -> tuple[bool, object]:
         fits, found = super().judge(wanted, value)
         return fits and not (float in members(wanted) and isinstance(found, float) and abs(found) > MOST), found
 
-    def misfit(self, wanted: Any, path: Path, value: Any) -> None:
+    def misfit(self, wanted: object, path: Path, value: object) -> None:
         if float in members(wanted) and isinstance(value, int | float) and not isinstance(value, bool):
             self.tell(path, f"expected a number that float32 holds (at most {MOST:g} in size), found {value!r:.80}")
         else:
             super().misfit(wanted, path or ("steering",), value)
 
-    def unknown_key(self, section: type, path: Path, key: str, value: Any) -> str:
+    def unknown_key(self, section: type, path: Path, key: str, value: object) -> str:
         known = [key_of(spot) for spot in dataclasses.fields(section) if key_of(spot)]
         near = near_name(key, known)
         hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(sorted(known))}"

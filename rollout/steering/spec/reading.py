@@ -11,7 +11,7 @@ from steerl.rollout.common.settings_reader import MISSING, Path, Reader, are_who
 _WORDS = ("none", "all")
 
 
-def tokens(reader: Reader, path: Path, value: Any) -> Any:
+def tokens(reader: Reader, path: Path, value: object) -> object:
     listed = [value] if isinstance(value, int | str) else value
     if isinstance(listed, Sequence) and all(is_whole(v) or isinstance(v, str) for v in listed):
         return tuple(listed)
@@ -19,17 +19,17 @@ def tokens(reader: Reader, path: Path, value: Any) -> Any:
     return MISSING
 
 
-def prompt_positions(reader: Reader, path: Path, value: Any) -> Any:
+def prompt_positions(reader: Reader, path: Path, value: object) -> object:
     """A word, positions from the prompt's beginning or (negative) its end, {window: [a, b]} or {column: c}."""
     return _positions(reader, path, value, (*_WORDS, "last"), "column")
 
 
-def step_positions(reader: Reader, path: Path, value: Any) -> Any:
+def step_positions(reader: Reader, path: Path, value: object) -> object:
     """A word, response steps from 0 on, {window: [a, b]} or {every: n}."""
     return _positions(reader, path, value, (*_WORDS, "generated_positions"), "every")
 
 
-def _positions(reader: Reader, path: Path, value: Any, words: tuple[str, ...], other: str) -> Any:
+def _positions(reader: Reader, path: Path, value: Any, words: tuple[str, ...], other: str) -> object:
     from_end = other == "column"
     if isinstance(value, str):
         return reader.choice(words, path, value)
@@ -48,7 +48,7 @@ def _positions(reader: Reader, path: Path, value: Any, words: tuple[str, ...], o
     return MISSING if problem else tuple(value)
 
 
-def _rule(reader: Reader, path: Path, value: Mapping[str, Any], other: str) -> Any:
+def _rule(reader: Reader, path: Path, value: Mapping[str, Any], other: str) -> object:
     if len(value) != 1 or next(iter(value)) not in ("window", other):
         reader.tell(path, f"expected one of {{window: ...}} and {{{other}: ...}}, found {dict(value)!r}")
         return MISSING
@@ -75,20 +75,20 @@ def _rule(reader: Reader, path: Path, value: Mapping[str, Any], other: str) -> A
 class Vector:
     """Where a direction comes from, and what is made of it."""
 
-    file: Any = None
-    folder: Any = None
-    mean_diff: Any = None
+    file: object = None
+    folder: object = None
+    mean_diff: object = None
     init: str = within("", choices=("zeros", "normal"))
-    values: Any = None
+    values: object = None
     std: float = within(0.02, low=0.0)
-    key: Any = None
-    normalise: Any = None
+    key: object = None
+    normalise: object = None
 
 
 _SOURCES = ("file", "folder", "mean_diff", "init", "values")
 
 
-def vector(reader: Reader, path: Path, value: Any) -> Any:
+def vector(reader: Reader, path: Path, value: object) -> object:
     """{file: ...}, {folder: ...}, {mean_diff: ...}, {init: ...}, {values: [...]}, or the list itself."""
     if isinstance(value, str):
         return {"file": value}

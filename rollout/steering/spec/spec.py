@@ -89,7 +89,7 @@ class Normal:
     per: str = within("sample", choices=("sample", "prompt"))
 
 
-def read_strength(reader: Reader, path: Path, value: Any) -> Any:
+def read_strength(reader: Reader, path: Path, value: object) -> object:
     if not isinstance(value, Mapping):
         number = reader.value(float, path, value)
         return MISSING if number is MISSING else Strength(number)
@@ -112,8 +112,8 @@ def read_strength(reader: Reader, path: Path, value: Any) -> Any:
 class Where:
     """Which positions: (prompt or steps) minus excludes. Only real tokens count; step 0 is the last prompt token."""
 
-    prompt: Any = within("none", read=reading.prompt_positions)
-    steps: Any = within("all", read=reading.step_positions)
+    prompt: object = within("none", read=reading.prompt_positions)
+    steps: object = within("all", read=reading.step_positions)
     ramp: Ramp | None = None
     exclude_tokens: tuple[int | str, ...] = within((), key="exclude.token_ids", read=reading.tokens)
     exclude_positions: tuple[int, ...] = within((), key="exclude.positions", read=whole_numbers())
@@ -192,7 +192,7 @@ class SteeringSpec:
     folder: str = field(default="", compare=False, metadata={"key": ""})
     """What relative paths in the spec are relative to, when it came from a file; the current folder otherwise."""
 
-    def mapping(self) -> dict[str, Any]:
+    def mapping(self) -> dict[str, object]:
         """The spec as plain data, defaults left out: what `load_spec` reads, and what the hash is taken of."""
         return _mapping(self)
 
@@ -200,7 +200,7 @@ class SteeringSpec:
 # -- the way back: the plain mapping that a user would have written, defaults left out ---------------------------------
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     if isinstance(value, dict):
@@ -208,9 +208,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _changed(value: Any, default: Any = None) -> dict[str, Any]:
+def _changed(value: Any, default: object = None) -> dict[str, object]:
     """The fields in which a dataclass differs from its default."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for spot in dataclasses.fields(value):
         mine = getattr(value, spot.name)
         if default is None or mine != getattr(default, spot.name):
@@ -218,7 +218,7 @@ def _changed(value: Any, default: Any = None) -> dict[str, Any]:
     return found
 
 
-def _strength(strength: Strength) -> Any:
+def _strength(strength: Strength) -> object:
     if strength.norm_match:
         return {"norm_match": strength.value}
     if strength.column:
@@ -230,7 +230,7 @@ def _strength(strength: Strength) -> Any:
     return strength.value
 
 
-def _where(where: Where, at: At) -> dict[str, Any]:
+def _where(where: Where, at: At) -> dict[str, object]:
     plain = Where(prompt="all", steps="none") if at.stack == "encoder" else Where()
     found = {name: _plain(getattr(where, name)) for name in ("prompt", "steps") if getattr(where, name) != getattr(plain, name)}
     if where.ramp is not None:
@@ -241,9 +241,9 @@ def _where(where: Where, at: At) -> dict[str, Any]:
     return found
 
 
-def _site(site: Site) -> dict[str, Any]:
+def _site(site: Site) -> dict[str, object]:
     at = {"module": site.at.module, "io": site.at.io} if site.at.module else _changed(site.at, At())
-    found: dict[str, Any] = {"name": site.name, "at": at}
+    found: dict[str, object] = {"name": site.name, "at": at}
     found["op"] = {"type": site.op.type, **_changed(site.op, Op())}
     if site.vector is not None:
         found["vector"] = _plain(site.vector)
@@ -258,8 +258,8 @@ def _site(site: Site) -> dict[str, Any]:
     return found
 
 
-def _mapping(spec: SteeringSpec) -> dict[str, Any]:
-    found: dict[str, Any] = {"role": spec.role, "sites": [_site(site) for site in spec.sites]}
+def _mapping(spec: SteeringSpec) -> dict[str, object]:
+    found: dict[str, object] = {"role": spec.role, "sites": [_site(site) for site in spec.sites]}
     plain = SteeringSpec(sites=())
     for name in ("name", "fraction", "reference", "on_deploy"):
         if getattr(spec, name) != getattr(plain, name):

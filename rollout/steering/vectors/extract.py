@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ def _causal(
     texts: Sequence[tuple[str, str]],
     points: Sequence[Point],
     device: torch.device,
-) -> Any:
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     rows = [_ids(tokenizer, *pair) for pair in texts]
     width = max(len(ids) for ids, _ in rows)
     ids_BS = torch.zeros(len(rows), width, dtype=torch.int64, device=device)
@@ -135,7 +135,7 @@ def _encoder_decoder(
     texts: Sequence[tuple[str, str]],
     points: Sequence[Point],
     device: torch.device,
-) -> Any:
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     on_encoder = points[0].stack == "encoder"
     given, mask_BP, _ = _causal(model, tokenizer, [("", prompt or text) for prompt, text in texts], points, device)
     config: PretrainedConfig = model.config

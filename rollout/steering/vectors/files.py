@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ def per_layer(
     layers: Sequence[int | None],
     widths: Sequence[int | None],
     who: str,
-    path: Any,
+    path: object,
     key: str = "",
 ) -> list[Tensor]:
     """One vector per layer: the tensor named by its number, else the only one there is (or the one called `key`)."""
@@ -157,7 +157,7 @@ def per_layer(
 
 
 def save_vector(
-    path: str | Path, tensors: Mapping[int | str, Tensor], metadata: Mapping[str, Any], model: nn.Module | None = None
+    path: str | Path, tensors: Mapping[int | str, Tensor], metadata: Mapping[str, object], model: nn.Module | None = None
 ) -> Path:
     """Write a vector file, safetensors or GGUF by its ending. Norms and the model's fingerprint go into the metadata."""
     target = Path(path)

@@ -61,6 +61,8 @@ def assert_same(plain, fixed):
     assert torch.equal(plain.response_BR, fixed.response_BR) and torch.equal(plain.lengths_B, fixed.lengths_B)
     for name in ("behaviour_logprobs_BR", "policy_logprobs_BR", "entropy_BR"):
         torch.testing.assert_close(getattr(fixed, name), getattr(plain, name), atol=1e-5, rtol=0)
+    kept = [None if rollout.kept is None else rollout.kept.lists() for rollout in (plain, fixed)]
+    assert kept[0] == kept[1]
 
 
 def graphs() -> int:
@@ -77,6 +79,7 @@ def test_one_graph_gives_the_plain_paths_numbers(family):
     policy = tiny_policy(family)
     plain, fixed = both(policy, n=2, top_p=0.9, stop_ids=list(range(20, 28)))
     assert_same(plain, fixed)
+    assert fixed.kept is not None
     assert graphs() == 1  # every step but the first, at one shape although rows end
     assert len(set(fixed.lengths_B.tolist())) > 1
     assert_same(*both(policy, n=2, top_p=0.9, step=4))

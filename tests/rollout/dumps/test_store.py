@@ -20,7 +20,7 @@ from steerl.rollout.common.progress import Progress, duration
 from steerl.rollout.dumps import manifest, store
 from steerl.rollout.dumps.dump import left_to_do
 from steerl.rollout.dumps.manifest import Plan
-from steerl.rollout.types import Rollout, Samples, Texts
+from steerl.rollout.types import Applied, Rollout, Samples, Texts
 from tests.dumps import WIDTH_P, WIDTH_R, episodes, flip_bit, made_dump, made_rows, truncate
 from tests.models import tiny, tiny_tokenizer
 
@@ -105,6 +105,19 @@ def test_calls_of_a_shard_may_differ_in_what_they_record(tmp_path: Path) -> None
     manifest.finish(tmp_path, begun)
     for found, wanted in zip(store.read_dump(tmp_path), made, strict=True):
         equal(found.rollout, wanted.rollout)
+
+
+def test_rows_that_no_site_touches_come_back() -> None:
+    """A sampler without steering, and one whose sites read no position in these rows."""
+    rows = len(made_rows([0]).rollout)
+    for sites in (0, 2):
+        applied = Applied.nothing(torch.arange(rows), 0, sites)
+        rollout, texts = made_rows(
+            [0], steering="x" * sites, strength_BK=applied.strength_BK, positions_BKN=applied.positions_BKN
+        )
+        [(back, _)] = store.from_table(store.to_table(rollout, texts))
+        assert torch.equal(back.strength_BK, rollout.strength_BK)
+        assert back.positions_BKN.tolist() == [[[-1]] * sites] * rows and bool(back.positions_BKN.shape[2]) == bool(sites)
 
 
 # -- schema 1 ---------------------------------------------------------------------------------------------------------

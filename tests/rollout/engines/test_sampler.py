@@ -339,7 +339,7 @@ def test_models_whose_head_masks_tokens_with_minus_infinity() -> None:
 class ShiftedLogits:
     """A stand-in for steering: adds strength to one token's logit, row by row, and can follow dropped rows."""
 
-    label, name = "shift#1", "shift"
+    label, sites = "shift#1", ("shift",)
 
     def __init__(self, model: Any, role: str, follows: bool = True):
         self.model, self.role, self.follows = model, role, follows

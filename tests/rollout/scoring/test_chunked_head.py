@@ -13,6 +13,7 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
+from steerl.rollout.ragged import Kept
 from steerl.rollout.scoring import chunked_head, logprobs
 from steerl.rollout.scoring.alignment import forward_inputs
 from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
@@ -27,7 +28,12 @@ LORA_HEAD = {"peft_type": "LORA", "r": 2, "target_modules": ["lm_head"]}
 def rolled(policy: Policy, **settings: Any) -> Rollout:
     batch = PromptBatch.of_ids([[5, 6, 7], [9, 8, 7, 6, 5, 4, 10], [20], [2, 0, 33, 2]])
     rollout = Sampler(policy, Sampling(**{"max_new_tokens": 6, "temperature": 0.7, **settings})).sample(batch)[0]
-    return dataclasses.replace(rollout, lengths_B=torch.tensor([3, 6, 1, 5]).minimum(rollout.lengths_B), action_mask_BR=None)
+    lengths_B = torch.tensor([3, 6, 1, 5]).minimum(rollout.lengths_B)
+    kept = None
+    if rollout.kept is not None:
+        rows = zip(rollout.kept.lists(), lengths_B.tolist(), strict=True)
+        kept = Kept.of_lists([[ids if t < n else [] for t, ids in enumerate(row)] for row, n in rows])
+    return dataclasses.replace(rollout, lengths_B=lengths_B, action_mask_BR=None, kept=kept)
 
 
 def loss_of(logprobs_BR: Tensor, entropy_BR: Tensor, mask_BR: Tensor) -> Tensor:
@@ -37,13 +43,15 @@ def loss_of(logprobs_BR: Tensor, entropy_BR: Tensor, mask_BR: Tensor) -> Tensor:
 
 
 def all_at_once(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """(log-probs, entropies) in float64, of all logits of each row by itself."""
+    """(log-probs, entropies) in float64, of all logits of each row by itself; over the ids that it kept, where it did."""
     found = []
     for i in range(len(rollout)):
         row = rollout.select([i]).trim()
         logits_RV = policy.model(**forward_inputs(policy, row)).logits[0, -row.response_width :].double()
-        law_RV = (logits_RV / rollout.temperature).log_softmax(-1)
-        both_R2 = torch.stack([law_RV.gather(-1, row.response_BR[0, :, None])[:, 0], -(law_RV.exp() * law_RV).sum(-1)], dim=1)
+        sets = [None] * len(logits_RV) if row.kept is None else row.kept.lists()[0]
+        laws = [(logits_RV[t, ids or range(64)] / rollout.temperature).log_softmax(-1) for t, ids in enumerate(sets)]
+        places = [ids.index(int(row.response_BR[0, t])) if ids else int(row.response_BR[0, t]) for t, ids in enumerate(sets)]
+        both_R2 = torch.stack([torch.stack([law[at], -(law.exp() * law).sum()]) for law, at in zip(laws, places, strict=True)])
         found.append(torch.nn.functional.pad(both_R2, (0, 0, 0, rollout.response_width - row.response_width)))
     return torch.stack(found)[..., 0], torch.stack(found)[..., 1]
 
@@ -66,19 +74,25 @@ def with_lora(policy: Policy) -> Policy:
     return policy.with_model(model)
 
 
+TRUNCATED = {"temperature": 1.2, "top_k": 30, "top_p": 0.9}
+
+
 # tied (gpt2), untied (llama), scaled before (t5), biased (gptj), biased after, scaled and capped after, an adapter on the head
 @pytest.mark.parametrize(
-    "family", ["gpt2", "llama", "t5", "gptj", "bart", "gemma2", "cohere", "granite", "recurrent_gemma", "mamba", "llama+lora"]
-)
+    "family", ["gpt2", "llama", "t5", "gptj", "bart", "gemma2", "cohere", "granite", "recurrent_gemma", "mamba", "llama+lora",
+     "gpt2+kept", "gemma2+kept", "bart+kept", "llama+lora+kept"]
+)  # fmt: skip
 @pytest.mark.parametrize("rows", [3, 10_000])
 def test_chunks_give_the_numbers_and_gradients_of_all_logits_at_once(family, rows, monkeypatch):
     overrides = {"bart": {}, "granite": {"logits_scaling": 3.0}, "gemma2": {"final_logit_softcapping": 2.0}}
-    policy = tiny_policy(family.removesuffix("+lora"), **overrides.get(family, {}))
+    family, *more = family.split("+")
+    policy = tiny_policy(family, **overrides.get(family, {}))
     if family == "bart":
         policy.model.final_logits_bias.normal_(generator=torch.Generator().manual_seed(0))
-    if family.endswith("+lora"):
+    if "lora" in more:
         policy = with_lora(policy)
-    rollout = rolled(policy)
+    rollout = rolled(policy, **(TRUNCATED if "kept" in more else {}))
+    assert (rollout.kept is not None) == ("kept" in more)
     assert chunked_head.readable(policy) is not None
     monkeypatch.setitem(chunked_head.CHUNK, "cpu", rows * policy.vocab_size)
     expected_logprobs, expected_entropy = all_at_once(policy, rollout)
@@ -93,6 +107,26 @@ def test_chunks_give_the_numbers_and_gradients_of_all_logits_at_once(family, row
         assert torch.allclose(gradient, expected[name].float(), atol=1e-5 * scale), name
     assert torch.equal(teacher_forced(policy, rollout, want_entropy=False).logprobs_BR, found.logprobs_BR)
     assert "forward" not in vars(policy.core.get_output_embeddings())
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_all_logits_at_once_are_masked_alike(family, monkeypatch):
+    """Where somebody sees the logits; and where all log-probs are asked for, minus infinity for what was not kept."""
+    policy = tiny_policy(family)
+    rollout = rolled(policy, **TRUNCATED)
+    expected_logprobs, expected_entropy = all_at_once(policy, rollout)
+    expected = gradients(policy, loss_of(expected_logprobs, expected_entropy, rollout.action_mask_BR))
+    monkeypatch.setattr(chunked_head, "enabled", False)
+    found = teacher_forced(policy, rollout)
+    for one, other in ((found.logprobs_BR, expected_logprobs), (found.entropy_BR, expected_entropy)):
+        assert (one - other)[rollout.action_mask_BR].abs().max() < 1e-5
+    scale = max(float(g.abs().max()) for g in expected.values())
+    for name, gradient in gradients(policy, loss_of(found.logprobs_BR, found.entropy_BR, rollout.action_mask_BR)).items():
+        assert torch.allclose(gradient, expected[name].float(), atol=1e-5 * scale), name
+    everything = teacher_forced(policy, rollout, want_all=True).all_logprobs_BRV
+    for row, own in zip(everything, rollout.kept.lists(), strict=True):
+        for law, ids in zip(row, own, strict=True):
+            assert not ids or law.isfinite().nonzero()[:, 0].tolist() == ids
 
 
 def test_a_model_that_cuts_its_logits_keeps_its_own_way():

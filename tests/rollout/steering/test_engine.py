@@ -101,7 +101,9 @@ def test_beams_and_return_sequences_keep_their_rows() -> None:
 
     def run(rows: list[int]) -> Tensor:
         strengths = [[3.0, -3.0][row] for row in rows]
-        with steering.active(prompt_mask_BP=MASK[rows], columns={"s": strengths}):
+        row_B = torch.arange(len(rows))
+        applied = steering.applied(MASK[rows], row_B, row_B * 0, {"s": strengths})
+        with steering.active(prompt_mask_BP=MASK[rows], applied=applied):
             return model.generate(input_ids=IDS[rows], attention_mask=MASK[rows], **given)
 
     both = run([0, 1])

@@ -20,9 +20,10 @@ from steerl.training.algorithm import kl
 from steerl.training.algorithm.experience import credit
 from steerl.training.algorithm.importance import Correction
 from steerl.training.algorithm.update import learn
-from steerl.training.run.metrics import check_gap, kl_per_response, step_metrics, step_stats
+from steerl.training.run.metrics import check_gap, kl_per_response, sample_rows, step_metrics, step_stats
 from steerl.training.settings import PPOSettings
 from steerl.training.types import PolicyOutput, Scored
+from tests.ppo_runs import first_scored, job, warm_head
 
 # -- rows by chance ------------------------------------------------------------------------------------------------------
 
@@ -242,6 +243,22 @@ def test_rows_without_actions_are_as_if_they_were_not_there():
     assert empty > 20
 
 
+def test_rows_for_the_viewer_say_which_tokens_were_fed():
+    parts, prompts, ppo = job("gpt2")
+    warm_head(parts.actor_critic)
+    scored = first_scored(parts, prompts, ppo, gaps=True)
+    experience, _ = credit(scored, ppo, 0.05)
+    rows = sample_rows(scored, experience, parts.actor_critic, each=4, seed=0, step=1)
+    lists = ("policy_logprobs", "gap", "behaviour_logprobs", "reference_logprobs", "entropy", "values", "rewards", "advantages")
+    for row in rows:
+        acts = row.get("action_mask", [True] * len(row["response_ids"]))
+        for name in (*lists, "returns", "ratio"):
+            assert [value is not None for value in row[name]] == acts, name
+        assert [value for value in row["ratio"] if value is not None] == pytest.approx([1.0] * sum(acts), abs=1e-5)
+    assert {all(row.get("action_mask", [True])) for row in rows} == {True, False}
+    assert not any(all(row.get("action_mask", [False])) for row in rows)  # only where there are gaps
+
+
 # -- loops over actions --------------------------------------------------------------------------------------------------
 
 
@@ -308,16 +325,18 @@ def test_credit_is_a_loop_over_the_actions():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "advantages", "returns"),
+    ("gamma", "tokens", "expected"),
     [
-        (None, [1, 1, 0, 0, 1], [1, 1, 0, 0, 1]),
+        (1.0, None, [1, 1, 0, 0, 1]),
+        (0.9, None, [0.81, 0.9, 0, 0, 1]),
         # a reward of each turn, on its last action
-        ([0, 2, 0, 0, 3], [5, 5, 0, 0, 3], [5, 5, 0, 0, 3]),
+        (1.0, [0, 2, 0, 0, 3], [5, 5, 0, 0, 3]),
         # what stands at a token that was fed is nobody's
-        ([0, 2, 7, 0, 3], [5, 5, 0, 0, 3], [5, 5, 0, 0, 3]),
+        (1.0, [0, 2, 7, 0, 3], [5, 5, 0, 0, 3]),
     ],
 )
-def test_an_episode_of_two_turns(tokens, advantages, returns):
+def test_an_episode_of_two_turns(gamma, tokens, expected):
+    """The worked row of docs/ppo-details.md."""
     rollout = Rollout.of_ids([[4]], [[5, 6, 7, 8, 9]], action_mask_BR=[[1, 1, 0, 0, 1]])
     zeros = torch.zeros(1, 5)
     scores = Scores(torch.ones(1), tokens_BR=None if tokens is None else torch.tensor([tokens]))
@@ -325,5 +344,6 @@ def test_an_episode_of_two_turns(tokens, advantages, returns):
         rollout=rollout, texts=texts_of(1), scores=scores, old_logprobs_BR=zeros, reference_logprobs_BR=None,
         values_BR=zeros, after_B=torch.zeros(1), entropy_BR=zeros, seconds={},
     )  # fmt: skip
-    experience, _ = credit(scored, PPOSettings(gamma=1.0, lam=1.0, whiten_advantages=False), 0.0)
-    assert experience.advantages_BR.tolist() == [advantages] and experience.returns_BR.tolist() == [returns]
+    experience, _ = credit(scored, PPOSettings(gamma=gamma, lam=1.0, whiten_advantages=False), 0.0)
+    for found_BR in (experience.advantages_BR, experience.returns_BR):
+        assert found_BR.tolist() == ([expected] if gamma == 1 else [pytest.approx(expected)])

@@ -9,6 +9,8 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -16,14 +18,15 @@ from steerl.reward.types import Scores
 from steerl.rollout.common import processes
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.steering import load_spec
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Rollout, Samples, Texts
 from steerl.training.algorithm.importance import Correction
 from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 from tests.models import tiny_policy
-from tests.ppo_runs import LORA, prompts_of, share_of_threes
+from tests.ppo_runs import LORA, prompts_of, share_of_threes, with_gaps
 
 TABLE = runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples" / "toy_engine.py"))["Table"]
 JOBS = {
@@ -49,6 +52,13 @@ JOBS = {
     "steered": ("llama", None, {"n": 2}, {"value": "shared"}),
     "vectors": ("gpt2", None, {}, {}),
     "explored": ("llama", None, {"n": 2}, {}),
+    # as if some of the tokens had been fed: a rank's rows may have no action at all
+    "gaps": (
+        "gpt2",
+        None,
+        {},
+        {"rollouts_per_step": 15, "minibatches": 5, "bootstrap_cut": True, "loss_reduction": "sequence"},
+    ),
 }
 SITE = {"at": {"layers": [1]}, "vector": [0.5 - i % 3 for i in range(32)], "strength": 2.0}
 STEERING = {
@@ -90,22 +100,31 @@ class Counted:
         return Scores(share_of_threes(rollout, texts).total_B.cpu() * count)
 
 
+_sample = Sampler.sample
+
+
+def sample_with_gaps(*arguments: Any, **settings: Any) -> Samples:
+    rollout, texts = _sample(*arguments, **settings)
+    return Samples(with_gaps(rollout), texts)
+
+
 def main(folder: Path) -> None:
     processes.start()
     for name, (family, peft, sampling, settings) in JOBS.items():
         policy = with_peft(tiny_policy(family), peft)
         drawn = Sampling(**{"max_new_tokens": 8, "stop_ids": [11, 17, 23], **sampling})
         table = TABLE(torch.linspace(1, 3, policy.vocab_size), policy, drawn) if name == "table" else None
-        train(
-            policy,
-            prompts_of(policy, most=3 if name == "ragged" else 0),
-            logging_reward if table is None else Counted(),
-            drawn,
-            PPOSettings(**{**SETTINGS, **settings}),
-            RunSettings(dir=str(folder / name)),
-            steering=load_spec(STEERING[name]) if name in STEERING else None,
-            source=table,
-        )
+        with patch.object(Sampler, "sample", sample_with_gaps if name == "gaps" else _sample):
+            train(
+                policy,
+                prompts_of(policy, most=3 if name == "ragged" else 0),
+                logging_reward if table is None else Counted(),
+                drawn,
+                PPOSettings(**{**SETTINGS, **settings}),
+                RunSettings(dir=str(folder / name)),
+                steering=load_spec(STEERING[name]) if name in STEERING else None,
+                source=table,
+            )
     if processes.close():
         processes.end()
 

@@ -79,6 +79,16 @@ def test_what_was_fed_is_read_and_holds_nothing(family, value, peft):
         assert held[~mask_BR].eq(0).all() and held[mask_BR].ne(0).all()
 
 
+def test_what_was_fed_is_read_by_a_steered_policy_too():
+    """Its passes keep their padding and a mask: the sampler, which drew in the whole sequence, found the same."""
+    site = {"at": {"layers": [1]}, "vector": [0.5 - i % 3 for i in range(32)], "strength": 2.0}
+    parts, prompts, ppo = job("llama", steering=load_spec({"role": "policy", "sites": [site]}))
+    scored = first_scored(parts, prompts, ppo, gaps=True)
+    rollout = scored.rollout
+    assert (rollout.extent_BR & ~rollout.action_mask_BR).any() and not rollout.prompt_mask_BP.all()
+    assert (scored.old_logprobs_BR - scored.rollout.policy_logprobs_BR).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_a_fresh_value_is_zero(family):
     for value in ("separate", "shared"):

@@ -15,7 +15,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.training.report import page as report
 from steerl.training.report.run_data import read_lines, read_run
 from tests.browser import Browser
-from tests.dumps import made_dump, made_rows, write_scores
+from tests.dumps import episodes, made_dump, made_rows, write_scores
 
 HOSTILE = [
     "<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 2'>",
@@ -174,6 +174,35 @@ def test_a_dump_has_the_same_page_with_its_scores(tmp_path):
     assert dict(zip(lengths["labels"], lengths["counts"], strict=True)) == counted
     few = blobs(report.report([tmp_path / "dump"], tmp_path / "few.html", rows=3))["rows-0-0"]
     assert [row["facts"]["row"] for row in few] == [0, 3, 7]
+
+
+def test_a_dump_of_episodes_says_what_was_fed(tmp_path):
+    """Lists stay as long as the response, with nothing at what was fed; lengths are of actions; a strength for each site."""
+    made_dump(tmp_path / "dump", make=episodes)
+    held = blobs(report.report([tmp_path / "dump"], tmp_path / "dump.html"))
+    rollout, _ = episodes(range(10))
+    gapped = 0
+    for i, row in enumerate(held["rows-0-0"]):
+        length = int(rollout.lengths_B[i])
+        mask = rollout.action_mask_BR[i, :length].tolist()
+        assert row["ids"] == rollout.response_BR[i, :length].tolist()
+        assert row["action_mask"] == ([] if all(mask) else mask)
+        for name in ("policy_logprobs", "behaviour_logprobs"):
+            stored = getattr(rollout, f"{name}_BR")[i]
+            found = [value if value is None else torch.tensor(value).item() for value in row["quantities"][name]]
+            assert found == [stored[t].item() if mask[t] else None for t in range(length)]
+        assert [value is None for value in row["quantities"]["gap"]] == [not drawn for drawn in mask]
+        assert row["facts"]["length"] == sum(mask) and row["facts"].get("fed", 0) == length - sum(mask)
+        for site in range(2):
+            strength = rollout.strength_BK[i, site].item()
+            assert torch.tensor(row["facts"]["strength"][str(site)]).item() == strength
+            values = row["quantities"][f"steering strength of the row, site {site}"]
+            assert [torch.tensor(value).item() for value in values] == [strength] * length
+        gapped += not all(mask)
+    assert gapped > 5
+    bars = next(bars for bars in held["index"]["bars"] if "length" in bars["title"])
+    counted = {label: (rollout.actions_B == int(label)).sum().item() for label in bars["labels"]}
+    assert dict(zip(bars["labels"], bars["counts"], strict=True)) == counted
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
@@ -411,4 +440,23 @@ def test_runs_over_each_other_and_a_dump_beside_them(run, tmp_path):
         assert browser.run("document.querySelectorAll('rect.bars').length") > 0
         choose(browser, "run", 2)
         assert shown(browser) == (0, 0)
+        assert browser.problems == []
+
+
+@pytest.mark.browser
+def test_what_an_episode_was_fed_is_set_off(tmp_path):
+    made_dump(tmp_path / "dump", make=episodes)
+    rollout, _ = episodes(range(10))
+    with Browser() as browser:
+        browser.open(report.report([tmp_path / "dump"], tmp_path / "page.html"))
+        for _ in range(len(rollout)):
+            row, sample_index = shown(browser)
+            i = 2 * row + sample_index
+            mask = rollout.action_mask_BR[i, : rollout.lengths_B[i]].tolist()
+            tokens = "[...document.querySelectorAll('.token[data-part=response]')]"
+            assert browser.run(f"{tokens}.map(t => getComputedStyle(t).borderBottomStyle)") == [
+                "none" if drawn else "dotted" for drawn in mask
+            ]
+            assert browser.run("document.querySelectorAll('#sample h3')[1].innerText.includes('fed')") == (not all(mask))
+            browser.key("j")
         assert browser.problems == []

@@ -149,15 +149,17 @@ class Viewer {
     this.quantity.replaceChildren(...names.map(name => new Option(name)));
     if (names.includes(before)) this.quantity.value = before;
     this.sample.replaceChildren(facts, element("h3", {text: "prompt"}), this.tokens(row.prompt_tokens, row.prompt_ids, "prompt"),
-      element("h3", {text: "response"}), this.tokens(row.tokens, row.ids, "response"), element("div", {class: "scale"}));
+      element("h3", {text: row.action_mask.length ? "response (underlined: what the row was fed)" : "response"}),
+      this.tokens(row.tokens, row.ids, "response", row.action_mask), element("div", {class: "scale"}));
     this.paint();
   }
 
-  tokens(texts, ids, part) {
+  tokens(texts, ids, part, drawn = []) {
     const holder = element("div", {class: "tokens", dir: "auto", "data-part": part});
     texts.forEach((text, i) => {
       const {shown, odd} = visible(text);
-      holder.append(element("span", {class: odd ? "token odd" : "token", "data-part": part, "data-place": i, "data-id": ids[i], text: shown}));
+      const kind = (odd ? "token odd" : "token") + (drawn[i] === false ? " fed" : "");
+      holder.append(element("span", {class: kind, "data-part": part, "data-place": i, "data-id": ids[i], text: shown}));
     });
     return holder;
   }

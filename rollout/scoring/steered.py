@@ -1,0 +1,68 @@
+"""A second pass over recorded rows, steered exactly as they were drawn: from their record alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from steerl.rollout.common.errors import DataError
+from steerl.rollout.model.policy import Policy
+from steerl.rollout.scoring.alignment import encoder_input
+from steerl.rollout.types import Applied, Rollout
+
+
+class Steers(Protocol):
+    """What sampling and scoring ask of a steering (Steering, in rollout/steering)."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def sites(self) -> Sequence[object]: ...
+
+    def applied(
+        self,
+        prompt_mask_BP: Tensor,
+        row_B: Tensor,
+        sample_B: Tensor,
+        columns: Mapping[str, Sequence[object]] | None = None,
+        *,
+        progress: float = 0.0,
+        policy_step: int = 0,
+        start_width: int = 1,
+    ) -> Applied:
+        """How rows that are about to be drawn are steered, as their record will say it."""
+        ...
+
+    def active(
+        self, *, prompt_mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, applied: Applied, start_width: int = 1
+    ) -> contextlib.AbstractContextManager[object]:
+        """The block inside which the model is steered so."""
+        ...
+
+
+def steered(steering: Steers | None, policy: Policy, rollout: Rollout) -> contextlib.AbstractContextManager[object]:
+    """The block in which a pass over these rows is steered; an empty one without a steering."""
+    if steering is None:
+        return contextlib.nullcontext()
+    if not rollout.steering:
+        raise DataError(
+            f"steering: {steering.label} cannot be put on rows that were drawn without one; leave it out, or record in the "
+            "Rollout what Steering.applied gives, and its label"
+        )
+    mask_BP = rollout.prompt_mask_BP
+    if policy.is_seq2seq:
+        mask_BP = encoder_input(rollout.prompt_BP, mask_BP)[1]
+    return steering.active(
+        prompt_mask_BP=mask_BP,
+        row_B=rollout.row_B,
+        sample_B=rollout.sample_B,
+        applied=Applied.of(rollout),
+        start_width=max(len(policy.start_ids), 1),
+    )
