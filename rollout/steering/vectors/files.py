@@ -23,12 +23,12 @@ from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.run_folder import written_aside
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    pass
 
 
 def fingerprint(model: nn.Module) -> str:
     """Tells one model's width, depth and kind from another's, and roughly its weights: written into vector files."""
-    config: PretrainedConfig = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     parts = [getattr(config, "model_type", type(model).__name__)]
     parts += [str(getattr(text, name, "")) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
