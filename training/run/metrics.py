@@ -139,7 +139,7 @@ def check_gap(scored: Scored, tolerance: float, step: int, *, corrected: bool) -
             f"gives {float(scored.old_logprobs_BR[row, token]):.4f}: a gap of {largest:.3g} nats (mean "
             f"{mean(gap_BR, measured_BR):.3g}), above ppo.gap_tolerance {tolerance:g}. Usual causes: dropout left on, "
             "position ids or attention masks that differ, a penalty or a temperature that one side lacks, an adapter or a "
-            "steering vector active on one side only, half precision (then raise ppo.gap_tolerance), rows that other weights drew "
+            "steering vector active on one side only, half precision (then raise ppo.gap_tolerance), rows of other weights "
             "(then policy_step_B is to say so: -1)"
         )
     if not corrected:
