@@ -162,7 +162,11 @@ def test_rows_from_before_are_scored_again_where_their_steering_is_known() -> No
         if name == "two":
             with pytest.raises(UserError, match="the strengths of 1 site"):
                 teacher_forced(policy, rollout, steering=steering)
-            guessed = dataclasses.replace(rollout, strength_BK=torch.tensor([[1.5, 0.5]] * len(rollout)))
+            more = {
+                "strength_BK": torch.tensor([[1.5, 0.5]] * len(rollout)),
+                "positions_BKN": rollout.positions_BKN.repeat(1, 2, 1),
+            }
+            guessed = dataclasses.replace(rollout, **more)
             with pytest.raises(UserError, match="seed"):
                 teacher_forced(policy, guessed, steering=steering)
         else:
