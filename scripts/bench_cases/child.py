@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ from steerl.scripts.bench_cases.trl_112 import Ids
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+Kind = TypeVar("Kind")
 
 TINY_STEP = 1e-6
 """Learning rate: the work is whole, and the lengths stay what the case says."""
@@ -115,7 +117,7 @@ def sample_ours(case: Case, times: int, folder: Path) -> Meter:
     return meter
 
 
-def sampling_of(case: Case, kind: Callable[..., object]) -> Any:
+def sampling_of(case: Case, kind: Callable[..., Kind]) -> Kind:
     extra = {"compile": True} if case.compile else {}
     return kind(max_new_tokens=case.response, batch_size=case.rows, n=case.n, **DISTRIBUTIONS[case.distribution], **extra)
 
