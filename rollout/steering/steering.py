@@ -180,10 +180,13 @@ class Steering:
         if (recorded := applied.strength_BK.shape[1]) != len(self.sites):
             return f"the strengths of {recorded} site(s), where {self.label} has {len(self.sites)}"
         for site in self.sites:
+            lacks = ""
             if site.positions_column is not None and not applied.positions_BKN.shape[2]:
-                return f"no positions of site {site.name!r} (column {site.positions_column!r})"
-            if site.operation.source == "noise" and applied.steering_seed is None:
-                return f"no seed of the noise of site {site.name!r}"
+                lacks = f"no positions of site {site.name!r} (column {site.positions_column!r})"
+            elif site.operation.source == "noise" and applied.steering_seed is None:
+                lacks = f"no seed of the noise of site {site.name!r}"
+            if lacks and bool((applied.strength_BK[:, site.index] != 0).any()):
+                return lacks
         return None
 
     def rows_of(self, rollout: Rollout) -> SteeredRows:

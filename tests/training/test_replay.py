@@ -6,19 +6,25 @@ import dataclasses
 import json
 from collections import Counter
 
+from steerl.configs.reader import run_command
+
 import pytest
 import torch
 
 from steerl.reward.types import Scores
+from steerl.rollout.analysis.verify import verify
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.dumps import manifest, store
 from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.rollout.prompts.prompts import PromptBatch, PromptSettings, load_prompts
 from steerl.rollout.scoring.logprobs import teacher_forced
-from steerl.rollout.steering import Steering
+from steerl.rollout.steering import Steering, load_spec
+from steerl.rollout.types import Rollout
+from steerl.scripts.dump_rollouts import DumpJob, main
 from steerl.training.algorithm.importance import Correction
 from steerl.training.ppo import train
 from steerl.training.replay import Replay
@@ -31,7 +37,7 @@ SETTINGS = PPOSettings(
 )
 
 
-def make_dump(folder, policy, *, samples=SAMPLES, shard_rows=8, steering=None, **sampling):
+def make_dump(folder, policy, *, samples=SAMPLES, shard_rows=8, steering=None, step=0, **sampling):
     """A dump sampled by `policy`, made with the rooms' own functions."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = Sampling(max_new_tokens=5, n=samples, **sampling)
@@ -47,7 +53,8 @@ def make_dump(folder, policy, *, samples=SAMPLES, shard_rows=8, steering=None, *
                 PromptBatch.of_ids([[5 + row, 9] for row in call]),
                 rows=list(call),
                 columns={"much": [0.5 * row for row in call], "spots": [[0] * (row % 2) for row in call]},
-            )
+            ),
+            step=step,
         )
 
     for index in range(len(plan)):
@@ -97,12 +104,13 @@ def vowels(rollout, texts):
     return Scores(torch.tensor([sum(c in "aeiou" for c in text) / 5 for text in texts.completions]), {})
 
 
-def replayed(folder, dump, policy, steps=2, **changes):
+def replayed(folder, dump, policy, steps=2, steering=None, run_seed=0, **changes):
     prompts_file = folder.parent / "prompts.jsonl"
     prompts_file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     prompts = load_prompts(PromptSettings(path=str(prompts_file)), policy, 5)
     settings = dataclasses.replace(SETTINGS, **{"replay": str(dump), "steps": steps, **changes})
-    train(policy, prompts, vowels, Sampling(max_new_tokens=5, n=1), settings, RunSettings(dir=str(folder)))
+    run, spec = RunSettings(dir=str(folder), seed=run_seed), load_spec(steering) if steering else None
+    train(policy, prompts, vowels, Sampling(max_new_tokens=5, n=1), settings, run, steering=spec)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -180,6 +188,107 @@ def test_steered_rows_are_replayed_as_they_were_drawn(tmp_path, name):
         plain = teacher_forced(policy, rollout).logprobs_BR
     assert float((again - rollout.policy_logprobs_BR).abs().max()) < 1e-5
     assert float((plain - rollout.policy_logprobs_BR).abs().max()) > 1e-2  # the steering moves something
+
+
+def test_other_weights_are_steered_with_the_noise_that_the_rows_were_drawn_with(tmp_path):
+    """Rows of step 5 of another run: whose weights they are of is told without losing the step that their noise was of."""
+    spec, policy = {"sites": [NOISE]}, tiny_policy("llama", seed=1)
+    folder = make_dump(tmp_path / "dump", policy, steering=Steering(policy.core, spec, None, 3), step=5)
+    other = tiny_policy("llama", seed=2)
+    steering = Steering(other.core, spec, None, 8)
+    replay = Replay(folder, other, SETTINGS, steering)
+    replayed, _ = replay.draw(replay.batch(range(4)))
+    stored = next(iter(store.read_dump(folder))).rollout.select(range(4 * SAMPLES)).trim()
+    assert replayed.policy_step_B.tolist() == [-6] * len(replayed) and stored.policy_step_B.tolist() == [5] * len(stored)
+    with torch.no_grad():
+        again, same = (teacher_forced(other, rollout, steering=steering).logprobs_BR for rollout in (replayed, stored))
+    assert torch.equal(again, same)
+
+
+def varied_spec(family="llama"):
+    """Of both sites the strength is drawn or scheduled; the first also acts where a column says, the second adds noise."""
+    at = {"layers": [0], "stack": "encoder"} if family == "bart" else {"layers": [0]}
+    where = {"prompt": {"column": "spots"}, "steps": "none" if family == "bart" else "all"}
+    drawn = {"dist": "uniform", "low": 0.5, "high": 1.5, "per": "sample"}
+    add = {"at": at, "vector": two()["sites"][0]["vector"], "where": where, "strength": drawn}
+    noise = {"at": {"layers": [1]}, "op": {"type": "noise"}, "strength": 0.7, "schedule": {"type": "cosine", "from": 0.9}}
+    return {"role": "policy", "fraction": 0.5, "sites": [add | {"schedule": {"from": 0.8, "to": 0.1}}, noise]}
+
+
+@pytest.fixture(scope="module", params=["llama", "bart"])
+def varied(request, tmp_path_factory):
+    """(the policy, the spec, the folder of a dump that `steerl dump` made of them)."""
+    folder, spec = tmp_path_factory.mktemp("varied"), varied_spec(request.param)
+    policy = tiny_policy(request.param, seed=1)
+    policy.core.save_pretrained(folder / "model")
+    policy.tokenizer.save_pretrained(folder / "model")
+    lines = [{"prompt": "ab cde fgh"[: 3 + row % 7], "spots": [[], [0], [1, -1]][row % 3]} for row in range(PROMPTS)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = {
+        "model.path": folder / "model", "prompts.path": folder / "prompts.jsonl", "run.dir": folder / "dump", "run.save_every": 8,
+        "sampling.n": SAMPLES, "sampling.max_new_tokens": 6, "sampling.batch_size": 5, "sampling.temperature": 0.7,
+        "sampling.seed": 3, "steering": json.dumps(spec),
+    }  # fmt: skip
+    run_command(main, DumpJob, [word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    return load_policy(ModelSettings(path=str(folder / "model"))), spec, folder / "dump"
+
+
+def test_a_dump_of_two_sites_that_vary_is_scored_again_as_it_was_drawn(tmp_path, varied):
+    """In PPO at another seed; by verify; in another order, three rows at a time; and nothing of the record is idle."""
+    policy, spec, folder = varied
+    lines = replayed(
+        tmp_path / "run", folder, policy, 1, steering=spec, run_seed=11, rollouts_per_step=PROMPTS * SAMPLES, learning_rate=0.0
+    )
+    assert lines[0]["gap/max"] < 1e-5 and lines[0]["rollout/rows"] == PROMPTS * SAMPLES
+    steering = Steering(policy.core, spec, policy.tokenizer, seed=8)
+    rollout = Rollout.join([rollout for rollout, _ in store.read_dump(folder)])
+    report = verify(policy, rollout, steering=steering)
+    assert report.passed and report.largest < 1e-5
+    order = torch.randperm(len(rollout), generator=torch.Generator().manual_seed(0))
+
+    def gap(record):
+        with torch.no_grad():
+            again = [teacher_forced(policy, record.select(rows), steering=steering).logprobs_BR for rows in order.split(3)]
+        return float((torch.cat(again) - record.policy_logprobs_BR[order]).abs().max())
+
+    assert gap(rollout) < 1e-5
+    second = rollout.strength_BK.clone()
+    second[:, 1] = 0.7
+    for defect in (
+        {"strength_BK": second}, {"strength_BK": rollout.strength_BK.flip(1)}, {"steering_seed": 8},
+        {"policy_step_B": rollout.policy_step_B + 1}, {"positions_BKN": torch.full_like(rollout.positions_BKN, -1)},
+    ):  # fmt: skip
+        assert gap(dataclasses.replace(rollout, **defect)) > 1e-3, defect.keys()
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        ({"strength_BK": 1}, "holds the strengths of 1 site"),
+        ({"positions_BKN": 0}, "holds no positions of site"),
+        ({"steering_seed": None}, "holds no seed of the noise of site"),
+    ],
+)
+def test_what_an_older_record_lacks_is_named(tmp_path, lost, told):
+    """Of files that knew one strength, no positions and no seed; told with the file before anything is computed."""
+    policy = tiny_policy("llama", seed=1)
+    steering = Steering(policy.core, varied_spec(), policy.tokenizer)
+    folder = make_dump(tmp_path / "dump", policy, steering=steering)
+    rollout = next(iter(store.read_dump(folder))).rollout
+    cut = {"strength_BK": rollout.strength_BK[:, :1], "positions_BKN": rollout.positions_BKN[..., :0], "steering_seed": None}
+    name = next(iter(lost))
+    less = {name: cut[name]} | ({"positions_BKN": rollout.positions_BKN[:, :1]} if name == "strength_BK" else {})
+    rollout = dataclasses.replace(rollout, **less)
+    with pytest.raises(UserError, match=rf"^ppo.replay: .*rollouts-00000.parquet {told}"):
+        Replay(folder, policy, SETTINGS, steering)._check_rows(rollout, "rollouts-00000.parquet")
+    with pytest.raises(UserError, match=rf"^steering: the record of these rows {told}"):
+        teacher_forced(policy, rollout, steering=steering)
+
+
+def test_rows_without_a_steering_are_not_steered_in_silence(dump, policy):
+    rollout = next(iter(store.read_dump(dump))).rollout
+    with pytest.raises(UserError, match="cannot be put on rows that were drawn without one"):
+        teacher_forced(policy, rollout, steering=Steering(policy.core, two(), policy.tokenizer))
 
 
 def test_exploration_is_replayed_whatever_drew_it(tmp_path):

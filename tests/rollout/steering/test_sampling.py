@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines import sampler
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import teacher_forced
@@ -248,6 +250,28 @@ def test_several_sites_gates_and_schedules_agree_between_passes() -> None:
     forced = teacher_forced(policy("llama"), rollout, steering=steering)
     assert float((forced.logprobs_BR - rollout.behaviour_logprobs_BR).abs().max()) < 1e-5
     assert (rollout.strength_B == 0).sum() == 3
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+def test_a_rank_that_keeps_others_in_step_asks_for_no_column(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights that are spread, with fewer rows than the others: its idle row comes from no data, and has no columns."""
+    spec = {
+        "sites": [
+            {"at": {"layers": [0]}, "vector": vector(), "where": {"prompt": {"column": "at"}}, "strength": {"column": "s"}}
+        ]
+    }
+    steering = Steering(policy("llama").model, spec)
+    passes = []
+    monkeypatch.setattr(sampler, "needs_sync", lambda _: True)
+    monkeypatch.setattr(sampler, "processes", types.SimpleNamespace(most=lambda _: 3))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)
+    with steering.watched(lambda active, call, stack: passes.append(call.rows.applied)):
+        batch = dataclasses.replace(PromptBatch.of_ids(prompts()), columns={"s": [1.0, 2.0, 3.0], "at": [[0]] * 3}).select(
+            range(batches)
+        )
+        rollout, _ = Sampler(policy("llama"), SETTINGS, steering).sample(batch)
+    assert len(rollout) == 2 * batches and rollout.positions_BKN.shape[:2] == (2 * batches, 1)
+    assert sum(bool((applied.strength_BK == 0).all()) for applied in passes) == SETTINGS.max_new_tokens * (3 - batches)
 
 
 def test_decoding_goes_on_when_rows_leave() -> None:
