@@ -16,8 +16,8 @@ def main() -> None:
     rows = [{"prompt": "review of a comedy about a sailor :"}, {"prompt": "notes on a western about an old house :"}]
     prompts = Prompts(rows, "prompt", policy, PromptSettings())
 
-    # Two samples of each prompt; top-p, so that the distribution sampled from is not the policy's.
-    sampler = Sampler(policy, Sampling(max_new_tokens=24, n=2, top_p=0.9, seed=1))
+    # Two samples of each prompt; top-p, and a policy over the whole vocabulary, which is then not what was sampled from.
+    sampler = Sampler(policy, Sampling(max_new_tokens=24, n=2, top_p=0.9, replay_mask=False, seed=1))
     rollout, texts = sampler.sample(prompts.batch([0, 1]))
 
     for row, completion in enumerate(texts.completions):

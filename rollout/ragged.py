@@ -36,11 +36,10 @@ def table(lists: Lists, dtype: torch.dtype, side: str = "right", fill: int = 0) 
 
 def listed(mask_NV: Tensor) -> tuple[Tensor, Tensor]:
     """The ids of a mask, row after row, and how many each row has; none and 0 for a row of all ids."""
-    counts_N = mask_NV.sum(1)
+    row, ids = mask_NV.nonzero(as_tuple=True)
+    counts_N = torch.bincount(row, minlength=len(mask_NV))
     some_N = counts_N < mask_NV.shape[1]
-    if not bool(some_N.all()):
-        mask_NV = mask_NV & some_N[:, None]
-    return mask_NV.nonzero()[:, 1].int(), torch.where(some_N, counts_N, 0)
+    return ids[some_N[row]].int(), torch.where(some_N, counts_N, 0)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import steerl.configs  # noqa: F401  # the environment that torch is loaded in
 
@@ -31,7 +31,7 @@ from steerl.training.stages.data import TableRow, check_values, missing_columns
 from steerl.training.stages.seq2seq import decode, make_trainer, tokenize
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 _logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class SummarisationArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Empty the output folder first, if a job wrote it."})
 
 
-def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, object]:
+def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, Seq2SeqTrainingArguments]:
     """The command line as (ours, transformers' Seq2SeqTrainingArguments); a UserError in a line where it is wrong."""
     import torch
     import transformers
@@ -123,7 +123,7 @@ def read(ours: SummarisationArguments, part: str, file: str | None, limit: int |
     return whole[:limit] if limit else whole
 
 
-def main(ours: SummarisationArguments, training: Any) -> None:
+def main(ours: SummarisationArguments, training: Seq2SeqTrainingArguments) -> None:
     import transformers
 
     if not (training.do_train or training.do_eval or training.do_predict):
@@ -172,7 +172,7 @@ def flags_named() -> Iterator[None]:
 
 def work(
     ours: SummarisationArguments,
-    training: Any,
+    training: Seq2SeqTrainingArguments,
     rows: dict[str, list[TableRow]],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -217,7 +217,7 @@ def work(
                 write_text(folder / "generated_predictions.txt", texts)
 
 
-def keep(trainer: Any, part: str, metrics: dict[str, object]) -> None:
+def keep(trainer: Seq2SeqTrainer, part: str, metrics: dict[str, object]) -> None:
     """Show the metrics, and write them into PART_results.json and all_results.json."""
     trainer.log_metrics(part, metrics)
     trainer.save_metrics(part, metrics)

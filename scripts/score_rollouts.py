@@ -68,7 +68,7 @@ def main(job: ScoreJob) -> None:
         write(job, folder, manifest_name(folder, dump), source, tokenizer)
 
 
-def write(job: ScoreJob, folder: Path, name: str, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
+def write(job: ScoreJob, folder: Path, name: str, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> None:
     me = processes.start()
     reward = build_reward(job.reward, device=me.device, tokenizer=tokenizer)
     try:
@@ -89,7 +89,7 @@ def write(job: ScoreJob, folder: Path, name: str, source: Source, tokenizer: Pre
         reward.close()
 
 
-def open_source(job: ScoreJob, dump: Path | None) -> tuple[Source, object]:
+def open_source(job: ScoreJob, dump: Path | None) -> tuple[Source, PreTrainedTokenizerBase | None]:
     """The rows, and the tokenizer that their ids are of."""
     if (dump is None) == (not job.texts.path):
         raise UserError("dump.dir and texts.path: name one of them, the dump or the texts to score")

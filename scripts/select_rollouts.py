@@ -10,13 +10,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from steerl.configs.reader import run_command
 
 from steerl.reward.jobs.selection import SelectionSettings, selected
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import written_aside
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CHUNK = 1024
 """Records per row group."""
@@ -59,7 +62,7 @@ def write(path: Path, records: Iterator[dict[str, object]]) -> int:
     return count
 
 
-def _table(records: list[dict[str, object]], schema: object, path: Path) -> Any:
+def _table(records: list[dict[str, object]], schema: pa.Schema | None, path: Path) -> pa.Table:
     """The records as Arrow holds them; of the first ones' kind, which a parquet file keeps to its end."""
     import pyarrow as pa
 

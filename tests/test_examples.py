@@ -18,6 +18,7 @@ SAYS = {
     "my_reward": "short 1.00",
     "ppo_from_objects": "held-out reward ",
     "steer_and_dump": "64 rows: KL per response ",
+    "toy_engine": "6 updates of its weights, closed: True",
     "new_operation": "strength 2.0: report on the chapel : ",
 }
 """What each prints, among other things."""

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import torch
 
@@ -37,6 +37,9 @@ from steerl.rollout.dumps.dump import stopped
 from steerl.rollout.dumps.manifest import MANIFEST, Record, finished_shards
 from steerl.rollout.dumps.store import METADATA, read_shard, write_table
 from steerl.rollout.types import Rollout, Texts
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 BESIDE = "scores.json"
 """The manifest's name where the scores lie in the dump's own folder, whose manifest has the usual name."""
@@ -236,7 +239,7 @@ def score_source(
         progress.close()
 
 
-def to_table(scored: Sequence[tuple[Rollout, Scores]], reward: WeightedSum, tag: str) -> object:
+def to_table(scored: Sequence[tuple[Rollout, Scores]], reward: WeightedSum, tag: str) -> pa.Table:
     """prompt_index, sample_index, total, and a column per part, null where it does not apply."""
     import pyarrow as pa
 

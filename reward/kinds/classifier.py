@@ -220,7 +220,7 @@ def load_classifier(
     dtype: str,
     attn: str | None,
     fresh: bool,
-    device: object,
+    device: torch.device,
     batch_size: int,
 ) -> Classifier:
     """The model of `path` with its adapter, in eval mode and without gradients."""

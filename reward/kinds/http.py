@@ -13,7 +13,7 @@ import logging
 import os
 import urllib.parse
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.types import Rollout, Texts
+
+if TYPE_CHECKING:
+    import httpx
 
 logger = logging.getLogger(__name__)
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
@@ -105,7 +108,7 @@ class HttpReward:
             answers = await asyncio.gather(*(one(chunk) for chunk in chunks))
         return self._joined(answers, rollout)
 
-    async def _ask(self, client: object, body: bytes, rollout: Rollout) -> dict[str, object]:
+    async def _ask(self, client: httpx.AsyncClient, body: bytes, rollout: Rollout) -> dict[str, object]:
         import httpx
 
         for attempt in range(self.settings.retries + 1):
@@ -135,7 +138,7 @@ class HttpReward:
                 await asyncio.sleep(min(wait, self.settings.timeout))
         raise NoAnswer(f"{self.url}: {reason}, in each of {self.settings.retries + 1} tries")
 
-    async def _post(self, client: Any, body: bytes) -> tuple[int, Any, bytes]:
+    async def _post(self, client: httpx.AsyncClient, body: bytes) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and content of the answer, of which no more is read than an answer may hold."""
         content = bytearray()
         async with client.stream("POST", self.url, content=body) as reply:

@@ -18,7 +18,7 @@ import secrets
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
@@ -32,6 +32,9 @@ from steerl.reward.kinds import http_wire
 from steerl.reward.kinds.http import LOOPBACK
 from steerl.reward.weighted_sum import WeightedSum
 from steerl.rollout.common.errors import UserError
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 8
@@ -98,12 +101,12 @@ def make_app(reward: WeightedSum, limits: Limits, token: str | None, hosts: Coll
     return Starlette(routes=[Route("/health", health), Route("/score", score, methods=["POST"])])
 
 
-def uvicorn_config(app: Any, limits: Limits, host: str, port: int) -> uvicorn.Config:
+def uvicorn_config(app: Starlette, limits: Limits, host: str, port: int) -> uvicorn.Config:
     """How the application is served: without websockets, and with `limits` on connections, which uvicorn has not."""
     working: dict[object, float] = {}
     """Connection -> when its last request ended; infinity while one is worked on."""
 
-    async def watched(scope: Any, receive: object, send: object) -> None:
+    async def watched(scope: Scope, receive: Receive, send: Send) -> None:
         clock = asyncio.get_running_loop().time
         working[scope.get("client")] = float("inf")
         try:
@@ -113,7 +116,7 @@ def uvicorn_config(app: Any, limits: Limits, host: str, port: int) -> uvicorn.Co
                 working[scope.get("client")] = clock()
 
     class Connection(H11Protocol):
-        def connection_made(self, transport: Any) -> None:
+        def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             if len(self.connections) > limits.connections:
                 transport.write(b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")

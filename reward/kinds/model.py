@@ -95,7 +95,7 @@ class Member:
     label: int
 
 
-def load_member(settings: Any, path: str, head: str, where: str, device: object) -> Member:
+def load_member(settings: Any, path: str, head: str, where: str, device: torch.device | str | None) -> Member:
     """`settings`: those of a model or process part."""
     field = where.split(" ")[0]
     folder, adapter = folders_of(path)
@@ -121,7 +121,7 @@ def load_member(settings: Any, path: str, head: str, where: str, device: object)
     return Member(classifier, reader, label)
 
 
-def usable_device(name: Any, field: str) -> torch.device:
+def usable_device(name: torch.device | str, field: str) -> torch.device:
     """The device, which this machine has."""
     try:
         device = torch.device(name)

@@ -36,7 +36,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(table.encode()).hexdigest()
 
 
-def load_tokenizer(path: str, beside: Sequence[str], where: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, beside: Sequence[str], where: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer named by `path`, or the one that lies beside the model; None where there is none."""
     folders = (
         [path] if path else [f for f in beside if f and (not Path(f).is_dir() or any((Path(f) / n).is_file() for n in _FILES))]
@@ -61,7 +61,7 @@ class ModelInputs:
 class InputReader:
     """rollout and texts -> ModelInputs."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     """None: only ids can be read."""
     vocabulary: str | None
     where: str
@@ -113,6 +113,7 @@ class InputReader:
 
     def _encode(self, texts: Texts, index: int, ended: bool, row: str) -> tuple[list[int], list[int] | None]:
         prompt, completion, tokenizer = texts.prompts[index], texts.completions[index], self.tokenizer
+        assert tokenizer is not None
         if self.reads == "both" and is_conversation(prompt) and tokenizer.chat_template:
             tools, extra = (texts.columns[name][index] if name in texts.columns else None for name in TEMPLATE_COLUMNS)
             messages = answered(prompt, completion, extra, texts.prompt_texts[index])

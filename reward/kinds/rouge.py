@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from steerl.rollout.common.errors import UserError
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 COLUMNS = ("summary", "reference", "completion", "highlights")
@@ -39,7 +42,7 @@ def rouge_l(prompts: Sequence[object], completions: Sequence[str], **columns: Se
 
 
 @functools.cache
-def _scorer() -> Any:
+def _scorer() -> RougeScorer:
     try:
         from rouge_score import rouge_scorer
     except ImportError as error:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import regex
 
@@ -82,7 +82,7 @@ class Rule(Checked):
         raise NotImplementedError
 
 
-def _compiled(pattern: str, ignore_case: bool = False) -> Any:
+def _compiled(pattern: str, ignore_case: bool = False) -> regex.Pattern[str]:
     # The regex package, which reads the same patterns as re: its searches can be given a time limit.
     return regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
 
@@ -219,7 +219,7 @@ class Json(Rule):
         return self.right
 
 
-def _refuse(constant: str) -> object:
+def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 

@@ -14,7 +14,7 @@ Rows are some tokens long, and longer than a window of attention where that is s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -169,7 +169,7 @@ def boundary(
     return low
 
 
-def _numbers(config: PretrainedConfig, *words: str) -> list[int]:
+def _numbers(config: Mapping[str, object], *words: str) -> list[int]:
     """The whole numbers of a config, at any depth, whose names hold one of these words."""
     numbers: list[int] = []
     for name, value in config.items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 if TYPE_CHECKING:
-    from transformers import LogitsProcessorList, PretrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.utils import ModelOutput
 
@@ -94,7 +94,7 @@ def update_generation_kwargs(model: PreTrainedModel, outputs: ModelOutput, kwarg
 
 
 def logits_processors(
-    model: PreTrainedModel, config: PretrainedConfig, prompt_width: int, encoder_ids: Tensor
+    model: PreTrainedModel, config: GenerationConfig, prompt_width: int, encoder_ids: Tensor
 ) -> LogitsProcessorList:
     """The processors that generate would make of a generation config; its special tokens become tensors."""
     device = encoder_ids.device

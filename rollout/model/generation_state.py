@@ -12,15 +12,15 @@ from torch import Tensor
 from steerl.rollout.model import compat
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
-    from transformers.utils import ModelOutput
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 
 _CACHES = ("past_key_values", "cache_params", "past_buckets_states", "mems")
 
 
 def step_forward(
     model: PreTrainedModel, ids: Tensor, kwargs: dict[str, object], first: bool
-) -> tuple[ModelOutput, dict[str, object]]:
+) -> tuple[CausalLMOutputWithPast | Seq2SeqLMOutput, dict[str, object]]:
     """One forward pass; the caches' names and shapes stay the model's own business."""
     columns = None if first or not kwargs.get("use_cache") else 1
     inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=columns, is_first_iteration=first, **kwargs)
@@ -41,7 +41,7 @@ def can_select_rows(kwargs: dict[str, object]) -> bool:
     return bool(caches) and all(hasattr(cache, "reorder_cache") and not _is_static(cache) for cache in caches)
 
 
-def _is_static(cache: Cache) -> bool:
+def _is_static(cache: object) -> bool:
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
     return any(type(layer).__name__.startswith("Static") for layer in layers)
 

@@ -18,16 +18,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import compat
-
-if TYPE_CHECKING:
-    from transformers import Cache
 
 Edit = Callable[[Any, Tensor], Tensor]
 """Takes the frame (none in a graph) and the activation at its point, and gives back the edited one (the same object where
@@ -157,7 +154,7 @@ _FED: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 """Columns that went into caches which hold a state and no length (linear attention alone): noted on the cache itself."""
 
 
-def _fed(cache: Cache, width: int, mask: Tensor | None) -> int:
+def _fed(cache: object, width: int, mask: Tensor | None) -> int:
     if mask is not None:
         _FED[cache] = int(mask.shape[1])
         return int(mask.shape[1]) - width

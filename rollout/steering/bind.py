@@ -35,7 +35,7 @@ class Binding:
 
     model: nn.Module
     stacks: dict[str, Stack]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     folder: str
     seed: int
     trainable: bool

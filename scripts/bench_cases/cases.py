@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PAD, STOP = 0, 1
 
@@ -129,7 +132,7 @@ CUDA = tuple(
 """Shapes of Qwen2.5 0.5B and 1.5B and of Llama 3.2 1B, random weights."""
 
 
-def config_of(case: Case) -> object:
+def config_of(case: Case) -> PretrainedConfig:
     from transformers import LlamaConfig, Qwen2Config
 
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[case.family]
@@ -142,7 +145,7 @@ def config_of(case: Case) -> object:
     )  # fmt: skip
 
 
-def causal(case: Case, seed: int = 0) -> Any:
+def causal(case: Case, seed: int = 0) -> PreTrainedModel:
     """A language model of random weights, whose stop token has the probability that the case's lengths ask for."""
     from transformers import AutoModelForCausalLM
 
@@ -156,7 +159,7 @@ def causal(case: Case, seed: int = 0) -> Any:
     return model
 
 
-def classifier(case: Case, seed: int = 0) -> object:
+def classifier(case: Case, seed: int = 0) -> PreTrainedModel:
     """The same trunk with a head of one number: the peer's value model."""
     from transformers import AutoModelForSequenceClassification
 
@@ -165,7 +168,7 @@ def classifier(case: Case, seed: int = 0) -> object:
         return AutoModelForSequenceClassification.from_config(config_of(case), dtype=getattr(torch, case.dtype)).eval()
 
 
-def tokenizer_of(case: Case) -> object:
+def tokenizer_of(case: Case) -> PreTrainedTokenizerBase:
     """A word for every id."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ from steerl.scripts.bench_cases.trl_112 import Ids
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+Kind = TypeVar("Kind")
 
 TINY_STEP = 1e-6
 """Learning rate: the work is whole, and the lengths stay what the case says."""
@@ -115,7 +117,7 @@ def sample_ours(case: Case, times: int, folder: Path) -> Meter:
     return meter
 
 
-def sampling_of(case: Case, kind: Callable[..., object]) -> Any:
+def sampling_of(case: Case, kind: Callable[..., Kind]) -> Kind:
     extra = {"compile": True} if case.compile else {}
     return kind(max_new_tokens=case.response, batch_size=case.rows, n=case.n, **DISTRIBUTIONS[case.distribution], **extra)
 
@@ -156,6 +158,7 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
     from steerl.rollout.common.run_folder import RunSettings
     from steerl.rollout.decoding.settings import Sampling
     from steerl.rollout.prompts.prompts import Prompts, PromptSettings
+    from steerl.rollout.types import Rollout, Texts
     from steerl.training import ppo
 
     meter = Meter(case.device)
@@ -173,7 +176,7 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
 
     lengths: list[int] = []
 
-    def reward(rollout: Any, texts: object) -> Scores:
+    def reward(rollout: Rollout, texts: Texts) -> Scores:
         lengths[:] = rollout.lengths_B.tolist()
         return Scores(total_B=(rollout.response_BR[:, 0] % 2).float())
 

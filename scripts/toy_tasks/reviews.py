@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from steerl.scripts.toy_tasks import making
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 GENRES = ("comedy", "drama", "thriller", "western", "romance", "mystery", "musical", "fantasy")
 SUBJECTS = (
@@ -140,7 +140,7 @@ def preferences(draw: random.Random, plain: list[dict[str, Any]]) -> list[dict[s
 
 def train_policies(
     folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     draw: random.Random,
     plain: list[dict[str, Any]],
     chats: list[dict[str, Any]],
@@ -174,7 +174,7 @@ def train_policies(
 
 
 def train_reward_model(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, draw: random.Random, plain: list[dict[str, Any]], seed: int
+    folder: Path, tokenizer: PreTrainedTokenizerFast, draw: random.Random, plain: list[dict[str, Any]], seed: int
 ) -> None:
     """Reviews of all moods, whole or cut short, with and without the end token: the sigmoid is to be their kindness."""
     rows, wanted = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -111,6 +112,8 @@ def test_plain_generate_dumps_the_same_rows(given: Path, tmp_path: Path) -> None
     for name in stream.columns:
         if name in ("behaviour_logprobs", "policy_logprobs"):
             assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(stream[name], plain[name], strict=True)), name
+        elif name == "kept":
+            assert all([*map(list, a)] == [*map(list, b)] for a, b in zip(stream[name], plain[name], strict=True))
         else:
             assert all(np.array_equal(a, b) for a, b in zip(stream[name], plain[name], strict=True)), name
     assert load_manifest(tmp_path / "generate")["config"]["engine"] == {"kind": "generate"}
@@ -124,6 +127,34 @@ def test_the_manifest_says_what_the_dump_was_made_from(given: Path, tmp_path: Pa
     assert set(kept["fingerprints"]) == {"model.path", "model.tokenizer", "prompts.path", "steering"}
     assert {"torch", "transformers", "git"} <= set(kept["versions"])
     assert [path.name for path in (tmp_path / "run").glob(".*")] == [MARKER] and not (tmp_path / "run" / "records").exists()
+
+
+def test_two_noisy_sites_on_a_fraction_of_the_rows_under_top_p_are_scored_again_from_the_file_alone(tmp_path: Path) -> None:
+    """Whatever seed the second pass has of its own."""
+    tiny("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "one", "much": 0.5}, {"prompt": "and another", "much": 1.5}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0)).tolist()
+    sites = [
+        {"name": "shake", "at": {"layers": [0]}, "op": {"type": "noise"}, "strength": 0.3},
+        {"name": "push", "at": {"layers": [1]}, "op": {"type": "add"}, "vector": vector, "strength": {"column": "much"}},
+    ]
+    spec = {"sites": sites, "fraction": 0.5}
+    more = ("--sampling.n", "8", "--sampling.top_p", "0.8", "--sampling.seed", "3", "--steering", json.dumps(spec))
+    assert dump(flags(tmp_path, tmp_path / "run", *more)) == 0
+    policy = load_policy(ModelSettings(path=str(tmp_path / "model")))
+    steering = Steering(policy.model, spec, policy.tokenizer, 99)
+    [(rollout, _)] = list(store.read_dump(tmp_path / "run"))
+    steered_B = (rollout.strength_BK != 0).any(1)
+    assert 0 < int(steered_B.sum()) < 16 and rollout.strength_BK.unique(dim=0).shape[0] == 3 and rollout.kept
+    with torch.no_grad():
+        forced = teacher_forced(policy, rollout, steering=steering)
+        other = teacher_forced(policy, dataclasses.replace(rollout, steering_seed=99), steering=steering)
+        wide = teacher_forced(policy, dataclasses.replace(rollout, kept=None), steering=steering)
+    assert (forced.logprobs_BR - rollout.policy_logprobs_BR).abs().max() < 1e-5
+    assert (other.logprobs_BR - rollout.policy_logprobs_BR)[steered_B].abs().max() > 1e-2
+    assert (wide.logprobs_BR - rollout.policy_logprobs_BR).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])

@@ -6,21 +6,28 @@ sampled; the softmax over it, written out; all responses of a policy of eight to
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.model.policy import Policy
+from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
+from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
+from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.types import Rollout
-from steerl.training.algorithm.experience import credit
+from steerl.training.algorithm.experience import credit, gather_scored, score
 from steerl.training.algorithm.importance import Correction
 from steerl.training.algorithm.update import learn
+from steerl.training.settings import PPOSettings
+from steerl.training.setup import prepare
 from tests import warm
 from tests.models import tiny_policy
-from tests.ppo_runs import LORA, first_experience, first_scored, job, lone_row, lone_values, warm_head
+from tests.ppo_runs import LORA, first_experience, first_scored, job, lone_row, lone_values, share_of_threes, warm_head
 from tests.rollout import definitions
 from tests.training.algorithm.test_update import gradients_of, moved
 from tests.training.enumerated import Enumerated
@@ -79,9 +86,9 @@ def test_at_learning_rate_zero_every_ratio_is_one_and_nothing_is_corrected(famil
     assert int((rollout.kept.counts_BR[rollout.action_mask_BR] > 0).sum()) > 0
     for numbers in (rollout.policy_logprobs_BR, experience.old_logprobs_BR, experience.reference_logprobs_BR):
         assert (numbers - rollout.behaviour_logprobs_BR).abs().max() < 1e-5
-    metrics = learn(parts.state, experience, ppo, seed=0)
-    assert metrics["ppo/ratio_first_error"] < 1e-5 and metrics["ppo/ratio_mean"] == pytest.approx(1, abs=1e-6)
-    assert metrics["ppo/clip_fraction"] == 0 and abs(metrics["ppo/approx_kl"]) < 1e-9
+    stats = learn(parts.state, experience, ppo, seed=0)
+    assert stats.ratio_first_error < 1e-5 and stats.ratio_mean == pytest.approx(1, abs=1e-6)
+    assert stats.clip_fraction == 0 and abs(stats.approx_kl) < 1e-9
 
 
 def test_without_the_mask_the_law_of_the_draw_is_not_the_policys():
@@ -176,3 +183,83 @@ def test_the_gradient_is_that_of_the_loss_written_out_over_what_could_be_drawn(f
     assert scale > 1e-4
     for name, gradient in zip(parameters, expected, strict=True):
         assert torch.allclose(found[name], gradient, atol=2e-5 * scale + 1e-7), name
+
+
+# -- how far ratios are off without it -------------------------------------------------------------------------------------
+
+
+@pytest.mark.proofs
+@pytest.mark.parametrize("law", [{"top_p": 0.7}, {"top_k": 20, "top_p": 0.8}], ids=lambda law: "+".join(law))
+def test_the_share_of_ratios_outside_a_tenth_with_and_without_the_mask(law, tiny_world):
+    """What trl#7269 measured, here on one run of ten steps: the same tokens and weights, two ways to score them.
+
+    At the weights that sampled the latter ratio is the mass of what could be drawn: under top-p alone at least p.
+
+    with       policy over what could be drawn / probability that the sampler drew it with
+    without    policy over the whole vocabulary / that probability, as where plain log-probs meet a sampler's processed ones
+    """
+    policy = load_policy(ModelSettings(path=str(tiny_world("reviews") / "sft")))
+    prompts = load_prompts(PromptSettings(path=str(tiny_world("reviews") / "prompts.jsonl")), policy, 32)
+    ppo = PPOSettings(rollouts_per_step=64, minibatches=4, epochs=2, micro_batch_size=16, learning_rate=1e-4)
+    parts = prepare(policy, share_of_threes, Sampling(max_new_tokens=32, **law), ppo, RunSettings())
+
+    def outside(rollout: Rollout) -> list[float]:
+        """Shares of ratios outside 0.9 to 1.1 under the weights as they are: with the mask, and without."""
+        shares = []
+        for one in (rollout, dataclasses.replace(rollout, kept=None)):
+            with torch.no_grad():
+                ratio_BR = (teacher_forced(policy, one).logprobs_BR - rollout.behaviour_logprobs_BR).exp()
+            ratio = ratio_BR[rollout.action_mask_BR]
+            shares.append(100 * float(((ratio < 0.9) | (ratio > 1.1)).float().mean()))
+        return shares
+
+    print(f"\n{law}: % of ratios outside 0.9 to 1.1\nstep   before learning: with  without   after it: with  without")
+    rows = []
+    for step in range(10):
+        batch = prompts.batch(prompts.take(0, 64 * step, 64))
+        samples = parts.sampler.draw(batch, step=step)
+        scored = score(parts.actor_critic, parts.reference, *gather_scored(samples, share_of_threes), ppo)
+        before = outside(scored.rollout)
+        learn(parts.state, credit(scored, ppo, ppo.kl_coef)[0], ppo, seed=0)
+        parts.state.step += 1
+        rows.append([*before, *outside(scored.rollout)])
+        print(f"{step + 1:4d} {rows[-1][0]:23.1f} {rows[-1][1]:8.1f} {rows[-1][2]:16.1f} {rows[-1][3]:8.1f}", flush=True)
+    means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    print(f"mean {means[0]:23.1f} {means[1]:8.1f} {means[2]:16.1f} {means[3]:8.1f}")
+    assert means[0] == 0 and means[1] > 10 and means[2] < means[3]
+
+
+@pytest.mark.proofs
+def test_what_recording_and_replaying_cost():
+    """Sampling and one update with the mask over those without, in CPU seconds, interleaved; ids and bytes of a token."""
+    shape = {"vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "scale": 0.05}
+    print(f"\n{'sampling':24s} {'head':>5} {'entropy':>8} {'ids':>8} {'bytes':>8} {'sampling':>9} {'update':>7}")
+    for sharpness in (6.0, 3.0):
+        for law in ({"top_k": 50}, {"top_p": 0.95}, {"top_k": 50, "top_p": 0.95}, {"min_p": 0.05}):
+            seconds: dict[tuple[str, bool], float] = {}
+            for replays in (True, False) * 3:
+                given = {"max_new_tokens": 48, "stop_ids": [], "replay_mask": None if replays else False, **law}
+                correction = None if replays else Correction("none")
+                small = {"rollouts_per_step": 32, "micro_batch_size": 32, "minibatches": 1, "epochs": 1, "entropy_coef": 0.01}
+                parts, prompts, ppo = job("llama", None, given, correction=correction, overrides=shape, **small)
+                with torch.no_grad():
+                    parts.policy.model.lm_head.weight.mul_(sharpness)
+                began = time.process_time()
+                samples = parts.sampler.draw(prompts.batch(list(range(32))))
+                sampled = time.process_time() - began
+                scored = score(parts.actor_critic, parts.reference, *gather_scored(samples, share_of_threes), ppo)
+                rollout = samples.rollout
+                experience = credit(scored, ppo, 0.05)[0]
+                began = time.process_time()
+                learn(parts.state, experience, ppo, seed=0)
+                for name, took in (("sampling", sampled), ("update", time.process_time() - began)):
+                    seconds[name, replays] = min(seconds.get((name, replays), 1e9), took)
+                if replays:
+                    entropy = float(rollout.entropy_BR.sum() / rollout.actions_B.sum())
+                    ids = len(rollout.kept.ids) / int(rollout.actions_B.sum())
+            ratios = [seconds[name, True] / seconds[name, False] for name in ("sampling", "update")]
+            told = "+".join(f"{name} {value}" for name, value in law.items())
+            print(
+                f"{told:24s} {sharpness:5.0f} {entropy:8.2f} {ids:8.0f} {4 * ids + 8:8.0f} {ratios[0]:9.2f} {ratios[1]:7.2f}",
+                flush=True,
+            )

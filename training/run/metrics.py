@@ -129,7 +129,7 @@ def check_gap(scored: Scored, tolerance: float, step: int, *, corrected: bool) -
     # NaN is the widest gap of all, and compares as less than nothing
     measured_BR = rollout.action_mask_BR & own_B1
     gap_BR = torch.where(measured_BR, gap_BR.nan_to_num(nan=torch.inf), 0.0)
-    largest = float(gap_BR.amax())
+    largest = float(gap_BR.amax()) if gap_BR.numel() else 0.0
     if largest > tolerance:
         place = int(gap_BR.argmax())
         row, token = divmod(place, rollout.response_width)
@@ -139,7 +139,8 @@ def check_gap(scored: Scored, tolerance: float, step: int, *, corrected: bool) -
             f"gives {float(scored.old_logprobs_BR[row, token]):.4f}: a gap of {largest:.3g} nats (mean "
             f"{mean(gap_BR, measured_BR):.3g}), above ppo.gap_tolerance {tolerance:g}. Usual causes: dropout left on, "
             "position ids or attention masks that differ, a penalty or a temperature that one side lacks, an adapter or a "
-            "steering vector active on one side only, half precision (then raise ppo.gap_tolerance)"
+            "steering vector active on one side only, half precision (then raise ppo.gap_tolerance), rows of other weights "
+            "(then policy_step_B is to say so: -1)"
         )
     if not corrected:
         check_behaviour(scored, tolerance, step)

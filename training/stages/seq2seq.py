@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         Seq2SeqTrainer,
         Seq2SeqTrainingArguments,
     )
-    from transformers.utils import ModelOutput
+    from transformers.modeling_outputs import Seq2SeqLMOutput
 
 IGNORED = -100
 """What the loss leaves out."""
@@ -92,7 +92,7 @@ def make_trainer(
     )
 
 
-def token_mean(outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+def token_mean(outputs: Seq2SeqLMOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Cross-entropy over one count of learned tokens, that of the whole step.
 
     T5 takes the count as an argument and ignores it, so its own means would be summed over the portions of a step: four

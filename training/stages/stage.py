@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,7 +59,7 @@ class Outcome:
     """What a supervised stage leaves."""
 
     model: Path
-    metrics: dict[str, object]
+    metrics: Mapping[str, object]
 
 
 def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out: bool) -> dict[str, object]:
@@ -288,7 +288,7 @@ def finish(
     tokenizer: PreTrainedTokenizerBase,
     base: Callable[[], PreTrainedModel],
     folder: Path,
-    metrics: dict[str, object],
+    metrics: Mapping[str, object],
     log: RunLog,
 ) -> Outcome:
     """Write the model and the summary; every process calls it. `base` loads the model that an adapter sits on."""

@@ -27,6 +27,7 @@ from steerl.rollout.model.hooks import Frame
 from steerl.rollout.steering.core.places import Ramp
 from steerl.rollout.steering.core.structure import stacks, unwrap
 from steerl.rollout.steering.interventions.passes import InterventionPass, Read, Rules, Set
+from steerl.rollout.steering.interventions.plan import Intervention as Intervention
 from steerl.rollout.steering.interventions.plan import Interventions, Planned, planned, stack_masks, unit_table
 
 Locations = object

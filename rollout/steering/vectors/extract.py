@@ -76,7 +76,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tuple[li
 
 def activations(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     texts: Sequence[tuple[str, str]],
     points: Sequence[Point],
     position: str,
@@ -220,7 +220,7 @@ def _probe(positive: Tensor, negative: Tensor, penalty: float = 1e-2, rounds: in
 
 def directions(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     pairs: Sequence[Pair],
     points: Sequence[Point],
     method: str,
@@ -240,7 +240,7 @@ def separation(vector: Tensor, positive_ND: Tensor, negative_ND: Tensor) -> floa
 
 
 def mean_difference_of(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, points: Sequence[Point], who: str
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, path: Path, points: Sequence[Point], who: str
 ) -> list[Tensor]:
     """What `vector: {mean_diff: pairs.jsonl}` in a spec stands for."""
     return directions(model, tokenizer, read_pairs(path, who), points, "mean_diff", "mean")

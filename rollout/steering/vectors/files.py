@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,10 @@ from torch import Tensor, nn
 from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.run_folder import written_aside
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 
 def fingerprint(model: nn.Module) -> str:
     """Tells one model's width, depth and kind from another's, and roughly its weights: written into vector files."""
-    config: PretrainedConfig = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     parts = [getattr(config, "model_type", type(model).__name__)]
     parts += [str(getattr(text, name, "")) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]

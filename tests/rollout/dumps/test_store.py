@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -20,9 +21,11 @@ from steerl.rollout.common.progress import Progress, duration
 from steerl.rollout.dumps import manifest, store
 from steerl.rollout.dumps.dump import left_to_do
 from steerl.rollout.dumps.manifest import Plan
+from steerl.rollout.scoring.logprobs import teacher_forced
+from steerl.rollout.steering import Steering
 from steerl.rollout.types import Applied, Rollout, Samples, Texts
 from tests.dumps import WIDTH_P, WIDTH_R, episodes, flip_bit, made_dump, made_rows, truncate
-from tests.models import tiny, tiny_tokenizer
+from tests.models import tiny, tiny_policy, tiny_tokenizer
 
 
 def equal(left: Rollout, right: Rollout) -> None:
@@ -146,6 +149,30 @@ def test_a_dump_from_before_is_read(name: str) -> None:
         assert ids == row["response_ids"] and rollout.turns[i] == [(0, len(ids))]
         assert rollout.policy_logprobs_BR[i, : len(ids)].tolist() == row["policy_logprobs"]
         assert (rollout.row_B[i], rollout.sample_B[i], texts.completions[i]) == (i // 2, i % 2, row["response_text"])
+
+
+def test_rows_from_before_are_scored_again_where_their_steering_is_known() -> None:
+    """The stored log-probs are those of the model that drew them (they were over the whole vocabulary then)."""
+    policy = tiny_policy("llama", seed=1)
+    for name in ("plain", "steered", "two"):
+        [(rollout, _)] = store.read_dump(OLD / name)
+        spec = manifest.load_manifest(OLD / name)["config"]["steering"]
+        steering = Steering(policy.model, spec, policy.tokenizer) if spec else None
+        assert rollout.steering == (steering.label if steering else "")
+        if name == "two":
+            with pytest.raises(UserError, match="the strengths of 1 site"):
+                teacher_forced(policy, rollout, steering=steering)
+            more = {
+                "strength_BK": torch.tensor([[1.5, 0.5]] * len(rollout)),
+                "positions_BKN": rollout.positions_BKN.repeat(1, 2, 1),
+            }
+            guessed = dataclasses.replace(rollout, **more)
+            with pytest.raises(UserError, match="seed"):
+                teacher_forced(policy, guessed, steering=steering)
+        else:
+            with torch.no_grad():
+                found = teacher_forced(policy, rollout, steering=steering)
+            assert (found.logprobs_BR - rollout.policy_logprobs_BR).abs().max() < 1e-4
 
 
 def test_a_dump_from_before_is_not_gone_on_with(tmp_path: Path) -> None:

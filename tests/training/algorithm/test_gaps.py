@@ -143,9 +143,9 @@ def settings_by_chance(draw: random.Random) -> PPOSettings:
         value_clip=draw.choice([None, 0.2]),
         dual_clip=draw.choice([None, 1.5]),
         stop_kl=draw.choice([None, 0.04]),
-        epochs=draw.randint(1, 2),
+        epochs=1,
         minibatches=draw.randint(1, 2),
-        micro_batch_size=draw.randint(1, 4),
+        micro_batch_size=draw.randint(2, 4),
         micro_batch_tokens=draw.choice([None, 0]),
         max_grad_norm=draw.choice([0.0, 0.1]),
         steps=100,
@@ -219,7 +219,7 @@ def test_rows_without_actions_are_as_if_they_were_not_there():
     """But for what counts rows, their lengths and their scores."""
     counts = ("rollout/rows", "rollout/length_mean", "rollout/ended", "reward/mean", "reward/std")
     empty = 0
-    for seed in range(200):
+    for seed in range(100):
         draw = random.Random(seed)
         scored, places, numbers = scored_by_chance(draw, True, False)
         ppo = dataclasses.replace(settings_by_chance(draw), minibatches=1)
@@ -240,7 +240,7 @@ def test_rows_without_actions_are_as_if_they_were_not_there():
         for name, number in own_said.items():
             if name not in counts and not name.startswith("kl of row"):
                 assert said[name] == pytest.approx(number, rel=1e-5, abs=1e-6), (seed, name)
-    assert empty > 20
+    assert empty > 10
 
 
 def test_rows_for_the_viewer_say_which_tokens_were_fed():
@@ -320,8 +320,7 @@ def test_credit_is_a_loop_over_the_actions():
         experience, _ = credit(scored, ppo, 0.3)
         for i, t, *expected in credit_by_hand(scored, places, ppo, 0.3):
             made = (experience.rewards_BR, experience.advantages_BR, experience.returns_BR)
-            # Whitened numbers that are almost equal are roundings blown up, so the bound is one of the single precision.
-            assert [float(value[i, t]) for value in made] == pytest.approx(expected, rel=1e-4, abs=2e-4), (seed, i, t)
+            assert [float(value[i, t]) for value in made] == pytest.approx(expected, rel=2e-5, abs=2e-5), (seed, i, t)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from steerl.rollout.types import Samples
 from steerl.training.algorithm import update as learning
 from steerl.training.algorithm.experience import credit, score
 from steerl.training.algorithm.update import learn, schedule, update
+from steerl.training.run.metrics import check_gap
 from steerl.training.settings import PPOSettings
 from tests.ppo_runs import LORA, first_experience, first_scored, job, lone_logprobs, lone_row, lone_values, warm_head
 
@@ -223,6 +224,18 @@ def test_at_learning_rate_zero_every_ratio_is_one(law, family, peft):
     assert stats.ratio_first_error < 1e-5
     assert stats.clip_fraction == 0 and abs(stats.approx_kl) < 1e-9
     assert all(torch.equal(p, before[n]) for n, p in parts.policy.model.named_parameters())
+
+
+@pytest.mark.parametrize("law", [{"temperature": 0.6}, {"top_k": 7, "temperature": 1.3}], ids=["plain", "truncated"])
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_at_learning_rate_zero_rows_with_gaps_have_every_ratio_one(law, family):
+    """Without a correction: the policy's distribution is the sampler's at every action, what was fed read and weighed nowhere."""
+    parts, prompts, ppo = job(family, None, law, learning_rate=0.0, loss_reduction="sequence", correction=None)
+    scored = first_scored(parts, prompts, ppo, gaps=True)
+    gap = check_gap(scored, 1e-5, 0, corrected=False)
+    assert gap is not None and gap.largest < 1e-5
+    stats = learn(parts.state, credit(scored, ppo, ppo.kl_coef)[0], ppo, seed=0)
+    assert stats.ratio_first_error < 1e-5 and stats.clip_fraction == 0 and abs(stats.approx_kl) < 1e-9
 
 
 def test_dropout_changes_nothing():

@@ -78,7 +78,7 @@ class Seen:
         with self.path.open("a") as file:
             for i in range(len(rollout)):
                 ids = rollout.response_BR[i, : rollout.lengths_B[i]].tolist()
-                found = [rollout.policy_step, int(rollout.row_B[i]), int(rollout.sample_B[i]), ids]
+                found = [int(rollout.policy_step_B[i]), int(rollout.row_B[i]), int(rollout.sample_B[i]), ids]
                 file.write(json.dumps(found) + "\n")
         scores: Scores = self.reward(rollout, texts)
         return scores

@@ -5,11 +5,14 @@ python tests/training/engine/ranks.py FOLDER          leaves FOLDER/NAME/{metric
 
 from __future__ import annotations
 
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import torch
 
 from steerl.reward.types import Scores
 from steerl.rollout.common import processes
@@ -25,6 +28,7 @@ from steerl.training.setup import with_peft
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA, prompts_of, share_of_threes, with_gaps
 
+TABLE = runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples" / "toy_engine.py"))["Table"]
 JOBS = {
     # 21 rows on 2 ranks, 3 minibatches of 7, micro-batches of 2: nothing divides evenly
     "ragged": ("gpt2", None, {}, {"rollouts_per_step": 21, "minibatches": 3, "micro_batch_size": 2}),
@@ -38,6 +42,13 @@ JOBS = {
     ),
     # one prompt: the second rank samples nothing, and learns from a row or none of each minibatch
     "one_prompt": ("gpt2", None, {"n": 3}, {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1}),
+    # the same with a source of its own, which knows no ranks, and a reward that counts over all of them
+    "table": (
+        "gpt2",
+        None,
+        {"n": 3, "stop_ids": []},
+        {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1, "correction": Correction("token_truncate")},
+    ),
     "steered": ("llama", None, {"n": 2}, {"value": "shared"}),
     "vectors": ("gpt2", None, {}, {}),
     "explored": ("llama", None, {"n": 2}, {}),
@@ -79,6 +90,16 @@ def logging_reward(rollout: Rollout, texts: Texts) -> Scores:
     )
 
 
+class Counted:
+    """Each row's score times the rows of all ranks: every rank has to call."""
+
+    is_collective = True
+
+    def __call__(self, rollout: Rollout, texts: Texts) -> Scores:
+        count = processes.sum_(torch.tensor(float(len(rollout))))
+        return Scores(share_of_threes(rollout, texts).total_B.cpu() * count)
+
+
 _sample = Sampler.sample
 
 
@@ -91,15 +112,18 @@ def main(folder: Path) -> None:
     processes.start()
     for name, (family, peft, sampling, settings) in JOBS.items():
         policy = with_peft(tiny_policy(family), peft)
+        drawn = Sampling(**{"max_new_tokens": 8, "stop_ids": [11, 17, 23], **sampling})
+        table = TABLE(torch.linspace(1, 3, policy.vocab_size), policy, drawn) if name == "table" else None
         with patch.object(Sampler, "sample", sample_with_gaps if name == "gaps" else _sample):
             train(
                 policy,
                 prompts_of(policy, most=3 if name == "ragged" else 0),
-                logging_reward,
-                Sampling(**{"max_new_tokens": 8, "stop_ids": [11, 17, 23], **sampling}),
+                logging_reward if table is None else Counted(),
+                drawn,
                 PPOSettings(**{**SETTINGS, **settings}),
                 RunSettings(dir=str(folder / name)),
                 steering=load_spec(STEERING[name]) if name in STEERING else None,
+                source=table,
             )
     if processes.close():
         processes.end()
