@@ -51,7 +51,7 @@ def main() -> None:
     for rollout, _ in read_dump("runs/steered"):
         off_BR = rollout.behaviour_logprobs_BR - rollout.policy_logprobs_BR  # 0 where the steering did nothing
         kl_B = off_BR.where(rollout.action_mask_BR, 0.0).sum(1)
-        steered_B = rollout.strength_B != 0
+        steered_B = (rollout.strength_BK != 0).any(1)  # by any of its sites
         print(f"{len(rollout)} rows: KL per response {kl_B[steered_B].mean():.2f} steered, {kl_B[~steered_B].mean():.2f} plain")
 
 

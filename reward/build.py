@@ -106,7 +106,7 @@ class Entries:
 
 
 def build_reward(
-    terms: Sequence[Any],
+    terms: Sequence[object],
     policy: Any = None,
     device: torch.device | str | None = None,
     *,
@@ -121,7 +121,7 @@ def build_reward(
     return read_terms(terms, field).build(policy, device, tokenizer)
 
 
-def read_terms(terms: Sequence[Any], field: str = "reward") -> Entries:
+def read_terms(terms: Sequence[object], field: str = "reward") -> Entries:
     """The checked list, before anything of it is opened."""
     if callable(terms) or isinstance(terms, Mapping):
         terms = [terms]
@@ -165,19 +165,19 @@ class TermReader(Reader):
         super().__init__(problems)
         self.kind, self.known = kind, known
 
-    def unknown_key(self, section: type, path: Path, key: str, value: Any) -> str:
+    def unknown_key(self, section: type, path: Path, key: str, value: object) -> str:
         near = near_name(key, self.known)
         hint = f"did you mean {near}?" if near else f"a {self.kind} part takes {', '.join(sorted(self.known))}"
         return f"{dotted(path)}.{key}: unknown (value {brief(value)}); {hint}"
 
-    def misfit(self, wanted: Any, path: Path, value: Any) -> None:
+    def misfit(self, wanted: object, path: Path, value: object) -> None:
         if choices := choices_of(wanted):
             self.problems.append(f"{dotted(path)}: {_unknown_choice(value, choices)}")
         else:
             super().misfit(wanted, path, value)
 
 
-def _read_entry(term: Any, where: str, problems: list[str]) -> Entry | None:
+def _read_entry(term: object, where: str, problems: list[str]) -> Entry | None:
     if callable(term):
         term = {"kind": "function", "function": term, **_name_of(term)}
     if not isinstance(term, Mapping):
@@ -195,7 +195,7 @@ def _read_entry(term: Any, where: str, problems: list[str]) -> Entry | None:
     return None if common is None or own is None else Entry(common, own, where)
 
 
-def _unknown_choice(value: Any, choices: Sequence[str]) -> str:
+def _unknown_choice(value: object, choices: Sequence[str]) -> str:
     near = near_name(value, choices) if isinstance(value, str) else None
     found = "missing" if value is None else f"unknown value {brief(value)}"
     return f"{found}; did you mean {near}?" if near else f"{found}; choose one of {', '.join(choices)}"
@@ -208,6 +208,6 @@ def _name_faults(name: str | None) -> list[str]:
     return [f"name: {name!r} cannot be a part's name; {rules}"]
 
 
-def _name_of(function: Any) -> dict[str, str]:
+def _name_of(function: object) -> dict[str, str]:
     name = getattr(function, "__name__", type(function).__name__)
     return {"name": name} if name.isidentifier() and name not in TAKEN else {}

@@ -46,7 +46,7 @@ class TextSettings:
 class TextTable:
     """The rows of a dataset, read when they are asked for."""
 
-    rows: Sequence[dict[str, Any]]
+    rows: Sequence[dict[str, object]]
     messages: str
     prompt: str
     completion: str
@@ -123,14 +123,14 @@ def load_texts(settings: TextSettings, field: str) -> TextTable:
     return table
 
 
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+def _messages(value: object, where: str) -> list[dict[str, object]]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: expected a list of messages with a role and a content, found {value!r:.60}")
     check_messages(value, where)
     return value
 
 
-def _last(said: list[dict[str, Any]], where: str) -> str:
+def _last(said: list[dict[str, object]], where: str) -> str:
     if said[-1]["role"] != "assistant" or not isinstance(said[-1].get("content"), str | list):
         raise DataError(
             f"{where}: the last message is {said[-1]!r:.60}; expected the assistant's text, which is what is scored"
@@ -138,6 +138,6 @@ def _last(said: list[dict[str, Any]], where: str) -> str:
     return text_of(said[-1]["content"])
 
 
-def _plain(said: list[dict[str, Any]]) -> str:
+def _plain(said: list[dict[str, object]]) -> str:
     """A conversation as text, for a reward model without a chat template."""
     return "".join(f"{message['role']}: {text_of(message.get('content'))}\n" for message in said)

@@ -12,7 +12,7 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Scores:
     """Rows of each part that raised, hung or gave no number and got the part's `fallback` instead."""
     metrics: dict[str, list[float]] = field(default_factory=dict)
     """`<part>/<name>`: numbers that functions gave to `log_metric`; their mean over all rows and ranks is logged."""
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+    extra: dict[str, list[object]] = field(default_factory=dict)
     """`<part>/<column>`: what functions gave to `log_extra`, a value per row; None where there is none."""
 
     def __post_init__(self) -> None:
@@ -164,7 +164,7 @@ def row_name(rollout: Rollout, index: int) -> str:
     return f"row {int(rollout.row_B[index])} sample {int(rollout.sample_B[index])}"
 
 
-def _column(name: str, values: Any, rows: int | None) -> Tensor:
+def _column(name: str, values: object, rows: int | None) -> Tensor:
     if not isinstance(values, Tensor) or values.dim() != 1 or (rows is not None and len(values) != rows):
         found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise UserError(f"Scores.{name}: expected a tensor of shape ({'B' if rows is None else rows},), found {found}")
@@ -181,7 +181,7 @@ class Failure:
     reason: str
 
 
-def settle(values: Sequence[Any], rollout: Rollout, where: str, fallback: float | None) -> Scores:
+def settle(values: Sequence[object], rollout: Rollout, where: str, fallback: float | None) -> Scores:
     """One number per row out of what was handed in: a number; None (does not apply); a Failure or no number (fallback)."""
     _one_per_row(len(values), rollout, where)
     settled: list[float] = []
@@ -205,7 +205,7 @@ def settle(values: Sequence[Any], rollout: Rollout, where: str, fallback: float 
 def settle_turns(given: TurnRewards, rollout: Rollout, where: str, fallback: float | None) -> Scores:
     """The same for rewards of turns: a row with a turn that has no number gets the fallback, on its last action."""
     _one_per_row(len(given.rows), rollout, where)
-    totals: list[Any] = []
+    totals: list[object] = []
     numbers: list[list[float]] = []
     for row, turns in zip(given.rows, rollout.turns, strict=True):
         pairs = [_number(value) if value is not None else (math.nan, "gave None for a turn") for value in row or ()]
@@ -224,7 +224,7 @@ def _one_per_row(count: int, rollout: Rollout, where: str) -> None:
         raise UserError(f"{where}: gave {found} for {len(rollout)} rows; give one per row")
 
 
-def _number(value: Any) -> tuple[float, str]:
+def _number(value: object) -> tuple[float, str]:
     """(number, "") or (nan, why it is none). NaN with no reason: the part does not apply to the row."""
     if isinstance(value, Failure):
         return math.nan, value.reason
@@ -245,7 +245,7 @@ SECONDS = {"above": 0.0, "high": 86_400.0, "unit": " s"}
 """The range of a time limit; longer ones some clocks do not hold."""
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     """A value in a few words, however large it is or deep."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 60
@@ -278,7 +278,7 @@ def joined_metrics(calls: Sequence[Mapping[str, list[float]]]) -> dict[str, list
     return {name: [value for call in calls for value in call.get(name, [])] for name in names}
 
 
-def joined_extra(calls: Sequence[Mapping[str, list[Any]]], rows: Sequence[int]) -> dict[str, list[Any]]:
+def joined_extra(calls: Sequence[Mapping[str, list[object]]], rows: Sequence[int]) -> dict[str, list[object]]:
     """The columns one after the other; None for the rows of a call that has not logged it."""
     names = dict.fromkeys(name for call in calls for name in call)
     return {

@@ -23,7 +23,7 @@ from steerl.rollout.common.run_folder import RunSettings, begin, opened, version
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import warn_endless
 from steerl.rollout.dumps.dump import dump, left_to_do
-from steerl.rollout.dumps.manifest import RECORDS, Plan, load_manifest, start
+from steerl.rollout.dumps.manifest import RECORDS, Manifest, Plan, load_manifest, start
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
@@ -66,7 +66,7 @@ def write(job: DumpJob, folder: Path) -> None:
     warn_endless(policy, job.sampling, prompts.table[0][prompts.column])
     plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
 
-    def start_here() -> dict[str, object]:
+    def start_here() -> Manifest:
         made_from = {
             "model.path": model_fingerprint(policy.model),
             "model.tokenizer": tokenizer_fingerprint(policy.tokenizer),

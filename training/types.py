@@ -151,7 +151,9 @@ class SteeringStats:
     """What steering did to a step's rows; None where it was not measured, or no row is of that kind."""
 
     share: float
+    """Of rows on which any site acted."""
     strength: float
+    """Mean over rows and sites, where a site acted."""
     scale: float
     reward_steered: float | None = None
     reward_plain: float | None = None

@@ -77,7 +77,7 @@ def effect_curve(
         # The KL is over the whole vocabulary, whatever could be drawn of it.
         rollout, texts = Sampler(policy, dataclasses.replace(sampling, replay_mask=False), steering).sample(prompts)
         kl_BR = kl_from_plain(policy, steering, rollout)
-        tokens = int(rollout.lengths_B.sum())
+        tokens = int(rollout.actions_B.sum())
         values = measure(rollout, texts).double()
         if values.shape != (len(rollout),) or not bool(torch.isfinite(values).all()):
             raise UserError(f"measure: expected one finite number per response ({len(rollout)}), found {values}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import Speller, text_ids
 from steerl.rollout.scoring.logprobs import teacher_forced, token_logprobs
+from steerl.rollout.scoring.steered import Steers
 from steerl.rollout.types import Rollout
 
 
@@ -80,7 +80,7 @@ def confidence(tokens: Sequence[str], logprobs: Sequence[float | None], k: int =
 
 
 def prompt_logprobs(
-    policy: Policy, prompt_ids: Sequence[Sequence[int]], *, steering: Any = None, batch_size: int = 32
+    policy: Policy, prompt_ids: Sequence[Sequence[int]], *, steering: Steers | None = None, batch_size: int = 32
 ) -> list[list[float | None]]:
     """Log-prob of every prompt token given those before it, at temperature 1; the first has none."""
     logprobs: list[list[float | None]] = []
@@ -95,7 +95,8 @@ def prompt_logprobs(
                 mask_1P = torch.ones(1, len(prompts[0]), dtype=torch.bool, device=policy.device)
                 row_B = torch.tensor([start], device=policy.device)
                 sample_B = torch.zeros_like(row_B)
-                with steering.active(prompt_mask_BP=mask_1P, row_B=row_B, sample_B=sample_B):
+                applied = steering.applied(mask_1P, row_B, sample_B)
+                with steering.active(prompt_mask_BP=mask_1P, row_B=row_B, sample_B=sample_B, applied=applied):
                     forced = teacher_forced(policy, rollout, temperature=1.0, want_entropy=False)
         for row, ids in enumerate(prompts):
             logprobs.append([None, *forced.logprobs_BR[row, : len(ids) - 1].tolist()])

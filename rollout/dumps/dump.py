@@ -9,15 +9,24 @@ Who makes which shard is not recorded and does not matter: what a shard holds de
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import Stopped
 from steerl.rollout.common.progress import Progress
-from steerl.rollout.dumps.manifest import drop_record, finish, load_manifest, plan_of, read_record, refuse_earlier, standing
+from steerl.rollout.dumps.manifest import (
+    Manifest,
+    drop_record,
+    finish,
+    load_manifest,
+    plan_of,
+    read_record,
+    refuse_earlier,
+    standing,
+)
 from steerl.rollout.dumps.store import make_shard
 from steerl.rollout.types import Samples
 
@@ -35,7 +44,7 @@ class Work:
     """Those of them that were there, and what was wrong."""
 
 
-def left_to_do(folder: Path, begun: Mapping[str, Any]) -> Work:
+def left_to_do(folder: Path, begun: Manifest) -> Work:
     """Every shard on disk is read and its checksum compared, each process taking its share. Collective."""
     me, shards = processes.start(), range(len(plan_of(begun)))
     state = standing(folder, begun, shards[me.rank :: me.world_size])
@@ -53,14 +62,14 @@ def stopped(folder: Path) -> Stopped:
 
 def dump(
     folder: Path,
-    begun: Mapping[str, Any],
+    begun: Manifest,
     work: Work,
     sample: Callable[[range], Samples],
     stream: TextIO | None = None,
     stopping: Callable[[], bool] = lambda: False,
     *,
     cut: Collection[int] = (),
-    **described: Any,
+    **described: object,
 ) -> None:
     """Make the shards of `work`. On the main process: show the progress of all on `stream`, and finish the manifest.
 

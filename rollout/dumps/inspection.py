@@ -11,7 +11,6 @@ import heapq
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -204,7 +203,7 @@ def _named(keys: list[tuple[int, int]]) -> str:
     return ", ".join(f"(prompt {prompt}, sample {sample})" for prompt, sample in keys)
 
 
-def to_json(dump: Inspection) -> dict[str, Any]:
+def to_json(dump: Inspection) -> dict[str, object]:
     """The same for programs."""
     return {
         "folder": dump.folder,

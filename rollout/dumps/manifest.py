@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.fingerprint import sha256_file
@@ -33,6 +33,22 @@ FREE = ("run.", "verify", "engine.", "model.path", "prompts.path")
 """Settings that may differ on resume (prefixes): they do not change a row, or a fingerprint speaks for them."""
 BOUND = ("run.save_every",)
 """Exceptions to FREE."""
+
+
+class Manifest(TypedDict):
+    """manifest.json as it is read; beside these it holds what a job wants to say of itself (`described`)."""
+
+    format: int
+    finished: bool
+    plan: dict[str, int]
+    fingerprints: dict[str, str]
+    """Setting -> hash of what it stands for."""
+    config: dict[str, object]
+    counts: dict[str, int | dict[str, int]]
+    shards: list[dict[str, Any]]
+    """Fields of Records."""
+    versions: NotRequired[dict[str, str]]
+    world_size: NotRequired[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +155,7 @@ def drop_record(folder: Path, index: int) -> None:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load_manifest(folder: Path) -> dict[str, Any]:
+def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"{folder}: no {MANIFEST}, so not a dump of rollouts; name the folder that dump_rollouts.py wrote")
@@ -155,14 +171,14 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         Plan(**manifest["plan"]).check()
         for record in manifest["shards"]:
             Record(**record).check()
-        return manifest
+        return cast(Manifest, manifest)
 
 
-def plan_of(manifest: Mapping[str, Any]) -> Plan:
+def plan_of(manifest: Manifest) -> Plan:
     return Plan(**manifest["plan"])
 
 
-def records_of(folder: Path, manifest: Mapping[str, Any]) -> dict[int, Record]:
+def records_of(folder: Path, manifest: Manifest) -> dict[int, Record]:
     """Every recorded shard by its number; a record written since the manifest was goes before the manifest's."""
     known = {index: Record(**record) for index, record in enumerate(manifest["shards"])}
     for path in (folder / RECORDS).glob("[0-9]*.json"):
@@ -189,7 +205,7 @@ class Standing:
     absent: list[int]
 
 
-def standing(folder: Path, manifest: Mapping[str, Any], shards: Sequence[int] | None = None) -> Standing:
+def standing(folder: Path, manifest: Manifest, shards: Sequence[int] | None = None) -> Standing:
     """Reads every file of `shards` (default: all) and compares checksums."""
     records = records_of(folder, manifest)
     whole: dict[int, Record] = {}
@@ -209,13 +225,13 @@ def standing(folder: Path, manifest: Mapping[str, Any], shards: Sequence[int] | 
 
 
 def start(
-    folder: Path, plan: Plan, config: Mapping[str, Any], fingerprints: Mapping[str, str], **described: Any
-) -> dict[str, Any]:
+    folder: Path, plan: Plan, config: Mapping[str, object], fingerprints: Mapping[str, str], **described: object
+) -> Manifest:
     """The manifest to work by: a fresh one, written, or the one in the folder if it was made with the same settings.
 
     `fingerprints` maps a setting's name to the hash of what it stands for; `described` is kept and never compared.
     """
-    fresh = {
+    written = {
         "format": FORMAT,
         "finished": False,
         "plan": dataclasses.asdict(plan),
@@ -225,6 +241,7 @@ def start(
         "counts": {},
         "shards": [],
     }
+    fresh = cast(Manifest, written)
     remove_left_behind(folder)
     if (folder / MANIFEST).exists():
         begun = load_manifest(folder)
@@ -246,7 +263,7 @@ def start(
     return fresh
 
 
-def refuse_earlier(folder: Path, begun: Mapping[str, Any]) -> None:
+def refuse_earlier(folder: Path, begun: Manifest) -> None:
     """No dump holds shards of two schemas: what an earlier version has begun is not gone on with."""
     if begun["format"] != FORMAT:
         raise DataError(
@@ -255,7 +272,7 @@ def refuse_earlier(folder: Path, begun: Mapping[str, Any]) -> None:
         )
 
 
-def _changes(begun: Mapping[str, Any], fresh: Mapping[str, Any]) -> Iterator[str]:
+def _changes(begun: Manifest, fresh: Manifest) -> Iterator[str]:
     old, new = dict(_flat(begun["config"])), dict(_flat(fresh["config"]))
     sections: set[str] = set()
     # A finished dump of an earlier version is as good as it was, whatever settings have come since.
@@ -271,7 +288,7 @@ def _changes(begun: Mapping[str, Any], fresh: Mapping[str, Any]) -> Iterator[str
             yield f"{name}: its content has changed since this dump was begun (fingerprint {was}, now {now})"
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
@@ -279,7 +296,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def finish(folder: Path, manifest: Mapping[str, Any], **described: Any) -> dict[str, Any]:
+def finish(folder: Path, manifest: Manifest, **described: object) -> None:
     """Gather the records into the manifest, write it, remove the folder of records. Every shard must be recorded."""
     plan, records = plan_of(manifest), records_of(folder, load_manifest(folder))
     shards = [records[index] for index in range(len(plan))]
@@ -298,4 +315,3 @@ def finish(folder: Path, manifest: Mapping[str, Any], **described: Any) -> dict[
     done["shards"] = [dataclasses.asdict(record) for record in shards]
     write_json(folder / MANIFEST, done)
     shutil.rmtree(folder / RECORDS, ignore_errors=True)
-    return done

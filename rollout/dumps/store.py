@@ -239,7 +239,7 @@ def _lengths(lists: pa.Array) -> Tensor:
     return torch.from_numpy(pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64))
 
 
-def _json(name: str, value: Any) -> str:
+def _json(name: str, value: object) -> str:
     def plain(inner: Any) -> Any:
         if isinstance(inner, np.ndarray | np.generic):
             return inner.tolist()

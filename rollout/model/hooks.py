@@ -18,16 +18,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import compat
-
-if TYPE_CHECKING:
-    pass
 
 Edit = Callable[[Any, Tensor], Tensor]
 """Takes the frame (none in a graph) and the activation at its point, and gives back the edited one (the same object where

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +158,7 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
     from steerl.rollout.common.run_folder import RunSettings
     from steerl.rollout.decoding.settings import Sampling
     from steerl.rollout.prompts.prompts import Prompts, PromptSettings
+    from steerl.rollout.types import Rollout, Texts
     from steerl.training import ppo
 
     meter = Meter(case.device)
@@ -175,7 +176,7 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
 
     lengths: list[int] = []
 
-    def reward(rollout: Any, texts: object) -> Scores:
+    def reward(rollout: Rollout, texts: Texts) -> Scores:
         lengths[:] = rollout.lengths_B.tolist()
         return Scores(total_B=(rollout.response_BR[:, 0] % 2).float())
 

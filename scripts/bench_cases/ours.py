@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from steerl.configs.reader import read
 
 import torch
 
 from steerl.reward.build import build_reward
+from steerl.reward.types import Scores
 from steerl.rollout.model.policy import load_policy
 from steerl.rollout.prompts.prompts import load_prompts
+from steerl.rollout.types import Rollout, Texts
 from steerl.scripts.bench_cases.task import ROLLOUTS, SEEN, Ledger, evaluate
 from steerl.scripts.train_ppo import PPOJob
 from steerl.training.ppo import train
@@ -31,14 +32,14 @@ def main(world: Path, run: Path, seed: int, steps: int, flags: list[str]) -> Non
     argv += ["--prompts.path", str(world / "prompts.jsonl"), "--run.dir", str(run), "--run.overwrite", "true"]
     argv += ["--run.seed", str(seed), "--sampling.seed", str(seed), "--ppo.steps", str(steps)]
     argv += ["--run.save_every", str(min(SEEN)), "--run.keep", "99", "--ppo.eval_prompts", "0", "--ppo.samples", "0"]
-    job: Any = read(PPOJob, [*argv, *flags])
+    job = read(PPOJob, [*argv, *flags])
     assert job.ppo.rollouts_per_step == ROLLOUTS
     torch.manual_seed(seed)
     policy = load_policy(job.model, torch.device("cpu"))
     reward = build_reward(job.reward, policy=policy, device=policy.device)
     ledger = Ledger()
 
-    def timed(rollout: Any, texts: Any) -> Any:
+    def timed(rollout: Rollout, texts: Texts) -> Scores:
         scores = reward(rollout, texts)
         ledger.add(scores.total_B.tolist())
         return scores

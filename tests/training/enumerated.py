@@ -53,7 +53,7 @@ class Enumerated:
         )
         policy = self.parts.policy
         self.old = copy.deepcopy(policy.model).double()
-        drawn = self.parts.sampler.sample(PromptBatch.of_ids([PROMPT])).rollout
+        drawn = self.parts.sampler.draw(PromptBatch.of_ids([PROMPT])).rollout
         first: dict[tuple[int, ...], int] = {}
         for row in range(len(drawn)):
             first.setdefault(tuple(definitions.real_response(drawn, row)), row)

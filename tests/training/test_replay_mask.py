@@ -86,9 +86,9 @@ def test_at_learning_rate_zero_every_ratio_is_one_and_nothing_is_corrected(famil
     assert int((rollout.kept.counts_BR[rollout.action_mask_BR] > 0).sum()) > 0
     for numbers in (rollout.policy_logprobs_BR, experience.old_logprobs_BR, experience.reference_logprobs_BR):
         assert (numbers - rollout.behaviour_logprobs_BR).abs().max() < 1e-5
-    metrics = learn(parts.state, experience, ppo, seed=0)
-    assert metrics["ppo/ratio_first_error"] < 1e-5 and metrics["ppo/ratio_mean"] == pytest.approx(1, abs=1e-6)
-    assert metrics["ppo/clip_fraction"] == 0 and abs(metrics["ppo/approx_kl"]) < 1e-9
+    stats = learn(parts.state, experience, ppo, seed=0)
+    assert stats.ratio_first_error < 1e-5 and stats.ratio_mean == pytest.approx(1, abs=1e-6)
+    assert stats.clip_fraction == 0 and abs(stats.approx_kl) < 1e-9
 
 
 def test_without_the_mask_the_law_of_the_draw_is_not_the_policys():
@@ -217,9 +217,8 @@ def test_the_share_of_ratios_outside_a_tenth_with_and_without_the_mask(law, tiny
     rows = []
     for step in range(10):
         batch = prompts.batch(prompts.take(0, 64 * step, 64))
-        scored = score(
-            parts.actor_critic, parts.reference, *gather_scored(*parts.sampler.sample(batch, step=step), share_of_threes), ppo
-        )
+        samples = parts.sampler.draw(batch, step=step)
+        scored = score(parts.actor_critic, parts.reference, *gather_scored(samples, share_of_threes), ppo)
         before = outside(scored.rollout)
         learn(parts.state, credit(scored, ppo, ppo.kl_coef)[0], ppo, seed=0)
         parts.state.step += 1
@@ -246,9 +245,10 @@ def test_what_recording_and_replaying_cost():
                 with torch.no_grad():
                     parts.policy.model.lm_head.weight.mul_(sharpness)
                 began = time.process_time()
-                rollout, texts = parts.sampler.sample(prompts.batch(list(range(32))))
+                samples = parts.sampler.draw(prompts.batch(list(range(32))))
                 sampled = time.process_time() - began
-                scored = score(parts.actor_critic, parts.reference, *gather_scored(rollout, texts, share_of_threes), ppo)
+                scored = score(parts.actor_critic, parts.reference, *gather_scored(samples, share_of_threes), ppo)
+                rollout = samples.rollout
                 experience = credit(scored, ppo, 0.05)[0]
                 began = time.process_time()
                 learn(parts.state, experience, ppo, seed=0)

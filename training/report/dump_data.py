@@ -52,7 +52,9 @@ def read_dump_folder(path: Path, name: str, most: int) -> ReportRun:
     )
 
 
-def _dumped(rollout: Rollout, texts: Texts, i: int, decode: Callable[[int], str], scores: Mapping[Any, Any]) -> SampleView:
+def _dumped(
+    rollout: Rollout, texts: Texts, i: int, decode: Callable[[int], str], scores: Mapping[tuple[int, int], Mapping[str, object]]
+) -> SampleView:
     length, prompt_ids = int(rollout.lengths_B[i]), rollout.prompt_BP[i][rollout.prompt_mask_BP[i]].tolist()
     ids = rollout.response_BR[i, :length].tolist()
     action_mask = rollout.action_mask_BR[i, :length].tolist()
@@ -115,7 +117,7 @@ def _decoder(folder: Path) -> Callable[[int], str]:
     return Speller(load_tokenizer(str(folder), "tokenizer of the dump")).token
 
 
-def _histogram(title: str, lengths: Counter[int]) -> dict[str, Any]:
+def _histogram(title: str, lengths: Counter[int]) -> dict[str, object]:
     low, high = min(lengths, default=0), max(lengths, default=0)
     width = max(1, math.ceil((high - low + 1) / BINS))
     counts = [0] * math.ceil((high - low + 1) / width)
@@ -136,7 +138,7 @@ def _float(value: Any) -> float | None:
     return float(str(value)) if math.isfinite(value) else None
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     import yaml
 
     return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True)) if value else ""

@@ -18,7 +18,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import write_text, written_aside
@@ -101,10 +100,10 @@ def page(runs: Sequence[ReportRun]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda spot: parts[spot[1]], _asset("page.html"))
 
 
-def panels(runs: Sequence[ReportRun]) -> list[dict[str, Any]]:
+def panels(runs: Sequence[ReportRun]) -> list[dict[str, object]]:
     """Which metrics are drawn together. Every metric of every run is somewhere."""
     left = dict.fromkeys(name for run in runs for name in run.metrics)
-    charts: list[dict[str, Any]] = []
+    charts: list[dict[str, object]] = []
     for title, patterns in PANELS:
         keys = [key for pattern in patterns for key in left if fnmatch.fnmatchcase(key, pattern)]
         if title.startswith("seconds"):
@@ -126,7 +125,7 @@ def _target(runs: Sequence[ReportRun], keys: Sequence[str]) -> float | None:
     return targets.pop() if "kl/ref" in keys and len(targets) == 1 else None
 
 
-def _blob(name: str, value: Any) -> str:
+def _blob(name: str, value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     packed = base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), mtime=0)).decode()
     return f'<script type="text/plain" id="{name}">{packed}</script>'

@@ -42,12 +42,12 @@ class SampleView:
     texts: list[str]
     facts: dict[str, Any]
     """What is one value for the row: step, row, sample, reward and its parts, KL, ..."""
-    quantities: dict[str, list[Any]]
+    quantities: dict[str, list[float | None]]
     """What is a number for every response token; None at those that the policy did not draw."""
     action_mask: list[bool] = field(default_factory=list)
     """False at tokens that the row was fed; empty where the policy drew them all."""
 
-    def tokens(self) -> dict[str, Any]:
+    def tokens(self) -> dict[str, object]:
         return {
             "prompt_ids": self.prompt_ids,
             "prompt_tokens": self.prompt_tokens,
@@ -71,15 +71,15 @@ class ReportRun:
     config: str = ""
     kl_target: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
-    bars: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, object] = field(default_factory=dict)
+    bars: list[dict[str, object]] = field(default_factory=list)
     """Histograms of a dump."""
 
-    def heads(self) -> dict[str, list[Any]]:
+    def heads(self) -> dict[str, list[object]]:
         """What samples are found and sorted by, as columns."""
         return {name: [row.facts.get(name) for row in self.rows] for name in _HEADS}
 
-    def examples(self, each: int = 3) -> list[list[Any]]:
+    def examples(self, each: int = 3) -> list[list[object]]:
         """Responses at the first and at the last step that has samples: random ones where they are marked."""
         steps = sorted({int(row.facts["step"]) for row in self.rows})
         rows_shown = []
@@ -178,7 +178,7 @@ def _minus(a: float | None, b: float | None) -> float | None:
 # -- small things -----------------------------------------------------------------------------------------------------------
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -234,6 +234,7 @@ def _row(scored: Scored, experience: Experience, token_text: Callable[[int], str
         "stop_reason": STOP_REASONS[int(rollout.stop_B[i])],
         "steering": rollout.steering,
         "strength": float(rollout.strength_B[i]),
+        **({"strengths": rollout.strength_BK[i].tolist()} if rollout.strength_BK.shape[1] > 1 else {}),
         "prompt_ids": prompt_ids,
         "prompt_tokens": [token_text(token) for token in prompt_ids],
         "response_ids": response_ids,

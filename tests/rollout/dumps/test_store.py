@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -159,8 +160,15 @@ def test_rows_from_before_are_scored_again_where_their_steering_is_known() -> No
         steering = Steering(policy.model, spec, policy.tokenizer) if spec else None
         assert rollout.steering == (steering.label if steering else "")
         if name == "two":
-            with pytest.raises(UserError, match="record the strengths of 1 site"):
+            with pytest.raises(UserError, match="the strengths of 1 site"):
                 teacher_forced(policy, rollout, steering=steering)
+            more = {
+                "strength_BK": torch.tensor([[1.5, 0.5]] * len(rollout)),
+                "positions_BKN": rollout.positions_BKN.repeat(1, 2, 1),
+            }
+            guessed = dataclasses.replace(rollout, **more)
+            with pytest.raises(UserError, match="seed"):
+                teacher_forced(policy, guessed, steering=steering)
         else:
             with torch.no_grad():
                 found = teacher_forced(policy, rollout, steering=steering)
