@@ -50,6 +50,7 @@ def both(family: str, **settings: Any) -> tuple[dict[str, Samples], dict[str, fl
     sampling = Sampling(**{"max_new_tokens": 8, "n": 2, "seed": 3, "batch_size": 7, **settings})
     batch = PromptBatch.of_ids(PROMPTS, [7 * i + 3 for i in range(len(PROMPTS))], policy.tokenizer)
     given, seconds = {}, {}
+    _ = policy.capabilities  # seen in forward passes, once
     for kind in ("stream", "generate"):
         sampler = Sampler(policy, sampling, engine=EngineSettings(kind))
         began = time.perf_counter()
