@@ -97,8 +97,8 @@ class Rollout:
     positions_BKN: Tensor = field(default=None)  # type: ignore[assignment]
     """Prompt positions that a data column gave a site, padded with -1; N = 0 where no site reads any, or none are recorded."""
     policy_step_B: Tensor = field(default=None)  # type: ignore[assignment]
-    """Which weights drew each row: as after this many steps. 0 where it is not given; -1 - n = other weights than this run's,
-    after n steps of theirs (which the noise of a steering was drawn for)."""
+    """Which weights drew each row: as after this many steps. -1 - n = none of this run's, after n steps of theirs (which the
+    noise of a steering was drawn for); -1 where it is not given."""
     kept: Kept | None = None
     """Where the sampler truncated: what could be drawn at each action; None otherwise, or with `sampling.replay_mask` false."""
     entropy_BR: Tensor | None = None
@@ -114,7 +114,7 @@ class Rollout:
             "action_mask_BR": lambda: self.extent_BR,
             "strength_BK": lambda: torch.zeros(rows, 0, device=device),
             "positions_BKN": lambda: torch.zeros(rows, self.strength_BK.shape[1], 0, dtype=torch.int64, device=device),
-            "policy_step_B": lambda: torch.zeros(rows, dtype=torch.int64, device=device),
+            "policy_step_B": lambda: torch.full((rows,), -1, dtype=torch.int64, device=device),
         }
         for name, default in defaults.items():
             if getattr(self, name) is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from steerl.rollout.steering.core.structure import Stack
 from steerl.rollout.steering.gates import BoundGate
 from steerl.rollout.steering.selection import select
 from steerl.rollout.steering.sites import BoundSite
-from steerl.rollout.steering.state import SiteSelection, StackCall, SteeredRows
+from steerl.rollout.steering.state import HeldAddition, SiteSelection, StackCall, SteeredRows
 
 MakeRows = Callable[[Tensor, Tensor | None], SteeredRows]
 """Rows of a decoder's prompt mask, and an encoder's where there is one."""
@@ -117,21 +116,21 @@ class Active:
                 selection = call.selections.get(edit.site.index)
                 if selection is None:
                     continue
-                addition = call.rows.cache.get((edit.site.index, selection.factor, edit.at))
+                addition = call.rows.additions.get((edit.site.index, selection.factor, edit.at))
                 if addition is None:
                     return None
                 steady[module] = (*steady.get(module, ()), addition)
         return steady
 
-    def goes_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def goes_on(self, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         """One more column of the rows that the steady edits were made for."""
         steady = self._steady
         ids, cache = kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values")
-        if steady is None or cache is None or ids is None or ids.shape != (steady.rows.count, 1):
+        if steady is None or cache is None or not isinstance(ids, Tensor) or ids.shape != (steady.rows.count, 1):
             self._may_be_steady &= "cache_params" not in kwargs
             return False
         try:
-            seen = cache.get_seq_length()
+            seen: int = cache.get_seq_length()  # type: ignore[attr-defined]
         except (AttributeError, ValueError):  # tuples, and states without a length: their calls are counted
             self._may_be_steady = False
             return False
@@ -203,19 +202,6 @@ class Collected:
     values_ND: Tensor
 
 
-class HeldAddition:
-    """An addition that holds from step to step."""
-
-    __slots__ = ("mask_B11", "moved_B1D")
-
-    def __init__(self, moved_B1D: Tensor, mask_B11: Tensor | None):
-        self.moved_B1D, self.mask_B11 = moved_B1D, mask_B11
-
-    def __call__(self, frame: object, hidden: Tensor) -> Tensor:
-        edited = hidden + self.moved_B1D
-        return edited if self.mask_B11 is None else torch.where(self.mask_B11, edited, hidden)
-
-
 class GateReading:
     """A gate at its block: reads and leaves the activation as it is."""
 
@@ -256,11 +242,11 @@ class SiteEdit:
         if selection.factor is None or not self.held or hidden.dim() != 3:
             return self._general(selection, call, hidden)
         key = (site.index, selection.factor, self.at)
-        addition: HeldAddition | None = call.rows.cache.get(key)
+        addition = call.rows.additions.get(key)
         if addition is None or addition.moved_B1D.dtype != hidden.dtype or addition.moved_B1D.device != hidden.device:
             vector, mask = site.tensors(self.at, hidden.device)["vector"], selection.mask_BT1
             moved = (selection.strength_BT1.to(hidden.device) * vector).to(hidden.dtype) * site.operation.adds
-            addition = call.rows.cache[key] = HeldAddition(moved, None if mask is None else mask.to(hidden.device))
+            addition = call.rows.additions[key] = HeldAddition(moved, None if mask is None else mask.to(hidden.device))
         return addition(frame, hidden)
 
     def _general(self, selection: SiteSelection, call: StackCall, hidden: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class BoundGate:
 
     def _settle(self, rows: SteeredRows, open_B: Tensor) -> None:
         rows.gates[self.index] = open_B
-        rows.cache.clear()
+        rows.forget()
 
     def of_rows(self, rows: SteeredRows) -> Tensor:
         """(B,), once the prompt has been read."""

@@ -28,9 +28,9 @@ def select(site: BoundSite, call: StackCall) -> SiteSelection | None:
                 return None
         key = (site.index, factor)
         try:
-            return rows.cache[key]
+            return rows.selections[key]
         except KeyError:
-            return rows.cache.setdefault(key, _one_column(site, rows, factor))
+            return rows.selections.setdefault(key, _one_column(site, rows, factor))
     index_BT, real_BT = call.index()
     last = 0 if call.encoder else call.first + call.width - rows.width
     if where.prompt in ("none", ()) and last <= 0 and not (last == 0 and positions.in_steps(where.steps, 0)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +33,19 @@ class SteeredRows:
         """Of each site, whether it acts on any row."""
         self.lead = int((self.prompt_mask_BP.cumsum(1) == 0).sum(1).min()) if self.count else 0
         """Columns of padding on the left that all rows share."""
-        self.cache: dict[tuple[Any, ...], Any] = {}
-        """All that holds from call to call while these rows stay: made once, dropped with them and when a gate settles.
+        # All that holds from call to call while these rows stay: made once, dropped with them and when a gate settles.
+        self.made: dict[tuple[str, int], SteeredRows] = {}
+        """Rows made of these: ("without", columns), ("times", factor)."""
+        self.selections: dict[tuple[int, float], SiteSelection | None] = {}
+        """In a response column, by site and factor."""
+        self.additions: dict[tuple[int, float | None, int], HeldAddition] = {}
+        """What such a selection comes to, by site, factor and point."""
 
-        ("without", columns) and ("times", factor): rows made of these; (site, factor): a site's selection in a response
-        column; (site, factor, point): the addition that it comes to there."""
+    def forget(self) -> None:
+        """All that was held is out of date."""
+        self.made.clear()
+        self.selections.clear()
+        self.additions.clear()
 
     def __len__(self) -> int:
         return self.count
@@ -61,19 +68,19 @@ class SteeredRows:
         if not columns:
             return self
         key = ("without", columns)
-        if key not in self.cache:
-            self.cache[key] = dataclasses.replace(self, prompt_mask_BP=self.prompt_mask_BP[:, columns:])
-        return self.cache[key]
+        if key not in self.made:
+            self.made[key] = dataclasses.replace(self, prompt_mask_BP=self.prompt_mask_BP[:, columns:])
+        return self.made[key]
 
     def times(self, factor: int) -> SteeredRows:
         """Every row `factor` times in a row: beams, return sequences."""
         if factor == 1:
             return self
         key = ("times", factor)
-        if key not in self.cache:
+        if key not in self.made:
             index = torch.arange(len(self), device=self.row_B.device).repeat_interleave(factor)
-            self.cache[key] = self.select(index)
-        return self.cache[key]
+            self.made[key] = self.select(index)
+        return self.made[key]
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,19 @@ class SiteSelection:
     """Every selected strength is exactly 1."""
     factor: float | None = None
     """Of a response column, which the rows' cache holds it for; None where it holds for this call alone."""
+
+
+class HeldAddition:
+    """An addition that holds from step to step."""
+
+    __slots__ = ("mask_B11", "moved_B1D")
+
+    def __init__(self, moved_B1D: Tensor, mask_B11: Tensor | None):
+        self.moved_B1D, self.mask_B11 = moved_B1D, mask_B11
+
+    def __call__(self, frame: object, hidden: Tensor) -> Tensor:
+        edited = hidden + self.moved_B1D
+        return edited if self.mask_B11 is None else torch.where(self.mask_B11, edited, hidden)
 
 
 class StackCall:

@@ -43,7 +43,7 @@ class Steering:
     """A steering spec at work on one model. Everything is found and checked here, before any sampling."""
 
     def __init__(
-        self, model: nn.Module, spec: Mapping[str, Any] | str | Path | SteeringSpec, tokenizer: Any = None, seed: int = 0
+        self, model: nn.Module, spec: Mapping[str, object] | str | Path | SteeringSpec, tokenizer: Any = None, seed: int = 0
     ):
         self.spec = load_spec(spec)
         self.model, self.seed = unwrap(model), seed
@@ -131,7 +131,7 @@ class Steering:
         self,
         row_B: Tensor,
         sample_B: Tensor,
-        columns: Mapping[str, Sequence[Any]] | None = None,
+        columns: Mapping[str, Sequence[object]] | None = None,
         *,
         progress: float = 0.0,
         policy_step: int = 0,
@@ -149,7 +149,7 @@ class Steering:
         prompt_mask_BP: Tensor,
         row_B: Tensor,
         sample_B: Tensor,
-        columns: Mapping[str, Sequence[Any]] | None = None,
+        columns: Mapping[str, Sequence[object]] | None = None,
         *,
         progress: float = 0.0,
         policy_step: int = 0,
@@ -165,7 +165,7 @@ class Steering:
         return Applied(strength_BK, positions_BKN.to(row_B.device), torch.full_like(row_B, policy_step), self.seed)
 
     def _positions(
-        self, site: BoundSite, prompt_mask_BP: Tensor, columns: Mapping[str, Sequence[Any]], start_width: int
+        self, site: BoundSite, prompt_mask_BP: Tensor, columns: Mapping[str, Sequence[object]], start_width: int
     ) -> Tensor:
         """(B, N): the prompt positions that a data column gives the site; N = 0 where it reads none, and never else."""
         lengths_B = prompt_mask_BP.sum(1)

@@ -68,7 +68,7 @@ def test_extent_and_actions_of_rows_with_gaps():
     assert rollout.sequences_mask_BS.sum(1).tolist() == [3, 8, 1]
     one_turn = Rollout.of_ids([[5]], [[7, 8]])
     assert one_turn.action_mask_BR.tolist() == [[True, True]] and one_turn.strength_BK.shape == (1, 0)
-    assert one_turn.policy_step_B.tolist() == [0] and one_turn.kept is None and one_turn.strength_B.tolist() == [0.0]
+    assert one_turn.policy_step_B.tolist() == [-1] and one_turn.kept is None and one_turn.strength_B.tolist() == [0.0]
 
 
 def as_lists(rollout: Rollout) -> list[tuple[object, ...]]:

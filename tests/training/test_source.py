@@ -225,10 +225,6 @@ def test_rows_are_as_long_as_the_settings_allow(drawn):
     "change, told",
     [
         (
-            lambda s: changed(s, policy_step_B=s.rollout.policy_step_B - 1),
-            r"step 1: row \d+ sample 0 was drawn by other weights than this run's, not by those that learn, and ppo.correction is",
-        ),
-        (
             lambda s: changed(s, policy_step_B=s.rollout.policy_step_B + 4),
             r"step 1: row \d+ sample 0 was drawn by the weights of step 4, not by those that learn",
         ),
@@ -242,6 +238,13 @@ def test_rows_that_need_a_correction_are_refused_without(tmp_path, change, told)
     with pytest.raises(UserError, match=told):
         run(tmp_path / "run", lambda policy: Noted(policy, change=change))
     run(tmp_path / "weighed", lambda policy: Noted(policy, change=change), correction=TOKEN)
+
+
+def test_rows_that_do_not_say_whose_they_are_need_none_where_their_numbers_are_the_policys(tmp_path):
+    run(
+        tmp_path / "run",
+        lambda policy: Noted(policy, change=lambda s: changed(s, policy_step_B=s.rollout.policy_step_B * 0 - 1)),
+    )
 
 
 # -- an engine that is no model -----------------------------------------------------------------------------------------
@@ -281,7 +284,7 @@ def test_a_policy_learns_from_a_table_that_knows_nothing_of_it(tmp_path):
 def test_a_table_without_a_correction_is_refused(tmp_path):
     policy = tiny_policy("gpt2")
     table = TABLE["Table"](torch.ones(policy.vocab_size), policy, SAMPLING)
-    with pytest.raises(UserError, match="drawn by other weights than this run's.*ppo.correction is missing"):
+    with pytest.raises(UserError, match="drawn with log-prob -.*, where the policy gives .*ppo.correction is missing"):
         run(tmp_path / "run", table, policy)
     assert table.closed and table.updates == 0
 

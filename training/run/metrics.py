@@ -140,7 +140,7 @@ def check_gap(scored: Scored, tolerance: float, step: int, *, corrected: bool) -
             f"{mean(gap_BR, measured_BR):.3g}), above ppo.gap_tolerance {tolerance:g}. Usual causes: dropout left on, "
             "position ids or attention masks that differ, a penalty or a temperature that one side lacks, an adapter or a "
             "steering vector active on one side only, half precision (then raise ppo.gap_tolerance), rows of other weights "
-            "(then policy_step_B is to say so: -1)"
+            "(then policy_step_B is to say so)"
         )
     if not corrected:
         check_behaviour(scored, tolerance, step)
@@ -151,11 +151,11 @@ def check_behaviour(scored: Scored, tolerance: float, step: int) -> None:
     """Rows that no correction weighs were drawn by the weights that learn, and from the policy's own distribution."""
     rollout = scored.rollout
     remedy = "ppo.correction is missing; set ppo.correction.type, for example token_truncate (none accepts the bias)"
-    if len(others := (rollout.policy_step_B != step).nonzero()):
+    if len(others := ((rollout.policy_step_B != step) & (rollout.policy_step_B >= 0)).nonzero()):
         drawn = int(rollout.policy_step_B[row := int(others[0])])
-        whose = f"the weights of step {drawn}" if drawn >= 0 else "other weights than this run's"
         raise UserError(
-            f"step {step + 1}: {row_name(rollout, row)} was drawn by {whose}, not by those that learn, and {remedy}"
+            f"step {step + 1}: {row_name(rollout, row)} was drawn by the weights of step {drawn}, not by those that learn, and "
+            f"{remedy}"
         )
     off_BR = (rollout.behaviour_logprobs_BR.double() - scored.old_logprobs_BR.double()).abs().nan_to_num(nan=torch.inf)
     off_BR = torch.where(rollout.action_mask_BR, off_BR, 0.0)
