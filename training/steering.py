@@ -28,8 +28,7 @@ def measure(model: ActorCritic, scored: Scored) -> SteeringStats | None:
     steering, rollout = model.steering, scored.rollout
     if steering is None or not rollout.steering:
         return None
-    acts_BK = rollout.strength_BK != 0
-    steered_B = acts_BK.any(1)
+    steered_B, first_B = (rollout.strength_BK != 0).any(1), rollout.strength_B
     total_B = scored.scores.total_B.to(steered_B.device)
 
     def reward(rows_B: Tensor) -> float | None:
@@ -44,7 +43,7 @@ def measure(model: ActorCritic, scored: Scored) -> SteeringStats | None:
         kl_token = float(gap_BR[steered_B].sum()) / max(int(rollout.action_mask_BR[steered_B].sum()), 1)
     return SteeringStats(
         share=float(steered_B.double().mean()),
-        strength=float(rollout.strength_BK[acts_BK].double().mean()) if bool(acts_BK.any()) else 0.0,
+        strength=float(first_B[first_B != 0].double().mean()) if bool(first_B.any()) else 0.0,
         scale=steering.scale,
         reward_steered=reward(steered_B),
         reward_plain=reward(~steered_B),
