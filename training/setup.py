@@ -122,7 +122,8 @@ def training_rows(
     """The dump of ppo.replay, which is prompts and source in one; a source of the caller's own; or the policy itself. What is
     made here is closed by `ending`."""
     if own is not None:
-        return Rows(prompts, CheckedSource(own, parts.policy, sampling), sampling.n)
+        label = parts.steering.label if parts.steering is not None else ""
+        return Rows(prompts, CheckedSource(own, parts.policy, sampling, label), sampling.n)
     if settings.replay:
         stored = Replay(settings.replay, parts.policy, settings, parts.steering)
         made = Rows(stored, stored, stored.samples)

@@ -58,10 +58,12 @@ class CheckedSource:
     source: RolloutSource
     policy: Policy
     sampling: Sampling
+    steering: str = ""
+    """The label of the steering that the policy learns under."""
 
     def draw(self, prompts: PromptBatch, /, *, step: int, progress: float) -> Samples:
         samples = self.source.draw(prompts, step=step, progress=progress)
-        return checked(samples, prompts, self.policy, self.sampling)
+        return checked(samples, prompts, self.policy, self.sampling, self.steering)
 
     def weights_changed(self, step: int) -> None:
         self.source.weights_changed(step)
@@ -70,7 +72,7 @@ class CheckedSource:
         self.source.close()
 
 
-def checked(samples: Samples, prompts: PromptBatch, policy: Policy, sampling: Sampling) -> Samples:
+def checked(samples: Samples, prompts: PromptBatch, policy: Policy, sampling: Sampling, steering: str = "") -> Samples:
     """`samples` in the order of the prompts. Refused is what no correction makes good."""
     if not isinstance(samples, Samples):
         raise UserError(f"source: draw gave {type(samples).__name__}; give Samples(rollout, texts)")
@@ -85,6 +87,7 @@ def checked(samples: Samples, prompts: PromptBatch, policy: Policy, sampling: Sa
     wanted = {
         "start_ids": (tuple(rollout.start_ids), tuple(policy.start_ids), "give the policy's, Policy.start_ids"),
         "temperature": (rollout.temperature, sampling.policy_temperature, "draw at sampling.temperature"),
+        "steering": (rollout.steering, steering, "steer the rows, and record what Steering.applied gives, and its label"),
         "greedy": (rollout.greedy, False, "greedy rows have no distribution to learn by; draw them"),
     }
     for name, (found, needed, remedy) in wanted.items():

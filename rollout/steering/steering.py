@@ -210,6 +210,7 @@ class Steering:
         prompt_mask_BP: Tensor | None = None,
         row_B: Tensor | None = None,
         sample_B: Tensor | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
         applied: Applied | None = None,
         start_width: int = 1,
     ) -> Iterator[Active]:
@@ -218,8 +219,10 @@ class Steering:
         `prompt_mask_BP` is the left-padded prompt's mask (for encoder-decoders the encoder input's; `start_width` is then
         the width of the decoder's start). Without it the first call's whole input is the prompt, and so is the input of
         every later call that brings an empty cache. `applied` is what a record says of the rows, or what `applied` finds for
-        new ones; without it they are steered as at step 0, and no site may read a data column.
+        new ones; without it they are steered as at step 0, with the data's `columns` where sites read them.
         """
+        if applied is not None and columns is not None:
+            raise ConfigError("steering: columns have no effect beside applied, which was made of them; leave one of them out")
 
         def make(decoder_mask_BP: Tensor, encoder_mask_BP: Tensor | None) -> SteeredRows:
             rows, device = decoder_mask_BP.shape[0], decoder_mask_BP.device
@@ -228,7 +231,7 @@ class Steering:
             given = applied
             if given is None:
                 mask_BP = decoder_mask_BP if encoder_mask_BP is None else encoder_mask_BP
-                given = self.applied(mask_BP, rows_B, samples_B, start_width=decoder_mask_BP.shape[1])
+                given = self.applied(mask_BP, rows_B, samples_B, columns, start_width=decoder_mask_BP.shape[1])
             return self._rows(decoder_mask_BP, rows_B, samples_B, given, encoder_mask_BP)
 
         rows = None

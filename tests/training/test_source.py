@@ -200,6 +200,7 @@ def test_any_order_of_the_rows_is_put_right(drawn):
         (lambda s: changed(s, response_BR=put(s.rollout.response_BR, 2, 0, -1)), "row 1 sample 0, token 0, is -1"),
         (lambda s: changed(s, start_ids=(2,)), r"Rollout.start_ids is \(2,\), expected \(\)"),
         (lambda s: changed(s, temperature=0.7), "Rollout.temperature is 0.7, expected 1.0"),
+        (lambda s: changed(s, steering="push#1"), "Rollout.steering is 'push#1', expected ''; steer the rows"),
         (lambda s: changed(s, greedy=True), "Rollout.greedy is True, expected False"),
         (
             lambda s: changed(s, behaviour_logprobs_BR=put(s.rollout.behaviour_logprobs_BR, 4, 0, -torch.inf)),

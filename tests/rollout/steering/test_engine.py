@@ -101,13 +101,17 @@ def test_beams_and_return_sequences_keep_their_rows() -> None:
 
     def run(rows: list[int]) -> Tensor:
         strengths = [[3.0, -3.0][row] for row in rows]
-        row_B = torch.arange(len(rows))
-        applied = steering.applied(MASK[rows], row_B, row_B * 0, {"s": strengths})
-        with steering.active(prompt_mask_BP=MASK[rows], applied=applied):
+        with steering.active(prompt_mask_BP=MASK[rows], columns={"s": strengths}):
             return model.generate(input_ids=IDS[rows], attention_mask=MASK[rows], **given)
 
     both = run([0, 1])
     assert torch.equal(both[2:], run([1])), "row 1 was steered with row 0's strength"
+    row_B = torch.arange(2)
+    applied = steering.applied(MASK, row_B, row_B * 0, {"s": [3.0, -3.0]})
+    with pytest.raises(UserError, match="columns have no effect beside applied"):
+        steering.active(prompt_mask_BP=MASK, columns={"s": [3.0, -3.0]}, applied=applied).__enter__()
+    with steering.active(prompt_mask_BP=MASK, applied=applied):
+        assert torch.equal(model.generate(input_ids=IDS, attention_mask=MASK, **given), both)
 
 
 # -- the hooks' manners -------------------------------------------------------------------------------------------------------
