@@ -32,7 +32,13 @@ TABLE = runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples" / "t
 JOBS = {
     # 21 rows on 2 ranks, 3 minibatches of 7, micro-batches of 2: nothing divides evenly
     "ragged": ("gpt2", None, {}, {"rollouts_per_step": 21, "minibatches": 3, "micro_batch_size": 2}),
-    "lora_shared": ("t5", LORA, {}, {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0, "bootstrap_cut": True}),
+    # the mask is replayed: adapter, encoder-decoder and shared value over what could be drawn
+    "lora_shared": (
+        "t5",
+        LORA,
+        {"top_p": 0.8, "top_k": 20},
+        {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0, "bootstrap_cut": True},
+    ),
     "group": ("llama", None, {"n": 4}, {"credit": "group", "loss_reduction": "sequence"}),
     "corrected": (
         "bloom",
