@@ -16,7 +16,7 @@ PATH = "runs/tiny/reviews/sft"
 
 def shorter(rollout: Rollout, texts: Texts) -> Scores:
     """1 for an answer of one token, 0 for one as long as it may be; rows that were cut get 0."""
-    share_B = 1 - (rollout.lengths_B - 1) / 31
+    share_B = 1 - (rollout.actions_B - 1) / 31
     return Scores(share_B.where(rollout.ended_B, 0.0))
 
 
