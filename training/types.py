@@ -153,7 +153,7 @@ class SteeringStats:
     share: float
     """Of rows on which any site acted."""
     strength: float
-    """Mean over rows and sites, where a site acted."""
+    """The first site's, mean over the rows that it steered."""
     scale: float
     reward_steered: float | None = None
     reward_plain: float | None = None
