@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from steerl.rollout.common.errors import UserError, visible
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Rollout, Texts, row_name
 
 logger = logging.getLogger(__name__)
 
@@ -144,11 +144,6 @@ def refuse_rewards_of_fed(tokens_BR: Tensor, rollout: Rollout, where: str) -> No
         raise UserError(f"{where}: {row_name(rollout, row)} {found}; rewards belong where rollout.action_mask_BR is true")
 
 
-def response_ids(rollout: Rollout) -> list[list[int]]:
-    """Of each row all that follows its prompt, whoever it is from."""
-    return [ids[:n] for ids, n in zip(rollout.response_BR.tolist(), rollout.lengths_B.tolist(), strict=True)]
-
-
 def missing_stop_penalty(ended_B: Tensor, penalty: float) -> Tensor:
     """What is added to the total of each row: -penalty where it was cut at the limit, 0 where it stopped by itself."""
     return torch.where(ended_B, 0.0, -float(penalty))
@@ -157,11 +152,6 @@ def missing_stop_penalty(ended_B: Tensor, penalty: float) -> Tensor:
 def has_ids(rollout: Rollout) -> bool:
     """Whether the rows were sampled. Texts that were not (`reward.texts`) come in a rollout of width 0."""
     return rollout.prompt_width + rollout.response_width > 0
-
-
-def row_name(rollout: Rollout, index: int) -> str:
-    """How messages call a row: its place in the dataset and which sample of it."""
-    return f"row {int(rollout.row_B[index])} sample {int(rollout.sample_B[index])}"
 
 
 def _column(name: str, values: object, rows: int | None) -> Tensor:

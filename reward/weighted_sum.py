@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from steerl.reward.normalize import Shape
-from steerl.reward.types import Scores, on_last_action, refuse_rewards_of_fed, row_name
+from steerl.reward.types import Scores, on_last_action, refuse_rewards_of_fed
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Rollout, Texts, row_name
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,15 @@ class Rollout:
         return [list(zip(*row, strict=True)) for row in zip(starts, ends, strict=True)]
 
     @property
+    def prompt_ids(self) -> list[list[int]]:
+        return [ids[mask].tolist() for ids, mask in zip(self.prompt_BP, self.prompt_mask_BP, strict=True)]
+
+    @property
+    def response_ids(self) -> list[list[int]]:
+        """Of each row all that follows its prompt, whoever it is from."""
+        return [ids[:n] for ids, n in zip(self.response_BR.tolist(), self.lengths_B.tolist(), strict=True)]
+
+    @property
     def strength_B(self) -> Tensor:
         """The first site's strength; 0 without steering."""
         return self.strength_BK[:, 0] if self.strength_BK.shape[1] else torch.zeros(len(self), device=self.device)
@@ -294,6 +303,11 @@ class Rollout:
             joined["kept"] = Kept(torch.cat([k.ids for k in kept]), torch.cat([k.counts_BR for k in kept]))
         joined.setdefault("entropy_BR", None)
         return dataclasses.replace(first, **joined)
+
+
+def row_name(rollout: Rollout, index: int) -> str:
+    """How messages call a row: its place in the dataset and which sample of it."""
+    return f"row {int(rollout.row_B[index])} sample {int(rollout.sample_B[index])}"
 
 
 class Applied(NamedTuple):

@@ -77,7 +77,7 @@ class Replay:
         firsts = [self._samples(row).select([0]) for row in rows]
         texts = Texts.join([texts for _, texts in firsts])
         return PromptBatch(
-            ids=[rollout.prompt_BP[0][rollout.prompt_mask_BP[0]].tolist() for rollout, _ in firsts],
+            ids=[rollout.prompt_ids[0] for rollout, _ in firsts],
             rows=list(rows),
             prompts=texts.prompts,
             prompt_texts=texts.prompt_texts,

@@ -9,7 +9,7 @@ Scored and Experience hold all rows of the step, of all ranks: ids and a few flo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -70,15 +70,13 @@ class Experience:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinibatchStats:
-    """What one optimizer step measured: means over the minibatch's actions."""
+class LossStats:
+    """Means over actions of a minibatch, or over the minibatches of a step; None where there is no such loss."""
 
     policy_loss: float
     clip_fraction: float
     approx_kl: float
     ratio_mean: float
-    ratio_error: float
-    """Largest |ratio - 1| on this rank."""
     grad_norm: float
     value_loss: float | None = None
     value_clip_fraction: float | None = None
@@ -86,22 +84,22 @@ class MinibatchStats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdateStats:
-    """What the update of one step measured: means over its minibatches; None where there is no such loss."""
+class MinibatchStats(LossStats):
+    """What one optimizer step measured."""
+
+    ratio_error: float
+    """Largest |ratio - 1| on this rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateStats(LossStats):
+    """What the update of one step measured."""
 
     optimizer_steps: int
     ratio_first: float
     """Mean ratio of the first minibatch, whose weights are those of the old log-probs."""
     ratio_first_error: float
     """Largest |ratio - 1| of the first minibatch, on all ranks."""
-    policy_loss: float
-    clip_fraction: float
-    approx_kl: float
-    ratio_mean: float
-    grad_norm: float
-    value_loss: float | None
-    value_clip_fraction: float | None
-    kl_loss: float | None
 
     @staticmethod
     def of(minibatches: Sequence[MinibatchStats], ratio_first_error: float) -> UpdateStats:
@@ -109,8 +107,7 @@ class UpdateStats:
             values = [getattr(one, name) for one in minibatches]
             return None if values[0] is None else sum(values) / len(values)
 
-        names = MinibatchStats.__dataclass_fields__.keys() - {"ratio_error"}
-        means: dict[str, Any] = {name: mean(name) for name in names}
+        means: dict[str, Any] = {one.name: mean(one.name) for one in fields(LossStats)}
         first = minibatches[0].ratio_mean
         return UpdateStats(optimizer_steps=len(minibatches), ratio_first=first, ratio_first_error=ratio_first_error, **means)
 

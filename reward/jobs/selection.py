@@ -17,12 +17,12 @@ from typing import Literal
 
 import numpy as np
 
-from steerl.reward.types import row_name
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.dumps.manifest import Plan, load_manifest, plan_of
 from steerl.rollout.dumps.store import read_dump
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered
+from steerl.rollout.types import row_name
 
 KEYS = ("prompt_index", "sample_index")
 

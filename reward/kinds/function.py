@@ -40,7 +40,6 @@ from steerl.reward.types import (
     joined_metrics,
     on_last_action,
     refuse_rewards_of_fed,
-    response_ids,
     settle,
     settle_turns,
 )
@@ -281,14 +280,13 @@ def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, object]:
     """The keyword arguments that TRL's trainers hand to a reward function, and prompt_ids, ended, action_mask and turns.
 
     As in TRL, completion_ids hold a tool's result too; action_mask, as long, says which of them the policy drew."""
-    completion_ids = response_ids(rollout)
+    completion_ids = rollout.response_ids
     completions: list[object] = [
         [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
         for prompt, text in zip(texts.prompts, texts.completions, strict=True)
     ]
-    prompt_ids = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)]
     return {
-        "prompt_ids": prompt_ids,
+        "prompt_ids": rollout.prompt_ids,
         "ended": rollout.ended_B.tolist(),
         "action_mask": [row[: len(ids)] for row, ids in zip(rollout.action_mask_BR.tolist(), completion_ids, strict=True)],
         "turns": rollout.turns,

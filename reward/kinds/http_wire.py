@@ -22,7 +22,7 @@ import re
 import torch
 from torch import Tensor
 
-from steerl.reward.types import Scores, has_ids, response_ids
+from steerl.reward.types import Scores, has_ids
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.types import Rollout, Texts
 
@@ -37,8 +37,8 @@ def ask(rollout: Rollout, texts: Texts, vocabulary: str | None, where: str) -> b
     ids = None
     if has_ids(rollout):
         ids = {
-            "prompts": [row[mask].tolist() for row, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)],
-            "responses": (responses := response_ids(rollout)),
+            "prompts": rollout.prompt_ids,
+            "responses": (responses := rollout.response_ids),
             "start": list(rollout.start_ids),
             "vocabulary": vocabulary,
         }

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from steerl.reward.kinds.classifier import Classifier, load_classifier
 from steerl.reward.kinds.model_inputs import InputReader, Reads, Tokens, folders_of, load_tokenizer, vocabulary_of
-from steerl.reward.types import Scores, row_name
+from steerl.reward.types import Scores
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
 from steerl.rollout.common.settings_reader import Checked, within
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Rollout, Texts, row_name
 
 Output = Literal["logit", "probability", "log_probability"]
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from steerl.reward.types import has_ids, response_ids, row_name
+from steerl.reward.types import has_ids
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.model import adapters, auto_classes
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, conversation_ids, is_conversation
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Rollout, Texts, row_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,14 +91,14 @@ class InputReader:
         return False
 
     def _ids(self, rollout: Rollout) -> ModelInputs:
-        prompts = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)]
+        prompts = rollout.prompt_ids
         if rollout.is_encoder_decoder:
             # The encoder's closing token ends its input, not the text that goes on with the response.
             end = getattr(self.tokenizer, "eos_token_id", None)
             prompts = [ids[:-1] if ids and ids[-1] == end else ids for ids in prompts]
         if self.reads == "completion":
             prompts = [[] for _ in prompts]
-        ids = [prompt + response for prompt, response in zip(prompts, response_ids(rollout), strict=True)]
+        ids = [prompt + response for prompt, response in zip(prompts, rollout.response_ids, strict=True)]
         return ModelInputs(ids, responses=[len(prompt) for prompt in prompts])
 
     def _text(self, rollout: Rollout, texts: Texts) -> ModelInputs:

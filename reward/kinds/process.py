@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from steerl.reward.kinds.model import Member, Output, chosen, content_of, load_member
-from steerl.reward.types import Scores, row_name
+from steerl.reward.types import Scores
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.prompts.chat import Speller
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Rollout, Texts, row_name
 
 
 @dataclass(frozen=True, kw_only=True)

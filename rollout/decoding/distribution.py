@@ -108,8 +108,9 @@ class Distribution:
         settings, replays = self.sampling, self.sampling.replays_mask
         scores_BV = _tempered(logits_BV, settings.policy_temperature, space)
         policy = Weights(scores_BV, space, "policy", entropy=not replays)
-        behaviour, total_B, bad_B = policy, policy.total_B, policy.bad_B
-        entropy_B = total_B if replays else policy.entropy()  # of what is left then, below
+        behaviour, bad_B = policy, policy.bad_B
+        if not replays:  # of all that the policy may say, before anything is taken out
+            entropy_B, total_B = policy.entropy(), policy.total_B
         if settings.greedy:
             best = self.penalized(logits_BV, history, space).max(dim=1)
             logprobs_B = policy.logprobs(best.indices, total_B)

@@ -181,7 +181,7 @@ class DecodeLoop:
             alive.by_string[by_string] = True
             ended_A[by_string] = True
         alive.ended = ended_A
-        left, bad = torch.stack([(~ended_A).sum(), bad_A.sum()]).tolist()  # the step's one wait for the device
+        left, bad = torch.stack([(~ended_A).sum(), bad_A.sum()]).tolist()  # waits for the device, as `listed` does
         if bad:
             raise no_distribution(self.inputs.names[int(alive.place[bad_A.nonzero()[0, 0]])], t)
         return int(left)

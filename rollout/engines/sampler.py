@@ -69,8 +69,7 @@ class Sampler:
         """`sampling.n` responses to every prompt, in (prompt, sample) order. `step` keys the draws and names the weights.
 
         `on_token(t, row_B, tokens_B, raw logits_BV)` is told of every token as it is drawn, for streams of text.
-        `progress` (0 to 1 over a run) is what a steering schedule reads. Every rank
-        calls this equally often.
+        `progress` (0 to 1 over a run) is what a steering schedule reads. Every rank calls this equally often.
         """
         rollouts: list[Rollout] = []
         with no_dropout(self.policy.core), torch.no_grad(), root_gathered(self.policy.model):
@@ -107,8 +106,7 @@ class Sampler:
     def texts(self, batch: PromptBatch, rollout: Rollout) -> Texts:
         """What the rows say: n rows of each prompt of the batch, as `sample` orders them."""
         many = batch.select([i for i in range(len(batch)) for _ in range(self.sampling.n)])
-        rows = zip(rollout.response_BR.tolist(), rollout.lengths_B.tolist(), many.ids, strict=True)
-        completions = [self.stops.text(ids[:length], prompt) for ids, length, prompt in rows]
+        completions = [self.stops.text(ids, prompt) for ids, prompt in zip(rollout.response_ids, many.ids, strict=True)]
         return Texts(prompts=many.prompts, prompt_texts=many.prompt_texts, completions=completions, columns=many.columns)
 
     def check(self, batch: PromptBatch) -> None:

@@ -21,7 +21,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
-from steerl.rollout.types import Rollout, Samples, Texts
+from steerl.rollout.types import Rollout, Samples, Texts, row_name
 
 
 class RolloutSource(Protocol):
@@ -97,12 +97,12 @@ def checked(samples: Samples, prompts: PromptBatch, policy: Policy, sampling: Sa
     _check_tokens(rollout, policy.vocab_size, sampling.max_new_tokens)
     if order != list(range(len(rollout))):
         samples = samples.select(order)
-    for i, ids in enumerate(prompt for prompt in prompts.ids for _ in range(sampling.n)):
-        found = samples.rollout.prompt_BP[i][samples.rollout.prompt_mask_BP[i]].tolist()
+    asked = [prompt for prompt in prompts.ids for _ in range(sampling.n)]
+    for i, (found, ids) in enumerate(zip(samples.rollout.prompt_ids, asked, strict=True)):
         if found != list(ids):
             raise UserError(
-                f"source: {_name(samples.rollout, i)} answers a prompt of {len(found)} ids {_brief(found)}, asked was one of "
-                f"{len(ids)} {_brief(ids)}; give PromptBatch.ids as they are"
+                f"source: {row_name(samples.rollout, i)} answers a prompt of {len(found)} ids {_brief(found)}, asked was one "
+                f"of {len(ids)} {_brief(ids)}; give PromptBatch.ids as they are"
             )
     return samples
 
@@ -137,7 +137,7 @@ def _check_tokens(rollout: Rollout, vocabulary: int, most: int) -> None:
         if bool(bad_BR.any()):
             row, token = bad_BR.nonzero()[0].tolist()
             value = value_BR[row, token].item()
-            raise UserError(f"source: {name} of {_name(rollout, row)}, token {token}, is {value:.6g}; {told}")
+            raise UserError(f"source: {name} of {row_name(rollout, row)}, token {token}, is {value:.6g}; {told}")
 
     outside_BR = (rollout.response_BR < 0) | (rollout.response_BR >= vocabulary)
     refuse(outside_BR & rollout.extent_BR, rollout.response_BR, "response_BR", f"ids go from 0 to {vocabulary - 1}")
@@ -149,12 +149,9 @@ def _check_tokens(rollout: Rollout, vocabulary: int, most: int) -> None:
     if longest > most:
         row = int(rollout.actions_B.argmax())
         raise UserError(
-            f"source: {_name(rollout, row)} has {longest} actions, sampling.max_new_tokens is {most}; stop there, or set more"
+            f"source: {row_name(rollout, row)} has {longest} actions, sampling.max_new_tokens is {most}; stop there, or "
+            "set more"
         )
-
-
-def _name(rollout: Rollout, i: int) -> str:
-    return f"row {int(rollout.row_B[i])} sample {int(rollout.sample_B[i])}"
 
 
 def _brief(ids: Sequence[int]) -> str:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerl.reward.types import Reward, Scores, missing_stop_penalty, on_last_action, row_name
+from steerl.reward.types import Reward, Scores, missing_stop_penalty, on_last_action
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.source import PromptSource, RolloutSource
 from steerl.rollout.model.sharding import needs_sync
-from steerl.rollout.types import Rollout, Samples
+from steerl.rollout.types import Rollout, Samples, row_name
 from steerl.training.algorithm import advantages, kl
 from steerl.training.algorithm.importance import importance_weights
 from steerl.training.algorithm.minibatch import occurrences, passes, select, share

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from steerl.reward.types import metrics as reward_metrics
-from steerl.reward.types import row_name
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.source import PromptSource
 from steerl.rollout.prompts.chat import Speller
-from steerl.rollout.types import STOP_REASONS, Rollout
+from steerl.rollout.types import STOP_REASONS, Rollout, row_name
 from steerl.training.algorithm import kl
 from steerl.training.algorithm.minibatch import select, share
 from steerl.training.model.actor_critic import ActorCritic
@@ -134,8 +133,8 @@ def check_gap(scored: Scored, tolerance: float, step: int, *, corrected: bool) -
         place = int(gap_BR.argmax())
         row, token = divmod(place, rollout.response_width)
         raise UserError(
-            f"step {step + 1}: the sampler's log-prob of token {token} of row {int(rollout.row_B[row])} sample "
-            f"{int(rollout.sample_B[row])} is {float(rollout.policy_logprobs_BR[row, token]):.4f}, the trainer's forward pass "
+            f"step {step + 1}: the sampler's log-prob of token {token} of {row_name(rollout, row)} "
+            f"is {float(rollout.policy_logprobs_BR[row, token]):.4f}, the trainer's forward pass "
             f"gives {float(scored.old_logprobs_BR[row, token]):.4f}: a gap of {largest:.3g} nats (mean "
             f"{mean(gap_BR, measured_BR):.3g}), above ppo.gap_tolerance {tolerance:g}. Usual causes: dropout left on, "
             "position ids or attention masks that differ, a penalty or a temperature that one side lacks, an adapter or a "
