@@ -182,6 +182,9 @@ def test_what_is_imported_is_declared():
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top in ("steerl", "tests"):
                 continue
+            if top == "vllm":
+                assert "engines/vllm/plugin" in str(path), f"{path}: what runs in the server alone has vLLM, by its constraints"
+                continue
             owners = {owner.lower().replace("_", "-") for owner in known.get(top, [top])}
             assert owners & names, f"{path.relative_to(ROOT)} imports {top}, which pyproject.toml does not name"
 

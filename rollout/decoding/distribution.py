@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from steerl.rollout.common.errors import ConfigError
-from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.decoding.settings import Sampling, Vocabulary
 from steerl.rollout.decoding.weights import Space, Weights, nucleus
-from steerl.rollout.model.policy import Policy
 
 _NEGATIVE = float("-inf")
 
@@ -57,7 +56,7 @@ class History:
 class Distribution:
     """The settings, applied to logits. Built once per sampler."""
 
-    def __init__(self, sampling: Sampling, policy: Policy):
+    def __init__(self, sampling: Sampling, policy: Vocabulary):
         self.sampling = sampling
         self.vocab_size = policy.vocab_size
         banned = _banned_sequences(sampling, policy)
@@ -169,7 +168,7 @@ def _ban_sequence(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, ids: tu
     scores_BV[:, ids[-1]].masked_fill_(hit_B, _NEGATIVE)
 
 
-def _banned_sequences(sampling: Sampling, policy: Policy) -> list[tuple[int, ...]]:
+def _banned_sequences(sampling: Sampling, policy: Vocabulary) -> list[tuple[int, ...]]:
     """Bad words as ids: as written, and as they stand after a blank (most tokenizers spell the two differently)."""
     banned = {tuple(ids): "sampling.bad_words_ids" for ids in sampling.bad_words_ids}
     for word in sampling.bad_words:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from steerl.rollout.common.errors import ConfigError
 
@@ -12,6 +13,26 @@ logger = logging.getLogger(__name__)
 
 MOST_ROWS = 1 << 24
 """Rows of a step or a prompt: beyond that no machine holds them at once, and a number was mistyped."""
+
+
+class Vocabulary(Protocol):
+    """What drawing needs to know of a policy: its ids, and what they spell."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids go from 0 to one below it."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """What ends a response by itself."""
+
+    @property
+    def is_seq2seq(self) -> bool:
+        """Whether a response begins a text of its own."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Asked for where there is something to spell."""
 
 
 @dataclass(frozen=True)

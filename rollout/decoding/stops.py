@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
-from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.decoding.settings import Sampling, Vocabulary
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import UNKNOWN, Speller
 from steerl.rollout.types import STOP_EOS, STOP_LENGTH, STOP_USER
@@ -27,17 +28,17 @@ logger = logging.getLogger(__name__)
 class Stops:
     """All that ends a row. Built once per sampler; a stop string that the tokenizer cannot spell is refused here."""
 
-    def __init__(self, sampling: Sampling, policy: Policy):
-        self.tokenizer = policy.tokenizer
-        self.speller = Speller(policy.tokenizer)
+    def __init__(self, sampling: Sampling, policy: Vocabulary):
+        self.policy = policy
         self.goes_on = not policy.is_seq2seq
         """Whether a response's text goes on with its prompt's; an encoder-decoder begins a text of its own."""
         for stop_id in sampling.stop_ids:
             if stop_id >= policy.vocab_size:
                 raise ConfigError(f"sampling.stop_ids: {stop_id} is out of range; ids go from 0 to {policy.vocab_size - 1}")
-        special = {
-            token: i for i, token in ((i, self.tokenizer.convert_ids_to_tokens(i)) for i in self.tokenizer.all_special_ids)
-        }
+        special: dict[str, int] = {}
+        if sampling.stop:
+            ids = self.tokenizer.all_special_ids
+            special = dict(zip(self.tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
         self.eos_ids = tuple(policy.eos_ids)
         user = [*sampling.stop_ids, *(special[text] for text in sampling.stop if text in special)]
         self.user_ids = tuple(i for i in dict.fromkeys(user) if i not in policy.eos_ids)
@@ -52,6 +53,14 @@ class Stops:
                 )
         self.ids = torch.tensor([*self.eos_ids, *self.user_ids], dtype=torch.int64)
         self.codes = torch.tensor([STOP_EOS] * len(self.eos_ids) + [STOP_USER] * len(self.user_ids), dtype=torch.int64)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.policy.tokenizer
+
+    @cached_property
+    def speller(self) -> Speller:
+        return Speller(self.tokenizer)
 
     @property
     def has_strings(self) -> bool:

@@ -1,0 +1,41 @@
+"""The methods that the trainer calls in every worker of the server, through `/collective_rpc`: texts in, JSON out.
+
+`--worker-extension-cls steerl.rollout.engines.vllm.plugin.worker.Extension` mixes them into vLLM's own worker.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from steerl.rollout.engines.vllm.plugin import weights
+from steerl.rollout.engines.vllm.plugin.draws import Draws
+from steerl.rollout.engines.vllm.plugin.rows import Rows
+from steerl.rollout.engines.vllm.wire import VERSION
+
+
+class Extension:
+    """Mixed into the worker, whose `model_runner` it uses. Its names begin with steerl_, so that they meet none of vLLM's."""
+
+    model_runner: Any
+    steerl_rows: Rows
+
+    def steerl_hello(self) -> dict[str, object]:
+        """From here on the trainer's requests are drawn by its law. Called once by each rank of each job: asking again changes
+        nothing."""
+        runner = self.model_runner
+        if not isinstance(runner.sampler, Draws):
+            self.steerl_rows = Rows(runner)
+            runner.sampler = Draws(runner.sampler, self.steerl_rows)
+        model = runner.get_model()
+        return {"wire": VERSION, "version": self.steerl_rows.version, "model": type(model).__name__}
+
+    def steerl_take(self, ids: str) -> dict[str, object]:
+        """What is known of these rows, which have ended."""
+        return self.steerl_rows.take(json.loads(ids))
+
+    def steerl_load(self, path: str, version: str) -> dict[str, object]:
+        """Weights from a safetensors file."""
+        told = weights.load(self.model_runner, weights.of_file(path))
+        self.steerl_rows.version = int(version)
+        return told
