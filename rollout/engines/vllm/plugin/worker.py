@@ -12,6 +12,7 @@ from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.engines.vllm.plugin import weights
 from steerl.rollout.engines.vllm.plugin.draws import Draws
 from steerl.rollout.engines.vllm.plugin.rows import Rows
+from steerl.rollout.engines.vllm.plugin.steer import Steers
 from steerl.rollout.engines.vllm.wire import VERSION
 
 
@@ -20,6 +21,7 @@ class Extension:
 
     model_runner: Any
     steerl_rows: Rows
+    steerl_steers: Steers
 
     def steerl_hello(self) -> dict[str, object]:
         """From here on the trainer's requests are drawn by its law. Called once by each rank of each job: asking again changes
@@ -27,6 +29,7 @@ class Extension:
         runner = self.model_runner
         if not isinstance(runner.sampler, Draws):
             self.steerl_rows = Rows(runner)
+            self.steerl_steers = Steers(self.steerl_rows)
             runner.sampler = Draws(runner.sampler, self.steerl_rows)
         model = runner.get_model()
         return {"wire": VERSION, "version": self.steerl_rows.version, "model": type(model).__name__}
@@ -48,3 +51,7 @@ class Extension:
         told = weights.load(self.model_runner, weights.of_file(path))
         self.steerl_rows.version = int(version)
         return told
+
+    def steerl_steer(self, path: str, name: str) -> dict[str, object]:
+        """A steering from a safetensors file, by the name that rows give."""
+        return self.steerl_steers.receive(path, name)
