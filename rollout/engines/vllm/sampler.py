@@ -1,7 +1,7 @@
 """ServerSampler: prompts -> a vLLM server -> Rollout. A Sampler to whoever uses it, with the same rows.
 
-    begin   who each row is, how it is steered ── one request a row, in threads ──> server      returns at once
-    finish  <── answers, asked again where the server died ── checks ── Rollout, Texts          collective where the engine is
+begin   who each row is, how it is steered ── one request a row, in threads ──> server      returns at once
+finish  <── answers, asked again where the server died ── checks ── Rollout, Texts          collective where the engine is
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class ServerSampler:
         self.stops = self._inside.stops
         self.law = engine.law(sampling)
 
-    def sample(
-        self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0, on_token: OnToken | None = None
-    ) -> Samples:
+    def sample(self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0, on_token: OnToken | None = None) -> Samples:
         """As Sampler.sample. A server shows no token before its row has ended."""
         if on_token is not None:
             raise UserError("engine.kind: vllm shows no token before its row has ended; use stream")
@@ -115,7 +113,7 @@ class ServerSampler:
                 drawn = f"step {first}" if first == last else f"steps {first} to {last}"
                 raise UserError(
                     f"engine: {name} was drawn by the weights of {drawn}, where the server was sent those of step "
-                    f"{begun.asked.version}; somebody else sends it weights, or it lost a sync: give each job a server of its own"
+                    f"{begun.asked.version}; somebody else sends it weights, or it lost a sync: a job needs a server of its own"
                 )
         stop_B = torch.tensor([answer.stop for answer in answers])
         kept = None
