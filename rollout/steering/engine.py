@@ -268,7 +268,8 @@ class SiteEdit:
             return hidden.reshape(shape)
         noise = None
         if site.operation.source == "noise":
-            noise = site.noise(self.at, call.rows, call.index()[0][:, -width:], part.shape[-1]).to(part.device)
+            rows, index_BT = call.rows, call.index()[0][:, -width:]
+            noise = site.noise(self.at, rows.applied, rows.row_B, rows.sample_B, index_BT, part.shape[-1]).to(part.device)
         edited = site.apply(self.at, part, strength, selection.unit, noise)
         if mask is not None:
             edited = torch.where(mask.to(hidden.device), edited, part)

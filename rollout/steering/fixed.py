@@ -132,7 +132,8 @@ class _FixedSite(BoundSite):
         if selection is not None:
             for at, drawn in enumerate(self.drawn):
                 if drawn is not None:
-                    drawn.copy_(site.noise(at, call.rows, call.index()[0], drawn.shape[-1]))
+                    rows, index_BT = call.rows, call.index()[0]
+                    drawn.copy_(site.noise(at, rows.applied, rows.row_B, rows.sample_B, index_BT, drawn.shape[-1]))
 
 
 class _FixedEdit:

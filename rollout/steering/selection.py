@@ -7,6 +7,7 @@ edited is a matter of one integer, and the rows' cache holds the selection from 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.steering.core import positions
@@ -35,24 +36,42 @@ def select(site: BoundSite, call: StackCall) -> SiteSelection | None:
     last = 0 if call.encoder else call.first + call.width - rows.width
     if where.prompt in ("none", ()) and last <= 0 and not (last == 0 and positions.in_steps(where.steps, 0)):
         return None
-    step_BT = index_BT - (call.length_B[:, None] - 1)
-    mask_BT = positions.select_prompt(where.prompt, index_BT, call.length_B, rows.applied.positions_BKN[:, site.index])
-    if not call.encoder:
-        mask_BT = mask_BT | positions.select_steps(where.steps, step_BT)
+    strength_B, places_BN = rows.applied.strength_BK[:, site.index], rows.applied.positions_BKN[:, site.index]
+    mask_BT, strength_BT = ruled(site, index_BT, call.length_B, strength_B, places_BN, call.ids, in_encoder=call.encoder)
     mask_BT = mask_BT & real_BT
-    if where.exclude_positions:
-        mask_BT = mask_BT & ~positions.select_listed(index_BT, call.length_B, where.exclude_positions)
-    if site.excluded_ids is not None:
-        if call.ids is None:
-            raise UserError(f"site {site.name!r}: exclude.token_ids needs token ids, and the model was called with embeddings")
-        mask_BT = mask_BT & ~torch.isin(call.ids, site.excluded_ids.to(call.ids.device))
-    strength_BT = rows.applied.strength_BK[:, site.index, None].expand(-1, call.width)
-    if where.ramp is not None:
-        strength_BT = strength_BT * positions.ramp_factors(where.ramp, step_BT)
     if site.gate is not None:
         strength_BT = strength_BT * site.gate.openness(call)
     mask_BT = mask_BT & (strength_BT != 0)
     return SiteSelection(strength_BT[..., None], mask_BT[..., None])
+
+
+def ruled(
+    site: BoundSite,
+    index_BT: Tensor,
+    length_B: Tensor,
+    strength_B: Tensor,
+    places_BN: Tensor | None = None,
+    ids_BT: Tensor | None = None,
+    *,
+    in_encoder: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(which positions the site's rules select, its strength there), before gates. `index_BT`: positions among the row's real
+    tokens; `length_B`: the real tokens of its prompt; `places_BN`: prompt positions that a data column gives."""
+    where = site.spec.where
+    step_BT = index_BT - (length_B[:, None] - 1)
+    mask_BT = positions.select_prompt(where.prompt, index_BT, length_B, places_BN)
+    if not in_encoder:
+        mask_BT = mask_BT | positions.select_steps(where.steps, step_BT)
+    if where.exclude_positions:
+        mask_BT = mask_BT & ~positions.select_listed(index_BT, length_B, where.exclude_positions)
+    if site.excluded_ids is not None:
+        if ids_BT is None:
+            raise UserError(f"site {site.name!r}: exclude.token_ids needs token ids, and the model was called with embeddings")
+        mask_BT = mask_BT & ~torch.isin(ids_BT, site.excluded_ids.to(ids_BT.device))
+    strength_BT = strength_B[:, None].expand_as(index_BT)
+    if where.ramp is not None:
+        strength_BT = strength_BT * positions.ramp_factors(where.ramp, step_BT)
+    return mask_BT, strength_BT
 
 
 def _one_column(site: BoundSite, rows: SteeredRows, factor: float) -> SiteSelection | None:

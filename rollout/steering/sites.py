@@ -17,8 +17,8 @@ from steerl.rollout.steering.core.table import ACTIVATIONS, TABLE
 from steerl.rollout.steering.gates import BoundGate
 from steerl.rollout.steering.parameters import Parameters
 from steerl.rollout.steering.spec.spec import Site
-from steerl.rollout.steering.state import SteeredRows
 from steerl.rollout.steering.strengths import keyed_normals
+from steerl.rollout.types import Applied
 
 
 @dataclass(eq=False)
@@ -81,12 +81,12 @@ class BoundSite:
             held = self.held[at] = {name: tensor.to(device) for name, tensor in held.items()}
         return held
 
-    def noise(self, at: int, rows: SteeredRows, index_BT: Tensor, width: int) -> Tensor:
+    def noise(self, at: int, applied: Applied, row_B: Tensor, sample_B: Tensor, index_BT: Tensor, width: int) -> Tensor:
         """What is drawn at a point, a function of the drawing run's seed and step, of row, sample and real position."""
-        stream, seed, step_B = 4096 + 64 * self.index + at, rows.applied.steering_seed, rows.applied.policy_step_B
+        stream, seed, step_B = 4096 + 64 * self.index + at, applied.steering_seed, applied.policy_step_B
         assert seed is not None  # Steering.lacking has looked
         step_B = torch.where(step_B < 0, -1 - step_B, step_B)
-        return keyed_normals(seed, stream, step_B, rows.row_B, rows.sample_B, index_BT, width)
+        return keyed_normals(seed, stream, step_B, row_B, sample_B, index_BT, width)
 
     def apply(self, at: int, base: Tensor, strength: Tensor, unit: bool = False, noise: Tensor | None = None) -> Tensor:
         """The edited activation at every position; the caller keeps it where the site selects."""

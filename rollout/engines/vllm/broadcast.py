@@ -75,7 +75,7 @@ class Group:
 
     def __init__(self, kind: str, store: torch.distributed.Store, rank: int, size: int, timeout: float):
         self.device = torch.device("cuda", torch.cuda.current_device()) if kind == "nccl" else torch.device("cpu")
-        made = torch.distributed.ProcessGroupNCCL if kind == "nccl" else torch.distributed.ProcessGroupGloo
+        made: Any = torch.distributed.ProcessGroupNCCL if kind == "nccl" else torch.distributed.ProcessGroupGloo
         self._group = made(store, rank, size, timedelta(seconds=timeout))
 
     def broadcast(self, flat: Tensor) -> None:
@@ -83,6 +83,10 @@ class Group:
         options = torch.distributed.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         self._group.broadcast([flat], options).wait()
+
+    def close(self) -> None:
+        """Its connections, too: who waits for this process sees it gone."""
+        self._group = None
 
 
 def store(port: int, size: int, timeout: float, *, main: bool) -> torch.distributed.TCPStore:

@@ -11,7 +11,7 @@ A weight that is tied to another is sent once, under the name that comes first.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.vllm.broadcast import Announced
 from steerl.rollout.engines.vllm.client import Gone
-from steerl.rollout.model import adapters, compat, sharding
+from steerl.rollout.model import adapters, compat
 from steerl.rollout.model.policy import Policy
 
 Consume = Callable[[Iterator[tuple[str, Tensor]]], None]
@@ -100,17 +100,17 @@ def _block_of(name: str) -> str:
     return ".".join(words[: first + 1])
 
 
-def each(parts: Sequence[Block], consume: Consume) -> None:
+def each(parts: Sequence[Block], consume: Consume, *, alone: bool = False) -> None:
     """`consume` reads every (name, value) on the main process. Collective: where it gives up, all ranks gather on to the end,
     and its UserError or Gone is raised on all."""
     left = iter(parts)
 
-    def saved() -> Iterator[tuple[str, Tensor]]:
+    def saved() -> Generator[tuple[str, Tensor]]:
         for block in left:
             with block.whole() as values, torch.no_grad():
                 yield from block.saved(values).items() if main else ()
 
-    main, weights, problem = processes.start().is_main, saved(), None
+    main, weights, problem = alone or processes.start().is_main, saved(), None
     if main:
         try:
             consume(weights)
@@ -127,11 +127,11 @@ def each(parts: Sequence[Block], consume: Consume) -> None:
         if problem is not None:
             raise problem
 
-    on_main(told)
+    on_main(told, alone=alone)
 
 
-def on_main(function: Callable[[], None]) -> None:
-    """As processes.on_main, of what asks the server: Gone is raised everywhere, too."""
+def on_main(function: Callable[[], None], *, alone: bool = False) -> None:
+    """As processes.on_main, of what asks the server: Gone is raised everywhere, too. `alone`: here, whatever others do."""
 
     def asked() -> str:
         try:
@@ -140,12 +140,12 @@ def on_main(function: Callable[[], None]) -> None:
             return str(gone)
         return ""
 
-    if told := processes.on_main(asked):
+    if told := asked() if alone else processes.on_main(asked):
         raise Gone(told)
 
 
 @contextlib.contextmanager
-def whole(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def whole(tensors: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
     """These tensors, each whole, on the main process at least. Collective."""
     zero = [tensor for tensor in tensors.values() if hasattr(tensor, "ds_id")]
     if zero:

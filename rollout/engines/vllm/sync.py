@@ -19,7 +19,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
@@ -54,9 +54,10 @@ class Calls(Protocol):
 class Sync:
     """Every rank has one and calls `send` at the same time; the main process alone talks to the server."""
 
-    def __init__(self, client: Calls, policy: Policy, settings: EngineSettings, folder: Path):
+    def __init__(self, client: Calls, policy: Policy, settings: EngineSettings, folder: Path, *, alone: bool = False):
+        """`alone`: this process has a server of its own, and no call is collective."""
         self.client, self.policy, self.folder = client, policy, folder
-        self.kind = _kind(policy, settings)
+        self.kind, self._alone = _kind(policy, settings), alone
         self.seconds = 0.0
         """That the last sync took."""
         self._version = -1
@@ -68,6 +69,11 @@ class Sync:
     def model(self) -> str:
         """The name by which requests ask for these weights."""
         return "policy-lora" if self.kind == "adapter" else "policy"
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what was sent is still there for `again`."""
+        return self.kind in ("file", "adapter")
 
     def flags(self) -> list[str]:
         """What the server must be started with."""
@@ -84,22 +90,22 @@ class Sync:
         if self.kind == "adapter":
             if not self._announced:
                 self._send_weights(self._write, merge=False)
-                export.on_main(self._load_file)
+                self._on_main(self._load_file)
             self._write_adapter()
-            export.on_main(self._load_adapter)
+            self._on_main(self._load_adapter)
         elif self.kind == "file":
             self._send_weights(self._write)
-            export.on_main(self._load_file)
+            self._on_main(self._load_file)
         else:
             self._send_weights(self._broadcast)
-        export.on_main(self._ready)
+        self._on_main(self._ready)
         self.seconds = time.monotonic() - begun
 
     def again(self) -> None:
         """A restarted server gets what was sent last. On the main process alone."""
         if self._version < 0:
             raise UserError("engine: nothing was sent to the server yet")
-        if self.kind in ("gloo", "nccl"):
+        if not self.keeps:
             self._group = None
             raise UserError(f"engine.sync: {self.kind} keeps no copy of what was sent; it is to be sent again from all ranks")
         self._load_file()
@@ -110,7 +116,7 @@ class Sync:
     def close(self) -> None:
         """What was kept is removed."""
         self._group = None
-        if processes.start().is_main:
+        if self._alone or processes.start().is_main:
             self._file.unlink(missing_ok=True)
             for folder in self.folder.glob("adapter-*"):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -118,7 +124,10 @@ class Sync:
     def _send_weights(self, consume: Any, *, merge: bool = True) -> None:
         blocks = export.blocks(self.policy, merge=merge)
         self._announced = [entry for block in blocks for entry in block.announced()]
-        export.each(blocks, consume)
+        export.each(blocks, consume, alone=self._alone)
+
+    def _on_main(self, call: Callable[[], None]) -> None:
+        export.on_main(call, alone=self._alone)
 
     def _ready(self) -> None:
         """Rows may be drawn: with these weights, and nothing that was computed with others."""
@@ -175,7 +184,7 @@ class Sync:
                 shutil.rmtree(before)
 
         with export.whole(own) as values:
-            export.on_main(write)
+            self._on_main(write)
 
     def _load_adapter(self) -> None:
         """Taken out and put in: what is loaded in place, vLLM reads from the disk again in every step."""
@@ -187,10 +196,12 @@ class Sync:
     # -- by broadcast --------------------------------------------------------------------------------------------------
 
     def _broadcast(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """What fails here or there throws the group away, which ends the other side's waiting."""
-        with ThreadPoolExecutor(1) as pool:  # the server's answers come when all is there
-            try:
-                group = self._group = self._group or self._joined(pool)
+        """What fails here or there closes the group, which ends the other side's waiting."""
+        group, self._group = self._group, None
+        try:
+            with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as failed:  # a thread waits for the server's answer
+                group = group or self._joined(pool)
+                failed.callback(group.close)
                 told = pool.submit(self.client.rpc, "steerl_receive", _listed(self._announced))
                 sender = broadcast.Sender(group, self._announced)
                 for name, value in weights:
@@ -198,12 +209,10 @@ class Sync:
                         break
                     sender.take(name, value)
                 _check(told.result())
-            except RuntimeError as error:
-                self._group = group = sender = None
-                raise Gone(f"engine.sync: the broadcast to the server broke off: {one_line(error)}") from error
-            except (UserError, Gone):
-                self._group = group = sender = None
-                raise
+                failed.pop_all()
+        except RuntimeError as error:
+            raise Gone(f"engine.sync: the broadcast to the server broke off: {one_line(error)}") from error
+        self._group = group
 
     def _joined(self, pool: ThreadPoolExecutor) -> broadcast.Group:
         size = 1 + len(self.client.rpc("steerl_ready", "-1"))

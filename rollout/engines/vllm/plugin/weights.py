@@ -67,7 +67,7 @@ def load(runner: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     """All weights of the model, or Refused; then the model is whole, but of no use."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    model: nn.Module = runner.get_model()
+    model: Any = runner.get_model()
     slots = _slots(model)
     watched = _Watched(weights)
     initialize_layerwise_reload(model)

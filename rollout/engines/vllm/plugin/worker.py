@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.engines.vllm.broadcast import Announced, received
 from steerl.rollout.engines.vllm.plugin import weights
 from steerl.rollout.engines.vllm.plugin.draws import Draws
 from steerl.rollout.engines.vllm.plugin.rows import Rows
+from steerl.rollout.engines.vllm.plugin.steer import Steers
 from steerl.rollout.engines.vllm.wire import VERSION
 
 
@@ -24,6 +26,7 @@ class Extension:
     model_runner: Any
     steerl_rows: Rows
     steerl_group: Any
+    steerl_steers: Steers
 
     def steerl_hello(self) -> dict[str, object]:
         """From here on the trainer's requests are drawn by its law. Called once by each rank of each job: asking again changes
@@ -31,9 +34,18 @@ class Extension:
         runner = self.model_runner
         if not isinstance(runner.sampler, Draws):
             self.steerl_rows = Rows(runner)
+            self.steerl_steers = Steers(self.steerl_rows)
             runner.sampler = Draws(runner.sampler, self.steerl_rows)
         model = runner.get_model()
         return {"wire": VERSION, "version": self.steerl_rows.version, "model": type(model).__name__}
+
+    def steerl_law(self, text: str) -> dict[str, object]:
+        """Whether rows can be drawn by this law: its tokenizer is there, its words can be spelled."""
+        try:
+            self.steerl_rows.rules_of(text)
+        except (UserError, OSError, ValueError, TypeError) as error:
+            return {"problem": said(error)}
+        return {"problem": ""}
 
     def steerl_take(self, ids: str) -> dict[str, object]:
         """What is known of these rows, which have ended."""
@@ -66,3 +78,7 @@ class Extension:
         except weights.Refused as refused:
             return {"problem": str(refused)}
         return {"problem": ""}
+
+    def steerl_steer(self, path: str, name: str) -> dict[str, object]:
+        """A steering from a safetensors file, by the name that rows give."""
+        return self.steerl_steers.receive(path, name)

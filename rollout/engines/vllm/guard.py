@@ -1,0 +1,115 @@
+"""The process between a job and its vLLM server: whatever ends the job, the server and all that it started end too.
+
+    job ── starts ──> guard ── starts ──> server (a session of its own) ──> engine, workers, trackers
+                        └── fork ──> watcher: ends them should the guard itself be killed
+
+    python -I guard.py PARENT COMMAND ...       PARENT: the job's process id; leaves with the server's status
+
+Standard library alone: it is run as a file. Linux: what a server has started is read in /proc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+EVERY = 0.2
+"""Seconds between two looks at who is still there."""
+GRACE = 5.0
+"""Seconds that a server has to leave by itself."""
+TRACKERS = 1.0
+"""Those that the trackers of shared memory have after it, to give back what is left of it."""
+_SUBREAPER = 36
+
+
+def main(parent: int, command: list[str]) -> int:
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    # Whoever loses its parent below here is taken in here, not by init, and is found.
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1)
+    server = subprocess.Popen(command, start_new_session=True)
+    guard = os.getpid()
+    watcher = os.fork()
+    if not watcher:
+        return watch(guard, server.pid)
+    while not asked and os.getppid() == parent and server.poll() is None:
+        time.sleep(EVERY)
+    if server.poll() is None:
+        server.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(GRACE)
+    os.kill(watcher, signal.SIGKILL)
+    os.waitpid(watcher, 0)
+    sweep(server.pid, guard)
+    status = server.wait()
+    return status if status >= 0 else 128 - status
+
+
+def watch(guard: int, session: int) -> int:
+    """Wait for the guard to be gone; then nobody else ends the server."""
+    while os.getppid() == guard:
+        time.sleep(EVERY)
+    sweep(session, os.getpid())
+    return 0
+
+
+def sweep(session: int, me: int) -> None:
+    """Kill all that belongs to the session or descends from this process, the trackers of shared memory last."""
+    until = time.monotonic() + TRACKERS
+    while left := belonging(session, me):
+        others = [pid for pid in left if not is_tracker(pid)]
+        for pid in others or (left if time.monotonic() > until else ()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        reap()
+        time.sleep(0.02)
+
+
+def belonging(session: int, me: int) -> list[int]:
+    parents, found = {}, set()
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            state, parent, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            pid = int(folder.name)
+            parents[pid] = int(parent)
+            if int(its_session) == session and state not in "ZX":
+                found.add(pid)
+    for pid in parents:
+        above = pid
+        while (above := parents.get(above, 0)) > 1:
+            if above == me and _runs(pid):
+                found.add(pid)
+                break
+    return sorted(found - {me})
+
+
+def _runs(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def is_tracker(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+def reap() -> None:
+    """Those that were taken in and have ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
