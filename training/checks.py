@@ -11,6 +11,7 @@ from torch import nn
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import warn_endless
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
@@ -20,7 +21,14 @@ from steerl.training.settings import PPOSettings
 logger = logging.getLogger(__name__)
 
 
-def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings, steering: SteeringSpec | None = None) -> None:
+def check_job(
+    policy: Policy,
+    prompts: Any,
+    sampling: Sampling,
+    ppo: PPOSettings,
+    steering: SteeringSpec | None = None,
+    engine: EngineSettings | None = None,
+) -> None:
     """Raise a UserError with a line for everything in the job that does not fit together."""
     problems: list[str] = []
     if ppo.rollouts_per_step % sampling.n:
@@ -42,6 +50,7 @@ def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings
     if copies_value or getattr(steering, "role", "") != "trainable":
         problems += float16_problems(policy.model)
     problems += sampling_problems(sampling, ppo, steering)
+    problems += engine_problems(engine or EngineSettings(), ppo, steering)
     if ppo.kl_target is not None and _unweighed(sampling, ppo, steering):
         problems.append(
             "ppo.kl_target: with a correction of type none the KL that is measured is the sampler's, not the policy's; "
@@ -65,6 +74,20 @@ def check_job(policy: Policy, prompts: Any, sampling: Sampling, ppo: PPOSettings
             "k1, or ppo.kl_as loss, has the right one",
             ppo.kl_estimator,
         )
+
+
+def engine_problems(engine: EngineSettings, ppo: PPOSettings, steering: SteeringSpec | None) -> list[str]:
+    """What a server cannot do for a run."""
+    if engine.kind != "vllm":
+        return []
+    if ppo.replay:
+        return ["engine.kind: vllm, but ppo.replay reads rows where others draw; leave one of the two out"]
+    if engine.ahead and getattr(steering, "role", "") == "behaviour":
+        return [
+            "engine.ahead: 1 with steering.role behaviour, whose rows need a plain pass of the weights that drew them, "
+            "gone by then; set it to 0"
+        ]
+    return []
 
 
 def float16_problems(model: nn.Module) -> list[str]:

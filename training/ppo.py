@@ -75,16 +75,19 @@ def train(
     with contextlib.ExitStack() as ending:
         if source is not None:
             check_source(source, settings, engine, ending)
-        check_job(policy, prompts, sampling, settings, steering)
-        settings, config = with_correction(settings, steering), config or {}
+        check_job(policy, prompts, sampling, settings, steering, engine)
+        settings = with_correction(settings, steering, engine.ahead if engine is not None else 0)
+        config = config or {}
         folder, stop = ending.enter_context(opened(run, config)), ending.enter_context(processes.stop_signal())
         if (summary := resume.finished_summary(folder, settings, config, run)) is not None:
             return summary
         made_from = processes.on_main(lambda: resume.made_from(policy, prompts, heldout, reward, settings))
         parts = prepare(policy, reward, sampling, settings, run, steering, engine)
+        if parts.server is not None:
+            ending.callback(parts.server.close)
         model, reference, state = parts.actor_critic, parts.reference, parts.state
         made_from |= {"steering": parts.steering.label} if parts.steering is not None else {}
-        origin = training_rows(parts, prompts, sampling, settings, source, ending)
+        origin = training_rows(parts, prompts, sampling, settings, run, source, ending)
         count = settings.rollouts_per_step // origin.samples
         tolerance = metrics.gap_tolerance(settings, model.dtype, state.accelerator.mixed_precision)
         processes.on_main(lambda: begin(folder, run))
@@ -128,7 +131,7 @@ def train(
 
             # 5 record: metrics, samples, evaluation, checkpoint
             state.advance(count, stats, timer.seconds())
-            told = metrics.step_metrics(stats, scored, credited)
+            told = metrics.step_metrics(stats, scored, credited) | (parts.server.metrics() if parts.server is not None else {})
             if settings.eval_every and state.step % settings.eval_every == 0 and (found := evaluation()):
                 told |= found.metrics()
                 timer.lap("evaluate")

@@ -178,9 +178,10 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
     return problems
 
 
-def with_correction(settings: PPOSettings, steering: Any) -> PPOSettings:
-    """Steered exploration says itself how its rollouts are weighed, unless ppo.correction does."""
-    given = getattr(steering, "correction", None)
+def with_correction(settings: PPOSettings, steering: Any, ahead: int = 0) -> PPOSettings:
+    """Steered exploration says itself how its rollouts are weighed, and rows drawn ahead are weighed by default, unless
+    ppo.correction does."""
+    given = getattr(steering, "correction", None) or (Correction() if ahead else None)
     if settings.correction is not None or given is None:
         return settings
     return dataclasses.replace(settings, correction=given)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,11 +19,14 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.source import CheckedSource, PromptSource, RolloutSource
+from steerl.rollout.engines.vllm.engine import LOG, VllmEngine
+from steerl.rollout.engines.vllm.sampler import ServerSampler
 from steerl.rollout.model import adapters, virtual_tokens
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.steering import Steering, SteeringSpec
+from steerl.training.ahead import Ahead
 from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
 from steerl.training.engine import engine
 from steerl.training.engine.engine import EngineSampler
@@ -30,9 +35,14 @@ from steerl.training.model.reference import Reference, build_reference
 from steerl.training.model.value_model import build_value_model
 from steerl.training.replay import Replay
 from steerl.training.run.export import check_export, deployed
+from steerl.training.run.metrics import gap_tolerance
 from steerl.training.settings import PPOSettings
 from steerl.training.types import TrainState
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Value = TypeVar("Value")
 _EVALUATION_SEED = 0x6576616C
 """Added to sampling.seed: an evaluation draws other numbers than the step that it belongs to."""
 
@@ -44,9 +54,11 @@ class Components:
     policy: Policy
     actor_critic: ActorCritic
     reference: Reference | None
-    sampler: EngineSampler
+    sampler: EngineSampler | ServerSampler
     """What draws the training's rows where nothing else does."""
-    evaluation_sampler: EngineSampler
+    evaluation_sampler: EngineSampler | ServerSampler
+    server: VllmEngine | None
+    """What draws for both, where that is a server."""
     steering: Steering | None
     state: TrainState
 
@@ -79,7 +91,21 @@ def prepare(
     model, optimizer = engine.wrap(accelerator, actor_critic, optimizer, settings)
     engine.link_reference(reference, accelerator, actor_critic)
 
-    def sampler(how: Sampling, steered: Steering | None) -> EngineSampler:
+    server = None
+    if engine_settings is not None and engine_settings.kind == "vllm":
+        server = VllmEngine(
+            policy,
+            engine_settings,
+            Path(run.dir) / LOG,
+            steering=steering,
+            dtype={"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision),
+            tolerance=gap_tolerance(settings, actor_critic.dtype, accelerator.mixed_precision),
+            inside=lambda call: actor_critic.inside(lambda: _autocast(accelerator, call)),
+        )
+
+    def sampler(how: Sampling, steered: Steering | None) -> EngineSampler | ServerSampler:
+        if server is not None:
+            return ServerSampler(server, how, steered)
         return EngineSampler(Sampler(policy, how, steered, engine_settings), accelerator, actor_critic, settings.gather)
 
     evaluation = dataclasses.replace(sampling, n=1, seed=sampling.seed + _EVALUATION_SEED)
@@ -95,11 +121,17 @@ def prepare(
         sampler=sampler(sampling, steering),
         # An evaluation is of what the run leaves behind: a plain model, or a model with its steering.
         evaluation_sampler=sampler(evaluation, steering if deployed(steering) != "strip" else None),
+        server=server,
         steering=steering,
         state=TrainState(
             model=model, optimizer=optimizer, accelerator=accelerator, kl=controller, reward=reward, steering=steering
         ),
     )
+
+
+def _autocast(accelerator: Accelerator, call: Callable[[], Value]) -> Value:
+    with accelerator.autocast():
+        return call()
 
 
 class Rows(NamedTuple):
@@ -116,6 +148,7 @@ def training_rows(
     prompts: Prompts,
     sampling: Sampling,
     settings: PPOSettings,
+    run: RunSettings,
     own: RolloutSource | None,
     ending: contextlib.ExitStack,
 ) -> Rows:
@@ -127,6 +160,8 @@ def training_rows(
     if settings.replay:
         stored = Replay(settings.replay, parts.policy, settings, parts.steering)
         made = Rows(stored, stored, stored.samples)
+    elif isinstance(parts.sampler, ServerSampler) and parts.sampler.engine.settings.ahead:
+        made = Rows(prompts, Ahead(parts.sampler, prompts, parts.state, settings, run.seed), sampling.n)
     else:
         made = Rows(prompts, parts.sampler, sampling.n)
     ending.callback(made.source.close)

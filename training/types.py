@@ -220,6 +220,8 @@ class TrainState:
     """Prompts taken so far; the next step begins here."""
     totals: dict[str, float] = field(default_factory=dict)
     """Running figures of the run: seconds, tokens, gap_max, optimizer_steps."""
+    drawn: Rollout | None = None
+    """Rows of the next step that were drawn while this one learned (engine.ahead): this process's."""
     reward_before: float | None = None
     """The evaluation's reward before the first step; None until it was taken."""
 

@@ -62,6 +62,7 @@ class Sampler:
         self.engine = engine or EngineSettings()
         self.distribution = Distribution(sampling, policy)
         self.stops = Stops(sampling, policy)
+        assert self.engine.kind != "vllm", "a server's rows are drawn by vllm/sampler.py"
         if self.engine.kind == "generate" and sampling.compile:
             raise UserError("engine.kind: generate compiles no steps; leave sampling.compile out, or use the engine stream")
 
@@ -88,7 +89,7 @@ class Sampler:
                 else:  # a rank that is done takes part in the others' collective calls
                     self._part(_dummy(self.policy), [(0, 0)], dataclasses.replace(call, on_token=None, idle=True))
         if not rollouts:
-            nothing = self._nothing(call)
+            nothing = self.nothing(call.step)
             return Samples(nothing, self.texts(batch, nothing))
         at = torch.tensor([at for part in parts for at in part], device=self.policy.device)
         rollout = Rollout.join(rollouts).select(at.argsort())
@@ -208,14 +209,17 @@ class Sampler:
             row_B=row_B,
             sample_B=sample_B,
             **vars(responses),
-            **self._record(),
+            **self.record(),
             **applied._asdict(),
         )
-        if self.steering is not None and self.steering.role in ("behaviour", "data"):
-            # The steered model drew it; the policy that is trained is the plain model.
-            plain = teacher_forced(policy, rollout)
-            rollout = dataclasses.replace(rollout, policy_logprobs_BR=plain.logprobs_BR, entropy_BR=plain.entropy_BR)
-        return rollout
+        return self.of_policy(rollout)
+
+    def of_policy(self, rollout: Rollout) -> Rollout:
+        """With the policy's numbers where others drew it: under roles behaviour and data the policy is the plain model."""
+        if self.steering is None or self.steering.role not in ("behaviour", "data"):
+            return rollout
+        plain = teacher_forced(self.policy, rollout)
+        return dataclasses.replace(rollout, policy_logprobs_BR=plain.logprobs_BR, entropy_BR=plain.entropy_BR)
 
     def _stream(
         self,
@@ -258,7 +262,7 @@ class Sampler:
             policy.core.generate(**arguments, generation_config=config, custom_generate=loop)
         return loop.responses()
 
-    def _record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """The fields of a rollout that are the same for all of its rows."""
         return {
             "temperature": self.sampling.policy_temperature,
@@ -285,12 +289,12 @@ class Sampler:
         )
         return applied, steered
 
-    def _nothing(self, call: _Call) -> Rollout:
+    def nothing(self, step: int) -> Rollout:
         """A rollout of no rows."""
         none_B = torch.zeros(0, dtype=torch.int64, device=self.policy.device)
-        applied = Applied.nothing(none_B, call.step, 0 if self.steering is None else len(self.steering.sites))
+        applied = Applied.nothing(none_B, step, 0 if self.steering is None else len(self.steering.sites))
         entropy_BR = torch.zeros(0, 0, device=self.policy.device)
-        record = self._record() | applied._asdict()
+        record = self.record() | applied._asdict()
         return Rollout.of_ids([], [], device=self.policy.device, entropy_BR=entropy_BR, **record)
 
 

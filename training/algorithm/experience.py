@@ -21,6 +21,7 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.source import PromptSource, RolloutSource
 from steerl.rollout.model.sharding import needs_sync
+from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.types import Rollout, Samples, row_name
 from steerl.training.algorithm import advantages, kl
 from steerl.training.algorithm.importance import importance_weights
@@ -37,10 +38,14 @@ def sample(prompts: PromptSource, source: RolloutSource, rows: list[int], *, ste
     """This rank's share of the prompts `rows`, with all samples of each; no rows where there are more ranks than prompts.
 
     `progress` (0 to 1) is what steering's schedules read."""
+    return source.draw(asked_here(prompts, rows), step=step, progress=progress)
+
+
+def asked_here(prompts: PromptSource, rows: list[int]) -> PromptBatch:
+    """This rank's share of a step's prompts."""
     process = processes.start()
     shared = share(list(zip(rows, occurrences(rows), strict=True)), process.rank, process.world_size)
-    batch = prompts.batch([row for row, _ in shared], [before for _, before in shared])
-    return source.draw(batch, step=step, progress=progress)
+    return prompts.batch([row for row, _ in shared], [before for _, before in shared])
 
 
 # -- 2 score ---------------------------------------------------------------------------------------------------------

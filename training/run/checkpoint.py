@@ -33,6 +33,8 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import CheckpointError, UserError, reading
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import flush, written_aside
+from steerl.rollout.ragged import Kept
+from steerl.rollout.types import Rollout
 from steerl.training.engine import full_state
 from steerl.training.types import TrainState
 
@@ -66,6 +68,8 @@ def save(
         "numbers": state.numbers(),
         "random": processes.gather_objects([random_states()]),
     }
+    if drawn := processes.gather_objects([] if state.drawn is None else [_packed(state.drawn.to("cpu"))]):
+        tree["drawn"] = drawn
     head = {
         "format": FORMAT,
         "step": step,
@@ -192,6 +196,8 @@ def load(path: Path, state: TrainState) -> dict[str, Any]:
         state.load_numbers(tree["numbers"])
         full_state.load_weights(state, tree["weights"])
         full_state.load_optimizer(state, tree["optimizer"])
+        if parts := tree.get("drawn"):  # of all processes: each takes its own
+            state.drawn = Rollout.join([_unpacked(part) for part in parts])
     process, written, engine = processes.start(), len(states), full_state.kind(state)
     was = (written, head.get("engine", engine))
     if was != (process.world_size, engine) and process.is_main:
@@ -200,6 +206,16 @@ def load(path: Path, state: TrainState) -> dict[str, Any]:
     with _written_by_us(path):
         set_random_states(states[process.rank % written])
     return head
+
+
+def _packed(rollout: Rollout) -> dict[str, object]:
+    """A rollout as a tree."""
+    kept = None if rollout.kept is None else {"ids": rollout.kept.ids, "counts_BR": rollout.kept.counts_BR}
+    return {**vars(rollout), "kept": kept}
+
+
+def _unpacked(tree: dict[str, Any]) -> Rollout:
+    return Rollout(**{**tree, "kept": None if tree["kept"] is None else Kept(**tree["kept"])})
 
 
 # -- random generators ---------------------------------------------------------------------------------------------

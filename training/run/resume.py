@@ -36,10 +36,13 @@ from steerl.training.types import TrainState
 FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
     *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather", "ppo.eval_every", "ppo.eval_prompts"),
-    "engine.kind",
+    *(f"engine.{name}" for name in ("kind", "url", "python", "model_impl", "sync", "check_rows", "start_timeout", "arguments")),
 )
 """What may differ on a resume, because nothing that is learned depends on it. The number of steps may, too, where no
 learning rate falls towards the last one."""
+
+SINCE: dict[str, object] = {"engine.ahead": 0}
+"""What settings are in runs that were begun before there were these."""
 
 _logger = logging.getLogger(__name__)
 
@@ -141,6 +144,7 @@ def check(
 ) -> list[str]:
     """Refuse another config or other content, a line for each; what is `free`, or with `allow` all, is returned as lines."""
     was, now = _dotted(json.loads(json.dumps(saved))), _dotted(json.loads(json.dumps(current)))
+    was = {name: value for name, value in SINCE.items() if name in now} | was
     differ = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     changed = {name: f"{now.get(name)!r}, but the run to resume has {was.get(name)!r}" for name in differ}
     fatal = [name for name in changed if not any(name == field or name.startswith(field + ".") for field in free)]

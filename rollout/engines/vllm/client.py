@@ -42,14 +42,18 @@ class Client:
     """One server. A connection for each thread that asks, kept from one question to the next."""
 
     def __init__(self, url: str):
+        self.move(url)
+        self._own = threading.local()
+        self._asking = threading.Lock()
+        self._heard = time.monotonic()
+
+    def move(self, url: str) -> None:
+        """Ask there from now on."""
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise ConfigError(f"engine.url: {url}, but it must be like http://127.0.0.1:8000")
         self.url = url.rstrip("/")
         self._place, self._base = (parts.hostname, parts.port or 80), parts.path.rstrip("/")
-        self._own = threading.local()
-        self._asking = threading.Lock()
-        self._heard = time.monotonic()
 
     # -- what is asked ------------------------------------------------------------------------------------------------
 

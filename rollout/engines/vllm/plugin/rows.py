@@ -56,6 +56,11 @@ class Rows:
             self.requests[request] = self._read(request)
         return self.requests[request]
 
+    def rules_of(self, text: str) -> Rules:
+        if text not in self.rules:
+            self.rules[text] = Rules(text)
+        return self.rules[text]
+
     def forget(self) -> None:
         """Requests that the runner has dropped."""
         self.requests = {name: row for name, row in self.requests.items() if name in self.runner.requests}
@@ -65,9 +70,7 @@ class Rows:
         if (given := Ask.read(arguments)) is None:
             return None
         text, ask = given
-        if text not in self.rules:
-            self.rules[text] = Rules(text)
-        rules = self.rules[text]
+        rules = self.rules_of(text)
         row = Row(ask, rules, prompt, rules.stops.before(prompt))
         if rules.law.sampling.replays_mask:
             row.answer.kept = []

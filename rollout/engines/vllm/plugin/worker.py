@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.engines.vllm.plugin import weights
 from steerl.rollout.engines.vllm.plugin.draws import Draws
 from steerl.rollout.engines.vllm.plugin.rows import Rows
@@ -32,6 +33,14 @@ class Extension:
             runner.sampler = Draws(runner.sampler, self.steerl_rows)
         model = runner.get_model()
         return {"wire": VERSION, "version": self.steerl_rows.version, "model": type(model).__name__}
+
+    def steerl_law(self, text: str) -> dict[str, object]:
+        """Whether rows can be drawn by this law: its tokenizer is there, its words can be spelled."""
+        try:
+            self.steerl_rows.rules_of(text)
+        except (UserError, OSError, ValueError, TypeError) as error:
+            return {"problem": said(error)}
+        return {"problem": ""}
 
     def steerl_take(self, ids: str) -> dict[str, object]:
         """What is known of these rows, which have ended."""

@@ -1,0 +1,281 @@
+"""VllmEngine: one server of a job, to all its ranks. It starts it, sends it weights and steering, asks it, and ends it.
+
+ready ── the main process starts a server, or finds that of engine.url ── all ranks know it
+sync  ── weights of all ranks, layer by layer, to the server ── some rows scored again ── its version is the step's
+begin, finish ── rows; where the server has died the main process starts it again, and what was not answered is asked again:
+                 draws are keyed, so nothing changes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import ConfigError, UserError
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.engines.vllm.client import Client, Gone
+from steerl.rollout.engines.vllm.model_folder import write
+from steerl.rollout.engines.vllm.server import Server
+from steerl.rollout.engines.vllm.steering import ServerSteering
+from steerl.rollout.engines.vllm.sync import Sync
+from steerl.rollout.engines.vllm.wire import VERSION, Answer, Ask, Law, listed
+from steerl.rollout.model.policy import Policy
+from steerl.rollout.steering import Steering
+from steerl.rollout.types import Applied, Rollout
+
+DEATHS = 3
+"""Restarts within one draw, after which the server is at fault."""
+THREADS = 512
+"""Requests under way from one rank."""
+LOG = "engine.log"
+"""In the run's folder: what the server says."""
+TAKEN = 256
+"""Answers fetched at once."""
+Value = TypeVar("Value")
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Asked:
+    """Rows that were asked for, and what came of each."""
+
+    law: Law
+    prompts: list[list[int]]
+    asks: list[Ask]
+    version: int
+    """The weights that are to draw them."""
+    waiting: dict[int, Future[None]]
+    """Requests under way, by row."""
+    answers: dict[int, Answer]
+
+
+class Inside(Protocol):
+    """Calls a function where the policy's forward pass may be run."""
+
+    def __call__(self, call: Callable[[], Value], /) -> Value: ...
+
+
+class VllmEngine:
+    """Every rank makes the same calls, `begin` aside. `alone`: each process has a server of its own; no call is collective."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        settings: EngineSettings,
+        log: Path,
+        *,
+        steering: Steering | None = None,
+        dtype: str | None = None,
+        longest: int | None = None,
+        tolerance: float = 1e-3,
+        inside: Inside = lambda call: call(),
+        alone: bool = False,
+    ):
+        """What cannot be done is refused here; the server starts with the first draw or sync. `longest`: tokens of the longest
+        prompt with its response. `inside` calls a function where the policy's forward pass may be run."""
+        self.policy, self.settings, self.inside, self.alone, self.tolerance = policy, settings, inside, alone, tolerance
+        self.steering = ServerSteering(steering) if steering is not None else None
+        if problems := self.steering.refusals() if self.steering is not None else []:
+            raise ConfigError(*problems)
+        self.is_main = alone or processes.start().is_main
+        self.folder = self._on_main(_scratch)
+        self.client = Client(settings.url or "http://127.0.0.1")
+        self.weights = Sync(self.client, policy, settings, self.folder)
+        self.version, self.restarts = -1, 0
+        """`version`: the step whose weights the server has; -1 before the first."""
+        self._flags = ["--enforce-eager", *self.weights.flags()]
+        self._flags += self.steering.flags() if self.steering is not None else []
+        self._log = log
+        self._server: Server | None = None
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="vllm")
+        self._recent: Rollout | None = None
+        self._gap, self._seconds = 0.0, 0.0
+
+    # -- its life -------------------------------------------------------------------------------------------------------
+
+    def ready(self, step: int) -> None:
+        """There is a server, with weights: those of `step` where it has none yet."""
+        if self.version < 0:
+            self.sync(step)
+
+    def sync(self, step: int) -> None:
+        """The policy's weights and steering as they are now, which are those after `step` updates. Every rank comes here."""
+        if self._server is None and self.version < 0:
+            self.client.move(self._on_main(self._start))
+        began = time.perf_counter()
+        for _ in range(DEATHS):
+            if self._answers_to(step):
+                break
+            self.client.move(self._on_main(self._start_again))
+        else:
+            raise UserError(f"engine: the server died {DEATHS} times while it was sent weights; {self._log} says why")
+        self.version, self._seconds = step, time.perf_counter() - began
+
+    def close(self) -> None:
+        """The server that was started here ends, whatever it is at. What is under way is dropped."""
+        if self._server is not None:
+            self._server.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last sync, and of the run so far."""
+        checked = {"engine/gap_max": self._gap} if self.settings.check_rows else {}
+        return {"engine/sync_s": self._seconds, "engine/restarts": float(self.restarts), **checked}
+
+    def _start(self) -> str:
+        write(self.policy, self.folder / "model")
+        if not self.settings.url:
+            self._server = Server(self.settings, self.folder / "model", self._log, self._flags)
+            self._server.start()
+            self.client.move(self._server.url)
+        self._hello()
+        return self.client.url
+
+    def _start_again(self) -> str:
+        """Main process: another server in the place of one that is gone."""
+        if self._server is None:
+            raise UserError(f"engine.url: nobody answers at {self.client.url} any more; start the server again, and resume")
+        self.restarts += 1
+        _logger.warning("engine: the server is gone (%s); it is started again", self._log)
+        self._server.restart()
+        self.client.move(self._server.url)
+        self._hello()
+        return self.client.url
+
+    def _hello(self) -> None:
+        for told in self.client.rpc("steerl_hello"):
+            if told["wire"] != VERSION:
+                raise UserError(
+                    f"engine: the server's steerl speaks version {told['wire']} of the wire, this one {VERSION}; install the "
+                    "same steerl beside vLLM (make vllm)"
+                )
+
+    def _answers_to(self, step: int) -> bool:
+        """Send weights and steering; False where the server was gone."""
+        self.weights.send(step)
+        return self._answers(lambda: self._steer(step))
+
+    def _steer(self, step: int) -> None:
+        if self.steering is not None:
+            self.steering.send(self.client, step)
+
+    # -- rows -----------------------------------------------------------------------------------------------------------
+
+    def law(self, sampling: Sampling) -> Law:
+        return Law(sampling, self.policy.vocab_size, tuple(self.policy.eos_ids), str(self.folder / "model"))
+
+    def begin(self, law: Law, prompts: list[list[int]], asks: list[Ask]) -> Asked:
+        """Ask, and come back at once."""
+        asked = Asked(law, prompts, asks, self.version, {}, {})
+        self._send(asked)
+        return asked
+
+    def finish(self, asked: Asked) -> list[Answer]:
+        """The answers, in the order of the asks. Every rank comes here, with as many rows as it has."""
+        for _ in range(DEATHS):
+            self._collect(asked)
+            if not self._most(len(asked.asks) - len(asked.answers)):
+                return [asked.answers[b] for b in range(len(asked.asks))]
+            self._revive(asked.version)
+            self._send(asked)
+        raise UserError(f"engine: the server died {DEATHS} times in one draw; {self._log} says why")
+
+    def ask(self, law: Law, prompts: list[list[int]], asks: list[Ask]) -> list[Answer]:
+        """Of one process alone, whose server is there; Gone where it is not."""
+        asked = self.begin(law, prompts, asks)
+        self._collect(asked)
+        if len(asked.answers) < len(asks):
+            raise Gone(f"{len(asks) - len(asked.answers)} rows were not answered")
+        return [asked.answers[b] for b in range(len(asks))]
+
+    def _send(self, asked: Asked) -> None:
+        open_rows = [b for b in range(len(asked.asks)) if b not in asked.answers]
+        if open_rows and not self._lawful(asked.law):
+            return
+        for b in open_rows:
+            call = (asked.prompts[b], asked.law, asked.asks[b], self.weights.model)
+            asked.waiting[b] = self._pool.submit(self.client.generate, *call)
+
+    def _lawful(self, law: Law) -> bool:
+        """Tell the workers of a law before the first row that is drawn by it: one that they cannot read is refused here."""
+        try:
+            for told in self.client.rpc("steerl_law", law.text):
+                if told["problem"]:
+                    raise UserError(f"engine: the server cannot draw by these settings of sampling: {told['problem']}")
+        except Gone:
+            return False
+        return True
+
+    def _collect(self, asked: Asked) -> None:
+        """Wait for what is under way, and fetch it; rows of a server that is gone stay open."""
+        ended = []
+        for b, future in asked.waiting.items():
+            with contextlib.suppress(Gone):
+                future.result()
+                ended.append(b)
+        asked.waiting.clear()
+        with contextlib.suppress(Gone):
+            for at in range(0, len(ended), TAKEN):
+                part = ended[at : at + TAKEN]
+                taken, *_ = self.client.rpc("steerl_take", listed([asked.asks[b].id for b in part]))
+                found = {b: taken[asked.asks[b].id] for b in part if asked.asks[b].id in taken}
+                asked.answers |= {b: Answer.of_packed(answer) for b, answer in found.items()}
+
+    def _revive(self, version: int) -> None:
+        """A server with the weights that it had: those that are kept, or, where the policy has not moved on, sent anew."""
+        lives = self._server is None or self._server.alive()
+        self.client.move(self._on_main(lambda: self.client.url if lives and self.client.healthy() else self._start_again()))
+        if getattr(self.weights, "keeps", True):
+            self._on_main(self.weights.again)
+        elif version == self.version:
+            self.weights.send(version)
+        self._on_main(lambda: self._steer(version))
+
+    # -- steering -------------------------------------------------------------------------------------------------------
+
+    def check_edits(self, rollout: Rollout, answers: Sequence[Answer]) -> None:
+        assert self.steering is not None
+        self.steering.check_edits(rollout, answers)
+
+    def steered(self, applied: Applied, b: int) -> tuple[str, tuple[float, ...], tuple[tuple[int, ...], ...]]:
+        assert self.steering is not None
+        strengths, positions = self.steering.of_row(applied, b)
+        return self.steering.name, strengths, positions
+
+    # -- ranks ----------------------------------------------------------------------------------------------------------
+
+    def _on_main(self, call: Callable[[], Value]) -> Value:
+        return call() if self.alone else processes.on_main(call)
+
+    def _answers(self, call: Callable[[], None]) -> bool:
+        """Whether the server was there for what the main process does with it."""
+
+        def tried() -> bool:
+            try:
+                call()
+            except Gone:
+                return False
+            return True
+
+        return self._on_main(tried)
+
+    def _most(self, count: int) -> int:
+        return count if self.alone else processes.most(count)
+
+
+def _scratch() -> Path:
+    """A folder in memory, where there is one: weights go through it."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="steerl-", dir=memory if memory.is_dir() else None))

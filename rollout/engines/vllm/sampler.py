@@ -1,0 +1,137 @@
+"""ServerSampler: prompts -> a vLLM server -> Rollout. A Sampler to whoever uses it, with the same rows.
+
+begin   who each row is, how it is steered ── one request a row, in threads ──> server      returns at once
+finish  <── answers, asked again where the server died ── checks ── Rollout, Texts          collective where the engine is
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.decoding.loop import OnToken, no_distribution
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.engines.vllm.engine import Asked, VllmEngine
+from steerl.rollout.engines.vllm.wire import Answer, Ask
+from steerl.rollout.model.language_model import no_dropout
+from steerl.rollout.prompts.prompts import PromptBatch
+from steerl.rollout.ragged import Kept, left_pad
+from steerl.rollout.steering import Steering
+from steerl.rollout.types import STOP_LENGTH, Applied, Rollout, Samples, Texts
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Rows that a server is drawing."""
+
+    batch: PromptBatch
+    prompts: list[list[int]]
+    row_B: Tensor
+    sample_B: Tensor
+    applied: Applied
+    asked: Asked
+
+
+class ServerSampler:
+    """Draws with one set of settings, steered or not, from the weights that the engine has sent last."""
+
+    def __init__(self, engine: VllmEngine, sampling: Sampling, steering: Steering | None = None):
+        self.engine, self.policy, self.sampling, self.steering = engine, engine.policy, sampling, steering
+        if sampling.compile:
+            raise UserError("sampling.compile: has no effect with engine.kind vllm; leave it out")
+        self._inside = Sampler(self.policy, sampling, steering)
+        self.stops = self._inside.stops
+        self.law = engine.law(sampling)
+
+    def sample(self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0, on_token: OnToken | None = None) -> Samples:
+        """As Sampler.sample. A server shows no token before its row has ended."""
+        if on_token is not None:
+            raise UserError("engine.kind: vllm shows no token before its row has ended; use stream")
+        return self.draw(batch, step=step, progress=progress)
+
+    def draw(self, batch: PromptBatch, /, *, step: int, progress: float) -> Samples:
+        self.engine.ready(step)
+        return self.finish(self.begin(batch, step=step, progress=progress))
+
+    def weights_changed(self, step: int) -> None:
+        self.engine.sync(step)
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def begin(self, batch: PromptBatch, *, step: int, progress: float) -> Begun:
+        """Ask for all rows, with the weights that the server has. `step` keys the draws."""
+        self._inside.check(batch)
+        n, device = self.sampling.n, self.policy.device
+        order = [(i, j) for i in range(len(batch)) for j in range(n)]
+        many = batch.select([i for i, _ in order])
+        row_B = torch.tensor(many.rows, dtype=torch.int64, device=device)
+        sample_B = torch.tensor([batch.sample(i, j, n) for i, j in order], dtype=torch.int64, device=device)
+        prompts = [list(ids) for ids in many.ids]
+        weights = self.engine.version
+        if self.steering is None or not order:
+            applied = Applied.nothing(row_B, weights, 0 if self.steering is None else len(self.steering.sites))
+        else:
+            _, mask_BP = left_pad(prompts, self.policy.pad_id, device)
+            applied = self.steering.applied(mask_BP, row_B, sample_B, many.columns, progress=progress, policy_step=step)
+            applied = applied._replace(policy_step_B=torch.full_like(row_B, weights))
+        asks = [self._ask(applied, b, step, int(row_B[b]), int(sample_B[b])) for b in range(len(order))]
+        return Begun(batch, prompts, row_B, sample_B, applied, self.engine.begin(self.law, prompts, asks))
+
+    def _ask(self, applied: Applied, b: int, step: int, row: int, sample: int) -> Ask:
+        if self.steering is None:
+            return Ask(uuid.uuid4().hex, step, row, sample)
+        name, strengths, positions = self.engine.steered(applied, b)
+        return Ask(uuid.uuid4().hex, step, row, sample, steering=name, strengths=strengths, positions=positions)
+
+    def finish(self, begun: Begun) -> Samples:
+        """The rows, when all have ended. Every rank comes here."""
+        answers = self.engine.finish(begun.asked)
+        rollout = self._rollout(begun, answers) if answers else self._inside.nothing(self.engine.version)
+        if self.steering is not None and answers:
+            self.engine.check_edits(rollout, answers)
+        with no_dropout(self.policy.core), torch.no_grad():
+            rollout = self.engine.inside(lambda: self._inside.of_policy(rollout))
+        return Samples(rollout, self.texts(begun.batch, rollout))
+
+    def texts(self, batch: PromptBatch, rollout: Rollout) -> Texts:
+        return self._inside.texts(batch, rollout)
+
+    def _rollout(self, begun: Begun, answers: Sequence[Answer]) -> Rollout:
+        for b, answer in enumerate(answers):
+            name = f"row {int(begun.row_B[b])} (sample {int(begun.sample_B[b])})"
+            if answer.bad >= 0:
+                raise no_distribution(name, answer.bad)
+            if set(answer.versions) != {begun.asked.version}:
+                first, last = answer.versions
+                drawn = f"step {first}" if first == last else f"steps {first} to {last}"
+                raise UserError(
+                    f"engine: {name} was drawn by the weights of {drawn}, where the server was sent those of step "
+                    f"{begun.asked.version}; somebody else sends it weights, or it lost a sync: a job needs a server of its own"
+                )
+        stop_B = torch.tensor([answer.stop for answer in answers])
+        kept = None
+        if self.sampling.replays_mask:
+            kept = Kept.of_lists([answer.kept or [] for answer in answers], self.policy.device)
+        return Rollout.of_ids(
+            begun.prompts,
+            [answer.ids for answer in answers],
+            pad_id=self.policy.pad_id,
+            device=self.policy.device,
+            row_B=begun.row_B,
+            sample_B=begun.sample_B,
+            ended_B=stop_B != STOP_LENGTH,
+            stop_B=stop_B,
+            behaviour_logprobs_BR=[answer.behaviour for answer in answers],
+            policy_logprobs_BR=[answer.policy for answer in answers],
+            entropy_BR=[answer.entropy for answer in answers],
+            kept=kept,
+            **self._inside.record(),
+            **begun.applied._asdict(),
+        )
