@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
@@ -165,11 +165,13 @@ class VllmEngine:
     def _answers_to(self, step: int) -> bool:
         """Send weights and steering; False where the server was gone."""
         self.weights.send(step)
-        return self._answers(lambda: self._steer(step))
-
-    def _steer(self, step: int) -> None:
         if self.steering is not None:
-            self.steering.send(self.client, step)
+            self.steering.take(step)
+        return self._answers(self._steer)
+
+    def _steer(self) -> None:
+        if self.steering is not None:
+            self.steering.send(self.client)
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
@@ -241,7 +243,7 @@ class VllmEngine:
             self._on_main(self.weights.again)
         elif version == self.version:
             self.weights.send(version)
-        self._on_main(lambda: self._steer(version))
+        self._on_main(self._steer)
 
     # -- steering -------------------------------------------------------------------------------------------------------
 
@@ -249,10 +251,9 @@ class VllmEngine:
         assert self.steering is not None
         self.steering.check_edits(rollout, answers)
 
-    def steered(self, applied: Applied, b: int) -> tuple[str, tuple[float, ...], tuple[tuple[int, ...], ...]]:
+    def steered(self, applied: Applied, b: int) -> dict[str, Any]:
         assert self.steering is not None
-        strengths, positions = self.steering.of_row(applied, b)
-        return self.steering.name, strengths, positions
+        return self.steering.of_row(applied, b)
 
     # -- ranks ----------------------------------------------------------------------------------------------------------
 

@@ -91,10 +91,8 @@ class ServerSampler:
         return Begun(batch, prompts, row_B, sample_B, applied, self.engine.begin(self.law, prompts, asks))
 
     def _ask(self, applied: Applied, b: int, step: int, row: int, sample: int) -> Ask:
-        if self.steering is None:
-            return Ask(uuid.uuid4().hex, step, row, sample)
-        name, strengths, positions = self.engine.steered(applied, b)
-        return Ask(uuid.uuid4().hex, step, row, sample, steering=name, strengths=strengths, positions=positions)
+        steered = {} if self.steering is None else self.engine.steered(applied, b)
+        return Ask(uuid.uuid4().hex, step, row, sample, **steered)
 
     def finish(self, begun: Begun) -> Samples:
         """The rows, when all have ended. Every rank comes here."""
