@@ -6,20 +6,26 @@ finish  <── answers, asked again where the server died ── checks ── 
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.decoding.loop import OnToken, no_distribution
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
-from steerl.rollout.engines.vllm.engine import Asked, VllmEngine
+from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.engines.vllm.engine import LOG, Asked, VllmEngine
 from steerl.rollout.engines.vllm.wire import Answer, Ask
 from steerl.rollout.model.language_model import no_dropout
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.ragged import Kept, left_pad
 from steerl.rollout.steering import Steering
@@ -135,3 +141,32 @@ class ServerSampler:
             **self._inside.record(),
             **begun.applied._asdict(),
         )
+
+
+@contextlib.contextmanager
+def sampler_of(
+    policy: Policy, sampling: Sampling, steering: Steering | None, engine: EngineSettings, folder: Path
+) -> Iterator[Sampler | ServerSampler]:
+    """What a job without training draws with, each process for itself: in process, or a server that ends with the block."""
+    if engine.kind != "vllm":
+        yield Sampler(policy, sampling, steering, engine)
+        return
+    with server_of(policy, steering, engine, folder) as server:
+        yield ServerSampler(server, sampling, steering)
+
+
+@contextlib.contextmanager
+def server_of(
+    policy: Policy, steering: Steering | None, engine: EngineSettings, folder: Path | None = None
+) -> Iterator[VllmEngine]:
+    """A server of this process's own, whose weights stay as they are. Without a folder nobody keeps what it says."""
+    if engine.ahead:
+        raise ConfigError("engine.ahead: 1, but nothing learns while rows are drawn here, so it has no effect; leave it out")
+    me = processes.start()
+    with tempfile.TemporaryDirectory(prefix="steerl-") as scratch:
+        log = Path(folder or scratch) / (LOG if me.is_main else f"engine-{me.rank}.log")
+        server = VllmEngine(policy, engine, log, steering=steering, alone=True)
+        try:
+            yield server
+        finally:
+            server.close()
