@@ -134,10 +134,15 @@ class VllmEngine:
         checked = {"engine/gap_max": self._gap} if self.settings.check_rows else {}
         return {"engine/sync_s": self._seconds, "engine/restarts": float(self.restarts), **checked}
 
+    def server(self) -> Server:
+        """The one to start, with a folder of the policy's config and tokenizer."""
+        return Server(self.settings, write(self.policy, self.folder / "model"), self._log, self._flags)
+
     def _start(self) -> str:
-        write(self.policy, self.folder / "model")
-        if not self.settings.url:
-            self._server = Server(self.settings, self.folder / "model", self._log, self._flags)
+        if self.settings.url:
+            write(self.policy, self.folder / "model")
+        else:
+            self._server = self.server()
             self._server.start()
             self.client.move(self._server.url)
         self._hello()
