@@ -37,6 +37,9 @@ from steerl.rollout.chat.terminal import (
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.engines.vllm.sampler import ServerSampler, server_of
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.chat import Speller, conversation_ids, text_ids, text_of
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
@@ -53,6 +56,8 @@ class CompleteJob:
     prompts: PromptSettings = field(default_factory=PromptSettings)
     """A file of prompts instead: whatever a dump reads, or a .txt with one on each line."""
     sampling: Sampling = field(default_factory=Sampling)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """What draws; only stream shows a text before it is whole."""
     steering: dict[str, object] | str | None = field(default=None, metadata={"check": load_spec})
     """An intervention: completions without and with it stand side by side."""
     chat: bool = False
@@ -92,11 +97,14 @@ class Asked:
 class Session:
     """A policy, how it is asked, and where its answers are shown."""
 
-    def __init__(self, job: CompleteJob, policy: Policy):
+    def __init__(self, job: CompleteJob, policy: Policy, ending: contextlib.ExitStack):
         self.job, self.policy, self.speller = job, policy, Speller(policy.tokenizer)
         self.steering = None
         if job.steering:
             self.steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed)
+        self.server = None
+        if job.engine.kind == "vllm":
+            self.server = ending.enter_context(server_of(policy, self.steering, job.engine))
         self.color = wants_color(sys.stdout) if job.color == "auto" else job.color == "always"
 
     # -- asking -----------------------------------------------------------------------------------------------------------
@@ -104,15 +112,21 @@ class Session:
     def answer(self, asked: list[Asked], step: int = 0, first: int = 0, live: Live | None = None) -> list[list[Completed]]:
         """For each prompt the plain completion and, with steering, the steered one."""
         ids, rows = [one.ids for one in asked], range(first, first + len(asked))
+        asked_as: dict[str, Any] = {"logprobs": True, "step": step, "rows": rows, "on_token": live, "draws": self.draws}
         found = [
-            complete(self.policy, ids, self.job.sampling, logprobs=True, steering=steering, step=step, rows=rows, on_token=live)
+            complete(self.policy, ids, self.job.sampling, steering=steering, **asked_as)
             for steering in ([None, self.steering] if self.steering else [None])
         ]
         return [list(pair) for pair in zip(*found, strict=True)]
 
+    def draws(self, sampling: Sampling, steering: Steering | None) -> Sampler | ServerSampler:
+        if self.server is not None:
+            return ServerSampler(self.server, sampling, steering)
+        return Sampler(self.policy, sampling, steering, self.job.engine)
+
     def stream(self, one: Asked, step: int = 0) -> tuple[str, bool]:
         """Show a completion as it comes (JSON, and two side by side, when whole). Its text, and whether it was interrupted."""
-        if self.steering or self.job.json:
+        if self.steering or self.job.json or self.job.engine.kind != "stream":
             text = ""
             with interruptible() as state:
                 found = self.answer([one], step)[0]
@@ -289,8 +303,14 @@ def read_prompts(job: CompleteJob, policy: Policy) -> list[Asked]:
 def main(job: CompleteJob) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a sign instead
+    with contextlib.ExitStack() as ending:
+        run(job, ending)
+
+
+def run(job: CompleteJob, ending: contextlib.ExitStack) -> None:
     policy = load_policy(job.model, processes.start().device)
-    session, asked = Session(job, policy), read_prompts(job, policy)
+    asked = read_prompts(job, policy)
+    session = Session(job, policy, ending)
     if not asked:
         session.chat()
     elif len(asked) == 1 and not job.json:

@@ -9,6 +9,7 @@ Leaves RUN/rollouts-NNNNN.parquet, RUN/manifest.json and RUN/tokenizer. A dump t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import warn_endless
 from steerl.rollout.dumps.dump import dump, left_to_do
 from steerl.rollout.dumps.manifest import RECORDS, Manifest, Plan, load_manifest, start
-from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.engines.vllm.sampler import sampler_of
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering import Steering, load_spec
@@ -53,16 +54,16 @@ def main(job: DumpJob) -> None:
         for name in ("seed", "keep", "trackers", "allow_changes"):
             if getattr(job.run, name) != getattr(RunSettings(), name):
                 print(f"run.{name}: has no effect on a dump{', sampling.seed has' if name == 'seed' else ''}", file=sys.stderr)
-    with opened(job.run, dataclasses.asdict(job)) as folder:
-        write(job, folder)
+    with opened(job.run, dataclasses.asdict(job)) as folder, contextlib.ExitStack() as ending:
+        write(job, folder, ending)
 
 
-def write(job: DumpJob, folder: Path) -> None:
+def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
     me = processes.start()
     policy = load_policy(job.model, me.device)
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed) if job.steering else None
-    sampler = Sampler(policy, job.sampling, steering, job.engine)
+    sampler = ending.enter_context(sampler_of(policy, job.sampling, steering, job.engine, folder))
     warn_endless(policy, job.sampling, prompts.table[0][prompts.column])
     plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
 

@@ -84,7 +84,7 @@ def engine_problems(engine: EngineSettings, ppo: PPOSettings, steering: Steering
         return ["engine.kind: vllm, but ppo.replay reads rows where others draw; leave one of the two out"]
     if engine.ahead and getattr(steering, "role", "") == "behaviour":
         return [
-            "engine.ahead: 1 with steering.role behaviour, whose rows need a plain pass of the weights that drew them, which are "
+            "engine.ahead: 1 with steering.role behaviour, whose rows need a plain pass of the weights that drew them, "
             "gone by then; set it to 0"
         ]
     return []

@@ -12,7 +12,7 @@ of them without a log-prob. A row's limit is what the context leaves beside its 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops
 from steerl.rollout.engines.sampler import OnToken, Sampler
+from steerl.rollout.engines.vllm.sampler import ServerSampler
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import conversation_ids, text_ids
 from steerl.rollout.prompts.prompts import PromptBatch
@@ -178,11 +179,12 @@ def complete(
     limit: int | None = None,
     context: int | None = None,
     on_token: OnToken | None = None,
+    draws: Callable[[Sampling, Any], Sampler | ServerSampler] | None = None,
 ) -> list[Completed]:
     """One completion per prompt. `limit` is sampling.max_new_tokens unless given (0: nothing is sampled, echo alone).
 
     A completion is keyed by seed, `step` and its row (`rows`, else 0, 1, ...): another one of them gives another text.
-    `on_token` as for Sampler.sample.
+    `on_token` as for Sampler.sample; `draws` makes what draws from (sampling, steering): another engine's.
     """
     if sampling.n != 1:
         raise UserError(f"sampling.n: {sampling.n}, but a prompt has one completion; leave it at 1, or dump rollouts")
@@ -202,7 +204,8 @@ def complete(
         if most < 1:
             done.update({row: Completed(prompts[row], [], "", STOP_REASONS[STOP_LENGTH], [], None, None) for row in group})
             continue
-        sampler = Sampler(policy, dataclasses.replace(sampling, max_new_tokens=most, replay_mask=False), steering)
+        own = dataclasses.replace(sampling, max_new_tokens=most, replay_mask=False)
+        sampler = draws(own, steering) if draws is not None else Sampler(policy, own, steering)
         batch = PromptBatch.of_ids(
             [prompts[row] for row in group], [rows[row] if rows else row for row in group], policy.tokenizer
         )
@@ -211,9 +214,9 @@ def complete(
         for at, row in enumerate(group):
             one = rollout.select([at])
             ids = _shown_ids(sampler.stops, one, texts.completions[at], prompts[row])
-            own = None if numbers is None else numbers[at, : len(ids)].tolist()
+            shown = None if numbers is None else numbers[at, : len(ids)].tolist()
             reason = STOP_REASONS[int(one.stop_B[0])]
-            done[row] = Completed(prompts[row], ids, texts.completions[at], reason, own, None, one)
+            done[row] = Completed(prompts[row], ids, texts.completions[at], reason, shown, None, one)
     completed = [done[row] for row in range(len(prompts))]
     if not echo or not logprobs:
         return completed

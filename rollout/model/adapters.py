@@ -208,6 +208,77 @@ def merge(model: PeftModel) -> PreTrainedModel:
     return merged.requires_grad_(True)
 
 
+def adapted_layers(core: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The layers in which adapters sit, by name, none inside another."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    found: dict[str, torch.nn.Module] = {}
+    for name, module in core.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) and not inside:
+            found[name] = module
+    return found
+
+
+def not_plain_lora(model: PeftModel, most: int) -> str:
+    """Why the active adapter is more than two small matrices beside linear layers, `most` wide; "" where it is just that."""
+    config: Any = model.active_peft_config
+    if config.peft_type.value != "LORA":
+        return f"it is {config.peft_type.value}, not LoRA"
+    odd = {
+        "use_dora": config.use_dora,
+        "bias": config.bias != "none",
+        "lora_bias": config.lora_bias,
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "target_parameters": config.target_parameters,
+        "layer_replication": config.layer_replication,
+        "use_qalora": config.use_qalora,
+    }
+    if field := next((name for name, there in odd.items() if there), ""):
+        return f"its {field} is {getattr(config, field)!r}"
+    if other := learns_in_base(model):
+        return f"{other} of the base learns too"
+    for name, layer in adapted_layers(model.get_base_model()).items():
+        base = layer.get_base_layer()  # type: ignore[operator]
+        if not isinstance(base, torch.nn.Linear) or base is model.get_base_model().get_output_embeddings():
+            return f"it sits in {name}, which is no linear layer of a block"
+    rank = largest_rank(model)
+    return f"its rank is {rank}, above {most}" if rank > most else ""
+
+
+def largest_rank(model: PeftModel) -> int:
+    """Of the active LoRA's layers."""
+    config: Any = model.active_peft_config
+    return max([config.r, *(config.rank_pattern or {}).values()])
+
+
+def is_own(model: PeftModel, name: str) -> bool:
+    """Whether a weight is the active adapter's, by its name in the PeftModel's state dict."""
+    return f".{model.active_adapter}." in name
+
+
+def merged_layer(layer: torch.nn.Module, values: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the plain layer that computes what an adapted one does, which stays as it is. `values` stand in for
+    parameters, by their id: whole ones for those that are sharded."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(layer, ModulesToSaveWrapper):
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+        return {name: values[id(parameter)] for name, parameter in layer.state_dict(keep_vars=True).items()}
+    memo: dict[int, Any] = {id(p): torch.nn.Parameter(values[id(p)], requires_grad=False) for p in layer.parameters()}
+    for module in layer.modules():  # engines hang hooks on layers that hold all of their own
+        memo |= {id(value): type(value)() for name, value in vars(module).items() if name.endswith("_hooks")}
+    copied: Any = copy.deepcopy(layer, memo)
+    base = copied.get_base_layer()
+    for parameter in base.parameters():
+        parameter.data = parameter.data.clone()  # what merge changes in place
+    copied.merge(safe_merge=True)
+    state: dict[str, torch.Tensor] = base.state_dict()
+    return state
+
+
 def save(model: PeftModel, folder: str | Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
     """The active adapter in peft's format, files directly in `folder`. `state` stands in for a sharded model's own."""
     name = model.active_adapter

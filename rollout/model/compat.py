@@ -136,6 +136,15 @@ def active_deepspeed_config() -> HfDeepSpeedConfig | None:
     return deepspeed._hf_deepspeed_config_weak_ref() if deepspeed.is_deepspeed_zero3_enabled() else None
 
 
+def as_saved(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names and in the layout of a checkpoint: what save_pretrained makes of a state dict, or of all of a
+    layer's."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved: dict[str, Tensor] = revert_weight_conversion(model, state)
+    return saved
+
+
 @contextlib.contextmanager
 def without_message(text: str) -> Iterator[None]:
     """Inside, transformers logs nothing of loading and of models that has `text` in it."""

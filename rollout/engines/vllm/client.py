@@ -48,25 +48,20 @@ class Client:
     """One server. A connection for each thread that asks, kept from one question to the next."""
 
     def __init__(self, url: str):
-        self.url = url
+        self.move(url)
         self._own = threading.local()
         self._open: weakref.WeakSet[http.client.HTTPConnection] = weakref.WeakSet()
         self._asking = threading.Lock()
         self._heard = self._beat = time.monotonic()
         self._lost, self._why = -math.inf, ""  # when it was last found to be gone
 
-    @property
-    def url(self) -> str:
-        return self._url
-
-    @url.setter
-    def url(self, url: str) -> None:
-        """Another server in its place. Empty: there is none yet."""
+    def move(self, url: str) -> None:
+        """Ask there from now on."""
         parts = urlsplit(url)
-        if url and (parts.scheme != "http" or not parts.hostname):
+        if parts.scheme != "http" or not parts.hostname:
             raise ConfigError(f"engine.url: {url}, but it must be like http://127.0.0.1:8000")
-        self._url = url.rstrip("/")
-        self._place, self._base = (parts.hostname or "", parts.port or 80), parts.path.rstrip("/")
+        self.url = url.rstrip("/")
+        self._place, self._base = (parts.hostname, parts.port or 80), parts.path.rstrip("/")
 
     # -- what is asked ------------------------------------------------------------------------------------------------
 

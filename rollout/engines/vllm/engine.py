@@ -1,9 +1,9 @@
 """VllmEngine: one server of a job, to all its ranks. It starts it, sends it weights and steering, asks it, and ends it.
 
-    ready ── the main process starts a server, or finds that of engine.url ── all ranks know it
-    sync  ── weights of all ranks, layer by layer, to the server ── some rows scored again ── its version is the step's
-    begin, finish ── rows; where the server has died the main process starts it again, and what was not answered is asked again:
-                     draws are keyed, so nothing changes
+ready ── the main process starts a server, or finds that of engine.url ── all ranks know it
+sync  ── weights of all ranks, layer by layer, to the server ── some rows scored again ── its version is the step's
+begin, finish ── rows; where the server has died the main process starts it again, and what was not answered is asked again:
+                 draws are keyed, so nothing changes
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.client import Client, Gone
-from steerl.rollout.engines.vllm.model_folder import write_model_folder
-from steerl.rollout.engines.vllm.rescore import check_rows
+from steerl.rollout.engines.vllm.model_folder import write
 from steerl.rollout.engines.vllm.server import Server
 from steerl.rollout.engines.vllm.steering import ServerSteering
 from steerl.rollout.engines.vllm.support import refusals
@@ -61,8 +60,14 @@ class Asked:
     answers: dict[int, Answer]
 
 
+class Inside(Protocol):
+    """Calls a function where the policy's forward pass may be run."""
+
+    def __call__(self, call: Callable[[], Value], /) -> Value: ...
+
+
 class VllmEngine:
-    """Every rank makes the same calls, `begin` aside. `alone`: each process has a server of its own, and no call is collective."""
+    """Every rank makes the same calls, `begin` aside. `alone`: each process has a server of its own; no call is collective."""
 
     def __init__(
         self,
@@ -74,7 +79,7 @@ class VllmEngine:
         dtype: str | None = None,
         longest: int | None = None,
         tolerance: float = 1e-3,
-        inside: Callable[[Callable[[], Value]], Value] = lambda call: call(),
+        inside: Inside = lambda call: call(),
         alone: bool = False,
     ):
         """What cannot be done is refused here; the server starts with the first draw or sync. `longest`: tokens of the longest
@@ -85,13 +90,14 @@ class VllmEngine:
             raise ConfigError(*problems)
         self.is_main = alone or processes.start().is_main
         self.folder = self._on_main(_scratch)
-        self.client = Client(settings.url)
-        self.weights = Sync(self.client, policy, settings, self.folder, alone=alone)
+        self.client = Client(settings.url or "http://127.0.0.1")
+        self.weights = Sync(self.client, policy, settings, self.folder)
         self.version, self.restarts = -1, 0
         """`version`: the step whose weights the server has; -1 before the first."""
-        self._flags = ["--dtype", dtype or str(policy.core.dtype).removeprefix("torch."), *(["--max-model-len", str(longest)] if longest else []), *self.weights.flags()]
+        self._flags = self.weights.flags()
         self._flags += self.steering.flags() if self.steering is not None else []
-        self._log, self._server = log, None
+        self._log = log
+        self._server: Server | None = None
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="vllm")
         self._recent: Rollout | None = None
         self._gap, self._seconds = 0.0, 0.0
@@ -106,24 +112,21 @@ class VllmEngine:
     def sync(self, step: int) -> None:
         """The policy's weights and steering as they are now, which are those after `step` updates. Every rank comes here."""
         if self._server is None and self.version < 0:
-            self.client.url = self._on_main(self._start)
+            self.client.move(self._on_main(self._start))
         began = time.perf_counter()
         for _ in range(DEATHS):
-            if self.weights.send(step) and self._answers(lambda: self._steer(step)):
+            if self._answers_to(step):
                 break
-            self._on_main(self._start_again)
+            self.client.move(self._on_main(self._start_again))
         else:
             raise UserError(f"engine: the server died {DEATHS} times while it was sent weights; {self._log} says why")
         self.version, self._seconds = step, time.perf_counter() - began
-        if self.settings.check_rows:
-            self._gap = self.inside(lambda: check_rows(self, self._recent))
 
     def close(self) -> None:
         """The server that was started here ends, whatever it is at. What is under way is dropped."""
-        for server in [self._server] if self._server is not None else []:
-            server.stop()
+        if self._server is not None:
+            self._server.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self.client.close()
         if self.is_main:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -132,36 +135,49 @@ class VllmEngine:
         checked = {"engine/gap_max": self._gap} if self.settings.check_rows else {}
         return {"engine/sync_s": self._seconds, "engine/restarts": float(self.restarts), **checked}
 
+    def server(self) -> Server:
+        """The one to start, with a folder of the policy's config and tokenizer."""
+        return Server(self.settings, write(self.policy, self.folder / "model"), self._log, self._flags)
+
     def _start(self) -> str:
-        write_model_folder(self.policy, self.folder / "model")
-        if not self.settings.url:
-            self._server = Server(self.settings, self.folder / "model", self._log, self._flags)
+        if self.settings.url:
+            write(self.policy, self.folder / "model")
+        else:
+            self._server = self.server()
             self._server.start()
-            self.client.url = self._server.url
+            self.client.move(self._server.url)
         self._hello()
         return self.client.url
 
-    def _start_again(self) -> None:
+    def _start_again(self) -> str:
         """Main process: another server in the place of one that is gone."""
         if self._server is None:
             raise UserError(f"engine.url: nobody answers at {self.client.url} any more; start the server again, and resume")
         self.restarts += 1
         _logger.warning("engine: the server is gone (%s); it is started again", self._log)
         self._server.restart()
-        self.client.url = self._server.url
+        self.client.move(self._server.url)
         self._hello()
+        return self.client.url
 
     def _hello(self) -> None:
         for told in self.client.rpc("steerl_hello"):
             if told["wire"] != VERSION:
                 raise UserError(
-                    f"engine: the server's steerl speaks version {told['wire']} of the wire, this one {VERSION}; install the same "
-                    "steerl beside vLLM (make vllm)"
+                    f"engine: the server's steerl speaks version {told['wire']} of the wire, this one {VERSION}; install the "
+                    "same steerl beside vLLM (make vllm)"
                 )
 
-    def _steer(self, step: int) -> None:
+    def _answers_to(self, step: int) -> bool:
+        """Send weights and steering; False where the server was gone."""
+        self.weights.send(step)
         if self.steering is not None:
-            self.steering.send(self.client, step)
+            self.steering.take(step)
+        return self._answers(self._steer)
+
+    def _steer(self) -> None:
+        if self.steering is not None:
+            self.steering.send(self.client)
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
@@ -227,22 +243,23 @@ class VllmEngine:
 
     def _revive(self, version: int) -> None:
         """A server with the weights that it had: those that are kept, or, where the policy has not moved on, sent anew."""
-        self._on_main(lambda: None if self.client.healthy() and self._server_lives() else self._start_again())
-        if self.weights.keeps:
+        lives = self._server is None or self._server.alive()
+        self.client.move(self._on_main(lambda: self.client.url if lives and self.client.healthy() else self._start_again()))
+        if getattr(self.weights, "keeps", True):
             self._on_main(self.weights.again)
         elif version == self.version:
             self.weights.send(version)
-        self._on_main(lambda: self._steer(version))
-
-    def _server_lives(self) -> bool:
-        return self._server is None or self._server.alive()
+        self._on_main(self._steer)
 
     # -- steering -------------------------------------------------------------------------------------------------------
 
-    def steered(self, applied: Applied, b: int) -> tuple[str, tuple[float, ...], tuple[tuple[int, ...], ...]]:
+    def check_edits(self, rollout: Rollout, answers: Sequence[Answer]) -> None:
         assert self.steering is not None
-        strengths, positions = self.steering.of_row(applied, b)
-        return self.steering.name, strengths, positions
+        self.steering.check_edits(rollout, answers)
+
+    def steered(self, applied: Applied, b: int) -> dict[str, Any]:
+        assert self.steering is not None
+        return self.steering.of_row(applied, b)
 
     # -- ranks ----------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from steerl.rollout.model.policy import Policy
 
 
-def write_model_folder(policy: Policy, folder: Path) -> Path:
+def write(policy: Policy, folder: Path) -> Path:
     """config.json and the tokenizer's files of `policy`, in `folder`."""
     config = copy.deepcopy(policy.core.config)
     config.architectures = [type(policy.core).__name__]  # a model that was made from a config has none yet

@@ -1,25 +1,31 @@
 """ServerSampler: prompts -> a vLLM server -> Rollout. A Sampler to whoever uses it, with the same rows.
 
-    begin   who each row is, how it is steered ── one request a row, in threads ──> server      returns at once
-    finish  <── answers, asked again where the server died ── checks ── Rollout, Texts          collective where the engine is
+begin   who each row is, how it is steered ── one request a row, in threads ──> server      returns at once
+finish  <── answers, asked again where the server died ── checks ── Rollout, Texts          collective where the engine is
 """
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.decoding.loop import OnToken, no_distribution
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
-from steerl.rollout.engines.vllm.engine import Asked, VllmEngine
+from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.engines.vllm.engine import LOG, Asked, VllmEngine
 from steerl.rollout.engines.vllm.wire import Answer, Ask
 from steerl.rollout.model.language_model import no_dropout
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.ragged import Kept, left_pad
 from steerl.rollout.steering import Steering
@@ -49,9 +55,7 @@ class ServerSampler:
         self.stops = self._inside.stops
         self.law = engine.law(sampling)
 
-    def sample(
-        self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0, on_token: OnToken | None = None
-    ) -> Samples:
+    def sample(self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0, on_token: OnToken | None = None) -> Samples:
         """As Sampler.sample. A server shows no token before its row has ended."""
         if on_token is not None:
             raise UserError("engine.kind: vllm shows no token before its row has ended; use stream")
@@ -87,10 +91,8 @@ class ServerSampler:
         return Begun(batch, prompts, row_B, sample_B, applied, self.engine.begin(self.law, prompts, asks))
 
     def _ask(self, applied: Applied, b: int, step: int, row: int, sample: int) -> Ask:
-        if self.steering is None:
-            return Ask(uuid.uuid4().hex, step, row, sample)
-        name, strengths, positions = self.engine.steered(applied, b)
-        return Ask(uuid.uuid4().hex, step, row, sample, steering=name, strengths=strengths, positions=positions)
+        steered = {} if self.steering is None else self.engine.steered(applied, b)
+        return Ask(uuid.uuid4().hex, step, row, sample, **steered)
 
     def finish(self, begun: Begun) -> Samples:
         """The rows, when all have ended. Every rank comes here."""
@@ -115,7 +117,7 @@ class ServerSampler:
                 drawn = f"step {first}" if first == last else f"steps {first} to {last}"
                 raise UserError(
                     f"engine: {name} was drawn by the weights of {drawn}, where the server was sent those of step "
-                    f"{begun.asked.version}; somebody else sends it weights, or it lost a sync: give each job a server of its own"
+                    f"{begun.asked.version}; somebody else sends it weights, or it lost a sync: a job needs a server of its own"
                 )
         stop_B = torch.tensor([answer.stop for answer in answers])
         kept = None
@@ -137,3 +139,32 @@ class ServerSampler:
             **self._inside.record(),
             **begun.applied._asdict(),
         )
+
+
+@contextlib.contextmanager
+def sampler_of(
+    policy: Policy, sampling: Sampling, steering: Steering | None, engine: EngineSettings, folder: Path
+) -> Iterator[Sampler | ServerSampler]:
+    """What a job without training draws with, each process for itself: in process, or a server that ends with the block."""
+    if engine.kind != "vllm":
+        yield Sampler(policy, sampling, steering, engine)
+        return
+    with server_of(policy, steering, engine, folder) as server:
+        yield ServerSampler(server, sampling, steering)
+
+
+@contextlib.contextmanager
+def server_of(
+    policy: Policy, steering: Steering | None, engine: EngineSettings, folder: Path | None = None
+) -> Iterator[VllmEngine]:
+    """A server of this process's own, whose weights stay as they are. Without a folder nobody keeps what it says."""
+    if engine.ahead:
+        raise ConfigError("engine.ahead: 1, but nothing learns while rows are drawn here, so it has no effect; leave it out")
+    me = processes.start()
+    with tempfile.TemporaryDirectory(prefix="steerl-") as scratch:
+        log = Path(folder or scratch) / (LOG if me.is_main else f"engine-{me.rank}.log")
+        server = VllmEngine(policy, engine, log, steering=steering, alone=True)
+        try:
+            yield server
+        finally:
+            server.close()

@@ -11,6 +11,7 @@ Whatever keeps it from starting is one line: what its interpreter has not, what 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -58,7 +59,7 @@ class Server:
         # Not resolved: a virtual environment's interpreter is a link, and is what it is by the path it is called by.
         command = [str(Path(self.settings.python).absolute()), "-P", "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(self.model), "--served-model-name", "policy", "--model-impl", self.settings.model_impl]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--generation-config", "vllm"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--generation-config", "vllm", "--dtype", self._dtype()]
         command += ["--load-format", "dummy", "--skip-tokenizer-init", "--no-async-scheduling", "--enable-scale-out"]
         command += ["--worker-extension-cls", EXTENSION, "--disable-uvicorn-access-log"]
         if not on_gpu():
@@ -107,6 +108,12 @@ class Server:
         self.stop()
         self.restarts += 1
         self.start()
+
+    def _dtype(self) -> str:
+        """As the config has it: left to itself, vLLM makes float32 bfloat16."""
+        with contextlib.suppress(OSError):
+            return str(json.loads((self.model / "config.json").read_text(encoding="utf-8")).get("dtype", "auto"))
+        return "auto"
 
     def _launch(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)

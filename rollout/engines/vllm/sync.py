@@ -1,70 +1,267 @@
-"""Sync: the policy's weights to the server, and again to one that was started anew."""
+"""Sync: the policy's weights to the server, and again to one that was started anew.
+
+    kind      how they get there                                        kept for `again`
+    file      a safetensors file, written layer by layer                the file, until the next sync
+    gloo      a broadcast between the main process and the workers      nothing
+    nccl      the same between GPUs                                     nothing
+    adapter   the base by a file, once; then the adapter's folder       both
+
+    send(version)   every rank: gather in step ── main: write or broadcast ── server: load all, or say what is missing
+                                                  ── prefix cache emptied ── steerl_ready(version): rows are drawn again
+
+vLLM does what it is called for between two steps of its loop, so nothing is paused: a row that was under way would be of two
+versions, and says so. Until `steerl_ready` the server draws nothing, so that a sync which fails leaves no mixture at work.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import UserError, one_line
 from steerl.rollout.engines.settings import EngineSettings
-from steerl.rollout.engines.vllm import export
+from steerl.rollout.engines.vllm import broadcast, export
+from steerl.rollout.engines.vllm.broadcast import Announced
+from steerl.rollout.engines.vllm.client import Gone
+from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
+
+TIMEOUT = 120.0
+"""Seconds that one side of a broadcast waits for the other."""
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Largest ranks of adapters with which vLLM can be started."""
 
 
 class Calls(Protocol):
     """What is needed of the client."""
 
-    def rpc(self, method: str, *args: str, timeout: float = ...) -> list[Any]: ...
+    def rpc(self, method: str, *args: str) -> list[Any]: ...
+
+    def post(self, path: str, body: object) -> Any: ...
 
 
 class Sync:
     """Every rank has one and calls `send` at the same time; the main process alone talks to the server."""
 
-    def __init__(self, client: Calls, policy: Policy, settings: EngineSettings, folder: Path):
+    def __init__(self, client: Calls, policy: Policy, settings: EngineSettings, folder: Path, *, alone: bool = False):
+        """`alone`: this process has a server of its own, and no call is collective."""
         self.client, self.policy, self.folder = client, policy, folder
-        self.kind = "file" if settings.sync == "auto" else settings.sync
-        self.model = "policy"
-        """The name by which requests ask for these weights."""
-        self.version = -1
-        """Of the weights that the server has."""
+        self.kind, self._alone = _kind(policy, settings), alone
         self.seconds = 0.0
         """That the last sync took."""
+        self._version = -1
+        self._announced: list[Announced] = []
+        self._adapter: Path | None = None
+        self._group: broadcast.Group | None = None
+
+    @property
+    def model(self) -> str:
+        """The name by which requests ask for these weights."""
+        return "policy-lora" if self.kind == "adapter" else "policy"
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what was sent is still there for `again`."""
+        return self.kind in ("file", "adapter")
 
     def flags(self) -> list[str]:
         """What the server must be started with."""
-        return []
+        if self.kind != "adapter":
+            return []
+        rank = adapters.largest_rank(export.peft_model(self.policy.model))
+        return ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(next(r for r in RANKS if r >= rank))]
 
     def send(self, version: int) -> None:
-        """The policy's weights as they are, which are from now on called `version`. Collective."""
+        """The policy's weights as they are, which are from now on called `version`. Collective; so are its UserError and Gone,
+        after which the server draws nothing."""
         begun = time.monotonic()
-        self.version = version
-        processes.on_main(self._write_and_load)
+        self._version = version
+        if self.kind == "adapter":
+            if not self._announced:
+                self._send_weights(self._write, merge=False)
+                self._on_main(self._load_file)
+            self._write_adapter()
+            self._on_main(self._load_adapter)
+        elif self.kind == "file":
+            self._send_weights(self._write)
+            self._on_main(self._load_file)
+        else:
+            self._send_weights(self._broadcast)
+        self._on_main(self._ready)
         self.seconds = time.monotonic() - begun
 
     def again(self) -> None:
         """A restarted server gets what was sent last. On the main process alone."""
-        if self.version < 0:
+        if self._version < 0:
             raise UserError("engine: nothing was sent to the server yet")
-        self._load()
+        if not self.keeps:
+            self._group = None
+            raise UserError(f"engine.sync: {self.kind} keeps no copy of what was sent; it is to be sent again from all ranks")
+        self._load_file()
+        if self.kind == "adapter":
+            self._load_adapter()
+        self._ready()
 
     def close(self) -> None:
         """What was kept is removed."""
-        with contextlib.suppress(FileNotFoundError):
-            self._file.unlink()
+        self._group = None
+        if self._alone or processes.start().is_main:
+            self._file.unlink(missing_ok=True)
+            for folder in self.folder.glob("adapter-*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _send_weights(self, consume: Any, *, merge: bool = True) -> None:
+        blocks = export.blocks(self.policy, merge=merge)
+        self._announced = [entry for block in blocks for entry in block.announced()]
+        export.each(blocks, consume, alone=self._alone)
+
+    def _on_main(self, call: Callable[[], None]) -> None:
+        export.on_main(call, alone=self._alone)
+
+    def _ready(self) -> None:
+        """Rows may be drawn: with these weights, and nothing that was computed with others."""
+        if not self.client.post("/reset_prefix_cache", {})["success"]:
+            raise UserError("engine: the server cannot empty its prefix cache, rows are under way; sync between two draws")
+        _check(self.client.rpc("steerl_ready", str(self._version)))
+
+    # -- by a file -----------------------------------------------------------------------------------------------------
 
     @property
     def _file(self) -> Path:
         return self.folder / "weights.safetensors"
 
-    def _write_and_load(self) -> None:
-        from safetensors.torch import save_file
+    def _write(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """A safetensors file, a tensor at a time: in memory of this process there is never more than a layer of it."""
+        path, at, header = self._file, 0, {}
+        for entry in self._announced:
+            header[entry.name] = {
+                "dtype": _DTYPES[entry.dtype],
+                "shape": entry.shape,
+                "data_offsets": [at, at := at + entry.bytes],
+            }
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)
+        path.unlink(missing_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.write(len(head).to_bytes(8, "little") + head)
+                for entry, (name, value) in zip(self._announced, weights, strict=True):
+                    assert Announced.of(name, value) == entry, f"{entry} was announced, {name} came"
+                    file.write(broadcast.as_bytes(value).cpu().numpy().data)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise UserError(f"engine.sync: {path} cannot be written: {error.strerror}; free some space there") from error
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in export.weights(self.policy)}, self._file)
-        self._load()
+    def _load_file(self) -> None:
+        _check(self.client.rpc("steerl_load", str(self._file), _listed(self._announced)))
 
-    def _load(self) -> None:
-        self.client.rpc("steerl_load", str(self._file), str(self.version))
+    # -- an adapter ----------------------------------------------------------------------------------------------------
+
+    def _write_adapter(self) -> None:
+        """In a folder of its own: what vLLM keeps by an adapter's path is not that of another. Collective."""
+        model = export.peft_model(self.policy.model)
+        own = {name: value for name, value in model.state_dict(keep_vars=True).items() if adapters.is_own(model, name)}
+
+        def write() -> None:
+            before, self._adapter = self._adapter, self.folder / f"adapter-{self._version}"
+            try:
+                adapters.save(model, self._adapter, {name: value.cpu() for name, value in values.items()})
+            except OSError as error:
+                raise UserError(f"engine.sync: {self._adapter} cannot be written: {one_line(error)}") from error
+            if before not in (None, self._adapter):
+                shutil.rmtree(before)
+
+        with export.whole(own) as values:
+            self._on_main(write)
+
+    def _load_adapter(self) -> None:
+        """Taken out and put in: what is loaded in place, vLLM reads from the disk again in every step."""
+        _check(self.client.rpc("steerl_ready", "-1"))
+        with contextlib.suppress(UserError):  # the first time there is none
+            self.client.post("/v1/unload_lora_adapter", {"lora_name": self.model})
+        self.client.post("/v1/load_lora_adapter", {"lora_name": self.model, "lora_path": str(self._adapter)})
+
+    # -- by broadcast --------------------------------------------------------------------------------------------------
+
+    def _broadcast(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """What fails here or there closes the group, which ends the other side's waiting."""
+        group, self._group = self._group, None
+        try:
+            with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as failed:  # a thread waits for the server's answer
+                group = group or self._joined(pool)
+                failed.callback(group.close)
+                told = pool.submit(self.client.rpc, "steerl_receive", _listed(self._announced))
+                sender = broadcast.Sender(group, self._announced)
+                for name, value in weights:
+                    if told.done():
+                        break
+                    sender.take(name, value)
+                _check(told.result())
+                failed.pop_all()
+        except RuntimeError as error:
+            raise Gone(f"engine.sync: the broadcast to the server broke off: {one_line(error)}") from error
+        self._group = group
+
+    def _joined(self, pool: ThreadPoolExecutor) -> broadcast.Group:
+        size = 1 + len(self.client.rpc("steerl_ready", "-1"))
+        store = broadcast.store(0, size, TIMEOUT, main=True)
+        told = pool.submit(self.client.rpc, "steerl_join", self.kind, str(store.port), str(size), str(TIMEOUT))
+        group = broadcast.Group(self.kind, store, 0, size, TIMEOUT)
+        _check(told.result())
+        return group
+
+
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+"""As a safetensors file calls them."""
+
+
+def _listed(announced: Sequence[Announced]) -> str:
+    return json.dumps([astuple(entry) for entry in announced])
+
+
+def _check(answers: Sequence[dict[str, str]]) -> None:
+    """What the workers say of a sync."""
+    for answer in answers:
+        if answer["problem"]:
+            raise UserError(f"engine: {answer['problem']}")
+
+
+def _kind(policy: Policy, settings: EngineSettings) -> str:
+    """What `auto` is here; what cannot be is refused."""
+    model, kind = export.peft_model(policy.model), settings.sync
+    adapted = hasattr(model, "peft_config")
+    if adapted and model.active_peft_config.is_prompt_learning:
+        raise UserError("engine.kind: vllm has no virtual tokens, which this adapter adds; use engine.kind stream")
+    reason = adapters.not_plain_lora(model, RANKS[-1]) if adapted else "the policy has no adapter"
+    gpus = policy.device.type == "cuda"
+    if kind == "auto":
+        if not reason:
+            return "adapter"
+        return "nccl" if gpus and torch.cuda.device_count() > processes.start().world_size else "file"
+    if kind == "adapter" and reason:
+        raise UserError(f"engine.sync: adapter, but {reason}; use auto or file, which send merged weights")
+    if kind == "nccl" and not gpus:
+        raise UserError("engine.sync: nccl is between GPUs, and the policy is on the CPU; use auto, file or gloo")
+    return kind

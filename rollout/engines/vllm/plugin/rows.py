@@ -72,6 +72,7 @@ class Rows:
         text, ask = given
         rules = self.rules_of(text)
         row = Row(ask, rules, prompt, rules.stops.before(prompt))
+        row.ended = self.version < 0  # weights that are not whole draw nothing
         if rules.law.sampling.replays_mask:
             row.answer.kept = []
         row.answer.edits = [0] * len(ask.strengths)

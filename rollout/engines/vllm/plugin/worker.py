@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from steerl.rollout.common.errors import UserError, said
+from steerl.rollout.engines.vllm.broadcast import Announced, received
 from steerl.rollout.engines.vllm.plugin import weights
 from steerl.rollout.engines.vllm.plugin.draws import Draws
 from steerl.rollout.engines.vllm.plugin.rows import Rows
@@ -21,6 +25,7 @@ class Extension:
 
     model_runner: Any
     steerl_rows: Rows
+    steerl_group: Any
     steerl_steers: Steers
 
     def steerl_hello(self) -> dict[str, object]:
@@ -46,11 +51,33 @@ class Extension:
         """What is known of these rows, which have ended."""
         return self.steerl_rows.take(json.loads(ids))
 
-    def steerl_load(self, path: str, version: str) -> dict[str, object]:
+    def steerl_load(self, path: str, announced: str) -> dict[str, object]:
         """Weights from a safetensors file."""
-        told = weights.load(self.model_runner, weights.of_file(path))
+        entries = [Announced.read(entry) for entry in json.loads(announced)]
+        return self._steerl_taken(weights.of_file(path, entries))
+
+    def steerl_join(self, kind: str, port: str, size: str, timeout: str) -> dict[str, object]:
+        """Become one of the group in which the trainer broadcasts its weights."""
+        self.steerl_group = weights.join(kind, int(port), int(size), float(timeout))
+        return {"problem": ""}
+
+    def steerl_receive(self, announced: str) -> dict[str, object]:
+        """Weights by broadcast."""
+        entries = [Announced.read(entry) for entry in json.loads(announced)]
+        return self._steerl_taken(received(self.steerl_group, entries))
+
+    def steerl_ready(self, version: str) -> dict[str, object]:
+        """All that rows depend on is there: from now on they are drawn, and say by which weights. -1: none are drawn."""
         self.steerl_rows.version = int(version)
-        return told
+        return {"problem": ""}
+
+    def _steerl_taken(self, arriving: Iterable[tuple[str, Tensor]]) -> dict[str, object]:
+        self.steerl_rows.version = -1
+        try:
+            weights.load(self.model_runner, arriving)
+        except weights.Refused as refused:
+            return {"problem": str(refused)}
+        return {"problem": ""}
 
     def steerl_steer(self, path: str, name: str) -> dict[str, object]:
         """A steering from a safetensors file, by the name that rows give."""

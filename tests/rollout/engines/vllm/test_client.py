@@ -87,7 +87,7 @@ def test_another_server_in_its_place(server):
     client = Client(server.url)
     client.rpc("check_health")
     with Scripted() as other:
-        client.url = other.url + "/"
+        client.move(other.url + "/")
         client.rpc("check_health")
         assert len(other.calls) == len(server.calls) == 1
 

@@ -10,13 +10,13 @@ import pytest
 
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.client import Client
-from steerl.rollout.engines.vllm.model_folder import write_model_folder
+from steerl.rollout.engines.vllm.model_folder import write
 from steerl.rollout.engines.vllm.server import Server
 from tests.models import tiny_policy
 
 WIDE = {"hidden_size": 128, "head_dim": 32}
 """What vLLM's attention takes on a CPU."""
-FLAGS = ("--dtype", "float32", "--enable-lora", "--max-lora-rank", "16", "--no-enable-prefix-caching", "--max-num-seqs", "128")
+FLAGS = ("--enable-lora", "--max-lora-rank", "16", "--no-enable-prefix-caching", "--max-num-seqs", "128")
 
 
 class VllmServer(NamedTuple):
@@ -41,7 +41,7 @@ def vllm_python(pytestconfig: pytest.Config) -> str:
 def vllm_server(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     folder = tmp_path_factory.mktemp("vllm_server")
     policy = tiny_policy("llama", **WIDE)
-    model = write_model_folder(policy, folder / "model")
+    model = write(policy, folder / "model")
     server = Server(EngineSettings(kind="vllm", python=vllm_python), model, folder / "engine.log", FLAGS)
     server.start()
     yield VllmServer(server.url, model, folder / "engine.log", policy, Client(server.url))
