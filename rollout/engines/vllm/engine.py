@@ -27,6 +27,7 @@ from steerl.rollout.engines.vllm import export, model_folder
 from steerl.rollout.engines.vllm.client import Client, Gone
 from steerl.rollout.engines.vllm.server import Server
 from steerl.rollout.engines.vllm.steering import ServerSteering
+from steerl.rollout.engines.vllm.support import refusals
 from steerl.rollout.engines.vllm.sync import Sync
 from steerl.rollout.engines.vllm.wire import VERSION, Answer, Ask, Law, listed
 from steerl.rollout.model.policy import Policy
@@ -85,7 +86,7 @@ class VllmEngine:
         prompt with its response. `inside` calls a function where the policy's forward pass may be run."""
         self.policy, self.settings, self.inside, self.alone, self.tolerance = policy, settings, inside, alone, tolerance
         self.steering = ServerSteering(steering) if steering is not None else None
-        if problems := self.steering.refusals() if self.steering is not None else []:
+        if problems := [*refusals(policy), *(self.steering.refusals() if self.steering is not None else [])]:
             raise ConfigError(*problems)
         self.is_main = alone or processes.start().is_main
         self.folder = self._on_main(_scratch)
@@ -93,7 +94,7 @@ class VllmEngine:
         self.weights = Sync(self.client, policy, settings, self.folder, alone=alone)
         self.version, self.restarts = -1, 0
         """`version`: the step whose weights the server has; -1 before the first."""
-        self._flags = ["--enforce-eager", *self.weights.flags()]
+        self._flags = self.weights.flags()
         self._flags += self.steering.flags() if self.steering is not None else []
         self._log = log
         self._server: Server | None = None
