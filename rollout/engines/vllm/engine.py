@@ -90,7 +90,7 @@ class VllmEngine:
         self.is_main = alone or processes.start().is_main
         self.folder = self._on_main(_scratch)
         self.client = Client(settings.url or "http://127.0.0.1")
-        self.weights = Sync(self.client, policy, settings, self.folder)
+        self.weights = Sync(self.client, policy, settings, self.folder, alone=alone)
         self.version, self.restarts = -1, 0
         """`version`: the step whose weights the server has; -1 before the first."""
         self._flags = ["--enforce-eager", *self.weights.flags()]
@@ -164,7 +164,10 @@ class VllmEngine:
 
     def _answers_to(self, step: int) -> bool:
         """Send weights and steering; False where the server was gone."""
-        self.weights.send(step)
+        try:
+            self.weights.send(step)
+        except Gone:  # on every rank
+            return False
         return self._answers(lambda: self._steer(step))
 
     def _steer(self, step: int) -> None:
@@ -237,7 +240,7 @@ class VllmEngine:
         """A server with the weights that it had: those that are kept, or, where the policy has not moved on, sent anew."""
         lives = self._server is None or self._server.alive()
         self.client.move(self._on_main(lambda: self.client.url if lives and self.client.healthy() else self._start_again()))
-        if getattr(self.weights, "keeps", True):
+        if self.weights.keeps:
             self._on_main(self.weights.again)
         elif version == self.version:
             self.weights.send(version)
