@@ -30,6 +30,7 @@ COMMANDS = {
     "serve": "serve_reward",
     "plan": "plan",
     "bench": "bench",
+    "engine": "engine",
     "prove": "prove_steering",
     "summarize": "run_summarization",
 }

@@ -28,6 +28,7 @@ import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
 from steerl.scripts import make_tiny  # noqa: E402
+from tests.vllm_server import vllm_python, vllm_server  # noqa: E402, F401  one for all that is marked vllm
 
 # A shell's background jobs ignore Ctrl-C, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.engines.vllm import export, model_folder
 from steerl.rollout.engines.vllm.client import Client, Gone
-from steerl.rollout.engines.vllm.model_folder import write
 from steerl.rollout.engines.vllm.server import Server
 from steerl.rollout.engines.vllm.steering import ServerSteering
 from steerl.rollout.engines.vllm.sync import Sync
@@ -110,11 +110,15 @@ class VllmEngine:
 
     def sync(self, step: int) -> None:
         """The policy's weights and steering as they are now, which are those after `step` updates. Every rank comes here."""
-        if self._server is None and self.version < 0:
+        if self.version < 0:
             self.client.move(self._on_main(self._start))
         began = time.perf_counter()
         for _ in range(DEATHS):
-            if self._answers_to(step):
+            with contextlib.suppress(Gone):
+                self.weights.send(step)
+                if self.steering is not None:
+                    self.steering.take(step)
+                    self._asking(self._steer)
                 break
             self.client.move(self._on_main(self._start_again))
         else:
@@ -134,10 +138,15 @@ class VllmEngine:
         checked = {"engine/gap_max": self._gap} if self.settings.check_rows else {}
         return {"engine/sync_s": self._seconds, "engine/restarts": float(self.restarts), **checked}
 
+    def server(self) -> Server:
+        """The one to start, with a folder of the policy's config and tokenizer."""
+        return Server(self.settings, model_folder.write(self.policy, self.folder / "model"), self._log, self._flags)
+
     def _start(self) -> str:
-        write(self.policy, self.folder / "model")
-        if not self.settings.url:
-            self._server = Server(self.settings, self.folder / "model", self._log, self._flags)
+        if self.settings.url:
+            model_folder.write(self.policy, self.folder / "model")
+        else:
+            self._server = self.server()
             self._server.start()
             self.client.move(self._server.url)
         self._hello()
@@ -162,17 +171,9 @@ class VllmEngine:
                     "same steerl beside vLLM (make vllm)"
                 )
 
-    def _answers_to(self, step: int) -> bool:
-        """Send weights and steering; False where the server was gone."""
-        try:
-            self.weights.send(step)
-        except Gone:  # on every rank
-            return False
-        return self._answers(lambda: self._steer(step))
-
-    def _steer(self, step: int) -> None:
+    def _steer(self) -> None:
         if self.steering is not None:
-            self.steering.send(self.client, step)
+            self.steering.send(self.client)
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
@@ -185,13 +186,14 @@ class VllmEngine:
         self._send(asked)
         return asked
 
-    def finish(self, asked: Asked) -> list[Answer]:
-        """The answers, in the order of the asks. Every rank comes here, with as many rows as it has."""
+    def finish(self, asked: Asked, *, moved: bool = False) -> list[Answer]:
+        """The answers, in the order of the asks. Every rank comes here, with as many rows as it has. `moved`: the policy has
+        learned since they were asked for."""
         for _ in range(DEATHS):
             self._collect(asked)
             if not self._most(len(asked.asks) - len(asked.answers)):
                 return [asked.answers[b] for b in range(len(asked.asks))]
-            self._revive(asked.version)
+            self._revive(moved)
             self._send(asked)
         raise UserError(f"engine: the server died {DEATHS} times in one draw; {self._log} says why")
 
@@ -236,15 +238,21 @@ class VllmEngine:
                 found = {b: taken[asked.asks[b].id] for b in part if asked.asks[b].id in taken}
                 asked.answers |= {b: Answer.of_packed(answer) for b, answer in found.items()}
 
-    def _revive(self, version: int) -> None:
+    def _revive(self, moved: bool) -> None:
         """A server with the weights that it had: those that are kept, or, where the policy has not moved on, sent anew."""
         lives = self._server is None or self._server.alive()
         self.client.move(self._on_main(lambda: self.client.url if lives and self.client.healthy() else self._start_again()))
-        if self.weights.keeps:
-            self._on_main(self.weights.again)
-        elif version == self.version:
-            self.weights.send(version)
-        self._on_main(lambda: self._steer(version))
+        with contextlib.suppress(Gone):  # the next round finds out
+            if self.weights.keeps:
+                self._asking(self.weights.again)
+            elif moved:
+                raise UserError(
+                    f"engine: the server died while it drew with weights that engine.sync {self.weights.kind} keeps no copy "
+                    "of; --run.resume true goes on from the last checkpoint"
+                )
+            else:
+                self.weights.send(self.version)
+            self._asking(self._steer)
 
     # -- steering -------------------------------------------------------------------------------------------------------
 
@@ -252,27 +260,18 @@ class VllmEngine:
         assert self.steering is not None
         self.steering.check_edits(rollout, answers)
 
-    def steered(self, applied: Applied, b: int) -> tuple[str, tuple[float, ...], tuple[tuple[int, ...], ...]]:
+    def steered(self, applied: Applied, b: int) -> dict[str, Any]:
         assert self.steering is not None
-        strengths, positions = self.steering.of_row(applied, b)
-        return self.steering.name, strengths, positions
+        return self.steering.of_row(applied, b)
 
     # -- ranks ----------------------------------------------------------------------------------------------------------
 
     def _on_main(self, call: Callable[[], Value]) -> Value:
         return call() if self.alone else processes.on_main(call)
 
-    def _answers(self, call: Callable[[], None]) -> bool:
-        """Whether the server was there for what the main process does with it."""
-
-        def tried() -> bool:
-            try:
-                call()
-            except Gone:
-                return False
-            return True
-
-        return self._on_main(tried)
+    def _asking(self, call: Callable[[], None]) -> None:
+        """By the main process; Gone everywhere where the server is."""
+        export.on_main(call, alone=self.alone)
 
     def _most(self, count: int) -> int:
         return count if self.alone else processes.most(count)

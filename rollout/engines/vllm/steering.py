@@ -33,7 +33,7 @@ from steerl.rollout.types import Applied, Rollout, row_name
 class Calls(Protocol):
     """What is asked of the client."""
 
-    def rpc(self, method: str, *args: str) -> list[Any]: ...
+    def rpc(self, method: str, *args: str, timeout: float = ...) -> list[Any]: ...
 
 
 class ServerSteering:
@@ -42,6 +42,7 @@ class ServerSteering:
     def __init__(self, steering: Steering):
         self.steering = steering
         self.version = 0
+        self._tensors: dict[str, Tensor] = {}
 
     @property
     def name(self) -> str:
@@ -59,30 +60,32 @@ class ServerSteering:
 
     # -- its numbers -------------------------------------------------------------------------------------------------------
 
-    def send(self, client: Calls | None, version: int) -> None:
-        """Its numbers as they are now. Every rank calls it; the one that has a client sends."""
-        self.version = version
+    def take(self, version: int) -> None:
+        """Its numbers as they are now, which are from now on called `version`. Collective."""
         with gathered(self.steering.parameters_module), torch.no_grad():
-            if client is None:
-                return
-            memory = Path("/dev/shm")
-            with tempfile.TemporaryDirectory(prefix="steerl-", dir=memory if memory.is_dir() else None) as folder:
-                path = Path(folder) / "steering.safetensors"
-                self._write(path)
-                for told in client.rpc("steerl_steer", str(path), self.name):
-                    if "refused" in told:
-                        raise UserError(f"engine: the vLLM server does not steer ({self.name}): {told['refused']}")
+            if self.steering.role == "trainable" or not self._tensors:  # other numbers never change
+                self._tensors = {
+                    f"{site.index}.{at}.{name}": _whole(tensor)
+                    for site in self.steering.sites
+                    for at in range(len(site.points))
+                    for name, tensor in site.tensors(at, torch.device("cpu")).items()
+                }
+        self.version = version
+
+    def send(self, client: Calls) -> None:
+        """What was taken last, to the server: after every sync, and to one that was started anew. On the main process alone."""
+        memory = Path("/dev/shm")
+        with tempfile.TemporaryDirectory(prefix="steerl-", dir=memory if memory.is_dir() else None) as folder:
+            path = Path(folder) / "steering.safetensors"
+            self._write(path)
+            for told in client.rpc("steerl_steer", str(path), self.name):
+                if "refused" in told:
+                    raise UserError(f"engine: the vLLM server does not steer ({self.name}): {told['refused']}")
 
     def _write(self, path: Path) -> None:
         from safetensors.torch import save_file
 
         steering, stack = self.steering, self.steering.stacks["decoder"]
-        tensors = {
-            f"{site.index}.{at}.{name}": _whole(tensor)
-            for site in steering.sites
-            for at in range(len(site.points))
-            for name, tensor in site.tensors(at, torch.device("cpu")).items()
-        }
         excluded = [None if site.excluded_ids is None else site.excluded_ids.tolist() for site in steering.sites]
         about = {
             "spec": steering.spec.mapping(),
@@ -92,14 +95,18 @@ class ServerSteering:
             "blocks": len(stack.blocks),
             "width": stack.width,
         }
-        save_file(tensors, path, {"steerl": json.dumps(about)})
+        save_file(self._tensors, path, {"steerl": json.dumps(about)})
 
     # -- a row -------------------------------------------------------------------------------------------------------------
 
-    def of_row(self, applied: Applied, row: int) -> tuple[tuple[float, ...], tuple[tuple[int, ...], ...]]:
-        """(strengths, positions) of a row, as `wire.Ask` has them."""
-        positions = applied.positions_BKN[row].tolist()
-        return tuple(applied.strength_BK[row].tolist()), tuple(tuple(p for p in places if p >= 0) for places in positions)
+    def of_row(self, applied: Applied, row: int) -> dict[str, Any]:
+        """How a row is steered, as fields of its `wire.Ask`."""
+        return {
+            "steering": self.name,
+            "strengths": tuple(applied.strength_BK[row].tolist()),
+            "positions": tuple(tuple(p for p in places if p >= 0) for places in applied.positions_BKN[row].tolist()),
+            "noise_step": int(applied.policy_step_B[row]),
+        }
 
     def check_edits(self, rollout: Rollout, answers: Sequence[Answer]) -> None:
         """Whether every row was edited at as many places as the spec selects of it; UserError for the first that was not."""

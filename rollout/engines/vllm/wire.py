@@ -83,6 +83,8 @@ class Ask:
     """Of each of its sites."""
     positions: tuple[tuple[int, ...], ...] = ()
     """Of each of its sites, the prompt positions that a data column gave."""
+    noise_step: int = 0
+    """The policy's step that the noise of its sites is drawn for."""
 
     def arguments(self, law: Law) -> dict[str, object]:
         """`extra_args` of the request."""

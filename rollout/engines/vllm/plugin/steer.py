@@ -30,7 +30,7 @@ from steerl.rollout.steering.sites import BoundSite
 from steerl.rollout.steering.spec.parse import load_spec
 from steerl.rollout.types import Applied
 
-MOST = 4
+MOST = 8
 """Steerings that are kept: a trainable one is new after every update, and rows of the last one may be under way."""
 MISSING = -1
 """The count of a row that names a steering which the server does not have."""
@@ -198,7 +198,9 @@ class Tokens:
 
     def keys(self, at_M: Tensor) -> tuple[Applied, Tensor, Tensor]:
         """(how they are steered, row, sample) of tokens, which decide the noise there."""
-        key_B3 = torch.tensor([(row.ask.step, row.ask.row, row.ask.sample) for _, row in self.members], device=self.device)
+        key_B3 = torch.tensor(
+            [(row.ask.noise_step, row.ask.row, row.ask.sample) for _, row in self.members], device=self.device
+        )
         step_M, row_M, sample_M = key_B3[self.row_N[at_M]].T
         return Applied(self.strength_NK[at_M], at_M[:, None, None], step_M, self.seed), row_M, sample_M
 

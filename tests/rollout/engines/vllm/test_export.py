@@ -127,5 +127,3 @@ def test_two_ranks_send_what_one_process_would(engine: str, tmp_path: Path) -> N
     for rank in range(2):
         told = (tmp_path / f"failed.{rank}").read_text().splitlines()
         assert told == (["0 engine.sync: no room"] if rank == 0 else ["0 "]), told
-
-

@@ -1,0 +1,288 @@
+"""Steering in a vLLM server: the plugin's hooks on a flat batch of a toy model, what is counted, what is refused; and a real
+server against a plain transformers pass with hooks of the test's own."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.vllm.plugin.rows import Rows
+from steerl.rollout.engines.vllm.plugin.steer import Steers
+from steerl.rollout.engines.vllm.steering import ServerSteering
+from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
+from steerl.rollout.steering import Steering
+from steerl.rollout.types import Applied, Rollout
+from tests.rollout.steering import helpers
+
+WIDTH, LAYERS = 32, 2
+LAW = Law(Sampling(max_new_tokens=8), 64, (2,))
+
+
+def vector(seed: int, width: int = WIDTH) -> list[float]:
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def site(layer: int, seed: int, scope: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"name": f"s{seed}", "at": {"layers": [layer]}, "vector": vector(seed), "where": scope, **fields}
+
+
+# -- without a server: the plugin on a flat batch ------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A block that changes nothing and gives its activation as some family does."""
+
+    def __init__(self, gives: str):
+        super().__init__()
+        self.gives = gives
+        self.weight = nn.Parameter(torch.zeros(1, 1))
+
+    def forward(self, hidden: Any) -> Any:
+        if self.gives == "tensor":
+            return hidden
+        if self.gives == "tuple":
+            return hidden, None
+        share = torch.linspace(-1, 1, hidden.shape[-1])
+        return hidden * share, hidden * (1 - share)  # what is to be added, and the stream so far
+
+
+class Flat(nn.Module):
+    """Blocks over a flat batch whose activations are the tokens' embeddings."""
+
+    def __init__(self, gives: str = "pair"):
+        super().__init__()
+        self.config = SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=WIDTH, is_encoder_decoder=False)
+        self.layers = nn.ModuleList([Block(gives) for _ in range(LAYERS)])
+        self.batched = gives == "tuple"
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for block in self.layers:
+            out = block(hidden[None] if self.batched else hidden)
+            if isinstance(out, tuple):
+                out = out[0] if out[1] is None else out[0] + out[1]
+            hidden = out[0] if self.batched else out
+        return hidden
+
+
+class Runner:
+    """What the plugin reads of vLLM's model runner."""
+
+    def __init__(self, model: nn.Module, prefix_caching: bool = False, eager: bool = True):
+        self.model, self.device = model, torch.device("cpu")
+        self.vllm_config = SimpleNamespace(
+            cache_config=SimpleNamespace(enable_prefix_caching=prefix_caching),
+            model_config=SimpleNamespace(enforce_eager=eager),
+        )
+        self.requests: dict[str, Any] = {}
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+    def ask(self, ask: Ask, prompt: list[int]) -> str:
+        params = SimpleNamespace(extra_args=ask.arguments(LAW))
+        self.requests[ask.id] = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
+        return ask.id
+
+    def step(self, parts: list[tuple[str, int, int]], texts: dict[str, list[int]], pad: int = 0) -> dict[str, Tensor]:
+        """Run (request, first, count) of each as one flat batch, with padding behind: what came out for each."""
+        counts = [count for _, _, count in parts]
+        starts = np.cumsum([0, *counts])
+        self.input_batch = SimpleNamespace(
+            num_reqs=len(parts),
+            req_ids=[name for name, _, _ in parts],
+            num_computed_tokens_cpu=np.array([first for _, first, _ in parts]),
+        )
+        self.query_start_loc = SimpleNamespace(np=starts)
+        self.discard_request_mask = SimpleNamespace(np=np.zeros(len(parts), dtype=bool))
+        ids = [i for name, first, count in parts for i in texts[name][first : first + count]]
+        out = self.model(torch.cat([embedding(ids), torch.zeros(pad, WIDTH)]))
+        return {name: out[a:b] for (name, _, _), a, b in zip(parts, starts, starts[1:], strict=False)}
+
+
+def embedding(ids: list[int]) -> Tensor:
+    return torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(1000 + i)) for i in ids])
+
+
+class Direct:
+    """A client whose server is here."""
+
+    def __init__(self, steers: Steers):
+        self.steers = steers
+
+    def rpc(self, method: str, *args: str, timeout: float = 0.0) -> list[Any]:
+        assert method == "steerl_steer"
+        return [json.loads(json.dumps(self.steers.receive(*args)))]
+
+
+def server_steering(*sites: dict[str, Any], **fields: Any) -> ServerSteering:
+    found = ServerSteering(Steering(helpers.policy("llama").model, {"sites": list(sites), **fields}))
+    found.take(0)
+    return found
+
+
+def served(*steerings: ServerSteering, gives: str = "pair") -> tuple[Runner, Steers]:
+    runner = Runner(Flat(gives))
+    steers = Steers(Rows(runner))
+    for steering in steerings:
+        steering.send(Direct(steers))
+    return runner, steers
+
+
+# scope of a spec, and the same as a function of (position, step, length of the prompt, id)
+SCOPES: list[tuple[dict[str, Any], Any]] = [
+    ({"steps": "all"}, lambda r, s, p, i: s >= 0),
+    ({"steps": {"window": [1, 3]}}, lambda r, s, p, i: 1 <= s < 3),
+    ({"prompt": "all", "steps": [0, 2]}, lambda r, s, p, i: r < p or s == 2),
+    ({"prompt": [0, -2], "steps": {"every": 2}}, lambda r, s, p, i: r in (0, p - 2) or (s >= 0 and s % 2 == 0)),
+    ({"prompt": "all", "exclude": {"token_ids": [7], "positions": [1, -1]}}, lambda r, s, p, i: i != 7 and r not in (1, p - 1)),
+]
+
+
+@pytest.mark.parametrize("gives", ["pair", "tensor", "tuple"])
+def test_every_row_is_edited_by_its_own_steering_whatever_the_batch(gives):
+    """Prompts in pieces, a row that is thrown out and read again, plain rows between: the same edits, each counted once."""
+    steerings = [server_steering(site(k % LAYERS, k, scope)) for k, (scope, _) in enumerate(SCOPES)]
+    runner, steers = served(*steerings, gives=gives)
+    texts = {f"row{k}": [5 + k, 7, 8, 9, 7, 11, 12, 13][: 5 + k % 3] for k in range(6)}
+    lengths = {name: 3 + k % 2 for k, name in enumerate(texts)}
+    rows = {}
+    for k, (name, text) in enumerate(texts.items()):
+        steering = {"steering": steerings[k].name, "strengths": (0.5 + k,)} if k < len(SCOPES) else {}
+        runner.ask(Ask(name, 0, k, 0, **steering), text[: lengths[name]])
+        rows[name] = steers.rows.of(name)
+        rows[name].answer.ids = text[lengths[name] :]  # drawn so far
+    whole = {name: (name, 0, len(text)) for name, text in texts.items()}
+    orders = [
+        [[whole[name] for name in texts]],
+        [[("row2", 0, 2), whole["row4"]], [whole["row0"], ("row2", 2, 3), ("row1", 0, 4)], [("row1", 0, 6), ("row2", 5, 2)]],
+    ]
+    seen: dict[str, dict[int, Tensor]] = {name: {} for name in texts}
+    for steps in orders:
+        for parts in steps:
+            out = runner.step(parts, texts, pad=2)
+            for name, first, count in parts:
+                seen[name] |= {first + i: out[name][i] for i in range(count)}
+        for k, (name, text) in enumerate(texts.items()):
+            base, length = embedding(text), lengths[name]
+            for r, got in seen[name].items():
+                on = k < len(SCOPES) and SCOPES[k][1](r, r - (length - 1), length, text[r])
+                wanted = base[r] + (0.5 + k) * torch.tensor(vector(k)) if on else base[r]
+                torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6)
+    for k, (name, text) in enumerate(texts.items()):
+        on = [SCOPES[k][1](r, r - (lengths[name] - 1), lengths[name], i) for r, i in enumerate(text)] if k < len(SCOPES) else []
+        assert rows[name].answer.edits == ([sum(on)] if k < len(SCOPES) else [])
+
+
+def test_sites_of_one_layer_act_in_order_and_all_layers_are_counted():
+    steering = server_steering(
+        {"name": "one", "at": {"layers": "all"}, "vector": vector(1), "where": {"prompt": "all"}},
+        {"name": "two", "at": {"layers": [-1]}, "op": {"type": "ablate"}, "vector": vector(1), "where": {"prompt": "all"}},
+        {"name": "three", "at": {"layers": [0]}, "vector": vector(2), "where": {"prompt": {"column": "c"}, "steps": "none"}},
+    )
+    runner, steers = served(steering)
+    runner.ask(Ask("a", 0, 0, 0, steering=steering.name, strengths=(2.0, 1.0, 1.0), positions=((), (), (1, 2))), [5, 6, 7, 8])
+    out = runner.step([("a", 0, 4)], {"a": [5, 6, 7, 8]})["a"]
+    one, two = torch.tensor(vector(1)), torch.tensor(vector(2))
+    wanted = embedding([5, 6, 7, 8]) + 4 * one + torch.tensor([0, 1.0, 1, 0])[:, None] * two
+    unit = one / one.norm()
+    torch.testing.assert_close(out, wanted - (wanted @ unit)[:, None] * unit, rtol=0, atol=5e-6)
+    assert steers.rows.of("a").answer.edits == [8, 4, 2]
+
+
+def test_a_trained_steering_goes_again_and_old_rows_keep_theirs():
+    steering = server_steering(site(0, 1, {"prompt": "all"}), role="trainable")
+    runner, steers = served(steering)
+    first = steering.name
+    with torch.no_grad():
+        next(steering.steering.parameters_module.parameters()).mul_(3.0)
+    steering.take(1)
+    steering.send(Direct(steers))
+    assert steering.name != first
+    texts = {"old": [5, 6], "new": [5, 6]}
+    runner.ask(Ask("old", 0, 0, 0, steering=first, strengths=(1.0,)), [5, 6])
+    runner.ask(Ask("new", 0, 0, 0, steering=steering.name, strengths=(1.0,)), [5, 6])
+    out = runner.step([("old", 0, 2), ("new", 0, 2)], texts)
+    torch.testing.assert_close(out["old"], embedding([5, 6]) + torch.tensor(vector(1)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(out["new"], embedding([5, 6]) + 3 * torch.tensor(vector(1)), rtol=0, atol=1e-6)
+
+
+# -- what stops a run -----------------------------------------------------------------------------------------------------
+
+
+def steered_rollout(steering: ServerSteering) -> Rollout:
+    """Two rows under the steering, of three and four response tokens."""
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    batch = Rollout.of_ids(prompts, [[3, 4, 5], [6, 7, 8, 9]], behaviour_logprobs_BR=[[0.0] * 3, [0.0] * 4],
+                           policy_logprobs_BR=[[0.0] * 3, [0.0] * 4], ended_B=[True, True], row_B=[40, 41])  # fmt: skip
+    applied = steering.steering.applied(batch.prompt_mask_BP, batch.row_B, batch.sample_B)
+    return Rollout(**vars(batch) | applied._asdict() | {"steering": steering.steering.label})
+
+
+def test_the_count_of_edits_is_what_the_spec_selects():
+    """Of a row of P prompt tokens and R drawn ones P + R - 1 are fed, and R of them are steps."""
+    everywhere = {"name": "a", "at": {"layers": "all"}, "vector": vector(1), "where": {"prompt": "all"}}
+    steering = server_steering(everywhere, site(0, 2, {"steps": {"window": [1, 9]}}))
+    rollout = steered_rollout(steering)
+    good = [Answer(edits=[2 * 5, 2]), Answer(edits=[2 * 8, 3])]
+    steering.check_edits(rollout, good)
+    with pytest.raises(UserError, match=r"row 41 .*site 's2' .* edited 2 activations in the vLLM server, not 3"):
+        steering.check_edits(rollout, [good[0], Answer(edits=[16, 2])])
+    with pytest.raises(UserError, match=r"row 40 .*drawn without steering"):
+        steering.check_edits(rollout, [Answer(), good[1]])
+
+
+def test_a_row_whose_steering_the_server_was_not_sent_stops_the_run():
+    steering = server_steering(site(0, 1, {"prompt": "all"}))
+    runner, steers = served()
+    rollout = steered_rollout(steering)
+    asked = steering.of_row(Applied.of(rollout), 0)
+    runner.ask(Ask("a", 0, 40, 0, **asked), [5, 6, 7])
+    other = server_steering(site(0, 3, {"prompt": "all"}))
+    other.send(Direct(steers))
+    runner.step([("a", 0, 3)], {"a": [5, 6, 7]})
+    with pytest.raises(UserError, match=f"row 40 .*never sent the steering {steering.name}"):
+        steering.check_edits(rollout.select(torch.tensor([0])), [steers.rows.of("a").answer])
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"at": {"layers": [0], "component": "attn_output"}}, r"sites\[0\]\.at\.component: attn_output"),
+        ({"at": {"layers": [0], "head": [1]}, "vector": vector(1, 8)}, r"sites\[0\]\.at\.head: \[1\]"),
+        ({"at": {"module": "model.layers.0.mlp"}}, r"sites\[0\]\.at\.module: model.layers.0.mlp"),
+        ({"op": {"type": "collect"}, "vector": None}, r"sites\[0\]\.op: collect"),
+        ({"gate": {"vector": vector(5), "layer": 0, "open_above": 0.1}, "at": {"layers": [1]}}, r"sites\[0\]\.gate: "),
+    ],
+)
+def test_what_the_server_cannot_do_is_told_by_name(change, line):
+    refused = server_steering(site(0, 1, {"prompt": "all"}) | change).refusals()
+    assert len(refused) == 1
+    with pytest.raises(UserError, match=line):
+        raise UserError(*refused)
+
+
+@pytest.mark.parametrize(
+    ("runner", "line"),
+    [
+        (Runner(Flat(), prefix_caching=True), "--no-enable-prefix-caching"),
+        (Runner(Flat(), eager=False), "--enforce-eager"),
+    ],
+)
+def test_a_server_that_cannot_steer_says_so(runner, line):
+    with pytest.raises(UserError, match=line):
+        server_steering(site(0, 1, {"prompt": "all"})).send(Direct(Steers(Rows(runner))))
+
+
+def test_another_model_is_refused():
+    model = Flat()
+    model.config.hidden_size = 48
+    with pytest.raises(UserError, match="2 blocks of width 48, and the trainer's 2 of 32"):
+        server_steering(site(0, 1, {"prompt": "all"})).send(Direct(Steers(Rows(Runner(model)))))
