@@ -34,7 +34,8 @@ class Ahead:
             count = self.settings.rollouts_per_step // self.sampling_n
             rows = self.prompts.take(self.seed, self.state.prompt_position + count, count)
             batch = asked_here(self.prompts, rows)
-            self._begun = self.sampler.begin(batch, step=step + 1, progress=(step + 1) / self.settings.steps)
+            then = (step + 1) / self.settings.steps
+            self._begun = self.sampler.begin(batch, step=step + 1, progress=then, weights=step)
         return samples
 
     @property
@@ -53,7 +54,7 @@ class Ahead:
 
     def weights_changed(self, step: int) -> None:
         if self._begun is not None:
-            self.state.drawn, self._begun = self.sampler.finish(self._begun).rollout, None
+            self.state.drawn, self._begun = self.sampler.finish(self._begun, moved=True).rollout, None
         self.sampler.weights_changed(step)
 
     def close(self) -> None:

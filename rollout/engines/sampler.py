@@ -212,12 +212,15 @@ class Sampler:
             **self.record(),
             **applied._asdict(),
         )
-        return self.of_policy(rollout)
+        return self.of_policy(rollout) if self.plain_policy else rollout
+
+    @property
+    def plain_policy(self) -> bool:
+        """Whether the steered model only draws: the policy is the plain one."""
+        return self.steering is not None and self.steering.role in ("behaviour", "data")
 
     def of_policy(self, rollout: Rollout) -> Rollout:
-        """With the policy's numbers where others drew it: under roles behaviour and data the policy is the plain model."""
-        if self.steering is None or self.steering.role not in ("behaviour", "data"):
-            return rollout
+        """With the plain policy's numbers, where a steered model drew."""
         plain = teacher_forced(self.policy, rollout)
         return dataclasses.replace(rollout, policy_logprobs_BR=plain.logprobs_BR, entropy_BR=plain.entropy_BR)
 

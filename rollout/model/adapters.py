@@ -271,11 +271,11 @@ def merged_layer(layer: torch.nn.Module, values: Mapping[int, torch.Tensor]) -> 
     for module in layer.modules():  # engines hang hooks on layers that hold all of their own
         memo |= {id(value): type(value)() for name, value in vars(module).items() if name.endswith("_hooks")}
     copied: Any = copy.deepcopy(layer, memo)
-    base = copied.get_base_layer()
-    for parameter in base.parameters():
-        parameter.data = parameter.data.clone()  # what merge changes in place
-    copied.merge(safe_merge=True)
-    state: dict[str, torch.Tensor] = base.state_dict()
+    try:
+        copied.merge(safe_merge=True)  # which leaves the tensors that it is given as they are
+    except ValueError as error:
+        raise CheckpointError(f"model.peft: the adapter cannot be merged into the base: {one_line(error)}") from error
+    state: dict[str, torch.Tensor] = copied.get_base_layer().state_dict()
     return state
 
 

@@ -23,10 +23,11 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.engines.vllm import export, model_folder
 from steerl.rollout.engines.vllm.client import Client, Gone
-from steerl.rollout.engines.vllm.model_folder import write
 from steerl.rollout.engines.vllm.server import Server
 from steerl.rollout.engines.vllm.steering import ServerSteering
+from steerl.rollout.engines.vllm.support import refusals
 from steerl.rollout.engines.vllm.sync import Sync
 from steerl.rollout.engines.vllm.wire import VERSION, Answer, Ask, Law, listed
 from steerl.rollout.model.policy import Policy
@@ -85,15 +86,15 @@ class VllmEngine:
         prompt with its response. `inside` calls a function where the policy's forward pass may be run."""
         self.policy, self.settings, self.inside, self.alone, self.tolerance = policy, settings, inside, alone, tolerance
         self.steering = ServerSteering(steering) if steering is not None else None
-        if problems := self.steering.refusals() if self.steering is not None else []:
+        if problems := [*refusals(policy), *(self.steering.refusals() if self.steering is not None else [])]:
             raise ConfigError(*problems)
         self.is_main = alone or processes.start().is_main
         self.folder = self._on_main(_scratch)
         self.client = Client(settings.url or "http://127.0.0.1")
-        self.weights = Sync(self.client, policy, settings, self.folder)
+        self.weights = Sync(self.client, policy, settings, self.folder, alone=alone)
         self.version, self.restarts = -1, 0
         """`version`: the step whose weights the server has; -1 before the first."""
-        self._flags = ["--enforce-eager", *self.weights.flags()]
+        self._flags = self.weights.flags()
         self._flags += self.steering.flags() if self.steering is not None else []
         self._log = log
         self._server: Server | None = None
@@ -110,11 +111,15 @@ class VllmEngine:
 
     def sync(self, step: int) -> None:
         """The policy's weights and steering as they are now, which are those after `step` updates. Every rank comes here."""
-        if self._server is None and self.version < 0:
+        if self.version < 0:
             self.client.move(self._on_main(self._start))
         began = time.perf_counter()
         for _ in range(DEATHS):
-            if self._answers_to(step):
+            with contextlib.suppress(Gone):
+                self.weights.send(step)
+                if self.steering is not None:
+                    self.steering.take(step)
+                    self._asking(self._steer)
                 break
             self.client.move(self._on_main(self._start_again))
         else:
@@ -136,11 +141,11 @@ class VllmEngine:
 
     def server(self) -> Server:
         """The one to start, with a folder of the policy's config and tokenizer."""
-        return Server(self.settings, write(self.policy, self.folder / "model"), self._log, self._flags)
+        return Server(self.settings, model_folder.write(self.policy, self.folder / "model"), self._log, self._flags)
 
     def _start(self) -> str:
         if self.settings.url:
-            write(self.policy, self.folder / "model")
+            model_folder.write(self.policy, self.folder / "model")
         else:
             self._server = self.server()
             self._server.start()
@@ -167,13 +172,6 @@ class VllmEngine:
                     "same steerl beside vLLM (make vllm)"
                 )
 
-    def _answers_to(self, step: int) -> bool:
-        """Send weights and steering; False where the server was gone."""
-        self.weights.send(step)
-        if self.steering is not None:
-            self.steering.take(step)
-        return self._answers(self._steer)
-
     def _steer(self) -> None:
         if self.steering is not None:
             self.steering.send(self.client)
@@ -189,13 +187,14 @@ class VllmEngine:
         self._send(asked)
         return asked
 
-    def finish(self, asked: Asked) -> list[Answer]:
-        """The answers, in the order of the asks. Every rank comes here, with as many rows as it has."""
+    def finish(self, asked: Asked, *, moved: bool = False) -> list[Answer]:
+        """The answers, in the order of the asks. Every rank comes here, with as many rows as it has. `moved`: the policy has
+        learned since they were asked for."""
         for _ in range(DEATHS):
             self._collect(asked)
             if not self._most(len(asked.asks) - len(asked.answers)):
                 return [asked.answers[b] for b in range(len(asked.asks))]
-            self._revive(asked.version)
+            self._revive(moved)
             self._send(asked)
         raise UserError(f"engine: the server died {DEATHS} times in one draw; {self._log} says why")
 
@@ -240,15 +239,21 @@ class VllmEngine:
                 found = {b: taken[asked.asks[b].id] for b in part if asked.asks[b].id in taken}
                 asked.answers |= {b: Answer.of_packed(answer) for b, answer in found.items()}
 
-    def _revive(self, version: int) -> None:
+    def _revive(self, moved: bool) -> None:
         """A server with the weights that it had: those that are kept, or, where the policy has not moved on, sent anew."""
         lives = self._server is None or self._server.alive()
         self.client.move(self._on_main(lambda: self.client.url if lives and self.client.healthy() else self._start_again()))
-        if getattr(self.weights, "keeps", True):
-            self._on_main(self.weights.again)
-        elif version == self.version:
-            self.weights.send(version)
-        self._on_main(self._steer)
+        with contextlib.suppress(Gone):  # the next round finds out
+            if self.weights.keeps:
+                self._asking(self.weights.again)
+            elif moved:
+                raise UserError(
+                    f"engine: the server died while it drew with weights that engine.sync {self.weights.kind} keeps no copy "
+                    "of; --run.resume true goes on from the last checkpoint"
+                )
+            else:
+                self.weights.send(self.version)
+            self._asking(self._steer)
 
     # -- steering -------------------------------------------------------------------------------------------------------
 
@@ -265,17 +270,9 @@ class VllmEngine:
     def _on_main(self, call: Callable[[], Value]) -> Value:
         return call() if self.alone else processes.on_main(call)
 
-    def _answers(self, call: Callable[[], None]) -> bool:
-        """Whether the server was there for what the main process does with it."""
-
-        def tried() -> bool:
-            try:
-                call()
-            except Gone:
-                return False
-            return True
-
-        return self._on_main(tried)
+    def _asking(self, call: Callable[[], None]) -> None:
+        """By the main process; Gone everywhere where the server is."""
+        export.on_main(call, alone=self.alone)
 
     def _most(self, count: int) -> int:
         return count if self.alone else processes.most(count)

@@ -37,6 +37,7 @@ class Begun:
     """Rows that a server is drawing."""
 
     batch: PromptBatch
+    step: int
     prompts: list[list[int]]
     row_B: Tensor
     sample_B: Tensor
@@ -71,8 +72,8 @@ class ServerSampler:
     def close(self) -> None:
         self.engine.close()
 
-    def begin(self, batch: PromptBatch, *, step: int, progress: float) -> Begun:
-        """Ask for all rows, with the weights that the server has. `step` keys the draws."""
+    def begin(self, batch: PromptBatch, *, step: int, progress: float, weights: int | None = None) -> Begun:
+        """Ask for all rows. `step` keys the draws; `weights` says which ones draw, where that is another step."""
         self._inside.check(batch)
         n, device = self.sampling.n, self.policy.device
         order = [(i, j) for i in range(len(batch)) for j in range(n)]
@@ -80,7 +81,7 @@ class ServerSampler:
         row_B = torch.tensor(many.rows, dtype=torch.int64, device=device)
         sample_B = torch.tensor([batch.sample(i, j, n) for i, j in order], dtype=torch.int64, device=device)
         prompts = [list(ids) for ids in many.ids]
-        weights = self.engine.version
+        weights = step if weights is None else weights
         if self.steering is None or not order:
             applied = Applied.nothing(row_B, weights, 0 if self.steering is None else len(self.steering.sites))
         else:
@@ -88,20 +89,21 @@ class ServerSampler:
             applied = self.steering.applied(mask_BP, row_B, sample_B, many.columns, progress=progress, policy_step=step)
             applied = applied._replace(policy_step_B=torch.full_like(row_B, weights))
         asks = [self._ask(applied, b, step, int(row_B[b]), int(sample_B[b])) for b in range(len(order))]
-        return Begun(batch, prompts, row_B, sample_B, applied, self.engine.begin(self.law, prompts, asks))
+        return Begun(batch, step, prompts, row_B, sample_B, applied, self.engine.begin(self.law, prompts, asks))
 
     def _ask(self, applied: Applied, b: int, step: int, row: int, sample: int) -> Ask:
         steered = {} if self.steering is None else self.engine.steered(applied, b)
         return Ask(uuid.uuid4().hex, step, row, sample, **steered)
 
-    def finish(self, begun: Begun) -> Samples:
-        """The rows, when all have ended. Every rank comes here."""
-        answers = self.engine.finish(begun.asked)
-        rollout = self._rollout(begun, answers) if answers else self._inside.nothing(self.engine.version)
+    def finish(self, begun: Begun, *, moved: bool = False) -> Samples:
+        """The rows, when all have ended. Every rank comes here. `moved`: the policy has learned meanwhile."""
+        answers = self.engine.finish(begun.asked, moved=moved)
+        rollout = self._rollout(begun, answers) if answers else self._inside.nothing(begun.step)
         if self.steering is not None and answers:
             self.engine.check_edits(rollout, answers)
-        with no_dropout(self.policy.core), torch.no_grad():
-            rollout = self.engine.inside(lambda: self._inside.of_policy(rollout))
+        if self._inside.plain_policy:
+            with no_dropout(self.policy.core), torch.no_grad():
+                rollout = self.engine.inside(lambda: self._inside.of_policy(rollout))
         return Samples(rollout, self.texts(begun.batch, rollout))
 
     def texts(self, batch: PromptBatch, rollout: Rollout) -> Texts:

@@ -16,6 +16,7 @@ versions, and says so. Until `steerl_ready` the server draws nothing, so that a 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import time
@@ -63,6 +64,8 @@ class Sync:
         self._version = -1
         self._announced: list[Announced] = []
         self._adapter: Path | None = None
+        self._based = False
+        """Whether the server has the adapter's base: not one that has died meanwhile."""
         self._group: broadcast.Group | None = None
 
     @property
@@ -88,11 +91,7 @@ class Sync:
         begun = time.monotonic()
         self._version = version
         if self.kind == "adapter":
-            if not self._announced:
-                self._send_weights(self._write, merge=False)
-                self._on_main(self._load_file)
-            self._write_adapter()
-            self._on_main(self._load_adapter)
+            self._send_adapter()
         elif self.kind == "file":
             self._send_weights(self._write)
             self._on_main(self._load_file)
@@ -108,9 +107,10 @@ class Sync:
         if not self.keeps:
             self._group = None
             raise UserError(f"engine.sync: {self.kind} keeps no copy of what was sent; it is to be sent again from all ranks")
-        self._load_file()
         if self.kind == "adapter":
-            self._load_adapter()
+            self._load_adapter(based=False)
+        else:
+            self._load_file()
         self._ready()
 
     def close(self) -> None:
@@ -169,6 +169,14 @@ class Sync:
 
     # -- an adapter ----------------------------------------------------------------------------------------------------
 
+    def _send_adapter(self) -> None:
+        based, self._based = self._based, False
+        if not self._announced:
+            self._send_weights(self._write, merge=False)
+        self._write_adapter()
+        self._on_main(functools.partial(self._load_adapter, based))
+        self._based = True
+
     def _write_adapter(self) -> None:
         """In a folder of its own: what vLLM keeps by an adapter's path is not that of another. Collective."""
         model = export.peft_model(self.policy.model)
@@ -186,9 +194,13 @@ class Sync:
         with export.whole(own) as values:
             self._on_main(write)
 
-    def _load_adapter(self) -> None:
-        """Taken out and put in: what is loaded in place, vLLM reads from the disk again in every step."""
-        _check(self.client.rpc("steerl_ready", "-1"))
+    def _load_adapter(self, based: bool) -> None:
+        """Beside the base, which the server may have. Out and in again: one that is loaded in place vLLM reads from the disk
+        in every step."""
+        if based:
+            _check(self.client.rpc("steerl_ready", "-1"))
+        else:
+            self._load_file()
         with contextlib.suppress(UserError):  # the first time there is none
             self.client.post("/v1/unload_lora_adapter", {"lora_name": self.model})
         self.client.post("/v1/load_lora_adapter", {"lora_name": self.model, "lora_path": str(self._adapter)})
