@@ -37,7 +37,9 @@ def main(parent: int, command: list[str]) -> int:
         signal.signal(number, lambda number, frame: asked.append(number))
     # Whoever loses its parent below here is taken in here, not by init, and is found.
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)
-    scratch = tempfile.mkdtemp(prefix="steerl-engine-")  # vLLM leaves its sockets and more where temporary files are
+    # vLLM leaves its sockets and more where temporary files are. A socket's whole path has at most 107 characters.
+    place = tempfile.gettempdir()
+    scratch = tempfile.mkdtemp(prefix="steerl-engine-", dir=place if len(place) < 50 else "/tmp")
     server = subprocess.Popen(command, start_new_session=True, env={**os.environ, "TMPDIR": scratch})
     guard = os.getpid()
     watcher = os.fork()

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -202,12 +203,11 @@ time.sleep(600)
 
 
 @pytest.fixture
-def temporary(tmp_path, monkeypatch):
-    """Where temporary files are made."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
-    return folder
+def temporary(monkeypatch):
+    """Where temporary files are made. Not below tmp_path, whose name is too long for a socket's."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
 
 
 @pytest.fixture
