@@ -8,6 +8,7 @@ A checksum would not do: a server computes with packed copies of its weights.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -120,13 +121,14 @@ def _largest(chosen: Rows, answers: Sequence[Answer], own: list[list[float]], st
             raise UserError(f"engine: row {b} was to be scored again, and the server answered {len(answer.ids)} other tokens")
         for t, (theirs, ours) in enumerate(zip(answer.policy, mine, strict=True)):
             gap = abs(theirs - ours)
-            if not gap <= largest:  # NaN, too
+            gap = math.inf if math.isnan(gap) else gap
+            if gap > largest:
                 largest, told = gap, f"token {t} of row {b} has log-prob {theirs:.6g} there, {ours:.6g} here"
     if largest <= tolerance:
         return largest
     raise UserError(
         f"engine: after the sync of step {step} the server computes something else than the policy: {told}, {largest:.3g} "
-        f"apart, where {tolerance:.3g} is allowed; usual causes: another model or dtype in the server (--dtype), its own modules "
+        f"apart, where {tolerance:.3g} is allowed; usual causes: another model or dtype in the server, its own modules "
         "(engine.model_impl transformers), an adapter that it did not take (engine.sync file), or a tolerance too narrow for "
         "the dtype (ppo.gap_tolerance)"
     )

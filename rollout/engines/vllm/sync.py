@@ -152,16 +152,17 @@ class Sync:
             }
         head = json.dumps(header).encode()
         head += b" " * (-len(head) % 8)
-        path.unlink(missing_ok=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
             with path.open("wb") as file:
                 file.write(len(head).to_bytes(8, "little") + head)
                 for entry, (name, value) in zip(self._announced, weights, strict=True):
                     assert Announced.of(name, value) == entry, f"{entry} was announced, {name} came"
                     file.write(broadcast.as_bytes(value).cpu().numpy().data)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise UserError(f"engine.sync: {path} cannot be written: {error.strerror}; free some space there") from error
 
     def _load_file(self) -> None:
