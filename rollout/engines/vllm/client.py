@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import select
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,12 +28,16 @@ QUICK = 10.0
 """Seconds in which a live server takes a connection and says how it is."""
 LONG = 1800.0
 """Seconds for one call of the workers, such as loading all weights."""
+BEAT = 5.0
+"""Seconds of waiting after which the server is asked how it is, again and again:"""
 QUIET = 20.0
-"""Seconds without any answer after which the engine is asked whether it still works,"""
+"""those without any answer, after which the engine itself has to say that it works,"""
 PATIENCE = 120.0
 """and those it has to say so: it answers between two steps."""
 _HELD = 300
 """Characters of a server's own message."""
+_DEAD = "EngineCore encountered an issue"
+"""Said by a server whose engine has died under it."""
 
 
 class Gone(Exception):
@@ -44,8 +50,10 @@ class Client:
     def __init__(self, url: str):
         self.move(url)
         self._own = threading.local()
+        self._open: weakref.WeakSet[http.client.HTTPConnection] = weakref.WeakSet()
         self._asking = threading.Lock()
-        self._heard = time.monotonic()
+        self._heard = self._beat = time.monotonic()
+        self._lost, self._why = -math.inf, ""  # when it was last found to be gone
 
     def move(self, url: str) -> None:
         """Ask there from now on."""
@@ -71,7 +79,15 @@ class Client:
 
     def rpc(self, method: str, *args: str, timeout: float = LONG) -> list[Any]:
         """What each worker returns. Arguments are texts."""
-        answer = self.post("/collective_rpc", {"method": method, "args": list(args)}, timeout)
+        try:
+            answer = self.post("/collective_rpc", {"method": method, "args": list(args)}, timeout)
+        except UserError as error:
+            if f"has no attribute '{method}'" in str(error) or "/collective_rpc: HTTP 404" in str(error):
+                raise UserError(
+                    f"engine.url: the server at {self.url} was not started for steerl (it does not know {method}); "
+                    "`steerl engine serve` prints the command"
+                ) from error
+            raise
         return list((answer or {}).get("results", []))
 
     def healthy(self) -> bool:
@@ -89,84 +105,106 @@ class Client:
         """`timeout` None: as long as the engine works."""
         return self._ask("POST", path, json.dumps(body).encode(), timeout)
 
+    def close(self) -> None:
+        """End all connections: whoever waits for an answer gets Gone."""
+        for connection in list(self._open):
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
     # -- the connection -----------------------------------------------------------------------------------------------
 
     def _ask(self, method: str, path: str, body: bytes | None, timeout: float | None) -> Any:
         """Over this thread's connection. One that the server had closed meanwhile is opened again, once."""
-        connection: http.client.HTTPConnection | None = getattr(self._own, "connection", None)
-        if connection is not None:
+        place, connection = getattr(self._own, "kept", (None, None))
+        if connection is not None and place == self._place:
             try:
                 return self._exchange(connection, method, path, body, timeout)
             except _Closed:
-                self._drop()
-        self._own.connection = connection = http.client.HTTPConnection(*self._place, timeout=QUICK)
+                connection.close()
+            except Gone:
+                self._own.kept = (None, None)
+                connection.close()
+                raise
+        connection = http.client.HTTPConnection(*self._place, timeout=QUICK)
+        self._open.add(connection)
+        self._own.kept = self._place, connection
         try:
             return self._exchange(connection, method, path, body, timeout)
-        except _Closed as error:
-            self._drop()
-            raise Gone(f"{self.url}{path}: {error}") from error
-        except Gone:
-            self._drop()
-            raise
+        except (_Closed, Gone) as error:
+            self._own.kept = (None, None)
+            connection.close()
+            raise Gone(str(error)) from error
 
     def _once(self, method: str, path: str, body: bytes | None, timeout: float) -> Any:
         """Over a connection of its own."""
-        connection = http.client.HTTPConnection(*self._place, timeout=QUICK)
-        try:
-            return self._exchange(connection, method, path, body, timeout)
-        except _Closed as error:
-            raise Gone(f"{self.url}{path}: {error}") from error
-        finally:
-            connection.close()
-
-    def _drop(self) -> None:
-        connection, self._own.connection = self._own.connection, None
-        connection.close()
+        with contextlib.closing(http.client.HTTPConnection(*self._place, timeout=QUICK)) as connection:
+            try:
+                return self._exchange(connection, method, path, body, timeout, watched=False)
+            except _Closed as error:
+                raise Gone(str(error)) from error
 
     def _exchange(
-        self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None, timeout: float | None
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        body: bytes | None,
+        timeout: float | None,
+        watched: bool = True,
     ) -> Any:
+        where = f"{self.url}{path}"
         try:
-            headers = {"content-type": "application/json"} if body else {}
-            connection.request(method, self._base + path, body, headers)
-            self._wait(connection.sock, path, timeout)
-            connection.sock.settimeout(QUICK)
+            connection.request(method, self._base + path, body, {"content-type": "application/json"} if body else {})
+            self._wait(connection.sock, where, timeout, watched)
             response = connection.getresponse()
             data = response.read()
         except TimeoutError as error:
-            raise Gone(f"{self.url}{path}: no answer within {QUICK:.0f} s") from error
+            raise Gone(f"{where}: no answer within {QUICK:.0f} s") from error
         except (OSError, http.client.HTTPException) as error:
-            raise _Closed(" ".join(str(error).split()) or type(error).__name__) from error
-        return self._read(path, response.status, data)
+            raise _Closed(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        return self._read(where, response.status, data)
 
-    def _wait(self, sock: socket.socket, path: str, timeout: float | None) -> None:
-        """Until there is something to read."""
+    def _wait(self, sock: socket.socket, where: str, timeout: float | None, watched: bool) -> None:
+        """Until there is something to read, which a server that has died, or does nothing any more, never sends."""
+        readable = select.poll()  # not select(): there may be more than a thousand files
+        readable.register(sock, select.POLLIN)
         began = time.monotonic()
+        until = None if timeout is None else began + timeout
         while True:
-            left = QUIET if timeout is None else timeout - (time.monotonic() - began)
-            if left > 0 and select.select([sock], [], [], left)[0]:
+            left = BEAT if until is None else max(until - time.monotonic(), 0.0)
+            if readable.poll(1000 * (min(left, BEAT) if watched else left)):
                 return
-            if timeout is not None:
-                raise Gone(f"{self.url}{path}: no answer within {timeout:.0f} s")
-            self._still_works()
+            if until is not None and time.monotonic() >= until:
+                raise Gone(f"{where}: no answer within {timeout:.0f} s")
+            self._still_there(began, engine=timeout is None)
 
-    def _still_works(self) -> None:
-        """Gone where the engine says nothing. One thread asks for all that wait."""
+    def _still_there(self, began: float, engine: bool) -> None:
+        """Gone where the server says nothing any more, or its `engine`. One thread asks for all that wait."""
         with self._asking:
-            if time.monotonic() - self._heard > QUIET:
-                self._once("POST", "/collective_rpc", b'{"method": "check_health"}', PATIENCE)
+            if self._lost > began:
+                raise Gone(self._why)
+            try:
+                if time.monotonic() - self._beat >= BEAT:
+                    self._once("GET", "/health", None, QUICK)
+                    self._beat = time.monotonic()
+                if engine and time.monotonic() - self._heard >= QUIET:
+                    self._once("POST", "/collective_rpc", b'{"method": "check_health"}', PATIENCE)
+            except Gone as error:
+                self._lost, self._why = time.monotonic(), str(error)
+                raise
 
-    def _read(self, path: str, status: int, data: bytes) -> Any:
+    def _read(self, where: str, status: int, data: bytes) -> Any:
         said = None
         with contextlib.suppress(ValueError):
             said = json.loads(data) if data else None
         if status == 200:
-            self._heard = time.monotonic()
+            if not where.endswith("/health"):
+                self._heard = time.monotonic()
             return said
         message = _message(said, data)
-        if status == 503 or "EngineDead" in message or "EngineCore" in message:
-            raise Gone(f"{self.url}{path}: {status} {message}")
-        raise UserError(f"{self.url}{path}: HTTP {status}: {message}")
+        if status == 503 or _DEAD in message:
+            raise Gone(f"{where}: HTTP {status}: {message}")
+        raise UserError(f"{where}: HTTP {status}: {message}")
 
 
 class _Closed(Exception):

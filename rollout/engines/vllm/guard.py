@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 EVERY = 0.2
@@ -54,6 +55,7 @@ def main(parent: int, command: list[str]) -> int:
 
 def watch(guard: int, session: int) -> int:
     """Wait for the guard to be gone; then nobody else ends the server."""
+    os.setsid()
     while os.getppid() == guard:
         time.sleep(EVERY)
     sweep(session, os.getpid())
@@ -61,10 +63,12 @@ def watch(guard: int, session: int) -> int:
 
 
 def sweep(session: int, me: int) -> None:
-    """Kill all that belongs to the session or descends from this process, the trackers of shared memory last."""
+    """Kill all that belongs to the session or descends from it or from this process, the trackers of shared memory last."""
     until = time.monotonic() + TRACKERS
-    while left := belonging(session, me):
-        others = [pid for pid in left if not is_tracker(pid)]
+    known: set[int] = set()
+    while left := belonging(session, me, known):
+        known |= left  # whose children others take in when it is gone
+        others = {pid for pid in left if not is_tracker(pid)}
         for pid in others or (left if time.monotonic() > until else ()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -72,8 +76,9 @@ def sweep(session: int, me: int) -> None:
         time.sleep(0.02)
 
 
-def belonging(session: int, me: int) -> list[int]:
-    parents, found = {}, set()
+def belonging(session: int, me: int, known: Collection[int] = ()) -> set[int]:
+    """Those that run."""
+    parents, family, runs = {}, {me, *known}, set()
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
@@ -81,21 +86,13 @@ def belonging(session: int, me: int) -> list[int]:
             state, parent, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
             pid = int(folder.name)
             parents[pid] = int(parent)
-            if int(its_session) == session and state not in "ZX":
-                found.add(pid)
-    for pid in parents:
-        above = pid
-        while (above := parents.get(above, 0)) > 1:
-            if above == me and _runs(pid):
-                found.add(pid)
-                break
-    return sorted(found - {me})
-
-
-def _runs(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
+            if int(its_session) == session:
+                family.add(pid)
+            if state not in "ZX":
+                runs.add(pid)
+    while found := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= found
+    return (family & runs) - {me}
 
 
 def is_tracker(pid: int) -> bool:

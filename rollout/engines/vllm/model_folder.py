@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def write(policy: Policy, folder: Path) -> Path:
     """config.json and the tokenizer's files of `policy`, in `folder`."""
     config = copy.deepcopy(policy.core.config)
-    config.architectures = [type(policy.core).__name__]
+    config.architectures = [type(policy.core).__name__]  # a model that was made from a config has none yet
     config.dtype = policy.core.dtype
     config.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)

@@ -1,17 +1,19 @@
 """A vLLM server of the job's own: started on a free port of the loopback interface, ended with the job.
 
-server = Server(settings, model, RUN/engine.log, flags)
-server.start()          waits until it answers
-Client(server.url)      ...
-server.stop()           it and all that it started, in seconds
+    server = Server(settings, model, RUN/engine.log, flags)
+    server.start()          waits until it answers
+    Client(server.url)      ...
+    server.stop()           it and all that it started, in seconds
+
+Whatever keeps it from starting is one line: what its interpreter has not, what it said last, or that it took too long.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,100 +21,79 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.progress import duration
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm import guard
-from steerl.rollout.engines.vllm.client import Client
-
-logger = logging.getLogger(__name__)
+from steerl.rollout.engines.vllm.client import Client, Gone
+from steerl.rollout.engines.vllm.support import check_interpreter, on_gpu
 
 EXTENSION = "steerl.rollout.engines.vllm.plugin.worker.Extension"
+PORTS = 5
+"""Ports that are tried: between its choice and the server's start another program may take one."""
+ROWS, CACHE = 128, (1 << 28, 1 << 32)
+"""On a CPU: rows whose keys and values the cache has room for, and the least and the most bytes it takes for them."""
 TELL = 30.0
 """Seconds between two lines that say it is still starting."""
+_logger = logging.getLogger(__name__)
 
 
 class Server:
     """One server process, and the next ones where it has to be started again."""
 
-    def __init__(
-        self, settings: EngineSettings, model: Path, log: Path, flags: Sequence[str] = (), *, context: int | None = None
-    ):
-        self.settings, self.model, self.log, self.flags = settings, Path(model).resolve(), Path(log).resolve(), tuple(flags)
-        self.context = context
+    def __init__(self, settings: EngineSettings, model: Path, log: Path, flags: Sequence[str] = ()):
+        self.settings, self.flags = settings, tuple(flags)
+        self.model, self.log = Path(model).resolve(), Path(log).resolve()
         self.port = 0
         self.restarts = 0
         self._guard: subprocess.Popen[bytes] | None = None
+        self._said = 0
+        """Where in the log the words of this start begin."""
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def command(self) -> list[str]:
-        """As it is started."""
-        settings = self.settings
-        # Not resolved: a virtual environment's interpreter is a link, and is its own by the path it is called by.
-        command = [str(Path(settings.python).absolute()), "-P", "-m", "vllm.entrypoints.openai.api_server"]
-        command += [
-            "--model",
-            str(self.model),
-            "--served-model-name",
-            "policy",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-        ]
-        command += ["--dtype", self._dtype(), "--model-impl", settings.model_impl, "--generation-config", "vllm"]
+        """As it is started. The user's own flags come last and win."""
+        # Not resolved: a virtual environment's interpreter is a link, and is what it is by the path it is called by.
+        command = [str(Path(self.settings.python).absolute()), "-P", "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(self.model), "--served-model-name", "policy", "--model-impl", self.settings.model_impl]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--generation-config", "vllm"]
         command += ["--load-format", "dummy", "--skip-tokenizer-init", "--no-async-scheduling", "--enable-scale-out"]
-        command += ["--worker-extension-cls", EXTENSION]
-        if self.context is not None:
-            command += ["--max-model-len", str(self.context)]
-        return [*command, *self.flags, *settings.arguments]
+        command += ["--worker-extension-cls", EXTENSION, "--disable-uvicorn-access-log"]
+        config = _config(self.model)
+        # Left to itself, vLLM makes float32 bfloat16.
+        command += ["--dtype", str(getattr(config, "dtype", None) or "auto").removeprefix("torch.")]
+        if not on_gpu():
+            command += ["--enforce-eager"]
+            if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and "--gpu-memory-utilization" not in self.settings.arguments:
+                # Left to itself, it takes nine tenths of the memory, or refuses.
+                command += ["--kv-cache-memory-bytes", str(cache_bytes(config, _longest(config, self.flags)))]
+        return [*command, *self.flags, *self.settings.arguments]
 
     def environment(self) -> dict[str, str]:
-        told = {
-            "VLLM_SERVER_DEV_MODE": "1",  # the routes by which weights come
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            "VLLM_USE_V2_MODEL_RUNNER": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONSAFEPATH": "1",
-        }
-        kept = {name: value for name, value in os.environ.items() if name not in _OURS}
-        return {"VLLM_CPU_KVCACHE_SPACE": "1", **kept, **told}
+        """The trainer's own, without what is of its packages and of its ranks."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(_TRAINERS)}
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if "OMP_NUM_THREADS" in kept:  # a rank's share of the cores; the ranks wait while the server draws
+            kept["OMP_NUM_THREADS"] = str(int(kept["OMP_NUM_THREADS"]) * ranks)
+        return {**_UNLESS_SET, **kept, **_SET}
 
     def start(self) -> None:
-        self.port = self.port or free_port()
-        job = str(os.getpid())
-        command = [sys.executable, "-I", guard.__file__, job, *self.command()]
-        with self.log.open("ab") as log:
-            self._guard = subprocess.Popen(
-                command,
-                cwd=self.model,
-                env=self.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self._wait()
-
-    def _wait(self) -> None:
-        client = Client(self.url)
-        began = told = time.monotonic()
-        while not client.healthy():
-            now = time.monotonic()
-            if not self.alive():
-                raise UserError(f"engine: the server ended while it was starting; see {self.log}")
-            if now - began > self.settings.start_timeout:
-                self.stop()
-                raise UserError(f"engine.start_timeout: no answer within {self.settings.start_timeout:.0f} s; see {self.log}")
-            if now - told > TELL:
-                told = now
-                logger.info("engine: the server is starting, %.0f s", now - began)
-            time.sleep(0.2)
+        """Start it and wait until it answers."""
+        check_interpreter(self.settings.python)
+        for _ in range(PORTS):
+            self.port = self.port or _free_port()
+            self._launch()
+            if self._comes_up():
+                return
+            self.port = 0
+        raise UserError(
+            f"engine: {PORTS} free ports in turn were taken by other programs before the server had them; see {self.log}"
+        )
 
     def alive(self) -> bool:
         return self._guard is not None and self._guard.poll() is None
@@ -121,10 +102,14 @@ class Server:
         """End it and all that it started."""
         if self._guard is None:
             return
+        process, self._guard = self._guard, None
         with contextlib.suppress(ProcessLookupError):
-            self._guard.send_signal(signal.SIGTERM)
-        self._guard.wait()
-        self._guard = None
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(4 * guard.GRACE)
+        except subprocess.TimeoutExpired:  # stopped, or starved: its watcher does what it would have done
+            process.kill()
+            process.wait()
 
     def restart(self) -> None:
         """Another one in its place, on the same port where that is free."""
@@ -132,16 +117,151 @@ class Server:
         self.restarts += 1
         self.start()
 
-    def _dtype(self) -> str:
-        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
-        return str(config.get("dtype", "auto"))
+    def _launch(self) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *self.command()]
+        with self.log.open("ab") as log:
+            self._said = log.tell()
+            self._guard = subprocess.Popen(
+                command,
+                cwd=self.model,  # not the user's folder, whose own vllm/ or torch.py nobody means
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _comes_up(self) -> bool:
+        """Whether it answers at last; False where its port was taken."""
+        client = Client(self.url)
+        began = told = time.monotonic()
+        while True:
+            waited = time.monotonic() - began
+            if not self.alive():
+                return self._ended()
+            if self._answers(client):
+                return True
+            if waited > self.settings.start_timeout:
+                self.stop()
+                raise UserError(
+                    f"engine.start_timeout: the server did not answer within {duration(waited)}; see {self.log}, "
+                    "or give it more seconds"
+                )
+            if time.monotonic() - told > TELL:
+                told = time.monotonic()
+                _logger.warning("engine: the vLLM server is starting, %s so far (%s)", duration(waited), self.log)
+            time.sleep(0.2)
+
+    def _answers(self, client: Client) -> bool:
+        """It, and no other server that has taken its port."""
+        try:
+            client.get("/health")
+            models = client.get("/v1/models")["data"]
+        except (Gone, UserError, LookupError, TypeError):
+            return False
+        return any(model.get("root") == str(self.model) for model in models)
+
+    def _ended(self) -> bool:
+        assert self._guard is not None
+        status, self._guard = self._guard.wait(), None
+        with self.log.open("rb") as log:
+            log.seek(self._said)
+            text = log.read().decode(errors="replace")
+        if "address already in use" in text.lower():
+            return False
+        raise UserError(f"{why_it_ended(text, status)}; see {self.log}")
 
 
-_OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-"""Of the trainer's environment and of its launcher: the server has packages of its own and is no rank."""
+_TRAINERS = (
+    *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__"),
+    *(
+        "RANK",
+        "LOCAL_RANK",
+        "GROUP_",
+        "ROLE_",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_",
+        "TORCHELASTIC_",
+        "ACCELERATE_",
+        "FSDP_",
+    ),
+)
+_UNLESS_SET = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every server of a machine sits on the same cores
+    "VLLM_HOST_IP": "127.0.0.1",
+}
+_SET = {
+    "VLLM_SERVER_DEV_MODE": "1",  # the routes by which weights come
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",  # all that it reads lies in its folder
+    "PYTHONSAFEPATH": "1",
+}
 
 
-def free_port() -> int:
+def _config(folder: Path) -> Any:
+    """None where it is of a class that transformers does not know by itself."""
+    from transformers import AutoConfig
+
+    with contextlib.suppress(OSError, ValueError):
+        return AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+    return None
+
+
+def _longest(config: Any, flags: Sequence[str]) -> int:
+    told = dict(zip(flags, flags[1:], strict=False)).get("--max-model-len")
+    return int(told or getattr(config, "max_position_embeddings", None) or 4096)
+
+
+def cache_bytes(config: Any, longest: int) -> int:
+    """Keys and values of ROWS rows that are all as long as can be, within limits."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return CACHE[1]
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * size * 4
+    return min(max(ROWS * longest * token, CACHE[0]), CACHE[1])
+
+
+def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def why_it_ended(text: str, status: int) -> str:
+    """Of a server that ended while it was starting: what it said of that, in a line."""
+    told = _last_words(text)
+    if status == 128 + signal.SIGKILL or any(words in text for words in _NO_MEMORY):
+        return (
+            f"engine: out of memory while the server was starting ({told}); a smaller --gpu-memory-utilization or "
+            "--max-num-seqs in engine.arguments, fewer programs beside it, or a smaller model"
+        )
+    return f"engine: the server ended with status {status} while it was starting: {told}"
+
+
+_NO_MEMORY = (
+    *("out of memory", "OutOfMemoryError", "Cannot allocate memory", "can't allocate memory", "std::bad_alloc", "MemoryError"),
+    *("No available memory for the cache blocks", "memory utilization", "KV cache is needed", "requested memory for kv"),
+)
+_ERROR = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt|Exit): .*|[\w.]*: error: .*|\s*Value error, .*)$")
+_PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\) )?(?:(ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
+
+
+def _last_words(text: str) -> str:
+    """The root cause: the first error of the last that says more than that there was one."""
+    lines = text.splitlines()
+    found, last = [], ""
+    for line in lines:
+        level = (match := _PREFIX.match(line)) and match[1]
+        rest = line[match.end() :] if match else line
+        if level not in ("WARNING", "INFO"):
+            last = rest.strip() or last
+            if _ERROR.match(rest) and "Engine core initialization failed" not in rest:
+                found.append(rest.strip())
+    told = (found[-1] if found else last or "it said nothing").removeprefix("Value error, ").split(" [type=")[0]
+    return told if len(told) <= 300 else f"{told[:297]}..."

@@ -13,9 +13,9 @@ import torch
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.settings import EngineSettings
-from steerl.rollout.engines.vllm import export, rescore
 from steerl.rollout.engines.vllm.client import Gone
-from steerl.rollout.engines.vllm.sync import Sync
+from steerl.rollout.engines.vllm.weights import export, rescore
+from steerl.rollout.engines.vllm.weights.sync import Sync
 from steerl.rollout.engines.vllm.wire import Answer, Ask, Law, listed
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy

@@ -19,12 +19,12 @@ from torch import Tensor
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
-from steerl.rollout.engines.vllm import broadcast, export
-from steerl.rollout.engines.vllm.broadcast import Announced
 from steerl.rollout.engines.vllm.client import Client
-from steerl.rollout.engines.vllm.sync import Sync
+from steerl.rollout.engines.vllm.weights import broadcast, export
+from steerl.rollout.engines.vllm.weights.broadcast import Announced
+from steerl.rollout.engines.vllm.weights.sync import Sync
 from steerl.rollout.engines.vllm.wire import Answer, Ask, Law, listed
-from steerl.rollout.model import adapters
+from steerl.rollout.model import adapters, sharding
 from steerl.rollout.model.policy import Policy
 from tests.models import tiny_policy
 
@@ -389,13 +389,13 @@ class Watched(export.Block):
 @pytest.mark.parametrize("fails_at", [0, 1, 3, 4, None])
 def test_whatever_fails_every_block_is_brought_together_once(fails_at: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     gathered: list[str] = []
-    whole = export.whole
+    whole = sharding.whole
 
     def counted(tensors: Any) -> Any:
         gathered.extend(tensors)
         return whole(tensors)
 
-    monkeypatch.setattr(export, "whole", counted)
+    monkeypatch.setattr(sharding, "whole", counted)
     names = ["a", "b", "bad" if fails_at is None else "c", "d"]
     blocks = [Watched(None, {name: torch.ones(1)}, {}, True) for name in names]
 

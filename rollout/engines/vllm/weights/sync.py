@@ -32,10 +32,10 @@ from torch import Tensor
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError, one_line
 from steerl.rollout.engines.settings import EngineSettings
-from steerl.rollout.engines.vllm import broadcast, export
-from steerl.rollout.engines.vllm.broadcast import Announced
 from steerl.rollout.engines.vllm.client import Gone
-from steerl.rollout.model import adapters
+from steerl.rollout.engines.vllm.weights import broadcast, export
+from steerl.rollout.engines.vllm.weights.broadcast import Announced
+from steerl.rollout.model import adapters, sharding
 from steerl.rollout.model.policy import Policy
 
 TIMEOUT = 120.0
@@ -192,7 +192,7 @@ class Sync:
             if before not in (None, self._adapter):
                 shutil.rmtree(before)
 
-        with export.whole(own) as values:
+        with sharding.whole(own) as values:
             self._on_main(write)
 
     def _load_adapter(self, based: bool) -> None:
