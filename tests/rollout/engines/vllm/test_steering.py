@@ -25,6 +25,7 @@ from steerl.rollout.engines.vllm.sampler import ServerSampler
 from steerl.rollout.engines.vllm.steering import ServerSteering
 from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
 from steerl.rollout.prompts.prompts import PromptBatch
+from steerl.rollout.ragged import left_pad
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Applied, Rollout
 from tests.rollout.steering import helpers
@@ -98,8 +99,11 @@ class Runner:
         self.requests[ask.id] = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
         return ask.id
 
-    def step(self, parts: list[tuple[str, int, int]], texts: dict[str, list[int]], pad: int = 0) -> dict[str, Tensor]:
-        """Run (request, first, count) of each as one flat batch, with padding behind: what came out for each."""
+    def step(
+        self, parts: list[tuple[str, int, int]], texts: dict[str, Any], pad: int = 0, of: Callable[..., Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Run (request, first, count) of each as one flat batch, with padding behind: what came out for each. `of` gives the
+        activations of a text's part."""
         counts = [count for _, _, count in parts]
         starts = np.cumsum([0, *counts])
         self.input_batch = SimpleNamespace(
@@ -109,8 +113,8 @@ class Runner:
         )
         self.query_start_loc = SimpleNamespace(np=starts)
         self.discard_request_mask = SimpleNamespace(np=np.zeros(len(parts), dtype=bool))
-        ids = [i for name, first, count in parts for i in texts[name][first : first + count]]
-        out = self.model(torch.cat([embedding(ids), torch.zeros(pad, WIDTH)]))
+        given = [(of or embedding)(texts[name][first : first + count]) for name, first, count in parts]
+        out = self.model(torch.cat([*given, torch.zeros(pad, WIDTH)]))
         return {name: out[a:b] for (name, _, _), a, b in zip(parts, starts, starts[1:], strict=False)}
 
 
@@ -138,6 +142,7 @@ def server_steering(*sites: dict[str, Any], **fields: Any) -> ServerSteering:
 def served(*steerings: ServerSteering, gives: str = "pair") -> tuple[Runner, Steers]:
     runner = Runner(Flat(gives))
     steers = Steers(Rows(runner))
+    steers.rows.version = 0  # it has weights
     for steering in steerings:
         steering.send(Direct(steers))
     return runner, steers
@@ -202,6 +207,49 @@ def test_sites_of_one_layer_act_in_order_and_all_layers_are_counted():
     unit = one / one.norm()
     torch.testing.assert_close(out, wanted - (wanted @ unit)[:, None] * unit, rtol=0, atol=5e-6)
     assert steers.rows.of("a").answer.edits == [8, 4, 2]
+
+
+KINDS = [kind for kind in helpers.OPERATIONS if kind != "function"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "trained adapter", "trained loreft"])
+def test_every_operation_edits_as_in_process(kind, tmp_path):
+    """The block's output of a steered pass of a real model, from the same output unsteered."""
+    policy, texts, responses = helpers.policy("llama"), helpers.prompts(), [[20, 5, 22], [9, 24, 25], [14, 27, 33]]
+    trained, kind = kind.startswith("trained"), kind.split()[-1]
+    scope = list(helpers.SCOPES.values())[helpers.OPERATIONS.index(kind) % len(helpers.SCOPES)]
+    strength = {"dist": "uniform", "low": -1.0, "high": 2.0}
+    steering = server_steering(
+        helpers.site(kind, tmp_path, where=scope, strength=strength), role="trainable" if trained else "policy"
+    )
+    if trained:
+        with torch.no_grad():
+            for parameter in steering.steering.parameters_module.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        steering.take(1)
+    prompt_BP, mask_BP = left_pad(texts, 0)
+    row_B, sample_B = torch.tensor([3, 1, 4]), torch.tensor([0, 1, 0])
+    applied = steering.steering.applied(mask_BP, row_B, sample_B, policy_step=2)
+    ids_BS = torch.cat([prompt_BP, torch.tensor(responses)], 1)
+    mask_BS = torch.cat([mask_BP, torch.ones(3, 3, dtype=torch.bool)], 1)
+    seen: list[Tensor] = []
+    handle = policy.core.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    with torch.no_grad():
+        policy.core(ids_BS, attention_mask=mask_BS)
+        with steering.steering.active(prompt_mask_BP=mask_BP, row_B=row_B, sample_B=sample_B, applied=applied):
+            policy.core(ids_BS, attention_mask=mask_BS)
+    handle.remove()
+    plain, steered = ([whole[b][mask_BS[b]] for b in range(3)] for whole in seen)
+
+    runner, steers = served(steering)
+    for b in range(3):
+        runner.ask(Ask(str(b), 9, int(row_B[b]), int(sample_B[b]), **steering.of_row(applied, b)), texts[b])
+        steers.rows.of(str(b)).answer.ids = responses[b]
+    out = runner.step([(str(b), 0, len(plain[b])) for b in (2, 0, 1)], {str(b): plain[b] for b in range(3)}, of=lambda x: x)
+    moved = sum(len(steered[b]) - int(torch.isclose(steered[b], plain[b]).all(1).sum()) for b in range(3))
+    assert moved > 0
+    for b in range(3):
+        torch.testing.assert_close(out[str(b)], steered[b], rtol=1e-5, atol=1e-5)
 
 
 def test_a_trained_steering_goes_again_and_old_rows_keep_theirs():
