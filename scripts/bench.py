@@ -7,6 +7,8 @@ steerl bench [--out runs/bench]
 --quick       the same for the smallest case, once, without TRL
 --scaling     rows, prompt, response, vocabulary and samples doubled one at a time; leaves scaling.json and scaling.png
 --overhead    what steering costs while sampling (overhead.py)
+--engines     tokens per CPU second in process and by a vLLM server, by weights and rows (engines.py; `make vllm` first)
+--plain_vllm  the same job by both, and rows of plain vLLM beside ours (plain_vllm.py; `make vllm` first)
 --learning    randomwalks beside TRL 1.12's PPOTrainer: reward by samples and by seconds, five seeds each (about an
               hour on one core); leaves learning.json and learning.png, and prints a table
 """
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from steerl.configs.reader import run_command
 
-from steerl.scripts.bench_cases import overhead, scaling, speed
+from steerl.scripts.bench_cases import engines, overhead, plain_vllm, scaling, speed
 from steerl.scripts.bench_cases.learning import LearningSettings, measure
 
 
@@ -36,8 +38,12 @@ class BenchJob:
     """Time and memory as the work doubles, instead of speed."""
     overhead: bool = False
     """What steering costs while sampling, instead of speed."""
+    engines: bool = False
+    """Sampling in process and by a vLLM server, instead of speed."""
+    plain_vllm: bool = False
+    """One job by both engines, and what plain vLLM's log-probs are worth, instead of speed."""
     quick: bool = False
-    """Speed or scaling as a trial: the smallest work, once, without TRL."""
+    """Speed, scaling or engines as a trial: the smallest work, once, without TRL."""
     speed: speed.SpeedSettings = field(default_factory=speed.SpeedSettings)
     """How speed is compared."""
 
@@ -47,6 +53,10 @@ def main(job: BenchJob) -> None:
         measure(Path(job.out), job.learn)
     elif job.overhead:
         overhead.measure(Path(job.out))
+    elif job.engines:
+        engines.measure(Path(job.out), *(((engines.SIZES[:1], engines.ROWS[:1], 1)) if job.quick else ()))
+    elif job.plain_vllm:
+        plain_vllm.measure(Path(job.out))
     elif job.scaling:
         scaling.measure(Path(job.out), job.speed, job.quick)
     else:

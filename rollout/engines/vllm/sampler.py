@@ -140,7 +140,8 @@ class ServerSampler:
         stop_B = torch.tensor([answer.stop for answer in answers])
         kept = None
         if self.sampling.replays_mask:
-            kept = Kept.of_lists([answer.kept or [] for answer in answers], self.policy.device)
+            drawable = [answer.kept if answer.kept is not None else [[]] * len(answer.ids) for answer in answers]
+            kept = Kept.of_lists(drawable, self.policy.device)
         return Rollout.of_ids(
             begun.prompts,
             [answer.ids for answer in answers],
