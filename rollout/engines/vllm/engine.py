@@ -23,12 +23,14 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
-from steerl.rollout.engines.vllm import export, model_folder
+from steerl.rollout.engines.vllm import model_folder
 from steerl.rollout.engines.vllm.client import Client, Gone
 from steerl.rollout.engines.vllm.server import Server
 from steerl.rollout.engines.vllm.steering import ServerSteering
 from steerl.rollout.engines.vllm.support import refusals
-from steerl.rollout.engines.vllm.sync import Sync
+from steerl.rollout.engines.vllm.weights import export
+from steerl.rollout.engines.vllm.weights.rescore import check_rows
+from steerl.rollout.engines.vllm.weights.sync import Sync
 from steerl.rollout.engines.vllm.wire import VERSION, Answer, Ask, Law, listed
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering import Steering
@@ -77,13 +79,12 @@ class VllmEngine:
         *,
         steering: Steering | None = None,
         dtype: str | None = None,
-        longest: int | None = None,
         tolerance: float = 1e-3,
         inside: Inside = lambda call: call(),
         alone: bool = False,
     ):
-        """What cannot be done is refused here; the server starts with the first draw or sync. `longest`: tokens of the longest
-        prompt with its response. `inside` calls a function where the policy's forward pass may be run."""
+        """What cannot be done is refused here; the server starts with the first draw or sync. `dtype`: of the
+        server's weights, where it is not the policy's. `inside` calls a function where the policy's forward pass may be run."""
         self.policy, self.settings, self.inside, self.alone, self.tolerance = policy, settings, inside, alone, tolerance
         self.steering = ServerSteering(steering) if steering is not None else None
         if problems := [*refusals(policy), *(self.steering.refusals() if self.steering is not None else [])]:
@@ -94,12 +95,13 @@ class VllmEngine:
         self.weights = Sync(self.client, policy, settings, self.folder, alone=alone)
         self.version, self.restarts = -1, 0
         """`version`: the step whose weights the server has; -1 before the first."""
-        self._flags = self.weights.flags()
+        self._flags = [*(["--dtype", dtype] if dtype else []), *self.weights.flags()]
         self._flags += self.steering.flags() if self.steering is not None else []
         self._log = log
         self._server: Server | None = None
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="vllm")
-        self._recent: Rollout | None = None
+        self.recent: Rollout | None = None
+        """Rows that were drawn last, of which some are scored again after a sync."""
         self._gap, self._seconds = 0.0, 0.0
 
     # -- its life -------------------------------------------------------------------------------------------------------
@@ -120,6 +122,7 @@ class VllmEngine:
                 if self.steering is not None:
                     self.steering.take(step)
                     self._asking(self._steer)
+                self._check(step)
                 break
             self.client.move(self._on_main(self._start_again))
         else:
@@ -171,6 +174,12 @@ class VllmEngine:
                     f"engine: the server's steerl speaks version {told['wire']} of the wire, this one {VERSION}; install the "
                     "same steerl beside vLLM (make vllm)"
                 )
+
+    def _check(self, step: int) -> None:
+        """Some rows again, by the server and by the policy."""
+        count = self.settings.check_rows
+        how: dict[str, Any] = {"step": step, "tolerance": self.tolerance, "inside": self.inside, "alone": self.alone}
+        self._gap = check_rows(self.ask, self.policy, self.recent, count, **how) if count else 0.0
 
     def _steer(self) -> None:
         if self.steering is not None:

@@ -22,6 +22,7 @@ from steerl.rollout.decoding.loop import OnToken, no_distribution
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.engines.vllm import laws
 from steerl.rollout.engines.vllm.engine import LOG, Asked, VllmEngine
 from steerl.rollout.engines.vllm.wire import Answer, Ask
 from steerl.rollout.model.language_model import no_dropout
@@ -55,6 +56,8 @@ class ServerSampler:
         self._inside = Sampler(self.policy, sampling, steering)
         self.stops = self._inside.stops
         self.law = engine.law(sampling)
+        self._looked: int | None = None
+        """The weights with which the server's law was last looked at."""
 
     def sample(self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0, on_token: OnToken | None = None) -> Samples:
         """As Sampler.sample. A server shows no token before its row has ended."""
@@ -101,10 +104,23 @@ class ServerSampler:
         rollout = self._rollout(begun, answers) if answers else self._inside.nothing(begun.step)
         if self.steering is not None and answers:
             self.engine.check_edits(rollout, answers)
-        if self._inside.plain_policy:
-            with no_dropout(self.policy.core), torch.no_grad():
+        with no_dropout(self.policy.core), torch.no_grad():
+            if not moved:
+                self._check_laws(rollout, begun.step)
+            if self._inside.plain_policy:
                 rollout = self.engine.inside(lambda: self._inside.of_policy(rollout))
+        self.engine.recent = rollout
         return Samples(rollout, self.texts(begun.batch, rollout))
+
+    def _check_laws(self, rollout: Rollout, step: int) -> None:
+        """Once for each sync. Where passes are collective, on every rank or on none."""
+        if self.engine.version == self._looked:
+            return
+        part = laws.rows_of(self.policy, rollout, self.engine.settings.check_rows)
+        if len(part):
+            tolerance = self.engine.tolerance
+            self.engine.inside(lambda: laws.check_laws(self.policy, part, self.sampling, step, tolerance, self.steering))
+            self._looked = self.engine.version
 
     def texts(self, batch: PromptBatch, rollout: Rollout) -> Texts:
         return self._inside.texts(batch, rollout)
@@ -124,7 +140,8 @@ class ServerSampler:
         stop_B = torch.tensor([answer.stop for answer in answers])
         kept = None
         if self.sampling.replays_mask:
-            kept = Kept.of_lists([answer.kept or [] for answer in answers], self.policy.device)
+            drawable = [answer.kept if answer.kept is not None else [[]] * len(answer.ids) for answer in answers]
+            kept = Kept.of_lists(drawable, self.policy.device)
         return Rollout.of_ids(
             begun.prompts,
             [answer.ids for answer in answers],

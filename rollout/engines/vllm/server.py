@@ -11,7 +11,6 @@ Whatever keeps it from starting is one line: what its interpreter has not, what 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.progress import duration
@@ -33,6 +33,8 @@ from steerl.rollout.engines.vllm.support import check_interpreter, on_gpu
 EXTENSION = "steerl.rollout.engines.vllm.plugin.worker.Extension"
 PORTS = 5
 """Ports that are tried: between its choice and the server's start another program may take one."""
+ROWS, CACHE = 128, (1 << 28, 1 << 32)
+"""On a CPU: rows whose keys and values the cache has room for, and the least and the most bytes it takes for them."""
 TELL = 30.0
 """Seconds between two lines that say it is still starting."""
 _logger = logging.getLogger(__name__)
@@ -59,11 +61,17 @@ class Server:
         # Not resolved: a virtual environment's interpreter is a link, and is what it is by the path it is called by.
         command = [str(Path(self.settings.python).absolute()), "-P", "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(self.model), "--served-model-name", "policy", "--model-impl", self.settings.model_impl]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--generation-config", "vllm", "--dtype", self._dtype()]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--generation-config", "vllm"]
         command += ["--load-format", "dummy", "--skip-tokenizer-init", "--no-async-scheduling", "--enable-scale-out"]
         command += ["--worker-extension-cls", EXTENSION, "--disable-uvicorn-access-log"]
+        config = _config(self.model)
+        # Left to itself, vLLM makes float32 bfloat16.
+        command += ["--dtype", str(getattr(config, "dtype", None) or "auto").removeprefix("torch.")]
         if not on_gpu():
             command += ["--enforce-eager"]
+            if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and "--gpu-memory-utilization" not in self.settings.arguments:
+                # Left to itself, it takes nine tenths of the memory, or refuses.
+                command += ["--kv-cache-memory-bytes", str(cache_bytes(config, _longest(config, self.flags)))]
         return [*command, *self.flags, *self.settings.arguments]
 
     def environment(self) -> dict[str, str]:
@@ -108,12 +116,6 @@ class Server:
         self.stop()
         self.restarts += 1
         self.start()
-
-    def _dtype(self) -> str:
-        """As the config has it: left to itself, vLLM makes float32 bfloat16."""
-        with contextlib.suppress(OSError):
-            return str(json.loads((self.model / "config.json").read_text(encoding="utf-8")).get("dtype", "auto"))
-        return "auto"
 
     def _launch(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +189,6 @@ _TRAINERS = (
     ),
 )
 _UNLESS_SET = {
-    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; without it vLLM takes nine tenths of the memory, or refuses
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every server of a machine sits on the same cores
     "VLLM_HOST_IP": "127.0.0.1",
 }
@@ -200,6 +201,30 @@ _SET = {
     "HF_HUB_OFFLINE": "1",  # all that it reads lies in its folder
     "PYTHONSAFEPATH": "1",
 }
+
+
+def _config(folder: Path) -> Any:
+    """None where it is of a class that transformers does not know by itself."""
+    from transformers import AutoConfig
+
+    with contextlib.suppress(OSError, ValueError):
+        return AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+    return None
+
+
+def _longest(config: Any, flags: Sequence[str]) -> int:
+    told = dict(zip(flags, flags[1:], strict=False)).get("--max-model-len")
+    return int(told or getattr(config, "max_position_embeddings", None) or 4096)
+
+
+def cache_bytes(config: Any, longest: int) -> int:
+    """Keys and values of ROWS rows that are all as long as can be, within limits."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return CACHE[1]
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * size * 4
+    return min(max(ROWS * longest * token, CACHE[0]), CACHE[1])
 
 
 def _free_port() -> int:
@@ -238,5 +263,5 @@ def _last_words(text: str) -> str:
             last = rest.strip() or last
             if _ERROR.match(rest) and "Engine core initialization failed" not in rest:
                 found.append(rest.strip())
-    told = found[-1] if found else last or "it said nothing"
+    told = (found[-1] if found else last or "it said nothing").removeprefix("Value error, ").split(" [type=")[0]
     return told if len(told) <= 300 else f"{told[:297]}..."

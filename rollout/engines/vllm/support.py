@@ -17,8 +17,8 @@ from steerl.rollout.model.policy import Policy
 
 TRIED = "0.32.0"
 """The release that constraints-vllm.txt names."""
-CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Head sizes that its attention takes on a CPU."""
+CPU_HEADS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head sizes that its attention has a kernel for on a CPU; with others the server starts, and dies of the first row."""
 _logger = logging.getLogger(__name__)
 
 _LOOK = """
@@ -47,8 +47,6 @@ def refusals(policy: Policy) -> list[str]:
     size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
     if not on_gpu() and size is not None and size not in CPU_HEADS and not policy.is_seq2seq:
         problems.append(f"heads of {size} numbers: its attention on a CPU takes {', '.join(map(str, CPU_HEADS))}")
-    if not on_gpu() and policy.core.dtype == torch.float16:
-        problems.append("float16 is not for CPUs; use model.dtype float32 or bfloat16")
     return [f"engine.kind: vllm, but {problem}; use stream" for problem in problems]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerl.rollout.engines.vllm.broadcast import Announced
+from steerl.rollout.engines.vllm.weights.broadcast import Announced
 
 _REFUSALS = (ValueError, KeyError, AttributeError, IndexError, AssertionError, RuntimeError, TypeError)
 """What vLLM's loaders raise for a tensor that they cannot take."""
@@ -169,7 +169,7 @@ def _pack_tied(model: nn.Module, slots: list[list[Slot]]) -> None:
 
 def join(kind: str, port: int, size: int, timeout: float) -> Any:
     """This worker's end of a group of the trainer's main process and all workers."""
-    from steerl.rollout.engines.vllm import broadcast
+    from steerl.rollout.engines.vllm.weights import broadcast
 
     rank = 1 + torch.distributed.get_rank()
     return broadcast.Group(kind, broadcast.store(port, size, timeout, main=False), rank, size, timeout)

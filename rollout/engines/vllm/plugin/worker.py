@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from steerl.rollout.common.errors import UserError, said
-from steerl.rollout.engines.vllm.broadcast import Announced, received
 from steerl.rollout.engines.vllm.plugin import weights
 from steerl.rollout.engines.vllm.plugin.draws import Draws
 from steerl.rollout.engines.vllm.plugin.rows import Rows
 from steerl.rollout.engines.vllm.plugin.steer import Steers
+from steerl.rollout.engines.vllm.weights.broadcast import Announced, received
 from steerl.rollout.engines.vllm.wire import VERSION
 
 

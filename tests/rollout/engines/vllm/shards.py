@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.settings import EngineSettings
-from steerl.rollout.engines.vllm import export
-from steerl.rollout.engines.vllm.sync import Sync
+from steerl.rollout.engines.vllm.weights import export
+from steerl.rollout.engines.vllm.weights.sync import Sync
 from steerl.rollout.model import adapters, sharding
 from steerl.rollout.model.policy import Policy
 from tests import warm

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.engines.vllm import export
+from steerl.rollout.engines.vllm.weights import export
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
 from tests import warm

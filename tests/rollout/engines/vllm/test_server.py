@@ -14,11 +14,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import AutoConfig
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm import guard as guard_program
+from steerl.rollout.engines.vllm import server as server_module
 from steerl.rollout.engines.vllm.client import Client
 from steerl.rollout.engines.vllm.server import Server, why_it_ended
 from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
@@ -163,6 +165,33 @@ def test_the_root_cause_is_told_not_the_last_line():
     )
 
 
+def test_the_cache_on_a_cpu_holds_128_long_rows_within_limits(tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setattr(server_module, "on_gpu", lambda: False)
+
+    def given(flags: tuple[str, ...] = (), arguments: tuple[str, ...] = (), **config: int) -> str | None:
+        AutoConfig.for_model("llama", dtype="float32", **config).save_pretrained(tmp_path / "model")
+        words = server_of(tmp_path, flags=flags, arguments=list(arguments)).command()
+        return words[words.index("--kv-cache-memory-bytes") + 1] if "--kv-cache-memory-bytes" in words else None
+
+    # keys and values of 12 layers, 2 of 4 heads, 64 numbers of 4 bytes: 12,288 bytes a token
+    middling = {"num_hidden_layers": 12, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    assert given(("--max-model-len", "1000"), **middling) == str(12_288 * 128 * 1000)
+    assert given(max_position_embeddings=500, **middling) == str(12_288 * 128 * 500)
+    assert given(max_position_embeddings=10, **middling) == str(256 << 20)
+    assert given(max_position_embeddings=131_072, **middling) == str(4 << 30)
+    assert given(arguments=("--gpu-memory-utilization", "0.5"), **middling) is None  # it would have no effect
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert given(**middling) is None
+
+
+def test_a_server_has_the_dtype_of_its_config(tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        AutoConfig.for_model("llama", dtype=dtype).save_pretrained(tmp_path / "model")
+        words = server_of(tmp_path).command()
+        assert words[words.index("--dtype") + 1] == dtype
+
+
 # -- ending ------------------------------------------------------------------------------------------------------------
 
 JOB = """
@@ -254,3 +283,36 @@ def test_a_real_server_listens_on_loopback_alone(vllm_server):
     front = next(c.pid for c in connections if c.laddr.port == port)
     family = {front, *(p.pid for p in below(front))}
     assert {c.laddr.ip for c in connections if c.pid in family} <= {"127.0.0.1", "::1"}
+
+
+REAL_JOB = """
+import sys, time
+from pathlib import Path
+from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.engines.vllm.client import Client
+from steerl.rollout.engines.vllm.server import Server
+python, model, log = sys.argv[1:]
+server = Server(EngineSettings(kind="vllm", python=python), Path(model), Path(log))
+server.start()
+Client(server.url).rpc("steerl_hello")
+print(server.port, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.vllm
+def test_a_real_server_in_a_strangers_folder_ends_with_its_killed_job(vllm_server, vllm_python, tmp_path):
+    """Files that bear the names of what the server imports end whoever imports them; the job is killed as by a failing node."""
+    for name in ("vllm", "torch", "steerl", "json", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger was imported')\n")
+    before = set(os.listdir("/dev/shm"))
+    words = [vllm_python, str(vllm_server.model), str(tmp_path / "engine.log")]
+    process = subprocess.Popen([sys.executable, "-P", "-c", REAL_JOB, *words], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        port, family = int(process.stdout.readline()), below(process.pid)
+        assert len(family) >= 5 and listens(port)  # guard, watcher, front, engine, worker
+    finally:
+        process.kill()
+        process.wait()
+    soon(lambda: ended(family) and not listens(port), "left over of a real server")
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith(("psm_", "sem."))]

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.engines.vllm.broadcast import Announced
 from steerl.rollout.engines.vllm.client import Gone
+from steerl.rollout.engines.vllm.weights.broadcast import Announced
 from steerl.rollout.model import adapters, compat
 from steerl.rollout.model.policy import Policy
 

@@ -126,7 +126,7 @@ def _largest(chosen: Rows, answers: Sequence[Answer], own: list[list[float]], st
         return largest
     raise UserError(
         f"engine: after the sync of step {step} the server computes something else than the policy: {told}, {largest:.3g} "
-        f"apart, where {tolerance:.3g} is allowed; usual causes: another model or dtype in the server (--dtype), its own modules "
+        f"apart, where {tolerance:.3g} is allowed; usual causes: another model or dtype in the server (--dtype), its modules "
         "(engine.model_impl transformers), an adapter that it did not take (engine.sync file), or a tolerance too narrow for "
         "the dtype (ppo.gap_tolerance)"
     )

@@ -32,9 +32,9 @@ from torch import Tensor
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError, one_line
 from steerl.rollout.engines.settings import EngineSettings
-from steerl.rollout.engines.vllm import broadcast, export
-from steerl.rollout.engines.vllm.broadcast import Announced
 from steerl.rollout.engines.vllm.client import Gone
+from steerl.rollout.engines.vllm.weights import broadcast, export
+from steerl.rollout.engines.vllm.weights.broadcast import Announced
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
 
