@@ -28,6 +28,8 @@ GRACE = 5.0
 """Seconds that a server has to leave by itself."""
 TRACKERS = 1.0
 """Those that the trackers of shared memory have after it, to give back what is left of it."""
+SCRATCH = "STEERL_SCRATCH"
+"""In the environment: a folder of the job's, weights in memory above all, that goes with a job which could not remove it."""
 _SUBREAPER = 36
 
 
@@ -39,6 +41,7 @@ def main(parent: int, command: list[str]) -> int:
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)
     # vLLM leaves its sockets and more where temporary files are. A socket's whole path has at most 107 characters.
     place = tempfile.gettempdir()
+    jobs = os.environ.pop(SCRATCH, "")
     scratch = tempfile.mkdtemp(prefix="steerl-engine-", dir=place if len(place) < 50 else "/tmp")
     server = subprocess.Popen(command, start_new_session=True, env={**os.environ, "TMPDIR": scratch})
     guard = os.getpid()
@@ -54,7 +57,8 @@ def main(parent: int, command: list[str]) -> int:
     os.kill(watcher, signal.SIGKILL)
     os.waitpid(watcher, 0)
     sweep(server.pid, guard)
-    shutil.rmtree(scratch, ignore_errors=True)
+    for folder in [scratch, *([jobs] if jobs and os.getppid() != parent else [])]:
+        shutil.rmtree(folder, ignore_errors=True)
     status = server.wait()
     return status if status >= 0 else 128 - status
 
