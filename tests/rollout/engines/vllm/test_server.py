@@ -170,6 +170,7 @@ def test_the_root_cause_is_told_not_the_last_line():
             "(Worker pid=9) WARNING 11-26 23:07:09 [base.py:380] ValueError: Tokenizer not available",
             "(EngineCore pid=8) ERROR 11-26 23:07:09 [core.py:9] ValueError: To serve at least one request, 3 GiB KV cache is needed",
             "(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+            "(APIServer pid=7) WARNING 11-26 23:07:10 [base.py:380] ValueError: it was going to warm up a chat template",
         ]
     )
     assert why_it_ended(text, 1).startswith(
