@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -120,7 +121,7 @@ class VllmEngine:
             with contextlib.suppress(Gone):
                 self.weights.send(step)
                 if self.steering is not None:
-                    self.steering.take(step)
+                    self.inside(partial(self.steering.take, step))
                     self._asking(self._steer)
                 self._check(step)
                 break
@@ -144,7 +145,9 @@ class VllmEngine:
 
     def server(self) -> Server:
         """The one to start, with a folder of the policy's config and tokenizer."""
-        return Server(self.settings, model_folder.write(self.policy, self.folder / "model"), self._log, self._flags)
+        return Server(
+            self.settings, model_folder.write(self.policy, self.folder / "model"), self._log, self._flags, self.folder
+        )
 
     def _start(self) -> str:
         if self.settings.url:

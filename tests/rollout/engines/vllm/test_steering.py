@@ -1,9 +1,7 @@
-"""Steering in a vLLM server: the plugin's hooks on a flat batch of a toy model, what is counted, what is refused; and a real
-server against a plain transformers pass with hooks of the test's own."""
+"""Steering in a vLLM server: the plugin's hooks on a flat batch of a toy model, what is counted, what is refused."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,15 +14,11 @@ from torch import Tensor, nn
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.engines.sampler import Sampler
-from steerl.rollout.engines.settings import EngineSettings
-from steerl.rollout.engines.vllm.engine import VllmEngine
 from steerl.rollout.engines.vllm.plugin.rows import Rows
 from steerl.rollout.engines.vllm.plugin.steer import Steers
-from steerl.rollout.engines.vllm.sampler import ServerSampler
 from steerl.rollout.engines.vllm.steering import ServerSteering
 from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
-from steerl.rollout.prompts.prompts import PromptBatch
+from steerl.rollout.ragged import left_pad
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Applied, Rollout
 from tests.rollout.steering import helpers
@@ -98,8 +92,11 @@ class Runner:
         self.requests[ask.id] = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
         return ask.id
 
-    def step(self, parts: list[tuple[str, int, int]], texts: dict[str, list[int]], pad: int = 0) -> dict[str, Tensor]:
-        """Run (request, first, count) of each as one flat batch, with padding behind: what came out for each."""
+    def step(
+        self, parts: list[tuple[str, int, int]], texts: dict[str, Any], pad: int = 0, of: Callable[..., Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Run (request, first, count) of each as one flat batch, with padding behind: what came out for each. `of` gives the
+        activations of a text's part."""
         counts = [count for _, _, count in parts]
         starts = np.cumsum([0, *counts])
         self.input_batch = SimpleNamespace(
@@ -109,8 +106,8 @@ class Runner:
         )
         self.query_start_loc = SimpleNamespace(np=starts)
         self.discard_request_mask = SimpleNamespace(np=np.zeros(len(parts), dtype=bool))
-        ids = [i for name, first, count in parts for i in texts[name][first : first + count]]
-        out = self.model(torch.cat([embedding(ids), torch.zeros(pad, WIDTH)]))
+        given = [(of or embedding)(texts[name][first : first + count]) for name, first, count in parts]
+        out = self.model(torch.cat([*given, torch.zeros(pad, WIDTH)]))
         return {name: out[a:b] for (name, _, _), a, b in zip(parts, starts, starts[1:], strict=False)}
 
 
@@ -138,6 +135,7 @@ def server_steering(*sites: dict[str, Any], **fields: Any) -> ServerSteering:
 def served(*steerings: ServerSteering, gives: str = "pair") -> tuple[Runner, Steers]:
     runner = Runner(Flat(gives))
     steers = Steers(Rows(runner))
+    steers.rows.version = 0  # it has weights
     for steering in steerings:
         steering.send(Direct(steers))
     return runner, steers
@@ -202,6 +200,49 @@ def test_sites_of_one_layer_act_in_order_and_all_layers_are_counted():
     unit = one / one.norm()
     torch.testing.assert_close(out, wanted - (wanted @ unit)[:, None] * unit, rtol=0, atol=5e-6)
     assert steers.rows.of("a").answer.edits == [8, 4, 2]
+
+
+KINDS = [kind for kind in helpers.OPERATIONS if kind != "function"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "trained adapter", "trained loreft"])
+def test_every_operation_edits_as_in_process(kind, tmp_path):
+    """The block's output of a steered pass of a real model, from the same output unsteered."""
+    policy, texts, responses = helpers.policy("llama"), helpers.prompts(), [[20, 5, 22], [9, 24, 25], [14, 27, 33]]
+    trained, kind = kind.startswith("trained"), kind.split()[-1]
+    scope = list(helpers.SCOPES.values())[helpers.OPERATIONS.index(kind) % len(helpers.SCOPES)]
+    strength = {"dist": "uniform", "low": -1.0, "high": 2.0}
+    steering = server_steering(
+        helpers.site(kind, tmp_path, where=scope, strength=strength), role="trainable" if trained else "policy"
+    )
+    if trained:
+        with torch.no_grad():
+            for parameter in steering.steering.parameters_module.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        steering.take(1)
+    prompt_BP, mask_BP = left_pad(texts, 0)
+    row_B, sample_B = torch.tensor([3, 1, 4]), torch.tensor([0, 1, 0])
+    applied = steering.steering.applied(mask_BP, row_B, sample_B, policy_step=2)
+    ids_BS = torch.cat([prompt_BP, torch.tensor(responses)], 1)
+    mask_BS = torch.cat([mask_BP, torch.ones(3, 3, dtype=torch.bool)], 1)
+    seen: list[Tensor] = []
+    handle = policy.core.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    with torch.no_grad():
+        policy.core(ids_BS, attention_mask=mask_BS)
+        with steering.steering.active(prompt_mask_BP=mask_BP, row_B=row_B, sample_B=sample_B, applied=applied):
+            policy.core(ids_BS, attention_mask=mask_BS)
+    handle.remove()
+    plain, steered = ([whole[b][mask_BS[b]] for b in range(3)] for whole in seen)
+
+    runner, steers = served(steering)
+    for b in range(3):
+        runner.ask(Ask(str(b), 9, int(row_B[b]), int(sample_B[b]), **steering.of_row(applied, b)), texts[b])
+        steers.rows.of(str(b)).answer.ids = responses[b]
+    out = runner.step([(str(b), 0, len(plain[b])) for b in (2, 0, 1)], {str(b): plain[b] for b in range(3)}, of=lambda x: x)
+    moved = sum(len(steered[b]) - int(torch.isclose(steered[b], plain[b]).all(1).sum()) for b in range(3))
+    assert moved > 0
+    for b in range(3):
+        torch.testing.assert_close(out[str(b)], steered[b], rtol=1e-5, atol=1e-5)
 
 
 def test_a_trained_steering_goes_again_and_old_rows_keep_theirs():
@@ -293,126 +334,3 @@ def test_another_model_is_refused():
     model.config.hidden_size = 48
     with pytest.raises(UserError, match="2 blocks of width 48, and the trainer's 2 of 32"):
         server_steering(site(0, 1, {"prompt": "all"})).send(Direct(Steers(Rows(Runner(model)))))
-
-
-# -- a real server --------------------------------------------------------------------------------------------------------
-
-WIDE = 128
-SAMPLING = Sampling(max_new_tokens=12, seed=5, n=2, temperature=0.8)
-
-
-def sampler(server: Any, spec: dict[str, Any] | None) -> ServerSampler:
-    policy = server.policy
-    steering = None if spec is None else Steering(policy.model, spec, policy.tokenizer, seed=3)
-    settings = EngineSettings(kind="vllm", url=server.url, check_rows=0)
-    engine = VllmEngine(policy, settings, server.log, steering=steering, alone=True)
-    return ServerSampler(engine, SAMPLING, steering)
-
-
-def prompts(count: int) -> PromptBatch:
-    g = torch.Generator().manual_seed(1)
-    ids = [torch.randint(3, 64, (int(torch.randint(2, 20, (1,), generator=g)),), generator=g).tolist() for _ in range(count)]
-    return dataclasses.replace(PromptBatch.of_ids(ids), columns={"c": [[0, -1] if i % 2 else [1] for i in range(count)]})
-
-
-def unit(seed: int) -> Tensor:
-    u = torch.tensor(vector(seed, WIDE))
-    return u / u.norm()
-
-
-# A spec, and by layer what it does to the activation h of a token: a function of (h, position, step, prompt, id, column).
-Edit = Callable[[Tensor, int, int, int, int, list[int]], Tensor]
-REAL: list[tuple[list[dict[str, Any]], dict[int, Edit]]] = [
-    (
-        [{"at": {"layers": [0]}, "vector": vector(1, WIDE), "strength": 0.75, "where": {"prompt": "all", "steps": {"window": [2, 8]}}}],
-        {0: lambda h, r, s, p, i, c: h + 0.75 * torch.tensor(vector(1, WIDE)) if r < p or 2 <= s < 8 else h},
-    ),
-    (
-        [
-            {"at": {"layers": "all"}, "op": {"type": "ablate"}, "vector": vector(2, WIDE), "where": {"prompt": "last"}},
-            {"at": {"layers": [1]}, "vector": vector(3, WIDE), "where": {"ramp": {"type": "linear", "over": 8}}},
-        ],
-        {
-            0: lambda h, r, s, p, i, c: h - (h @ unit(2)) * unit(2) if s >= 0 else h,
-            1: lambda h, r, s, p, i, c: h - (h @ unit(2)) * unit(2) + max(0, 1 - s / 8) * torch.tensor(vector(3, WIDE))
-            if s >= 0
-            else h,
-        },
-    ),
-    (
-        [
-            {"at": {"layers": [1]}, "op": {"type": "clamp", "value": 2.0}, "vector": vector(4, WIDE), "strength": 0.5,
-             "where": {"prompt": {"column": "c"}, "steps": "generated_positions", "exclude": {"token_ids": list(range(3, 30))}}},
-        ],
-        {
-            1: lambda h, r, s, p, i, c: h + 0.5 * (2.0 - h @ unit(4)) * unit(4)
-            if not 3 <= i < 30 and (s >= 1 or r in [k % p for k in c])
-            else h
-        },
-    ),
-    (
-        [
-            {"at": {"layers": [0]}, "vector": vector(5, WIDE), "strength": {"norm_match": 0.4}, "where": {"steps": {"every": 2}}},
-            {"at": {"layers": [0]}, "op": {"type": "scale", "factor": 0.5, "coordinates": [0, 3, 5]}, "where": {"prompt": [0], "steps": "none"}},
-        ],
-        {
-            0: lambda h, r, s, p, i, c: h + 0.4 * h.norm() * unit(5)
-            if s >= 0 and s % 2 == 0
-            else torch.where(torch.isin(torch.arange(WIDE), torch.tensor([0, 3, 5])) & (r == 0), h / 2, h)
-        },
-    ),
-]  # fmt: skip
-
-
-def hooked(policy: Any, prompt: list[int], response: list[int], edits: dict[int, Edit], column: list[int]) -> Tensor:
-    """The log-probs of a response by a plain transformers pass with this test's own hooks."""
-    ids = prompt + response
-    handles = []
-    for layer, edit in edits.items():
-
-        def put(module: nn.Module, args: object, output: Tensor, edit: Edit = edit) -> Tensor:
-            p = len(prompt)
-            rows = [edit(h, r, r - (p - 1), p, ids[r], column) for r, h in enumerate(output[0])]
-            return torch.stack(rows)[None]
-
-        handles.append(policy.core.model.layers[layer].register_forward_hook(put))
-    with torch.no_grad():
-        logits = policy.core(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1]
-    for handle in handles:
-        handle.remove()
-    return (logits / SAMPLING.temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-
-
-@pytest.mark.vllm
-def test_four_steerings_and_plain_rows_in_one_batch(vllm_server):
-    """A plain transformers pass with hooks of the test's own holds the same log-probs, and the Sampler draws the same tokens."""
-    batch = prompts(12)
-    specs: list[dict[str, Any] | None] = [None]
-    specs += [{"sites": [{"name": f"s{k}", **one} for k, one in enumerate(sites)]} for sites, _ in REAL]
-    samplers = [sampler(vllm_server, spec) for spec in specs]
-    for each in samplers:
-        each.engine.sync(3)
-    begun = [each.begin(batch, step=3, progress=0.0) for each in samplers]
-    drawn = [each.finish(one).rollout for each, one in zip(samplers, begun, strict=True)]
-    for each, rollout, edits in zip(samplers, drawn, [{}, *(edits for _, edits in REAL)], strict=True):
-        own = Sampler(each.policy, SAMPLING, each.steering).sample(batch, step=3).rollout
-        assert own.response_ids == rollout.response_ids
-        for b, response in enumerate(rollout.response_ids):
-            logprobs = hooked(vllm_server.policy, batch.ids[b // 2], response, edits, batch.columns["c"][b // 2])
-            for found in (rollout.behaviour_logprobs_BR, rollout.policy_logprobs_BR, own.policy_logprobs_BR):
-                # Each of the three is up to 3e-5 from the same pass in float64.
-                torch.testing.assert_close(found[b, : len(response)], logprobs, rtol=0, atol=5e-5)
-    assert len({str(rollout.response_ids) for rollout in drawn}) == len(drawn)
-
-
-@pytest.mark.vllm
-def test_steering_left_out_for_one_row_stops_the_run(vllm_server, monkeypatch):
-    steered = sampler(vllm_server, {"sites": [{"name": "a", **REAL[0][0][0]}]})
-    ask = steered._ask
-
-    def forgets(applied: Applied, b: int, *rest: int) -> Ask:
-        return dataclasses.replace(ask(applied, b, *rest), **({"steering": "", "strengths": ()} if b == 5 else {}))
-
-    monkeypatch.setattr(steered, "_ask", forgets)
-    with pytest.raises(UserError, match=r"row 2 sample 1 was drawn without steering, and a#"):
-        steered.sample(prompts(4), step=0)
