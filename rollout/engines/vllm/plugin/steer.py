@@ -170,7 +170,6 @@ class Tokens:
         self.flat_N = (start_B[row_N] + offset_N).to(device)
         self.new_N = (index_N >= seen_B[row_N]).to(device)
         """A preempted row's tokens are read again, and counted once."""
-        self.whole = self.flat_N.equal(torch.arange(len(row_N), device=device))
         self.strength_NK = torch.tensor([row.ask.strengths for _, row in members]).to(device)[self.row_N]
 
     @cached_property
@@ -218,8 +217,7 @@ class Selected:
 
     def edited(self, flat_ND: Tensor, at: int) -> Tensor:
         tokens, site = self.tokens, self.site
-        everything = tokens.whole and len(self.at_M) == len(flat_ND)
-        flat_M = tokens.flat_N[self.at_M]
+        flat_M, everything = tokens.flat_N[self.at_M], len(self.at_M) == len(flat_ND)
         base_MD = flat_ND if everything else flat_ND[flat_M]
         noise = None
         if site.operation.source == "noise":

@@ -186,6 +186,18 @@ def test_every_row_is_edited_by_its_own_steering_whatever_the_batch(gives):
         assert rows[name].answer.edits == ([sum(on)] if k < len(SCOPES) else [])
 
 
+def test_what_a_row_is_fed_after_its_end_is_not_counted():
+    """Where a law has no id that ends rows, vLLM goes on with one that has ended until its limit."""
+    steering = server_steering(site(0, 1, {"prompt": "all"}))
+    runner, steers = served(steering)
+    runner.ask(Ask("a", 0, 0, 0, steering=steering.name, strengths=(1.0,)), [5, 6])
+    runner.step([("a", 0, 2)], {"a": [5, 6]})
+    row = steers.rows.of("a")
+    row.answer.ids, row.ended = [7], True
+    runner.step([("a", 2, 1)], {"a": [5, 6, 7]})
+    assert row.answer.edits == [2]
+
+
 def test_sites_of_one_layer_act_in_order_and_all_layers_are_counted():
     steering = server_steering(
         {"name": "one", "at": {"layers": "all"}, "vector": vector(1), "where": {"prompt": "all"}},

@@ -173,7 +173,9 @@ CHUNKED = ("--max-num-seqs", "32", "--max-num-batched-tokens", "40", "--block-si
 )  # fmt: skip
 def test_families(family, model_impl, flags, vllm_python, tmp_path):
     policy = gentle(tiny_policy(family, **FAMILIES[family]))
-    settings = EngineSettings(kind="vllm", python=vllm_python, model_impl=model_impl, arguments=list(flags), check_rows=0)
+    settings = EngineSettings(
+        kind="vllm", python=vllm_python, model_impl=model_impl, arguments=["--no-enable-prefix-caching", *flags], check_rows=0
+    )
     with server_of(policy, None, settings, tmp_path) as engine:
         engine.ready(0)
         assert_same(mixed(policy, engine.client.url, tmp_path / "engine.log", prompts(24)))
