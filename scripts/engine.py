@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ class EngineJob:
     """Weights are float32 unless model.dtype says otherwise, as in PPO."""
     engine: EngineSettings = field(default_factory=lambda: EngineSettings(kind="vllm"))
     steering: dict[str, object] | str | None = field(default=None, metadata={"check": load_spec})
-    """check: this instead of an add of its own. serve: what jobs will steer by."""
+    """check: this instead of an add of its own (none at engine.url). serve: what jobs will steer by."""
     rows: int = _OF_CHECK["rows"]  # type: ignore[assignment]
     """check: prompts; two to four rows of each."""
     tokens: int = _OF_CHECK["tokens"]  # type: ignore[assignment]
@@ -88,8 +89,10 @@ def main(job: EngineJob) -> None:
 
 def check(job: EngineJob, policy: Policy, folder: Path) -> None:
     log = Path(job.out).with_suffix(".log").absolute() if job.out else folder / LOG
-    spec = load_spec(job.steering) if job.steering else engine_check.an_add(policy, job.seed)
-    steering = Steering(policy.model, spec, policy.tokenizer, job.seed)
+    spec = load_spec(job.steering) if job.steering else None
+    if spec is None and not job.engine.url:  # a server that runs already may not be one that steers
+        spec = engine_check.an_add(policy, job.seed)
+    steering = Steering(policy.model, spec, policy.tokenizer, job.seed) if spec is not None else None
     engine = VllmEngine(policy, job.engine, log, steering=steering, alone=True)
     lines = []
     try:
@@ -122,11 +125,14 @@ def serve(job: EngineJob, policy: Policy) -> None:
         print(shlex.join([*(f"{name}={value}" for name, value in told.items()), *server.command()]), flush=True)
         print(f"jobs use it with: --engine.kind vllm --engine.url {server.url}", flush=True)
         command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *server.command()]
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         running = subprocess.Popen(command, cwd=server.model, env=server.environment())
         try:
             status = running.wait()
-        except KeyboardInterrupt:  # the guard has it, too, and ends the server
-            status = running.wait()
+        except KeyboardInterrupt:
+            running.terminate()
+            running.wait()
+            status = 0
         raise SystemExit(status)
     finally:
         engine.close()

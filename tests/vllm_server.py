@@ -19,6 +19,18 @@ from tests.models import tiny_policy
 WIDE = {"hidden_size": 128, "head_dim": 32}
 """What vLLM's attention takes on a CPU."""
 FLAGS = ("--enable-lora", "--max-lora-rank", "16", "--no-enable-prefix-caching", "--max-num-seqs", "128")
+LORA = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]}
+STEERED = {
+    "role": "policy",
+    "fraction": 0.7,
+    "sites": [
+        {"name": "push", "at": {"layers": [0]}, "vector": {"init": "normal", "std": 0.2},
+         "strength": {"dist": "uniform", "low": 0.5, "high": 1.5}, "schedule": {"from": 1.0, "to": 0.2}},
+        {"name": "out", "at": {"layers": [1]}, "op": {"type": "ablate"}, "vector": {"init": "normal", "std": 0.2},
+         "where": {"prompt": "all", "steps": {"window": [2, 6]}}},
+    ],
+}  # fmt: skip
+"""An adapter and a steering of a model of two blocks."""
 
 
 class VllmServer(NamedTuple):

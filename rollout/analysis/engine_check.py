@@ -54,7 +54,7 @@ class Line:
         return f"{self.what:<40}" + "; ".join([*parts, f"{self.seconds:.1f} s"]) + ("" if self.passed else ": FAILED")
 
 
-def checks(engine: VllmEngine, steering: Steering, rows: int, tokens: int, seed: int) -> Iterator[Line]:
+def checks(engine: VllmEngine, steering: Steering | None, rows: int, tokens: int, seed: int) -> Iterator[Line]:
     """All of them, as they are done. The policy's weights are changed at the end, and stay so."""
     policy, base = engine.policy, Sampling(max_new_tokens=tokens, n=2, seed=seed)
     began = time.perf_counter()
@@ -65,8 +65,9 @@ def checks(engine: VllmEngine, steering: Steering, rows: int, tokens: int, seed:
     first = Sampler(policy, base).sample(prompts).rollout
     for name, changed in settings_of(policy, first).items():
         yield compared(engine, f"draws: {name}", replace(base, **changed), prompts)
-    steered = compared(engine, "steering: " + "; ".join(site.name for site in steering.sites), base, prompts, steering)
-    yield replace(steered, note=f"without it up to {_effect(policy, base, prompts, steering):.1e}")
+    if steering is not None:
+        steered = compared(engine, "steering: " + "; ".join(site.name for site in steering.sites), base, prompts, steering)
+        yield replace(steered, note=f"without it up to {_effect(policy, base, prompts, steering):.1e}")
     before = ServerSampler(engine, base).sample(prompts).rollout
     adapter = engine.weights.kind == "adapter"
     change(policy, seed)

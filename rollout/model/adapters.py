@@ -242,7 +242,7 @@ def not_plain_lora(model: PeftModel, most: int) -> str:
         return f"{other} of the base learns too"
     for name, layer in adapted_layers(model.get_base_model()).items():
         base = layer.get_base_layer()  # type: ignore[operator]
-        if not isinstance(base, torch.nn.Linear) or base is model.get_base_model().get_output_embeddings():
+        if not isinstance(base, torch.nn.Linear) or layer is model.get_base_model().get_output_embeddings():
             return f"it sits in {name}, which is no linear layer of a block"
     rank = largest_rank(model)
     return f"its rank is {rank}, above {most}" if rank > most else ""

@@ -3,16 +3,17 @@
 layer by layer   every forward pass brings a layer's weights together and lets them go: a collective call, so every rank
                  makes as many passes as the others (`needs_sync`); a layer's worth of memory
 whole            `with gathered(model, ...)`: all weights on every rank for a while; ranks make as many passes as they like
+some             `with whole(tensors)`: to be read, outside of any pass
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from steerl.rollout.common import processes
 from steerl.rollout.model import compat
@@ -92,6 +93,19 @@ def _whole_fsdp2(module: Any) -> Iterator[None]:
     finally:
         module.set_reshard_after_forward(True, recurse=False)
         module.reshard()
+
+
+@contextlib.contextmanager
+def whole(tensors: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """These tensors, each whole, on the main process at least. Collective."""
+    zero = [tensor for tensor in tensors.values() if hasattr(tensor, "ds_id")]
+    if zero:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(zero):
+            yield {name: tensor.detach() for name, tensor in tensors.items()}
+        return
+    yield {name: t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach() for name, t in tensors.items()}
 
 
 @contextlib.contextmanager

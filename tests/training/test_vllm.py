@@ -31,21 +31,10 @@ from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 from tests.ppo_runs import prompts_of, share_of_threes
-from tests.vllm_server import VllmServer
+from tests.vllm_server import LORA, STEERED, VllmServer
 
 pytestmark = pytest.mark.vllm
 
-LORA = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]}
-STEERED = {
-    "role": "policy",
-    "fraction": 0.7,
-    "sites": [
-        {"name": "push", "at": {"layers": [0]}, "vector": {"init": "normal", "std": 0.2},
-         "strength": {"dist": "uniform", "low": 0.5, "high": 1.5}, "schedule": {"from": 1.0, "to": 0.2}},
-        {"name": "out", "at": {"layers": [1]}, "op": {"type": "ablate"}, "vector": {"init": "normal", "std": 0.2},
-         "where": {"prompt": "all", "steps": {"window": [2, 6]}}},
-    ],
-}  # fmt: skip
 LEARNED = {"role": "trainable", "sites": [{"name": "learned", "at": {"layers": [0, 1]}, "vector": {"init": "zeros"}}]}
 EXPLORES = {**STEERED, "role": "behaviour", "correction": {"type": "token_truncate"}}
 

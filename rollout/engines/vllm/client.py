@@ -36,8 +36,8 @@ PATIENCE = 120.0
 """and those it has to say so: it answers between two steps."""
 _HELD = 300
 """Characters of a server's own message."""
-_DEAD = "EngineCore encountered an issue"
-"""Said by a server whose engine has died under it."""
+_DEAD = ("EngineCore encountered an issue", "method failed: cancelled", "Executor failed.")
+"""Said by a server whose engine, or a worker of it, has died under it."""
 
 
 class Gone(Exception):
@@ -202,7 +202,7 @@ class Client:
                 self._heard = time.monotonic()
             return said
         message = _message(said, data)
-        if status == 503 or _DEAD in message:
+        if status == 503 or any(words in message for words in _DEAD):
             raise Gone(f"{where}: HTTP {status}: {message}")
         raise UserError(f"{where}: HTTP {status}: {message}")
 

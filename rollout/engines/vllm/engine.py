@@ -145,7 +145,9 @@ class VllmEngine:
 
     def server(self) -> Server:
         """The one to start, with a folder of the policy's config and tokenizer."""
-        return Server(self.settings, model_folder.write(self.policy, self.folder / "model"), self._log, self._flags)
+        return Server(
+            self.settings, model_folder.write(self.policy, self.folder / "model"), self._log, self._flags, self.folder
+        )
 
     def _start(self) -> str:
         if self.settings.url:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -26,6 +28,8 @@ GRACE = 5.0
 """Seconds that a server has to leave by itself."""
 TRACKERS = 1.0
 """Those that the trackers of shared memory have after it, to give back what is left of it."""
+SCRATCH = "STEERL_SCRATCH"
+"""In the environment: a folder of the job's, weights in memory above all, that goes with a job which could not remove it."""
 _SUBREAPER = 36
 
 
@@ -35,11 +39,15 @@ def main(parent: int, command: list[str]) -> int:
         signal.signal(number, lambda number, frame: asked.append(number))
     # Whoever loses its parent below here is taken in here, not by init, and is found.
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)
-    server = subprocess.Popen(command, start_new_session=True)
+    # vLLM leaves its sockets and more where temporary files are. A socket's whole path has at most 107 characters.
+    place = tempfile.gettempdir()
+    jobs = os.environ.pop(SCRATCH, "")
+    scratch = tempfile.mkdtemp(prefix="steerl-engine-", dir=place if len(place) < 50 else "/tmp")
+    server = subprocess.Popen(command, start_new_session=True, env={**os.environ, "TMPDIR": scratch})
     guard = os.getpid()
     watcher = os.fork()
     if not watcher:
-        return watch(guard, server.pid)
+        return watch(guard, server.pid, scratch)
     while not asked and os.getppid() == parent and server.poll() is None:
         time.sleep(EVERY)
     if server.poll() is None:
@@ -49,16 +57,19 @@ def main(parent: int, command: list[str]) -> int:
     os.kill(watcher, signal.SIGKILL)
     os.waitpid(watcher, 0)
     sweep(server.pid, guard)
+    for folder in [scratch, *([jobs] if jobs and os.getppid() != parent else [])]:
+        shutil.rmtree(folder, ignore_errors=True)
     status = server.wait()
     return status if status >= 0 else 128 - status
 
 
-def watch(guard: int, session: int) -> int:
+def watch(guard: int, session: int, scratch: str) -> int:
     """Wait for the guard to be gone; then nobody else ends the server."""
     os.setsid()
     while os.getppid() == guard:
         time.sleep(EVERY)
     sweep(session, os.getpid())
+    shutil.rmtree(scratch, ignore_errors=True)
     return 0
 
 

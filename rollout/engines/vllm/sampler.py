@@ -140,7 +140,9 @@ class ServerSampler:
         stop_B = torch.tensor([answer.stop for answer in answers])
         kept = None
         if self.sampling.replays_mask:
-            drawable = [answer.kept if answer.kept is not None else [[]] * len(answer.ids) for answer in answers]
+            drawable: list[list[list[int]]] = [
+                answer.kept if answer.kept is not None else [[]] * len(answer.ids) for answer in answers
+            ]
             kept = Kept.of_lists(drawable, self.policy.device)
         return Rollout.of_ids(
             begun.prompts,

@@ -43,8 +43,11 @@ _logger = logging.getLogger(__name__)
 class Server:
     """One server process, and the next ones where it has to be started again."""
 
-    def __init__(self, settings: EngineSettings, model: Path, log: Path, flags: Sequence[str] = ()):
-        self.settings, self.flags = settings, tuple(flags)
+    def __init__(
+        self, settings: EngineSettings, model: Path, log: Path, flags: Sequence[str] = (), scratch: Path | None = None
+    ):
+        """`scratch`: a folder of the job's that is removed with the server where the job is killed."""
+        self.settings, self.flags, self.scratch = settings, tuple(flags), scratch
         self.model, self.log = Path(model).resolve(), Path(log).resolve()
         self.port = 0
         self.restarts = 0
@@ -125,7 +128,7 @@ class Server:
             self._guard = subprocess.Popen(
                 command,
                 cwd=self.model,  # not the user's folder, whose own vllm/ or torch.py nobody means
-                env=self.environment(),
+                env={**self.environment(), **({guard.SCRATCH: str(self.scratch)} if self.scratch else {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

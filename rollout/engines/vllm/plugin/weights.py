@@ -108,19 +108,27 @@ def _slots(model: nn.Module) -> list[list[Slot]]:
 
 
 def _unfilled(model: nn.Module, slots: list[list[Slot]], loaded: set[str] | None, sent: set[str]) -> list[str]:
-    """Names of what no tensor filled, or not all of it; asked between vLLM's load and its clean-up, which forgets."""
+    """What no tensor filled, or not all of it; asked between vLLM's load and its clean-up, which forgets."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    missing = []
-    for places in slots:
-        names = {name.replace(".base_layer.", ".") for name, _, _ in places}
-        told = loaded is None or bool(names & {name.replace(".base_layer.", ".") for name in loaded})
+    taken = None if loaded is None else {_plain(name) for name in loaded}
+    untaken = [places for places in slots if taken is not None and not taken & {_plain(name) for name, _, _ in places}]
+    if not untaken:
         # A layer that had all of its numbers is done, and no longer waits for any.
-        filled = any(not (info := get_layerwise_info(m)).can_load() or info.load_numel >= _numbers(m) for _, _, m in places)
-        if not told or not filled:
-            name = places[0][0].replace(".base_layer.", ".")
-            missing += [part for part in _parts(model, name) if not any(_ends_alike(part, one) for one in sent)] or [name]
+        def is_filled(layer: nn.Module) -> bool:
+            return not (info := get_layerwise_info(layer)).can_load() or info.load_numel >= _numbers(layer)
+
+        untaken = [places for places in slots if not any(is_filled(layer) for _, _, layer in places)]
+    missing = []
+    for places in untaken:
+        name = _plain(places[0][0])
+        left_out = [part for part in _parts(model, name) if not any(_ends_alike(part, one) for one in sent)]
+        missing += left_out or [f"{name}: it was sent, and its modules do not take it (another engine.model_impl may)"]
     return missing
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".")  # where vLLM has put its adapters around a layer
 
 
 def _numbers(layer: nn.Module) -> int:
@@ -139,7 +147,7 @@ def _parts(model: nn.Module, name: str) -> list[str]:
     packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
     module, _, kind = name.rpartition(".")
     before, _, last = module.rpartition(".")
-    return [f"{before}.{part}.{kind}" for part in packed.get(last, [last])]
+    return [".".join(filter(None, (before, part, kind))) for part in packed.get(last, [last])]
 
 
 def _ends_alike(name: str, sent: str) -> bool:

@@ -22,7 +22,7 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.vllm.client import Gone
 from steerl.rollout.engines.vllm.weights.broadcast import Announced
-from steerl.rollout.model import adapters, compat
+from steerl.rollout.model import adapters, compat, sharding
 from steerl.rollout.model.policy import Policy
 
 Consume = Callable[[Iterator[tuple[str, Tensor]]], None]
@@ -42,7 +42,7 @@ class Block:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[dict[str, Tensor]]:
-        with whole(self.tensors) as values:
+        with sharding.whole(self.tensors) as values:
             yield values
 
     def saved(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,19 +142,6 @@ def on_main(function: Callable[[], None], *, alone: bool = False) -> None:
 
     if told := asked() if alone else processes.on_main(asked):
         raise Gone(told)
-
-
-@contextlib.contextmanager
-def whole(tensors: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
-    """These tensors, each whole, on the main process at least. Collective."""
-    zero = [tensor for tensor in tensors.values() if hasattr(tensor, "ds_id")]
-    if zero:
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(zero):
-            yield {name: tensor.detach() for name, tensor in tensors.items()}
-        return
-    yield {name: t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach() for name, t in tensors.items()}
 
 
 def peft_model(model: Any) -> Any:

@@ -8,6 +8,7 @@ A checksum would not do: a server computes with packed copies of its weights.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -120,7 +121,8 @@ def _largest(chosen: Rows, answers: Sequence[Answer], own: list[list[float]], st
             raise UserError(f"engine: row {b} was to be scored again, and the server answered {len(answer.ids)} other tokens")
         for t, (theirs, ours) in enumerate(zip(answer.policy, mine, strict=True)):
             gap = abs(theirs - ours)
-            if not gap <= largest:  # NaN, too
+            gap = math.inf if math.isnan(gap) else gap
+            if gap > largest:
                 largest, told = gap, f"token {t} of row {b} has log-prob {theirs:.6g} there, {ours:.6g} here"
     if largest <= tolerance:
         return largest

@@ -35,7 +35,7 @@ from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.client import Gone
 from steerl.rollout.engines.vllm.weights import broadcast, export
 from steerl.rollout.engines.vllm.weights.broadcast import Announced
-from steerl.rollout.model import adapters
+from steerl.rollout.model import adapters, sharding
 from steerl.rollout.model.policy import Policy
 
 TIMEOUT = 120.0
@@ -152,16 +152,17 @@ class Sync:
             }
         head = json.dumps(header).encode()
         head += b" " * (-len(head) % 8)
-        path.unlink(missing_ok=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
             with path.open("wb") as file:
                 file.write(len(head).to_bytes(8, "little") + head)
                 for entry, (name, value) in zip(self._announced, weights, strict=True):
                     assert Announced.of(name, value) == entry, f"{entry} was announced, {name} came"
                     file.write(broadcast.as_bytes(value).cpu().numpy().data)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise UserError(f"engine.sync: {path} cannot be written: {error.strerror}; free some space there") from error
 
     def _load_file(self) -> None:
@@ -191,7 +192,7 @@ class Sync:
             if before not in (None, self._adapter):
                 shutil.rmtree(before)
 
-        with export.whole(own) as values:
+        with sharding.whole(own) as values:
             self._on_main(write)
 
     def _load_adapter(self, based: bool) -> None:

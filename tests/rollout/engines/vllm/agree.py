@@ -54,3 +54,11 @@ def assert_same(found: Samples, wanted: Samples, tolerance: float = 1e-5) -> Non
         assert getattr(got, name) == getattr(own, name), name
     assert torch.equal(got.strength_BK, own.strength_BK) and torch.equal(got.positions_BKN, own.positions_BKN)
     assert found.texts == wanted.texts
+
+
+def shake(policy: Policy, seed: int) -> None:
+    """Other weights, far from those before."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))

@@ -2,7 +2,7 @@
 
     with Scripted() as server:                      server.url, server.calls: what it was asked
         server.methods["steerl_take"] = lambda ids: {...}       what /collective_rpc answers; results of one worker
-        server.faults["/health"] = "hang"           hang | half | close | 500 | dead, at the next requests of that route
+        server.faults["/health"] = "hang"           hang | half | close | close after | 500 | 503 | dead | cancelled, of a route or method
         server.release()                            lets what hangs go on
 
     python = interpreter(folder, fault)             a program that passes for .venv-vllm/bin/python, for a real Server
@@ -110,6 +110,8 @@ class Scripted:
     def _answer(self, path: str, body: Any, fault: str) -> tuple[int, Any]:
         if fault in ("500", "dead"):
             return 500, {"error": {"message": DEAD if fault == "dead" else "it went\nwrong", "code": 500}}
+        if fault == "cancelled":  # a worker was killed
+            return 500, {"error": {"message": "Call to collective_rpc method failed: cancelled", "code": 500}}
         if path == "/health":
             return (503 if fault == "503" else 200), None
         if path == "/v1/models":

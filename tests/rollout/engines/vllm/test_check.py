@@ -19,7 +19,9 @@ def test_a_real_server_passes_and_one_that_loses_a_sync_does_not(vllm_server, tm
     policy.core.save_pretrained(tmp_path / "model")
     policy.tokenizer.save_pretrained(tmp_path / "model")
     words = ["check", "--model.path", tmp_path / "model", "--engine.kind", "vllm", "--engine.url", vllm_server.url]
-    argv = [str(word) for word in [*words, "--tokens", 12, "--out", tmp_path / "check.json"]]
+    add = {"sites": [{"name": "up", "at": {"layers": [0]}, "op": {"type": "add"}, "vector": [1.0] * 128, "strength": 0.5}]}
+    words += ["--steering", json.dumps(add), "--tokens", 12, "--out", tmp_path / "check.json"]
+    argv = [str(word) for word in words]
     run_command(engine.main, engine.EngineJob, argv)
     told = json.loads((tmp_path / "check.json").read_text())
     assert told["passed"] and len(told["lines"]) == 14

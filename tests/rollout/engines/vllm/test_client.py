@@ -92,7 +92,7 @@ def test_another_server_in_its_place(server):
         assert len(other.calls) == len(server.calls) == 1
 
 
-@pytest.mark.parametrize("fault", ["half", "close", "dead", "503"])
+@pytest.mark.parametrize("fault", ["half", "close", "dead", "503", "cancelled"])
 def test_a_server_that_dies_in_mid_answer_is_gone(server, fault):
     client = Client(server.url)
     client.rpc("check_health")  # over a kept connection, too

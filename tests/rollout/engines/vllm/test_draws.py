@@ -22,7 +22,7 @@ from steerl.rollout.engines.vllm.sampler import ServerSampler
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.types import Samples
-from tests.rollout.engines.vllm.agree import LAWS, assert_same, prompts
+from tests.rollout.engines.vllm.agree import LAWS, assert_same, prompts, shake
 from tests.vllm_server import VllmServer
 
 pytestmark = pytest.mark.vllm
@@ -121,13 +121,6 @@ def changed(policy: Policy, seed: int) -> Policy:
     other = policy.with_model(copy.deepcopy(policy.model))
     shake(other, seed)
     return other
-
-
-def shake(policy: Policy, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
 
 
 def test_no_prompts_no_rows(engine: VllmEngine):
