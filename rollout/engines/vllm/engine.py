@@ -171,7 +171,15 @@ class VllmEngine:
         return self.client.url
 
     def _hello(self) -> None:
-        for told in self.client.rpc("steerl_hello"):
+        try:
+            workers = self.client.rpc("steerl_hello")
+        except Gone as error:
+            if self.settings.url:
+                raise UserError(
+                    f"engine.url: nobody answers ({error}); `steerl engine serve` starts a server, or leave engine.url out"
+                ) from error
+            raise UserError(f"engine: the server died as soon as it had started; see {self._log}") from error
+        for told in workers:
             if told["wire"] != VERSION:
                 raise UserError(
                     f"engine: the server's steerl speaks version {told['wire']} of the wire, this one {VERSION}; install the "

@@ -32,7 +32,7 @@ from steerl.rollout.engines.vllm.support import check_interpreter, on_gpu
 
 EXTENSION = "steerl.rollout.engines.vllm.plugin.worker.Extension"
 PORTS = 5
-"""Ports that are tried: between its choice and the server's start another program may take one."""
+"""More ports that are tried: between its choice and the server's start another program may take one."""
 ROWS, CACHE = 128, (1 << 28, 1 << 32)
 """On a CPU: rows whose keys and values the cache has room for, and the least and the most bytes it takes for them."""
 TELL = 30.0
@@ -88,15 +88,20 @@ class Server:
     def start(self) -> None:
         """Start it and wait until it answers."""
         check_interpreter(self.settings.python)
-        for _ in range(PORTS):
+        taken = killed = 0
+        while True:
             self.port = self.port or _free_port()
             self._launch()
             if self._comes_up():
                 return
-            self.port = 0
-        raise UserError(
-            f"engine: {PORTS} free ports in turn were taken by other programs before the server had them; see {self.log}"
-        )
+            text, status = self._ended()
+            if "address already in use" in text.lower() and taken < PORTS:
+                taken, self.port = taken + 1, 0
+            elif was_killed(text, status) and not killed:
+                killed = 1
+                _logger.warning("engine: the vLLM server was killed while it was starting; it is started again (%s)", self.log)
+            else:
+                raise UserError(f"{why_it_ended(text, status)}; see {self.log}")
 
     def alive(self) -> bool:
         return self._guard is not None and self._guard.poll() is None
@@ -136,13 +141,13 @@ class Server:
             )
 
     def _comes_up(self) -> bool:
-        """Whether it answers at last; False where its port was taken."""
+        """Whether it answers at last; False where it has ended before."""
         client = Client(self.url)
         began = told = time.monotonic()
         while True:
             waited = time.monotonic() - began
             if not self.alive():
-                return self._ended()
+                return False
             if self._answers(client):
                 return True
             if waited > self.settings.start_timeout:
@@ -165,15 +170,13 @@ class Server:
             return False
         return any(model.get("root") == str(self.model) for model in models)
 
-    def _ended(self) -> bool:
+    def _ended(self) -> tuple[str, int]:
+        """What it said, and its status."""
         assert self._guard is not None
         status, self._guard = self._guard.wait(), None
         with self.log.open("rb") as log:
             log.seek(self._said)
-            text = log.read().decode(errors="replace")
-        if "address already in use" in text.lower():
-            return False
-        raise UserError(f"{why_it_ended(text, status)}; see {self.log}")
+            return log.read().decode(errors="replace"), status
 
 
 _TRAINERS = (
@@ -236,14 +239,22 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def was_killed(text: str, status: int) -> bool:
+    """It, or a process of its own."""
+    silent = "Engine core initialization failed" in text and not _errors(text)  # the engine's end without a word
+    return status == 128 + signal.SIGKILL or silent or "exit code: -9" in text
+
+
 def why_it_ended(text: str, status: int) -> str:
     """Of a server that ended while it was starting: what it said of that, in a line."""
     told = _last_words(text)
-    if status == 128 + signal.SIGKILL or any(words in text for words in _NO_MEMORY):
+    if any(words in text for words in _NO_MEMORY):
         return (
-            f"engine: out of memory while the server was starting ({told}); a smaller --gpu-memory-utilization or "
+            f"engine: out of memory while the server was starting: {told}; a smaller --gpu-memory-utilization or "
             "--max-num-seqs in engine.arguments, fewer programs beside it, or a smaller model"
         )
+    if was_killed(text, status):
+        return "engine: the server was killed while it was starting, as the kernel does where memory ends; make room"
     return f"engine: the server ended with status {status} while it was starting: {told}"
 
 
@@ -256,15 +267,18 @@ _PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\) )?(?:(ERROR|WARNING|INFO) [\d-]+ [\d
 
 
 def _last_words(text: str) -> str:
-    """The root cause: the first error of the last that says more than that there was one."""
-    lines = text.splitlines()
-    found, last = [], ""
-    for line in lines:
-        level = (match := _PREFIX.match(line)) and match[1]
-        rest = line[match.end() :] if match else line
-        if level not in ("WARNING", "INFO"):
-            last = rest.strip() or last
-            if _ERROR.match(rest) and "Engine core initialization failed" not in rest:
-                found.append(rest.strip())
-    told = (found[-1] if found else last or "it said nothing").removeprefix("Value error, ").split(" [type=")[0]
+    """The last error that says more than that there was one; without any, the last line."""
+    lines = [line.strip() for line in text.splitlines() if "warn" not in line.lower()]
+    told = next(iter([*reversed(_errors(text)), *reversed([line for line in lines if line])]), "it said nothing")
+    told = told.removeprefix("Value error, ").split(" [type=")[0]
     return told if len(told) <= 300 else f"{told[:297]}..."
+
+
+def _errors(text: str) -> list[str]:
+    found = []
+    for line in text.splitlines():
+        if (match := _PREFIX.match(line)) and match[1] not in ("WARNING", "INFO"):
+            rest = line[match.end() :].strip()
+            if _ERROR.match(rest) and "Engine core initialization failed" not in rest:
+                found.append(rest)
+    return found

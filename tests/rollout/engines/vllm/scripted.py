@@ -7,7 +7,7 @@
 
     python = interpreter(folder, fault)             a program that passes for .venv-vllm/bin/python, for a real Server
 
-Faults of the program, while it starts: "" | memory | words | silent | taken | never | no vllm | no steerl.
+Faults of the program, while it starts: "" | memory | words | silent | taken | killed | killed once | never | no vllm | no steerl.
 With "children" it has a child and a grandchild in a session of its own, as an engine and its workers.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -155,10 +156,14 @@ def main(fault: str, words: list[str]) -> int:
     if fault in said:
         print(said[fault], file=sys.stderr)
         return 1
-    if fault == "taken" and not Path(given.model, "once").exists():
-        Path(given.model, "once").touch()
+    starts = Path(given.model, "starts")
+    starts.write_text(f"{starts.read_text() if starts.exists() else ''}{given.port}\n")
+    first = len(starts.read_text().splitlines()) == 1
+    if fault == "taken" and first:
         print("OSError: [Errno 98] Address already in use", file=sys.stderr)
         return 1
+    if fault == "killed" or (fault == "killed once" and first):
+        os.kill(os.getpid(), signal.SIGKILL)
     if fault == "children":
         grandchild = (
             f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {WAIT!r}], start_new_session=True).wait()"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import psutil
 import pytest
@@ -23,8 +25,10 @@ from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm import guard as guard_program
 from steerl.rollout.engines.vllm import server as server_module
 from steerl.rollout.engines.vllm.client import Client
+from steerl.rollout.engines.vllm.engine import VllmEngine
 from steerl.rollout.engines.vllm.server import Server, why_it_ended
-from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
+from steerl.rollout.engines.vllm.wire import VERSION, Answer, Ask, Law
+from tests.models import tiny_policy
 from tests.rollout.engines.vllm.scripted import Scripted, interpreter
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -113,12 +117,23 @@ def test_another_port_where_the_first_is_taken(tmp_path):
             server.stop()
 
 
+def test_one_that_is_killed_while_it_starts_is_started_again(tmp_path):
+    server = server_of(tmp_path, "killed once")
+    server.start()
+    try:
+        first, second = (tmp_path / "model/starts").read_text().split()
+        assert first == second == str(server.port) and server.alive()
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize(
     "fault, line",
     [
-        ("memory", r"engine: out of memory while the server was starting \(torch.OutOfMemoryError: CUDA out of memory. Tried 9 GiB\); .*--gpu-memory-utilization.*; see .*engine.log"),
+        ("memory", r"engine: out of memory while the server was starting: torch.OutOfMemoryError: CUDA out of memory. Tried 9 GiB; .*--gpu-memory-utilization.*; see .*engine.log"),
         ("words", r"engine: the server ended with status 1 while it was starting: ValueError: Head size 16 is not supported; see .*engine.log"),
         ("silent", r"engine: the server ended with status 1 while it was starting: it said nothing; see .*engine.log"),
+        ("killed", r"engine: the server was killed while it was starting, as the kernel does where memory ends; make room; see .*engine.log"),
         ("no vllm", r"engine.python: .*python-no-vllm has no vLLM; make vllm builds one that has, or name another"),
         ("no steerl", r"engine.python: .*python-no-steerl has no steerl; make vllm puts it there .*"),
     ],
@@ -158,7 +173,14 @@ def test_the_root_cause_is_told_not_the_last_line():
         ]
     )
     assert why_it_ended(text, 1).startswith(
-        "engine: out of memory while the server was starting (ValueError: To serve at least"
+        "engine: out of memory while the server was starting: ValueError: To serve at least"
+    )
+    silent = (
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n  warnings.warn('')"
+    )
+    assert "killed" in why_it_ended(silent, 1)  # so it is where the engine had no time to say a word
+    assert why_it_ended("Traceback\n  line\nno word of an error\nUserWarning: leaked", 3).endswith(
+        "starting: no word of an error"
     )
     argument = "usage: api_server.py [-h]\napi_server.py: error: unrecognized arguments: --nope\n"
     assert why_it_ended(argument, 2).endswith(
@@ -191,6 +213,28 @@ def test_a_server_has_the_dtype_of_its_config(tmp_path):
         AutoConfig.for_model("llama", dtype=dtype).save_pretrained(tmp_path / "model")
         words = server_of(tmp_path).command()
         assert words[words.index("--dtype") + 1] == dtype
+
+
+@pytest.mark.parametrize(
+    "methods, line",
+    [
+        ({"steerl_hello": lambda: {"wire": VERSION + 1}}, f"engine: the server's steerl speaks version {VERSION + 1} of the wire, this one {VERSION}"),
+        ({}, "engine.url: the server at http://127.* was not started for steerl"),
+        (None, "engine.url: nobody answers .*; `steerl engine serve` starts a server, or leave engine.url out"),
+    ],
+)  # fmt: skip
+def test_a_server_that_runs_already_is_asked_who_it_is(tmp_path, methods, line):
+    with Scripted() as server:
+        server.methods |= methods or {}
+        if methods is None:
+            server.listener.server_close()
+        settings = EngineSettings(kind="vllm", url=server.url)
+        engine = VllmEngine(tiny_policy("llama", hidden_size=128, head_dim=32), settings, tmp_path / "engine.log", alone=True)
+        try:
+            with pytest.raises(UserError, match=f"^{line}"):
+                engine.ready(0)
+        finally:
+            engine.close()
 
 
 # -- ending ------------------------------------------------------------------------------------------------------------
@@ -264,6 +308,34 @@ def test_all_ends_with_the_servers_front(job, temporary):
     soon(lambda: ended(processes) and not any(temporary.iterdir()) and not listens(port), "the front was killed")
 
 
+@pytest.mark.proofs
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_is_left_whoever_is_killed_and_when(tmp_path, temporary, monkeypatch, seed):
+    """The job, its guard, the watcher or a process of the server, at any moment; then the job. All that was started has its
+    name in its environment."""
+    random = Random(seed)
+    monkeypatch.setenv("STARTED_BY", str(tmp_path))
+
+    def started() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("STARTED_BY") == str(tmp_path) and process.pid != os.getpid():
+                    found.append(process)
+        return [p for p in found if not ended([p])]
+
+    (tmp_path / "model").mkdir()
+    words = [interpreter(tmp_path, "children"), "--port", "0", "--model", str(tmp_path / "model")]
+    job = subprocess.Popen([sys.executable, "-I", "-c", JOB, guard_program.__file__, *words], stdout=subprocess.DEVNULL)
+    time.sleep(random.uniform(0, 1.2))
+    with contextlib.suppress(psutil.Error):
+        random.choice(started()).kill()
+    time.sleep(random.uniform(0, 0.3))
+    job.kill()
+    job.wait()
+    soon(lambda: not started() and not any(temporary.iterdir()), f"left over: {started()}")
+
+
 def test_stopping_leaves_nothing_even_where_the_guard_does_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(guard_program, "GRACE", 0.1)
     for stuck in (False, True):
@@ -305,6 +377,7 @@ import sys, time
 from pathlib import Path
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.client import Client
+from steerl.rollout.engines.vllm.engine import VllmEngine
 from steerl.rollout.engines.vllm.server import Server
 python, model, log = sys.argv[1:]
 server = Server(EngineSettings(kind="vllm", python=python), Path(model), Path(log))
