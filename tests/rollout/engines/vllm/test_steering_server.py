@@ -164,7 +164,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"hidden_size": WIDE},
     "stablelm": {"hidden_size": WIDE},
 }
-CHUNKED = ("--max-num-seqs", "32", "--max-num-batched-tokens", "40", "--block-size", "32", "--num-gpu-blocks-override", "34")
+CHUNKED = ("--max-num-seqs", "32", "--max-num-batched-tokens", "40", "--block-size", "32", "--num-gpu-blocks-override", "10")
 """Prompts are read in pieces, and rows thrown out for want of memory and read again."""
 
 
