@@ -37,7 +37,7 @@ FLOORS = {
     "rollout": "common ragged types model prompts scoring steering decoding engines dumps analysis chat",
     "rollout/steering": "core spec vectors . interventions",
     "reward": "types texts normalize weighted_sum kinds build jobs",
-    "training": "settings types model engine algorithm run report checks steering replay setup ppo stages planning",
+    "training": "settings types model engine algorithm run report checks steering replay ahead setup ppo stages planning",
 }
 """Folder -> its rooms and files, the lowest first: each imports only what stands before it. A dot: the folder's own files."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -68,6 +68,7 @@ def test_twenty_kills(job: list[str], vllm_python: str, tmp_path: Path, ahead: i
         command = [sys.executable, *job, *engine, "--run.dir", str(folder)]
         for _ in range(2 + KILLS):
             killed = killed_run([*command, "--run.resume", "true"], folder, draw, tmp_path)
+            print(folder.name, killed, lines(folder), flush=True)
             for name in killed:
                 kills[name] = kills.get(name, 0) + 1
             if (folder / "summary.json").exists():

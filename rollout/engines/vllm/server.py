@@ -72,6 +72,8 @@ class Server:
         command += ["--dtype", str(getattr(config, "dtype", None) or "auto").removeprefix("torch.")]
         if not on_gpu():
             command += ["--enforce-eager"]
+            if self._one_worker():
+                command += ["--distributed-executor-backend", "uni"]
             if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and "--gpu-memory-utilization" not in self.settings.arguments:
                 # Left to itself, it takes nine tenths of the memory, or refuses.
                 command += ["--kv-cache-memory-bytes", str(cache_bytes(config, _longest(config, self.flags)))]
@@ -83,7 +85,14 @@ class Server:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if "OMP_NUM_THREADS" in kept:  # a rank's share of the cores; the ranks wait while the server draws
             kept["OMP_NUM_THREADS"] = str(int(kept["OMP_NUM_THREADS"]) * ranks)
-        return {**_UNLESS_SET, **kept, **_SET}
+        alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if not on_gpu() and self._one_worker() else {}
+        return {**_UNLESS_SET, **kept, **_SET, **alone}
+
+    def _one_worker(self) -> bool:
+        """The worker runs in its engine's own process. On a CPU vLLM would give it another one, and both wait for each other
+        by spinning: on two cores a step then takes several times as long. It is told so by flag and environment."""
+        given = " ".join(self.settings.arguments)
+        return not any(word in given for word in ("parallel", "--distributed-executor-backend", "-tp ", "-pp "))
 
     def start(self) -> None:
         """Start it and wait until it answers."""
@@ -195,6 +204,7 @@ _TRAINERS = (
     ),
 )
 _UNLESS_SET = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait by spinning on cores that others use make a step many times as long
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every server of a machine sits on the same cores
     "VLLM_HOST_IP": "127.0.0.1",
 }

@@ -11,6 +11,7 @@ asked stops.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
@@ -83,7 +84,7 @@ class Steers:
         self.blocks = stacks(self.runner.get_model())["decoder"].blocks
         self.blocks[0].register_forward_pre_hook(self._begin)
         for layer, block in enumerate(self.blocks):
-            block.register_forward_hook(self._hook(layer))
+            block.register_forward_hook(self._hook(layer, _in_two(block)))
         self.blocks[-1].register_forward_hook(self._end)
 
     # -- a forward pass ----------------------------------------------------------------------------------------------------
@@ -109,11 +110,11 @@ class Steers:
                 assert point.layer is not None
                 self.under_way.setdefault(point.layer, []).append((chosen, at))
 
-    def _hook(self, layer: int) -> Callable[[nn.Module, object, Any], object]:
+    def _hook(self, layer: int, in_two: bool) -> Callable[[nn.Module, object, Any], object]:
         def edit(module: nn.Module, args: object, output: Any) -> object:
             if not self.under_way or (here := self.under_way.get(layer)) is None:
                 return None
-            hidden, put = _activation(output)
+            hidden, put = _activation(output, in_two)
             flat = hidden.reshape(-1, hidden.shape[-1])
             for chosen, at in here:
                 flat = chosen.edited(flat, at)
@@ -129,13 +130,19 @@ class Steers:
         self.under_way, self.selected = {}, []
 
 
-def _activation(output: Any) -> tuple[Tensor, Callable[[Tensor], object]]:
-    """(the activation that a block gives, how another one is put in its place). transformers' blocks give it; vLLM's own
-    mostly give (what is to be added, the stream so far), which the next norm adds."""
+def _in_two(block: nn.Module) -> bool:
+    """Whether a block gives its activation as (what is to be added, the stream so far), which the next norm adds. Of vLLM's own
+    blocks these ask whether there is a stream yet; others hand on one that nobody reads."""
+    forward = type(block).forward
+    return "residual" in inspect.signature(forward).parameters and "residual is None" in inspect.getsource(forward)
+
+
+def _activation(output: Any, in_two: bool) -> tuple[Tensor, Callable[[Tensor], object]]:
+    """(the activation that a block gives, how another one is put in its place)."""
     if isinstance(output, Tensor):
         return output, lambda new: new
     hidden, *rest = output
-    if rest and isinstance(rest[0], Tensor) and rest[0].shape == hidden.shape:
+    if in_two and isinstance(rest[0], Tensor):
         return hidden + rest[0], lambda new: (new, torch.zeros_like(new), *rest[1:])
     return hidden, lambda new: (new, *rest)
 
@@ -170,7 +177,6 @@ class Tokens:
         self.flat_N = (start_B[row_N] + offset_N).to(device)
         self.new_N = (index_N >= seen_B[row_N]).to(device)
         """A preempted row's tokens are read again, and counted once."""
-        self.whole = self.flat_N.equal(torch.arange(len(row_N), device=device))
         self.strength_NK = torch.tensor([row.ask.strengths for _, row in members]).to(device)[self.row_N]
 
     @cached_property
@@ -218,8 +224,7 @@ class Selected:
 
     def edited(self, flat_ND: Tensor, at: int) -> Tensor:
         tokens, site = self.tokens, self.site
-        everything = tokens.whole and len(self.at_M) == len(flat_ND)
-        flat_M = tokens.flat_N[self.at_M]
+        flat_M, everything = tokens.flat_N[self.at_M], len(self.at_M) == len(flat_ND)
         base_MD = flat_ND if everything else flat_ND[flat_M]
         noise = None
         if site.operation.source == "noise":

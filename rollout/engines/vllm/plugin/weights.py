@@ -4,7 +4,7 @@
 
 vLLM itself goes on with what it did not get: of a packed weight (qkv, gate_up) it takes one part for the whole, and a layer
 that got nothing keeps what it had. A head that is tied to the embedding gets its new values with it, but on a CPU it computes
-with a packed copy of its own, which the reload leaves as it was.
+with a packed copy of its own, which the reload leaves as it was; and experts are not laid out again for the CPU's kernel.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def load(runner: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     finally:
         finalize_layerwise_reload(model, runner.vllm_config.model_config)
     _pack_tied(model, slots)
+    _pack_experts(model)
     runner.reset_lora_state()
     runner.reset_encoder_cache()
     runner.reset_mm_cache()
@@ -173,6 +174,15 @@ def _pack_tied(model: nn.Module, slots: list[list[Slot]]) -> None:
         for _, _, layer in places if len(places) > 1 else ():
             if (method := getattr(layer, "quant_method", None)) is not None:
                 method.process_weights_after_loading(layer)
+
+
+def _pack_experts(model: nn.Module) -> None:
+    """On a CPU experts are laid out for its kernel when they are loaded first, and left as they come when they are reloaded."""
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        own = next((parameter for name, parameter in layer.named_parameters(recurse=False) if name == "w13_weight"), None)
+        if kernel is not None and own is not None and own.device.type == "cpu":
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def join(kind: str, port: int, size: int, timeout: float) -> Any:

@@ -145,9 +145,10 @@ def on_main(function: Callable[[], None], *, alone: bool = False) -> None:
 
 
 def peft_model(model: Any) -> Any:
-    """The PeftModel inside wrappers; where there is none, the innermost module."""
-    while not hasattr(model, "peft_config") and isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
+    """The innermost of wrappers: the PeftModel where there is one. Some wrappers pass its attributes on as their own."""
+    model = compat.uncompiled(model)
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = compat.uncompiled(inner)
     return model
 
 

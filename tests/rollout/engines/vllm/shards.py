@@ -3,6 +3,8 @@
 accelerate launch --config_file ENGINE.yaml tests/rollout/engines/vllm/shards.py OUT [fully_shard]
 
 OUT/NAME.safetensors     what the main process wrote        OUT/failed.RANK     how a sync ended that failed on it half-way
+OUT/adapter/             the same of the adapter alone      OUT/gaps.RANK       what rows scored again said of a server that
+                                                            has the weights, and of one that has others
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.weights import export
+from steerl.rollout.engines.vllm.weights.rescore import check_rows
 from steerl.rollout.engines.vllm.weights.sync import Sync
 from steerl.rollout.model import adapters, sharding
 from steerl.rollout.model.policy import Policy
+from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from tests import warm
 from tests.models import tiny_policy
+from tests.rollout.engines.vllm.scored import Scorer
 
 CONFIGS = Path(__file__).parents[4] / "configs" / "accelerate"
 
@@ -67,16 +72,25 @@ class Nobody:
 
 
 def wrapped(policy: Policy, engine: str, accelerator: Any) -> Policy:
-    core = policy.core
+    core, seen, _ = policy.core, policy.capabilities, logit_postprocessing(policy)  # observed on the whole model
     if engine == "fsdp2":
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
         for layer in core.model.layers:
             fully_shard(layer, mesh=mesh)
-        return policy.with_model(fully_shard(policy.model, mesh=mesh))
-    policy.model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(policy.model.parameters())
+        return policy.with_model(fully_shard(policy.model, mesh=mesh), seen)
+    if not hasattr(policy.model, "peft_config"):
+        policy.model.requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad])
     model, _ = accelerator.prepare(policy.model, optimizer)
-    return policy.with_model(model)
+    return policy.with_model(model, seen)
+
+
+def scored(served: Policy, policy: Policy) -> str:
+    try:
+        gap = check_rows(Scorer(served), policy, None, 3, step=4, tolerance=1e-3)
+    except UserError as error:
+        return str(error)[:77]
+    return "equal" if gap < 1e-4 else f"{gap}"
 
 
 def main(out: Path, engine: str) -> None:
@@ -92,6 +106,13 @@ def main(out: Path, engine: str) -> None:
         sync.send(0)
         if process.is_main:
             shutil.move(out / "scratch.0" / "weights.safetensors", out / f"{name}.safetensors")
+    alone = Sync(Nobody(), policy, EngineSettings(kind="vllm", sync="adapter"), out / f"scratch.{process.rank}")
+    alone.send(1)
+    if process.is_main:
+        shutil.move(out / "scratch.0" / "adapter-1", out / "adapter")
+        shutil.move(out / "scratch.0" / "weights.safetensors", out / "base.safetensors")
+    told = [scored(policies()["adapted"], policy), scored(tiny_policy("llama"), policy)]
+    (out / f"gaps.{process.rank}").write_text("\n".join(told))
     begun = time.monotonic()
 
     def fails(weights: Any) -> None:

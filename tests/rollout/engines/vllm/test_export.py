@@ -124,6 +124,14 @@ def test_two_ranks_send_what_one_process_would(engine: str, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr[-4000:]
     for name, policy in shards.policies().items():
         assert same(load_file(tmp_path / f"{name}.safetensors"), exported(policy)), name
+    adapted = shards.policies()["adapted"]
+    adapters.save(adapted.model, tmp_path / "expected")
+    files = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "expected")]
+    assert same(*files)
+    assert same(load_file(tmp_path / "base.safetensors"), exported(adapted, merge=False))
+    other = "engine: after the sync of step 4 the server computes something else than the"
+    assert (tmp_path / "gaps.0").read_text().splitlines() == ["equal", f"{other} "]
+    assert (tmp_path / "gaps.1").read_text().splitlines() == ["equal"]  # the main process tells
     for rank in range(2):
         told = (tmp_path / f"failed.{rank}").read_text().splitlines()
         assert told == (["0 engine.sync: no room"] if rank == 0 else ["0 "]), told

@@ -21,29 +21,12 @@ from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.types import Rollout
 from tests.models import tiny_policy
+from tests.rollout.engines.vllm.scored import Scorer
 
 
 def recent(count: int) -> Rollout:
     prompts = [list(range(3, 4 + b)) for b in range(count)]
     return Rollout.of_ids(prompts, [[(7 * b + t) % 60 + 3 for t in range(1 + 5 * b)] for b in range(count)])
-
-
-class Server:
-    """One that holds a model: each row by itself, in float64."""
-
-    def __init__(self, policy: Policy, version: int = 4):
-        self.policy, self.version, self.asked = policy, version, 0
-
-    def __call__(self, law: Law, prompts: list[list[int]], asks: list[Ask]) -> list[Answer]:
-        self.asked = len(asks)
-        return [self.answer(prompt, list(ask.forced)) for prompt, ask in zip(prompts, asks, strict=True)]
-
-    def answer(self, prompt: list[int], forced: list[int]) -> Answer:
-        model = copy.deepcopy(self.policy.model).double()
-        with torch.no_grad():
-            logprobs_TV = model(torch.tensor([prompt + forced])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        numbers = logprobs_TV.gather(1, torch.tensor(forced)[:, None])[:, 0].tolist()
-        return Answer(ids=forced, behaviour=numbers, policy=numbers, versions=(self.version, self.version))
 
 
 def check(server: Any, policy: Policy, batch: Rollout | None, count: int = 5, tolerance: float = 1e-4) -> float:
@@ -54,7 +37,7 @@ def check(server: Any, policy: Policy, batch: Rollout | None, count: int = 5, to
 @pytest.mark.parametrize("drawn", [0, 3, 20])
 def test_a_server_that_has_the_weights_passes(family: str, drawn: int) -> None:
     policy = tiny_policy(family)
-    server = Server(policy)
+    server = Scorer(policy)
     assert 0 < check(server, policy, recent(drawn) if drawn else None) < 1e-4
     assert server.asked == min(5, drawn or 5)
 
@@ -77,7 +60,7 @@ def test_random_rows_differ_by_step_and_hold_no_end() -> None:
 def test_one_number_that_is_off_stops_with_its_place() -> None:
     policy = tiny_policy("llama")
 
-    class Off(Server):
+    class Off(Scorer):
         def answer(self, prompt: list[int], forced: list[int]) -> Answer:
             answer = super().answer(prompt, forced)
             if len(forced) == 6:
@@ -94,7 +77,7 @@ def test_one_number_that_is_off_stops_with_its_place() -> None:
 def test_a_number_that_is_none_stops() -> None:
     policy = tiny_policy("llama")
 
-    class Nan(Server):
+    class Nan(Scorer):
         def answer(self, prompt: list[int], forced: list[int]) -> Answer:
             answer = super().answer(prompt, forced)
             answer.policy[0] = float("nan")
@@ -110,7 +93,7 @@ def test_a_number_that_is_none_stops() -> None:
 def test_a_sync_that_was_lost_stops(version: int, told: str) -> None:
     policy = tiny_policy("llama")
     with pytest.raises(UserError, match=told):
-        check(Server(policy, version), policy, recent(3))
+        check(Scorer(policy, version), policy, recent(3))
 
 
 def test_a_server_that_is_gone_is_no_error_of_the_users() -> None:

@@ -39,38 +39,58 @@ def site(layer: int, seed: int, scope: dict[str, Any], **fields: Any) -> dict[st
 
 
 class Block(nn.Module):
-    """A block that changes nothing and gives its activation as some family does."""
+    """A block that changes nothing and gives its activation as transformers' do."""
 
-    def __init__(self, gives: str):
+    def __init__(self) -> None:
         super().__init__()
-        self.gives = gives
         self.weight = nn.Parameter(torch.zeros(1, 1))
 
-    def forward(self, hidden: Any) -> Any:
-        if self.gives == "tensor":
-            return hidden
-        if self.gives == "tuple":
-            return hidden, None
-        share = torch.linspace(-1, 1, hidden.shape[-1])
-        return hidden * share, hidden * (1 - share)  # what is to be added, and the stream so far
+    def forward(self, hidden: Tensor) -> object:
+        return hidden
+
+
+class InTuple(Block):
+    def forward(self, hidden: Tensor) -> object:
+        return hidden, None
+
+
+class InTwo(Block):
+    """As vLLM's Llama: what is to be added, and the stream so far."""
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> object:
+        whole = hidden if residual is None else hidden + residual
+        share = torch.linspace(-1, 1, whole.shape[-1])
+        return whole * share, whole * (1 - share)
+
+
+class Stale(Block):
+    """As vLLM's Cohere: the whole, and what it was made of."""
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> object:
+        residual = hidden / 3
+        return hidden, residual
 
 
 class Flat(nn.Module):
     """Blocks over a flat batch whose activations are the tokens' embeddings."""
 
-    def __init__(self, gives: str = "pair"):
+    def __init__(self, block: type[Block] = InTwo):
         super().__init__()
         self.config = SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=WIDTH, is_encoder_decoder=False)
-        self.layers = nn.ModuleList([Block(gives) for _ in range(LAYERS)])
-        self.batched = gives == "tuple"
+        self.layers = nn.ModuleList([block() for _ in range(LAYERS)])
+        self.block = block
 
     def forward(self, hidden: Tensor) -> Tensor:
-        for block in self.layers:
-            out = block(hidden[None] if self.batched else hidden)
-            if isinstance(out, tuple):
-                out = out[0] if out[1] is None else out[0] + out[1]
-            hidden = out[0] if self.batched else out
-        return hidden
+        residual = None
+        for layer in self.layers:
+            if self.block is InTuple:  # with a batch of one row around it
+                hidden, _ = layer(hidden[None])
+                hidden = hidden[0]
+            elif self.block is Block:
+                hidden = layer(hidden)
+            else:
+                hidden, residual = layer(hidden, residual)
+        return hidden + residual if self.block is InTwo else hidden
 
 
 class Runner:
@@ -132,8 +152,8 @@ def server_steering(*sites: dict[str, Any], **fields: Any) -> ServerSteering:
     return found
 
 
-def served(*steerings: ServerSteering, gives: str = "pair") -> tuple[Runner, Steers]:
-    runner = Runner(Flat(gives))
+def served(*steerings: ServerSteering, block: type[Block] = InTwo) -> tuple[Runner, Steers]:
+    runner = Runner(Flat(block))
     steers = Steers(Rows(runner))
     steers.rows.version = 0  # it has weights
     for steering in steerings:
@@ -151,11 +171,11 @@ SCOPES: list[tuple[dict[str, Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("gives", ["pair", "tensor", "tuple"])
-def test_every_row_is_edited_by_its_own_steering_whatever_the_batch(gives):
+@pytest.mark.parametrize("block", [Block, InTuple, InTwo, Stale])
+def test_every_row_is_edited_by_its_own_steering_whatever_the_batch(block):
     """Prompts in pieces, a row that is thrown out and read again, plain rows between: the same edits, each counted once."""
     steerings = [server_steering(site(k % LAYERS, k, scope)) for k, (scope, _) in enumerate(SCOPES)]
-    runner, steers = served(*steerings, gives=gives)
+    runner, steers = served(*steerings, block=block)
     texts = {f"row{k}": [5 + k, 7, 8, 9, 7, 11, 12, 13][: 5 + k % 3] for k in range(6)}
     lengths = {name: 3 + k % 2 for k, name in enumerate(texts)}
     rows = {}
@@ -184,6 +204,18 @@ def test_every_row_is_edited_by_its_own_steering_whatever_the_batch(gives):
     for k, (name, text) in enumerate(texts.items()):
         on = [SCOPES[k][1](r, r - (lengths[name] - 1), lengths[name], i) for r, i in enumerate(text)] if k < len(SCOPES) else []
         assert rows[name].answer.edits == ([sum(on)] if k < len(SCOPES) else [])
+
+
+def test_what_a_row_is_fed_after_its_end_is_not_counted():
+    """Where a law has no id that ends rows, vLLM goes on with one that has ended until its limit."""
+    steering = server_steering(site(0, 1, {"prompt": "all"}))
+    runner, steers = served(steering)
+    runner.ask(Ask("a", 0, 0, 0, steering=steering.name, strengths=(1.0,)), [5, 6])
+    runner.step([("a", 0, 2)], {"a": [5, 6]})
+    row = steers.rows.of("a")
+    row.answer.ids, row.ended = [7], True
+    runner.step([("a", 2, 1)], {"a": [5, 6, 7]})
+    assert row.answer.edits == [2]
 
 
 def test_sites_of_one_layer_act_in_order_and_all_layers_are_counted():

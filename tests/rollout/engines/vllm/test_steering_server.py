@@ -44,9 +44,12 @@ def vector(seed: int, width: int) -> list[float]:
     return torch.randn(width, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def prompts(count: int) -> PromptBatch:
+def prompts(count: int, longest: int = 19) -> PromptBatch:
     g = torch.Generator().manual_seed(1)
-    ids = [torch.randint(3, 64, (int(torch.randint(2, 20, (1,), generator=g)),), generator=g).tolist() for _ in range(count)]
+    ids = [
+        torch.randint(3, 64, (int(torch.randint(2, longest + 1, (1,), generator=g)),), generator=g).tolist()
+        for _ in range(count)
+    ]
     return dataclasses.replace(PromptBatch.of_ids(ids), columns={"c": [[0, -1] if i % 2 else [1] for i in range(count)]})
 
 
@@ -158,8 +161,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3": {"hidden_size": WIDE, "head_dim": 32, "query_pre_attn_scalar": 32},
     "gpt2": {"n_embd": WIDE},
     "gpt_neox": {"hidden_size": WIDE},
+    "cohere": {"hidden_size": WIDE},
+    "stablelm": {"hidden_size": WIDE},
 }
-CHUNKED = ("--max-num-seqs", "32", "--max-num-batched-tokens", "40", "--block-size", "32", "--num-gpu-blocks-override", "34")
+CHUNKED = ("--max-num-seqs", "32", "--max-num-batched-tokens", "40", "--block-size", "32", "--num-gpu-blocks-override", "10")
 """Prompts are read in pieces, and rows thrown out for want of memory and read again."""
 
 
@@ -169,14 +174,17 @@ CHUNKED = ("--max-num-seqs", "32", "--max-num-batched-tokens", "40", "--block-si
     [
         ("llama", "vllm", CHUNKED), ("llama", "transformers", ()), ("qwen3", "vllm", ()), ("qwen3", "transformers", CHUNKED),
         ("gemma3", "vllm", ()), ("gemma3", "transformers", ()), ("gpt2", "vllm", ()), ("gpt_neox", "transformers", ()),
+        ("cohere", "vllm", ()), ("stablelm", "vllm", ()),
     ],
 )  # fmt: skip
 def test_families(family, model_impl, flags, vllm_python, tmp_path):
     policy = gentle(tiny_policy(family, **FAMILIES[family]))
-    settings = EngineSettings(kind="vllm", python=vllm_python, model_impl=model_impl, arguments=list(flags), check_rows=0)
+    settings = EngineSettings(
+        kind="vllm", python=vllm_python, model_impl=model_impl, arguments=["--no-enable-prefix-caching", *flags], check_rows=0
+    )
     with server_of(policy, None, settings, tmp_path) as engine:
         engine.ready(0)
-        assert_same(mixed(policy, engine.client.url, tmp_path / "engine.log", prompts(24)))
+        assert_same(mixed(policy, engine.client.url, tmp_path / "engine.log", prompts(24, longest=40)))
         if flags:
             told = urllib.request.urlopen(f"{engine.client.url}/metrics").read().decode()
             counts = [line for line in told.splitlines() if line.startswith("vllm:num_preemptions_total")]

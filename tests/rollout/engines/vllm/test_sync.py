@@ -32,20 +32,20 @@ PROMPTS = [[3, 9, 27, 17, 51], [60], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]
 FORCED = [[44, 4, 12, 36], [7, 7, 7, 7, 7, 7], [33]]
 
 
-def answers(client: Client, policy: Policy, model: str) -> list[Answer]:
+def answers(client: Client, policy: Policy, model: str, prompts: list[list[int]] = PROMPTS) -> list[Answer]:
     """Of rows that are forced through the server."""
     law = Law(Sampling(max_new_tokens=8), policy.vocab_size, tuple(policy.eos_ids))
-    asks = [Ask(uuid.uuid4().hex, 0, b, 0, forced=tuple(ids)) for b, ids in enumerate(FORCED)]
-    for prompt, ask in zip(PROMPTS, asks, strict=True):
+    asks = [Ask(uuid.uuid4().hex, 0, b, 0, forced=tuple(FORCED[b])) for b in range(len(prompts))]
+    for prompt, ask in zip(prompts, asks, strict=True):
         client.generate(prompt, law, ask, model)
     (taken,) = client.rpc("steerl_take", listed([ask.id for ask in asks]))
     return [Answer.of_packed(taken[ask.id]) for ask in asks]
 
 
-def gap(client: Client, policy: Policy, model: str = "policy") -> float:
+def gap(client: Client, policy: Policy, model: str = "policy", prompts: list[list[int]] = PROMPTS) -> float:
     """The largest difference between the server's log-probs and those of a plain pass over each row by itself."""
     worst = 0.0
-    for prompt, forced, answer in zip(PROMPTS, FORCED, answers(client, policy, model), strict=True):
+    for prompt, forced, answer in zip(prompts, FORCED, answers(client, policy, model, prompts), strict=False):
         assert answer.ids == forced
         with torch.no_grad():
             logits = policy.model(torch.tensor([prompt + forced])).logits[0, len(prompt) - 1 : -1]
