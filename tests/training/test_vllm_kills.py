@@ -93,7 +93,7 @@ def killed_run(command: list[str], folder: Path, draw: random.Random, cwd: Path)
             if draw.random() < 0.002:  # while it starts, too
                 break
             time.sleep(0.05)
-        time.sleep(draw.uniform(0, 6))
+        time.sleep(draw.uniform(0, 3))
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         servers = [p for p in family if "api_server" in " ".join(p.cmdline()) or "EngineCore" in p.name()]
         who = draw.choice(["job", "server", "engine", "guard"])

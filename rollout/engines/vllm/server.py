@@ -204,6 +204,7 @@ _TRAINERS = (
     ),
 )
 _UNLESS_SET = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait by spinning on cores that others use make a step many times as long
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every server of a machine sits on the same cores
     "VLLM_HOST_IP": "127.0.0.1",
 }
