@@ -365,6 +365,12 @@ def test_a_real_server_knows_the_rows_it_was_asked_for(vllm_server):
 
 
 @pytest.mark.vllm
+def test_a_real_server_does_not_know_any_method(vllm_server):
+    with pytest.raises(UserError, match=r"does not know steerl_nothing\); `steerl engine serve`"):
+        vllm_server.client.rpc("steerl_nothing")
+
+
+@pytest.mark.vllm
 def test_a_real_server_listens_on_loopback_alone(vllm_server):
     port = int(vllm_server.url.rpartition(":")[2])
     connections = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid]
