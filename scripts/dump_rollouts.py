@@ -63,7 +63,7 @@ def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
     policy = load_policy(job.model, me.device)
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed) if job.steering else None
-    sampler = ending.enter_context(sampler_of(policy, job.sampling, steering, job.engine, folder))
+    sampler = ending.enter_context(sampler_of(policy, job.sampling, steering, job.engine, folder, prompts.most))
     warn_endless(policy, job.sampling, prompts.table[0][prompts.column])
     plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
 

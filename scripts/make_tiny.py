@@ -43,6 +43,8 @@ class TinyJob:
     """The same seed gives the same bytes."""
     worlds: str = ",".join(worlds.available())
     """Which worlds, with commas between."""
+    head_dim: int = 16
+    """Numbers of an attention head of the causal models; 32 is the least that vLLM takes on a CPU (engine.kind vllm)."""
     overwrite: bool = False
     """Make those that are there already anew."""
 
@@ -56,8 +58,11 @@ def main(job: TinyJob) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
         raise UserError(f"worlds: {name!r} is unknown; {remedy}")
+    if not (2 <= job.head_dim <= 256 and job.head_dim % 2 == 0):
+        raise UserError(f"head_dim: {job.head_dim}, but it must be an even number from 2 to 256")
     out = open_out(job.out)
-    missing = [name for name in names if job.overwrite or not is_there(out / name, name, job.seed)]
+    kind = (job.seed, job.head_dim)
+    missing = [name for name in names if job.overwrite or not is_there(out / name, name, *kind)]
     for name in names:
         if name not in missing:
             print(f"{out / name}: there already", flush=True)
@@ -68,7 +73,8 @@ def main(job: TinyJob) -> None:
         print(f"{out}: making {', '.join(missing)}, half a minute each or more", file=sys.stderr, flush=True)
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         spread = pool.map if len(missing) > 1 else map
-        for name, _ in zip(missing, spread(make, missing, [out] * len(missing), [job.seed] * len(missing)), strict=True):
+        same = ([value] * len(missing) for value in (out, *kind))
+        for name, _ in zip(missing, spread(make, missing, *same), strict=True):
             print(f"{out / name}: made ({time.monotonic() - began:.0f} s)", flush=True)
 
 
@@ -83,7 +89,7 @@ def open_out(name: str) -> Path:
     return out
 
 
-def is_there(folder: Path, name: str, seed: int) -> bool:
+def is_there(folder: Path, name: str, seed: int, head_dim: int = 16) -> bool:
     """Whether this very world was made already; what else stands under its name is not ours to replace unasked."""
     if not folder.exists():
         return False
@@ -91,9 +97,10 @@ def is_there(folder: Path, name: str, seed: int) -> bool:
         found = json.loads((folder / "world.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = {}
-    if found.get("world") == name and found.get("seed") == seed:
+    if found.get("world") == name and (found.get("seed"), found.get("head_dim", 16)) == (seed, head_dim):
         return True
     what = f"the world of seed {found['seed']}" if "seed" in found else "something else"
+    what += f" with head_dim {found['head_dim']}" if "head_dim" in found else ""
     raise UserError(f"out: {folder} holds {what}; name another folder, or --overwrite true")
 
 
@@ -112,10 +119,12 @@ def reserve(out: Path, size: int) -> None:
         probe.unlink(missing_ok=True)
 
 
-def make(name: str, out: Path, seed: int) -> None:
+def make(name: str, out: Path, seed: int, head_dim: int = 16) -> None:
     """One world, whole or not at all."""
     import torch
     from transformers.utils import logging
+
+    from steerl.scripts.toy_tasks import making
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -124,8 +133,10 @@ def make(name: str, out: Path, seed: int) -> None:
     final = out / name
     with written_aside(final) as aside:
         aside.mkdir()
+        making.head_dim = head_dim
         worlds.builder(name)(aside, seed)
-        write_json(aside / "world.json", {"world": name, "seed": seed})
+        shape = {} if head_dim == 16 else {"head_dim": head_dim}
+        write_json(aside / "world.json", {"world": name, "seed": seed, **shape})
         if final.exists():
             shutil.rmtree(final)
     torch.set_num_threads(threads)

@@ -50,7 +50,7 @@ from steerl.training.run.evaluate import Evaluation, evaluate
 from steerl.training.run.export import save_model, summarize
 from steerl.training.run.timer import Timer
 from steerl.training.settings import PPOSettings, with_correction
-from steerl.training.setup import check_source, prepare, training_rows
+from steerl.training.setup import check_source, longest, prepare, training_rows
 from steerl.training.steering import hold_budget, measure
 
 
@@ -82,7 +82,7 @@ def train(
         if (summary := resume.finished_summary(folder, settings, config, run)) is not None:
             return summary
         made_from = processes.on_main(lambda: resume.made_from(policy, prompts, heldout, reward, settings))
-        parts = prepare(policy, reward, sampling, settings, run, steering, engine)
+        parts = prepare(policy, reward, sampling, settings, run, steering, engine, longest(prompts, heldout, sampling))
         if parts.server is not None:
             ending.callback(parts.server.close)
         model, reference, state = parts.actor_critic, parts.reference, parts.state

@@ -71,8 +71,10 @@ def prepare(
     run: RunSettings,
     steering_spec: SteeringSpec | None = None,
     engine_settings: EngineSettings | None = None,
+    longest: int | None = None,
 ) -> Components:
-    """Build the components of a run. Copies of the policy are taken before steering is attached to it."""
+    """Build the components of a run. Copies of the policy are taken before steering is attached to it. `longest`: tokens of the
+    longest prompt with its response, where that is known."""
     from accelerate.utils import set_seed
 
     processes.start()
@@ -98,6 +100,7 @@ def prepare(
             engine_settings,
             Path(run.dir) / LOG,
             steering=steering,
+            longest=longest,
             dtype={"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision),
             tolerance=gap_tolerance(settings, actor_critic.dtype, accelerator.mixed_precision),
             inside=lambda call: actor_critic.inside(lambda: _autocast(accelerator, call)),
@@ -127,6 +130,13 @@ def prepare(
             model=model, optimizer=optimizer, accelerator=accelerator, kl=controller, reward=reward, steering=steering
         ),
     )
+
+
+def longest(prompts: Prompts, heldout: Prompts | None, sampling: Sampling) -> int | None:
+    """Most tokens of a prompt with its response; None where neither settings nor the model bound them."""
+    of_sources = [getattr(source, "most", None) for source in (prompts, heldout) if source is not None]
+    most = [count for count in of_sources if count is not None]
+    return max(most) + sampling.max_new_tokens if most and len(most) == len(of_sources) else None
 
 
 def _autocast(accelerator: Accelerator, call: Callable[[], Value]) -> Value:

@@ -44,6 +44,10 @@ def bytes_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
+head_dim = 16
+"""Numbers of an attention head of the models made here: `steerl tiny --head_dim` sets it."""
+
+
 def llama_config(tokenizer: PreTrainedTokenizerFast, **overrides: object) -> LlamaConfig:
     """Hidden 64, two layers: small enough to learn in seconds."""
     shape = {
@@ -53,6 +57,7 @@ def llama_config(tokenizer: PreTrainedTokenizerFast, **overrides: object) -> Lla
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": head_dim,
         "max_position_embeddings": 256,
         "initializer_range": 0.05,
         "tie_word_embeddings": True,

@@ -27,7 +27,7 @@ KILLS = 20
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command of a job of 40 steps, but for where it is written and what draws."""
+    """The command of a job of 60 steps, but for where it is written and what draws."""
     folder = tmp_path_factory.mktemp("job")
     policy = gentle(tiny_policy("llama", **WIDE))
     policy.model.save_pretrained(folder / "model")
@@ -40,7 +40,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     )
     reward = f"[{{name: a, kind: function, function: '{folder}/count.py:a'}}]"
     given = {"model.path": folder / "model", "prompts.path": folder / "prompts.jsonl", "reward": reward,
-             "sampling.max_new_tokens": 24, "sampling.seed": 3, "ppo.steps": 40, "ppo.rollouts_per_step": 16, "ppo.minibatches": 2,
+             "sampling.max_new_tokens": 24, "sampling.seed": 3, "ppo.steps": 60, "ppo.rollouts_per_step": 16, "ppo.minibatches": 2,
              "ppo.learning_rate": 5e-4, "run.save_every": 5}  # fmt: skip
     return [str(ROOT / "scripts/train_ppo.py"), *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
 
@@ -74,7 +74,7 @@ def test_twenty_kills(job: list[str], vllm_python: str, tmp_path: Path, ahead: i
         found = weights(folder)
         assert max(float((found[name] - undisturbed[name]).abs().max()) for name in undisturbed) <= 1e-5
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [step["step"] for step in steps] == list(range(1, 41))
+        assert [step["step"] for step in steps] == list(range(1, 61))
         restarts += max(step["engine/restarts"] for step in steps)
         assert left_behind(folder) == []
     print(f"\nahead {ahead}: {kills} in {runs} runs, {restarts:.0f} restarts seen, {time.monotonic() - began:.0f} s")
@@ -82,32 +82,42 @@ def test_twenty_kills(job: list[str], vllm_python: str, tmp_path: Path, ahead: i
 
 
 def killed_run(command: list[str], folder: Path, draw: random.Random, cwd: Path) -> list[str]:
-    """A run in which somebody is killed once, some seconds after the first step; who it was."""
+    """A run in which somebody is killed again and again, some moments after the last time; who it was."""
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=(cwd / "err").open("ab"))
-    before = lines(folder)
     killed: list[str] = []
     try:
-        while process.poll() is None and lines(folder) <= before:
-            if draw.random() < 0.002:  # while it starts, too
-                break
-            time.sleep(0.05)
-        time.sleep(draw.uniform(0, 3))
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        servers = [p for p in family if "api_server" in " ".join(p.cmdline()) or "EngineCore" in p.name()]
-        who = draw.choice(["job", "server", "engine", "guard"])
-        victims: dict[str, Any] = {
-            "job": [psutil.Process(process.pid)] if process.poll() is None else [],
-            "server": [p for p in servers if "guard.py" not in " ".join(p.cmdline())][:1],
-            "engine": servers[-1:],
-            "guard": [p for p in family if "guard.py" in " ".join(p.cmdline())][:1],
-        }
-        for victim in victims[who]:
-            victim.send_signal(signal.SIGKILL)
-            killed.append(who)
-        assert process.wait(timeout=400) == (-signal.SIGKILL if killed == ["job"] else 0), (cwd / "err").read_text()[-2000:]
+        while process.poll() is None and len(killed) < 5 and "job" not in killed:
+            if draw.random() < 0.8:  # else while it starts, too
+                wait_for_step(process, folder)
+            time.sleep(draw.uniform(0, 2))
+            killed += kill(process, draw.choice(["job", "server", "engine", "guard"]))
+        status = process.wait(timeout=400)
+        assert status == (-signal.SIGKILL if "job" in killed else 0), (cwd / "err").read_text()[-2000:]
     finally:
         process.kill()
     return killed
+
+
+def wait_for_step(process: subprocess.Popen[bytes], folder: Path) -> None:
+    before = lines(folder)
+    while process.poll() is None and lines(folder) <= before:
+        time.sleep(0.02)
+
+
+def kill(process: subprocess.Popen[bytes], who: str) -> list[str]:
+    if process.poll() is not None:
+        return []
+    family = psutil.Process(process.pid).children(recursive=True)
+    front = [p for p in family if "api_server" in " ".join(p.cmdline()) and "guard.py" not in " ".join(p.cmdline())]
+    victims: dict[str, list[Any]] = {
+        "job": [process],
+        "server": front,
+        "engine": [p for p in family if "EngineCore" in p.name()],
+        "guard": [p for p in family if "guard.py" in " ".join(p.cmdline())],
+    }
+    for victim in victims[who][:1]:
+        victim.send_signal(signal.SIGKILL)
+    return [who] if victims[who] else []
 
 
 def lines(folder: Path) -> int:

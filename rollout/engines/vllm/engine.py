@@ -30,7 +30,7 @@ from steerl.rollout.engines.vllm.server import Server
 from steerl.rollout.engines.vllm.steering import ServerSteering
 from steerl.rollout.engines.vllm.support import refusals
 from steerl.rollout.engines.vllm.weights import export
-from steerl.rollout.engines.vllm.weights.rescore import check_rows
+from steerl.rollout.engines.vllm.weights.rescore import TOKENS, check_rows
 from steerl.rollout.engines.vllm.weights.sync import Sync
 from steerl.rollout.engines.vllm.wire import VERSION, Answer, Ask, Law, listed
 from steerl.rollout.model.policy import Policy
@@ -80,12 +80,14 @@ class VllmEngine:
         *,
         steering: Steering | None = None,
         dtype: str | None = None,
+        longest: int | None = None,
         tolerance: float = 1e-3,
         inside: Inside = lambda call: call(),
         alone: bool = False,
     ):
         """What cannot be done is refused here; the server starts with the first draw or sync. `dtype`: of the
-        server's weights, where it is not the policy's. `inside` calls a function where the policy's forward pass may be run."""
+        server's weights, where it is not the policy's. `longest`: tokens of a prompt with its response, where that is less than
+        the model's context. `inside` calls a function where the policy's forward pass may be run."""
         self.policy, self.settings, self.inside, self.alone, self.tolerance = policy, settings, inside, alone, tolerance
         self.steering = ServerSteering(steering) if steering is not None else None
         if problems := [*refusals(policy), *(self.steering.refusals() if self.steering is not None else [])]:
@@ -97,6 +99,8 @@ class VllmEngine:
         self.version, self.restarts = -1, 0
         """`version`: the step whose weights the server has; -1 before the first."""
         self._flags = [*(["--dtype", dtype] if dtype else []), *self.weights.flags()]
+        if longest is not None:  # the rows that are scored again have room, too
+            self._flags += ["--max-model-len", str(max(longest, 2 * TOKENS))]
         self._flags += self.steering.flags() if self.steering is not None else []
         self._log = log
         self._server: Server | None = None

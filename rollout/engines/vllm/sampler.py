@@ -164,19 +164,26 @@ class ServerSampler:
 
 @contextlib.contextmanager
 def sampler_of(
-    policy: Policy, sampling: Sampling, steering: Steering | None, engine: EngineSettings, folder: Path
+    policy: Policy,
+    sampling: Sampling,
+    steering: Steering | None,
+    engine: EngineSettings,
+    folder: Path,
+    most: int | None = None,
 ) -> Iterator[Sampler | ServerSampler]:
-    """What a job without training draws with, each process for itself: in process, or a server that ends with the block."""
+    """What a job without training draws with, each process for itself: in process, or a server that ends with the block.
+    `most`: tokens of a prompt."""
     if engine.kind != "vllm":
         yield Sampler(policy, sampling, steering, engine)
         return
-    with server_of(policy, steering, engine, folder) as server:
+    longest = None if most is None else most + sampling.max_new_tokens
+    with server_of(policy, steering, engine, folder, longest) as server:
         yield ServerSampler(server, sampling, steering)
 
 
 @contextlib.contextmanager
 def server_of(
-    policy: Policy, steering: Steering | None, engine: EngineSettings, folder: Path | None = None
+    policy: Policy, steering: Steering | None, engine: EngineSettings, folder: Path | None = None, longest: int | None = None
 ) -> Iterator[VllmEngine]:
     """A server of this process's own, whose weights stay as they are. Without a folder nobody keeps what it says."""
     if engine.ahead:
@@ -184,7 +191,7 @@ def server_of(
     me = processes.start()
     with tempfile.TemporaryDirectory(prefix="steerl-") as scratch:
         log = Path(folder or scratch) / (LOG if me.is_main else f"engine-{me.rank}.log")
-        server = VllmEngine(policy, engine, log, steering=steering, alone=True)
+        server = VllmEngine(policy, engine, log, steering=steering, longest=longest, alone=True)
         try:
             yield server
         finally:
