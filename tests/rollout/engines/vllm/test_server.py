@@ -404,8 +404,8 @@ def test_a_real_server_in_a_strangers_folder_ends_with_its_killed_job(vllm_serve
     process = subprocess.Popen([sys.executable, "-P", "-c", REAL_JOB, *words], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         port, family = int(process.stdout.readline()), below(process.pid)
-        assert len(family) >= 5 and listens(port)  # guard, watcher, front, tracker, engine
-        shared = {m.path for p in family for m in p.memory_maps() if m.path.startswith("/dev/shm/")}
+        assert len(family) >= 4 and listens(port)  # guard, watcher, front, engine
+        shared = {m.path for p in family for m in p.memory_maps() if m.path.startswith("/dev/shm/")}  # where workers have any
         assert any(temporary.iterdir())
     finally:
         process.kill()
