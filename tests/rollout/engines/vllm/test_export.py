@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.vllm.weights import export
-from steerl.rollout.model import adapters
+from steerl.rollout.model import adapters, sharding
 from steerl.rollout.model.policy import Policy
 from tests import warm
 from tests.models import tiny_policy
@@ -136,3 +137,37 @@ def test_two_ranks_send_what_one_process_would(engine: str, tmp_path: Path) -> N
     for rank in range(2):
         told = (tmp_path / f"failed.{rank}").read_text().splitlines()
         assert told == (["0 engine.sync: no room"] if rank == 0 else ["0 "]), told
+
+
+class Watched(export.Block):
+    """Counts how often it is brought together."""
+
+    def saved(self, values: Any) -> dict[str, Tensor]:
+        if "bad" in values:
+            raise UserError("cannot be merged")
+        return dict(values)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 3, 4, None])
+def test_whatever_fails_every_block_is_brought_together_once(fails_at: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[str] = []
+    whole = sharding.whole
+
+    def counted(tensors: Any) -> Any:
+        gathered.extend(tensors)
+        return whole(tensors)
+
+    monkeypatch.setattr(sharding, "whole", counted)
+    names = ["a", "b", "bad" if fails_at is None else "c", "d"]
+    blocks = [Watched(None, {name: torch.ones(1)}, {}, True) for name in names]
+
+    def consume(weights: Iterator[tuple[str, Tensor]]) -> None:
+        for place, _ in enumerate(weights):
+            if place == fails_at:
+                raise UserError("no room")
+        if fails_at == len(names):
+            raise UserError("no room")
+
+    with pytest.raises(UserError, match="cannot be merged" if fails_at is None else "no room"):
+        export.each(blocks, consume)
+    assert gathered == names

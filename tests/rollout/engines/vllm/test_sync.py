@@ -24,9 +24,10 @@ from steerl.rollout.engines.vllm.weights import broadcast, export
 from steerl.rollout.engines.vllm.weights.broadcast import Announced
 from steerl.rollout.engines.vllm.weights.sync import Sync
 from steerl.rollout.engines.vllm.wire import Answer, Ask, Law, listed
-from steerl.rollout.model import adapters, sharding
+from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
 from tests.models import tiny_policy
+from tests.rollout.engines.vllm import shards
 
 PROMPTS = [[3, 9, 27, 17, 51], [60], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]
 FORCED = [[44, 4, 12, 36], [7, 7, 7, 7, 7, 7], [33]]
@@ -289,16 +290,8 @@ def test_rows_under_way_stop_a_sync(vllm_server: Any, sync: Sync, policy: Policy
 # -- without a server ------------------------------------------------------------------------------------------------
 
 
-class Nobody:
-    def rpc(self, method: str, *args: str) -> list[Any]:
-        return [{"problem": ""}]
-
-    def post(self, path: str, body: object) -> Any:
-        return {"success": True}
-
-
 def made(policy: Policy, kind: Any, folder: Path = Path("unused")) -> Sync:
-    return Sync(Nobody(), policy, EngineSettings(kind="vllm", sync=kind), folder)
+    return Sync(shards.Nobody(), policy, EngineSettings(kind="vllm", sync=kind), folder)
 
 
 def test_what_auto_becomes_and_the_flags_it_needs() -> None:
@@ -375,37 +368,3 @@ def test_buckets_hold_every_byte_once() -> None:
 
     found = dict(broadcast.received(Replayed(), entries, 50))  # type: ignore[arg-type]
     assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items())
-
-
-class Watched(export.Block):
-    """Counts how often it is brought together."""
-
-    def saved(self, values: Any) -> dict[str, Tensor]:
-        if "bad" in values:
-            raise UserError("cannot be merged")
-        return dict(values)
-
-
-@pytest.mark.parametrize("fails_at", [0, 1, 3, 4, None])
-def test_whatever_fails_every_block_is_brought_together_once(fails_at: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    gathered: list[str] = []
-    whole = sharding.whole
-
-    def counted(tensors: Any) -> Any:
-        gathered.extend(tensors)
-        return whole(tensors)
-
-    monkeypatch.setattr(sharding, "whole", counted)
-    names = ["a", "b", "bad" if fails_at is None else "c", "d"]
-    blocks = [Watched(None, {name: torch.ones(1)}, {}, True) for name in names]
-
-    def consume(weights: Iterator[tuple[str, Tensor]]) -> None:
-        for place, _ in enumerate(weights):
-            if place == fails_at:
-                raise UserError("no room")
-        if fails_at == len(names):
-            raise UserError("no room")
-
-    with pytest.raises(UserError, match="cannot be merged" if fails_at is None else "no room"):
-        export.each(blocks, consume)
-    assert gathered == names
