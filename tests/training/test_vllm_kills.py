@@ -54,11 +54,9 @@ def test_twenty_kills(job: list[str], vllm_python: str, tmp_path: Path, ahead: i
     engine = ["--engine.kind", "vllm", "--engine.python", vllm_python, "--engine.ahead", str(ahead)]
     draw = random.Random(ahead)
     began = time.monotonic()
-    if ahead:  # what it learns from is another run's
-        command = [sys.executable, *job, *engine, "--run.dir", str(tmp_path / "whole")]
-    else:
-        command = [sys.executable, *job, "--run.dir", str(tmp_path / "whole")]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    # By a server, too: of the 15,000 tokens of this run rounding decides one between the two engines, 9e-8 from a border.
+    whole = [sys.executable, *job, *engine, "--run.dir", str(tmp_path / "whole")]
+    subprocess.run(whole, check=True, capture_output=True, cwd=tmp_path)
     undisturbed = weights(tmp_path / "whole")
     kills: dict[str, int] = {}
     restarts, runs = 0.0, 0
@@ -74,7 +72,7 @@ def test_twenty_kills(job: list[str], vllm_python: str, tmp_path: Path, ahead: i
             if (folder / "summary.json").exists():
                 break
         found = weights(folder)
-        assert max(float((found[name] - undisturbed[name]).abs().max()) for name in undisturbed) <= (1e-4 if ahead else 1e-5)
+        assert max(float((found[name] - undisturbed[name]).abs().max()) for name in undisturbed) <= 1e-5
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [step["step"] for step in steps] == list(range(1, 41))
         restarts += max(step["engine/restarts"] for step in steps)
@@ -93,7 +91,7 @@ def killed_run(command: list[str], folder: Path, draw: random.Random, cwd: Path)
             if draw.random() < 0.002:  # while it starts, too
                 break
             time.sleep(0.05)
-        time.sleep(draw.uniform(0, 6))
+        time.sleep(draw.uniform(0, 3))
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         servers = [p for p in family if "api_server" in " ".join(p.cmdline()) or "EngineCore" in p.name()]
         who = draw.choice(["job", "server", "engine", "guard"])

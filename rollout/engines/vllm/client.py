@@ -82,7 +82,8 @@ class Client:
         try:
             answer = self.post("/collective_rpc", {"method": method, "args": list(args)}, timeout)
         except UserError as error:
-            if f"has no attribute '{method}'" in str(error) or "/collective_rpc: HTTP 404" in str(error):
+            unknown = (f"has no attribute '{method}'", f"Method '{method}' is not implemented", "/collective_rpc: HTTP 404")
+            if any(words in str(error) for words in unknown):
                 raise UserError(
                     f"engine.url: the server at {self.url} was not started for steerl (it does not know {method}); "
                     "`steerl engine serve` prints the command"

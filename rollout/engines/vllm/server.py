@@ -252,7 +252,7 @@ def _free_port() -> int:
 def was_killed(text: str, status: int) -> bool:
     """It, or a process of its own."""
     silent = "Engine core initialization failed" in text and not _errors(text)  # the engine's end without a word
-    return status == 128 + signal.SIGKILL or silent or "exit code: -9" in text
+    return status in (-signal.SIGKILL, 128 + signal.SIGKILL) or silent or "exit code: -9" in text
 
 
 def why_it_ended(text: str, status: int) -> str:

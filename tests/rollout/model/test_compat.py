@@ -308,3 +308,12 @@ def test_no_private_name_of_a_library_outside_compat() -> None:
     found = {path: private_names(tree, own) for path, tree in trees.items()}
     said = {str(path.relative_to(ROOT)): names for path, names in found.items() if names}
     assert set(said) == {"rollout/model/compat.py"}, said
+
+
+def test_experts_get_the_names_of_a_checkpoint():
+    model = tiny("mixtral")
+    layer = {name: value for name, value in model.state_dict().items() if name.startswith("model.layers.1.")}
+    saved = compat.as_saved(model, layer)
+    assert saved["model.layers.1.block_sparse_moe.experts.2.w2.weight"].shape == (32, 64)
+    assert len(saved) == len(layer) - 2 + 3 * 4  # two stacks of weights are three of each of four experts
+    assert sum(value.numel() for value in saved.values()) == sum(value.numel() for value in layer.values())

@@ -61,10 +61,10 @@ class Extension:
         self.steerl_group = weights.join(kind, int(port), int(size), float(timeout))
         return {"problem": ""}
 
-    def steerl_receive(self, announced: str) -> dict[str, object]:
+    def steerl_receive(self, announced: str, most: str) -> dict[str, object]:
         """Weights by broadcast."""
         entries = [Announced.read(entry) for entry in json.loads(announced)]
-        return self._steerl_taken(received(self.steerl_group, entries))
+        return self._steerl_taken(received(self.steerl_group, entries, int(most)))
 
     def steerl_ready(self, version: str) -> dict[str, object]:
         """All that rows depend on is there: from now on they are drawn, and say by which weights. -1: none are drawn."""

@@ -58,7 +58,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def buckets(announced: Sequence[Announced], most: int = BUCKET) -> Iterator[list[Announced]]:
+def buckets(announced: Sequence[Announced], most: int) -> Iterator[list[Announced]]:
     bucket: list[Announced] = []
     for entry in announced:
         if bucket and sum(one.size for one in bucket) + entry.size > most:
@@ -98,8 +98,8 @@ def store(port: int, size: int, timeout: float, *, main: bool) -> torch.distribu
 class Sender:
     """Fills the buckets in the order in which the tensors were announced."""
 
-    def __init__(self, group: Group, announced: Sequence[Announced]):
-        self._group, self._buckets = group, buckets(announced)
+    def __init__(self, group: Group, announced: Sequence[Announced], most: int):
+        self._group, self._buckets = group, buckets(announced, most)
         self._ahead: list[Announced] = []
 
     def take(self, name: str, tensor: Tensor) -> None:
@@ -116,8 +116,8 @@ class Sender:
             self._group.broadcast(self._flat)
 
 
-def received(group: Group, announced: Sequence[Announced]) -> Iterator[tuple[str, Tensor]]:
-    for bucket in buckets(announced):
+def received(group: Group, announced: Sequence[Announced], most: int) -> Iterator[tuple[str, Tensor]]:
+    for bucket in buckets(announced, most):
         flat = torch.empty(sum(entry.size for entry in bucket), dtype=torch.uint8, device=group.device)
         group.broadcast(flat)
         at = 0

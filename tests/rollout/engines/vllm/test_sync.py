@@ -365,7 +365,7 @@ def test_buckets_hold_every_byte_once() -> None:
         def broadcast(self, flat: Tensor) -> None:
             sent.append(flat.clone())
 
-    sender = broadcast.Sender(Recorded(), entries)  # type: ignore[arg-type]
+    sender = broadcast.Sender(Recorded(), entries, 50)  # type: ignore[arg-type]
     for name, value in tensors.items():
         sender.take(name, value)
 
@@ -373,7 +373,7 @@ def test_buckets_hold_every_byte_once() -> None:
         def broadcast(self, flat: Tensor) -> None:
             flat.copy_(sent.pop(0))
 
-    found = dict(broadcast.received(Replayed(), entries))  # type: ignore[arg-type]
+    found = dict(broadcast.received(Replayed(), entries, 50))  # type: ignore[arg-type]
     assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items())
 
 
