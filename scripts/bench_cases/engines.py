@@ -3,8 +3,8 @@
     steerl bench --engines [--out runs/bench]
 
 Both draw the same rows in turn, one thread each. Seconds are CPU seconds: of this process, and for the server of its processes
-too, until the rows are there (its worker goes on for a second, waiting busily for the next call; that is left out). Start-up
-and sync are measured by the way.
+too, until the rows are there. (A worker in a process of its own goes on for a second, waiting busily: that is not in them.)
+Start-up and sync are measured by the way.
 """
 
 from __future__ import annotations
