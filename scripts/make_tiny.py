@@ -133,8 +133,11 @@ def make(name: str, out: Path, seed: int, head_dim: int = 16) -> None:
     final = out / name
     with written_aside(final) as aside:
         aside.mkdir()
-        making.head_dim = head_dim
-        worlds.builder(name)(aside, seed)
+        before, making.head_dim = making.head_dim, head_dim
+        try:
+            worlds.builder(name)(aside, seed)
+        finally:
+            making.head_dim = before
         shape = {} if head_dim == 16 else {"head_dim": head_dim}
         write_json(aside / "world.json", {"world": name, "seed": seed, **shape})
         if final.exists():

@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
 
 
 def test_what_takes_long_is_told_before_it_begins(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(make_tiny, "make", lambda name, out, seed: print(f"making {name}"))
+    monkeypatch.setattr(make_tiny, "make", lambda name, out, *kind: print(f"making {name}"))
     make_tiny.main(TinyJob(out=str(tmp_path), worlds="reviews"))
     said = capsys.readouterr()
     assert said.err.startswith(f"{tmp_path}: making reviews") and said.out.splitlines()[-1].startswith(
@@ -187,3 +187,15 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(small_disk):
     assert len(ran.stderr.splitlines()) == 1
     assert "No space left on device" in ran.stderr
     assert list(small_disk.iterdir()) == []
+
+
+def test_heads_of_another_size_are_another_world(tokenizer, tmp_path, monkeypatch):
+    """What vLLM takes on a CPU: heads of 32, in every causal model of the world."""
+    monkeypatch.setattr(reviews, "build", lambda folder, seed: making.new_causal(tokenizer, seed).save_pretrained(folder))
+    make_tiny.main(TinyJob(out=str(tmp_path), worlds="reviews", head_dim=32))
+    assert json.loads((tmp_path / "reviews/config.json").read_text())["head_dim"] == 32
+    assert making.new_causal(tokenizer, 0).config.head_dim == 16
+    with pytest.raises(UserError, match="holds the world of seed 0 with head_dim 32"):
+        make_tiny.main(TinyJob(out=str(tmp_path), worlds="reviews"))
+    with pytest.raises(UserError, match="head_dim: 7, but it must be an even number"):
+        make_tiny.main(TinyJob(out=str(tmp_path), head_dim=7))

@@ -62,8 +62,8 @@ def _compare(part: Rollout, law_BR: Tensor, drawn_BR: Tensor, tolerance: float) 
     off_BR = torch.where(real_BR, (part.behaviour_logprobs_BR - law_BR).abs().nan_to_num(nan=torch.inf), 0.0)
     other_BR = real_BR & (drawn_BR != part.response_BR)
     tokens = int(real_BR.sum())
-    # What one side's rounding puts beyond a limit is no fault where there is much of it.
-    beyond, others, allowed = int((off_BR > tolerance).sum()), int(other_BR.sum()), 1 + tokens // (4 if rough else 100)
+    # Rounding decides some: in float32 one token in a thousand at 150,000 ids, in bfloat16 many. Another seed decides most.
+    beyond, others, allowed = int((off_BR > tolerance).sum()), int(other_BR.sum()), 1 + tokens // (4 if rough else 20)
     usual = "another order of processors, one that is missing, or another version of steerl beside vLLM"
     if beyond > (allowed if rough else 0):
         row, t = divmod(int(off_BR.argmax()), part.response_width)
