@@ -138,7 +138,9 @@ class VllmEngine:
         """The server that was started here ends, whatever it is at. What is under way is dropped."""
         if self._server is not None:
             self._server.stop()
+        self.client.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self.weights.close()
         if self.is_main:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -160,6 +162,10 @@ class VllmEngine:
             self._server = self.server()
             self._server.start()
             self.client.move(self._server.url)
+        return self._found()
+
+    def _found(self) -> str:
+        """Main process: one that answers; that of engine.url may be another than it was."""
         self._hello()
         return self.client.url
 
@@ -171,8 +177,7 @@ class VllmEngine:
         _logger.warning("engine: the server is gone (%s); it is started again", self._log)
         self._server.restart()
         self.client.move(self._server.url)
-        self._hello()
-        return self.client.url
+        return self._found()
 
     def _hello(self) -> None:
         try:
@@ -266,7 +271,7 @@ class VllmEngine:
     def _revive(self, moved: bool) -> None:
         """A server with the weights that it had: those that are kept, or, where the policy has not moved on, sent anew."""
         lives = self._server is None or self._server.alive()
-        self.client.move(self._on_main(lambda: self.client.url if lives and self.client.healthy() else self._start_again()))
+        self.client.move(self._on_main(lambda: self._found() if lives and self.client.healthy() else self._start_again()))
         with contextlib.suppress(Gone):  # the next round finds out
             if self.weights.keeps:
                 self._asking(self.weights.again)
