@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
@@ -31,8 +32,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {"hidden_size": 128}),
     "gpt2 tied": ("gpt2", {"n_embd": 128}),
     "olmo2": ("olmo2", {"hidden_size": 128}),
-    "granite": ("granite", {"hidden_size": 128}),
+    # its default scale of attention, 1, makes float32 itself 1.6e-5 off float64, in either engine
+    "granite": ("granite", {"hidden_size": 128, "attention_multiplier": 0.18}),
 }
+REFUSED = {("gpt2 tied", "transformers"): r"model\.h\.0\.attn\.c_attn\.bias: it was sent, and its modules do not take it"}
+"""vLLM leaves these weights out, without a word of its own."""
 IN_CI = {("qwen3 tied", "transformers")}
 CASES = [
     pytest.param(family, impl, marks=[] if (family, impl) in IN_CI else pytest.mark.proofs, id=f"{family}-{impl}")
@@ -47,6 +51,10 @@ def test_every_law_on_every_family(vllm_python: str, tmp_path: Path, family: str
     policy = gentle(tiny_policy(kind, **overrides))
     engine = VllmEngine(policy, EngineSettings(kind="vllm", python=vllm_python, model_impl=impl), tmp_path / "engine.log")
     try:
+        if (family, impl) in REFUSED:
+            with pytest.raises(UserError, match=REFUSED[family, impl]):
+                engine.sync(0)
+            return
         for step in range(3):
             batch = prompts(policy, 10)
             for law in LAWS.values() if step != 1 else [LAWS["plain"]]:
