@@ -107,17 +107,26 @@ def wait_for_step(process: subprocess.Popen[bytes], folder: Path) -> None:
 def kill(process: subprocess.Popen[bytes], who: str) -> list[str]:
     if process.poll() is not None:
         return []
-    family = psutil.Process(process.pid).children(recursive=True)
-    front = [p for p in family if "api_server" in " ".join(p.cmdline()) and "guard.py" not in " ".join(p.cmdline())]
+    family = [(p, words(p)) for p in psutil.Process(process.pid).children(recursive=True)]
     victims: dict[str, list[Any]] = {
         "job": [process],
-        "server": front,
-        "engine": [p for p in family if "EngineCore" in p.name()],
-        "guard": [p for p in family if "guard.py" in " ".join(p.cmdline())],
+        "server": [p for p, said in family if "api_server" in said and "guard.py" not in said],
+        "engine": [p for p, said in family if "EngineCore" in said],
+        "guard": [p for p, said in family if "guard.py" in said],
     }
-    for victim in victims[who][:1]:
-        victim.send_signal(signal.SIGKILL)
+    try:
+        for victim in victims[who][:1]:
+            victim.send_signal(signal.SIGKILL)
+    except psutil.NoSuchProcess:  # it went by itself
+        return []
     return [who] if victims[who] else []
+
+
+def words(process: psutil.Process) -> str:
+    try:
+        return " ".join([process.name(), *process.cmdline()])
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def lines(folder: Path) -> int:
