@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -92,8 +91,8 @@ class VllmEngine:
         self.steering = ServerSteering(steering) if steering is not None else None
         if problems := [*refusals(policy), *(self.steering.refusals() if self.steering is not None else [])]:
             raise ConfigError(*problems)
-        self.is_main = alone or processes.start().is_main
-        self.folder = self._on_main(_scratch)
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self.folder = self._on_main(self._make_scratch)
         self.client = Client(settings.url or "http://127.0.0.1")
         self.weights = Sync(self.client, policy, settings, self.folder, alone=alone)
         self.version, self.restarts = -1, 0
@@ -141,13 +140,20 @@ class VllmEngine:
         self.client.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.weights.close()
-        if self.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     def metrics(self) -> dict[str, float]:
         """Of the last sync, and of the run so far."""
         checked = {"engine/gap_max": self._gap} if self.settings.check_rows else {}
         return {"engine/sync_s": self._seconds, "engine/restarts": float(self.restarts), **checked}
+
+    def _make_scratch(self) -> Path:
+        """A folder in memory, where there is one: weights go through it. It goes with this object, or the process."""
+        memory = Path("/dev/shm")
+        place = memory if memory.is_dir() else None
+        self._scratch = tempfile.TemporaryDirectory(prefix="steerl-", dir=place, ignore_cleanup_errors=True)
+        return Path(self._scratch.name)
 
     def server(self) -> Server:
         """The one to start, with a folder of the policy's config and tokenizer."""
@@ -305,9 +311,3 @@ class VllmEngine:
 
     def _most(self, count: int) -> int:
         return count if self.alone else processes.most(count)
-
-
-def _scratch() -> Path:
-    """A folder in memory, where there is one: weights go through it."""
-    memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="steerl-", dir=memory if memory.is_dir() else None))
