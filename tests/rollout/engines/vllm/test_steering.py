@@ -248,9 +248,12 @@ def test_every_operation_edits_as_in_process(kind, tmp_path):
         helpers.site(kind, tmp_path, where=scope, strength=strength), role="trainable" if trained else "policy"
     )
     if trained:
+        generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for parameter in steering.steering.parameters_module.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
+            for name, parameter in steering.steering.parameters_module.named_parameters():
+                moved = 0.3 * torch.randn(parameter.shape, generator=generator)
+                # A rotation is stored as reflections below its diagonal, and signs on it, which no gradient reaches.
+                parameter.add_(moved.tril(-1) if name.endswith("rotation.original") else moved)
         steering.take(1)
     prompt_BP, mask_BP = left_pad(texts, 0)
     row_B, sample_B = torch.tensor([3, 1, 4]), torch.tensor([0, 1, 0])
