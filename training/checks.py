@@ -16,6 +16,7 @@ from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import SteeringSpec
+from steerl.rollout.steering.core.table import TABLE
 from steerl.training.settings import PPOSettings
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,13 @@ def check_job(
             "ppo.kl_target: with a correction of type none the KL that is measured is the sampler's, not the policy's; "
             "set the type to token_truncate, or leave kl_target out"
         )
+    if ppo.weight_decay and steering is not None and steering.role == "trainable":
+        turned = [site.name for site in steering.sites if "rotation" in TABLE[site.op.type].tensors]
+        problems += [
+            f"ppo.weight_decay: {ppo.weight_decay:g}, but site {name!r} trains a rotation, of which decay leaves nothing after "
+            "one step (torch keeps its signs as weights that no gradient reaches); set it to 0"
+            for name in turned
+        ]
     if problems:
         raise ConfigError(*problems)
     if not ppo.replay and isinstance(prompts, Prompts):

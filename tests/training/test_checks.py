@@ -8,10 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.policy import ModelSettings
+from steerl.rollout.steering import load_spec
+from steerl.rollout.steering.parameters import Layer
 from steerl.training.algorithm.importance import Correction
 from steerl.training.checks import check_job
 from steerl.training.settings import PPOSettings
@@ -197,3 +200,44 @@ def test_the_supervised_stages_refuse_float16_alike(tmp_path):
     ):
         with pytest.raises(UserError, match=r"model.dtype: float16, in which weights that learn \(.*\) diverge"):
             load_trainable(ModelSettings(path=str(tmp_path), dtype="float16", peft=peft), role, head, **more)
+
+
+@pytest.mark.parametrize("op, refused", [("loreft", True), ("noreft", False), ("add", False)])
+def test_weight_decay_takes_no_rotation_apart(op, refused):
+    """Torch's orthogonal maps keep signs among their weights, cut to whole numbers: 0.9999 of one is 0."""
+    site = {"name": "turn", "at": {"layers": [0]}, "op": {"type": op}, **({"vector": [1.0]} if op == "add" else {})}
+    spec = load_spec({"role": "trainable", "sites": [site]})
+    check_job(POLICY, [1], Sampling(), PPOSettings(), spec)
+    if not refused:
+        check_job(POLICY, [1], Sampling(), PPOSettings(weight_decay=0.01), spec)
+        return
+    with pytest.raises(ConfigError, match="ppo.weight_decay: 0.01, but site 'turn' trains a rotation"):
+        check_job(POLICY, [1], Sampling(), PPOSettings(weight_decay=0.01), spec)
+    layer = Layer({"rotation": torch.linalg.qr(torch.randn(8, 2))[0]})
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, weight_decay=0.01)
+    layer.tensors()["rotation"].sum().backward()
+    optimizer.step()
+    assert layer.tensors()["rotation"].norm() == 0  # what is refused; where torch mends it, the refusal can go
+
+
+@pytest.mark.parametrize("engine, ppo, steering, told", [
+    ({"kind": "vllm"}, {"replay": "d", "correction": Correction()}, None, "engine.kind: vllm, but ppo.replay reads rows"),
+    ({"kind": "vllm", "ahead": 1}, {}, "behaviour", "engine.ahead: 1 with steering.role behaviour"),
+])  # fmt: skip
+def test_what_a_server_cannot_do_for_a_run(engine, ppo, steering, told):
+    site = {"at": {"layers": [0]}, "vector": [1.0]}
+    spec = load_spec({"role": steering, "sites": [site], "correction": {"type": "token_truncate"}}) if steering else None
+    with pytest.raises(ConfigError, match=told):
+        check_job(POLICY, [1], Sampling(), PPOSettings(**ppo), spec, EngineSettings(**engine))
+
+
+@pytest.mark.parametrize("given, told", [
+    ({"url": "http://127.0.0.1:1"}, "engine.url: has no effect with engine.kind stream"),
+    ({"kind": "generate", "ahead": 1}, "engine.ahead: has no effect with engine.kind generate"),
+    ({"kind": "vllm", "url": "http://127.0.0.1:1", "python": "p"}, "engine.python: has no effect on the server of engine.url"),
+    ({"kind": "vllm", "ahead": 2}, "engine.ahead: 2, but it must be 0 or 1"),
+    ({"kind": "vllm", "check_rows": -1}, "engine.check_rows: -1, but it must be 0"),
+])  # fmt: skip
+def test_engine_settings_that_do_nothing_or_make_no_sense(given, told):
+    with pytest.raises(ConfigError, match=told):
+        EngineSettings(**given)
