@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +23,6 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import versions, write_json
 from steerl.rollout.engines.settings import EngineSettings
-from steerl.rollout.engines.vllm import guard
 from steerl.rollout.engines.vllm.engine import LOG, VllmEngine
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.steering import Steering, load_spec
@@ -124,9 +121,8 @@ def serve(job: EngineJob, policy: Policy) -> None:
         told = {name: value for name, value in server.environment().items() if os.environ.get(name) != value}
         print(shlex.join([*(f"{name}={value}" for name, value in told.items()), *server.command()]), flush=True)
         print(f"jobs use it with: --engine.kind vllm --engine.url {server.url}", flush=True)
-        command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *server.command()]
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        running = subprocess.Popen(command, cwd=server.model, env=server.environment())
+        running = server.guarded()
         try:
             status = running.wait()
         except KeyboardInterrupt:

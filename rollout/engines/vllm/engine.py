@@ -9,6 +9,7 @@ begin, finish ── rows; where the server has died the main process starts it 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import tempfile
 import time
@@ -31,7 +32,7 @@ from steerl.rollout.engines.vllm.support import refusals
 from steerl.rollout.engines.vllm.weights import export
 from steerl.rollout.engines.vllm.weights.rescore import TOKENS, check_rows
 from steerl.rollout.engines.vllm.weights.sync import Sync
-from steerl.rollout.engines.vllm.wire import VERSION, Answer, Ask, Law, listed
+from steerl.rollout.engines.vllm.wire import VERSION, Answer, Ask, Law
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Applied, Rollout
@@ -125,7 +126,7 @@ class VllmEngine:
                 self.weights.send(step)
                 if self.steering is not None:
                     self.inside(partial(self.steering.take, step))
-                    self._asking(self._steer)
+                    self._on_main(self._steer)
                 self._check(step)
                 break
             self.client.move(self._on_main(self._start_again))
@@ -209,7 +210,7 @@ class VllmEngine:
 
     def _steer(self) -> None:
         if self.steering is not None:
-            self.steering.send(self.client)
+            self.steering.send(self.client, self.folder)
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
@@ -270,7 +271,7 @@ class VllmEngine:
         with contextlib.suppress(Gone):
             for at in range(0, len(ended), TAKEN):
                 part = ended[at : at + TAKEN]
-                taken, *_ = self.client.rpc("steerl_take", listed([asked.asks[b].id for b in part]))
+                taken, *_ = self.client.rpc("steerl_take", json.dumps([asked.asks[b].id for b in part]))
                 found = {b: taken[asked.asks[b].id] for b in part if asked.asks[b].id in taken}
                 asked.answers |= {b: Answer.of_packed(answer) for b, answer in found.items()}
 
@@ -280,7 +281,7 @@ class VllmEngine:
         self.client.move(self._on_main(lambda: self._found() if lives and self.client.healthy() else self._start_again()))
         with contextlib.suppress(Gone):  # the next round finds out
             if self.weights.keeps:
-                self._asking(self.weights.again)
+                self._on_main(self.weights.again)
             elif moved:
                 raise UserError(
                     f"engine: the server died while it drew with weights that engine.sync {self.weights.kind} keeps no copy "
@@ -288,7 +289,7 @@ class VllmEngine:
                 )
             else:
                 self.weights.send(self.version)
-            self._asking(self._steer)
+            self._on_main(self._steer)
 
     # -- steering -------------------------------------------------------------------------------------------------------
 
@@ -303,11 +304,8 @@ class VllmEngine:
     # -- ranks ----------------------------------------------------------------------------------------------------------
 
     def _on_main(self, call: Callable[[], Value]) -> Value:
-        return call() if self.alone else processes.on_main(call)
-
-    def _asking(self, call: Callable[[], None]) -> None:
-        """By the main process; Gone everywhere where the server is."""
-        export.on_main(call, alone=self.alone)
+        """By the main process, for all; where the server is gone, Gone everywhere."""
+        return export.on_main(call, alone=self.alone)
 
     def _most(self, count: int) -> int:
         return count if self.alone else processes.most(count)

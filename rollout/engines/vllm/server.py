@@ -134,20 +134,18 @@ class Server:
         self.restarts += 1
         self.start()
 
+    def guarded(self, **streams: Any) -> subprocess.Popen[bytes]:
+        """The server and its guard, as a process that ends with this one."""
+        command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *self.command()]
+        environment = {**self.environment(), **({guard.SCRATCH: str(self.scratch)} if self.scratch else {})}
+        # Not in the user's folder, whose own vllm/ or torch.py nobody means.
+        return subprocess.Popen(command, cwd=self.model, env=environment, **streams)
+
     def _launch(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *self.command()]
         with self.log.open("ab") as log:
             self._said = log.tell()
-            self._guard = subprocess.Popen(
-                command,
-                cwd=self.model,  # not the user's folder, whose own vllm/ or torch.py nobody means
-                env={**self.environment(), **({guard.SCRATCH: str(self.scratch)} if self.scratch else {})},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            self._guard = self.guarded(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     def _comes_up(self) -> bool:
         """Whether it answers at last; False where it has ended before."""

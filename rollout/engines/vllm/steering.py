@@ -10,7 +10,6 @@ What the server cannot do is told by name before it starts. Nothing is left out.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,15 +71,14 @@ class ServerSteering:
                 }
         self.version = version
 
-    def send(self, client: Calls) -> None:
-        """What was taken last, to the server: after every sync, and to one that was started anew. On the main process alone."""
-        memory = Path("/dev/shm")
-        with tempfile.TemporaryDirectory(prefix="steerl-", dir=memory if memory.is_dir() else None) as folder:
-            path = Path(folder) / "steering.safetensors"
-            self._write(path)
-            for told in client.rpc("steerl_steer", str(path), self.name):
-                if "refused" in told:
-                    raise UserError(f"engine: the vLLM server does not steer ({self.name}): {told['refused']}")
+    def send(self, client: Calls, folder: Path) -> None:
+        """What was taken last, to the server: after every sync, and to one that was started anew. On the main process alone;
+        through a file in `folder`."""
+        path = folder / "steering.safetensors"
+        self._write(path)
+        for told in client.rpc("steerl_steer", str(path), self.name):
+            if "refused" in told:
+                raise UserError(f"engine: the vLLM server does not steer ({self.name}): {told['refused']}")
 
     def _write(self, path: Path) -> None:
         from safetensors.torch import save_file

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -157,8 +157,3 @@ def _pack(tensor: Tensor) -> str:
 def _unpack(text: str, dtype: torch.dtype) -> Tensor:
     data = bytearray(base64.b64decode(text))
     return torch.frombuffer(data, dtype=dtype) if data else torch.zeros(0, dtype=dtype)
-
-
-def listed(values: Sequence[Any]) -> str:
-    """Arguments of a remote call are texts."""
-    return json.dumps(list(values))

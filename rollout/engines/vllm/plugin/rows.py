@@ -14,6 +14,8 @@ from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
 
 MOST = 1 << 16
 """Rows that are kept for a client which does not fetch them."""
+MOST_GONE = 64
+"""Requests that the runner has dropped, beside as many as it has, which are known here until they are looked through."""
 
 
 class Rules:
@@ -79,7 +81,8 @@ class Rows:
         self.waiting[ask.id] = row
         while len(self.waiting) > MOST:
             self.waiting.popitem(last=False)
-        self.forget()
+        if len(self.requests) > 2 * len(self.runner.requests) + MOST_GONE:
+            self.forget()
         return row
 
     def take(self, ids: list[str]) -> dict[str, object]:

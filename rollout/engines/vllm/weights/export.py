@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from steerl.rollout.engines.vllm.weights.broadcast import Announced
 from steerl.rollout.model import adapters, compat, sharding
 from steerl.rollout.model.policy import Policy
 
+Value = TypeVar("Value")
 Consume = Callable[[Iterator[tuple[str, Tensor]]], None]
 
 
@@ -130,18 +131,25 @@ def each(parts: Sequence[Block], consume: Consume, *, alone: bool = False) -> No
     on_main(told, alone=alone)
 
 
-def on_main(function: Callable[[], None], *, alone: bool = False) -> None:
+def on_main(function: Callable[[], Value], *, alone: bool = False) -> Value:
     """As processes.on_main, of what asks the server: Gone is raised everywhere, too. `alone`: here, whatever others do."""
 
-    def asked() -> str:
+    def asked() -> Value | _Gone:
         try:
-            function()
+            return function()
         except Gone as gone:
-            return str(gone)
-        return ""
+            return _Gone(str(gone))
 
-    if told := asked() if alone else processes.on_main(asked):
-        raise Gone(told)
+    if isinstance(answer := asked() if alone else processes.on_main(asked), _Gone):
+        raise Gone(answer.told)
+    return answer
+
+
+@dataclass(frozen=True)
+class _Gone:
+    """Gone, on its way to the other ranks."""
+
+    told: str
 
 
 def peft_model(model: Any) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.random import uniforms
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.engines.vllm.client import Gone
+from steerl.rollout.engines.vllm.weights import export
 from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
 from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.model.policy import Policy
@@ -28,7 +27,6 @@ from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.types import Rollout
 
-Value = TypeVar("Value")
 TOKENS = 32
 """Of a row's prompt, its last ones, and of its response, its first."""
 Rows = list[tuple[list[int], list[int]]]
@@ -74,7 +72,7 @@ def check_rows(
 ) -> float:
     """The largest difference of a log-prob between the server and this policy, in nats. Collective, but `alone`: what stops the
     run is raised on all ranks; so is Gone. `recent` is the main process's; `inside` calls where a pass may be run."""
-    chosen = _on_main(lambda: rows(policy, recent, count, step), alone)
+    chosen = export.on_main(lambda: rows(policy, recent, count, step), alone=alone)
     if not chosen:
         return 0.0
     main = alone or processes.start().is_main
@@ -88,19 +86,7 @@ def check_rows(
         answers = ask(law, [prompt for prompt, _ in chosen], asks)
         return _largest(chosen, answers, own, step, tolerance)
 
-    def asked() -> float | str:
-        try:
-            return compared()
-        except Gone as gone:
-            return str(gone)
-
-    if isinstance(gap := _on_main(asked, alone), str):
-        raise Gone(gap)
-    return gap
-
-
-def _on_main(call: Callable[[], Value], alone: bool) -> Value:
-    return call() if alone else processes.on_main(call)
+    return export.on_main(compared, alone=alone)
 
 
 def _own(policy: Policy, chosen: Rows, inside: Callable[[Callable[[], Tensor]], Tensor]) -> list[list[float]]:

@@ -19,7 +19,6 @@ import contextlib
 import functools
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
@@ -59,8 +58,6 @@ class Sync:
         """`alone`: this process has a server of its own, and no call is collective."""
         self.client, self.policy, self.folder = client, policy, folder
         self.kind, self._alone = _kind(policy, settings), alone
-        self.seconds = 0.0
-        """That the last sync took."""
         self._version = -1
         self._announced: list[Announced] = []
         self._adapter: Path | None = None
@@ -88,7 +85,6 @@ class Sync:
     def send(self, version: int) -> None:
         """The policy's weights as they are, which are from now on called `version`. Collective; so are its UserError and Gone,
         after which the server draws nothing."""
-        begun = time.monotonic()
         self._version = version
         if self.kind == "adapter":
             self._send_adapter()
@@ -98,7 +94,6 @@ class Sync:
         else:
             self._send_weights(self._broadcast)
         self._on_main(self._ready)
-        self.seconds = time.monotonic() - begun
 
     def again(self) -> None:
         """A restarted server gets what was sent last. On the main process alone."""

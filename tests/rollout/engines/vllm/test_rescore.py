@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.client import Gone
 from steerl.rollout.engines.vllm.weights import export, rescore
 from steerl.rollout.engines.vllm.weights.sync import Sync
-from steerl.rollout.engines.vllm.wire import Answer, Ask, Law, listed
+from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.types import Rollout
@@ -126,7 +127,7 @@ def scored(server: Any, policy: Policy, model: str = "policy", batch: Rollout | 
     def ask(law: Law, prompts: list[list[int]], asks: list[Ask]) -> list[Answer]:
         for prompt, one in zip(prompts, asks, strict=True):
             server.client.generate(prompt, law, one, model)
-        (taken,) = server.client.rpc("steerl_take", listed([one.id for one in asks]))
+        (taken,) = server.client.rpc("steerl_take", json.dumps([one.id for one in asks]))
         return [Answer.of_packed(taken[one.id]) for one in asks]
 
     return rescore.check_rows(ask, policy, batch, 4, step=4, tolerance=1e-3)

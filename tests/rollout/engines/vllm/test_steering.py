@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -146,6 +148,11 @@ class Direct:
         return [json.loads(json.dumps(self.steers.receive(*args)))]
 
 
+def sent(steering: ServerSteering, steers: Steers) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        steering.send(Direct(steers), Path(folder))
+
+
 def server_steering(*sites: dict[str, Any], **fields: Any) -> ServerSteering:
     found = ServerSteering(Steering(helpers.policy("llama").model, {"sites": list(sites), **fields}))
     found.take(0)
@@ -157,7 +164,7 @@ def served(*steerings: ServerSteering, block: type[Block] = InTwo) -> tuple[Runn
     steers = Steers(Rows(runner))
     steers.rows.version = 0  # it has weights
     for steering in steerings:
-        steering.send(Direct(steers))
+        sent(steering, steers)
     return runner, steers
 
 
@@ -287,7 +294,7 @@ def test_a_trained_steering_goes_again_and_old_rows_keep_theirs():
     with torch.no_grad():
         next(steering.steering.parameters_module.parameters()).mul_(3.0)
     steering.take(1)
-    steering.send(Direct(steers))
+    sent(steering, steers)
     assert steering.name != first
     texts = {"old": [5, 6], "new": [5, 6]}
     runner.ask(Ask("old", 0, 0, 0, steering=first, strengths=(1.0,)), [5, 6])
@@ -329,7 +336,7 @@ def test_a_row_whose_steering_the_server_was_not_sent_stops_the_run():
     asked = steering.of_row(Applied.of(rollout), 0)
     runner.ask(Ask("a", 0, 40, 0, **asked), [5, 6, 7])
     other = server_steering(site(0, 3, {"prompt": "all"}))
-    other.send(Direct(steers))
+    sent(other, steers)
     runner.step([("a", 0, 3)], {"a": [5, 6, 7]})
     with pytest.raises(UserError, match=f"row 40 .*never sent the steering {steering.name}"):
         steering.check_edits(rollout.select(torch.tensor([0])), [steers.rows.of("a").answer])
@@ -361,11 +368,11 @@ def test_what_the_server_cannot_do_is_told_by_name(change, line):
 )
 def test_a_server_that_cannot_steer_says_so(runner, line):
     with pytest.raises(UserError, match=line):
-        server_steering(site(0, 1, {"prompt": "all"})).send(Direct(Steers(Rows(runner))))
+        sent(server_steering(site(0, 1, {"prompt": "all"})), Steers(Rows(runner)))
 
 
 def test_another_model_is_refused():
     model = Flat()
     model.config.hidden_size = 48
     with pytest.raises(UserError, match="2 blocks of width 48, and the trainer's 2 of 32"):
-        server_steering(site(0, 1, {"prompt": "all"})).send(Direct(Steers(Rows(Runner(model)))))
+        sent(server_steering(site(0, 1, {"prompt": "all"})), Steers(Rows(Runner(model))))

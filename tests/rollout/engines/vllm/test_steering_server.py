@@ -210,7 +210,7 @@ def test_a_steering_that_was_never_sent_stops_the_run(vllm_server, monkeypatch):
     steered = sampler(
         vllm_server.policy, vllm_server.url, vllm_server.log, {"name": "lost", "sites": [{"name": "a", **REAL[0][0][0]}]}
     )
-    monkeypatch.setattr(ServerSteering, "send", lambda self, client: None)
+    monkeypatch.setattr(ServerSteering, "send", lambda self, client, folder: None)
     with pytest.raises(UserError, match=r"row 0 sample 0 was drawn by a vLLM server that was never sent the steering lost#"):
         steered.sample(prompts(2), step=0)
 

@@ -23,7 +23,7 @@ from steerl.rollout.engines.vllm.client import Client
 from steerl.rollout.engines.vllm.weights import broadcast, export
 from steerl.rollout.engines.vllm.weights.broadcast import Announced
 from steerl.rollout.engines.vllm.weights.sync import Sync
-from steerl.rollout.engines.vllm.wire import Answer, Ask, Law, listed
+from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
 from tests.models import tiny_policy
@@ -39,7 +39,7 @@ def answers(client: Client, policy: Policy, model: str, prompts: list[list[int]]
     asks = [Ask(uuid.uuid4().hex, 0, b, 0, forced=tuple(FORCED[b])) for b in range(len(prompts))]
     for prompt, ask in zip(prompts, asks, strict=True):
         client.generate(prompt, law, ask, model)
-    (taken,) = client.rpc("steerl_take", listed([ask.id for ask in asks]))
+    (taken,) = client.rpc("steerl_take", json.dumps([ask.id for ask in asks]))
     return [Answer.of_packed(taken[ask.id]) for ask in asks]
 
 
