@@ -27,7 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.episodes import Episode
 from steerl.rollout.ragged import Kept, Lists, left_pad, table
 
 STOP_LENGTH, STOP_EOS, STOP_USER = 0, 1, 2
@@ -218,6 +220,11 @@ class Rollout:
         return [ids[:n] for ids, n in zip(self.response_BR.tolist(), self.lengths_B.tolist(), strict=True)]
 
     @property
+    def applied(self) -> Applied:
+        """How the rows were steered."""
+        return Applied(self.strength_BK, self.positions_BKN, self.policy_step_B, self.steering_seed)
+
+    @property
     def strength_B(self) -> Tensor:
         """The first site's strength; 0 without steering."""
         return self.strength_BK[:, 0] if self.strength_BK.shape[1] else torch.zeros(len(self), device=self.device)
@@ -310,34 +317,6 @@ def row_name(rollout: Rollout, index: int) -> str:
     return f"row {int(rollout.row_B[index])} sample {int(rollout.sample_B[index])}"
 
 
-class Applied(NamedTuple):
-    """How rows are steered, by the names of a Rollout's fields: all that a second pass over them needs."""
-
-    strength_BK: Tensor
-    positions_BKN: Tensor
-    policy_step_B: Tensor
-    steering_seed: int | None
-
-    @staticmethod
-    def of(rollout: Rollout) -> Applied:
-        return Applied(rollout.strength_BK, rollout.positions_BKN, rollout.policy_step_B, rollout.steering_seed)
-
-    @staticmethod
-    def nothing(row_B: Tensor, policy_step: int, sites: int = 0) -> Applied:
-        """Rows that no site touches."""
-        strength_BK = torch.zeros(len(row_B), sites, device=row_B.device)
-        positions_BKN = row_B.new_full((len(row_B), sites, min(sites, 1)), -1)
-        return Applied(strength_BK, positions_BKN, torch.full_like(row_B, policy_step), 0)
-
-    def select(self, index: Tensor) -> Applied:
-        tensors = (self.strength_BK[index], self.positions_BKN[index], self.policy_step_B[index])
-        return Applied(*tensors, self.steering_seed)
-
-    def to(self, device: torch.device) -> Applied:
-        tensors = (self.strength_BK.to(device), self.positions_BKN.to(device), self.policy_step_B.to(device))
-        return Applied(*tensors, self.steering_seed)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Texts:
     """What the rows of a Rollout say, row by row in the same order: for rewards, sample tables and dumps."""
@@ -350,10 +329,13 @@ class Texts:
     """As it goes on with the prompt's text (its blank too), without special tokens, ending before a matched stop string."""
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """The dataset's other columns."""
+    episodes: list[Episode] | None = None
+    """Where an environment took part: what was said, turn by turn. `completions` then hold all of it as one text."""
 
     def __post_init__(self) -> None:
         rows = len(self.prompts)
-        for name, column in {"prompt_texts": self.prompt_texts, "completions": self.completions, **self.columns}.items():
+        others = {**self.columns, "episodes": self.episodes} if self.episodes is not None else self.columns
+        for name, column in {"prompt_texts": self.prompt_texts, "completions": self.completions, **others}.items():
             if len(column) != rows:
                 raise UserError(f"Texts.{name}: expected {rows} rows as in prompts, found {len(column)}")
 
@@ -367,16 +349,19 @@ class Texts:
             prompt_texts=[self.prompt_texts[i] for i in pick],
             completions=[self.completions[i] for i in pick],
             columns={name: [column[i] for i in pick] for name, column in self.columns.items()},
+            episodes=None if self.episodes is None else [self.episodes[i] for i in pick],
         )
 
     @staticmethod
     def join(parts: Sequence[Texts]) -> Texts:
         names = dict.fromkeys(name for part in parts for name in part.columns)
+        told = [part for part in parts if part.episodes is not None]
         return Texts(
             prompts=[x for p in parts for x in p.prompts],
             prompt_texts=[x for p in parts for x in p.prompt_texts],
             completions=[x for p in parts for x in p.completions],
             columns={n: [x for p in parts for x in p.columns.get(n, [None] * len(p))] for n in names},
+            episodes=None if not told else [x for p in parts for x in (p.episodes or [])],
         )
 
 

@@ -24,7 +24,7 @@ from steerl.rollout.dumps.store import read_dump
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.steering import Steering
-from steerl.rollout.types import Applied, Rollout, Samples, Texts
+from steerl.rollout.types import Rollout, Samples, Texts
 from steerl.training.settings import PPOSettings
 
 _HELD = 4
@@ -156,7 +156,7 @@ class Replay:
             raise DataError(
                 f"{told} begins responses with the ids {list(rollout.start_ids)}, the policy with {list(self.start_ids)}"
             )
-        if self.steering is not None and (lacking := self.steering.lacking(Applied.of(rollout))) is not None:
+        if self.steering is not None and (lacking := self.steering.lacking(rollout.applied)) is not None:
             raise DataError(f"{told} holds {lacking}; dump the rows again, or leave steering out and set ppo.correction")
         largest = max(int(rollout.prompt_BP.max()), int(rollout.response_BR.max()))
         if largest >= self.vocabulary:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.random import uniforms
@@ -37,7 +38,7 @@ from steerl.rollout.ragged import left_pad
 from steerl.rollout.scoring.alignment import encoder_input
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.scoring.steered import Steers
-from steerl.rollout.types import Applied, Rollout, Samples, Texts
+from steerl.rollout.types import Rollout, Samples, Texts
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.alignment import encoder_input
-from steerl.rollout.types import Applied, Rollout
+from steerl.rollout.types import Rollout
 
 
 class Steers(Protocol):
@@ -63,6 +64,6 @@ def steered(steering: Steers | None, policy: Policy, rollout: Rollout) -> contex
         prompt_mask_BP=mask_BP,
         row_B=rollout.row_B,
         sample_B=rollout.sample_B,
-        applied=Applied.of(rollout),
+        applied=rollout.applied,
         start_width=max(len(policy.start_ids), 1),
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import ConfigError, said
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Point
@@ -18,7 +19,6 @@ from steerl.rollout.steering.gates import BoundGate
 from steerl.rollout.steering.parameters import Parameters
 from steerl.rollout.steering.spec.spec import Site
 from steerl.rollout.steering.strengths import keyed_normals
-from steerl.rollout.types import Applied
 
 
 @dataclass(eq=False)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.steering.core import positions
-from steerl.rollout.types import Applied
 
 
 @dataclass(eq=False)

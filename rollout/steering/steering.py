@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import ConfigError, DataError, UserError
 from steerl.rollout.model import hooks
 from steerl.rollout.steering.bind import Binding, bind
@@ -33,7 +34,7 @@ from steerl.rollout.steering.spec.parse import load_spec
 from steerl.rollout.steering.spec.spec import SteeringSpec
 from steerl.rollout.steering.state import SteeredRows
 from steerl.rollout.steering.strengths import column, schedule_factor, site_strength, steered_rows
-from steerl.rollout.types import Applied, Rollout
+from steerl.rollout.types import Rollout
 
 REMEDY = "they were drawn under another steering, or dumped by a version that did not record it: draw them again"
 """What to do where a record lacks something."""
@@ -191,7 +192,7 @@ class Steering:
 
     def rows_of(self, rollout: Rollout) -> SteeredRows:
         """A decoder's rollout as its sites see it."""
-        return self._rows(rollout.prompt_mask_BP, rollout.row_B, rollout.sample_B, Applied.of(rollout), None)
+        return self._rows(rollout.prompt_mask_BP, rollout.row_B, rollout.sample_B, rollout.applied, None)
 
     def _rows(
         self, prompt_mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, applied: Applied, encoder_mask_BP: Tensor | None

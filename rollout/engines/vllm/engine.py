@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.decoding.settings import Sampling
@@ -35,7 +36,7 @@ from steerl.rollout.engines.vllm.weights.sync import Sync
 from steerl.rollout.engines.vllm.wire import VERSION, Answer, Ask, Law
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering import Steering
-from steerl.rollout.types import Applied, Rollout
+from steerl.rollout.types import Rollout
 
 DEATHS = 3
 """Restarts within one draw, after which the server is at fault."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.decoding.loop import OnToken, no_distribution
@@ -30,7 +31,7 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.ragged import Kept, left_pad
 from steerl.rollout.steering import Steering
-from steerl.rollout.types import STOP_LENGTH, Applied, Rollout, Samples, Texts
+from steerl.rollout.types import STOP_LENGTH, Rollout, Samples, Texts
 
 
 @dataclass(frozen=True)

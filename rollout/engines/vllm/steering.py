@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.vllm.plugin.steer import MISSING
 from steerl.rollout.engines.vllm.wire import Answer
@@ -26,7 +27,7 @@ from steerl.rollout.steering.selection import select
 from steerl.rollout.steering.sites import BoundSite
 from steerl.rollout.steering.state import StackCall
 from steerl.rollout.steering.steering import Steering
-from steerl.rollout.types import Applied, Rollout, row_name
+from steerl.rollout.types import Rollout, row_name
 
 
 class Calls(Protocol):

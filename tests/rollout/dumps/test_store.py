@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
 from steerl.rollout.common.progress import Progress, duration
@@ -23,7 +24,7 @@ from steerl.rollout.dumps.dump import left_to_do
 from steerl.rollout.dumps.manifest import Plan
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
-from steerl.rollout.types import Applied, Rollout, Samples, Texts
+from steerl.rollout.types import Rollout, Samples, Texts
 from tests.dumps import WIDTH_P, WIDTH_R, episodes, flip_bit, made_dump, made_rows, truncate
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
-from steerl.rollout.types import Applied
 from tests.models import FAMILIES, families, tiny, tiny_policy, tiny_tokenizer
 from tests.rollout.definitions import real_prompt, real_response, worst_gap
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.hooks import current
 from steerl.rollout.steering import Steering, engine, unsteered
-from steerl.rollout.types import Applied
 from tests.models import FAMILIES, tiny
 from tests.rollout.steering.helpers import vector
 

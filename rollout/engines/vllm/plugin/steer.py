@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.engines.vllm.plugin import batch
 from steerl.rollout.engines.vllm.plugin.rows import Row, Rows
 from steerl.rollout.steering.core.structure import Point, stacks
@@ -29,7 +30,6 @@ from steerl.rollout.steering.core.table import TABLE
 from steerl.rollout.steering.selection import ruled
 from steerl.rollout.steering.sites import BoundSite
 from steerl.rollout.steering.spec.parse import load_spec
-from steerl.rollout.types import Applied
 
 MOST = 8
 """Steerings that are kept: a trainable one is new after every update, and rows of the last one may be under way."""

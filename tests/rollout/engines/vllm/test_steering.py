@@ -22,7 +22,7 @@ from steerl.rollout.engines.vllm.steering import ServerSteering
 from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
 from steerl.rollout.ragged import left_pad
 from steerl.rollout.steering import Steering
-from steerl.rollout.types import Applied, Rollout
+from steerl.rollout.types import Rollout
 from tests.rollout.steering import helpers
 
 WIDTH, LAYERS = 32, 2
@@ -333,7 +333,7 @@ def test_a_row_whose_steering_the_server_was_not_sent_stops_the_run():
     steering = server_steering(site(0, 1, {"prompt": "all"}))
     runner, steers = served()
     rollout = steered_rollout(steering)
-    asked = steering.of_row(Applied.of(rollout), 0)
+    asked = steering.of_row(rollout.applied, 0)
     runner.ask(Ask("a", 0, 40, 0, **asked), [5, 6, 7])
     other = server_steering(site(0, 3, {"prompt": "all"}))
     sent(other, steers)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
@@ -23,7 +24,7 @@ from steerl.rollout.engines.vllm.wire import Ask
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.steering import Steering
-from steerl.rollout.types import Applied, Rollout
+from steerl.rollout.types import Rollout
 from tests.models import tiny_policy
 from tests.vllm_server import gentle
 
