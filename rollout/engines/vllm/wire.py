@@ -85,6 +85,8 @@ class Ask:
     """Of each of its sites, the prompt positions that a data column gave."""
     noise_step: int = 0
     """The policy's step that the noise of its sites is drawn for."""
+    turns: tuple[tuple[int, int], ...] = ()
+    """Which of its prompt ids the policy drew in earlier turns, as runs: from one place up to another."""
 
     def arguments(self, law: Law) -> dict[str, object]:
         """`extra_args` of the request."""
@@ -98,8 +100,9 @@ class Ask:
         given = json.loads(arguments["steerl"])
         law = given.pop("law")
         positions = tuple(tuple(places) for places in given.pop("positions"))
+        turns = tuple((start, end) for start, end in given.pop("turns"))
         forced, strengths = tuple(given.pop("forced")), tuple(given.pop("strengths"))
-        return law, Ask(**given, forced=forced, strengths=strengths, positions=positions)
+        return law, Ask(**given, forced=forced, strengths=strengths, positions=positions, turns=turns)
 
 
 @dataclass
