@@ -30,7 +30,7 @@ from torch import Tensor
 from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.episodes import Episode
-from steerl.rollout.ragged import Kept, Lists, left_pad, table
+from steerl.rollout.ragged import Kept, Lists, left_pad, runs, table
 
 STOP_LENGTH, STOP_EOS, STOP_USER = 0, 1, 2
 STOP_REASONS = ("length", "eos", "stop")
@@ -206,9 +206,7 @@ class Rollout:
     @property
     def turns(self) -> list[list[tuple[int, int]]]:
         """Of each row the runs of actions, as (first, one past the last): the policy's turns."""
-        edges = torch.nn.functional.pad(self.action_mask_BR.int(), (1, 1)).diff(dim=1).cpu()
-        starts, ends = ([row.nonzero()[:, 0].tolist() for row in edges == sign] for sign in (1, -1))
-        return [list(zip(*row, strict=True)) for row in zip(starts, ends, strict=True)]
+        return runs(self.action_mask_BR)
 
     @property
     def prompt_ids(self) -> list[list[int]]:

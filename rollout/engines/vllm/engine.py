@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
+
 from steerl.rollout.applied import Applied
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
@@ -315,9 +317,9 @@ class VllmEngine:
 
     # -- steering -------------------------------------------------------------------------------------------------------
 
-    def check_edits(self, rollout: Rollout, answers: Sequence[Answer]) -> None:
+    def check_edits(self, rollout: Rollout, answers: Sequence[Answer], drawn_BP: Tensor | None = None) -> None:
         assert self.steering is not None
-        self.steering.check_edits(rollout, answers)
+        self.steering.check_edits(rollout, answers, drawn_BP)
 
     def steered(self, applied: Applied, b: int) -> dict[str, Any]:
         assert self.steering is not None
