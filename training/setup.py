@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Value = TypeVar("Value")
-Draws = EngineSampler | EpisodeSampler | ServerSampler | Sampler
+Draws = EngineSampler | EpisodeSampler | ServerSampler
 _EVALUATION_SEED = 0x6576616C
 """Added to sampling.seed: an evaluation draws other numbers than the step that it belongs to."""
 
@@ -112,11 +112,12 @@ def prepare(
         )
 
     def sampler(how: Sampling, steered: Steering | None) -> Draws:
-        inner = Sampler(policy, how, steered, engine_settings) if server is None else ServerSampler(server, how, steered)
-        drawn = inner if environment is None else EpisodeSampler(inner, environment)
-        if isinstance(inner, ServerSampler):
-            return drawn
-        return EngineSampler(drawn, accelerator, actor_critic, settings.gather)
+        if server is not None:
+            asked = ServerSampler(server, how, steered)
+            return asked if environment is None else EpisodeSampler(asked, environment)
+        inner = Sampler(policy, how, steered, engine_settings)
+        played = inner if environment is None else EpisodeSampler(inner, environment)
+        return EngineSampler(played, accelerator, actor_critic, settings.gather)
 
     evaluation = dataclasses.replace(sampling, n=1, seed=sampling.seed + _EVALUATION_SEED)
     controller = (

@@ -111,7 +111,8 @@ class ServerSampler:
         looked = firsts if self.steering is None else turns
         parts = [self._turn(contexts, asked, number) for number, contexts in looked]
         if self.steering is not None and parts:
-            self.engine.check_edits(Rollout.join(parts), [asked.answers[number] for number, _ in turns])
+            drawn = Contexts.join([contexts for _, contexts in turns]).drawn(self.policy.device)
+            self.engine.check_edits(Rollout.join(parts), [asked.answers[number] for number, _ in turns], drawn)
         begun = [part for (_, contexts), part in zip(looked, parts, strict=True) if contexts.first == [0]][:count]
         return self._sealed(rollout, Rollout.join(begun) if begun else self.inside.nothing(step), step)
 
