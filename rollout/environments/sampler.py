@@ -79,14 +79,15 @@ class EpisodeSampler:
 
     def _play(self, inner: Sampler, episodes: Sequence[Running], step: int, progress: float, on_token: OnToken | None) -> None:
         unopened, queue = iter(episodes), deque[Running]()
-        synced, size, alive = needs_sync(inner.policy.model), self.sampling.batch_size, 0
+        synced, size = needs_sync(inner.policy.model), self.sampling.batch_size
         while True:
-            for episode in itertools.islice(unopened, max(2 * size - alive, 0)):
-                episode.open()
-                queue.append(episode)
-                alive += 1
             ready: list[Running] = []
-            while queue and len(ready) < size:
+            while len(ready) < size:
+                for episode in itertools.islice(unopened, max(2 * size - len(queue) - len(ready), 0)):
+                    episode.open()
+                    queue.append(episode)
+                if not queue:
+                    break
                 episode = queue.popleft()
                 if episode.pending is not None:
                     episode.answered()
@@ -96,15 +97,13 @@ class EpisodeSampler:
                     ready.append(episode)
             if not (processes.most(len(ready)) if synced else ready):
                 return
-            for episode in self._drawn(inner, ready, step, progress, on_token):
-                if not episode.ended_by:
-                    queue.append(episode)
-            alive = len(queue)
+            self._turns(inner, ready, step, progress, on_token)
+            queue += [episode for episode in ready if not episode.ended_by]
 
-    def _drawn(
+    def _turns(
         self, inner: Sampler, ready: list[Running], step: int, progress: float, on_token: OnToken | None
-    ) -> list[Running]:
-        """These episodes, each a turn further."""
+    ) -> None:
+        """Each of these episodes a turn further."""
         contexts = contexts_of(inner, ready, step, progress)
         rollout = inner.turns(contexts, step=step, progress=progress, on_token=on_token)
         numbers = (rollout.behaviour_logprobs_BR, rollout.policy_logprobs_BR, rollout.entropy_BR)
@@ -113,7 +112,6 @@ class EpisodeSampler:
         for b, (episode, ids, stop) in enumerate(zip(ready, rollout.response_ids, rollout.stop_B.tolist(), strict=True)):
             behaviour, policy, entropy = (table[b][: len(ids)] for table in listed)
             episode.take(Drawn(ids, behaviour, policy, entropy, None if kept is None else kept[b][: len(ids)], stop))
-        return ready
 
     # -- what becomes of them ----------------------------------------------------------------------------------------------
 
