@@ -87,6 +87,7 @@ def train(
         made_from = processes.on_main(lambda: resume.made_from(policy, prompts, heldout, reward, settings))
         played = ending.enter_context(environment_of(environment, policy))
         if played is not None:
+            processes.on_main(lambda: played.check(prompts))
             made_from["environment"] = played.settings.content()
         most = longest(prompts, heldout, sampling, environment)
         parts = prepare(policy, reward, sampling, settings, run, steering, engine, most, played)

@@ -10,6 +10,7 @@ from steerl.rollout.environments.conversation import Conversation
 from steerl.rollout.environments.pool import Pool
 from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model.policy import Policy
+from steerl.rollout.prompts.prompts import Prompts
 
 
 class Environment:
@@ -27,6 +28,11 @@ class Environment:
         except BaseException:
             self.pool.close()
             raise
+
+    def check(self, prompts: Prompts) -> None:
+        """Refuse prompts and a chat template that episodes cannot be made of."""
+        row = prompts.table[0]
+        self.conversation.check(row[prompts.column], row)
 
     def close(self) -> None:
         self.pool.close()

@@ -112,7 +112,7 @@ class Running:
         self.kept += drawn.kept or [[]] * len(drawn.ids)
         self.stop = drawn.stop
         text = self.stops.text(drawn.ids, context)
-        said = self.environment.conversation.said(drawn.ids, text, self.is_chat)
+        said = self.environment.conversation.said(drawn.ids, text, self.is_chat, context)
         self.turns.append(Turn(first, len(self.ids), text, said.message, calls=len(said.calls)))
         if self.failure:
             self._end("failure")
@@ -146,7 +146,7 @@ class Running:
     def _tell(self, content: list[dict[str, Any]] | str | None) -> None:
         if content:
             most = self.environment.settings.max_tool_tokens
-            fed = self.environment.conversation.answer(self.context, content, self.is_chat, most)
+            fed = self.environment.conversation.answer(self.context, content, self.is_chat, most, self.data)
             if len(self.ids) + len(fed.ids) < self.room:
                 self.ids += fed.ids
                 for numbers in (self.behaviour, self.policy, self.entropy):

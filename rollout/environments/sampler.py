@@ -100,9 +100,7 @@ class EpisodeSampler:
             self._turns(inner, ready, step, progress, on_token)
             queue += [episode for episode in ready if not episode.ended_by]
 
-    def _turns(
-        self, inner: Sampler, ready: list[Running], step: int, progress: float, on_token: OnToken | None
-    ) -> None:
+    def _turns(self, inner: Sampler, ready: list[Running], step: int, progress: float, on_token: OnToken | None) -> None:
         """Each of these episodes a turn further."""
         contexts = contexts_of(inner, ready, step, progress)
         rollout = inner.turns(contexts, step=step, progress=progress, on_token=on_token)

@@ -37,10 +37,10 @@ class IdConversation:
         text = str(prompt if opening.observation is None else opening.observation)
         return text, [int(word) for word in text.split()]
 
-    def said(self, ids: list[int], text: str, is_chat: bool) -> Said:
+    def said(self, ids: list[int], text: str, is_chat: bool, before: list[int]) -> Said:
         return Said(" ".join(map(str, ids)))
 
-    def answer(self, before: list[int], content: str, is_chat: bool, most: int | None) -> Any:
+    def answer(self, before: list[int], content: str, is_chat: bool, most: int | None, row: Any) -> Any:
         ids = [int(word) for word in content.split()]
         return SimpleNamespace(ids=ids[:most], content=content, cut=len(ids) > (most or len(ids)))
 
@@ -51,9 +51,7 @@ def done(value: Any) -> Future[Any]:
     return future
 
 
-def scripted(
-    reply: Reply, opening: Callable[[dict[str, Any]], Opening] = lambda row: Opening(), **settings: Any
-) -> Any:
+def scripted(reply: Reply, opening: Callable[[dict[str, Any]], Opening] = lambda row: Opening(), **settings: Any) -> Any:
     """What EpisodeSampler takes as its environment."""
     pool = SimpleNamespace(kind="gym", tools=[], session=lambda: ScriptedSession(reply, opening), close=lambda: None)
     return SimpleNamespace(
