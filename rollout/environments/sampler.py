@@ -51,6 +51,7 @@ class EpisodeSampler:
         if isinstance(self.inner, ServerSampler):
             if on_token is not None:
                 raise UserError("engine.kind: vllm shows no token before its turn has ended; use stream")
+            self.inner.engine.ready(step)
             rollout = _Served(self.inner, episodes, step, progress).play()
         else:
             with self.inner.ready():
@@ -59,8 +60,6 @@ class EpisodeSampler:
         return Samples(rollout, self._texts(batch, episodes))
 
     def draw(self, batch: PromptBatch, /, *, step: int, progress: float) -> Samples:
-        if isinstance(self.inner, ServerSampler):
-            self.inner.engine.ready(step)
         return self.sample(batch, step=step, progress=progress)
 
     def weights_changed(self, step: int) -> None:

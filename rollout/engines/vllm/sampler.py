@@ -194,14 +194,13 @@ def sampler_of(
     steering: Steering | None,
     engine: EngineSettings,
     folder: Path,
-    most: int | None = None,
+    longest: int | None = None,
 ) -> Iterator[Sampler | ServerSampler]:
     """What a job without training draws with, each process for itself: in process, or a server that ends with the block.
-    `most`: tokens of a prompt."""
+    `longest`: tokens of a row."""
     if engine.kind != "vllm":
         yield Sampler(policy, sampling, steering, engine)
         return
-    longest = None if most is None else most + sampling.max_new_tokens
     with server_of(policy, steering, engine, folder, longest) as server:
         yield ServerSampler(server, sampling, steering)
 
