@@ -96,10 +96,9 @@ class Conversation:
             {name: value if name == "role" else self.template.shield(value) for name, value in message.items()}
             for message in told
         ]
-        shielded = [_shielded(self.template, message) for message in told]
         after = self.template.after_turn(shielded, row or {})
-        ids, begins = self.template.ids(after), after.find(shielded[0]["content"].strip())
-        own = len(self.template.ids(after[:begins])) if begins > 0 else len(ids)  # before what the first message says
+        ids, begins = self.template.ids(after), after.find(shielded[0]["content"].strip()) if shielded else 0
+        own = len(self.template.ids(after[:begins])) if begins > 0 else len(ids)  # the template's, before the first content
         drawn = next((n for n in range(min(own, len(before)), 0, -1) if list(before[-n:]) == ids[:n]), 0)
         return Fed(ids[drawn:], told, any(cut for _, cut in fitted))
 
@@ -151,15 +150,15 @@ def _extended(prompt: object, told: object) -> list[dict[str, Any]] | object:
     return [*prompt[:-1], {**prompt[-1], "content": [*parts[0], *parts[1]]}]
 
 
-def _shielded(template: ChatTemplate, message: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value if name == "role" else template.shield(value) for name, value in message.items()}
-
-
 def _as_text(content: object) -> str:
     """A message's content: a text as it is, parts as theirs, all else as JSON."""
     if content is None or isinstance(content, str):
         return clean(content or "")
-    if isinstance(content, list) and content and all(isinstance(part, Mapping) and "text" in part for part in content):
+    if (
+        isinstance(content, list)
+        and content
+        and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content)
+    ):
         return clean(text_of(content))
     try:
         return clean(json.dumps(content, ensure_ascii=False, default=str))

@@ -59,10 +59,7 @@ class ChatTemplate:
     def after_turn(self, told: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
         """What follows the policy's turn where it is told these messages, from the end of its turn on."""
         named = [message.get("name") or "tool" for message in told if message["role"] == "tool"]
-        calls = [
-            *(call_of(name, {"value": ""}) for name in named[:-1]),
-            *(call_of(name, {"value": SAID}) for name in named[-1:]),
-        ]
+        calls = [call_of(name, {"value": SAID if at == len(named) else ""}) for at, name in enumerate(named, 1)]
         turn = {"role": "assistant", "content": ""}
         text = ""
         if calls:
