@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from steerl.reward.kinds.loading import LOGS, CallResult, load_function
-from steerl.reward.kinds.worker import Overdue, Worker, WorkerFailed
+from steerl.reward.kinds.worker import Worker, WorkerFailed
 from steerl.reward.types import (
     SECONDS,
     Failure,
@@ -49,6 +49,7 @@ from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.common.fingerprint import SHORT, sha256_file
 from steerl.rollout.common.settings_reader import Checked, within
+from steerl.rollout.common.worker import Overdue
 from steerl.rollout.prompts.chat import is_conversation
 from steerl.rollout.types import Rollout, Texts
 

@@ -60,6 +60,20 @@ class Contexts:
             prompts=[i for i, _ in order],
         )
 
+    @staticmethod
+    def join(parts: Sequence[Contexts]) -> Contexts:
+        """The rows of all, and what is told of them all."""
+
+        def all_of(name: str) -> Any:
+            lists = [getattr(part, name) for part in parts]
+            return None if any(values is None for values in lists) else [value for values in lists for value in values]
+
+        names = list(parts[0].columns)
+        columns = {name: [value for part in parts for value in part.columns[name]] for name in names}
+        listed = {name: all_of(name) for name in ("ids", "rows", "samples", "limits", "first", "turns")}
+        some = [part.applied for part in parts if part.applied is not None]
+        return Contexts(**listed, columns=columns, applied=Applied.join(some) if len(some) == len(parts) else None)
+
     def select(self, index: Sequence[int]) -> Contexts:
         def pick(values: list[Any] | None) -> list[Any] | None:
             return None if values is None else [values[i] for i in index]

@@ -308,12 +308,8 @@ class Sampler:
         elif call.idle:
             applied = Applied.nothing(row_B, call.step, len(self.steering.sites))
         else:
-            applied = self.steering.applied(
-                *(mask_BP, row_B, sample_B, contexts.columns),
-                progress=call.progress,
-                policy_step=call.step,
-                start_width=start_width,
-            )
+            how: dict[str, Any] = {"progress": call.progress, "policy_step": call.step, "start_width": start_width}
+            applied = self.steering.applied(mask_BP, row_B, sample_B, contexts.columns, **how)
         drawn_BP = contexts.drawn(mask_BP.device)
         steered = self.steering.active(
             prompt_mask_BP=mask_BP,
@@ -324,6 +320,14 @@ class Sampler:
             **({} if drawn_BP is None else {"drawn_BP": drawn_BP}),
         )
         return applied, steered
+
+    def applied(self, contexts: Contexts, *, step: int, progress: float) -> Applied:
+        """How rows of a decoder that begin are to be steered."""
+        row_B, sample_B = (torch.tensor(ids, device=self.policy.device) for ids in (contexts.rows, contexts.samples))
+        if self.steering is None or not len(contexts):
+            return Applied.nothing(row_B.long(), step, 0 if self.steering is None else len(self.steering.sites))
+        _, mask_BP = left_pad(contexts.ids, self.policy.pad_id, self.policy.device)
+        return self.steering.applied(mask_BP, row_B, sample_B, contexts.columns, progress=progress, policy_step=step)
 
     def nothing(self, step: int) -> Rollout:
         """A rollout of no rows."""

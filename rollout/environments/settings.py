@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from steerl.rollout.common.errors import ConfigError
+from steerl.rollout.common.fingerprint import sha256_file, values_fingerprint
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,15 @@ class EnvironmentSettings:
     @property
     def given(self) -> bool:
         return bool(self.tools or self.factory)
+
+    def response(self, max_new_tokens: int) -> int:
+        """Tokens that a prompt must leave room for."""
+        return self.max_tokens or max_new_tokens
+
+    def content(self) -> str:
+        """Of the files that the user's code is in."""
+        files = [Path(name.rpartition(":")[0]) for name in [*self.tools, self.factory]]
+        return values_fingerprint(sha256_file(file) for file in files if file.suffix == ".py" and file.is_file())
 
     def __post_init__(self) -> None:
         whole = {"max_turns": 1, "max_tokens": 0, "max_tool_tokens": 1, "workers": 1}
