@@ -34,6 +34,13 @@ def table(lists: Lists, dtype: torch.dtype, side: str = "right", fill: int = 0) 
     return pad_sequence(rows, True, fill, side) if rows else torch.zeros(0, 0, dtype=dtype)
 
 
+def runs(mask_BT: Tensor) -> list[list[tuple[int, int]]]:
+    """Of each row where it is true, as (first, one past the last)."""
+    edges = pad(mask_BT.int(), (1, 1)).diff(dim=1).cpu()
+    starts, ends = ([row.nonzero()[:, 0].tolist() for row in edges == sign] for sign in (1, -1))
+    return [list(zip(*row, strict=True)) for row in zip(starts, ends, strict=True)]
+
+
 def listed(mask_NV: Tensor) -> tuple[Tensor, Tensor]:
     """The ids of a mask, row after row, and how many each row has; none and 0 for a row of all ids."""
     row, ids = mask_NV.nonzero(as_tuple=True)

@@ -30,7 +30,7 @@ from torch import Tensor
 from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.episodes import Episode
-from steerl.rollout.ragged import Kept, Lists, left_pad, table
+from steerl.rollout.ragged import Kept, Lists, left_pad, runs, table
 
 STOP_LENGTH, STOP_EOS, STOP_USER = 0, 1, 2
 STOP_REASONS = ("length", "eos", "stop")
@@ -206,9 +206,7 @@ class Rollout:
     @property
     def turns(self) -> list[list[tuple[int, int]]]:
         """Of each row the runs of actions, as (first, one past the last): the policy's turns."""
-        edges = torch.nn.functional.pad(self.action_mask_BR.int(), (1, 1)).diff(dim=1).cpu()
-        starts, ends = ([row.nonzero()[:, 0].tolist() for row in edges == sign] for sign in (1, -1))
-        return [list(zip(*row, strict=True)) for row in zip(starts, ends, strict=True)]
+        return runs(self.action_mask_BR)
 
     @property
     def prompt_ids(self) -> list[list[int]]:
@@ -298,13 +296,11 @@ class Rollout:
                     raise UserError(f"Rollout.join: {name} differs between the parts: {found}")
         prompt, response = max(p.prompt_width for p in parts), max(p.response_width for p in parts)
         wide = [p.pad_to(prompt, response) for p in parts]
-        names = [n for n in _TENSORS if n != "positions_BKN" and all(getattr(p, n) is not None for p in wide)]
+        names = [n for n in _TENSORS if n not in Applied._fields and all(getattr(p, n) is not None for p in wide)]
         if len(sites := {p.strength_BK.shape[1] for p in parts}) > 1:
             raise UserError(f"Rollout.join: the number of steering sites differs between the parts: {sorted(sites)}")
         joined: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in wide]) for n in names}
-        most = max(p.positions_BKN.shape[2] for p in parts)
-        listed = [torch.nn.functional.pad(p.positions_BKN, (0, most - p.positions_BKN.shape[2]), value=-1) for p in parts]
-        joined["positions_BKN"] = torch.cat(listed)
+        joined |= Applied.join([p.applied for p in parts])._asdict()
         if any(p.kept for p in parts):
             kept = [p.kept or Kept(p.response_BR.new_zeros(0).int(), torch.zeros_like(p.response_BR)) for p in wide]
             joined["kept"] = Kept(torch.cat([k.ids for k in kept]), torch.cat([k.counts_BR for k in kept]))

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.logprobs import teacher_forced
+from steerl.rollout.scoring.steered import given_columns
+from steerl.rollout.steering.core import positions
 from steerl.rollout.steering.engine import Active
 from steerl.rollout.steering.selection import select
 from steerl.rollout.steering.state import StackCall
@@ -62,7 +64,8 @@ def table(policy: Policy, steering: Steering, rollout: Rollout, row: int = 0) ->
     strengths = applied(policy, steering, one)
     names = [site.name for site in steering.sites if site.points[0].stack != "encoder"]
     ids, real = one.sequences_BS[0].tolist(), one.sequences_mask_BS[0].tolist()
-    length = sum(real) - int(one.lengths_B[0])
+    index_BS, length_B = one.sequences_mask_BS.cumsum(1) - 1, one.sequences_mask_BS.sum(1) - one.lengths_B
+    steps = positions.columns_of(index_BS, length_B, positions.drawn_turns(*given_columns(one))).step_BT[0].tolist()
     wide = max([8, *map(len, names)]) + 2
     lines = [f"{'token':<16}{'position':>9}{'step':>6}" + "".join(f"{name:>{wide}}" for name in names)]
     position = -1
@@ -73,7 +76,7 @@ def table(policy: Policy, steering: Steering, rollout: Rollout, row: int = 0) ->
         text = repr(policy.tokenizer.decode([token]))[1:-1] if policy.tokenizer is not None else str(token)
         values = [float(strengths[name][0, column]) for name in names]
         shown = "".join(f"{value:>{wide}.3f}" if value else f"{'-':>{wide}}" for value in values)
-        step = position - (length - 1)
+        step = steps[column]
         lines.append(f"{text[:15]:<16}{position:>9}{step if step >= 0 else '':>6}{shown}")
     return "\n".join(lines)
 

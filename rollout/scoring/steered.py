@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from steerl.rollout.applied import Applied
@@ -42,10 +43,26 @@ class Steers(Protocol):
         ...
 
     def active(
-        self, *, prompt_mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, applied: Applied, start_width: int = 1
+        self,
+        *,
+        prompt_mask_BP: Tensor,
+        row_B: Tensor,
+        sample_B: Tensor,
+        applied: Applied,
+        start_width: int = 1,
+        drawn_BP: Tensor | None = None,
     ) -> contextlib.AbstractContextManager[object]:
-        """The block inside which the model is steered so."""
+        """The block inside which the model is steered so. `drawn_BP`: of the prompt's columns the policy's actions of earlier
+        turns."""
         ...
+
+
+def given_columns(rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+    """(prompt_mask_BP, drawn_BP) of a pass over rows: of several turns all of their columns are given."""
+    if not bool((rollout.action_mask_BR != rollout.extent_BR).any()):
+        return rollout.prompt_mask_BP, None
+    prompt_BP = torch.zeros_like(rollout.prompt_mask_BP)
+    return rollout.sequences_mask_BS, torch.cat([prompt_BP, rollout.action_mask_BR], dim=1)
 
 
 def steered(steering: Steers | None, policy: Policy, rollout: Rollout) -> contextlib.AbstractContextManager[object]:
@@ -57,8 +74,9 @@ def steered(steering: Steers | None, policy: Policy, rollout: Rollout) -> contex
             f"steering: {steering.label} cannot be put on rows that were drawn without one; leave it out, or record in the "
             "Rollout what Steering.applied gives, and its label"
         )
-    mask_BP = rollout.prompt_mask_BP
+    mask_BP, drawn_BP = given_columns(rollout)
     if policy.is_seq2seq:
+        assert drawn_BP is None, "rows of an encoder-decoder have one turn"
         mask_BP = encoder_input(rollout.prompt_BP, mask_BP)[1]
     return steering.active(
         prompt_mask_BP=mask_BP,
@@ -66,4 +84,5 @@ def steered(steering: Steers | None, policy: Policy, rollout: Rollout) -> contex
         sample_B=rollout.sample_B,
         applied=rollout.applied,
         start_width=max(len(policy.start_ids), 1),
+        drawn_BP=drawn_BP,
     )

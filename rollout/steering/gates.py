@@ -43,16 +43,20 @@ class BoundGate:
         if self.spec.on == "token":
             call.token_gates[self.index] = self.score(hidden)
             return
-        rows, width = call.rows, int(call.mask_BP.shape[1])
+        rows, prompt_BP, length_B = call.rows, call.first_prompt_BP, call.length_B
+        width = int(prompt_BP.shape[1])
         if call.first >= width:
             return
-        inside = call.mask_BP[:, call.first : call.first + call.width]
-        part = operations.wide(hidden[:, : inside.shape[1]])
+        part = operations.wide(hidden[:, : width - call.first])
         ends = call.first + call.width >= width
         if self.spec.on == "prompt_last":
-            if ends:
-                self._settle(rows, self.score(part[:, -1]))
-            return
+            if rows.turns_BU2 is None:
+                if ends:
+                    self._settle(rows, self.score(part[:, -1]))
+                return
+            prompt_BP = prompt_BP & (prompt_BP.cumsum(1) == length_B[:, None])  # first prompts end in columns of their own
+            length_B = torch.ones_like(length_B)
+        inside = prompt_BP[:, call.first : call.first + call.width]
         total = torch.where(inside[..., None].to(part.device), part, torch.zeros_like(part)).sum(1)
         if call.first:
             before, columns = rows.sums.get(self.index, (total, -1))
@@ -61,7 +65,7 @@ class BoundGate:
             total = total + before
         rows.sums[self.index] = (total, call.first + call.width)
         if ends:
-            self._settle(rows, self.score(total / call.length_B.to(total.device)[:, None].clamp_min(1)))
+            self._settle(rows, self.score(total / length_B.to(total.device)[:, None].clamp_min(1)))
 
     def _settle(self, rows: SteeredRows, open_B: Tensor) -> None:
         rows.gates[self.index] = open_B

@@ -1,7 +1,8 @@
 """Which positions of a call a site edits, and how strongly: the site's rules over real tokens.
 
 Decoding one token at a time takes a short way: every row is then at the same response step, so whether and how much is
-edited is a matter of one integer, and the rows' cache holds the selection from step to step.
+edited is a matter of one integer, and the rows' cache holds the selection from step to step. Rows at different turns are at
+steps of their own: there it holds where every step is edited alike.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def select(site: BoundSite, call: StackCall) -> SiteSelection | None:
     if not rows.any[site.index]:
         return None
     step = call.step
-    if step is not None and site.same_for_all_rows:
+    if step is not None and site.same_for_all_rows and (site.steady or rows.turns_BU2 is None):
         factor = 1.0
         if not site.steady:
             factor = positions.ramp_factor(where.ramp, step) if positions.in_steps(where.steps, step) else 0.0
@@ -32,12 +33,13 @@ def select(site: BoundSite, call: StackCall) -> SiteSelection | None:
             return rows.selections[key]
         except KeyError:
             return rows.selections.setdefault(key, _one_column(site, rows, factor))
-    index_BT, real_BT = call.index()
+    real_BT = call.index()[1]
     last = 0 if call.encoder else call.first + call.width - rows.width
-    if where.prompt in ("none", ()) and last <= 0 and not (last == 0 and positions.in_steps(where.steps, 0)):
+    one_turn = call.encoder or rows.turns_BU2 is None
+    if one_turn and where.prompt in ("none", ()) and last <= 0 and not (last == 0 and positions.in_steps(where.steps, 0)):
         return None
     strength_B, places_BN = rows.applied.strength_BK[:, site.index], rows.applied.positions_BKN[:, site.index]
-    mask_BT, strength_BT = ruled(site, index_BT, call.length_B, strength_B, places_BN, call.ids, in_encoder=call.encoder)
+    mask_BT, strength_BT = ruled(site, call.columns(), strength_B, places_BN, call.ids, in_encoder=call.encoder)
     mask_BT = mask_BT & real_BT
     if site.gate is not None:
         strength_BT = strength_BT * site.gate.openness(call)
@@ -47,19 +49,19 @@ def select(site: BoundSite, call: StackCall) -> SiteSelection | None:
 
 def ruled(
     site: BoundSite,
-    index_BT: Tensor,
-    length_B: Tensor,
+    columns: positions.Columns,
     strength_B: Tensor,
     places_BN: Tensor | None = None,
     ids_BT: Tensor | None = None,
     *,
     in_encoder: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(which positions the site's rules select, its strength there), before gates. `index_BT`: positions among the row's real
-    tokens; `length_B`: the real tokens of its prompt; `places_BN`: prompt positions that a data column gives."""
-    where = site.spec.where
-    step_BT = index_BT - (length_B[:, None] - 1)
+    """(which columns the site's rules select, its strength there), before gates. `places_BN`: prompt positions that a data
+    column gives."""
+    where, (index_BT, length_B, step_BT, next_BT, fed_BT) = site.spec.where, columns
     mask_BT = positions.select_prompt(where.prompt, index_BT, length_B, places_BN)
+    if fed_BT is not None and where.prompt == "all":
+        mask_BT = mask_BT | fed_BT
     if not in_encoder:
         mask_BT = mask_BT | positions.select_steps(where.steps, step_BT)
     if where.exclude_positions:
@@ -70,7 +72,7 @@ def ruled(
         mask_BT = mask_BT & ~torch.isin(ids_BT, site.excluded_ids.to(ids_BT.device))
     strength_BT = strength_B[:, None].expand_as(index_BT)
     if where.ramp is not None:
-        strength_BT = strength_BT * positions.ramp_factors(where.ramp, step_BT)
+        strength_BT = strength_BT * positions.ramp_factors(where.ramp, next_BT)
     return mask_BT, strength_BT
 
 

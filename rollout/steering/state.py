@@ -21,13 +21,16 @@ class SteeredRows:
     sample_B: Tensor
     applied: Applied
     encoder_mask_BP: Tensor | None = None
+    turns_BU2: Tensor | None = None
+    """Where the prompt holds earlier turns: positions.drawn_turns."""
     gates: dict[int, Tensor] = field(default_factory=dict)
     sums: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
     """Gates under way: sum of activations over the prompt's columns so far, and how many columns."""
 
     def __post_init__(self) -> None:
         self.count, self.width = (int(size) for size in self.prompt_mask_BP.shape)
-        self.length_B = self.prompt_mask_BP.sum(1)
+        self.length_B = self.prompt_mask_BP.sum(1) if self.turns_BU2 is None else self.turns_BU2[:, 0, 0]
+        """The real tokens of the first prompt."""
         self.encoder_length_B = None if self.encoder_mask_BP is None else self.encoder_mask_BP.sum(1)
         self.any: list[bool] = (self.applied.strength_BK != 0).any(0).tolist()
         """Of each site, whether it acts on any row."""
@@ -59,7 +62,7 @@ class SteeredRows:
 
         return SteeredRows(
             self.prompt_mask_BP[index], self.row_B[index], self.sample_B[index],
-            self.applied.select(index), pick(self.encoder_mask_BP),
+            self.applied.select(index), pick(self.encoder_mask_BP), pick(self.turns_BU2),
             {k: v[index] for k, v in self.gates.items()}, {k: (v[index], n) for k, (v, n) in self.sums.items()},
         )  # fmt: skip
 
@@ -111,18 +114,20 @@ class HeldAddition:
 class StackCall:
     """One forward pass of one stack."""
 
-    __slots__ = ("_index", "edits", "encoder", "first", "ids", "rows", "selections", "step", "token_gates", "width")
+    __slots__ = ("_columns", "_index", "edits", "encoder", "first", "ids", "rows", "selections", "step", "token_gates", "width")
 
     def __init__(self, rows: SteeredRows, first: int, width: int, ids: Tensor | None, encoder: bool = False):
         self.rows, self.first, self.width, self.ids, self.encoder = rows, first, width, ids, encoder
         self.step = first - rows.width + 1 if width == 1 and first >= rows.width and not encoder else None
-        """The response step, where this call is one column of the response: the same for every row."""
+        """The token that is drawn, where this call is one column of the response: the same for every row, and in a row's first
+        turn its step."""
         self.edits = 0
         self.selections: dict[int, SiteSelection | None] = {}
         """By site, for all of its layers; None = nothing here."""
         self.token_gates: dict[int, Tensor] = {}
         """Gates on tokens: how open, per gate and position."""
         self._index: tuple[Tensor, Tensor] | None = None
+        self._columns: positions.Columns | None = None
 
     @property
     def mask_BP(self) -> Tensor:
@@ -132,8 +137,23 @@ class StackCall:
     def length_B(self) -> Tensor:
         return self.rows.encoder_length_B if self.encoder else self.rows.length_B  # type: ignore[return-value]
 
+    @property
+    def first_prompt_BP(self) -> Tensor:
+        """The mask of what was there before the first action, without the columns after it."""
+        if self.encoder or self.rows.turns_BU2 is None:
+            return self.mask_BP
+        mask_BP = self.mask_BP & (self.mask_BP.cumsum(1) <= self.length_B[:, None])
+        return mask_BP[:, : int(mask_BP.any(0).nonzero().max()) + 1]
+
     def index(self) -> tuple[Tensor, Tensor]:
         """(real index, real) of this call's columns."""
         if self._index is None:
             self._index = positions.real_index(self.mask_BP, self.first, self.width)
         return self._index
+
+    def columns(self) -> positions.Columns:
+        """What the sites' rules ask of them."""
+        if self._columns is None:
+            turns_BU2 = None if self.encoder else self.rows.turns_BU2
+            self._columns = positions.columns_of(self.index()[0], self.length_B, turns_BU2)
+        return self._columns

@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import ConfigError, DataError, UserError
 from steerl.rollout.model import hooks
+from steerl.rollout.scoring.steered import given_columns
 from steerl.rollout.steering.bind import Binding, bind
 from steerl.rollout.steering.core import positions
 from steerl.rollout.steering.core.structure import stacks, unwrap
@@ -190,17 +191,25 @@ class Steering:
                 return lacks
         return None
 
-    def rows_of(self, rollout: Rollout) -> SteeredRows:
-        """A decoder's rollout as its sites see it."""
-        return self._rows(rollout.prompt_mask_BP, rollout.row_B, rollout.sample_B, rollout.applied, None)
+    def rows_of(self, rollout: Rollout, drawn_BP: Tensor | None = None) -> SteeredRows:
+        """A decoder's rollout as its sites see it. `drawn_BP`: where it is one turn of a row, the earlier ones' actions."""
+        mask_BP, drawn_BP = given_columns(rollout) if drawn_BP is None else (rollout.prompt_mask_BP, drawn_BP)
+        return self._rows(mask_BP, rollout.row_B, rollout.sample_B, rollout.applied, None, drawn_BP)
 
     def _rows(
-        self, prompt_mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, applied: Applied, encoder_mask_BP: Tensor | None
+        self,
+        prompt_mask_BP: Tensor,
+        row_B: Tensor,
+        sample_B: Tensor,
+        applied: Applied,
+        encoder_mask_BP: Tensor | None,
+        drawn_BP: Tensor | None,
     ) -> SteeredRows:
         """All that sites ask about the rows of a batch."""
         if (lacking := self.lacking(applied)) is not None:
             raise DataError(f"steering: the record of these rows holds {lacking}; {REMEDY}")
-        return SteeredRows(prompt_mask_BP, row_B, sample_B, applied.to(prompt_mask_BP.device), encoder_mask_BP)
+        turns_BU2 = positions.drawn_turns(prompt_mask_BP, drawn_BP)
+        return SteeredRows(prompt_mask_BP, row_B, sample_B, applied.to(prompt_mask_BP.device), encoder_mask_BP, turns_BU2)
 
     # -- at work ---------------------------------------------------------------------------------------------------------
 
@@ -214,13 +223,15 @@ class Steering:
         columns: Mapping[str, Sequence[Any]] | None = None,
         applied: Applied | None = None,
         start_width: int = 1,
+        drawn_BP: Tensor | None = None,
     ) -> Iterator[Active]:
         """Inside, every forward and generate of the model is steered.
 
         `prompt_mask_BP` is the left-padded prompt's mask (for encoder-decoders the encoder input's; `start_width` is then
         the width of the decoder's start). Without it the first call's whole input is the prompt, and so is the input of
         every later call that brings an empty cache. `applied` is what a record says of the rows, or what `applied` finds for
-        new ones; without it they are steered as at step 0, with the data's `columns` where sites read them.
+        new ones; without it they are steered as at step 0, with the data's `columns` where sites read them. `drawn_BP`: the
+        prompt's columns that are the policy's actions of earlier turns; the first prompt is what stands before them.
         """
         if applied is not None and columns is not None:
             raise ConfigError("steering: columns have no effect beside applied, which was made of them; leave one of them out")
@@ -233,7 +244,7 @@ class Steering:
             if given is None:
                 mask_BP = decoder_mask_BP if encoder_mask_BP is None else encoder_mask_BP
                 given = self.applied(mask_BP, rows_B, samples_B, columns, start_width=decoder_mask_BP.shape[1])
-            return self._rows(decoder_mask_BP, rows_B, samples_B, given, encoder_mask_BP)
+            return self._rows(decoder_mask_BP, rows_B, samples_B, given, encoder_mask_BP, drawn_BP)
 
         rows = None
         if prompt_mask_BP is not None:

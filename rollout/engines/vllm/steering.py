@@ -107,9 +107,10 @@ class ServerSteering:
             "noise_step": int(applied.policy_step_B[row]),
         }
 
-    def check_edits(self, rollout: Rollout, answers: Sequence[Answer]) -> None:
-        """Whether every row was edited at as many places as the spec selects of it; UserError for the first that was not."""
-        for row, (wanted, answer) in enumerate(zip(self.selected(rollout), answers, strict=True)):
+    def check_edits(self, rollout: Rollout, answers: Sequence[Answer], drawn_BP: Tensor | None = None) -> None:
+        """Whether every row was edited at as many places as the spec selects of it; UserError for the first that was not. The
+        prompts of a later turn are all of the row so far, and `drawn_BP` says what the policy drew of them."""
+        for row, (wanted, answer) in enumerate(zip(self.selected(rollout, drawn_BP), answers, strict=True)):
             if answer.edits == wanted:
                 continue
             who = f"engine: {row_name(rollout, row)}"
@@ -121,10 +122,10 @@ class ServerSteering:
             name, want, have = next((site.name, w, h) for site, w, h in counts if w != h)
             raise UserError(f"{who}: site {name!r} of {self.name} edited {have} activations in the vLLM server, not {want}")
 
-    def selected(self, rollout: Rollout) -> list[list[int]]:
+    def selected(self, rollout: Rollout, drawn_BP: Tensor | None = None) -> list[list[int]]:
         """For each row and site, the activations that the spec selects: of all tokens that are fed (the last one is not), at
         all of the site's layers."""
-        rows = self.steering.rows_of(rollout)
+        rows = self.steering.rows_of(rollout, drawn_BP)
         fed_BR = torch.arange(rollout.response_width, device=rollout.device) < rollout.lengths_B[:, None] - 1
         fed_BS = torch.cat([rollout.prompt_mask_BP, fed_BR], dim=1)
         call = StackCall(rows, 0, fed_BS.shape[1], torch.cat([rollout.prompt_BP, rollout.response_BR], dim=1))

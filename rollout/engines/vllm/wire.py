@@ -20,7 +20,7 @@ from torch import Tensor
 
 from steerl.rollout.decoding.settings import Sampling
 
-VERSION = 1
+VERSION = 2
 """Of this wire: trainer and server have one, or say so."""
 HERE = ("n", "batch_size", "batch_tokens", "compile")
 """Settings of `sampling` that are the trainer's own."""
@@ -85,6 +85,15 @@ class Ask:
     """Of each of its sites, the prompt positions that a data column gave."""
     noise_step: int = 0
     """The policy's step that the noise of its sites is drawn for."""
+    first: int = 0
+    """The place in the response of the first token that is drawn: in later turns what the row holds already lies before it."""
+    limit: int = 0
+    """Most tokens; 0 = the law's."""
+    turns: tuple[tuple[int, int], ...] = ()
+    """Runs of the ids that are sent which the policy drew in earlier turns."""
+
+    def most(self, law: Law) -> int:
+        return self.limit or law.sampling.max_new_tokens
 
     def arguments(self, law: Law) -> dict[str, object]:
         """`extra_args` of the request."""
@@ -97,9 +106,9 @@ class Ask:
             return None
         given = json.loads(arguments["steerl"])
         law = given.pop("law")
-        positions = tuple(tuple(places) for places in given.pop("positions"))
-        forced, strengths = tuple(given.pop("forced")), tuple(given.pop("strengths"))
-        return law, Ask(**given, forced=forced, strengths=strengths, positions=positions)
+        lists: dict[str, Any] = {name: tuple(tuple(places) for places in given.pop(name)) for name in ("positions", "turns")}
+        lists |= {name: tuple(given.pop(name)) for name in ("forced", "strengths")}
+        return law, Ask(**given, **lists)
 
 
 @dataclass

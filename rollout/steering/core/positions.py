@@ -6,19 +6,28 @@
     response step s        -2  -1   0   1   2   3        s = r - (prompt tokens - 1); step 0 draws the first token
 
 `first` is the number of columns that are in the cache already, `width` the columns of this call: nothing is counted.
+
+In a row of several turns steps count actions, and the prompt whose places a rule names is the first one:
+
+    token               p   p   p   a   a   f   f   a   a    a: the policy's, f: what it was fed between
+    real index r        0   1   2   3   4   5   6   7   8
+    step s              -   -   0   1   -   -   2   3   4    the column that predicts action s; none where it predicts an f
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.ragged import runs, table
 from steerl.rollout.steering.core.places import Ramp
+
+_NO_END = 1 << 62
 
 
 def real_index(prompt_mask_BP: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
@@ -34,6 +43,50 @@ def real_index(prompt_mask_BP: Tensor, first: int, width: int) -> tuple[Tensor, 
         index_BT = torch.cat([index_BT, index[:, -1:] + steps], dim=1)
         inside = torch.cat([inside, inside.new_ones(rows, beyond)], dim=1)
     return index_BT, inside
+
+
+class Columns(NamedTuple):
+    """What the rules ask of columns."""
+
+    index_BT: Tensor
+    """Their place among the row's real tokens."""
+    length_B: Tensor
+    """The real tokens of the first prompt."""
+    step_BT: Tensor
+    """The action that is predicted there; negative where none is."""
+    next_BT: Tensor
+    """The action that comes next, here or later: what ramps follow."""
+    fed_BT: Tensor | None = None
+    """What was fed after the first prompt, where anything was."""
+
+
+def columns_of(index_BT: Tensor, length_B: Tensor, turns_BU2: Tensor | None = None) -> Columns:
+    """Of one turn: `length_B` real tokens of prompt, then actions. Of several turns: see `turns_of`."""
+    if turns_BU2 is None:
+        step_BT = index_BT - (length_B[:, None] - 1)
+        return Columns(index_BT, length_B, step_BT, step_BT)
+    first_B = turns_BU2[:, 0, 0]
+    start_B1U, end_B1U = turns_BU2[:, None].unbind(-1)
+    after_BT1 = index_BT[..., None] + 1
+    next_BT = (after_BT1 - start_B1U).clamp_min(0).minimum(end_B1U - start_B1U).sum(-1)
+    predicts_BT = ((start_B1U <= after_BT1) & (after_BT1 < end_B1U)).any(-1)
+    drawn_BT = ((start_B1U < after_BT1) & (after_BT1 <= end_B1U)).any(-1)
+    fed_BT = (index_BT >= first_B[:, None]) & ~drawn_BT
+    return Columns(index_BT, first_B, torch.where(predicts_BT, next_BT, -1), next_BT, fed_BT)
+
+
+def turns_of(turns: Sequence[Sequence[tuple[int, int]]], lengths: Sequence[int]) -> Tensor:
+    """(B, U, 2): the runs of actions among the row's given tokens, as many as `lengths` says, and what is drawn after them."""
+    return table([[*row, (length, _NO_END)] for row, length in zip(turns, lengths, strict=True)], torch.int64)
+
+
+def drawn_turns(mask_BP: Tensor, drawn_BP: Tensor | None) -> Tensor | None:
+    """The same of columns, `mask_BP` the real ones and `drawn_BP` the actions among them; None where there are none."""
+    if drawn_BP is None or not bool(drawn_BP.any()):
+        return None
+    padding = (mask_BP.cumsum(1) == 0).sum(1).tolist()
+    turns = [[(a - left, b - left) for a, b in row] for row, left in zip(runs(drawn_BP), padding, strict=True)]
+    return turns_of(turns, mask_BP.sum(1).tolist()).to(mask_BP.device)
 
 
 def in_steps(rule: Any, step: int) -> bool:

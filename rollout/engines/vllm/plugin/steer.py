@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from steerl.rollout.applied import Applied
 from steerl.rollout.engines.vllm.plugin import batch
 from steerl.rollout.engines.vllm.plugin.rows import Row, Rows
+from steerl.rollout.steering.core import positions
 from steerl.rollout.steering.core.structure import Point, stacks
 from steerl.rollout.steering.core.table import TABLE
 from steerl.rollout.steering.selection import ruled
@@ -173,7 +174,11 @@ class Tokens:
         row_N = torch.arange(len(members)).repeat_interleave(count_B)
         offset_N = torch.arange(len(row_N)) - (count_B.cumsum(0) - count_B)[row_N]
         index_N = first_B[row_N] + offset_N
-        self.row_N, self.index_N1, self.length_N = (x.to(device) for x in (row_N, index_N[:, None], length_B[row_N]))
+        turns_BU2 = None
+        if any(row.ask.turns for _, row in members):
+            turns_BU2 = positions.turns_of([row.ask.turns for _, row in members], length_B.tolist())[row_N].to(device)
+        self.row_N, self.index_N1 = row_N.to(device), index_N[:, None].to(device)
+        self.columns = positions.columns_of(self.index_N1, length_B[row_N].to(device), turns_BU2)
         self.flat_N = (start_B[row_N] + offset_N).to(device)
         self.new_N = (index_N >= seen_B[row_N]).to(device)
         """A preempted row's tokens are read again, and counted once."""
@@ -197,7 +202,7 @@ class Tokens:
         ids_N1 = None if site.excluded_ids is None else self.ids_N1
         places_NP = self.places_NP(site.index) if site.positions_column is not None else None
         strength_N = self.strength_NK[:, site.index]
-        mask_N1, strength_N1 = ruled(site, self.index_N1, self.length_N, strength_N, places_NP, ids_N1)
+        mask_N1, strength_N1 = ruled(site, self.columns, strength_N, places_NP, ids_N1)
         mask_N1 = mask_N1 & (strength_N1 != 0)
         at_M = mask_N1[:, 0].nonzero()[:, 0]
         return Selected(site, self, at_M, strength_N1[at_M]) if len(at_M) else None
