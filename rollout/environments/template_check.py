@@ -83,9 +83,11 @@ class _Probe:
         return text[len(self.begun) : len(text) - shared]
 
     def _earlier(self, message: Mapping[str, Any]) -> str:
-        """The turn as it is rendered where it is an earlier one."""
+        """The turn as it is rendered where it is an earlier one; with its header where it is begun otherwise."""
         text = self.whole(message).removesuffix(self.after)
-        return text[len(os.path.commonprefix([text, self.begun])) :]
+        if text.startswith(self.begun):
+            return text[len(self.begun) :]
+        return text[len(os.path.commonprefix([text, self.template.render(self.head, self.row, opens=False)])) :]
 
     def _plain(self) -> Iterator[str]:
         """A turn without reasoning, as the policy may draw it: one of these must come out as it was said."""
