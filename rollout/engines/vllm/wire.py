@@ -20,7 +20,7 @@ from torch import Tensor
 
 from steerl.rollout.decoding.settings import Sampling
 
-VERSION = 1
+VERSION = 2
 """Of this wire: trainer and server have one, or say so."""
 HERE = ("n", "batch_size", "batch_tokens", "compile")
 """Settings of `sampling` that are the trainer's own."""
