@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "model": ("steerl.reward.kinds.model", "RewardModelSettings"),
     "process": ("steerl.reward.kinds.process", "ProcessSettings"),
     "http": ("steerl.reward.kinds.http", "HttpSettings"),
+    "environment": ("steerl.reward.kinds.environment", "EnvironmentReward"),
     "exact": ("steerl.reward.kinds.rules", "Exact"),
     "numeric": ("steerl.reward.kinds.rules", "Numeric"),
     "regex": ("steerl.reward.kinds.rules", "Regex"),

@@ -116,21 +116,31 @@ class TurnRewards:
     Two rows, of two turns and of one: `TurnRewards([[0.5, 1.0], [0.0]])`. A number sits on its turn's last action, and a row's
     total is the sum of its numbers; None for a row to which the term does not apply."""
 
-    rows: Sequence[Sequence[float] | None]
+    rows: Sequence[Sequence[float] | Failure | None]
 
 
-def on_turns(rewards: Sequence[Sequence[float]], rollout: Rollout, where: str = "reward") -> Tensor:
+Turns = list[list[tuple[int, int]]]
+
+
+def turns_of(rollout: Rollout, texts: Texts) -> Turns:
+    """Of each row the policy's turns, (first, one past the last): as its environment heard them, else the runs of actions."""
+    if texts.episodes is None:
+        return rollout.turns
+    return [[(turn.first, turn.end) for turn in episode.turns] for episode in texts.episodes]
+
+
+def on_turns(rewards: Sequence[Sequence[float]], rollout: Rollout, where: str = "reward", turns: Turns | None = None) -> Tensor:
     """(B, R) with each row's numbers on the last actions of its turns (`rollout.turns`), one for each turn; 0 elsewhere.
 
     action_mask_BR   1 1 0 0 1     [0.5, 1.0]  -->   . 0.5 . . 1.0
     """
     _one_per_row(len(rewards), rollout, where)
     values_BR = torch.zeros(rollout.response_BR.shape, device=rollout.device)
-    for row, (numbers, turns) in enumerate(zip(rewards, rollout.turns, strict=True)):
-        if len(numbers) != len(turns):
-            found = f"{len(numbers)} numbers for {len(turns)} turns"
+    for row, (numbers, places) in enumerate(zip(rewards, rollout.turns if turns is None else turns, strict=True)):
+        if len(numbers) != len(places):
+            found = f"{len(numbers)} numbers for {len(places)} turns"
             raise UserError(f"{where}: {row_name(rollout, row)}: gave {found}; give one for each run of its actions")
-        for number, (_, end) in zip(numbers, turns, strict=True):
+        for number, (_, end) in zip(numbers, places, strict=True):
             values_BR[row, end - 1] = number
     return values_BR
 
@@ -192,17 +202,21 @@ def settle(values: Sequence[object], rollout: Rollout, where: str, fallback: flo
     return Scores(total_B.to(rollout.device), fallbacks={"": len(failed)} if failed else {})
 
 
-def settle_turns(given: TurnRewards, rollout: Rollout, where: str, fallback: float | None) -> Scores:
+def settle_turns(given: TurnRewards, rollout: Rollout, where: str, fallback: float | None, turns: Turns) -> Scores:
     """The same for rewards of turns: a row with a turn that has no number gets the fallback, on its last action."""
     _one_per_row(len(given.rows), rollout, where)
     totals: list[object] = []
     numbers: list[list[float]] = []
-    for row, turns in zip(given.rows, rollout.turns, strict=True):
-        pairs = [_number(value) if value is not None else (math.nan, "gave None for a turn") for value in row or ()]
+    for row, places in zip(given.rows, turns, strict=True):
+        if row is None or isinstance(row, Failure):
+            totals.append(row)
+            numbers.append([0.0] * len(places))
+            continue
+        pairs = [_number(value) if value is not None else (math.nan, "gave None for a turn") for value in row]
         reason = next((reason for _, reason in pairs if reason), "")
-        totals.append(None if row is None else Failure(reason) if reason else math.fsum(number for number, _ in pairs))
-        numbers.append([0.0] * len(turns) if row is None else [0.0 if reason else number for number, _ in pairs])
-    tokens_BR = on_turns(numbers, rollout, where)
+        totals.append(Failure(reason) if reason else math.fsum(number for number, _ in pairs))
+        numbers.append([0.0 if reason else number for number, _ in pairs])
+    tokens_BR = on_turns(numbers, rollout, where, turns)
     settled = settle(totals, rollout, where, fallback)
     failed_B = torch.tensor([isinstance(total, Failure) for total in totals], dtype=torch.bool, device=rollout.device)
     return replace(settled, tokens_BR=torch.where(failed_B[:, None], on_last_action(settled.total_B, rollout), tokens_BR))

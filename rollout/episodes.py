@@ -72,7 +72,7 @@ class Episode:
     def rewards(self) -> list[float] | None:
         """What each turn earned, the whole's on the last one; None where the environment gives none."""
         given = [turn.reward for turn in self.turns]
-        if self.reward is None and all(reward is None for reward in given):
+        if not given or (self.reward is None and all(reward is None for reward in given)):
             return None
         rewards = [reward or 0.0 for reward in given]
         rewards[-1] += self.reward or 0.0

@@ -27,6 +27,9 @@ from steerl.rollout.dumps.dump import dump, left_to_do
 from steerl.rollout.dumps.manifest import RECORDS, Manifest, Plan, load_manifest, start
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.sampler import sampler_of
+from steerl.rollout.environments.environment import environment_of
+from steerl.rollout.environments.sampler import EpisodeSampler
+from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering import Steering, load_spec
@@ -41,6 +44,8 @@ class DumpJob:
     prompts: PromptSettings = field(default_factory=PromptSettings)
     sampling: Sampling = field(default_factory=Sampling)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    environment: EnvironmentSettings = field(default_factory=EnvironmentSettings)
+    """What the policy talks to between its turns; nothing, where it has one."""
     steering: dict[str, object] | str | None = field(default=None, metadata={"check": load_spec})
     """An intervention's mapping, or the path of a YAML that holds it."""
     run: RunSettings = field(default_factory=RunSettings)
@@ -61,9 +66,16 @@ def main(job: DumpJob) -> None:
 def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
     me = processes.start()
     policy = load_policy(job.model, me.device)
-    prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
+    environment = ending.enter_context(environment_of(job.environment, policy))
+    new = job.environment.response(job.sampling.max_new_tokens)
+    prompts = load_prompts(job.prompts, policy, new)
+    if environment is not None:
+        environment.check(prompts)
     steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed) if job.steering else None
-    sampler = ending.enter_context(sampler_of(policy, job.sampling, steering, job.engine, folder, prompts.most))
+    bounded = prompts.most is not None and (environment is None or job.environment.max_tokens)
+    longest = (prompts.most or 0) + new if bounded else None
+    drawn = ending.enter_context(sampler_of(policy, job.sampling, steering, job.engine, folder, longest))
+    sampler = drawn if environment is None else EpisodeSampler(drawn, environment)
     warn_endless(policy, job.sampling, prompts.table[0][prompts.column])
     plan = Plan.of(len(prompts), job.sampling.n, job.sampling.batch_size, job.run.save_every)
 
@@ -73,6 +85,7 @@ def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
             "model.tokenizer": tokenizer_fingerprint(policy.tokenizer),
             "prompts.path": values_fingerprint(prompts.table[row] for row in range(len(prompts))),
             "steering": steering.label if steering else "",
+            **({} if environment is None else {"environment": job.environment.content()}),
         }
         begin(folder, job.run)
         begun = start(folder, plan, dataclasses.asdict(job), made_from, versions=versions(), world_size=me.world_size)

@@ -78,7 +78,7 @@ def main(job: ServeJob) -> None:
         raise UserError(*wrong)
     import uvicorn
 
-    from steerl.reward.kinds.http_server import Limits, make_app, uvicorn_config
+    from steerl.reward.jobs.http_server import Limits, make_app, uvicorn_config
 
     reward = build_reward(job.reward, device=me.device)
     check_order(reward)

@@ -24,6 +24,7 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.run_folder import RunSettings, check_folder
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model.adapters import is_adapter_folder
 from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
@@ -47,6 +48,8 @@ class PPOJob:
     """How rollouts are drawn."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     """What draws them."""
+    environment: EnvironmentSettings = field(default_factory=EnvironmentSettings)
+    """What the policy talks to between its turns; nothing, where it has one."""
     steering: dict[str, object] | str | None = field(default=None, metadata={"check": load_spec})
     """What is done to activations while sampling and learning: a mapping, or the path of a YAML file with it."""
     reward: list[dict[str, object]] = field(default_factory=list, metadata={"check": read_terms})
@@ -63,16 +66,18 @@ def main(job: PPOJob) -> None:
     torch.manual_seed(job.run.seed)  # fresh adapters
     policy = with_peft(load_policy(learnable(job.model), processes.start().device), job.model.peft)
     folder = Path(job.run.dir)
-    heldout = load_prompts(job.heldout, policy, job.sampling.max_new_tokens) if job.heldout.path else None
+    new = job.environment.response(job.sampling.max_new_tokens)
+    heldout = load_prompts(job.heldout, policy, new) if job.heldout.path else None
     summary = train(
         policy,
-        load_prompts(job.prompts, policy, job.sampling.max_new_tokens),
+        load_prompts(job.prompts, policy, new),
         build_reward(job.reward, policy=policy, device=policy.device),
         job.sampling,
         job.ppo,
         job.run,
         steering=load_spec(job.steering) if job.steering else None,
         engine=job.engine,
+        environment=job.environment,
         heldout=heldout,
         config=config,
     )

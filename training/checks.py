@@ -12,6 +12,7 @@ from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import warn_endless
 from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
@@ -29,6 +30,7 @@ def check_job(
     ppo: PPOSettings,
     steering: SteeringSpec | None = None,
     engine: EngineSettings | None = None,
+    environment: EnvironmentSettings | None = None,
 ) -> None:
     """Raise a UserError with a line for everything in the job that does not fit together."""
     problems: list[str] = []
@@ -52,6 +54,7 @@ def check_job(
         problems += float16_problems(policy.model)
     problems += sampling_problems(sampling, ppo, steering)
     problems += engine_problems(engine or EngineSettings(), ppo, steering)
+    problems += environment_problems(environment or EnvironmentSettings(), engine or EngineSettings(), ppo)
     if ppo.kl_target is not None and _unweighed(sampling, ppo, steering):
         problems.append(
             "ppo.kl_target: with a correction of type none the KL that is measured is the sampler's, not the policy's; "
@@ -96,6 +99,18 @@ def engine_problems(engine: EngineSettings, ppo: PPOSettings, steering: Steering
             "gone by then; set it to 0"
         ]
     return []
+
+
+def environment_problems(environment: EnvironmentSettings, engine: EngineSettings, ppo: PPOSettings) -> list[str]:
+    """What does not go together with episodes."""
+    if not environment.given:
+        return []
+    problems = []
+    if ppo.replay:
+        problems.append("environment: has no effect with ppo.replay, whose episodes were played already; leave it out")
+    if engine.ahead:
+        problems.append("engine.ahead: 1, but episodes are not played ahead of learning; set it to 0")
+    return problems
 
 
 def float16_problems(model: nn.Module) -> list[str]:

@@ -38,6 +38,8 @@ from steerl.rollout.common.run_folder import RunSettings, begin, opened
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.source import RolloutSource
+from steerl.rollout.environments.environment import environment_of
+from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import SteeringSpec
@@ -64,6 +66,7 @@ def train(
     *,
     steering: SteeringSpec | None = None,
     engine: EngineSettings | None = None,
+    environment: EnvironmentSettings | None = None,
     source: RolloutSource | None = None,
     heldout: Prompts | None = None,
     config: Mapping[str, Any] | None = None,
@@ -75,14 +78,19 @@ def train(
     with contextlib.ExitStack() as ending:
         if source is not None:
             check_source(source, settings, engine, ending)
-        check_job(policy, prompts, sampling, settings, steering, engine)
+        check_job(policy, prompts, sampling, settings, steering, engine, environment)
         settings = with_correction(settings, steering, engine.ahead if engine is not None else 0)
         config = config or {}
         folder, stop = ending.enter_context(opened(run, config)), ending.enter_context(processes.stop_signal())
         if (summary := resume.finished_summary(folder, settings, config, run)) is not None:
             return summary
         made_from = processes.on_main(lambda: resume.made_from(policy, prompts, heldout, reward, settings))
-        parts = prepare(policy, reward, sampling, settings, run, steering, engine, longest(prompts, heldout, sampling))
+        played = ending.enter_context(environment_of(environment, policy))
+        if played is not None:
+            processes.on_main(lambda: played.check(prompts))
+            made_from["environment"] = played.settings.content()
+        most = longest(prompts, heldout, sampling, environment)
+        parts = prepare(policy, reward, sampling, settings, run, steering, engine, most, played)
         if parts.server is not None:
             ending.callback(parts.server.close)
         model, reference, state = parts.actor_critic, parts.reference, parts.state

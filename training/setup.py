@@ -21,6 +21,9 @@ from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.source import CheckedSource, PromptSource, RolloutSource
 from steerl.rollout.engines.vllm.engine import LOG, VllmEngine
 from steerl.rollout.engines.vllm.sampler import ServerSampler
+from steerl.rollout.environments.environment import Environment
+from steerl.rollout.environments.sampler import EpisodeSampler
+from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model import adapters, virtual_tokens
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Value = TypeVar("Value")
+Draws = EngineSampler | EpisodeSampler | ServerSampler
 _EVALUATION_SEED = 0x6576616C
 """Added to sampling.seed: an evaluation draws other numbers than the step that it belongs to."""
 
@@ -54,9 +58,9 @@ class Components:
     policy: Policy
     actor_critic: ActorCritic
     reference: Reference | None
-    sampler: EngineSampler | ServerSampler
+    sampler: Draws
     """What draws the training's rows where nothing else does."""
-    evaluation_sampler: EngineSampler | ServerSampler
+    evaluation_sampler: Draws
     server: VllmEngine | None
     """What draws for both, where that is a server."""
     steering: Steering | None
@@ -72,6 +76,7 @@ def prepare(
     steering_spec: SteeringSpec | None = None,
     engine_settings: EngineSettings | None = None,
     longest: int | None = None,
+    environment: Environment | None = None,
 ) -> Components:
     """Build the components of a run. Copies of the policy are taken before steering is attached to it. `longest`: tokens of the
     longest prompt with its response, where that is known."""
@@ -106,10 +111,13 @@ def prepare(
             inside=lambda call: actor_critic.inside(lambda: _autocast(accelerator, call)),
         )
 
-    def sampler(how: Sampling, steered: Steering | None) -> EngineSampler | ServerSampler:
+    def sampler(how: Sampling, steered: Steering | None) -> Draws:
         if server is not None:
-            return ServerSampler(server, how, steered)
-        return EngineSampler(Sampler(policy, how, steered, engine_settings), accelerator, actor_critic, settings.gather)
+            asked = ServerSampler(server, how, steered)
+            return asked if environment is None else EpisodeSampler(asked, environment)
+        inner = Sampler(policy, how, steered, engine_settings)
+        played = inner if environment is None else EpisodeSampler(inner, environment)
+        return EngineSampler(played, accelerator, actor_critic, settings.gather)
 
     evaluation = dataclasses.replace(sampling, n=1, seed=sampling.seed + _EVALUATION_SEED)
     controller = (
@@ -132,11 +140,18 @@ def prepare(
     )
 
 
-def longest(prompts: Prompts, heldout: Prompts | None, sampling: Sampling) -> int | None:
+def longest(
+    prompts: Prompts, heldout: Prompts | None, sampling: Sampling, environment: EnvironmentSettings | None
+) -> int | None:
     """Most tokens of a prompt with its response; None where neither settings nor the model bound them."""
+    response = sampling.max_new_tokens
+    if environment is not None and environment.given:
+        if not environment.max_tokens:
+            return None
+        response = environment.max_tokens
     of_sources = [getattr(source, "most", None) for source in (prompts, heldout) if source is not None]
     most = [count for count in of_sources if count is not None]
-    return max(most) + sampling.max_new_tokens if most and len(most) == len(of_sources) else None
+    return max(most) + response if most and len(most) == len(of_sources) else None
 
 
 def _autocast(accelerator: Accelerator, call: Callable[[], Value]) -> Value:

@@ -5,9 +5,9 @@
 
 Either may give TurnRewards (what each of the policy's turns earned), and may be asynchronous. A function gets the columns that
 it names, and everything if it takes **kwargs. Where the prompts are conversations, completions are `[{"role": "assistant",
-"content": ...}]`. As TRL's, it may ask for `log_metric(name, number)`, whose mean over all calls and ranks is the metric
-reward/<part>/<name>, and for `log_extra(column, values)`, one value per row, which rows of samples.jsonl show as
-extra/<part>/<column>.
+"content": ...}]`; of an episode all messages that follow the prompt, tool calls and results too. As TRL's, it may ask for
+`log_metric(name, number)`, whose mean over all calls and ranks is the metric reward/<part>/<name>, and for
+`log_extra(column, values)`, one value per row, which rows of samples.jsonl show as extra/<part>/<column>.
 
     in this process (the default) ---- raises? rows one by one, to name the row ---- fallback, or a UserError
     `timeout` set: a process of its own, killed when the time is over ---- rows one by one, each with that time
@@ -25,12 +25,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from steerl.reward.kinds.loading import LOGS, CallResult, load_function
-from steerl.reward.kinds.worker import Overdue, Worker, WorkerFailed
+from steerl.reward.kinds.worker import Worker, WorkerFailed
 from steerl.reward.types import (
     SECONDS,
     Failure,
@@ -42,11 +43,13 @@ from steerl.reward.types import (
     refuse_rewards_of_fed,
     settle,
     settle_turns,
+    turns_of,
 )
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.common.fingerprint import SHORT, sha256_file
 from steerl.rollout.common.settings_reader import Checked, within
+from steerl.rollout.common.worker import Overdue
 from steerl.rollout.prompts.chat import is_conversation
 from steerl.rollout.types import Rollout, Texts
 
@@ -142,13 +145,13 @@ class FunctionReward:
         with _warn_if_slow(self.where):
             result = self._attempt(rollout, texts)
             if not isinstance(result, Failure):
-                return self._scores(result, rollout)
+                return self._scores(result, rollout, texts)
             rows = (
                 [self._attempt(rollout.select([i]), texts.select([i])) for i in range(len(rollout))]
                 if len(rollout) > 1
                 else [result]
             )
-        return self._join(rows, result, rollout)
+        return self._join(rows, result, rollout, texts)
 
     def _attempt(self, rollout: Rollout, texts: Texts) -> CallResult | Failure:
         """What the function gives, or the Failure that it raised or took too long."""
@@ -176,12 +179,12 @@ class FunctionReward:
         with _warn_if_slow(self.where):
             result = await self._attempt_async(rollout, texts)
             if not isinstance(result, Failure):
-                return self._scores(result, rollout)
+                return self._scores(result, rollout, texts)
             rows: Sequence[CallResult | Failure] = [result]
             if len(rollout) > 1:
                 singles = (self._attempt_async(rollout.select([i]), texts.select([i])) for i in range(len(rollout)))
                 rows = await asyncio.gather(*singles)
-        return self._join(rows, result, rollout)
+        return self._join(rows, result, rollout, texts)
 
     async def _attempt_async(self, rollout: Rollout, texts: Texts) -> CallResult | Failure:
         try:
@@ -219,17 +222,17 @@ class FunctionReward:
             )
         return {name: value for name, value in offered.items() if self.signature.takes is None or name in self.signature.takes}
 
-    def _scores(self, call: CallResult, rollout: Rollout) -> Scores:
+    def _scores(self, call: CallResult, rollout: Rollout, texts: Texts) -> Scores:
         for column, values in call.extra.items():
             if len(values) != len(rollout):
                 found = f"{len(values)} values" if len(values) <= len(rollout) else "more values than rows"
                 raise UserError(f"{self.where}: log_extra({column!r}) got {found} for {len(rollout)} rows; give one per row")
-        scores = self._settled(call.result, rollout)
+        scores = self._settled(call.result, rollout, texts)
         return replace(scores, metrics={**scores.metrics, **call.metrics}, extra={**scores.extra, **call.extra})
 
-    def _settled(self, result: object, rollout: Rollout) -> Scores:
+    def _settled(self, result: object, rollout: Rollout, texts: Texts) -> Scores:
         if isinstance(result, TurnRewards):
-            return settle_turns(result, rollout, self.where, self.settings.fallback)
+            return settle_turns(result, rollout, self.where, self.settings.fallback, turns_of(rollout, texts))
         if not isinstance(result, Scores):
             return settle(_listed(result, self.where), rollout, self.where, self.settings.fallback)
         totals_B = result.total_B
@@ -249,14 +252,14 @@ class FunctionReward:
             tokens_BR = torch.where(failed_B[:, None], on_last_action(settled.total_B, rollout), tokens_BR)
         return replace(result, total_B=settled.total_B, tokens_BR=tokens_BR, fallbacks=settled.fallbacks)
 
-    def _join(self, rows: Sequence[Any], whole: Failure, rollout: Rollout) -> Scores:
+    def _join(self, rows: Sequence[Any], whole: Failure, rollout: Rollout, texts: Texts) -> Scores:
         """The scores of rows that were tried one by one, after the call with all of them failed."""
         if not any(isinstance(row, Failure) for row in rows):
             logger.warning("%s: failed with all %d rows together (%s), not with any alone", self.where, len(rows), whole.reason)
         values: list[object] = []
         tokens_by_row: list[torch.Tensor | None] = []
         for index, row in enumerate(rows):
-            found = row if isinstance(row, Failure) else self._scores(row, rollout.select([index]))
+            found = row if isinstance(row, Failure) else self._scores(row, rollout.select([index]), texts.select([index]))
             values.append(found if isinstance(found, Failure) else None if found.total_B.isnan() else found.total_B.item())
             tokens_by_row.append(None if isinstance(found, Failure) else found.tokens_BR)
         settled = replace(settle(values, rollout, self.where, self.settings.fallback), **_logs_of(rows))
@@ -277,20 +280,27 @@ def _logs_of(rows: Sequence[CallResult | Failure]) -> dict[str, Any]:
 
 
 def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, object]:
-    """The keyword arguments that TRL's trainers hand to a reward function, and prompt_ids, ended, action_mask and turns.
+    """The keyword arguments that TRL's trainers hand to a reward function, and prompt_ids, ended, action_mask and turns; of
+    rows with an environment `episodes` too.
 
-    As in TRL, completion_ids hold a tool's result too; action_mask, as long, says which of them the policy drew."""
-    completion_ids = rollout.response_ids
-    completions: list[object] = [
-        [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
-        for prompt, text in zip(texts.prompts, texts.completions, strict=True)
-    ]
+    As in TRL, completion_ids hold a tool's result too; action_mask, as long, says which of them the policy drew. `environments`
+    have what the environments left as attributes."""
+    completion_ids, episodes = rollout.response_ids, texts.episodes
+    completions: list[object] = list(texts.completions)
+    for row, prompt in enumerate(texts.prompts):
+        if is_conversation(prompt):
+            answer = {"role": "assistant", "content": texts.completions[row]}
+            completions[row] = [answer] if episodes is None else episodes[row].messages
+    outside: dict[str, object] = {}
+    if episodes is not None:
+        outside = {"episodes": episodes, "environments": [SimpleNamespace(**episode.state) for episode in episodes]}
     return {
         "prompt_ids": rollout.prompt_ids,
         "ended": rollout.ended_B.tolist(),
         "action_mask": [row[: len(ids)] for row, ids in zip(rollout.action_mask_BR.tolist(), completion_ids, strict=True)],
-        "turns": rollout.turns,
+        "turns": turns_of(rollout, texts),
         **{name: column for name, column in texts.columns.items() if name.isidentifier()},
+        **outside,
         "prompts": texts.prompts,
         "completions": completions,
         "completion_ids": completion_ids,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from steerl.reward.kinds.model import Member, Output, chosen, content_of, load_member
-from steerl.reward.types import Scores
+from steerl.reward.types import Scores, turns_of
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.settings_reader import Checked, within
@@ -70,7 +70,7 @@ class ProcessReward:
     def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
         if not len(rollout):
             return Scores(torch.zeros(0))
-        if not rollout.actions_B.all():
+        if not rollout.actions_B.all() and texts.episodes is None:
             empty = int((rollout.actions_B == 0).nonzero()[0])
             raise UserError(
                 f"{self.where}: {row_name(rollout, empty)} has no sampled ids, and a process reward is given by token"
@@ -84,7 +84,10 @@ class ProcessReward:
         assert rows.responses is not None
         tokens_BR = torch.zeros(rollout.response_BR.shape)
         total_B = torch.zeros(len(rollout))
-        for i, (logits_SL, turns) in enumerate(zip(self.member.classifier.per_token(rows), rollout.turns, strict=True)):
+        logits = self.member.classifier.per_token(rows)
+        for i, (logits_SL, turns) in enumerate(zip(logits, turns_of(rollout, texts), strict=True)):
+            if not turns:  # its environment was lost before the first one
+                continue
             values_R = chosen(logits_SL[rows.responses[i] :], self.member.label, self.settings.output)
             if not values_R.isfinite().all():
                 raise UserError(f"{self.where}: {row_name(rollout, i)} has a value that is not finite; try dtype: float32")

@@ -45,7 +45,7 @@ def plain_generate(
     config = ClosedGenerationConfig.of(
         policy.pad_id,
         policy.start_ids,
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=inputs.uniforms_BR.shape[1],
         do_sample=not sampling.greedy,
         eos_token_id=stops.all_ids or None,
         use_cache=caching,

@@ -47,6 +47,8 @@ class DecodeInputs:
     """The ids before the response that `Stops` needs."""
     names: list[str]
     """Who a row is, in error messages."""
+    limits_B: Tensor | None = None
+    """Most tokens of each row, where they differ."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,8 @@ class DecodeLoop:
             by_string = going[torch.tensor(hit, dtype=torch.bool, device=going.device)]
             alive.by_string[by_string] = True
             ended_A[by_string] = True
+        if self.inputs.limits_B is not None:
+            ended_A = ended_A | (alive.length >= self.inputs.limits_B[alive.place])
         alive.ended = ended_A
         left, bad = torch.stack([(~ended_A).sum(), bad_A.sum()]).tolist()  # waits for the device, as `listed` does
         if bad:
@@ -240,11 +244,12 @@ class DecodedRows:
         tokens, behaviour, policy, entropy = (
             table[:, :width].masked_fill(beyond_BR, 0) for table in (self.tokens, self.behaviour, self.policy, self.entropy)
         )
+        stop_B = torch.where(self.by_string, STOP_USER, torch.where(self.ended, stops.by_id(last), STOP_LENGTH))
         return Responses(
             response_BR=tokens,
             lengths_B=self.length,
-            ended_B=self.ended,
-            stop_B=torch.where(self.by_string, STOP_USER, torch.where(self.ended, stops.by_id(last), STOP_LENGTH)),
+            ended_B=stop_B != STOP_LENGTH,
+            stop_B=stop_B,
             behaviour_logprobs_BR=behaviour,
             policy_logprobs_BR=policy,
             entropy_BR=entropy,

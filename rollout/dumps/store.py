@@ -35,6 +35,7 @@ from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import written_aside
 from steerl.rollout.dumps.manifest import Plan, Record, finished_shards, write_record
+from steerl.rollout.episodes import Episode
 from steerl.rollout.ragged import Kept
 from steerl.rollout.ragged import table as table_of
 from steerl.rollout.types import STOP_REASONS, Rollout, Samples, Texts
@@ -47,7 +48,7 @@ METADATA = b"steerl"
 SCHEMA = 2
 ADDED = ("action_mask", "steering_strengths", "turns")
 """Columns that a file of schema 1 lacks: all of its tokens were drawn, and it knows its first steering site alone."""
-OPTIONAL = ("kept", "steering_positions")
+OPTIONAL = ("kept", "steering_positions", "episode")
 """Columns that are there where a row has something to say in them."""
 
 
@@ -79,6 +80,7 @@ def schema() -> pa.Schema:
             ("steering_strengths", numbers),
             ("steering_positions", pa.list_(pa.list_(pa.int64()))),
             ("kept", pa.list_(ids)),
+            ("episode", pa.string()),
         ]
     )
 
@@ -134,6 +136,9 @@ def to_table(rollout: Rollout, texts: Texts) -> pa.Table:
     if rollout.kept is not None:
         assert not rollout.kept.counts_BR[~extent_BR].any()  # its ids lie one after another
         columns["kept"] = cut(cut(rollout.kept.ids, rollout.kept.counts_BR[extent_BR]), rollout.lengths_B)
+    if texts.episodes is not None:
+        # ASCII: what a policy writes into a call may hold half of a surrogate pair, which UTF-8 cannot.
+        columns["episode"] = pa.array([json.dumps(episode.as_json()) for episode in texts.episodes], pa.string())
     shared = {
         "schema": SCHEMA,
         "temperature": rollout.temperature,
@@ -219,11 +224,13 @@ def _from_rows(table: pa.Table, shared: dict[str, Any], greedy: bool, steering: 
     )
     others = [json.loads(text) for text in table.column("columns").to_pylist()]
     names = dict.fromkeys(name for other in others for name in other)
+    told = there["episode"].to_pylist() if "episode" in there else None
     texts = Texts(
         prompts=[json.loads(text) for text in table.column("prompt").to_pylist()],
         prompt_texts=table.column("prompt_text").to_pylist(),
         completions=table.column("response_text").to_pylist(),
         columns={name: [other.get(name) for other in others] for name in names},
+        episodes=None if told is None else [Episode.of_json(json.loads(text)) for text in told],
     )
     assert len(texts) == rows
     return Samples(rollout, texts)

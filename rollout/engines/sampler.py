@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from steerl.rollout.decoding.generate import plain_generate
 from steerl.rollout.decoding.loop import DecodeInputs, DecodeLoop, OnToken, Responses
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import Stops
+from steerl.rollout.engines.contexts import Contexts
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.capabilities import Capabilities
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
@@ -73,28 +74,36 @@ class Sampler:
         `on_token(t, row_B, tokens_B, raw logits_BV)` is told of every token as it is drawn, for streams of text.
         `progress` (0 to 1 over a run) is what a steering schedule reads. Every rank calls this equally often.
         """
-        rollouts: list[Rollout] = []
-        with no_dropout(self.policy.core), torch.no_grad(), root_gathered(self.policy.model):
+        with self.ready():
             self.check(batch)
-            capabilities = self.policy.capabilities  # here, where every rank comes: seeing them takes forward passes
-            order = [(i, j) for i in range(len(batch)) for j in range(self.sampling.n)]
-            parts = list(self._parts(batch, order, capabilities))
-            call = _Call(step, progress, needs_sync(self.policy.model), on_token)
-            if self.engine.kind == "generate" and call.synced:
-                raise UserError("engine.kind: generate does not decode with weights that are spread over ranks; use stream")
-            if self.engine.kind == "generate" and on_token is not None:
-                raise UserError("engine.kind: generate shows no token before all are drawn; use stream")
-            for k in range(processes.most(len(parts)) if call.synced else len(parts)):
-                if k < len(parts):
-                    rollouts.append(self._part(batch, [order[at] for at in parts[k]], call))
-                else:  # a rank that is done takes part in the others' collective calls
-                    self._part(_dummy(self.policy), [(0, 0)], dataclasses.replace(call, on_token=None, idle=True))
-        if not rollouts:
-            nothing = self.nothing(call.step)
-            return Samples(nothing, self.texts(batch, nothing))
-        at = torch.tensor([at for part in parts for at in part], device=self.policy.device)
-        rollout = Rollout.join(rollouts).select(at.argsort())
+            rollout = self.turns(Contexts.of(batch, self.sampling), step=step, progress=progress, on_token=on_token)
         return Samples(rollout, self.texts(batch, rollout))
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Inside, `turns` may be called."""
+        with no_dropout(self.policy.core), torch.no_grad(), root_gathered(self.policy.model):
+            yield
+
+    def turns(self, contexts: Contexts, *, step: int = 0, progress: float = 0.0, on_token: OnToken | None = None) -> Rollout:
+        """The next turn of each context, whose ids are the rollout's prompts. Every rank calls this equally often."""
+        rollouts: list[Rollout] = []
+        capabilities = self.policy.capabilities  # here, where every rank comes: seeing them takes forward passes
+        parts = list(self._parts(contexts, capabilities))
+        call = _Call(step, progress, needs_sync(self.policy.model), on_token)
+        if self.engine.kind == "generate" and call.synced:
+            raise UserError("engine.kind: generate does not decode with weights that are spread over ranks; use stream")
+        if self.engine.kind == "generate" and on_token is not None:
+            raise UserError("engine.kind: generate shows no token before all are drawn; use stream")
+        for k in range(processes.most(len(parts)) if call.synced else len(parts)):
+            if k < len(parts):
+                rollouts.append(self._part(contexts.select(parts[k]), call))
+            else:  # a rank that is done takes part in the others' collective calls
+                self._part(self._dummy(), dataclasses.replace(call, on_token=None, idle=True))
+        if not rollouts:
+            return self.nothing(call.step)
+        at = torch.tensor([at for part in parts for at in part], device=self.policy.device)
+        return Rollout.join(rollouts).select(at.argsort())
 
     draw = sample
     """As a source of rollouts (source.py)."""
@@ -111,9 +120,9 @@ class Sampler:
         completions = [self.stops.text(ids, prompt) for ids, prompt in zip(rollout.response_ids, many.ids, strict=True)]
         return Texts(prompts=many.prompts, prompt_texts=many.prompt_texts, completions=completions, columns=many.columns)
 
-    def check(self, batch: PromptBatch) -> None:
-        """Ids in range, and room for prompt and response; one line for the first row that does not fit."""
-        policy, new = self.policy, self.sampling.max_new_tokens
+    def check(self, batch: PromptBatch, new: int | None = None) -> None:
+        """Ids in range, and room for prompt and response (`new` tokens); one line for the first row that does not fit."""
+        policy, new = self.policy, self.sampling.max_new_tokens if new is None else new
         if policy.decoder_context is not None and len(policy.start_ids) + new > policy.decoder_context:
             raise UserError(
                 f"sampling.max_new_tokens: {new} does not fit the decoder's context of {policy.decoder_context}; set less"
@@ -140,70 +149,83 @@ class Sampler:
                     f"set prompts.max_tokens to {prompt} or sampling.max_new_tokens to {left}"
                 )
 
-    def _parts(self, batch: PromptBatch, order: list[tuple[int, int]], capabilities: Capabilities) -> Iterator[list[int]]:
-        """Places in `order` that are decoded together: like lengths, or one length where the model takes no padding."""
-        by_length = sorted(range(len(order)), key=lambda at: -len(batch.ids[order[at][0]]))
-        kinds: dict[int, list[int]] = {}
-        for at in by_length:
-            length = len(batch.ids[order[at][0]])
-            kinds.setdefault(int(capabilities.is_long(length)) if capabilities.padding else length, []).append(at)
-        most, budget, new = self.sampling.batch_size, self.sampling.batch_tokens, self.sampling.max_new_tokens
+    def room(self, length: int) -> int | None:
+        """Tokens that may follow a prompt of this length; None: any number."""
+        context, switch = self.policy.token_budget, self.policy.capabilities.boundary
+        ends = [end for end in (context, switch if switch is not None and length <= switch else None) if end is not None]
+        return min(ends) - length if ends else None
+
+    def _parts(self, contexts: Contexts, capabilities: Capabilities) -> Iterator[list[int]]:
+        """Places in `contexts` that are decoded together: like lengths, or one length where the model takes no padding."""
+        lengths = [len(ids) for ids in contexts.ids]
+        kinds: dict[tuple[int, int], list[int]] = {}
+        for at in sorted(range(len(contexts)), key=lambda at: -lengths[at]):
+            same = int(capabilities.is_long(lengths[at])) if capabilities.padding else lengths[at]
+            # plain generate has one limit for all rows of a call
+            kinds.setdefault((same, contexts.limits[at] if self.engine.kind == "generate" else 0), []).append(at)
+        most, budget = self.sampling.batch_size, self.sampling.batch_tokens
         for group in kinds.values():
-            start = 0
+            start, new = 0, max(contexts.limits[at] for at in group)
             while start < len(group):
                 # Longest first, so the first row of a part says what every row of it takes up.
-                widest = len(batch.ids[order[group[start]][0]]) + new
+                widest = lengths[group[start]] + new
                 size = min(most, max(1, budget // widest)) if budget else most
                 yield group[start : start + size]
                 start += size
 
-    def _part(self, batch: PromptBatch, pairs: Sequence[tuple[int, int]], call: _Call) -> Rollout:
+    def _part(self, contexts: Contexts, call: _Call) -> Rollout:
         """One batch through generate."""
         capabilities = self.policy.capabilities
         # A stream is not told twice: it has the safe way from the start.
-        own = len(self.policy.start_ids) or max(len(batch.ids[i]) for i, _ in pairs)
-        caches = capabilities.caches(own + self.sampling.max_new_tokens)
-        rollout = self._decode(batch, pairs, call, caches and (capabilities.pads_in_text or call.on_token is None))
-        if capabilities.pads_in_text or call.on_token is not None:
+        own = len(self.policy.start_ids) or max(map(len, contexts.ids))
+        caches = capabilities.caches(own + contexts.width)
+        # A model that counts positions by comparing with pad decodes on from a pad as no whole pass would.
+        padded = contexts.turns is not None and any(self.policy.pad_id in ids for ids in contexts.ids)
+        safe = capabilities.pads_in_text or not (padded or call.on_token is not None)
+        rollout = self._decode(contexts, call, caches and safe)
+        if capabilities.pads_in_text or padded or call.on_token is not None:
             return rollout
-        # A model that counts positions by comparing with pad decodes on from a drawn pad as no whole pass would: such
-        # rows are drawn again without the cache, where each step is a whole pass. Rare, and the same up to the pad.
+        # From a drawn pad, too: such rows are drawn again without the cache, where each step is a whole pass. Rare, and the
+        # same up to the pad.
         drawn_BR = (rollout.response_BR[:, :-1] == self.policy.pad_id) & rollout.extent_BR[:, 1:]
         rows = drawn_BR.any(1).nonzero()[:, 0]
         again = len(rows) > 0
         if not (processes.most(int(again)) if call.synced else again):
             return rollout
-        redo, redo_pairs = (batch, [pairs[int(b)] for b in rows]) if again else (_dummy(self.policy), [(0, 0)])
-        other = self._decode(redo, redo_pairs, call if again else dataclasses.replace(call, idle=True), caching=False)
+        redo = contexts.select(rows.tolist()) if again else self._dummy()
+        other = self._decode(redo, call if again else dataclasses.replace(call, idle=True), caching=False)
         if not again:
             return rollout
         place = torch.arange(len(rollout), device=rollout.device)
         place[rows] = len(rollout) + torch.arange(len(rows), device=rollout.device)
         return Rollout.join([rollout, other]).select(place).trim()
 
-    def _decode(self, batch: PromptBatch, pairs: Sequence[tuple[int, int]], call: _Call, caching: bool) -> Rollout:
+    def _dummy(self) -> Contexts:
+        return Contexts([[self.policy.pad_id]], [-1], [0], [self.sampling.max_new_tokens], prompts=[0])
+
+    def _decode(self, contexts: Contexts, call: _Call, caching: bool) -> Rollout:
         policy, sampling, device = self.policy, self.sampling, self.policy.device
-        row_B = torch.tensor([batch.rows[i] for i, _ in pairs], device=device)
-        sample_B = torch.tensor([batch.sample(i, j, sampling.n) for i, j in pairs], device=device)
-        prompt_BP, mask_BP = left_pad([batch.ids[i] for i, _ in pairs], policy.pad_id, device)
-        columns = {name: [column[i] for i, _ in pairs] for name, column in batch.columns.items()}
-        token_R = torch.arange(sampling.max_new_tokens, device=device)
-        start_BK = torch.ones(len(pairs), len(policy.start_ids), dtype=torch.bool, device=device)
+        row_B = torch.tensor(contexts.rows, device=device)
+        sample_B = torch.tensor(contexts.samples, device=device)
+        prompt_BP, mask_BP = left_pad(contexts.ids, policy.pad_id, device)
+        start_BK = torch.ones(len(contexts), len(policy.start_ids), dtype=torch.bool, device=device)
+        limits = contexts.limits
         inputs = DecodeInputs(
             row_B=row_B,
-            uniforms_BR=uniforms(sampling.seed, call.step, row_B, sample_B, token_R),
+            uniforms_BR=uniforms(sampling.seed, call.step, row_B, sample_B, contexts.places(device)),
             real_BL=start_BK if policy.is_seq2seq else mask_BP,
-            before=[self.stops.before(batch.ids[i]) for i, _ in pairs],
-            names=[f"row {batch.rows[i]} (sample {j})" for i, j in pairs],
+            before=[self.stops.before(ids) for ids in contexts.ids],
+            names=[f"row {row} (sample {j})" for row, j in zip(contexts.rows, contexts.samples, strict=True)],
+            limits_B=torch.tensor(limits, device=device) if min(limits) < max(limits) else None,
         )
         given_BP = encoder_input(prompt_BP, mask_BP) if policy.is_seq2seq else (prompt_BP, mask_BP)
         self.stops.to(device)
-        applied, steered = self._steering(given_BP[1], row_B, sample_B, columns, call)
+        applied, steered = self._steering(given_BP[1], row_B, sample_B, contexts, call)
         if self.engine.kind == "generate":
             with steered:
                 responses = plain_generate(policy, self.distribution, self.stops, inputs, *given_BP, caching=caching)
         else:
-            responses = self._stream(inputs, *given_BP, [i for i, _ in pairs], steered, call, caching)
+            responses = self._stream(inputs, *given_BP, contexts, steered, call, caching)
         rollout = Rollout(
             prompt_BP=prompt_BP,
             prompt_mask_BP=mask_BP,
@@ -230,26 +252,25 @@ class Sampler:
         inputs: DecodeInputs,
         prompt_BP: Tensor,
         mask_BP: Tensor,
-        prompts: list[int],
+        contexts: Contexts,
         steered: contextlib.AbstractContextManager[Any],
         call: _Call,
         caching: bool,
     ) -> Responses:
-        """Through the decode loop. `prompts` says which rows have one prompt: one prefill is for all of them; with steering
-        each row has its own."""
-        policy, rows, unique = self.policy, len(prompts), list(dict.fromkeys(prompts))
+        """Through the decode loop. One prefill is for all rows of one prompt; with steering each row has its own."""
+        policy, rows = self.policy, len(contexts)
+        prompts = list(range(rows)) if contexts.prompts is None else contexts.prompts
+        unique = list(dict.fromkeys(prompts))
         shared = self.steering is None and len(unique) < rows and policy.capabilities.row_selection
         first = [prompts.index(prompt) for prompt in unique] if shared else list(range(rows))
         place = {prompt: k for k, prompt in enumerate(unique)}
         copies_B = torch.tensor([place[prompt] for prompt in prompts], device=policy.device) if shared else None
-        config = ClosedGenerationConfig.of(
-            policy.pad_id, policy.start_ids, max_new_tokens=self.sampling.max_new_tokens, use_cache=caching
-        )
+        config = ClosedGenerationConfig.of(policy.pad_id, policy.start_ids, max_new_tokens=contexts.width, use_cache=caching)
         compiles = self.sampling.compile and caching and compiled.fits(policy, call.synced, self.steering)
         with steered as active, contextlib.ExitStack() as stack:
             steps = None
             if compiles:
-                columns = prompt_BP.shape[1] + self.sampling.max_new_tokens
+                columns = prompt_BP.shape[1] + contexts.width
                 steps = stack.enter_context(compiled.compiled_steps(policy, rows, columns, self.steering, active))
             loop = DecodeLoop(
                 self.distribution,
@@ -276,22 +297,37 @@ class Sampler:
         }
 
     def _steering(
-        self, mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, columns: dict[str, list[Any]], call: _Call
+        self, mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, contexts: Contexts, call: _Call
     ) -> tuple[Applied, contextlib.AbstractContextManager[Any]]:
         """How each row is steered, as the record says it, and the block in which generation is."""
         if self.steering is None:
             return Applied.nothing(row_B, call.step), contextlib.nullcontext()
         start_width = max(len(self.policy.start_ids), 1)
-        if call.idle:
+        if contexts.applied is not None:
+            applied = contexts.applied
+        elif call.idle:
             applied = Applied.nothing(row_B, call.step, len(self.steering.sites))
         else:
-            applied = self.steering.applied(
-                mask_BP, row_B, sample_B, columns, progress=call.progress, policy_step=call.step, start_width=start_width
-            )
+            how: dict[str, Any] = {"progress": call.progress, "policy_step": call.step, "start_width": start_width}
+            applied = self.steering.applied(mask_BP, row_B, sample_B, contexts.columns, **how)
+        drawn_BP = contexts.drawn(mask_BP.device)
         steered = self.steering.active(
-            prompt_mask_BP=mask_BP, row_B=row_B, sample_B=sample_B, applied=applied, start_width=start_width
+            prompt_mask_BP=mask_BP,
+            row_B=row_B,
+            sample_B=sample_B,
+            applied=applied,
+            start_width=start_width,
+            **({} if drawn_BP is None else {"drawn_BP": drawn_BP}),
         )
         return applied, steered
+
+    def applied(self, contexts: Contexts, *, step: int, progress: float) -> Applied:
+        """How rows of a decoder that begin are to be steered."""
+        row_B, sample_B = (torch.tensor(ids, device=self.policy.device) for ids in (contexts.rows, contexts.samples))
+        if self.steering is None or not len(contexts):
+            return Applied.nothing(row_B.long(), step, 0 if self.steering is None else len(self.steering.sites))
+        _, mask_BP = left_pad(contexts.ids, self.policy.pad_id, self.policy.device)
+        return self.steering.applied(mask_BP, row_B, sample_B, contexts.columns, progress=progress, policy_step=step)
 
     def nothing(self, step: int) -> Rollout:
         """A rollout of no rows."""
@@ -300,7 +336,3 @@ class Sampler:
         entropy_BR = torch.zeros(0, 0, device=self.policy.device)
         record = self.record() | applied._asdict()
         return Rollout.of_ids([], [], device=self.policy.device, entropy_BR=entropy_BR, **record)
-
-
-def _dummy(policy: Policy) -> PromptBatch:
-    return PromptBatch.of_ids([[policy.pad_id]], rows=[-1])

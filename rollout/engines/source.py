@@ -145,12 +145,12 @@ def _check_tokens(rollout: Rollout, vocabulary: int, most: int) -> None:
         value_BR = getattr(rollout, name)
         bad_BR = ~(value_BR.isfinite() & (value_BR < 1e-3))  # a rounding above 0
         refuse(bad_BR & rollout.action_mask_BR, value_BR, name, "a log-prob is finite, and 0 or less")
-    longest = int(rollout.actions_B.amax()) if len(rollout) else 0
-    if longest > most:
-        row = int(rollout.actions_B.argmax())
+    longest = [max((end - first for first, end in turns), default=0) for turns in rollout.turns]
+    if longest and max(longest) > most:
+        row = longest.index(max(longest))
         raise UserError(
-            f"source: {row_name(rollout, row)} has {longest} actions, sampling.max_new_tokens is {most}; stop there, or "
-            "set more"
+            f"source: {row_name(rollout, row)} has {longest[row]} actions in a turn, sampling.max_new_tokens is {most}; stop "
+            "there, or set more"
         )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 from steerl.rollout.common.errors import ConfigError
+from steerl.rollout.common.fingerprint import sha256_file, values_fingerprint
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,15 @@ class EnvironmentSettings:
     def given(self) -> bool:
         return bool(self.tools or self.factory)
 
+    def response(self, max_new_tokens: int) -> int:
+        """Tokens that a prompt must leave room for."""
+        return self.max_tokens or max_new_tokens
+
+    def content(self) -> str:
+        """Of the files that the user's code is in."""
+        files = [Path(name.rpartition(":")[0]) for name in [*self.tools, self.factory]]
+        return values_fingerprint(sha256_file(file) for file in files if file.suffix == ".py" and file.is_file())
+
     def __post_init__(self) -> None:
         whole = {"max_turns": 1, "max_tokens": 0, "max_tool_tokens": 1, "workers": 1}
         problems = [
@@ -49,7 +60,7 @@ class EnvironmentSettings:
         if self.tools and self.factory:
             problems.append("environment.factory: has no effect beside environment.tools; leave one of the two out")
         if not self.given:
-            named = [spot for spot, default in DEFAULTS.items() if getattr(self, spot) != default]
+            named = [spot.name for spot in fields(self) if spot.name != "tools" and getattr(self, spot.name) != spot.default]
             problems += [
                 f"environment.{spot}: has no effect without environment.tools or factory; leave it out" for spot in named
             ]
@@ -57,5 +68,5 @@ class EnvironmentSettings:
             raise ConfigError(*problems)
 
 
-_FIELDS = EnvironmentSettings.__dataclass_fields__
-DEFAULTS = {name: spot.default for name, spot in _FIELDS.items() if name not in ("tools", "factory")}
+BEFORE = {f"environment.{name}": value for name, value in asdict(EnvironmentSettings()).items()}
+"""What a job of before there were environments says of them."""

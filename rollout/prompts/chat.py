@@ -30,7 +30,7 @@ _OURS = (
     "conversation", "messages", "tools", "tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length",
     "return_assistant_tokens_mask", "tokenizer_kwargs",
 )  # fmt: skip
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
 
 # -- ids -> text --------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def conversation_ids(
     try:
         ids = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **arguments)
         _check_parts(tokenizer, messages, arguments, where)
-    except _TEMPLATE_ERRORS as error:  # the template is the checkpoint's own code
+    except TEMPLATE_ERRORS as error:  # the template is the checkpoint's own code
         told = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{where}: the chat template does not take this conversation: {told:.200}") from error
     return [int(i) for i in ids]

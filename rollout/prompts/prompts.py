@@ -76,6 +76,8 @@ class PromptBatch:
     """The dataset's other columns."""
     occurrences: list[int] | None = None
     """How often each row was there before: its samples go on counting, else a row that comes twice would say the same twice."""
+    column: str = "prompt"
+    """The dataset's column that the prompts stand in."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -105,6 +107,7 @@ class PromptBatch:
             prompts=[self.prompts[i] for i in index],
             prompt_texts=[self.prompt_texts[i] for i in index],
             columns={name: [column[i] for i in index] for name, column in self.columns.items()},
+            column=self.column,
         )
 
 
@@ -139,6 +142,7 @@ class Prompts:
             prompt_texts=[self.policy.tokenizer.decode(prompt) for prompt in ids],
             columns={name: [record.get(name) for record in records] for name in self.others},
             occurrences=None if occurrences is None else list(occurrences),
+            column=self.column,
         )
 
     def take(self, seed: int, position: int, count: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 
-from steerl.reward.kinds.http_server import Limits, uvicorn_config
+from steerl.reward.jobs.http_server import Limits, uvicorn_config
 
 
 @contextmanager

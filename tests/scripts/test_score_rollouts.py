@@ -209,7 +209,7 @@ def test_what_has_changed_since_is_refused_by_name(given, tmp_path, capsys):
     reward = [{"kind": "model", "path": str(tmp_path / "rm")}, {"kind": "function", "function": f"{tmp_path}/own.py:f"}]
 
     def resumed(parts: list[dict[str, Any]]) -> list[str]:
-        for name in [name for name in sys.modules if name.startswith("user_reward_own")]:
+        for name in [name for name in sys.modules if name.startswith("user_own")]:
             del sys.modules[name]
         capsys.readouterr()
         code = score(

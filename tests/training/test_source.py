@@ -218,7 +218,7 @@ def test_what_a_source_may_not_give(drawn, change, told):
 
 def test_rows_are_as_long_as_the_settings_allow(drawn):
     policy, samples = drawn
-    with pytest.raises(UserError, match="has 6 actions, sampling.max_new_tokens is 5; stop there, or set more"):
+    with pytest.raises(UserError, match="has 6 actions in a turn, sampling.max_new_tokens is 5; stop there, or set more"):
         checked(samples, PROMPTS, policy, dataclasses.replace(SAMPLING, max_new_tokens=5))
 
 

@@ -20,6 +20,7 @@ from steerl.reward.types import Reward, Scores, missing_stop_penalty, on_last_ac
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.source import PromptSource, RolloutSource
+from steerl.rollout.environments.outcomes import look_at
 from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.types import Rollout, Samples, row_name
@@ -52,14 +53,17 @@ def asked_here(prompts: PromptSource, rows: list[int]) -> PromptBatch:
 
 
 def gather_scored(samples: Samples, reward: Reward) -> tuple[Samples, Scores]:
-    """The reward of this rank's rows; then the rows of all ranks together. A rank without rows calls a reward that keeps
-    statistics over all ranks, to be in step with the others."""
+    """The rows of all ranks together, then their rewards, each rank's of its own rows. A rank without rows calls a reward that
+    keeps statistics over all ranks, to be in step with the others.
+
+    The rows come first: an environment that never works is told before a reward stumbles over what it left."""
+    whole = Samples.join(processes.gather_objects([samples.to("cpu")] if len(samples.rollout) else []))
+    look_at(whole.texts.episodes)
     parts = []
     if len(samples.rollout) or getattr(reward, "is_collective", False):
         scores = check_scores(reward(*samples), samples.rollout)
-        parts = [(samples.to("cpu"), scores.to("cpu"))] if len(scores) else []
-    samples_of, scores_of = zip(*processes.gather_objects(parts), strict=True)
-    return Samples.join(samples_of), Scores.join(scores_of)
+        parts = [scores.to("cpu")] if len(scores) else []
+    return whole, Scores.join(processes.gather_objects(parts))
 
 
 def check_scores(scores: Scores, rollout: Rollout) -> Scores:

@@ -22,6 +22,7 @@ from torch import nn
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.environments.sampler import EpisodeSampler
 from steerl.rollout.model.sharding import by_zero3, gathered, is_sharded
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.types import Samples
@@ -148,7 +149,7 @@ class EngineSampler:
     """A Sampler of the policy as its engine holds it: in the engine's precision, the weights together on every rank for a whole
     phase of sampling, or layer by layer (ppo.gather)."""
 
-    def __init__(self, sampler: Sampler, accelerator: Accelerator, actor_critic: ActorCritic, gather: str):
+    def __init__(self, sampler: Sampler | EpisodeSampler, accelerator: Accelerator, actor_critic: ActorCritic, gather: str):
         self.sampling = sampler.sampling
         self._sampler, self._accelerator, self._actor_critic, self._gather = sampler, accelerator, actor_critic, gather
 

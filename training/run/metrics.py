@@ -15,6 +15,7 @@ from steerl.reward.types import metrics as reward_metrics
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.source import PromptSource
+from steerl.rollout.environments.outcomes import environment_metrics
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.types import STOP_REASONS, Rollout, row_name
 from steerl.training.algorithm import kl
@@ -75,6 +76,9 @@ def rollout_metrics(stats: StepStats, scored: Scored) -> dict[str, float]:
         "rollout/ended": float(rollout.ended_B.double().mean()),
         "policy/entropy": mean(scored.entropy_BR, rollout.action_mask_BR),
     }
+    if scored.texts.episodes:
+        metrics["rollout/fed_tokens"] = float((rollout.lengths_B - rollout.actions_B).sum())
+        metrics |= environment_metrics(scored.texts.episodes)
     metrics |= reward_metrics([scored.scores])
     return metrics | {f"time/{name}_pass_s": value for name, value in scored.seconds.items()}
 

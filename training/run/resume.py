@@ -25,6 +25,7 @@ from steerl.rollout.common.fingerprint import folder_fingerprint, tokenizer_fing
 from steerl.rollout.common.run_folder import RunSettings, versions, write_text
 from steerl.rollout.common.yaml_files import Dumper
 from steerl.rollout.dumps.manifest import finished_shards
+from steerl.rollout.environments.settings import BEFORE
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.training.run import checkpoint
@@ -37,11 +38,12 @@ FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
     *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather", "ppo.eval_every", "ppo.eval_prompts"),
     *(f"engine.{name}" for name in ("kind", "url", "python", "model_impl", "sync", "check_rows", "start_timeout", "arguments")),
+    "environment.workers",
 )
 """What may differ on a resume, because nothing that is learned depends on it. The number of steps may, too, where no
 learning rate falls towards the last one."""
 
-SINCE: dict[str, object] = {"engine.ahead": 0}
+SINCE: dict[str, object] = {"engine.ahead": 0, **BEFORE}
 """What settings are in runs that were begun before there were these."""
 
 _logger = logging.getLogger(__name__)

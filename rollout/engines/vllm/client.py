@@ -68,7 +68,7 @@ class Client:
     def generate(self, ids: Sequence[int], law: Law, ask: Ask, model: str = "policy") -> None:
         """Have a row drawn; returns when it has ended. However long it takes, as long as the engine works."""
         sampling = {
-            "max_tokens": len(ask.forced) or law.sampling.max_new_tokens,
+            "max_tokens": len(ask.forced) or ask.most(law),
             "temperature": 1.0,
             "detokenize": False,
             "ignore_eos": True,  # rows end by the law's own rules, which say it by `end_id`

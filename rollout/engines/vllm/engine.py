@@ -226,16 +226,35 @@ class VllmEngine:
         self._send(asked)
         return asked
 
-    def finish(self, asked: Asked, *, moved: bool = False) -> list[Answer]:
-        """The answers, in the order of the asks. Every rank comes here, with as many rows as it has. `moved`: the policy has
-        learned since they were asked for."""
+    def add(self, asked: Asked, prompt: list[int], ask: Ask) -> int:
+        """One row more, under way at once; its number."""
+        asked.prompts.append(prompt)
+        asked.asks.append(ask)
+        self._submit(asked, len(asked.asks) - 1)
+        return len(asked.asks) - 1
+
+    def ended(self, asked: Asked) -> dict[int, Answer]:
+        """What has been answered since it was asked last, without waiting."""
+        known = set(asked.answers)
+        self._collect(asked, [b for b, future in asked.waiting.items() if future.done()])
+        return {b: answer for b, answer in asked.answers.items() if b not in known}
+
+    def go_on(self, asked: Asked, local: Callable[[], None], *, moved: bool = False) -> None:
+        """Rows of which some are added as others are answered: `local` adds and answers until nothing more of this process's
+        is under way, and is called again where a server died meanwhile. Every rank comes here."""
         for _ in range(DEATHS):
-            self._collect(asked)
+            local()
             if not self._most(len(asked.asks) - len(asked.answers)):
-                return [asked.answers[b] for b in range(len(asked.asks))]
+                return
             self._revive(moved)
             self._send(asked)
         raise UserError(f"engine: the server died {DEATHS} times in one draw; {self._log} says why")
+
+    def finish(self, asked: Asked, *, moved: bool = False) -> list[Answer]:
+        """The answers, in the order of the asks. Every rank comes here, with as many rows as it has. `moved`: the policy has
+        learned since they were asked for."""
+        self.go_on(asked, lambda: self._collect(asked), moved=moved)
+        return [asked.answers[b] for b in range(len(asked.asks))]
 
     def ask(self, law: Law, prompts: list[list[int]], asks: list[Ask]) -> list[Answer]:
         """Of one process alone, whose server is there; Gone where it is not."""
@@ -247,11 +266,14 @@ class VllmEngine:
 
     def _send(self, asked: Asked) -> None:
         open_rows = [b for b in range(len(asked.asks)) if b not in asked.answers]
-        if open_rows and not self._lawful(asked.law):
+        if (open_rows or not asked.asks) and not self._lawful(asked.law):
             return
         for b in open_rows:
-            call = (asked.prompts[b], asked.law, asked.asks[b], self.weights.model)
-            asked.waiting[b] = self._pool.submit(self.client.generate, *call)
+            self._submit(asked, b)
+
+    def _submit(self, asked: Asked, b: int) -> None:
+        call = (asked.prompts[b], asked.law, asked.asks[b], self.weights.model)
+        asked.waiting[b] = self._pool.submit(self.client.generate, *call)
 
     def _lawful(self, law: Law) -> bool:
         """Tell the workers of a law before the first row that is drawn by it: one that they cannot read is refused here."""
@@ -263,14 +285,13 @@ class VllmEngine:
             return False
         return True
 
-    def _collect(self, asked: Asked) -> None:
-        """Wait for what is under way, and fetch it; rows of a server that is gone stay open."""
+    def _collect(self, asked: Asked, rows: list[int] | None = None) -> None:
+        """Wait for these rows, or all that are under way, and fetch them; those of a server that is gone stay open."""
         ended = []
-        for b, future in asked.waiting.items():
+        for b in list(asked.waiting) if rows is None else rows:
             with contextlib.suppress(Gone):
-                future.result()
+                asked.waiting.pop(b).result()
                 ended.append(b)
-        asked.waiting.clear()
         with contextlib.suppress(Gone):
             for at in range(0, len(ended), TAKEN):
                 part = ended[at : at + TAKEN]

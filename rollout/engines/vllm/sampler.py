@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from steerl.rollout.applied import Applied
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.decoding.loop import OnToken, no_distribution
 from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.contexts import Contexts
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm import laws
@@ -29,7 +29,7 @@ from steerl.rollout.engines.vllm.wire import Answer, Ask
 from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
-from steerl.rollout.ragged import Kept, left_pad
+from steerl.rollout.ragged import Kept
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import STOP_LENGTH, Rollout, Samples, Texts
 
@@ -40,9 +40,7 @@ class Begun:
 
     batch: PromptBatch
     step: int
-    prompts: list[list[int]]
-    row_B: Tensor
-    sample_B: Tensor
+    contexts: Contexts
     applied: Applied
     asked: Asked
 
@@ -54,8 +52,8 @@ class ServerSampler:
         self.engine, self.policy, self.sampling, self.steering = engine, engine.policy, sampling, steering
         if sampling.compile:
             raise UserError("sampling.compile: has no effect with engine.kind vllm; leave it out")
-        self._inside = Sampler(self.policy, sampling, steering)
-        self.stops = self._inside.stops
+        self.inside = Sampler(self.policy, sampling, steering)
+        self.stops = self.inside.stops
         self.law = engine.law(sampling)
         self._looked: int | None = None
         """The weights with which the server's law was last looked at."""
@@ -78,40 +76,62 @@ class ServerSampler:
 
     def begin(self, batch: PromptBatch, *, step: int, progress: float, weights: int | None = None) -> Begun:
         """Ask for all rows. `step` keys the draws; `weights` says which ones draw, where that is another step."""
-        self._inside.check(batch)
-        n, device = self.sampling.n, self.policy.device
-        order = [(i, j) for i in range(len(batch)) for j in range(n)]
-        many = batch.select([i for i, _ in order])
-        row_B = torch.tensor(many.rows, dtype=torch.int64, device=device)
-        sample_B = torch.tensor([batch.sample(i, j, n) for i, j in order], dtype=torch.int64, device=device)
-        prompts = [list(ids) for ids in many.ids]
-        weights = step if weights is None else weights
-        if self.steering is None or not order:
-            applied = Applied.nothing(row_B, weights, 0 if self.steering is None else len(self.steering.sites))
-        else:
-            _, mask_BP = left_pad(prompts, self.policy.pad_id, device)
-            applied = self.steering.applied(mask_BP, row_B, sample_B, many.columns, progress=progress, policy_step=step)
-            applied = applied._replace(policy_step_B=torch.full_like(row_B, weights))
-        asks = [self._ask(applied, b, step, int(row_B[b]), int(sample_B[b])) for b in range(len(order))]
-        return Begun(batch, step, prompts, row_B, sample_B, applied, self.engine.begin(self.law, prompts, asks))
+        self.inside.check(batch)
+        contexts = Contexts.of(batch, self.sampling)
+        applied = self.inside.applied(contexts, step=step, progress=progress)
+        if weights is not None:
+            applied = applied._replace(policy_step_B=torch.full_like(applied.policy_step_B, weights))
+        asks = [self.ask(contexts, applied, b, step) for b in range(len(contexts))]
+        return Begun(batch, step, contexts, applied, self.engine.begin(self.law, contexts.ids, asks))
 
-    def _ask(self, applied: Applied, b: int, step: int, row: int, sample: int) -> Ask:
+    def ask(self, contexts: Contexts, applied: Applied, b: int, step: int) -> Ask:
+        """For the next turn of one of the contexts."""
         steered = {} if self.steering is None else self.engine.steered(applied, b)
-        return Ask(uuid.uuid4().hex, step, row, sample, **steered)
+        first = 0 if contexts.first is None else contexts.first[b]
+        turns = () if contexts.turns is None else tuple(contexts.turns[b])
+        who = (uuid.uuid4().hex, step, contexts.rows[b], contexts.samples[b])
+        return Ask(*who, **steered, first=first, limit=contexts.limits[b], turns=turns)
 
     def finish(self, begun: Begun, *, moved: bool = False) -> Samples:
         """The rows, when all have ended. Every rank comes here. `moved`: the policy has learned meanwhile."""
         answers = self.engine.finish(begun.asked, moved=moved)
-        rollout = self._rollout(begun, answers) if answers else self._inside.nothing(begun.step)
-        if self.steering is not None and answers:
-            self.engine.check_edits(rollout, answers)
+        rollout = self.inside.nothing(begun.step)
+        if answers:
+            rollout = self.rollout(begun.contexts, begun.applied, begun.asked, answers)
+            if self.steering is not None:
+                self.engine.check_edits(rollout, answers)
+        rollout = self._sealed(rollout, rollout, begun.step, moved)
+        return Samples(rollout, self.texts(begun.batch, rollout))
+
+    def finished(self, asked: Asked, turns: Sequence[tuple[int, Contexts]], rollout: Rollout, step: int) -> Rollout:
+        """Rows whose turns were asked for one by one, as the asks of these numbers: `finish` for them. The law is looked at
+        where rows begin, the edits in every turn."""
+        count = self.engine.settings.check_rows
+        firsts = [turn for turn in turns if turn[1].first == [0]][:count]
+        looked = firsts if self.steering is None else turns
+        parts = [self._turn(contexts, asked, number) for number, contexts in looked]
+        if self.steering is not None and parts:
+            drawn = Contexts.join([contexts for _, contexts in turns]).drawn(self.policy.device)
+            self.engine.check_edits(Rollout.join(parts), [asked.answers[number] for number, _ in turns], drawn)
+        begun = [part for (_, contexts), part in zip(looked, parts, strict=True) if contexts.first == [0]][:count]
+        return self._sealed(rollout, Rollout.join(begun) if begun else self.inside.nothing(step), step)
+
+    def _turn(self, contexts: Contexts, asked: Asked, number: int) -> Rollout:
+        assert contexts.applied is not None
+        return self.rollout(contexts, contexts.applied, asked, [asked.answers[number]])
+
+    def _sealed(self, rollout: Rollout, begun: Rollout, step: int, moved: bool = False) -> Rollout:
+        """With the policy's own numbers where a steered model drew. `begun`: rows that are looked at, now and after the next
+        sync."""
         with no_dropout(self.policy.core), torch.no_grad():
             if not moved:
-                self._check_laws(rollout, begun.step)
-            if self._inside.plain_policy:
-                rollout = self.engine.inside(lambda: self._inside.of_policy(rollout))
-        self.engine.recent = rollout
-        return Samples(rollout, self.texts(begun.batch, rollout))
+                self._check_laws(begun, step)
+            if self.inside.plain_policy:
+                same = begun is rollout
+                rollout = self.engine.inside(lambda: self.inside.of_policy(rollout))
+                begun = rollout if same else begun
+        self.engine.recent = begun
+        return rollout
 
     def _check_laws(self, rollout: Rollout, step: int) -> None:
         """Once for each sync. Where passes are collective, on every rank or on none."""
@@ -124,20 +144,24 @@ class ServerSampler:
             self._looked = self.engine.version
 
     def texts(self, batch: PromptBatch, rollout: Rollout) -> Texts:
-        return self._inside.texts(batch, rollout)
+        return self.inside.texts(batch, rollout)
 
-    def _rollout(self, begun: Begun, answers: Sequence[Answer]) -> Rollout:
-        for b, answer in enumerate(answers):
-            name = f"row {int(begun.row_B[b])} (sample {int(begun.sample_B[b])})"
-            if answer.bad >= 0:
-                raise no_distribution(name, answer.bad)
-            if set(answer.versions) != {begun.asked.version}:
-                first, last = answer.versions
-                drawn = f"step {first}" if first == last else f"steps {first} to {last}"
-                raise UserError(
-                    f"engine: {name} was drawn by the weights of {drawn}, where the server was sent those of step "
-                    f"{begun.asked.version}; somebody else sends it weights, or it lost a sync: a job needs a server of its own"
-                )
+    def check(self, answer: Answer, name: str, version: int) -> None:
+        """An answer by the weights that were sent, and of tokens that could be drawn."""
+        if answer.bad >= 0:
+            raise no_distribution(name, answer.bad)
+        if set(answer.versions) != {version}:
+            first, last = answer.versions
+            drawn = f"step {first}" if first == last else f"steps {first} to {last}"
+            raise UserError(
+                f"engine: {name} was drawn by the weights of {drawn}, where the server was sent those of step "
+                f"{version}; somebody else sends it weights, or it lost a sync: a job needs a server of its own"
+            )
+
+    def rollout(self, contexts: Contexts, applied: Applied, asked: Asked, answers: Sequence[Answer]) -> Rollout:
+        """The turns that were drawn, whose prompts are the contexts."""
+        for row, sample, answer in zip(contexts.rows, contexts.samples, answers, strict=True):
+            self.check(answer, f"row {row} (sample {sample})", asked.version)
         stop_B = torch.tensor([answer.stop for answer in answers])
         kept = None
         if self.sampling.replays_mask:
@@ -146,20 +170,20 @@ class ServerSampler:
             ]
             kept = Kept.of_lists(drawable, self.policy.device)
         return Rollout.of_ids(
-            begun.prompts,
+            contexts.ids,
             [answer.ids for answer in answers],
             pad_id=self.policy.pad_id,
             device=self.policy.device,
-            row_B=begun.row_B,
-            sample_B=begun.sample_B,
+            row_B=contexts.rows,
+            sample_B=contexts.samples,
             ended_B=stop_B != STOP_LENGTH,
             stop_B=stop_B,
             behaviour_logprobs_BR=[answer.behaviour for answer in answers],
             policy_logprobs_BR=[answer.policy for answer in answers],
             entropy_BR=[answer.entropy for answer in answers],
             kept=kept,
-            **self._inside.record(),
-            **begun.applied._asdict(),
+            **self.inside.record(),
+            **applied._asdict(),
         )
 
 
@@ -170,14 +194,13 @@ def sampler_of(
     steering: Steering | None,
     engine: EngineSettings,
     folder: Path,
-    most: int | None = None,
+    longest: int | None = None,
 ) -> Iterator[Sampler | ServerSampler]:
     """What a job without training draws with, each process for itself: in process, or a server that ends with the block.
-    `most`: tokens of a prompt."""
+    `longest`: tokens of a row."""
     if engine.kind != "vllm":
         yield Sampler(policy, sampling, steering, engine)
         return
-    longest = None if most is None else most + sampling.max_new_tokens
     with server_of(policy, steering, engine, folder, longest) as server:
         yield ServerSampler(server, sampling, steering)
 

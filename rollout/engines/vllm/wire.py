@@ -85,8 +85,15 @@ class Ask:
     """Of each of its sites, the prompt positions that a data column gave."""
     noise_step: int = 0
     """The policy's step that the noise of its sites is drawn for."""
+    first: int = 0
+    """The place in the response of the first token that is drawn: in later turns what the row holds already lies before it."""
+    limit: int = 0
+    """Most tokens; 0 = the law's."""
     turns: tuple[tuple[int, int], ...] = ()
-    """Which of its prompt ids the policy drew in earlier turns, as runs: from one place up to another."""
+    """Runs of the ids that are sent which the policy drew in earlier turns."""
+
+    def most(self, law: Law) -> int:
+        return self.limit or law.sampling.max_new_tokens
 
     def arguments(self, law: Law) -> dict[str, object]:
         """`extra_args` of the request."""
@@ -99,10 +106,9 @@ class Ask:
             return None
         given = json.loads(arguments["steerl"])
         law = given.pop("law")
-        positions = tuple(tuple(places) for places in given.pop("positions"))
-        turns = tuple((start, end) for start, end in given.pop("turns"))
-        forced, strengths = tuple(given.pop("forced")), tuple(given.pop("strengths"))
-        return law, Ask(**given, forced=forced, strengths=strengths, positions=positions, turns=turns)
+        lists: dict[str, Any] = {name: tuple(tuple(places) for places in given.pop(name)) for name in ("positions", "turns")}
+        lists |= {name: tuple(given.pop(name)) for name in ("forced", "strengths")}
+        return law, Ask(**given, **lists)
 
 
 @dataclass

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from steerl.reward.build import build_reward
+from steerl.reward.jobs.http_server import Limits, make_app
 from steerl.reward.kinds import http as remote
 from steerl.reward.kinds import http_wire
-from steerl.reward.kinds.http_server import Limits, make_app
 from steerl.reward.types import Scores
 from steerl.rollout.common.errors import UserError
 from tests.models import tiny_tokenizer

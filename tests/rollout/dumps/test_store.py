@@ -26,6 +26,7 @@ from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout, Samples, Texts
 from tests.dumps import WIDTH_P, WIDTH_R, episodes, flip_bit, made_dump, made_rows, truncate
+from tests.episodes import CALCULATOR, samples_of, talk
 from tests.models import tiny, tiny_policy, tiny_tokenizer
 
 
@@ -79,7 +80,8 @@ def test_the_columns_of_an_episode_are_plain_lists(tmp_path: Path) -> None:
     frame = pandas.concat([pandas.read_parquet(file) for file in files], ignore_index=True)
     table = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     rollout, _ = episodes(range(10))
-    assert set(frame.columns) == set(store.schema().names) == set(table.column_names)
+    columns = set(store.schema().names) - {"episode"}  # no environment took part
+    assert set(frame.columns) == columns == set(table.column_names)
     assert rollout.kept is not None
     kept = rollout.kept.lists()
     for i in range(20):
@@ -462,3 +464,16 @@ def test_progress_on_a_terminal_is_one_line_no_wider_than_the_window(monkeypatch
     assert shown.count("\n") == 1 and shown.endswith("\n") and shown.count("\r") == 10
     assert all(len(line) < 40 for line in shown.strip("\n").split("\r"))
     Progress("rollouts", 10, None).add(10, 5)
+
+
+def test_what_was_said_turn_by_turn_comes_back(tmp_path: Path) -> None:
+    """Half of a surrogate pair too, which a call's JSON may hold; and no column where no environment took part."""
+    odd = talk("odd", ("<say it>", "Error: no \u2028 such"), ("", ""), state={"of": [1, {"two": None}], "said": "\ud800"})
+    talks = [*CALCULATOR, odd, talk("text", ("go", " on"), (" there", ""), chat=False, ended_by="turns")]
+    samples = samples_of(talks, first_row=0)
+    made_dump(tmp_path / "dump", prompts=6, samples=1, shard_rows=4, make=lambda call, _: samples.select(list(call)))
+    back = Samples.join(list(store.read_dump(tmp_path / "dump")))
+    assert back.texts == samples.texts and back.rollout.turns == samples.rollout.turns
+    assert back.texts.episodes[0].messages[1] == {"role": "tool", "content": "5"}
+    made_dump(tmp_path / "plain")
+    assert [t.episodes for _, t in store.read_dump(tmp_path / "plain")] == [None] * 3

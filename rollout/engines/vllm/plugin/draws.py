@@ -87,7 +87,7 @@ def _cut(row: Row, t: int) -> None:
 
 def _uniforms(seed: int, members: list[tuple[int, Row, int]], device: torch.device) -> Tensor:
     step_B, row_B, sample_B, t_B = torch.tensor(
-        [[row.ask.step, row.ask.row, row.ask.sample, t] for _, row, t in members], device=device
+        [[row.ask.step, row.ask.row, row.ask.sample, row.ask.first + t] for _, row, t in members], device=device
     ).T
     return uniforms(seed, step_B, row_B, sample_B, t_B[:, None])[:, 0]
 
@@ -120,7 +120,7 @@ def _written(rules: Rules, drawn: Drawn, members: list[tuple[int, Row, int]], ve
         ids, counts_B = listed(drawn.kept_BV)
         kept = [part.tolist() for part in ids.split(counts_B.tolist())]
     bad = drawn.bad_B.tolist()
-    end_id, most = rules.law.end_id, rules.law.sampling.max_new_tokens
+    end_id = rules.law.end_id
     emitted = []
     for at, (_, row, t) in enumerate(members):
         answer, forced = row.answer, row.ask.forced
@@ -137,7 +137,7 @@ def _written(rules: Rules, drawn: Drawn, members: list[tuple[int, Row, int]], ve
             answer.stop = stop[at]
             if answer.stop == STOP_LENGTH and rules.stops.has_strings and rules.stops.completes(answer.ids, row.before):
                 answer.stop = STOP_USER
-            row.ended = answer.stop != STOP_LENGTH or t + 1 >= most
+            row.ended = answer.stop != STOP_LENGTH or t + 1 >= row.ask.most(rules.law)
         if bad[at]:
             answer.bad, row.ended = t, True
         emitted.append(end_id if row.ended and end_id is not None else tokens[at])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.contexts import Contexts
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.engine import VllmEngine
@@ -197,12 +198,12 @@ def test_families(family, model_impl, flags, vllm_python, tmp_path):
 
 def test_steering_left_out_for_one_row_stops_the_run(vllm_server, monkeypatch):
     steered = sampler(vllm_server.policy, vllm_server.url, vllm_server.log, {"sites": [{"name": "a", **REAL[0][0][0]}]})
-    ask = steered._ask
+    ask = steered.ask
 
-    def forgets(applied: Applied, b: int, *rest: int) -> Ask:
-        return dataclasses.replace(ask(applied, b, *rest), **({"steering": "", "strengths": ()} if b == 5 else {}))
+    def forgets(contexts: Contexts, applied: Applied, b: int, step: int) -> Ask:
+        return dataclasses.replace(ask(contexts, applied, b, step), **({"steering": "", "strengths": ()} if b == 5 else {}))
 
-    monkeypatch.setattr(steered, "_ask", forgets)
+    monkeypatch.setattr(steered, "ask", forgets)
     with pytest.raises(UserError, match=r"row 2 sample 1 was drawn without steering, and a#"):
         steered.sample(prompts(4), step=0)
 
