@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
+import time
 from typing import Any
 
 
@@ -46,3 +49,31 @@ class Counter:
 
     def get_reward(self) -> float:
         return float(self.count)
+
+
+class Rude:
+    """Goes wrong in the way that the row's place says."""
+
+    def reset(self, row: dict[str, Any]) -> str:
+        self.way = ("raise", "hang", "print", "bytes", "exit", "none", "endless", "long", "nan", "kill")[row["place"] % 10]
+        return row["prompt"]
+
+    def step(self, completion: str) -> Any:
+        if self.way == "hang":
+            time.sleep(1000)
+        if self.way == "print":
+            print("x" * 5_000_000, flush=True)
+            print("y" * 5_000_000, file=sys.stderr, flush=True)
+        if self.way == "exit":
+            sys.exit(3)
+        if self.way == "kill":
+            os._exit(1)
+        if self.way == "raise":
+            raise ValueError("no such move")
+        answers: dict[str, Any] = {
+            "bytes": b"\xff",
+            "none": None,
+            "long": ("x" * 3_000_000, 0.0, False),
+            "nan": ("", float("nan"), False),
+        }
+        return answers.get(self.way, ("go on", 0.5, False))

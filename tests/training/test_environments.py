@@ -116,6 +116,19 @@ def test_a_run_is_the_same_every_time_and_says_how_its_episodes_went(tmp_path):
         assert 1 < step["environment/turns"] <= 3 and step["environment/reward"] == pytest.approx(step["reward/mean"])
 
 
+def test_a_run_goes_on_whatever_its_environment_does(tmp_path, caplog, capfd):
+    given = {"factory": f"{GAMES}:Rude", "timeout": 1.5, "max_tool_tokens": 8, "max_turns": 2}
+    policy = tiny_policy("gpt2")
+    ran(tmp_path / "run", policy, environment=given, steps=2, rollouts_per_step=20, eval_prompts=0)
+    told = [record.getMessage() for record in caplog.records if "lost it" in record.getMessage()]
+    for at, step in enumerate(rows(tmp_path / "run")):
+        # of the ten ways three are no failure: much output, no end, a long answer; two samples of each prompt
+        lost = 2 * sum(row % 10 not in (2, 6, 7) for row in prompts_of(policy, 30).take(0, 10 * at, 10))
+        assert step["environment/failures"] == lost and f"{lost} of 20 episodes" in told[at]
+        assert step["environment/ended_failure"] == pytest.approx(lost / 20)
+    assert len(capfd.readouterr().err) < 100_000
+
+
 def test_what_does_not_go_together_with_episodes_is_refused(tmp_path):
     policy = tiny_policy("gpt2")
     with pytest.raises(ConfigError, match=r"environment: has no effect with ppo.replay"):
