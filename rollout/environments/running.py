@@ -163,6 +163,11 @@ class Running:
     def _note(self, **changes: Any) -> None:
         self.turns[-1] = dataclasses.replace(self.turns[-1], **changes)
 
+    def give_up(self) -> None:
+        """Nobody asks for the rest of it."""
+        if self.session is not None and self.ending is None:
+            self.ending = self.session.end()
+
     def _end(self, by: str) -> None:
         assert self.session is not None
         self.ended_by, self.ending = by, self.session.end()
