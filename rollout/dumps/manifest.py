@@ -21,7 +21,7 @@ from typing import Any, NotRequired, TypedDict, cast
 from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import remove_left_behind, write_json
-from steerl.rollout.environments.settings import EnvironmentSettings
+from steerl.rollout.environments.settings import BEFORE
 
 MANIFEST, RECORDS, FORMAT = "manifest.json", "records", 2
 READS = (1, FORMAT)
@@ -30,12 +30,10 @@ CALL_BATCHES = 4
 """Batches that the sampler is handed at once: it puts prompts of like length together, and a last small one is rare."""
 SHARD_ROWS, SHARDS = 1024, 16
 """Default size of a shard: about SHARD_ROWS rows, fewer where the dump would then have under SHARDS of them."""
-FREE = ("run.", "verify", "engine.", "environment.workers", "model.path", "prompts.path")
+FREE = ("run.", "verify", "engine.", "model.path", "prompts.path")
 """Settings that may differ on resume (prefixes): they do not change a row, or a fingerprint speaks for them."""
 BOUND = ("run.save_every",)
 """Exceptions to FREE."""
-SINCE = {f"environment.{name}": value for name, value in dataclasses.asdict(EnvironmentSettings()).items()}
-"""What settings are in dumps that were begun before there were these."""
 
 
 class Manifest(TypedDict):
@@ -276,7 +274,7 @@ def refuse_earlier(folder: Path, begun: Manifest) -> None:
 
 
 def _changes(begun: Manifest, fresh: Manifest) -> Iterator[str]:
-    old, new = (SINCE | dict(_flat(manifest["config"])) for manifest in (begun, fresh))
+    old, new = (BEFORE | dict(_flat(kept["config"])) for kept in (begun, fresh))
     sections: set[str] = set()
     # A finished dump of an earlier version is as good as it was, whatever settings have come since.
     for name in sorted(old.keys() | new.keys() if begun["format"] == FORMAT else old.keys()):
