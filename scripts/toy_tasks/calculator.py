@@ -6,11 +6,11 @@
     turn       197472</s>
 
 The policy learned from demonstrations of which few are right: half guess, of those that call a good part name the wrong tool,
-swap digits or write broken JSON, and what the tool told is often not what is said. The reward is all or nothing: 1 where the last
-turn is the answer. Numbers have three digits, so that a guess is right less than once in a thousand.
+swap digits or write broken JSON, and what the tool told is often not what is said. The reward is all or nothing: 1 where the
+last turn is the answer. Numbers have three digits, so that a guess is right less than once in a thousand.
 
-Files: `tokenizer/` (its chat template takes tools), `base/`, `tools.py` (add, multiply), `prompts.jsonl`, `heldout.jsonl` (prompt,
-a conversation, and answer).
+Files: `tokenizer/` (its chat template takes tools), `base/`, `tools.py` (add, multiply), `prompts.jsonl`, `heldout.jsonl`
+(prompt, a conversation, and answer).
 """
 
 from __future__ import annotations

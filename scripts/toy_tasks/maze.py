@@ -5,10 +5,10 @@
     told       cellar : south west key
     turn       south</s>             ... to the exit, with the key; ten turns at most
 
-The maze is the same for every row, twelve rooms; where a row starts is not. The policy is told the name of a room, its doors and
-what lies there: whether it has the key it must know by itself. The first key earns 0.3, the exit with the key 0.7 and ends the
-episode. What is no door there leads nowhere, and the turn is gone. The policy has learned to walk: at random, but for a step now
-and then that is no step, and one that is right.
+The maze is the same for every row, twelve rooms; where a row starts is not. The policy is told the name of a room, its doors
+and what lies there: whether it has the key it must know by itself. The first key earns 0.3, the exit with the key 0.7 and ends
+the episode. What is no door there leads nowhere, and the turn is gone. The policy has learned to walk: at random, but for a step
+now and then that is no step, and one that is right.
 
 Files: `tokenizer/`, `base/`, `environment.py` (what the policy walks in), `prompts.jsonl` = `heldout.jsonl` (prompt, start, and
 the maze, once a row), `maze.json` (its doors, the shortest walks).
@@ -40,12 +40,12 @@ Doors = dict[str, dict[str, str]]
 class Maze:
     """A walk through rooms: what is seen, what a step earned, and whether it is over."""
 
-    def reset(self, row):
+    def reset(self, row: dict[str, str]) -> str:
         self.doors, self.key, self.exit = json.loads(row["doors"]), row["key"], row["exit"]
         self.room, self.has_key, self.left = row["start"], False, False
         return self.seen()
 
-    def step(self, completion):
+    def step(self, completion: str) -> tuple[str, float, bool]:
         step = completion.strip()
         self.room = self.doors[self.room].get(step, self.room)
         found = self.room == self.key and not self.has_key
@@ -53,7 +53,7 @@ class Maze:
         self.left = self.has_key and self.room == self.exit
         return self.seen(), 0.3 * found + 0.7 * self.left, self.left
 
-    def seen(self):
+    def seen(self) -> str:
         here = ["exit"] * (self.room == self.exit) + ["key"] * (self.room == self.key and not self.has_key)
         return " ".join([self.room, ":", *self.doors[self.room], *here])
 
