@@ -6,12 +6,12 @@
     turn       south</s>             ... to the exit, with the key; ten turns at most
 
 The maze is the same for every row, twelve rooms; where a row starts is not. The policy is told the name of a room, its doors
-and what lies there: whether it has the key it must know by itself. The first key earns 0.3, the exit with the key 0.7 and ends
-the episode. What is no door there leads nowhere, and the turn is gone. The policy has learned to walk: at random, but for a step
-now and then that is no step, and one that is right.
+and what lies there: whether it has the key it must know by itself. The exit with the key earns 1 and ends the episode, nothing
+else earns anything. What is no door there leads nowhere, and the turn is gone. The policy has learned to walk: at random, but
+for a step now and then that is no step, and one that is right.
 
-Files: `tokenizer/`, `base/`, `environment.py` (what the policy walks in), `prompts.jsonl` = `heldout.jsonl` (prompt, start, and
-the maze, once a row), `maze.json` (its doors, the shortest walks).
+Files: `tokenizer/`, `base/`, `environment.py` (what the policy walks in), `prompts.jsonl` (a row for every start: prompt, start
+and the maze), `heldout.jsonl` (the same, twenty times), `maze.json` (its doors, the shortest walks).
 """
 
 from __future__ import annotations
@@ -48,10 +48,9 @@ class Maze:
     def step(self, completion: str) -> tuple[str, float, bool]:
         step = completion.strip()
         self.room = self.doors[self.room].get(step, self.room)
-        found = self.room == self.key and not self.has_key
-        self.has_key = self.has_key or found
+        self.has_key = self.has_key or self.room == self.key
         self.left = self.has_key and self.room == self.exit
-        return self.seen(), 0.3 * found + 0.7 * self.left, self.left
+        return self.seen(), float(self.left), self.left
 
     def seen(self) -> str:
         here = ["exit"] * (self.room == self.exit) + ["key"] * (self.room == self.key and not self.has_key)
@@ -120,7 +119,7 @@ def build(folder: Path, seed: int) -> None:
     rows = [{"start": start, **shared} for start in starts(doors, key, out)]
     rows = [{"prompt": Maze().reset(row), **row} for row in rows]
     making.write_jsonl(folder / "prompts.jsonl", rows)
-    making.write_jsonl(folder / "heldout.jsonl", rows)
+    making.write_jsonl(folder / "heldout.jsonl", rows * 20)
     to_key, beyond = distances(doors, key), distances(doors, out)[key]
     shortest = {row["start"]: to_key[row["start"]] + beyond for row in rows}
     facts = {"doors": doors, "key": key, "exit": out, "shortest": shortest, "turns": TURNS}
