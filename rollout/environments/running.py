@@ -46,6 +46,8 @@ class Running:
     data: dict[str, Any]
     """The data row."""
     max_new_tokens: int
+    seed: int
+    """Of the numbers that the user's code draws."""
     prompt_ids: list[int] = field(default_factory=list)
     room: int = 0
     """Most tokens of the response."""
@@ -89,7 +91,7 @@ class Running:
         return [(len(self.prompt_ids) + turn.first, len(self.prompt_ids) + turn.end) for turn in self.turns]
 
     def open(self) -> None:
-        self.session = self.environment.pool.session()
+        self.session = self.environment.pool.session(self.seed)
         self.reset = self.session.reset(self.data)
 
     def begin(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -60,7 +60,7 @@ class EnvironmentSettings:
         if self.tools and self.factory:
             problems.append("environment.factory: has no effect beside environment.tools; leave one of the two out")
         if not self.given:
-            named = [spot for spot, default in DEFAULTS.items() if getattr(self, spot) != default]
+            named = [spot.name for spot in fields(self) if spot.name != "tools" and getattr(self, spot.name) != spot.default]
             problems += [
                 f"environment.{spot}: has no effect without environment.tools or factory; leave it out" for spot in named
             ]
@@ -68,5 +68,5 @@ class EnvironmentSettings:
             raise ConfigError(*problems)
 
 
-_FIELDS = EnvironmentSettings.__dataclass_fields__
-DEFAULTS = {name: spot.default for name, spot in _FIELDS.items() if name not in ("tools", "factory")}
+BEFORE = {f"environment.{name}": value for name, value in asdict(EnvironmentSettings()).items()}
+"""What a job of before there were environments says of them."""
