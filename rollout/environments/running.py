@@ -46,6 +46,8 @@ class Running:
     data: dict[str, Any]
     """The data row."""
     max_new_tokens: int
+    seed: int
+    """Of the numbers that the user's code draws."""
     prompt_ids: list[int] = field(default_factory=list)
     room: int = 0
     """Most tokens of the response."""
@@ -89,7 +91,7 @@ class Running:
         return [(len(self.prompt_ids) + turn.first, len(self.prompt_ids) + turn.end) for turn in self.turns]
 
     def open(self) -> None:
-        self.session = self.environment.pool.session()
+        self.session = self.environment.pool.session(self.seed)
         self.reset = self.session.reset(self.data)
 
     def begin(self) -> None:
@@ -161,6 +163,11 @@ class Running:
     def _note(self, **changes: Any) -> None:
         self.turns[-1] = dataclasses.replace(self.turns[-1], **changes)
 
+    def give_up(self) -> None:
+        """Nobody asks for the rest of it."""
+        if self.session is not None and self.ending is None:
+            self.ending = self.session.end()
+
     def _end(self, by: str) -> None:
         assert self.session is not None
         self.ended_by, self.ending = by, self.session.end()
@@ -185,7 +192,7 @@ class Running:
         """How much may follow the prompt."""
         settings = self.environment.settings
         bounds = [bound for bound in (settings.max_tokens or None, room) if bound is not None]
-        self.room = min(bounds, default=settings.max_turns * (self.max_new_tokens + settings.max_tool_tokens))
+        self.room = min(bounds, default=settings.longest(self.max_new_tokens))
         if self.room < 1:
             raise UserError(
                 f"environment: the prompt of {self.name} has {len(self.prompt_ids)} tokens as the environment opens it, which "

@@ -21,6 +21,7 @@ import torch
 from steerl.rollout.applied import Applied
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.random import uniforms
 from steerl.rollout.decoding.loop import OnToken
 from steerl.rollout.engines.contexts import Contexts
 from steerl.rollout.engines.sampler import Sampler
@@ -47,17 +48,24 @@ class EpisodeSampler:
     def sample(self, batch: PromptBatch, *, step: int = 0, progress: float = 0.0, on_token: OnToken | None = None) -> Samples:
         """`sampling.n` episodes of every prompt, in (prompt, sample) order. Every rank calls this equally often."""
         n = self.sampling.n
-        episodes = [self._new(batch, i, batch.sample(i, j, n)) for i in range(len(batch)) for j in range(n)]
+        episodes = [self._new(batch, i, batch.sample(i, j, n), step) for i in range(len(batch)) for j in range(n)]
+        try:
+            rollout = self._rollout(episodes, step, progress, on_token)
+        except BaseException:  # environments do not outlive it
+            for episode in episodes:
+                episode.give_up()
+            raise
+        return Samples(rollout, self._texts(batch, episodes))
+
+    def _rollout(self, episodes: Sequence[Running], step: int, progress: float, on_token: OnToken | None) -> Rollout:
         if isinstance(self.inner, ServerSampler):
             if on_token is not None:
                 raise UserError("engine.kind: vllm shows no token before its turn has ended; use stream")
             self.inner.engine.ready(step)
-            rollout = _Served(self.inner, episodes, step, progress).play()
-        else:
-            with self.inner.ready():
-                self._play(self.inner, episodes, step, progress, on_token)
-                rollout = rollout_of(self.inner, episodes, step)
-        return Samples(rollout, self._texts(batch, episodes))
+            return _Served(self.inner, episodes, step, progress).play()
+        with self.inner.ready():
+            self._play(self.inner, episodes, step, progress, on_token)
+            return rollout_of(self.inner, episodes, step)
 
     def draw(self, batch: PromptBatch, /, *, step: int, progress: float) -> Samples:
         return self.sample(batch, step=step, progress=progress)
@@ -68,11 +76,13 @@ class EpisodeSampler:
     def close(self) -> None:
         self.inner.close()
 
-    def _new(self, batch: PromptBatch, at: int, sample: int) -> Running:
+    def _new(self, batch: PromptBatch, at: int, sample: int, step: int) -> Running:
         columns = {name: column[at] for name, column in batch.columns.items()}
         data = {batch.column: batch.prompts[at], **columns}
-        most = self.sampling.max_new_tokens
-        return Running(self.environment, self.stops, batch.rows[at], sample, batch.prompts[at], data, most)
+        row, most = batch.rows[at], self.sampling.max_new_tokens
+        uniform = uniforms(self.sampling.seed, step, torch.tensor([row]), torch.tensor([sample]), -1)
+        seed = int(uniform.item() * 2**32)  # the place before its first token
+        return Running(self.environment, self.stops, row, sample, batch.prompts[at], data, most, seed)
 
     # -- in process ------------------------------------------------------------------------------------------------------
 

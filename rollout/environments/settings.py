@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +43,12 @@ class EnvironmentSettings:
         """Tokens that a prompt must leave room for."""
         return self.max_tokens or max_new_tokens
 
+    def longest(self, max_new_tokens: int) -> int:
+        """Most tokens that may follow a prompt, where the model's context leaves as many."""
+        if not self.given:
+            return max_new_tokens
+        return self.max_tokens or self.max_turns * (max_new_tokens + self.max_tool_tokens)
+
     def content(self) -> str:
         """Of the files that the user's code is in."""
         files = [Path(name.rpartition(":")[0]) for name in [*self.tools, self.factory]]
@@ -60,7 +66,7 @@ class EnvironmentSettings:
         if self.tools and self.factory:
             problems.append("environment.factory: has no effect beside environment.tools; leave one of the two out")
         if not self.given:
-            named = [spot for spot, default in DEFAULTS.items() if getattr(self, spot) != default]
+            named = [spot.name for spot in fields(self) if spot.name != "tools" and getattr(self, spot.name) != spot.default]
             problems += [
                 f"environment.{spot}: has no effect without environment.tools or factory; leave it out" for spot in named
             ]
@@ -68,5 +74,5 @@ class EnvironmentSettings:
             raise ConfigError(*problems)
 
 
-_FIELDS = EnvironmentSettings.__dataclass_fields__
-DEFAULTS = {name: spot.default for name, spot in _FIELDS.items() if name not in ("tools", "factory")}
+BEFORE = {f"environment.{name}": value for name, value in asdict(EnvironmentSettings()).items()}
+"""What a job of before there were environments says of them."""

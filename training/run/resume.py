@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -26,7 +25,7 @@ from steerl.rollout.common.fingerprint import folder_fingerprint, tokenizer_fing
 from steerl.rollout.common.run_folder import RunSettings, versions, write_text
 from steerl.rollout.common.yaml_files import Dumper
 from steerl.rollout.dumps.manifest import finished_shards
-from steerl.rollout.environments.settings import EnvironmentSettings
+from steerl.rollout.environments.settings import BEFORE
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.training.run import checkpoint
@@ -44,10 +43,7 @@ FREE = (
 """What may differ on a resume, because nothing that is learned depends on it. The number of steps may, too, where no
 learning rate falls towards the last one."""
 
-SINCE: dict[str, object] = {
-    "engine.ahead": 0,
-    **{f"environment.{name}": value for name, value in asdict(EnvironmentSettings()).items()},
-}
+SINCE: dict[str, object] = {"engine.ahead": 0, **BEFORE}
 """What settings are in runs that were begun before there were these."""
 
 _logger = logging.getLogger(__name__)

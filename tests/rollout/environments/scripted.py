@@ -53,7 +53,7 @@ def done(value: Any) -> Future[Any]:
 
 def scripted(reply: Reply, opening: Callable[[dict[str, Any]], Opening] = lambda row: Opening(), **settings: Any) -> Any:
     """What EpisodeSampler takes as its environment."""
-    pool = SimpleNamespace(kind="gym", tools=[], session=lambda: ScriptedSession(reply, opening), close=lambda: None)
+    pool = SimpleNamespace(kind="gym", tools=[], session=lambda seed: ScriptedSession(reply, opening), close=lambda: None)
     return SimpleNamespace(
         settings=EnvironmentSettings(factory="scripted.py:make", **settings), pool=pool, conversation=IdConversation()
     )
