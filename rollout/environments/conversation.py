@@ -41,6 +41,8 @@ class Conversation:
     def __init__(self, policy: Policy, tools: Sequence[dict[str, Any]], settings: EnvironmentSettings):
         self.policy, self.tools, self.settings = policy, list(tools), settings
         self.field = "environment.tools" if settings.tools else "environment.factory"
+        self.tried = False
+        """Whether the chat template was tried."""
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -57,6 +59,10 @@ class Conversation:
         where = f"{self.field}: the prompt that reset gave" if told is not None else "prompts"
         if isinstance(value, list):
             self._check_chat(where)
+            if (
+                told is not None and kind == "gym" and not self.tried
+            ):  # the data had texts, and the environment makes conversations of them
+                self.check(value, row)
             tools, extra = self.template.all_tools(row), row.get("chat_template_kwargs")
             return value, conversation_ids(self.policy.tokenizer, value, tools, extra, where=where)
         self._check_text(kind)
@@ -107,6 +113,7 @@ class Conversation:
             return self._check_text("tools" if self.tools else "gym")
         assert isinstance(prompt, list)
         self._check_chat(self.field)
+        self.tried = True
         check_template(self.template, prompt, row, self.field, self.settings.earlier_turns == "same")
 
     # -- parts ----------------------------------------------------------------------------------------------------------
