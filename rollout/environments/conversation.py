@@ -59,12 +59,11 @@ class Conversation:
         where = f"{self.field}: the prompt that reset gave" if told is not None else "prompts"
         if isinstance(value, list):
             self._check_chat(where)
-            if (
-                told is not None and kind == "gym" and not self.tried
-            ):  # the data had texts, and the environment makes conversations of them
-                self.check(value, row)
             tools, extra = self.template.all_tools(row), row.get("chat_template_kwargs")
-            return value, conversation_ids(self.policy.tokenizer, value, tools, extra, where=where)
+            ids = conversation_ids(self.policy.tokenizer, value, tools, extra, where=where)
+            if kind == "gym" and not self.tried:  # the data has texts, and the environment makes conversations of them
+                self.check(value, row)
+            return value, ids
         self._check_text(kind)
         if not isinstance(value, str) or not value:
             raise DataError(f"{where} is {value!r:.60}; expected a text or a list of messages")

@@ -58,7 +58,9 @@ def gae_with_zeros(
         carry_B = torch.where(t <= last_B, rewards_BR[:, t] + gamma * next_B - values_BR[:, t] + gamma * lam * carry_B, carry_B)
         next_B = torch.where(t <= last_B, values_BR[:, t], next_B)
         advantages_BR[:, t] = carry_B
-    return advantages.Credit(torch.where(mask_BR, advantages_BR, 0.0), torch.where(mask_BR, advantages_BR + values_BR, 0.0))
+    return advantages.Credit(
+        torch.where(mask_BR, advantages_BR, 0.0), torch.where(mask_BR, advantages_BR + values_BR, 0.0)
+    )
 
 
 @contextlib.contextmanager
