@@ -67,6 +67,10 @@ def _of_json(text: str, tools: Sequence[Mapping[str, Any]]) -> Call:
 
 def _checked(given: object, tools: Sequence[Mapping[str, Any]]) -> Call:
     """A call as {name, arguments}, looked up among the tools."""
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        return Call("", problem=f"the call cannot be written as JSON: {error}")
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str) or not given["name"]:
         return Call("", problem='the call has no name; write {"name": ..., "arguments": {...}}')
     name, arguments = given["name"], given.get("arguments")
@@ -94,6 +98,8 @@ def _by_template(
     content = parsed.get("content") or ""
     if ids and ids[-1] in speller.silent:  # an end of turn that the template does not know as one
         content = content.removesuffix(tokenizer.convert_ids_to_tokens(int(ids[-1])))
+    if stop := speller.after(before, ids)[len(text) :]:  # the stop string that ended it, which the text ends before
+        content = content.removesuffix(stop)
     message = {**parsed, "role": "assistant", "content": content}
     asked = message.pop("tool_calls", None) or []
     calls = tuple(_checked(call.get("function", call), tools) for call in asked)

@@ -53,7 +53,7 @@ def serve(handle: int, sources: list[str], functions: list[Callable[..., Any]], 
 
 def _answer(hosted: Hosted, what: str, arguments: list[Any]) -> bytes:
     try:
-        line = json.dumps({"gave": getattr(hosted, what)(*arguments)}, allow_nan=False).encode()
+        line = json.dumps(["gave", getattr(hosted, what)(*arguments)], allow_nan=False).encode()
         if len(line) > MOST_LINE:
             raise Wrong(f"gave {len(line):,} bytes, more than the {MOST_LINE:,} that are taken")
     except Wrong as wrong:
@@ -75,7 +75,7 @@ def _seed(seed: int | None) -> None:
 
 
 def _raised(line: str, told: str) -> bytes:
-    return json.dumps({"line": " ".join(line.split()), "told": told}).encode()
+    return json.dumps(["raised", " ".join(line.split()), told]).encode()
 
 
 def _text(value: object) -> str:
@@ -97,14 +97,20 @@ class Hosted:
 
     # -- what a job asks once -------------------------------------------------------------------------------------
 
-    def describe_tools(self) -> list[dict[str, Any]]:
+    def describe_tools(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The schemas, or the problems."""
+        named: dict[str, Any] = {}
+        problems = []
         for place, (source, function) in enumerate(zip(self.sources, self.functions, strict=True)):
+            where = f"environment.tools[{place}]: {source}"
             if not inspect.isroutine(function):
-                raise Wrong(f"environment.tools[{place}]: {source} is a {type(function).__name__}; name a function")
-            if self.tools[function.__name__] is not function:
-                raise Wrong(f"environment.tools[{place}]: another tool is called {function.__name__} too; rename one")
-        where = (f"environment.tools[{place}]: {source}" for place, source in enumerate(self.sources))
-        return [_schema(*each) for each in zip(where, self.functions, strict=True)]
+                problems.append(f"{where} is a {type(function).__name__}; name a function")
+            elif self.tools[function.__name__] is not function:
+                problems.append(f"{where}: another tool is called {function.__name__} too; rename one")
+            else:
+                named[where] = function
+        schemas, more = _schemas(named)
+        return schemas, problems + more
 
     def make(self) -> str:
         """Make the environment, and say of which kind it is."""
@@ -115,9 +121,9 @@ class Hosted:
         self.tools = _methods(self.environment) if self.kind == "trl" else {}
         return self.kind
 
-    def describe_environment(self) -> list[dict[str, Any]]:
+    def describe_environment(self) -> tuple[list[dict[str, Any]], list[str]]:
         name = f"environment.factory: {type(self.environment).__name__}"
-        return [_schema(f"{name}.{method}", function) for method, function in self.tools.items()]
+        return _schemas({f"{name}.{method}": function for method, function in self.tools.items()})
 
     # -- what an episode asks -------------------------------------------------------------------------------------
 
@@ -132,7 +138,11 @@ class Hosted:
 
     def reset(self, row: dict[str, Any]) -> Any:
         reset = self.environment.reset
-        given = self.wait(reset(**_named(reset, row)) if self.kind == "trl" else _reset_gym(reset, row))
+        if self.kind == "trl":
+            given = reset(**_named(reset, row))
+        else:
+            given = reset(row) if _row_taken(reset) == "row" else reset(options=row)
+        given = self.wait(given)
         if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict):  # gymnasium's, with its info
             given = given[0]
         return _observation(given, blocks=self.kind == "trl")
@@ -172,14 +182,20 @@ def cut(text: str) -> str:
     return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
 
 
-def _schema(where: str, function: Callable[..., Any]) -> dict[str, Any]:
-    from transformers.utils.chat_template_utils import get_json_schema
+def _schemas(named: dict[str, Callable[..., Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    if not named:
+        return [], []
+    from transformers.utils import chat_template_utils
 
-    try:
-        schema: dict[str, Any] = get_json_schema(function)
-    except Exception as error:
-        raise Wrong(f"{where}: no schema can be made of it: {_text(error)}") from error
-    return schema
+    if "torch" not in sys.modules:  # then no type hint names its tensors, and importing it would take seconds
+        chat_template_utils.is_torch_available = lambda: False
+    schemas, problems = [], []
+    for where, function in named.items():
+        try:
+            schemas.append(chat_template_utils.get_json_schema(function))
+        except Exception as error:  # noqa: BLE001  type hints may raise anything
+            problems.append(f"{where}: no schema can be made of it: {' '.join(_text(error).split())}")
+    return schemas, problems
 
 
 # -- of which kind an environment is ------------------------------------------------------------------------------------
@@ -192,7 +208,8 @@ def _kind(environment: Any) -> tuple[str, str]:
         return "", f"makes a {name}, which has no reset(); give an object with reset and step, or with reset and tools"
     methods = _methods(environment)
     if callable(step := getattr(environment, "step", None)) and not ("step" in methods and _is_tool(step)):
-        return "gym", ""
+        taken = _row_taken(environment.reset)
+        return ("gym", "") if taken else ("", f"makes a {name}, whose reset() takes no row; give it one: reset(row)")
     return ("trl", "") if methods else ("", f"makes a {name}, which has neither step() nor a method that is a tool")
 
 
@@ -220,11 +237,14 @@ def _named(function: Callable[..., Any], row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name in taken}
 
 
-def _reset_gym(reset: Callable[..., Any], row: dict[str, Any]) -> Any:
-    """gymnasium's takes what is not a seed as `options`, by name."""
-    taken = inspect.signature(reset).parameters.values()
-    by_name = any(parameter.name == "options" and parameter.kind is parameter.KEYWORD_ONLY for parameter in taken)
-    return reset(options=row) if by_name else reset(row)
+def _row_taken(reset: Callable[..., Any]) -> str:
+    """Which argument of a Gym-like reset takes the row; gymnasium's has all that is no seed in `options`, by name."""
+    for name, parameter in inspect.signature(reset).parameters.items():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.VAR_POSITIONAL):
+            return "row"
+        if name == "options":
+            return name
+    return ""
 
 
 # -- what it gives ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import socket
 import subprocess
@@ -53,7 +54,10 @@ class Pool:
         self.named += [("environment.factory", settings.factory)] if settings.factory else []
         self.lock, self.closed = threading.Lock(), False
         self.threads = ThreadPoolExecutor(settings.workers, thread_name_prefix="environment")
-        self.zygote = Zygote(self.named)
+        try:
+            self.zygote = Zygote(self.named)
+        except UserError as error:
+            raise ConfigError(*error.lines) from error
         try:
             self.kind, self.tools = self._described()
         except BaseException:
@@ -62,16 +66,17 @@ class Pool:
 
     def _described(self) -> tuple[str, list[dict[str, Any]]]:
         """The kind, and the tools' schemas, which a child makes: they need torch, which the zygote need not have."""
-        where, name = self.named[0]
-        child = Child(self, None)
         try:
+            child = Child(self, None)
             kind = "tools" if self.settings.tools else child.ask(self.settings.timeout, "make")
-            return kind, child.ask(STARTUP, "describe_tools" if self.settings.tools else "describe_environment")
+            tools, problems = child.ask(STARTUP, "describe_tools" if self.settings.tools else "describe_environment")
         except (Failed, Lost) as error:
-            line = str(error)
-            raise ConfigError(line if line.startswith("environment.") else f"{where}: {name}: {line}") from error
-        finally:
-            child.close()
+            where = ": ".join(self.named[0])
+            problems = [line if (line := str(error)).startswith("environment.") else f"{where}: {line}"]
+        if problems:
+            raise ConfigError(*problems)
+        child.close()
+        return kind, tools
 
     def session(self, seed: int | None = None) -> Session:
         """`seed`: of the random numbers that the user's code draws (random, numpy, torch); None: others every time."""
@@ -112,8 +117,11 @@ class Zygote:
 
     def __init__(self, named: list[tuple[str, str]]):
         where, name = named[0]
-        streams = {"stdout": subprocess.DEVNULL}
-        self.process = WorkerProcess("steerl.rollout.environments.zygote", name, where, named, **streams)
+        # The order of sets is part of what an environment draws.
+        environment = {"PYTHONHASHSEED": "0", **os.environ}
+        self.process = WorkerProcess(
+            "steerl.rollout.environments.zygote", name, where, named, stdout=subprocess.DEVNULL, env=environment
+        )
 
     def fork(self, handle: int, seed: int | None) -> int:
         self.process.send("fork", seed)
@@ -156,15 +164,15 @@ class Child:
         self.socket.settimeout(timeout)
         try:
             self.socket.sendall(pickle.dumps((what, *arguments)))
-            answer = json.loads(self.answers.readline())
+            outcome, *value = json.loads(self.answers.readline())
         except TimeoutError as error:
             self.close()
             raise Lost(f"not done after {timeout:g} s") from error
-        except (OSError, ValueError) as error:  # it closed its end, or wrote what is no answer
+        except (OSError, ValueError, TypeError) as error:  # it closed its end, or wrote what is no answer
             raise Lost(self.close()) from error
-        if "gave" not in answer:
-            raise Failed(answer["line"], answer["told"])
-        return answer["gave"]
+        if outcome == "raised":
+            raise Failed(*value)
+        return value[0]
 
     def close(self) -> str:
         """How it ended."""
@@ -230,20 +238,21 @@ class EpisodeSession:
     def _called(self, call: Call) -> tuple[str, str]:
         """What the policy is told, and the error's line."""
         names = [tool["function"]["name"] for tool in self.pool.tools]
+        name = " ".join(f"{call.name:.100}".split())
         problem = call.problem
         if not problem and call.name not in names:
-            problem = f"there is no tool {call.name!r}; there are: {', '.join(names)}"
+            problem = f"there is no tool {name!r}; there are: {', '.join(names)}"
         if problem:
-            return f"error: {problem}", f"{call.name}: {problem}"
+            return f"error: {problem}", f"{name}: {' '.join(problem.split())}"
         try:
             return self._ask("call", call.name, call.arguments), ""
         except Failed as error:
-            return f"error: {error.told}", f"{call.name}: {error}"
+            return f"error: {error.told}", f"{name}: {error}"
         except Lost as error:
             self.child = None
             if self.pool.kind != "tools":
-                self._fail(call.name, error)
-            return f"error: {error}", f"{call.name}: {error}"
+                self._fail(name, error)
+            return f"error: {error}", f"{name}: {error}"
 
     def _end(self) -> Ending:
         if self.child is None:
@@ -251,7 +260,7 @@ class EpisodeSession:
         try:
             ending = {} if self.pool.kind == "tools" else self._ask("end")
         except (Failed, Lost) as error:
-            return Ending(failure=self._fail("get_reward", error))
+            return Ending(failure=self._fail("end", error))
         self.child.close()
         self.child = None
         return Ending(**ending)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import pickle
 import signal
@@ -45,6 +46,8 @@ def serve(pipe: Connection, named: list[tuple[str, str]]) -> None:
             functions.append(load_function(spec, where))
         except UserError as problem:
             problems += problem.lines
+    if "numpy" in sys.modules:
+        importlib.import_module("numpy.random")  # which is loaded when first used: here once, and seeded in each child
     pipe.send_bytes(pickle.dumps(("raised", problems) if problems else ("ready", None)))
     gc.freeze()  # what is there now stays in pages that the children share
     die_with_parent(0)  # it ends by itself, and then its children's children do too
@@ -70,7 +73,10 @@ def _end(pid: int, alive: set[int]) -> int | None:
     if pid not in alive:
         return None
     alive.discard(pid)
-    return _kill(pid)
+    status = _kill(pid)
+    for orphan in _children() - alive:  # those that left their group go on until the job ends
+        os.waitpid(orphan, os.WNOHANG)
+    return status
 
 
 def _fork(pipe: Connection, seed: int | None, sources: list[str], functions: list[Function], alive: set[int]) -> int | str:
