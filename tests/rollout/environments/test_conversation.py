@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import itertools
 import json
 import re
 from types import SimpleNamespace
@@ -15,11 +17,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from steerl.rollout.common.errors import ConfigError, DataError
-from steerl.rollout.environments.types import Opening
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.environments.sampler import EpisodeSampler
+from steerl.rollout.environments.types import Answer, Opening
 from steerl.rollout.episodes import Episode
+from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.types import Rollout
-from tests.models import tiny_tokenizer
+from tests.models import tiny_policy, tiny_tokenizer
 from tests.rollout.environments.families import ADD, TWICE, conversation, family
+from tests.rollout.environments.scripted import scripted
 
 ASK = [{"role": "user", "content": "How much?"}]
 CHATML = (
@@ -309,6 +316,42 @@ def test_the_mark_says_how_many_tokens_are_left():
 def test_megabytes_are_cut_quickly():
     fed = conversation(POLICY, [ADD]).answer([5], [{"role": "tool", "name": "add", "content": "spam " * 200_000}], True, 500)
     assert 490 < len(encode(fed.content[0]["content"])) <= 500 and fed.cut
+
+
+# -- whole episodes ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_episodes_hold_what_was_drawn_and_what_the_template_puts_between():
+    """Turns end by the template's stop token, by others and at their limit; every gap is written out by hand."""
+    tokenizer = POLICY.tokenizer
+    policy = dataclasses.replace(tiny_policy("llama", tokenizer=tokenizer, vocab_size=len(tokenizer)), eos_ids=(END,))
+    others = tuple(range(40, 70))
+
+    def reply(row: dict[str, Any], said: list[Any]) -> Answer:
+        return Answer(f"{row['column']} {len(said)}", reward=float(len(said)), done=len(said) == 4)
+
+    environment = scripted(reply, max_turns=5)
+    environment.conversation = conversation(policy, [])
+    sampling = Sampling(max_new_tokens=5, stop_ids=others, n=8)
+    ask = [{"role": "user", "content": "Go."}]
+    batch = PromptBatch(
+        [[1]] * 3, [0, 1, 2], [ask] * 3, [""] * 3, {"column": ["a", "b", "c"], "chat_template_kwargs": [None] * 3}
+    )
+    rollout, texts = EpisodeSampler(Sampler(policy, sampling), environment).sample(batch, step=0)
+    ends = set()
+    for row, episode in enumerate(texts.episodes or []):
+        ids, mask = rollout.response_ids[row], rollout.action_mask_BR[row].tolist()
+        assert rollout.prompt_ids[row] == encode("<|im_start|>user\nGo.<|im_end|>\n<|im_start|>assistant\n")
+        assert len(episode.turns) == 4 and episode.ended_by == "environment" and episode.turns[-1].end == len(ids)
+        for count, (turn, then) in enumerate(itertools.pairwise(episode.turns), 1):
+            drawn, told = ids[turn.first : turn.end], f"{texts.columns['column'][row]} {count}"
+            tail = encode(f"<|im_end|>\n<|im_start|>user\n{told}<|im_end|>\n<|im_start|>assistant\n")
+            assert ids[turn.end : then.first] == (tail[1:] if drawn[-1] == END else tail)
+            assert mask[turn.first : then.first] == [True] * len(drawn) + [False] * (then.first - turn.end)
+            assert turn.message == {"role": "assistant", "content": tokenizer.decode(drawn, skip_special_tokens=True)}
+            assert turn.answer == [{"role": "user", "content": told}] and turn.reward == count
+            ends.add("its own" if drawn[-1] == END else "another" if drawn[-1] in others else "limit")
+    assert ends == {"its own", "another", "limit"}
 
 
 # -- the example of the record -------------------------------------------------------------------------------------------
