@@ -17,7 +17,7 @@ import numpy as np
 
 from steerl.reward.jobs.selection import read_scores, score_files
 from steerl.rollout.common.errors import UserError, visible
-from steerl.rollout.dumps.inspection import inspect, to_json, to_text
+from steerl.rollout.dumps.inspection import inspect, to_json, to_text, turns_text
 from steerl.rollout.dumps.manifest import load_manifest, plan_of
 
 
@@ -31,12 +31,15 @@ class InspectJob:
     """The folder of its scores; none: the dump's own."""
     worst: int = 5
     """Rows with the largest log-prob gap that are shown."""
+    episodes: int = 2
+    """Episodes that are shown turn by turn, where an environment took part: the first ones."""
     json: bool = False
     """Print one JSON object instead of a page."""
 
     def __post_init__(self) -> None:
-        if self.worst < 0:
-            raise UserError(f"worst: {self.worst}, but it must be 0 or more")
+        for name in ("worst", "episodes"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: {getattr(self, name)}, but it must be 0 or more")
 
 
 def score_lines(folder: Path, dump: Path) -> dict[str, dict[str, float]]:
@@ -53,7 +56,7 @@ def score_lines(folder: Path, dump: Path) -> dict[str, dict[str, float]]:
 
 def main(job: InspectJob) -> None:
     dump = Path(job.dir)
-    found = inspect(dump, job.worst)
+    found = inspect(dump, job.worst, job.episodes)
     scores = score_lines(Path(job.scores or job.dir), dump)
     if job.json:
         print(json.dumps({**to_json(found), "scores": scores}, ensure_ascii=False))
@@ -62,6 +65,8 @@ def main(job: InspectJob) -> None:
         for name, numbers in scores.items():
             spread = f"mean {numbers['mean']:.4f}, std {numbers['std']:.4f}, {numbers['min']:.4f} to {numbers['max']:.4f}"
             print(visible(f"score {name}: {numbers['rows']:,} rows, {spread}"))
+        for name, texts in found.shown:
+            print(visible("\n".join(turns_text(name, texts))))
     if not found.whole:
         for file, damage in found.damaged.items():
             print(visible(f"{dump / file}: {damage}"), file=sys.stderr)

@@ -56,8 +56,7 @@ class Conversation:
         value: Any = prompt if told is None else told if kind == "gym" else _extended(prompt, told)
         where = f"{self.field}: the prompt that reset gave" if told is not None else "prompts"
         if isinstance(value, list):
-            if not getattr(self.policy.tokenizer, "chat_template", None):
-                raise ConfigError(f"{where}: a conversation, but the tokenizer has no chat template; give texts")
+            self._check_chat(where)
             tools, extra = self.template.all_tools(row), row.get("chat_template_kwargs")
             return value, conversation_ids(self.policy.tokenizer, value, tools, extra, where=where)
         self._check_text(kind)
@@ -107,9 +106,14 @@ class Conversation:
         if not is_conversation(prompt):
             return self._check_text("tools" if self.tools else "gym")
         assert isinstance(prompt, list)
+        self._check_chat(self.field)
         check_template(self.template, prompt, row, self.field, self.settings.earlier_turns == "same")
 
     # -- parts ----------------------------------------------------------------------------------------------------------
+
+    def _check_chat(self, where: str) -> None:
+        if not getattr(self.policy.tokenizer, "chat_template", None):
+            raise ConfigError(f"{where}: a conversation, but the tokenizer has no chat template; give texts, or add one to it")
 
     def _check_text(self, kind: str) -> None:
         if kind != "gym":

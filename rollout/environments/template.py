@@ -94,7 +94,7 @@ class ChatTemplate:
         """A text that is told the policy, so that what looks like a special token in it is encoded as the text it is."""
         if not isinstance(value, str):
             return value
-        text = clean(value).replace(MARK, "")
+        text = clean(value)
         while (split := self._control.sub(lambda found: found[0][0] + MARK + found[0][1:], text)) != text:
             text = split
         return text

@@ -11,7 +11,7 @@ whole each time would show them to it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steerl.rollout.common.errors import ConfigError, DataError
@@ -57,14 +57,15 @@ class _Probe:
         """What the template says otherwise of the whole; nothing where it can be continued."""
         if self.calls and not self._reads_calls():
             return "leaves out earlier tool calls"
-        reasoned = self.last(self.message(**_THOUGHT))
+        plain, thought = self.message(), self.message(**_THOUGHT)
+        reasoned = self.last(thought)
         if reasoned.startswith(REASON):  # the prompt opens it, so a turn without any is none that is drawn
-            return self._difference(reasoned)
-        plain = [self._difference(turn) for turn in self._plain()]
-        if all(plain):
-            return plain[-1]
+            return self._difference(thought, reasoned)
+        said = [self.last(plain), self._earlier(plain) if self.calls else "A"]  # as the policy may draw it: one must stay so
+        if all(differences := [self._difference(plain, turn) for turn in said]):
+            return differences[-1]
         if REASON in reasoned:
-            return self._difference(reasoned)
+            return self._difference(thought, reasoned)
         return "" if self._keeps_thoughts() else "leaves out earlier reasoning"
 
     def message(self, content: str = "", **others: Any) -> dict[str, Any]:
@@ -89,28 +90,14 @@ class _Probe:
             return text[len(self.begun) :]
         return text[len(os.path.commonprefix([text, self.template.render(self.head, self.row, opens=False)])) :]
 
-    def _plain(self) -> Iterator[str]:
-        """A turn without reasoning, as the policy may draw it: one of these must come out as it was said."""
-        message = self.message()
-        yield self.last(message)
-        yield self._earlier(message) if self.calls else "A"
-
     def _keeps_thoughts(self) -> bool:
         """Whether reasoning that is marked within a content stays there."""
         source = self.template.tokenizer.get_chat_template(tools=self.template.arguments(self.row)["tools"])
         within = [self.message(f"{opens}{REASON}{closes}\n\n") for opens, closes in _MARKS if closes.strip() in source]
         return all(REASON in self.whole(message) for message in within)
 
-    def _read(self, turn: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """A turn's message and calls, as an episode gets them."""
-        template = self.template
-        ids, before = template.encode(turn), template.encode(self.begun)
-        ids += [i for i in template.encode(self.after)[:1] if i in template.speller.silent]  # the stop token that ends it
-        message, calls = read_turn(template.speller, template.tools, ids, template.speller.after(before, ids), before)
-        return message, [call_of(call.name, call.arguments) for call in calls if not call.problem]
-
-    def _difference(self, turn: str) -> str:
-        message, _ = self._read(turn)
+    def _difference(self, message: Mapping[str, Any], turn: str) -> str:
+        """What becomes of a turn, as it was drawn, where it is an earlier one."""
         whole, said = self.whole(message), self.begun + turn + self.after
         if whole == said:
             return ""
@@ -122,10 +109,13 @@ class _Probe:
 
     def _reads_calls(self) -> bool:
         """Whether calls are part of earlier turns; then they must be read as they are written."""
-        turn = self._earlier(self.message())
+        template, turn = self.template, self._earlier(self.message())
         if self.calls[0]["function"]["name"] not in turn:
             return False
-        if self._read(turn)[1] != self.calls:
+        ids, before = template.encode(turn), template.encode(self.begun)
+        ids += [i for i in template.encode(self.after)[:1] if i in template.speller.silent]  # the stop token that ends it
+        _, calls = read_turn(template.speller, template.tools, ids, template.speller.after(before, ids), before)
+        if [call_of(call.name, call.arguments) for call in calls if not call.problem] != self.calls:
             raise DataError(
                 f"environment: the chat template writes a tool call as {turn[:80]!r}, but without a response_template in the "
                 "tokenizer's config only JSON in <tool_call> tags is read; add one (trl's add_response_schema has many)"
