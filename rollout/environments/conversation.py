@@ -94,7 +94,7 @@ class Conversation:
             text, cut = self._fit(clean(content), most)
             return Fed(self.template.ids(self.template.shield(text), inside=False), text, cut)
         given = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        fitted = [self._fit(_as_text(message.get("content")), most) for message in given]
+        fitted = [self._fit(as_text(message.get("content")), most) for message in given]
         told = [{**message, "content": text} for message, (text, _) in zip(given, fitted, strict=True)]
         shielded = [
             {name: value if name == "role" else self.template.shield(value) for name, value in message.items()}
@@ -160,7 +160,7 @@ def _extended(prompt: object, told: object) -> list[dict[str, Any]] | object:
     return [*prompt[:-1], {**prompt[-1], "content": [*parts[0], *parts[1]]}]
 
 
-def _as_text(content: object) -> str:
+def as_text(content: object) -> str:
     """A message's content: a text as it is, parts as theirs, all else as JSON."""
     if content is None or isinstance(content, str):
         return clean(content or "")
