@@ -106,8 +106,9 @@ def environment_problems(environment: EnvironmentSettings, engine: EngineSetting
     if not environment.given:
         return []
     problems = []
-    if ppo.replay:
-        problems.append("environment: has no effect with ppo.replay, whose episodes were played already; leave it out")
+    if ppo.replay and not ppo.eval_prompts:
+        told = "whose episodes were played already, and ppo.eval_prompts 0"
+        problems.append(f"environment: has no effect with ppo.replay, {told}; leave it out")
     if engine.ahead:
         problems.append("engine.ahead: 1, but episodes are not played ahead of learning; set it to 0")
     return problems
