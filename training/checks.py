@@ -107,8 +107,8 @@ def environment_problems(environment: EnvironmentSettings, engine: EngineSetting
         return []
     problems = []
     if ppo.replay and not ppo.eval_prompts:
-        told = "whose episodes were played already, and ppo.eval_prompts 0"
-        problems.append(f"environment: has no effect with ppo.replay, {told}; leave it out")
+        told = "has no effect with ppo.replay, whose episodes were played already, and without evaluations; leave it out"
+        problems.append(f"environment: {told}")
     if engine.ahead:
         problems.append("engine.ahead: 1, but episodes are not played ahead of learning; set it to 0")
     return problems

@@ -126,5 +126,5 @@ class _Probe:
 def _arguments(tool: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments as the schema has them, of the kinds that every form of writing a call can hold."""
     properties = tool.get("function", tool).get("parameters", {}).get("properties", {})
-    kinds = {"string": "A", "integer": 1}
-    return {name: kinds[kind] for name, spec in properties.items() if (kind := spec.get("type")) in kinds}
+    kinds: dict[str, Any] = {"string": "A", "integer": 1}
+    return {name: kinds[kind] for name, spec in properties.items() for kind in kinds if spec.get("type") == kind}

@@ -3,8 +3,8 @@
     calculator, maze ──> critic, group           success before and after, seconds
                      ──> critic, zeros x (lam, gamma)
 
-zeros: credit as it is often computed. Values are 0 at the tokens that were fed, and GAE goes over all tokens as time, so that what
-comes after an answer is discounted by its length. With lam = gamma = 1 the two are the same.
+zeros: credit as it is often computed. Values are 0 at the tokens that were fed, and GAE goes over all tokens as time, so that
+what comes after an answer is discounted by its length. With lam = gamma = 1 the two are the same.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def gae_with_zeros(
         carry_B = torch.where(t <= last_B, rewards_BR[:, t] + gamma * next_B - values_BR[:, t] + gamma * lam * carry_B, carry_B)
         next_B = torch.where(t <= last_B, values_BR[:, t], next_B)
         advantages_BR[:, t] = carry_B
-    return advantages.Credit(
-        torch.where(mask_BR, advantages_BR, 0.0), torch.where(mask_BR, advantages_BR + values_BR, 0.0)
-    )
+    return advantages.Credit(torch.where(mask_BR, advantages_BR, 0.0), torch.where(mask_BR, advantages_BR + values_BR, 0.0))
 
 
 @contextlib.contextmanager

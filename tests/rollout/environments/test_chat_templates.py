@@ -77,6 +77,14 @@ def test_an_argument_of_the_template_that_keeps_reasoning_is_seen():
     conversation(family("lfm2_2_5"), []).check(ASK, {"chat_template_kwargs": '{"preserve_thinking": true}'})
 
 
+def test_a_template_is_tried_at_the_first_conversation_that_an_environment_makes_of_a_text():
+    talk = conversation(family("qwen3"), [])
+    talk.check("a text", {})
+    talk.opening("a text", {}, Opening("another"), "gym")
+    with pytest.raises(ConfigError, match="environment.factory: the chat template leaves out earlier reasoning"):
+        talk.opening("a text", {}, Opening(ASK), "gym")
+
+
 def test_calls_that_only_a_response_template_reads():
     assert outcome("qwen2_5", [ADD], schema=False) == "yes"
     assert outcome("llama3_1", [ADD], schema=False) == "no"

@@ -173,6 +173,39 @@ def test_several_tools_that_a_template_has_one_at_a_time():
     assert policy.tokenizer.decode(fed.ids) == answers + head.format("assistant")
 
 
+def test_a_turn_ends_at_the_first_of_its_stop_tokens():
+    """GLM's turns have no end of their own: the next one's role ends them, whatever comes after that."""
+    policy = family("glm4moe")
+    told = [{"role": "tool", "name": "add", "content": "3"}, {"role": "user", "content": "So?"}]
+    fed = conversation(policy, [ADD]).answer([5], told, True, None)
+    text = "<|observation|>\n<tool_response>\n3\n</tool_response><|user|>\nSo?<|assistant|>"
+    assert policy.tokenizer.decode(fed.ids) == text
+
+
+LINES = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}{{ '\n##\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{{ tools and tools | length }}{{ opener }}{% endif %}"
+)
+
+
+def test_a_turn_that_ends_in_words_and_what_the_template_makes_of_the_rows_columns():
+    policy = SimpleNamespace(tokenizer=tiny_tokenizer(300, kind="bytes", chat=LINES), eos_ids=(2,), is_seq2seq=False)
+    row = {"tools": [TWICE], "chat_template_kwargs": {"opener": "!"}}
+    talk = conversation(policy, [ADD])
+    _, begun = talk.opening(ASK, row, Opening(), "tools")
+    fed = talk.answer([*begun, 5], [{"role": "tool", "name": "add", "content": "3"}], True, None, row)
+    assert policy.tokenizer.decode(begun) == "twice\nadd\nuser:How much?\n##\nassistant:2!"
+    assert policy.tokenizer.decode(fed.ids) == "\n##\ntool:3\n##\nassistant:2!"
+
+
+def test_a_template_that_does_not_show_what_tools_answer_is_refused():
+    template = LINES.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+    policy = SimpleNamespace(tokenizer=tiny_tokenizer(300, kind="bytes", chat=template), eos_ids=(2,), is_seq2seq=False)
+    with pytest.raises(ConfigError, match="environment.tools: the chat template leaves out what a tool says after a turn"):
+        conversation(policy, [ADD]).check(ASK, {})
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -218,13 +251,15 @@ def test_nothing_that_a_tool_answers_becomes_a_token_of_the_templates(name):
     assert fed.content[0]["content"] == evil
 
 
-@pytest.mark.parametrize("kind", ["bytes", "pieces", "char"])
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
 def test_nothing_that_an_environment_of_texts_gives_becomes_a_special_token(kind):
-    policy = SimpleNamespace(tokenizer=tiny_tokenizer(330, kind=kind), eos_ids=(2,), is_seq2seq=False)
-    fed = conversation(policy, []).answer([5], "a</s><s>b", False, None)
-    assert not {0, 1, 2} & set(fed.ids)
-    if kind == "bytes":
-        assert policy.tokenizer.decode(fed.ids) == "a</s><s>b"
+    """One within another too; and no blank comes in where a text is taken apart."""
+    tokenizer = tiny_tokenizer(330, kind=kind)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[[X]]", "[X]"]})
+    policy = SimpleNamespace(tokenizer=tokenizer, eos_ids=(2,), is_seq2seq=False)
+    fed = conversation(policy, []).answer([5], "a</s><s>b[[X]] [X]", False, None)
+    assert not set(tokenizer.all_special_ids) & set(fed.ids)
+    assert tokenizer.decode(fed.ids) == "a</s><s>b[[X]] [X]"
 
 
 # -- what is cut -------------------------------------------------------------------------------------------------------
@@ -263,6 +298,12 @@ def test_each_messages_content_is_cut_and_the_templates_tokens_are_whole():
         "<|im_end|>\n" + "".join(f"<|im_start|>tool\n{text}<|im_end|>\n" for text in contents) + "<|im_start|>assistant\n"
     )
     assert POLICY.tokenizer.decode(fed.ids) == expected
+
+
+def test_the_mark_says_how_many_tokens_are_left():
+    fed = conversation(POLICY, []).answer([5], "ab" * 400, False, 60)
+    tokens, mark = fed.ids[: fed.content.count("ab")], fed.content.partition("...")[2]
+    assert tokens == encode("ab") * len(tokens) and mark == f" [cut after {len(tokens)} of 400 tokens]"
 
 
 def test_megabytes_are_cut_quickly():
