@@ -123,6 +123,7 @@ def exact(family: str) -> nn.Module:
 
 def block(core: Any, layer: int) -> nn.Module:
     stack = getattr(core, "model", None) or getattr(core, "transformer", None) or core.gpt_neox
+    stack = getattr(stack, "decoder", stack)
     return getattr(stack, "layers", None)[layer] if hasattr(stack, "layers") else stack.h[layer]
 
 
