@@ -16,9 +16,12 @@ from steerl.configs.reader import run_command
 import numpy as np
 
 from steerl.reward.jobs.selection import read_scores, score_files
+from steerl.rollout.chat import episodes
 from steerl.rollout.common.errors import UserError, visible
-from steerl.rollout.dumps.inspection import inspect, to_json, to_text, turns_text
+from steerl.rollout.dumps.inspection import inspect, to_json, to_text
 from steerl.rollout.dumps.manifest import load_manifest, plan_of
+from steerl.rollout.episodes import Turn
+from steerl.rollout.types import Samples
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,18 @@ def score_lines(folder: Path, dump: Path) -> dict[str, dict[str, float]]:
     return summary
 
 
+def episode_lines(samples: Samples) -> list[str]:
+    """An episode turn by turn, each turn with how many tokens it has and how likely the policy was to say it."""
+    rollout = samples.rollout
+
+    def said(turn: Turn) -> str:
+        likely = float(rollout.policy_logprobs_BR[0, turn.first : turn.end].double().sum())
+        return f"{visible(turn.text)}  ({turn.end - turn.first} tokens, log-prob {likely:.2f})"
+
+    name = f"prompt {int(rollout.row_B[0])} sample {int(rollout.sample_B[0])}"
+    return [f"episode of {name}", *episodes.lines(samples, 0, said)]
+
+
 def main(job: InspectJob) -> None:
     dump = Path(job.dir)
     found = inspect(dump, job.worst, job.episodes)
@@ -65,8 +80,8 @@ def main(job: InspectJob) -> None:
         for name, numbers in scores.items():
             spread = f"mean {numbers['mean']:.4f}, std {numbers['std']:.4f}, {numbers['min']:.4f} to {numbers['max']:.4f}"
             print(visible(f"score {name}: {numbers['rows']:,} rows, {spread}"))
-        for name, texts in found.shown:
-            print(visible("\n".join(turns_text(name, texts))))
+        for samples in found.shown:
+            print("\n".join(["", *episode_lines(samples)]))
     if not found.whole:
         for file, damage in found.damaged.items():
             print(visible(f"{dump / file}: {damage}"), file=sys.stderr)

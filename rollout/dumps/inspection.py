@@ -17,8 +17,7 @@ import torch
 
 from steerl.rollout.dumps.manifest import load_manifest, plan_of, standing
 from steerl.rollout.dumps.store import read_shard
-from steerl.rollout.prompts.chat import text_of
-from steerl.rollout.types import STOP_REASONS, Rollout, Texts
+from steerl.rollout.types import STOP_REASONS, Rollout, Samples, Texts
 
 NAMED = 5
 """How many doubled or missing rows are named one by one."""
@@ -62,8 +61,8 @@ class Inspection:
     """Of episodes: how many, calls, errors, cut answers, failures, those that were given a reward; `ended_...` by what."""
     given: float = 0.0
     """All rewards of environments."""
-    shown: list[tuple[str, Texts]] = field(default_factory=list)
-    """The first episodes, a row each, and their names."""
+    shown: list[Samples] = field(default_factory=list)
+    """The first episodes, a row each."""
     lengths: collections.Counter[int] = field(default_factory=collections.Counter)
     stops: collections.Counter[str] = field(default_factory=collections.Counter)
     steered: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -134,7 +133,7 @@ def _play(dump: Inspection, rollout: Rollout, texts: Texts, keep: int) -> None:
         )
         dump.given += math.fsum(rewards or ())
         if len(dump.shown) < keep:
-            dump.shown.append((f"prompt {int(rollout.row_B[i])} sample {int(rollout.sample_B[i])}", texts.select([i])))
+            dump.shown.append(Samples(rollout, texts).select([i]))
 
 
 def _mark(dump: Inspection, seen: np.ndarray, rollout: Rollout, samples: int) -> None:
@@ -217,27 +216,6 @@ def _played(dump: Inspection) -> list[str]:
     if given := played["rewarded"]:
         lines.append(f"the environment's reward: mean {dump.given / given:.4f} of {given:,} episodes")
     return lines
-
-
-def turns_text(name: str, texts: Texts) -> list[str]:
-    """One episode for a person: who said what, turn by turn."""
-    assert texts.episodes is not None
-    (episode,), (prompt,) = texts.episodes, texts.prompt_texts
-    lines = ["", f"episode of {name}: {len(episode.turns)} turns, ended by {episode.ended_by}", *_said("prompt", prompt)]
-    for number, turn in enumerate(episode.turns, 1):
-        reward = "" if turn.reward is None else f", reward {turn.reward:g}"
-        lines += _said(f"turn {number}, {turn.end - turn.first} tokens{reward}", turn.text)
-        lines += [line for error in turn.errors for line in _said("failed", error)]
-        answer = turn.answer
-        told = answer if isinstance(answer, str) else "\n".join(text_of(message.get("content")) for message in answer)
-        lines += _said("told, cut" if turn.cut else "told", told) if told else []
-    if episode.failure:
-        lines += _said("lost", episode.failure)
-    return lines + ([f"  reward for the whole: {episode.reward:g}"] if episode.reward is not None else [])
-
-
-def _said(who: str, text: str) -> list[str]:
-    return [f"  {who}:", *(f"    {line}" for line in text.splitlines() or [""])]
 
 
 def histogram(lengths: collections.Counter[int], width: int = 100) -> list[str]:

@@ -67,18 +67,17 @@ def _of_json(text: str, tools: Sequence[Mapping[str, Any]]) -> Call:
 
 def _checked(given: object, tools: Sequence[Mapping[str, Any]]) -> Call:
     """A call as {name, arguments}, looked up among the tools."""
-    try:
-        json.dumps(given, ensure_ascii=False).encode()
-    except (ValueError, TypeError, RecursionError) as error:
-        return Call("", problem=f"the call cannot be written as JSON: {error}")
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str) or not given["name"]:
         return Call("", problem='the call has no name; write {"name": ..., "arguments": {...}}')
     name, arguments = given["name"], given.get("arguments")
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):  # told below, as what it is
             arguments = json.loads(arguments)
-    if arguments is None:
-        arguments = {}
+    try:
+        json.dumps([name, arguments], ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        return Call("", problem=f"the call cannot be written as JSON: {error}")
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         return Call(name, problem=f"the arguments of {name} are no mapping of names to values")
     known = names(tools)

@@ -41,6 +41,8 @@ class Conversation:
     def __init__(self, policy: Policy, tools: Sequence[dict[str, Any]], settings: EnvironmentSettings):
         self.policy, self.tools, self.settings = policy, list(tools), settings
         self.field = "environment.tools" if settings.tools else "environment.factory"
+        self.tried = False
+        """Whether the chat template was tried."""
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -58,7 +60,10 @@ class Conversation:
         if isinstance(value, list):
             self._check_chat(where)
             tools, extra = self.template.all_tools(row), row.get("chat_template_kwargs")
-            return value, conversation_ids(self.policy.tokenizer, value, tools, extra, where=where)
+            ids = conversation_ids(self.policy.tokenizer, value, tools, extra, where=where)
+            if kind == "gym" and not self.tried:  # the data has texts, and the environment makes conversations of them
+                self.check(value, row)
+            return value, ids
         self._check_text(kind)
         if not isinstance(value, str) or not value:
             raise DataError(f"{where} is {value!r:.60}; expected a text or a list of messages")
@@ -89,7 +94,7 @@ class Conversation:
             text, cut = self._fit(clean(content), most)
             return Fed(self.template.ids(self.template.shield(text), inside=False), text, cut)
         given = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        fitted = [self._fit(_as_text(message.get("content")), most) for message in given]
+        fitted = [self._fit(as_text(message.get("content")), most) for message in given]
         told = [{**message, "content": text} for message, (text, _) in zip(given, fitted, strict=True)]
         shielded = [
             {name: value if name == "role" else self.template.shield(value) for name, value in message.items()}
@@ -107,6 +112,7 @@ class Conversation:
             return self._check_text("tools" if self.tools else "gym")
         assert isinstance(prompt, list)
         self._check_chat(self.field)
+        self.tried = True
         check_template(self.template, prompt, row, self.field, self.settings.earlier_turns == "same")
 
     # -- parts ----------------------------------------------------------------------------------------------------------
@@ -154,7 +160,7 @@ def _extended(prompt: object, told: object) -> list[dict[str, Any]] | object:
     return [*prompt[:-1], {**prompt[-1], "content": [*parts[0], *parts[1]]}]
 
 
-def _as_text(content: object) -> str:
+def as_text(content: object) -> str:
     """A message's content: a text as it is, parts as theirs, all else as JSON."""
     if content is None or isinstance(content, str):
         return clean(content or "")

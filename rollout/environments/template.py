@@ -82,7 +82,7 @@ class ChatTemplate:
         marked = [i for i in self.encode(plain) if i in self.speller.silent][:1]
         ends = self.tokenizer.convert_ids_to_tokens([*map(int, self.policy.eos_ids), *marked])
         ends += [plain] if plain.strip() and not marked else []
-        if not (places := [at for end in ends if (at := text.find(end)) >= 0]):
+        if not (places := [at for end in ends if end and (at := text.find(end)) >= 0]):
             raise DataError(
                 "environment: the chat template ends a turn that calls a tool with no stop token; use one that does"
             )
@@ -94,7 +94,7 @@ class ChatTemplate:
         """A text that is told the policy, so that what looks like a special token in it is encoded as the text it is."""
         if not isinstance(value, str):
             return value
-        text = clean(value).replace(MARK, "")
+        text = clean(value)
         while (split := self._control.sub(lambda found: found[0][0] + MARK + found[0][1:], text)) != text:
             text = split
         return text
@@ -106,7 +106,7 @@ class ChatTemplate:
         return ids + [i for piece in others for i in self._inside(piece)]
 
     def encode(self, text: str) -> list[int]:
-        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
+        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False, verbose=False)]
 
     def _inside(self, text: str) -> list[int]:
         line, ids = self.encode("\n"), self.encode("\n" + text)

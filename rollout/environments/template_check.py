@@ -116,9 +116,13 @@ class _Probe:
         ids += [i for i in template.encode(self.after)[:1] if i in template.speller.silent]  # the stop token that ends it
         _, calls = read_turn(template.speller, template.tools, ids, template.speller.after(before, ids), before)
         if [call_of(call.name, call.arguments) for call in calls if not call.problem] != self.calls:
+            reader = "its response_template does not read that"
+            if not getattr(template.tokenizer, "response_template", None):
+                reader = (
+                    "only JSON in <tool_call> tags is read without a response_template (trl's add_response_schema has many)"
+                )
             raise DataError(
-                f"environment: the chat template writes a tool call as {turn[:80]!r}, but without a response_template in the "
-                "tokenizer's config only JSON in <tool_call> tags is read; add one (trl's add_response_schema has many)"
+                f"environment: the chat template writes a tool call as {turn[:80]!r}, but {reader}; set one that does"
             )
         return True
 
@@ -126,5 +130,5 @@ class _Probe:
 def _arguments(tool: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments as the schema has them, of the kinds that every form of writing a call can hold."""
     properties = tool.get("function", tool).get("parameters", {}).get("properties", {})
-    kinds = {"string": "A", "integer": 1}
-    return {name: kinds[kind] for name, spec in properties.items() if (kind := spec.get("type")) in kinds}
+    kinds: dict[str, Any] = {"string": "A", "integer": 1}
+    return {name: kinds[kind] for name, spec in properties.items() for kind in kinds if spec.get("type") == kind}

@@ -1,10 +1,11 @@
 """Learning over several turns: the toy tasks with a tool and with an environment, a critic and group credit, and an ablation.
 
-    calculator, maze ──> critic, group           success before and after, seconds
-                     ──> critic, zeros x (lam, gamma)
+    calculator, maze ──> critic, group, no tool          success before and after, seconds
+                     ──> critic, zeros, zeros x20        the same rows, another credit
 
-zeros: credit as it is often computed. Values are 0 at the tokens that were fed, and GAE goes over all tokens as time, so that what
-comes after an answer is discounted by its length. With lam = gamma = 1 the two are the same.
+zeros: credit as it is often computed. Values are 0 at the tokens that were fed, and GAE goes over all tokens as time, so that
+what comes after an answer is discounted by its length. With lam = gamma = 1 the two are the same. Answers are short here, five
+to eight tokens; x20 counts each of their tokens twenty times, as answers of 100 to 160 tokens would be counted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,18 @@ from steerl.scripts import make_tiny, train_ppo
 from steerl.training.algorithm import advantages
 
 WORLDS, SEEDS, GOAL = ("calculator", "maze"), 5, 0.9
+_OTHER = {"ppo.gamma": 0.99, "ppo.lam": 1.0}
 ARMS: dict[str, dict[str, Any]] = {
     "critic": {},
-    "group": {"ppo.credit": "group", "sampling.n": 8},
+    "group": {"ppo.credit": "group", "sampling.n": 8, "ppo.rollouts_per_step": 128, "ppo.minibatches": 4},
     "zeros": {},
-    "critic, gamma 0.99": {"ppo.gamma": 0.99},
-    "zeros, gamma 0.99": {"ppo.gamma": 0.99},
-    "critic, gamma 0.99, lam 1": {"ppo.gamma": 0.99, "ppo.lam": 1.0},
-    "zeros, gamma 0.99, lam 1": {"ppo.gamma": 0.99, "ppo.lam": 1.0},
+    "zeros x20": {},
+    "critic, gamma 0.99, lam 1": _OTHER,
+    "zeros, gamma 0.99, lam 1": _OTHER,
+    "zeros x20, gamma 0.99, lam 1": _OTHER,
+    "no tool": {"environment.tools": [], "environment.max_turns": 8},
 }
-"""Settings of each, beside those of configs/; lam is 0.95 and gamma 1 where they are not named."""
+"""Beside the settings of configs/; gamma is 1 and lam 0.95 where they are not named. `no tool` is of the calculator alone."""
 
 
 def gae_with_zeros(
@@ -47,26 +51,29 @@ def gae_with_zeros(
     gamma: float = 1.0,
     lam: float = 0.95,
     bootstrap_B: Tensor | None = None,
+    times: int = 1,
 ) -> advantages.Credit:
-    """Time is tokens, and a token that was fed is worth 0."""
+    """Time is tokens, and a token that was fed is worth 0; each of these counts `times` times."""
     values_BR = torch.where(mask_BR, values_BR, 0.0)
     advantages_BR = torch.zeros_like(values_BR)
     last_B = (mask_BR * torch.arange(mask_BR.shape[1])).amax(1)
     after_B = torch.zeros_like(values_BR[:, 0]) if bootstrap_B is None else bootstrap_B.to(values_BR)
     carry_B, next_B = torch.zeros_like(after_B), after_B
     for t in reversed(range(mask_BR.shape[1])):
-        carry_B = torch.where(t <= last_B, rewards_BR[:, t] + gamma * next_B - values_BR[:, t] + gamma * lam * carry_B, carry_B)
-        next_B = torch.where(t <= last_B, values_BR[:, t], next_B)
+        for again in range(times):
+            counts_B = (t <= last_B) & (~mask_BR[:, t] | (again == 0))
+            error_B = rewards_BR[:, t] + gamma * next_B - values_BR[:, t]
+            carry_B = torch.where(counts_B, error_B + gamma * lam * carry_B, carry_B)
+            next_B = torch.where(counts_B, values_BR[:, t], next_B)
         advantages_BR[:, t] = carry_B
-    return advantages.Credit(
-        torch.where(mask_BR, advantages_BR, 0.0), torch.where(mask_BR, advantages_BR + values_BR, 0.0)
-    )
+    return advantages.Credit(torch.where(mask_BR, advantages_BR, 0.0), torch.where(mask_BR, advantages_BR + values_BR, 0.0))
 
 
 @contextlib.contextmanager
 def credit_of(arm: str) -> Iterator[None]:
     before = advantages.gae
-    advantages.gae = gae_with_zeros if arm.startswith("zeros") else before
+    if arm.startswith("zeros"):
+        advantages.gae = partial(gae_with_zeros, times=20 if "x20" in arm else 1)
     try:
         yield
     finally:
@@ -81,6 +88,8 @@ def measure(out: Path, worlds: tuple[str, ...] = WORLDS, arms: tuple[str, ...] =
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for seed in range(seeds):
             for arm in arms:
+                if arm == "no tool" and world != "calculator":
+                    continue
                 if str(seed) not in found.setdefault(arm, {}):
                     found[arm][str(seed)] = run(out, world, arm, seed)
                     write_json(path, found)

@@ -159,13 +159,18 @@ def test_episodes_are_counted_and_shown_turn_by_turn(tmp_path: Path, capsys: pyt
     assert "episodes: 4, ended by policy 3, failure 1; 4 calls, 1 failed; 1 answers cut; 1 lost their environment" in page
     assert "the environment's reward: mean 1.0833 of 3 episodes" in page
     shown = page[page.index("episode of prompt 0") :].splitlines()
-    assert shown[:12] == [
-        "episode of prompt 0 sample 0: 2 turns, ended by policy", "  prompt:", "    user: 2+3?",
-        "  turn 1, 9 tokens, reward 0.5:", "    <add 2 3>", "  told:", "    5", "  turn 2, 7 tokens:", "    it is 5",
-        "  reward for the whole: 2", "", "episode of prompt 1 sample 0: 3 turns, ended by policy",
-    ]  # fmt: skip
-    assert "  failed:\n    mul: ValueError: no" in page and "episode of prompt 2" not in page
+    assert (
+        shown[0] == "episode of prompt 0 sample 0"
+        and shown[1] == "> 2+3?"
+        and shown[6] == "  = ended by the policy after 2 turns; reward 2.5"
+    )
+    first, second = (sum(-0.5 - place / 100 for place in places) for places in (range(9), range(12, 19)))
+    assert (
+        shown[2] == f"<add 2 3>  (9 tokens, log-prob {first:.2f})" and shown[5] == f"it is 5  (7 tokens, log-prob {second:.2f})"
+    )
+    assert shown[3:5] == ["  | tool: 5", "  + 0.5"] and shown[8] == "episode of prompt 1 sample 0"
+    assert "  ! mul: ValueError: no" in shown and "episode of prompt 2 sample 0" not in shown
     _, page, _ = inspect(capsys, str(tmp_path), "--episodes", "9")
-    assert "  told, cut:\n    lost...\n  lost:\n    TimeoutError: 60 s" in page
+    assert "  | tool: lost...\n  + 0.25\n  = ended by a failure: TimeoutError: 60 s" in page
     made_dump(tmp_path / "plain")
     assert "environment" not in json.loads(inspect(capsys, str(tmp_path / "plain"), "--json", "true")[1])

@@ -132,7 +132,7 @@ def test_a_run_goes_on_whatever_its_environment_does(tmp_path, caplog, capfd):
 def test_what_does_not_go_together_with_episodes_is_refused(tmp_path):
     policy = tiny_policy("gpt2")
     with pytest.raises(ConfigError, match=r"environment: has no effect with ppo.replay"):
-        ran(tmp_path / "replay", policy, replay="dump", correction=None)
+        ran(tmp_path / "replay", policy, replay="dump", eval_prompts=0)
     with pytest.raises(ConfigError, match="encoder-decoder"):
         ran(tmp_path / "t5", tiny_policy("t5"))
     with pytest.raises(ConfigError, match=r"environment.max_turns: has no effect without environment.tools"):

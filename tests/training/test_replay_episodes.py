@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from steerl.reward.build import build_reward
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.dumps import manifest, store
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.environments.sampler import EpisodeSampler
+from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.environments.types import Answer
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.types import Samples
@@ -85,7 +87,9 @@ def test_a_dump_of_episodes_is_learned_from_without_its_environment(tmp_path, du
     assert 0 < len(lost) < len(episodes) < len(turns)
     given = [sum(turn.reward or 0.0 for turn in episode.turns) for episode in episodes]
     some = [any(turn.reward is not None for turn in episode.turns) for episode in episodes]
-    applies = [value for value, one, episode in zip(given, some, episodes, strict=True) if one or episode.failure]
+    cut = [episode.ended_by in ("turns", "tokens", "failure") for episode in episodes]
+    applies = [value for value, one, stopped in zip(given, some, cut, strict=True) if one or stopped]
+    assert 0 < len(applies) < len(given)
     assert step["reward/mean"] == pytest.approx(sum(given) / len(episodes))
     assert step["reward/environment"] == pytest.approx(sum(applies) / len(applies))
     assert step["environment/reward"] == pytest.approx(sum(v for v, one in zip(given, some, strict=True) if one) / sum(some))
@@ -128,7 +132,7 @@ def test_the_scores_of_a_dump_are_what_its_environments_gave(tmp_path, dump, cap
     found = [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
     for row, episode in zip(found, stored(dump).texts.episodes, strict=True):
         rewards = [turn.reward for turn in episode.turns if turn.reward is not None]
-        expected = math.fsum(rewards) if rewards or episode.failure else None
+        expected = math.fsum(rewards) if rewards or episode.ended_by != "environment" else None
         assert row["environment"] == pytest.approx(expected)
         last = episode.turns[-1]
         assert row["length"] == float(last.end - last.first == 5)
@@ -144,3 +148,15 @@ def test_rows_of_the_dump_come_back_with_their_episodes(dump, policy):
     whole = stored(dump)
     assert texts.episodes == [whole.texts.episodes[i] for i in (10, 11, 0, 1)]
     assert torch.equal(rollout.action_mask_BR[0, : rollout.lengths_B[0]], whole.rollout.select([10]).trim().action_mask_BR[0])
+
+
+def test_an_evaluation_beside_a_replay_needs_an_environment_of_its_own(tmp_path, dump, policy):
+    settings = PPOSettings(replay=str(dump), steps=1, rollouts_per_step=16, minibatches=1, eval_prompts=2,
+                           correction=Correction("token_truncate"))  # fmt: skip
+    game = EnvironmentSettings(factory=f"{Path(__file__).parents[1] / 'games.py'}:chatter", max_turns=3, max_tokens=30)
+    reward, sampling = build_reward([{"kind": "environment"}, {"kind": "length", "max": 1}]), Sampling(max_new_tokens=5)
+    with pytest.raises(UserError, match="no environment took part in these rows.* or set ppo.eval_prompts 0"):
+        train(policy, prompts_of(policy, 2), reward, sampling, settings, RunSettings(str(tmp_path / "none")))
+    run = RunSettings(str(tmp_path / "run"))
+    summary = train(policy, prompts_of(policy, 2), reward, sampling, settings, run, environment=game)
+    assert summary["reward_before"] is not None

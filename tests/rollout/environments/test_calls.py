@@ -57,6 +57,10 @@ def test_calls_in_tags(text, content, calls):
         ('<tool_call>{"name": "add", "argum', "the call is not JSON: "),
         ("<tool_call></tool_call>", "the call is not JSON: "),
         ("<tool_call>" + "[" * 100_000, "the call is not JSON: "),
+        (
+            '<tool_call>{"name": "add", "arguments": "{\\"w\\": \\"\\\\ud800\\"}"}</tool_call>',
+            "the call cannot be written as JSON",
+        ),
         ('<tool_call>["add"]</tool_call>', "the call has no name"),
         ('<tool_call>{"name": 5}</tool_call>', "the call has no name"),
         ('<tool_call>{"name": ""}</tool_call>', "the call has no name"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,12 @@ def test_templates_for_training_keep_earlier_turns(name):
         ("gptoss", {}, [], r"changes earlier turns: '<\|channel\|>final"),
         ("lfm2", {}, [ADD], "leaves out earlier tool calls"),
         ("gemma", {}, [ADD], "shows the policy no tools; use a model whose template takes them"),
-        ("muse_glimmer", {}, [ADD], "writes a tool call as .* without a response_template"),
+        (
+            "muse_glimmer",
+            {},
+            [ADD],
+            "writes a tool call as .* only JSON in <tool_call> tags is read without a response_template",
+        ),
         ("smolvlm", {}, [], "leaves out what the assistant said"),
         ("deepseekv3", {}, [], "begins earlier turns .* instead of '<think>"),
     ],
@@ -75,6 +81,23 @@ def test_an_argument_of_the_template_that_keeps_reasoning_is_seen():
     with pytest.raises(ConfigError, match="leaves out earlier reasoning"):
         conversation(family("lfm2_2_5"), []).check(ASK, {})
     conversation(family("lfm2_2_5"), []).check(ASK, {"chat_template_kwargs": '{"preserve_thinking": true}'})
+
+
+def test_a_template_is_tried_at_the_first_conversation_that_an_environment_makes_of_a_text():
+    talk = conversation(family("qwen3"), [])
+    talk.check("a text", {})
+    talk.opening("a text", {}, Opening("another"), "gym")
+    with pytest.raises(ConfigError, match="environment.factory: the chat template leaves out earlier reasoning"):
+        talk.opening("a text", {}, Opening(ASK), "gym")
+
+
+def test_a_response_template_that_does_not_read_its_templates_calls_is_seen():
+    policy = family("qwen2_5")
+    other = copy.copy(policy.tokenizer)
+    other.response_template = family("llama3_1").tokenizer.response_template
+    strange = type(policy)(tokenizer=other, eos_ids=policy.eos_ids, is_seq2seq=False)
+    with pytest.raises(ConfigError, match="but its response_template does not read that; set one that does"):
+        conversation(strange, [ADD]).check(ASK, {})
 
 
 def test_calls_that_only_a_response_template_reads():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import itertools
 import json
 import re
 from types import SimpleNamespace
@@ -15,11 +17,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from steerl.rollout.common.errors import ConfigError, DataError
-from steerl.rollout.environments.types import Opening
+from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.environments.sampler import EpisodeSampler
+from steerl.rollout.environments.types import Answer, Opening
 from steerl.rollout.episodes import Episode
+from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.types import Rollout
-from tests.models import tiny_tokenizer
+from tests.models import tiny_policy, tiny_tokenizer
 from tests.rollout.environments.families import ADD, TWICE, conversation, family
+from tests.rollout.environments.scripted import scripted
 
 ASK = [{"role": "user", "content": "How much?"}]
 CHATML = (
@@ -173,6 +180,39 @@ def test_several_tools_that_a_template_has_one_at_a_time():
     assert policy.tokenizer.decode(fed.ids) == answers + head.format("assistant")
 
 
+def test_a_turn_ends_at_the_first_of_its_stop_tokens():
+    """GLM's turns have no end of their own: the next one's role ends them, whatever comes after that."""
+    policy = family("glm4moe")
+    told = [{"role": "tool", "name": "add", "content": "3"}, {"role": "user", "content": "So?"}]
+    fed = conversation(policy, [ADD]).answer([5], told, True, None)
+    text = "<|observation|>\n<tool_response>\n3\n</tool_response><|user|>\nSo?<|assistant|>"
+    assert policy.tokenizer.decode(fed.ids) == text
+
+
+LINES = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}{{ '\n##\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{{ tools and tools | length }}{{ opener }}{% endif %}"
+)
+
+
+def test_a_turn_that_ends_in_words_and_what_the_template_makes_of_the_rows_columns():
+    policy = SimpleNamespace(tokenizer=tiny_tokenizer(300, kind="bytes", chat=LINES), eos_ids=(2,), is_seq2seq=False)
+    row = {"tools": [TWICE], "chat_template_kwargs": {"opener": "!"}}
+    talk = conversation(policy, [ADD])
+    _, begun = talk.opening(ASK, row, Opening(), "tools")
+    fed = talk.answer([*begun, 5], [{"role": "tool", "name": "add", "content": "3"}], True, None, row)
+    assert policy.tokenizer.decode(begun) == "twice\nadd\nuser:How much?\n##\nassistant:2!"
+    assert policy.tokenizer.decode(fed.ids) == "\n##\ntool:3\n##\nassistant:2!"
+
+
+def test_a_template_that_does_not_show_what_tools_answer_is_refused():
+    template = LINES.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+    policy = SimpleNamespace(tokenizer=tiny_tokenizer(300, kind="bytes", chat=template), eos_ids=(2,), is_seq2seq=False)
+    with pytest.raises(ConfigError, match="environment.tools: the chat template leaves out what a tool says after a turn"):
+        conversation(policy, [ADD]).check(ASK, {})
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -218,13 +258,15 @@ def test_nothing_that_a_tool_answers_becomes_a_token_of_the_templates(name):
     assert fed.content[0]["content"] == evil
 
 
-@pytest.mark.parametrize("kind", ["bytes", "pieces", "char"])
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
 def test_nothing_that_an_environment_of_texts_gives_becomes_a_special_token(kind):
-    policy = SimpleNamespace(tokenizer=tiny_tokenizer(330, kind=kind), eos_ids=(2,), is_seq2seq=False)
-    fed = conversation(policy, []).answer([5], "a</s><s>b", False, None)
-    assert not {0, 1, 2} & set(fed.ids)
-    if kind == "bytes":
-        assert policy.tokenizer.decode(fed.ids) == "a</s><s>b"
+    """One within another too; and no blank comes in where a text is taken apart."""
+    tokenizer = tiny_tokenizer(330, kind=kind)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[[X]]", "[X]"]})
+    policy = SimpleNamespace(tokenizer=tokenizer, eos_ids=(2,), is_seq2seq=False)
+    fed = conversation(policy, []).answer([5], "a</s><s>b[[X]] [X]", False, None)
+    assert not set(tokenizer.all_special_ids) & set(fed.ids)
+    assert tokenizer.decode(fed.ids) == "a</s><s>b[[X]] [X]"
 
 
 # -- what is cut -------------------------------------------------------------------------------------------------------
@@ -265,9 +307,51 @@ def test_each_messages_content_is_cut_and_the_templates_tokens_are_whole():
     assert POLICY.tokenizer.decode(fed.ids) == expected
 
 
+def test_the_mark_says_how_many_tokens_are_left():
+    fed = conversation(POLICY, []).answer([5], "ab" * 400, False, 60)
+    tokens, mark = fed.ids[: fed.content.count("ab")], fed.content.partition("...")[2]
+    assert tokens == encode("ab") * len(tokens) and mark == f" [cut after {len(tokens)} of 400 tokens]"
+
+
 def test_megabytes_are_cut_quickly():
     fed = conversation(POLICY, [ADD]).answer([5], [{"role": "tool", "name": "add", "content": "spam " * 200_000}], True, 500)
     assert 490 < len(encode(fed.content[0]["content"])) <= 500 and fed.cut
+
+
+# -- whole episodes ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_episodes_hold_what_was_drawn_and_what_the_template_puts_between():
+    """Turns end by the template's stop token, by others and at their limit; every gap is written out by hand."""
+    tokenizer = POLICY.tokenizer
+    policy = dataclasses.replace(tiny_policy("llama", tokenizer=tokenizer, vocab_size=len(tokenizer)), eos_ids=(END,))
+    others = tuple(range(40, 70))
+
+    def reply(row: dict[str, Any], said: list[Any]) -> Answer:
+        return Answer(f"{row['column']} {len(said)}", reward=float(len(said)), done=len(said) == 4)
+
+    environment = scripted(reply, max_turns=5)
+    environment.conversation = conversation(policy, [])
+    sampling = Sampling(max_new_tokens=5, stop_ids=others, n=8)
+    ask = [{"role": "user", "content": "Go."}]
+    batch = PromptBatch(
+        [[1]] * 3, [0, 1, 2], [ask] * 3, [""] * 3, {"column": ["a", "b", "c"], "chat_template_kwargs": [None] * 3}
+    )
+    rollout, texts = EpisodeSampler(Sampler(policy, sampling), environment).sample(batch, step=0)
+    ends = set()
+    for row, episode in enumerate(texts.episodes or []):
+        ids, mask = rollout.response_ids[row], rollout.action_mask_BR[row].tolist()
+        assert rollout.prompt_ids[row] == encode("<|im_start|>user\nGo.<|im_end|>\n<|im_start|>assistant\n")
+        assert len(episode.turns) == 4 and episode.ended_by == "environment" and episode.turns[-1].end == len(ids)
+        for count, (turn, then) in enumerate(itertools.pairwise(episode.turns), 1):
+            drawn, told = ids[turn.first : turn.end], f"{texts.columns['column'][row]} {count}"
+            tail = encode(f"<|im_end|>\n<|im_start|>user\n{told}<|im_end|>\n<|im_start|>assistant\n")
+            assert ids[turn.end : then.first] == (tail[1:] if drawn[-1] == END else tail)
+            assert mask[turn.first : then.first] == [True] * len(drawn) + [False] * (then.first - turn.end)
+            assert turn.message == {"role": "assistant", "content": tokenizer.decode(drawn, skip_special_tokens=True)}
+            assert turn.answer == [{"role": "user", "content": told}] and turn.reward == count
+            ends.add("its own" if drawn[-1] == END else "another" if drawn[-1] in others else "limit")
+    assert ends == {"its own", "another", "limit"}
 
 
 # -- the example of the record -------------------------------------------------------------------------------------------
