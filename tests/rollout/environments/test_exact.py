@@ -23,20 +23,24 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.engine import VllmEngine
-from steerl.rollout.engines.vllm.sampler import ServerSampler
+from steerl.rollout.engines.vllm.sampler import ServerSampler, server_of
 from steerl.rollout.environments.sampler import EpisodeSampler
 from steerl.rollout.environments.types import Answer
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import STOP_EOS, STOP_LENGTH, STOP_USER, Rollout, Samples
 from tests import warm
+from tests.models import tiny_policy
 from tests.rollout import definitions
+from tests.rollout.engines.vllm.test_steering_server import CHUNKED
+from tests.rollout.engines.vllm.test_steering_server import FAMILIES as WIDE
 from tests.rollout.environments import ranks
 from tests.rollout.environments.scripted import scripted
 from tests.rollout.steering import test_turns as turns
 from tests.rollout.steering.helpers import policy, vector
-from tests.vllm_server import VllmServer
+from tests.vllm_server import VllmServer, gentle
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"temperature": 1.3},
@@ -317,17 +321,44 @@ def test_two_ranks_play_what_one_plays(tmp_path: Path) -> None:
     assert gaps > 8
 
 
+def check_served(of: Policy, url: str, log: Path, name: str, steered: bool) -> None:
+    sampling = sampling_of(name)
+    steering = Steering(of.model, spec(of.core.config.hidden_size), of.tokenizer, seed=5) if steered else None
+    engine = VllmEngine(of, EngineSettings(kind="vllm", url=url), log, steering=steering, alone=True)
+    inner = ServerSampler(engine, sampling, steering)
+    drawn = EpisodeSampler(inner, scripted(reply, **LIMITS)).draw(prompts(8), step=2, progress=0.0)
+    assert len({len(episode.turns) for episode in drawn.texts.episodes or []}) > 1
+    check(drawn.rollout, recorded_rows(copy.deepcopy(of.core).double(), sampling, drawn.rollout, steered))
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize("steered", [False, True])
 @pytest.mark.parametrize("name", ["plain", "truncated", "everything"])
 def test_a_server_draws_the_turns(vllm_server: VllmServer, name: str, steered: bool) -> None:
     """Each turn a request of its own, whose prompt is the row so far: every number is that of one pass over the whole row."""
-    of, sampling = vllm_server.policy, sampling_of(name)
-    steering = Steering(of.model, spec(of.core.config.hidden_size), of.tokenizer, seed=5) if steered else None
-    settings = EngineSettings(kind="vllm", url=vllm_server.url)
-    engine = VllmEngine(of, settings, vllm_server.log, steering=steering, alone=True)
-    drawn = EpisodeSampler(ServerSampler(engine, sampling, steering), scripted(reply, **LIMITS)).draw(
-        prompts(8), step=2, progress=0.0
+    check_served(vllm_server.policy, vllm_server.url, vllm_server.log, name, steered)
+
+
+@pytest.mark.vllm
+@pytest.mark.proofs
+@pytest.mark.parametrize(
+    ("family", "model_impl", "flags"),
+    [
+        ("llama", "vllm", CHUNKED),
+        ("qwen3", "vllm", ()),
+        ("gemma3", "vllm", ()),
+        ("gpt2", "vllm", CHUNKED),
+        ("gpt_neox", "transformers", ()),
+    ],
+)
+def test_servers_of_other_families_do(
+    family: str, model_impl: Any, flags: tuple[str, ...], vllm_python: str, tmp_path: Path
+) -> None:
+    """Contexts are read in pieces there, and rows thrown out for want of memory and read again."""
+    of = gentle(tiny_policy(family, **WIDE[family]))
+    settings = EngineSettings(
+        kind="vllm", python=vllm_python, model_impl=model_impl, arguments=["--no-enable-prefix-caching", *flags], check_rows=0
     )
-    assert len({len(episode.turns) for episode in drawn.texts.episodes or []}) > 1
-    check(drawn.rollout, recorded_rows(copy.deepcopy(of.core).double(), sampling, drawn.rollout, steered))
+    with server_of(of, None, settings, tmp_path, 64) as engine:
+        engine.ready(0)
+        check_served(of, engine.client.url, tmp_path / "engine.log", "everything", True)
