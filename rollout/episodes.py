@@ -41,7 +41,25 @@ class Turn:
 
 @dataclass(frozen=True)
 class Episode:
-    """One row's turns."""
+    """One row's turns.
+
+    A conversation of two turns, as its row of a Rollout has it. The policy guesses a number; after its first turn it is told
+    "higher", and the chat template puts the rest around that word. Every token before an answer stays as it was.
+
+        prompt          user:  guess  </s>   assistant:
+        prompt_ids      [4,    8,     2,     5]
+        place           [0,    1,     2,     3,      4,     5,          6,     7]
+        response        5      </s>   user:  higher  </s>   assistant:  7      </s>
+        response_ids    [9,    2,     4,     11,     2,     5,          10,    2]
+        action_mask     [1,    1,     0,     0,      0,     0,          1,     1]
+        logprobs        [-1.2, -0.1,  0,     0,      0,     0,          -0.8,  -0.2]
+        turns           [(0, 2), (6, 8)]
+
+    The policy drew places 0, 1, 6 and 7, the last of each turn its stop token; places 2 to 5 are fed. A log-prob stands at the
+    token that it is of, given all before it, what was fed too; it is 0 where nothing was drawn. The seventh draw is keyed by
+    place 6. A turn's reward is put on its last action (places 1 and 7), and what is earned later goes from action to action:
+    from place 6 to place 1, as if what was fed were not there.
+    """
 
     turns: tuple[Turn, ...]
     ended_by: str

@@ -11,6 +11,8 @@ steerl bench [--out runs/bench]
 --plain_vllm  the same job by both, and rows of plain vLLM beside ours (plain_vllm.py; `make vllm` first)
 --learning    randomwalks beside TRL 1.12's PPOTrainer: reward by samples and by seconds, five seeds each (about an
               hour on one core); leaves learning.json and learning.png, and prints a table
+--episodes    tasks with a tool and with an environment, five seeds each: a critic, group credit, and credit that counts what
+              was fed as time (episodes.py)
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from steerl.configs.reader import run_command
 
-from steerl.scripts.bench_cases import engines, overhead, plain_vllm, scaling, speed
+from steerl.scripts.bench_cases import engines, episodes, overhead, plain_vllm, scaling, speed
 from steerl.scripts.bench_cases.learning import LearningSettings, measure
 
 
@@ -42,6 +44,8 @@ class BenchJob:
     """Sampling in process and by a vLLM server, instead of speed."""
     plain_vllm: bool = False
     """One job by both engines, and what plain vLLM's log-probs are worth, instead of speed."""
+    episodes: bool = False
+    """Learning over several turns, instead of speed."""
     quick: bool = False
     """Speed, scaling or engines as a trial: the smallest work, once, without TRL."""
     speed: speed.SpeedSettings = field(default_factory=speed.SpeedSettings)
@@ -57,6 +61,8 @@ def main(job: BenchJob) -> None:
         engines.measure(Path(job.out), *(((engines.SIZES[:1], engines.ROWS[:1], 1)) if job.quick else ()))
     elif job.plain_vllm:
         plain_vllm.measure(Path(job.out))
+    elif job.episodes:
+        episodes.measure(Path(job.out))
     elif job.scaling:
         scaling.measure(Path(job.out), job.speed, job.quick)
     else:

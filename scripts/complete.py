@@ -3,6 +3,7 @@
     steerl complete --model.path DIR "prompt"
 
 A prompt (or several), a file of them (--prompts.path), or, without either, a chat; text from a pipe is one prompt.
+With tools or an environment (--environment.tools, --environment.factory) each prompt is an episode, to be watched.
 Tokens are colored by their probability in a terminal, plain when piped; --json true is for programs.
 """
 
@@ -13,14 +14,16 @@ import io
 import json
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from steerl.configs.reader import run_command
 
 from steerl.rollout.analysis.verify import verify
-from steerl.rollout.chat.completion import Completed, check_dialog, complete
+from steerl.rollout.chat import episodes
+from steerl.rollout.chat.completion import Completed, check_dialog, check_sampling, complete, raw_logprobs
 from steerl.rollout.chat.confidence import Confidence, confidence
 from steerl.rollout.chat.terminal import (
     EARS,
@@ -40,10 +43,15 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.sampler import ServerSampler, server_of
+from steerl.rollout.environments.environment import Environment, environment_of
+from steerl.rollout.environments.sampler import EpisodeSampler
+from steerl.rollout.environments.settings import EnvironmentSettings
+from steerl.rollout.episodes import Turn
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.chat import Speller, conversation_ids, text_ids, text_of
-from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
+from steerl.rollout.prompts.prompts import PromptBatch, PromptSettings, load_prompts
 from steerl.rollout.steering import Steering, load_spec
+from steerl.rollout.types import Samples
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class CompleteJob:
     sampling: Sampling = field(default_factory=Sampling)
     engine: EngineSettings = field(default_factory=EngineSettings)
     """What draws; only stream shows a text before it is whole."""
+    environment: EnvironmentSettings = field(default_factory=EnvironmentSettings)
+    """What the policy talks to between its turns: an episode is shown when it is over."""
     steering: dict[str, object] | str | None = field(default=None, metadata={"check": load_spec})
     """An intervention: completions without and with it stand side by side."""
     chat: bool = False
@@ -84,6 +94,9 @@ class CompleteJob:
             raise UserError("system: has no effect on texts; add --chat true")
         if self.least < 1 or not 0 < self.below <= 1:
             raise UserError(f"least, below: {self.least} and {self.below}; give 1 or more, and a probability")
+        for name in ("logprobs", "verify") if self.environment.given else ():
+            if getattr(self, name):
+                raise UserError(f"{name}: has no effect on episodes; leave it out (--json true has every log-prob)")
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,8 @@ class Asked:
 
     prompt: Any
     ids: list[int]
+    row: dict[str, Any] = field(default_factory=dict)
+    """The data's other columns."""
 
 
 class Session:
@@ -182,8 +197,12 @@ class Session:
         return [self.speller.token(token) for token in done.ids]
 
     def pieces(self, done: Completed) -> list[Piece]:
-        pieces, room = [], len(done.text)
-        for piece in pieces_of(self.policy.tokenizer, done.ids, done.logprobs or [], self.before(done.prompt_ids)):
+        return self.cut_pieces(done.text, done.ids, done.logprobs or [], self.before(done.prompt_ids))
+
+    def cut_pieces(self, text: str, ids: list[int], logprobs: list[float], before: list[int]) -> list[Piece]:
+        """As long as `text`: what matched a stop string is left out."""
+        pieces, room = [], len(text)
+        for piece in pieces_of(self.policy.tokenizer, ids, logprobs, before):
             pieces.append(Piece(piece.text[:room], piece.logprob))
             room = max(room - len(piece.text), 0)
         return pieces
@@ -218,6 +237,30 @@ class Session:
         if self.steering:
             record["steered"] = {"steering": self.steering.label, **of(done[1])}
         return record
+
+    # -- episodes ---------------------------------------------------------------------------------------------------------
+
+    def watch(self, environment: Environment, asked: list[Asked], first: int) -> None:
+        """Play an episode of each prompt, without and with the steering."""
+        ids, prompts, rows = zip(*((one.ids, one.prompt, one.row) for one in asked), strict=True)
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        batch = PromptBatch([*ids], [*range(first, first + len(asked))], [*prompts], [""] * len(asked), columns)
+        for steering in [None, self.steering] if self.steering else [None]:
+            samples = EpisodeSampler(self.draws(self.job.sampling, steering), environment).sample(batch)
+            logprobs = raw_logprobs(self.policy, samples.rollout, self.job.sampling, steering).tolist()
+            label = {"steering": steering.label if steering else None} if self.steering else {}
+            for i, numbers in enumerate(logprobs):
+                if self.job.json:
+                    record = episodes.record(samples, i, numbers, self.speller)
+                    say(json.dumps(label | record, ensure_ascii=False) + "\n")
+                else:
+                    told = episodes.lines(samples, i, partial(self.turn, samples, i, numbers))
+                    say("".join(f"{line}\n" for line in [*(f"{name}:" for name in label.values() if name), *told]))
+
+    def turn(self, samples: Samples, i: int, logprobs: list[float], turn: Turn) -> str:
+        ids, part = samples.rollout.response_ids[i], slice(turn.first, turn.end)
+        before = [*samples.rollout.prompt_ids[i], *ids[: turn.first]]
+        return "".join(self.paint(piece) for piece in self.cut_pieces(turn.text, ids[part], logprobs[part], before))
 
     # -- chat -------------------------------------------------------------------------------------------------------------
 
@@ -279,6 +322,7 @@ def say(text: str) -> None:
 def read_prompts(job: CompleteJob, policy: Policy) -> list[Asked]:
     """What the job asks for in one go; nothing where it is a chat."""
     texts: list[object] = list(job.prompt)
+    rows: list[dict[str, Any]] = []
     if job.prompts.path.endswith(".txt"):
         path = Path(job.prompts.path)
         if not path.is_file():
@@ -287,8 +331,10 @@ def read_prompts(job: CompleteJob, policy: Policy) -> list[Asked]:
     elif job.prompts.path:
         prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
         batch = prompts.batch(range(len(prompts)))
+        columns = batch.columns | {batch.column: batch.prompts}
+        rows = [{name: column[i] for name, column in columns.items()} for i in range(len(batch))]
         if not job.chat:
-            return [Asked(prompt, ids) for prompt, ids in zip(batch.prompts, batch.ids, strict=True)]
+            return [Asked(*each) for each in zip(batch.prompts, batch.ids, rows, strict=True)]
         texts = batch.prompts
     elif not texts and not sys.stdin.isatty():
         texts = [sys.stdin.read().rstrip("\n")]
@@ -297,7 +343,8 @@ def read_prompts(job: CompleteJob, policy: Policy) -> list[Asked]:
     if job.chat:
         begin = [{"role": "system", "content": job.system}] if job.system else []
         texts = [text if isinstance(text, list) else [*begin, {"role": "user", "content": text}] for text in texts]
-    return [ask(policy, text) for text in texts]
+    rows = rows or [{} for _ in texts]
+    return [replace(ask(policy, text), row=row) for text, row in zip(texts, rows, strict=True)]
 
 
 def main(job: CompleteJob) -> None:
@@ -311,7 +358,14 @@ def run(job: CompleteJob, ending: contextlib.ExitStack) -> None:
     policy = load_policy(job.model, processes.start().device)
     asked = read_prompts(job, policy)
     session = Session(job, policy, ending)
-    if not asked:
+    environment = ending.enter_context(environment_of(job.environment, policy))
+    if environment is not None:
+        if not asked:
+            raise UserError("prompt: missing; an episode begins with one: give a text, or --prompts.path")
+        check_sampling(job.sampling)
+        for start in range(0, len(asked), size := job.sampling.batch_size):
+            session.watch(environment, asked[start : start + size], start)
+    elif not asked:
         session.chat()
     elif len(asked) == 1 and not job.json:
         if session.stream(asked[0])[1]:

@@ -28,6 +28,7 @@ from steerl.rollout.dumps.manifest import RECORDS, Manifest, Plan, load_manifest
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.sampler import sampler_of
 from steerl.rollout.environments.environment import environment_of
+from steerl.rollout.environments.outcomes import look_at
 from steerl.rollout.environments.sampler import EpisodeSampler
 from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
@@ -102,6 +103,7 @@ def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
 
     def sample(rows: range) -> Samples:
         samples = sampler.sample(prompts.batch(list(rows)))
+        look_at(samples.texts.episodes)
         if job.verify:
             reports.append(verify(policy, samples.rollout, job.sampling, steering=steering))
         return samples

@@ -16,9 +16,12 @@ from steerl.configs.reader import run_command
 import numpy as np
 
 from steerl.reward.jobs.selection import read_scores, score_files
+from steerl.rollout.chat import episodes
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.dumps.inspection import inspect, to_json, to_text
 from steerl.rollout.dumps.manifest import load_manifest, plan_of
+from steerl.rollout.episodes import Turn
+from steerl.rollout.types import Samples
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,15 @@ class InspectJob:
     """The folder of its scores; none: the dump's own."""
     worst: int = 5
     """Rows with the largest log-prob gap that are shown."""
+    episodes: int = 2
+    """Episodes that are shown turn by turn, where an environment took part: the first ones."""
     json: bool = False
     """Print one JSON object instead of a page."""
 
     def __post_init__(self) -> None:
-        if self.worst < 0:
-            raise UserError(f"worst: {self.worst}, but it must be 0 or more")
+        for name in ("worst", "episodes"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: {getattr(self, name)}, but it must be 0 or more")
 
 
 def score_lines(folder: Path, dump: Path) -> dict[str, dict[str, float]]:
@@ -51,9 +57,21 @@ def score_lines(folder: Path, dump: Path) -> dict[str, dict[str, float]]:
     return summary
 
 
+def episode_lines(samples: Samples) -> list[str]:
+    """An episode turn by turn, each turn with how many tokens it has and how likely the policy was to say it."""
+    rollout = samples.rollout
+
+    def said(turn: Turn) -> str:
+        likely = float(rollout.policy_logprobs_BR[0, turn.first : turn.end].double().sum())
+        return f"{visible(turn.text)}  ({turn.end - turn.first} tokens, log-prob {likely:.2f})"
+
+    name = f"prompt {int(rollout.row_B[0])} sample {int(rollout.sample_B[0])}"
+    return [f"episode of {name}", *episodes.lines(samples, 0, said)]
+
+
 def main(job: InspectJob) -> None:
     dump = Path(job.dir)
-    found = inspect(dump, job.worst)
+    found = inspect(dump, job.worst, job.episodes)
     scores = score_lines(Path(job.scores or job.dir), dump)
     if job.json:
         print(json.dumps({**to_json(found), "scores": scores}, ensure_ascii=False))
@@ -62,6 +80,8 @@ def main(job: InspectJob) -> None:
         for name, numbers in scores.items():
             spread = f"mean {numbers['mean']:.4f}, std {numbers['std']:.4f}, {numbers['min']:.4f} to {numbers['max']:.4f}"
             print(visible(f"score {name}: {numbers['rows']:,} rows, {spread}"))
+        for samples in found.shown:
+            print("\n".join(["", *episode_lines(samples)]))
     if not found.whole:
         for file, damage in found.damaged.items():
             print(visible(f"{dump / file}: {damage}"), file=sys.stderr)

@@ -6,6 +6,8 @@
     DIR/randomwalks/  shortest paths in a graph
     DIR/summaries/    encoder-decoders that shorten
     DIR/suppressed/   a style that the policy knows and never shows by itself; steering brings it out
+    DIR/calculator/   sums that need a tool
+    DIR/maze/         a walk of five to ten turns
 
 Every world holds `world.json` (its name and seed). A world appears whole or not at all; one that is there already is kept.
 """

@@ -139,8 +139,12 @@ def work_of(job: PlanJob, peft: dict[str, object] | None) -> PlannedStep:
         value = policy
         if job.ppo.value != "separate":
             value = Blueprint.of(ModelSettings(path=job.ppo.value, dtype="float32"), "ppo.value", like=policy)
-    prompt = min(job.prompt_tokens, job.prompts.max_tokens or job.prompt_tokens)
-    return PlannedStep(policy, value, job.ppo, job.sampling, max(prompt, 1), job.mixed_precision)
+    prompt = max(min(job.prompt_tokens, job.prompts.max_tokens or job.prompt_tokens), 1)
+    episode, context = 0, getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    if job.environment.given:
+        episode = job.environment.longest(job.sampling.max_new_tokens)
+        episode = min(episode, max(context - prompt, 1)) if context else episode
+    return PlannedStep(policy, value, job.ppo, job.sampling, prompt, job.mixed_precision, episode)
 
 
 def heading(job: PlanJob, work: PlannedStep, machines: Machines) -> list[str]:

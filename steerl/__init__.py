@@ -22,6 +22,11 @@ if TYPE_CHECKING:  # for editors and type checkers
     from steerl.rollout.engines.sampler import Sampler as Sampler
     from steerl.rollout.engines.settings import EngineSettings as EngineSettings
     from steerl.rollout.engines.source import RolloutSource as RolloutSource
+    from steerl.rollout.environments.environment import Environment as Environment
+    from steerl.rollout.environments.sampler import EpisodeSampler as EpisodeSampler
+    from steerl.rollout.environments.settings import EnvironmentSettings as EnvironmentSettings
+    from steerl.rollout.episodes import Episode as Episode
+    from steerl.rollout.episodes import Turn as Turn
     from steerl.rollout.model.policy import ModelSettings as ModelSettings
     from steerl.rollout.model.policy import Policy as Policy
     from steerl.rollout.model.policy import load_policy as load_policy

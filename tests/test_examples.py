@@ -19,6 +19,7 @@ SAYS = {
     "ppo_from_objects": "held-out reward ",
     "steer_and_dump": "64 rows: KL per response ",
     "toy_engine": "6 updates of its weights, closed: True",
+    "openenv": "it is 7 -> right 1.0 True",
     "new_operation": "strength 2.0: report on the chapel : ",
 }
 """What each prints, among other things."""

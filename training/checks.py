@@ -106,8 +106,9 @@ def environment_problems(environment: EnvironmentSettings, engine: EngineSetting
     if not environment.given:
         return []
     problems = []
-    if ppo.replay:
-        problems.append("environment: has no effect with ppo.replay, whose episodes were played already; leave it out")
+    if ppo.replay and not ppo.eval_prompts:
+        told = "has no effect with ppo.replay, whose episodes were played already, and without evaluations; leave it out"
+        problems.append(f"environment: {told}")
     if engine.ahead:
         problems.append("engine.ahead: 1, but episodes are not played ahead of learning; set it to 0")
     return problems

@@ -4,7 +4,8 @@
         read_scores -> score of every (prompt, sample)   choose -> which rows   selected -> records, streamed
 
 Records are what the stages read: {prompt, completion} for train_sft, {prompt, chosen, rejected} for train_reward;
-texts where the prompts are texts, messages where they are conversations.
+texts where the prompts are texts, messages where they are conversations. The completion of an episode is all that follows its
+prompt; who said what of it stands beside it (`episode`), as in the dump.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.dumps.manifest import Plan, load_manifest, plan_of
 from steerl.rollout.dumps.store import read_dump
-from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered
+from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, continued, continues
 from steerl.rollout.types import row_name
 
 KEYS = ("prompt_index", "sample_index")
@@ -146,16 +147,17 @@ class _Row:
     completion: str
     ended: bool
     said: object
-    """The completion in the form of its prompt: text, or the assistant's message, with what the prompt had begun of it."""
+    """The completion in the form of its prompt: text, or messages, the first with what the prompt had begun of it."""
     others: dict[str, object]
     """What a chat template is given beside the messages, as JSON text."""
+    episode: dict[str, str]
 
 
 def _by_prompt(folder: Path) -> Iterator[tuple[int, list[_Row]]]:
     rows: list[_Row] = []
     current = -1
     for rollout, texts in read_dump(folder):
-        if bool((fed_B := rollout.actions_B < rollout.lengths_B).any()):
+        if bool((fed_B := rollout.actions_B < rollout.lengths_B).any()) and texts.episodes is None:
             name = row_name(rollout, int(fed_B.nonzero()[0]))
             told = "was fed tokens that the policy did not draw, which a record of prompt and completion cannot tell apart"
             raise DataError(f"{folder}: {name} {told}; read such rows with read_dump, action_mask_BR says which they are")
@@ -168,12 +170,18 @@ def _by_prompt(folder: Path) -> Iterator[tuple[int, list[_Row]]]:
             current = prompt
             asked, completion = texts.prompts[i], texts.completions[i]
             others = {name: texts.columns[name][i] for name in TEMPLATE_COLUMNS if name in texts.columns}
+            whole = {} if texts.episodes is None else {"episode": json.dumps(texts.episodes[i].as_json())}
             if isinstance(asked, str):
-                rows.append(_Row(sample, asked, completion, ended, completion, {}))
+                rows.append(_Row(sample, asked, completion, ended, completion, {}, whole))
                 continue
-            turns = answered(asked, completion, others.get("chat_template_kwargs"), texts.prompt_texts[i])
+            extra = others.get("chat_template_kwargs")
+            if texts.episodes is None:
+                turns = answered(asked, completion, extra, texts.prompt_texts[i])
+            else:
+                turns = continued(asked, texts.episodes[i].messages, extra, texts.prompt_texts[i])
             others = {n: v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for n, v in others.items()}
-            rows.append(_Row(sample, turns[:-1], completion, ended, turns[-1:], others))
+            before = len(asked) - continues(asked, extra)
+            rows.append(_Row(sample, turns[:before], completion, ended, turns[before:], others, whole))
     if rows:
         yield current, rows
 
@@ -195,15 +203,18 @@ def _of_prompt(prompt: int, rows: list[_Row], score_N: np.ndarray, selection: Se
                 continue
             chosen, rejected = rows[best].said, rows[worst].said
             scores = {"chosen_score": float(score_N[best]), "rejected_score": float(score_N[worst])}
+            told = {f"chosen_{name}": value for name, value in rows[best].episode.items()}
+            told |= {f"rejected_{name}": value for name, value in rows[worst].episode.items()}
             yield {
                 "prompt": rows[best].prompt,
                 "chosen": chosen,
                 "rejected": rejected,
                 **rows[best].others,
+                **told,
                 **numbers,
                 **scores,
             }
         return
     for i in np.flatnonzero(kept).tolist():
-        said = {"prompt": rows[i].prompt, "completion": rows[i].said, **rows[i].others}
+        said = {"prompt": rows[i].prompt, "completion": rows[i].said, **rows[i].others, **rows[i].episode}
         yield {**said, **numbers, "sample_index": rows[i].sample, "score": float(score_N[i])}

@@ -21,10 +21,11 @@ from steerl.rollout.types import Rollout, Texts
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentReward(Checked):
-    """What the environment gave; it does not apply to an episode that was given nothing."""
+    """What the environment gave. It does not apply to an episode that came to its end and was given nothing; one that was cut
+    at a limit, or lost its environment, earned what it was given until then."""
 
     fallback: float | None = None
-    """The score of an episode whose environment was lost; without it, what was given until then."""
+    """The score of an episode whose environment was lost, in place of what it was given until then."""
 
     def build(self, where: str, around: object) -> RewardTerm:
         return RewardTerm("", where, 1.0, lambda rollout, texts, vocabulary: self.score(rollout, texts, where))
@@ -33,12 +34,13 @@ class EnvironmentReward(Checked):
         if not len(rollout):
             return Scores(torch.zeros(0, device=rollout.device))
         if texts.episodes is None:
-            told = "no environment took part in these rows, so none gave a reward"
-            raise UserError(f"{where}: {told}; name one (environment.factory), or leave this part out")
+            told = "no environment took part in these rows, so none gave a reward; name one (environment.factory), leave this"
+            raise UserError(f"{where}: {told} part out, or set ppo.eval_prompts 0 where stored episodes are learned from")
         given = TurnRewards([self._given(episode) for episode in texts.episodes])
         return settle_turns(given, rollout, where, self.fallback, turns_of(rollout, texts))
 
     def _given(self, episode: Episode) -> list[float] | Failure | None:
-        if not episode.failure:
-            return episode.rewards
-        return (episode.rewards or [0.0] * len(episode.turns)) if self.fallback is None else Failure(episode.failure)
+        if episode.failure and self.fallback is not None:
+            return Failure(episode.failure)
+        cut = episode.failure or episode.ended_by not in ("policy", "environment")
+        return [0.0] * len(episode.turns) if episode.rewards is None and cut else episode.rewards

@@ -3,7 +3,8 @@
     POST /score   {"prompts": [...], "completions": [...], "prompt_texts": [...], "columns": {name: [...]}, "ended": [...],
                    "rows": [[dataset row, sample], ...],
                    "ids": {"prompts": [[...]], "responses": [[...]], "start": [...], "vocabulary": "...",
-                           "action_mask": [[...]] where a row was fed something in between} or null}
+                           "action_mask": [[...]] where a row was fed something in between} or null,
+                   "episodes": [...] where an environment took part, as rollout.episodes.Episode.as_json gives them}
     200           {"scores": [...], "parts": {name: [...]}, "tokens": [[...], ...] or null, "fallbacks": {name: count}}
 
 `tokens` are as long as the row's response, and 0 where its `action_mask` is (1: the policy drew the token, 0: it was fed).
@@ -18,12 +19,14 @@ import datetime
 import json
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerl.reward.types import Scores, has_ids
 from steerl.rollout.common.errors import UserError, visible
+from steerl.rollout.episodes import Episode
 from steerl.rollout.types import Rollout, Texts
 
 MOST_LISTS = 1_000_000
@@ -62,6 +65,8 @@ def ask(rollout: Rollout, texts: Texts, vocabulary: str | None, where: str) -> b
         "rows": list(zip(rollout.row_B.tolist(), rollout.sample_B.tolist(), strict=True)),
         "ids": ids,
     }
+    if texts.episodes is not None:
+        question["episodes"] = [episode.as_json() for episode in texts.episodes]
     try:
         return json.dumps(question, ensure_ascii=False, default=plain).encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can only spell out
@@ -130,12 +135,42 @@ def read_question(body: bytes, max_rows: int) -> tuple[Rollout, Texts, str | Non
         )
     except (UserError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise UserError(f"ids, ended, rows: {error!s:.200}") from error
-    texts = Texts(prompts=prompts, prompt_texts=lists["prompt_texts"], completions=asked["completions"], columns=columns)
+    texts = Texts(
+        prompts=prompts,
+        prompt_texts=lists["prompt_texts"],
+        completions=asked["completions"],
+        columns=columns,
+        episodes=_episodes(asked["episodes"], rollout) if asked.get("episodes") is not None else None,
+    )
     if len(rollout) != rows:
         raise UserError(f"ids: expected {rows} rows, as completions has")
     if bool((rollout.prompt_BP < 0).any() or (rollout.response_BR < 0).any()):
         raise UserError("ids: expected 0 and up")
     return rollout, texts, ids.get("vocabulary")
+
+
+def _episodes(given: Any, rollout: Rollout) -> list[Episode]:
+    try:
+        episodes = [Episode.of_json(one) for one in given]
+        sound = [_is_sound(one, length) for one, length in zip(episodes, rollout.lengths_B.tolist(), strict=True)]
+    except (TypeError, KeyError, ValueError, AttributeError):
+        sound = [False]
+    if not all(sound):
+        raise UserError("episodes: expected one for each row, as Episode.as_json gives them")
+    return episodes
+
+
+def _is_sound(episode: Episode, length: int) -> bool:
+    """Its turns lie within the row, and what a reward reads is of its kind."""
+    return all(isinstance(value, kind) for value, kind in ((episode.failure, str), (episode.state, dict))) and all(
+        isinstance(turn.text, str)
+        and isinstance(turn.first, int)
+        and isinstance(turn.end, int)
+        and 0 <= turn.first <= turn.end <= length
+        and isinstance(turn.message, dict | None)
+        and (isinstance(turn.answer, str) or all(isinstance(message, dict) for message in turn.answer))
+        for turn in episode.turns
+    )
 
 
 def answer(scores: Scores, rollout: Rollout) -> bytes:

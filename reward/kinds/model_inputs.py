@@ -2,6 +2,7 @@
 
     ids    prompt ids + response ids (what was fed in between, too)      when both tokenizers have one vocabulary
     text   a conversation -> the reward model's chat template            otherwise, or `tokens: text`
+           (all turns of an episode, tool calls and results too)
            a text         -> prompt + completion, with the tokenizer's own special tokens
 
 Either way a row that does not fit the model's context is refused by name, or cut on its left with `too_long: cut`.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from steerl.reward.types import has_ids
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.model import adapters, auto_classes
-from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, conversation_ids, is_conversation
+from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, continued, conversation_ids, is_conversation
 from steerl.rollout.types import Rollout, Texts, row_name
 
 if TYPE_CHECKING:
@@ -116,7 +117,10 @@ class InputReader:
         assert tokenizer is not None
         if self.reads == "both" and is_conversation(prompt) and tokenizer.chat_template:
             tools, extra = (texts.columns[name][index] if name in texts.columns else None for name in TEMPLATE_COLUMNS)
-            messages = answered(prompt, completion, extra, texts.prompt_texts[index])
+            if texts.episodes is None:
+                messages = answered(prompt, completion, extra, texts.prompt_texts[index])
+            else:
+                messages = continued(prompt, texts.episodes[index].messages, extra, texts.prompt_texts[index])
             where = f"{self.where}: {row}"
             return conversation_ids(tokenizer, messages, tools, extra, whole=True, where=where), None
         text = prompt if isinstance(prompt, str) else texts.prompt_texts[index]

@@ -70,7 +70,7 @@ class ProcessReward:
     def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
         if not len(rollout):
             return Scores(torch.zeros(0))
-        if not rollout.actions_B.all() and texts.episodes is None:
+        if not rollout.actions_B.all():
             empty = int((rollout.actions_B == 0).nonzero()[0])
             raise UserError(
                 f"{self.where}: {row_name(rollout, empty)} has no sampled ids, and a process reward is given by token"
@@ -86,8 +86,6 @@ class ProcessReward:
         total_B = torch.zeros(len(rollout))
         logits = self.member.classifier.per_token(rows)
         for i, (logits_SL, turns) in enumerate(zip(logits, turns_of(rollout, texts), strict=True)):
-            if not turns:  # its environment was lost before the first one
-                continue
             values_R = chosen(logits_SL[rows.responses[i] :], self.member.label, self.settings.output)
             if not values_R.isfinite().all():
                 raise UserError(f"{self.where}: {row_name(rollout, i)} has a value that is not finite; try dtype: float32")

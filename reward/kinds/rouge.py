@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.episodes import Episode
+from steerl.rollout.prompts.chat import text_of
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -30,15 +32,22 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     return {kind: sum(row[kind].fmeasure for row in rows) / len(rows) for kind in KINDS}
 
 
-def rouge_l(prompts: Sequence[object], completions: Sequence[str], **columns: Sequence[str]) -> list[float]:
-    """ROUGE-L of each completion against its row's reference summary."""
+def rouge_l(prompts: Sequence[object], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float]:
+    """ROUGE-L of each completion against its row's reference summary. Of several turns the policy's last one is read."""
     name = next((name for name in COLUMNS if name in columns), None)
     if name is None:
         raise UserError(
             f"rouge_l: the data has no reference, a column named {' or '.join(COLUMNS)}; it has: {', '.join(columns)}"
         )
-    pairs = zip(completions, columns[name], strict=True)
+    pairs = zip(map(_last, completions, columns.get("episodes") or [None] * len(completions)), columns[name], strict=True)
     return [_scorer().score(reference, completion)["rougeL"].fmeasure for completion, reference in pairs]
+
+
+def _last(completion: Any, episode: Episode | None) -> str:
+    """What the policy said last, of a text, of messages, of an episode."""
+    if episode is not None:
+        return "".join(turn.text for turn in episode.turns[-1:])
+    return completion if isinstance(completion, str) else text_of(completion[-1]["content"])
 
 
 @functools.cache

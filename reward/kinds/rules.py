@@ -3,6 +3,8 @@
 Every rule looks at one row: completion (and a column of the data) -> a number, usually 1 for right and 0 for wrong; None
 where the row's column is empty, so the rule does not apply. A row that a rule cannot judge (a pattern that runs over its
 time, an answer that holds no number) gets `fallback` and is told by name.
+
+Of an episode a rule reads what the policy said, never what it was told: its last turn, or all of them (`turns`).
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ class Row:
     """What a rule may look at."""
 
     completion: str
-    """The whole text, what the row was fed in between (a tool's result) too."""
+    """What the policy said; of rows with gaps but without episodes the whole text, what they were fed (a tool's result) too."""
     columns: dict[str, object]
     ids: list[int] | None
     """Those that the policy drew, the stop token included; None where the texts came without."""
     was_fed: bool
+    """The completion holds what the policy did not say."""
     where: str
 
     def column(self, name: str) -> object:
@@ -51,13 +54,23 @@ class RuleReward:
     judge: Callable[[Row], float | None]
     fallback: float
     where: str
+    turns: Literal["last", "all"]
 
     def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
         have_ids = has_ids(rollout)
         drawn = [ids[mask].tolist() for ids, mask in zip(rollout.response_BR, rollout.action_mask_BR, strict=True)]
         fed = (rollout.actions_B < rollout.lengths_B).tolist()
+        completions = texts.completions
+        if texts.episodes is not None:
+            said = [episode.turns[-1:] if self.turns == "last" else episode.turns for episode in texts.episodes]
+            completions = ["\n".join(turn.text for turn in turns) for turns in said]
+            drawn = [
+                [token for turn in turns for token in ids[turn.first : turn.end]]
+                for ids, turns in zip(rollout.response_BR.tolist(), said, strict=True)
+            ]
+            fed = [False] * len(said)
         values: list[object] = []
-        for i, completion in enumerate(texts.completions):
+        for i, completion in enumerate(completions):
             columns = {name: column[i] for name, column in texts.columns.items()}
             row = Row(completion, columns, drawn[i] if have_ids else None, fed[i], self.where.split(" ")[0])
             try:
@@ -74,9 +87,11 @@ class Rule(Checked):
 
     fallback: float = 0.0
     """The score of a row that the rule cannot judge."""
+    turns: Literal["last", "all"] = "last"
+    """Of an episode the policy's last turn, or all of its turns, a line each."""
 
     def build(self, where: str, around: object) -> RewardTerm:
-        return RewardTerm("", where, 1.0, RuleReward(self.judge, self.fallback, where).score)
+        return RewardTerm("", where, 1.0, RuleReward(self.judge, self.fallback, where, self.turns).score)
 
     def judge(self, row: Row) -> float | None:
         raise NotImplementedError
@@ -248,6 +263,7 @@ class Length(Rule):
     unit: Unit = "tokens"
     """tokens: those that the policy drew, the stop token included."""
     soft: int = within(0, low=0)
+    turns: Literal["last", "all"] = "all"
 
     def problems(self) -> list[str]:
         if self.max is None and self.min == 0:
@@ -267,6 +283,7 @@ class Repetition(Rule):
 
     n: int = within(3, low=1)
     unit: Unit = "words"
+    turns: Literal["last", "all"] = "all"
 
     def judge(self, row: Row) -> float | None:
         pieces = _pieces(row, self.unit)

@@ -186,10 +186,7 @@ def complete(
     A completion is keyed by seed, `step` and its row (`rows`, else 0, 1, ...): another one of them gives another text.
     `on_token` as for Sampler.sample; `draws` makes what draws from (sampling, steering): another engine's.
     """
-    if sampling.n != 1:
-        raise UserError(f"sampling.n: {sampling.n}, but a prompt has one completion; leave it at 1, or dump rollouts")
-    if sampling.replay_mask:
-        raise UserError("sampling.replay_mask: true, but nothing learns from a completion, so it has no effect; leave it out")
+    check_sampling(sampling)
     prompts = [[int(token) for token in ids] for ids in prompt_ids]
     context = _context(policy, None) if context is None else context
     limit = sampling.max_new_tokens if limit is None else limit
@@ -210,7 +207,7 @@ def complete(
             [prompts[row] for row in group], [rows[row] if rows else row for row in group], policy.tokenizer
         )
         rollout, texts = sampler.sample(batch, step=step, on_token=on_token)
-        numbers = _raw_logprobs(policy, rollout, sampling, steering) if logprobs else None
+        numbers = raw_logprobs(policy, rollout, sampling, steering) if logprobs else None
         for at, row in enumerate(group):
             one = rollout.select([at])
             ids = _shown_ids(sampler.stops, one, texts.completions[at], prompts[row])
@@ -225,6 +222,13 @@ def complete(
 
 
 # -- checks and pieces ------------------------------------------------------------------------------------------------
+
+
+def check_sampling(sampling: Sampling) -> None:
+    if sampling.n != 1:
+        raise UserError(f"sampling.n: {sampling.n}, but a prompt has one completion; leave it at 1, or dump rollouts")
+    if sampling.replay_mask:
+        raise UserError("sampling.replay_mask: true, but nothing learns from a completion, so it has no effect; leave it out")
 
 
 def check_dialog(dialog: Sequence[dict[str, Any]], where: str = "dialog") -> None:
@@ -285,7 +289,8 @@ def _room(policy: Policy, length: int, limit: int, context: int | None) -> int:
     return min([limit, *(end - used for end in ends)])
 
 
-def _raw_logprobs(policy: Policy, rollout: Rollout, sampling: Sampling, steering: Any) -> torch.Tensor:
+def raw_logprobs(policy: Policy, rollout: Rollout, sampling: Sampling, steering: Any) -> torch.Tensor:
+    """Of every token, at temperature 1."""
     if steering is None and sampling.policy_temperature == 1:
         return rollout.policy_logprobs_BR
     with torch.no_grad():

@@ -17,7 +17,7 @@ import torch
 
 from steerl.rollout.dumps.manifest import load_manifest, plan_of, standing
 from steerl.rollout.dumps.store import read_shard
-from steerl.rollout.types import STOP_REASONS, Rollout, Texts
+from steerl.rollout.types import STOP_REASONS, Rollout, Samples, Texts
 
 NAMED = 5
 """How many doubled or missing rows are named one by one."""
@@ -57,6 +57,12 @@ class Inspection:
     fed: int = 0
     """Tokens of responses that the policy did not draw: tools' results, later user turns."""
     turns: int = 0
+    played: collections.Counter[str] = field(default_factory=collections.Counter)
+    """Of episodes: how many, calls, errors, cut answers, failures, those that were given a reward; `ended_...` by what."""
+    given: float = 0.0
+    """All rewards of environments."""
+    shown: list[Samples] = field(default_factory=list)
+    """The first episodes, a row each."""
     lengths: collections.Counter[int] = field(default_factory=collections.Counter)
     stops: collections.Counter[str] = field(default_factory=collections.Counter)
     steered: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -80,7 +86,7 @@ class Inspection:
         return not (self.damaged or self.doubled or self.not_finite or (self.missing and self.finished))
 
 
-def inspect(folder: Path, worst: int = 5) -> Inspection:
+def inspect(folder: Path, worst: int = 5, episodes: int = 0) -> Inspection:
     manifest = load_manifest(folder)
     plan = plan_of(manifest)
     state = standing(folder, manifest)
@@ -90,6 +96,7 @@ def inspect(folder: Path, worst: int = 5) -> Inspection:
     for index in sorted(state.whole):
         for rollout, texts in read_shard(folder / plan.file(index)):
             _count(dump, rollout)
+            _play(dump, rollout, texts, episodes)
             _mark(dump, seen, rollout, plan.samples)
             _measure_gap(dump, rollout, texts, worst)
     gone = np.flatnonzero(~seen)
@@ -108,6 +115,25 @@ def _count(dump: Inspection, rollout: Rollout) -> None:
     dump.stops.update(STOP_REASONS[stop] for stop in rollout.stop_B.tolist())
     if rollout.steering:
         dump.steered[rollout.steering] += int((rollout.strength_BK != 0).any(1).sum())
+
+
+def _play(dump: Inspection, rollout: Rollout, texts: Texts, keep: int) -> None:
+    for i, episode in enumerate(texts.episodes or ()):
+        turns, rewards = episode.turns, episode.rewards
+        dump.played.update(
+            {
+                "episodes": 1,
+                "tool_calls": sum(turn.calls for turn in turns),
+                "tool_errors": sum(len(turn.errors) for turn in turns),
+                "cut_answers": sum(turn.cut for turn in turns),
+                "failures": int(bool(episode.failure)),
+                "rewarded": int(rewards is not None),
+                f"ended_{episode.ended_by}": 1,
+            }
+        )
+        dump.given += math.fsum(rewards or ())
+        if len(dump.shown) < keep:
+            dump.shown.append(Samples(rollout, texts).select([i]))
 
 
 def _mark(dump: Inspection, seen: np.ndarray, rollout: Rollout, samples: int) -> None:
@@ -170,12 +196,25 @@ def to_text(dump: Inspection, width: int = 100) -> list[str]:
     lines += histogram(dump.lengths, width)
     if dump.fed:
         lines.append(f"beside them {dump.fed:,} tokens that rows were fed in between; {dump.turns / dump.rows:.1f} turns a row")
+    lines += _played(dump)
     lines += ["", f"gap |behaviour - policy| per token, nats: mean {dump.gap_mean:.2e}, largest {dump.gap_max:.2e}"]
     if dump.gap_max > 0:
         for worst in dump.worst:
             where = f"  prompt {worst.prompt_index} sample {worst.sample_index} token {worst.position}"
             numbers = f"{worst.gap:.2e} ({worst.behaviour:.3f} against {worst.policy:.3f})"
             lines.append(shorten(f"{where}: {numbers} {worst.text!r}", width))
+    return lines
+
+
+def _played(dump: Inspection) -> list[str]:
+    played, count = dump.played, dump.played["episodes"]
+    if not count:
+        return []
+    ends = ", ".join(f"{name.removeprefix('ended_')} {n:,}" for name, n in played.most_common() if name.startswith("ended_"))
+    calls = f"{played['tool_calls']:,} calls, {played['tool_errors']:,} failed; {played['cut_answers']:,} answers cut"
+    lines = ["", f"episodes: {count:,}, ended by {ends}; {calls}; {played['failures']:,} lost their environment"]
+    if given := played["rewarded"]:
+        lines.append(f"the environment's reward: mean {dump.given / given:.4f} of {given:,} episodes")
     return lines
 
 
@@ -218,6 +257,7 @@ def to_json(dump: Inspection) -> dict[str, object]:
         "tokens": dump.tokens,
         "fed_tokens": dump.fed,
         "turns": dump.turns,
+        **({"environment": {**dump.played, "reward": dump.given}} if dump.played else {}),
         "lengths": {str(length): dump.lengths[length] for length in sorted(dump.lengths)},
         "stop_reasons": dict(dump.stops),
         "steered": dict(dump.steered),

@@ -73,8 +73,11 @@ def _checked(given: object, tools: Sequence[Mapping[str, Any]]) -> Call:
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):  # told below, as what it is
             arguments = json.loads(arguments)
-    if arguments is None:
-        arguments = {}
+    try:
+        json.dumps([name, arguments], ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        return Call("", problem=f"the call cannot be written as JSON: {error}")
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         return Call(name, problem=f"the arguments of {name} are no mapping of names to values")
     known = names(tools)
@@ -94,6 +97,8 @@ def _by_template(
     content = parsed.get("content") or ""
     if ids and ids[-1] in speller.silent:  # an end of turn that the template does not know as one
         content = content.removesuffix(tokenizer.convert_ids_to_tokens(int(ids[-1])))
+    if stop := speller.after(before, ids)[len(text) :]:  # the stop string that ended it, which the text ends before
+        content = content.removesuffix(stop)
     message = {**parsed, "role": "assistant", "content": content}
     asked = message.pop("tool_calls", None) or []
     calls = tuple(_checked(call.get("function", call), tools) for call in asked)

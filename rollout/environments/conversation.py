@@ -18,7 +18,8 @@ from typing import Any
 from steerl.rollout.common.errors import ConfigError, DataError
 from steerl.rollout.environments.calls import read_turn
 from steerl.rollout.environments.settings import EnvironmentSettings
-from steerl.rollout.environments.template import ChatTemplate
+from steerl.rollout.environments.template import ChatTemplate, clean
+from steerl.rollout.environments.template_check import check_template
 from steerl.rollout.environments.types import Opening, Said
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import conversation_ids, is_conversation, text_ids, text_of
@@ -40,6 +41,8 @@ class Conversation:
     def __init__(self, policy: Policy, tools: Sequence[dict[str, Any]], settings: EnvironmentSettings):
         self.policy, self.tools, self.settings = policy, list(tools), settings
         self.field = "environment.tools" if settings.tools else "environment.factory"
+        self.tried = False
+        """Whether the chat template was tried."""
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -51,13 +54,16 @@ class Conversation:
         """The prompt that begins an episode, and its ids. tools: as read. trl: what `reset` gave is put at the end of its last
         message. gym: what `reset` gave is the prompt, and as read where it gave nothing."""
         told = opening.observation if kind != "tools" else None
+        told = clean(told) if isinstance(told, str) else told
         value: Any = prompt if told is None else told if kind == "gym" else _extended(prompt, told)
         where = f"{self.field}: the prompt that reset gave" if told is not None else "prompts"
         if isinstance(value, list):
-            if not getattr(self.policy.tokenizer, "chat_template", None):
-                raise ConfigError(f"{where}: a conversation, but the tokenizer has no chat template; give texts")
+            self._check_chat(where)
             tools, extra = self.template.all_tools(row), row.get("chat_template_kwargs")
-            return value, conversation_ids(self.policy.tokenizer, value, tools, extra, where=where)
+            ids = conversation_ids(self.policy.tokenizer, value, tools, extra, where=where)
+            if kind == "gym" and not self.tried:  # the data has texts, and the environment makes conversations of them
+                self.check(value, row)
+            return value, ids
         self._check_text(kind)
         if not isinstance(value, str) or not value:
             raise DataError(f"{where} is {value!r:.60}; expected a text or a list of messages")
@@ -85,25 +91,35 @@ class Conversation:
         if not is_chat:
             if not isinstance(content, str):
                 raise DataError(f"{self.field}: the environment gave messages, but the prompts are texts; give texts")
-            text, cut = self._fit(content, most)
+            text, cut = self._fit(clean(content), most)
             return Fed(self.template.ids(self.template.shield(text), inside=False), text, cut)
         given = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        fitted = [self._fit(_as_text(message.get("content")), most) for message in given]
+        fitted = [self._fit(as_text(message.get("content")), most) for message in given]
         told = [{**message, "content": text} for message, (text, _) in zip(given, fitted, strict=True)]
         shielded = [
             {name: value if name == "role" else self.template.shield(value) for name, value in message.items()}
             for message in told
         ]
-        ids = self.template.ids(self.template.after_turn(shielded, row or {}))
-        drawn = next((n for n in range(min(len(ids), len(before)), 0, -1) if list(before[-n:]) == ids[:n]), 0)
+        after = self.template.after_turn(shielded, row or {})
+        ids, begins = self.template.ids(after), after.find(shielded[0]["content"].strip()) if shielded else 0
+        own = len(self.template.ids(after[:begins])) if begins > 0 else len(ids)  # the template's, before the first content
+        drawn = next((n for n in range(min(own, len(before)), 0, -1) if list(before[-n:]) == ids[:n]), 0)
         return Fed(ids[drawn:], told, any(cut for _, cut in fitted))
 
     def check(self, prompt: object, row: Mapping[str, Any]) -> None:
         """Refuse, in a line, prompts and chat templates that episodes cannot be made of."""
-        if isinstance(prompt, str):
-            self._check_text("tools" if self.tools else "gym")
+        if not is_conversation(prompt):
+            return self._check_text("tools" if self.tools else "gym")
+        assert isinstance(prompt, list)
+        self._check_chat(self.field)
+        self.tried = True
+        check_template(self.template, prompt, row, self.field, self.settings.earlier_turns == "same")
 
     # -- parts ----------------------------------------------------------------------------------------------------------
+
+    def _check_chat(self, where: str) -> None:
+        if not getattr(self.policy.tokenizer, "chat_template", None):
+            raise ConfigError(f"{where}: a conversation, but the tokenizer has no chat template; give texts, or add one to it")
 
     def _check_text(self, kind: str) -> None:
         if kind != "gym":
@@ -144,14 +160,17 @@ def _extended(prompt: object, told: object) -> list[dict[str, Any]] | object:
     return [*prompt[:-1], {**prompt[-1], "content": [*parts[0], *parts[1]]}]
 
 
-def _shielded(template: ChatTemplate, message: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value if name == "role" else template.shield(value) for name, value in message.items()}
-
-
-def _as_text(content: object) -> str:
+def as_text(content: object) -> str:
     """A message's content: a text as it is, parts as theirs, all else as JSON."""
     if content is None or isinstance(content, str):
-        return content or ""
-    if isinstance(content, list) and content and all(isinstance(part, Mapping) and "text" in part for part in content):
-        return text_of(content)
-    return json.dumps(content, ensure_ascii=False, default=str)
+        return clean(content or "")
+    if (
+        isinstance(content, list)
+        and content
+        and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content)
+    ):
+        return clean(text_of(content))
+    try:
+        return clean(json.dumps(content, ensure_ascii=False, default=str))
+    except (ValueError, TypeError, RecursionError):  # keys that are no texts, or itself within itself
+        return clean(str(content))

@@ -163,6 +163,11 @@ class Running:
     def _note(self, **changes: Any) -> None:
         self.turns[-1] = dataclasses.replace(self.turns[-1], **changes)
 
+    def give_up(self) -> None:
+        """Nobody asks for the rest of it."""
+        if self.session is not None and self.ending is None:
+            self.ending = self.session.end()
+
     def _end(self, by: str) -> None:
         assert self.session is not None
         self.ended_by, self.ending = by, self.session.end()
@@ -187,7 +192,7 @@ class Running:
         """How much may follow the prompt."""
         settings = self.environment.settings
         bounds = [bound for bound in (settings.max_tokens or None, room) if bound is not None]
-        self.room = min(bounds, default=settings.max_turns * (self.max_new_tokens + settings.max_tool_tokens))
+        self.room = min(bounds, default=settings.longest(self.max_new_tokens))
         if self.room < 1:
             raise UserError(
                 f"environment: the prompt of {self.name} has {len(self.prompt_ids)} tokens as the environment opens it, which "

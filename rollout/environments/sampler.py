@@ -49,16 +49,23 @@ class EpisodeSampler:
         """`sampling.n` episodes of every prompt, in (prompt, sample) order. Every rank calls this equally often."""
         n = self.sampling.n
         episodes = [self._new(batch, i, batch.sample(i, j, n), step) for i in range(len(batch)) for j in range(n)]
+        try:
+            rollout = self._rollout(episodes, step, progress, on_token)
+        except BaseException:  # environments do not outlive it
+            for episode in episodes:
+                episode.give_up()
+            raise
+        return Samples(rollout, self._texts(batch, episodes))
+
+    def _rollout(self, episodes: Sequence[Running], step: int, progress: float, on_token: OnToken | None) -> Rollout:
         if isinstance(self.inner, ServerSampler):
             if on_token is not None:
                 raise UserError("engine.kind: vllm shows no token before its turn has ended; use stream")
             self.inner.engine.ready(step)
-            rollout = _Served(self.inner, episodes, step, progress).play()
-        else:
-            with self.inner.ready():
-                self._play(self.inner, episodes, step, progress, on_token)
-                rollout = rollout_of(self.inner, episodes, step)
-        return Samples(rollout, self._texts(batch, episodes))
+            return _Served(self.inner, episodes, step, progress).play()
+        with self.inner.ready():
+            self._play(self.inner, episodes, step, progress, on_token)
+            return rollout_of(self.inner, episodes, step)
 
     def draw(self, batch: PromptBatch, /, *, step: int, progress: float) -> Samples:
         return self.sample(batch, step=step, progress=progress)

@@ -43,6 +43,12 @@ class EnvironmentSettings:
         """Tokens that a prompt must leave room for."""
         return self.max_tokens or max_new_tokens
 
+    def longest(self, max_new_tokens: int) -> int:
+        """Most tokens that may follow a prompt, where the model's context leaves as many."""
+        if not self.given:
+            return max_new_tokens
+        return self.max_tokens or self.max_turns * (max_new_tokens + self.max_tool_tokens)
+
     def content(self) -> str:
         """Of the files that the user's code is in."""
         files = [Path(name.rpartition(":")[0]) for name in [*self.tools, self.factory]]

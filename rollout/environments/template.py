@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from steerl.rollout.common.errors import DataError
+from steerl.rollout.environments.calls import call_of
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import TEMPLATE_ERRORS, Speller, template_arguments, template_tools
 
@@ -19,6 +20,11 @@ SAID = "zqSaidqz"
 MARK = "\ue0f5"
 """Splits what looks like a special token within a text that is none of the template's: its parts are encoded one by one."""
 _ASK = {"role": "user", "content": "?"}
+
+
+def clean(text: str) -> str:
+    """Without halves of surrogate pairs, which no tokenizer and no file takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class ChatTemplate:
@@ -45,34 +51,41 @@ class ChatTemplate:
             return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments))
         except TEMPLATE_ERRORS as error:
             told = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"environment: the chat template does not take this conversation: {told:.200}") from error
+            told = f"environment: the chat template does not take this conversation: {told:.200}"
+            raise DataError(f"{told}; use one that does") from error
 
     # -- what follows a turn --------------------------------------------------------------------------------------------
 
     def after_turn(self, told: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
         """What follows the policy's turn where it is told these messages, from the end of its turn on."""
-        names = [message.get("name") or "tool" for message in told if message["role"] == "tool"]
-        calls: list[dict[str, Any]] = [
-            {"type": "function", "function": {"name": name, "arguments": {"value": ""}}} for name in names
-        ]
+        named = [message.get("name") or "tool" for message in told if message["role"] == "tool"]
+        calls = [call_of(name, {"value": SAID if at == len(named) else ""}) for at, name in enumerate(named, 1)]
+        turn = {"role": "assistant", "content": ""}
+        text = ""
         if calls:
-            calls[-1]["function"]["arguments"]["value"] = SAID
-        text = self.render([_ASK, {"role": "assistant", "content": "", "tool_calls": calls}, *told], row) if calls else ""
+            try:
+                text = self.render([_ASK, {**turn, "tool_calls": calls}, *told], row)
+            except DataError:
+                if len(calls) == 1:
+                    raise
+                text = self.render([_ASK, {**turn, "tool_calls": calls[-1:]}, *told], row)  # one call a turn is all it takes
         if SAID in text:
             return self._from_end(text.partition(SAID)[2], row)
-        text = self.render([_ASK, {"role": "assistant", "content": SAID}, *told], row)
+        text = self.render([_ASK, {**turn, "content": SAID}, *told], row)
         if SAID not in text:
-            raise DataError("environment: the chat template leaves out what the assistant said")
+            raise DataError("environment: the chat template leaves out what the assistant said; use one that takes a text")
         return text.partition(SAID)[2]
 
     def _from_end(self, text: str, row: Mapping[str, Any]) -> str:
         """`text` from where the turn ends in it: at a stop token, or as a turn without calls ends."""
-        ends = [str(self.tokenizer.convert_ids_to_tokens(int(i))) for i in self.policy.eos_ids]
         plain = self.render([_ASK, {"role": "assistant", "content": SAID}], row, opens=False).partition(SAID)[2]
-        marked = next((i for i in self.encode(plain) if i in self.speller.silent), None)
-        ends += [str(self.tokenizer.convert_ids_to_tokens(marked))] if marked is not None else [plain] if plain.strip() else []
-        if not (places := [at for end in ends if (at := text.find(end)) >= 0]):
-            raise DataError("environment: the chat template does not show where a turn that calls a tool ends")
+        marked = [i for i in self.encode(plain) if i in self.speller.silent][:1]
+        ends = self.tokenizer.convert_ids_to_tokens([*map(int, self.policy.eos_ids), *marked])
+        ends += [plain] if plain.strip() and not marked else []
+        if not (places := [at for end in ends if end and (at := text.find(end)) >= 0]):
+            raise DataError(
+                "environment: the chat template ends a turn that calls a tool with no stop token; use one that does"
+            )
         return text[min(places) :]
 
     # -- text -> ids ----------------------------------------------------------------------------------------------------
@@ -81,7 +94,7 @@ class ChatTemplate:
         """A text that is told the policy, so that what looks like a special token in it is encoded as the text it is."""
         if not isinstance(value, str):
             return value
-        text = value.replace(MARK, "")
+        text = clean(value)
         while (split := self._control.sub(lambda found: found[0][0] + MARK + found[0][1:], text)) != text:
             text = split
         return text
@@ -93,7 +106,7 @@ class ChatTemplate:
         return ids + [i for piece in others for i in self._inside(piece)]
 
     def encode(self, text: str) -> list[int]:
-        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
+        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False, verbose=False)]
 
     def _inside(self, text: str) -> list[int]:
         line, ids = self.encode("\n"), self.encode("\n" + text)

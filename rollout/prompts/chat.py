@@ -172,6 +172,15 @@ def answered(prompt: Sequence[Any], completion: str, extra: object = None, promp
     return [*prompt[:-1], {**last, "content": _as_seen(content, prompt_text) + completion}]
 
 
+def continued(prompt: Sequence[Any], said: Sequence[Mapping[str, Any]], extra: object = None, seen: str = "") -> list[object]:
+    """The conversation with all messages of an episode; the first of them goes on with its last one, where that is open."""
+    if not said or not continues(prompt, extra):
+        return [*prompt, *said]
+    *earlier, last = answered(prompt, text_of(said[0].get("content")), extra, seen)
+    assert isinstance(last, Mapping)
+    return [*earlier, {**said[0], **last}, *said[1:]]
+
+
 def _as_seen(text: str, prompt_text: str) -> str:
     return text.rstrip() if not prompt_text.endswith(text) and prompt_text.endswith(text.rstrip()) else text
 

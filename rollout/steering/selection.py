@@ -60,8 +60,8 @@ def ruled(
     column gives."""
     where, (index_BT, length_B, step_BT, next_BT, fed_BT) = site.spec.where, columns
     mask_BT = positions.select_prompt(where.prompt, index_BT, length_B, places_BN)
-    if fed_BT is not None and where.prompt == "all":
-        mask_BT = mask_BT | fed_BT
+    if fed_BT is not None and where.prompt == "all":  # with all steps: what ends a turn, too, from which nothing is drawn
+        mask_BT = mask_BT | (fed_BT if where.steps != "all" else torch.ones_like(fed_BT))
     if not in_encoder:
         mask_BT = mask_BT | positions.select_steps(where.steps, step_BT)
     if where.exclude_positions:

@@ -22,10 +22,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def bytes_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: frequent words are one token, any other text can be spelled; pad is its own token."""
+def bytes_tokenizer(texts: Iterable[str], vocabulary: int, digits: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: frequent words are one token, any other text can be spelled; pad is its own token.
+
+    `digits`: each is a token by itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if digits:
+        split = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, tokenizer.pre_tokenizer])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,

@@ -319,7 +319,9 @@ def test_shipped_files_have_names(tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         read(DumpJob, ["--config", "steerl:dumb", "--config", "steerl:zzz"])
     assert caught.value.lines[0] == "--config: steerl:dumb does not exist; did you mean steerl:dump?"
-    assert caught.value.lines[1].startswith("--config: steerl:zzz does not exist; there are steerl:complete, steerl:dump, ")
+    assert caught.value.lines[1].startswith(
+        "--config: steerl:zzz does not exist; there are steerl:calculator, steerl:complete, steerl:dump, "
+    )
 
 
 def test_missing_settings_are_named_once():

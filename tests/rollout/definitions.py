@@ -85,22 +85,28 @@ def alone_logprobs(
     model: Any, prompt: Sequence[int], response: Sequence[int], settings: Any, start: Sequence[int] = ()
 ) -> dict[str, list[float]]:
     """behaviour, policy and entropy of every response token, for one row by itself."""
-    temperature = 1.0 if settings.greedy else settings.temperature
     found: dict[str, list[float]] = {"behaviour": [], "policy": [], "entropy": []}
     for t, logits in enumerate(alone_logits(model, prompt, response, start)):
-        tempered = [x / temperature for x in logits]
-        behaviour = law(logits, [*(start or prompt), *response[:t]], settings)
-        if (
-            settings.replay_mask is not False
-            and not settings.greedy
-            and (settings.top_k or settings.top_p < 1 or settings.min_p)
-        ):  # the policy is then over what could be drawn
-            tempered = [x if b > -math.inf else -math.inf for x, b in zip(tempered, behaviour, strict=True)]
-        policy = log_softmax(tempered)[response[t]]
-        found["policy"].append(policy)
-        found["entropy"].append(entropy(tempered))
-        found["behaviour"].append(policy if settings.greedy else behaviour[response[t]])
+        for name, number in numbers(logits, [*(start or prompt), *response[:t]], response[t], settings).items():
+            found[name].append(number)
     return found
+
+
+def numbers(logits: Sequence[float], seen: Sequence[int], token: int, settings: Any) -> dict[str, float]:
+    """behaviour, policy and entropy of a token after the tokens `seen`."""
+    tempered = [x / (1.0 if settings.greedy else settings.temperature) for x in logits]
+    behaviour = law(logits, seen, settings)
+    if truncates(settings):  # the policy is then over what could be drawn
+        tempered = [x if b > -math.inf else -math.inf for x, b in zip(tempered, behaviour, strict=True)]
+    policy = log_softmax(tempered)[token]
+    return {"behaviour": policy if settings.greedy else behaviour[token], "policy": policy, "entropy": entropy(tempered)}
+
+
+def truncates(settings: Any) -> bool:
+    """Whether the mask of what could be drawn is replayed."""
+    if settings.replay_mask is False or settings.greedy:
+        return False
+    return bool(settings.top_k or settings.top_p < 1 or settings.min_p)
 
 
 def real_prompt(rollout: Any, row: int) -> list[int]:

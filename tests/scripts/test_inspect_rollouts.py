@@ -16,6 +16,7 @@ from steerl.rollout.dumps import manifest, store
 from steerl.rollout.dumps.manifest import Plan
 from steerl.scripts.inspect_rollouts import InspectJob, main
 from tests.dumps import episodes, flip_bit, made_dump, made_rows, truncate, write_scores
+from tests.episodes import CALCULATOR, samples_of
 
 
 def inspect(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -144,3 +145,32 @@ def test_what_is_no_dump_is_one_line_and_status_two(tmp_path: Path, capsys: pyte
     damage_manifest(tmp_path)
     code, _, err = inspect(capsys, str(tmp_path))
     assert code == 2 and "manifest.json: damaged" in err and len(err.splitlines()) == 1
+
+
+def test_episodes_are_counted_and_shown_turn_by_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = samples_of(CALCULATOR, first_row=0)
+    made_dump(tmp_path, prompts=4, samples=1, shard_rows=2, make=lambda call, _: samples.select(list(call)))
+    found = json.loads(inspect(capsys, str(tmp_path), "--json", "true")[1])
+    assert found["environment"] == {
+        "episodes": 4, "tool_calls": 4, "tool_errors": 1, "cut_answers": 1, "failures": 1, "rewarded": 3, "ended_policy": 3,
+        "ended_failure": 1, "reward": 2.5 + 0.5 + 0.25,
+    }  # fmt: skip
+    _, page, _ = inspect(capsys, str(tmp_path))
+    assert "episodes: 4, ended by policy 3, failure 1; 4 calls, 1 failed; 1 answers cut; 1 lost their environment" in page
+    assert "the environment's reward: mean 1.0833 of 3 episodes" in page
+    shown = page[page.index("episode of prompt 0") :].splitlines()
+    assert (
+        shown[0] == "episode of prompt 0 sample 0"
+        and shown[1] == "> 2+3?"
+        and shown[6] == "  = ended by the policy after 2 turns; reward 2.5"
+    )
+    first, second = (sum(-0.5 - place / 100 for place in places) for places in (range(9), range(12, 19)))
+    assert (
+        shown[2] == f"<add 2 3>  (9 tokens, log-prob {first:.2f})" and shown[5] == f"it is 5  (7 tokens, log-prob {second:.2f})"
+    )
+    assert shown[3:5] == ["  | tool: 5", "  + 0.5"] and shown[8] == "episode of prompt 1 sample 0"
+    assert "  ! mul: ValueError: no" in shown and "episode of prompt 2 sample 0" not in shown
+    _, page, _ = inspect(capsys, str(tmp_path), "--episodes", "9")
+    assert "  | tool: lost...\n  + 0.25\n  = ended by a failure: TimeoutError: 60 s" in page
+    made_dump(tmp_path / "plain")
+    assert "environment" not in json.loads(inspect(capsys, str(tmp_path / "plain"), "--json", "true")[1])

@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from steerl.reward.build import build_reward
 from steerl.reward.kinds.rouge import rouge, rouge_l
 from steerl.rollout.common.errors import UserError
 from steerl.scripts.run_summarization import main, parse
 from steerl.scripts.toy_tasks import summaries
 from tests import warm
+from tests.episodes import samples_of, talk
 from tests.models import tiny, tiny_tokenizer
 
 ROWS = [
@@ -131,6 +133,11 @@ def test_the_first_two_columns_and_incomplete_rows(job, tmp_path, caplog):
 
 def test_rouge_is_the_harmonic_mean_of_recall_and_precision():
     # The longest common subsequence of "the cat sat" and "the dog sat down" is "the sat": 2 of 3 and 2 of 4.
+    messages = [{"role": "assistant", "content": "hm"}, {"role": "assistant", "content": "the cat sat"}]
+    expected = rouge_l(["p"], ["the cat sat"], summary=["the dog sat down"])
+    assert rouge_l(["p"], [messages], summary=["the dog sat down"]) == expected
+    samples = samples_of([talk("p", ("the dog", " sat down "), ("the cat sat", ""), chat=False)], summary=["the dog sat down"])
+    assert build_reward([{"kind": "function", "function": rouge_l}])(*samples).total_B.tolist() == pytest.approx(expected)
     assert rouge_l(["p"], ["the cat sat"], summary=["the dog sat down"]) == [
         pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
     ]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from steerl.configs.reader import run_command
 
+import pyarrow.parquet
 import pytest
 
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.episodes import Episode
+from steerl.rollout.types import Samples
 from steerl.scripts.select_rollouts import SelectJob, main
+from steerl.training.stages.settings import SFTSettings, TableSettings
+from steerl.training.stages.sft import read
 from tests.dumps import episodes, made_dump, made_rows, write_scores
+from tests.episodes import samples_of, talk
 
 PROMPTS, SAMPLES = 10, 4
 KEYS = [(p, s) for p in range(PROMPTS) for s in range(SAMPLES)]
@@ -210,3 +218,69 @@ def test_bad_input_is_one_line(dump: Path, tmp_path: Path, capsys: pytest.Captur
     write_scores(dump, {**{key: {"total": 1.0} for key in KEYS}, (10, 0): {"total": 1.0}})
     assert "rows that the dump does not have" in refused(capsys, *good)
     assert not (tmp_path / "a.jsonl").exists()
+
+
+# -- episodes ---------------------------------------------------------------------------------------------------------
+
+
+def played(chat: bool) -> Samples:
+    """Two prompts, two episodes of each."""
+    talks = [
+        talk("2+3?", ("<add 2 3>", "5"), ("it is 5", ""), chat=chat),
+        talk("2+3?", ("six", ""), chat=chat),
+        talk("4*5?", ("<mul 4 5>", "20"), ("twenty", ""), chat=chat),
+        talk("4*5?", ("<mul 4 4>", "16"), ("it is 16", ""), chat=chat),
+    ]
+    return samples_of(talks, samples=2, first_row=0)
+
+
+def played_dump(folder: Path, chat: bool) -> Path:
+    rows = played(chat)
+    made_dump(folder, 2, 2, make=lambda call, _: rows.select([2 * p + s for p in call for s in (0, 1)]))
+    write_scores(folder, {(0, 0): {"total": 1.0}, (0, 1): {"total": 0.0}, (1, 0): {"total": 0.5}, (1, 1): {"total": 0.75}})
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_the_best_episodes_with_all_that_was_said(suffix: str, tmp_path: Path) -> None:
+    out = tmp_path / f"best.{suffix}"
+    run_command(main, SelectJob, [str(played_dump(tmp_path / "dump", True)), "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if suffix == "jsonl" else None
+    rows = rows or pyarrow.parquet.read_table(out).to_pylist()
+    episodes = [played(True).texts.episodes[i] for i in (0, 3)]
+    for row, episode in zip(rows, episodes, strict=True):
+        assert Episode.of_json(json.loads(row["episode"])) == episode
+        assert [message["role"] for message in row["completion"]] == ["assistant", "tool", "assistant"]
+        assert [message["content"] for message in row["completion"]] == ["", *[m["content"] for m in episode.messages[1:]]]
+        assert row["completion"][0]["tool_calls"][0]["function"] == episode.messages[0]["tool_calls"][0]["function"]
+
+
+def test_pairs_of_episodes_and_episodes_of_texts(tmp_path: Path) -> None:
+    (first, second) = select(played_dump(tmp_path / "chat", True), "--select.mode", "pairs")
+    assert first["chosen"][-1]["content"] == "it is 5" and first["rejected"] == [{"role": "assistant", "content": "six"}]
+    assert [len(json.loads(second[f"{kind}_episode"])["turns"]) for kind in ("chosen", "rejected")] == [2, 2]
+    rows = select(played_dump(tmp_path / "text", False))
+    assert [row["completion"] for row in rows] == ["<add 2 3>5it is 5", "<mul 4 4>16it is 16"]
+    assert json.loads(rows[0]["episode"])["turns"][0]["answer"] == "5"
+
+
+def test_a_turn_that_the_prompt_had_begun_is_whole_in_the_completion(tmp_path: Path) -> None:
+    ask = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "let me see: "}]
+    rows = played(True).select([0])
+    rows = rows._replace(texts=dataclasses.replace(rows.texts, prompts=[ask]))
+    made_dump(tmp_path / "dump", 1, 1, make=lambda call, _: rows)
+    write_scores(tmp_path / "dump", {(0, 0): {"total": 1.0}})
+    (row,) = select(tmp_path / "dump")
+    assert row["prompt"] == ask[:1] and row["completion"][0]["content"] == "let me see: "
+    assert row["completion"][0]["tool_calls"] and row["completion"][1:] == played(True).texts.episodes[0].messages[1:]
+
+
+def test_supervised_learning_takes_no_answer_for_the_policys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    select(played_dump(tmp_path / "text", False), out="text.jsonl")
+    select(played_dump(tmp_path / "chat", True), out="chat.jsonl")
+    with pytest.raises(UserError, match="row 1: its completion is an episode's, and also holds what the policy was told"):
+        read(TableSettings(path=str(tmp_path / "text.jsonl")), 0, "causal", SFTSettings())
+    assert read(TableSettings(path=str(tmp_path / "chat.jsonl")), 0, "causal", SFTSettings())[0]
+    assert "completions of 2 of 2 rows hold messages of others" in capsys.readouterr().err
+    read(TableSettings(path=str(tmp_path / "chat.jsonl")), 0, "causal", SFTSettings(assistant_only=True))
+    assert not capsys.readouterr().err

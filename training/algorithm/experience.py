@@ -58,7 +58,7 @@ def gather_scored(samples: Samples, reward: Reward) -> tuple[Samples, Scores]:
 
     The rows come first: an environment that never works is told before a reward stumbles over what it left."""
     whole = Samples.join(processes.gather_objects([samples.to("cpu")] if len(samples.rollout) else []))
-    look_at(whole.texts.episodes)
+    look_at(whole.texts.episodes, aloud=processes.start().is_main)
     parts = []
     if len(samples.rollout) or getattr(reward, "is_collective", False):
         scores = check_scores(reward(*samples), samples.rollout)

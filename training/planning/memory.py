@@ -56,10 +56,12 @@ class PlannedStep:
     """Tokens of the longest prompt."""
     precision: Literal["bf16", "no"] = "bf16"
     """accelerate's mixed_precision."""
+    episode: int = 0
+    """Tokens of the longest episode, all that follows the prompt; 0 = rows have one turn."""
 
     @property
     def response(self) -> int:
-        return self.sampling.max_new_tokens
+        return self.episode or self.sampling.max_new_tokens
 
     @property
     def adapted(self) -> bool:

@@ -15,7 +15,7 @@ from steerl.rollout.dumps.manifest import load_manifest, plan_of
 from steerl.rollout.model.auto_classes import load_tokenizer
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.types import STOP_REASONS, Rollout, Texts
-from steerl.training.report.run_data import ROW_STRENGTH, ReportRun, SampleView
+from steerl.training.report.run_data import ROW_STRENGTH, ReportRun, SampleView, shown_episode
 
 BINS = 24
 """Bars of the histogram of lengths, at most."""
@@ -30,25 +30,29 @@ def read_dump_folder(path: Path, name: str, most: int) -> ReportRun:
     stride = max(1, math.ceil(plan_of(manifest).rows / most)) if most else 0
     lengths: Counter[int] = Counter()
     stops: Counter[str] = Counter()
+    turns: Counter[int] = Counter()
+    ends: Counter[str] = Counter()
     rows: list[SampleView] = []
     position = 0
     for rollout, texts in read_dump(path):
         lengths.update(rollout.actions_B.tolist())
         stops.update(STOP_REASONS[stop] for stop in rollout.stop_B.tolist())
+        turns.update(len(episode.turns) for episode in texts.episodes or ())
+        ends.update(episode.ended_by for episode in texts.episodes or ())
         for i in range(len(rollout)):
             if stride and (position + i) % stride == 0:
                 rows.append(_dumped(rollout, texts, i, decode, scores))
         position += len(rollout)
+    bars = [_histogram(f"response length, tokens: {name}", lengths), _counted(f"how responses end: {name}", stops)]
+    if turns:
+        bars += [_histogram(f"turns of an episode: {name}", turns), _counted(f"what ends episodes: {name}", ends)]
     return ReportRun(
         name=name,
         rows=rows,
         config=_yaml(manifest["config"]),
         versions=versions if isinstance(versions := manifest.get("versions"), dict) else {},
         summary={"rows": position, "rows shown": len(rows), "tokens": sum(n * count for n, count in lengths.items())},
-        bars=[
-            _histogram(f"response length, tokens: {name}", lengths),
-            {"title": f"how responses end: {name}", "labels": list(stops), "counts": list(stops.values())},
-        ],
+        bars=bars,
     )
 
 
@@ -65,6 +69,7 @@ def _dumped(
 
     policy, behaviour = drawn(rollout.policy_logprobs_BR[i]), drawn(rollout.behaviour_logprobs_BR[i])
     strengths = _floats(rollout.strength_BK[i])
+    turns, played = shown_episode(None if texts.episodes is None else texts.episodes[i])
     gap = [None if b is None or p is None else round(b - p, 6) for b, p in zip(behaviour, policy, strict=True)]
     identity = (int(rollout.row_B[i]), int(rollout.sample_B[i]))
     facts = {
@@ -76,6 +81,7 @@ def _dumped(
         "length": sum(action_mask),
         **({} if all(action_mask) else {"fed": length - sum(action_mask)}),
         "stop_reason": STOP_REASONS[int(rollout.stop_B[i])],
+        **played,
         "temperature": rollout.temperature,
         "steering": rollout.steering,
         "strength": dict(enumerate(strengths)) if len(strengths) > 1 else (strengths or [0.0])[0],
@@ -92,6 +98,7 @@ def _dumped(
         texts=[decode(token) for token in ids],
         facts=facts,
         action_mask=[] if all(action_mask) else action_mask,
+        turns=turns,
         quantities={"policy_logprobs": policy, "behaviour_logprobs": behaviour, "gap": gap, **steered},
     )
 
@@ -115,6 +122,10 @@ def _decoder(folder: Path) -> Callable[[int], str]:
     if not folder.is_dir():
         return str
     return Speller(load_tokenizer(str(folder), "tokenizer of the dump")).token
+
+
+def _counted(title: str, counts: Counter[str]) -> dict[str, object]:
+    return {"title": title, "labels": list(counts), "counts": list(counts.values())}
 
 
 def _histogram(title: str, lengths: Counter[int]) -> dict[str, object]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.yaml_files import load_text
+from steerl.rollout.episodes import Episode
 from steerl.training.run.log import METRICS, SAMPLES, log_line
 
 _HEADS = ("step", "row", "sample", "kind", "reward", "kl", "gap", "length")
@@ -26,6 +27,7 @@ _TEXTS = (
     "response_ids",
     "response_tokens",
     "action_mask",
+    "episode",
 )
 ROW_STRENGTH = "steering strength of the row"
 
@@ -46,6 +48,8 @@ class SampleView:
     """What is a number for every response token; None at those that the policy did not draw."""
     action_mask: list[bool] = field(default_factory=list)
     """False at tokens that the row was fed; empty where the policy drew them all."""
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    """Of an episode: first, end, reward, calls, errors, cut. What the policy was told then are the tokens up to the next."""
 
     def tokens(self) -> dict[str, object]:
         return {
@@ -56,6 +60,7 @@ class SampleView:
             "facts": self.facts,
             "quantities": self.quantities,
             "action_mask": self.action_mask,
+            "turns": self.turns,
         }
 
 
@@ -154,6 +159,8 @@ def _row(line: Mapping[str, Any]) -> SampleView:
     facts = {key: value for key, value in line.items() if key not in _TEXTS and not isinstance(value, list)}
     action_mask = list(line.get("action_mask") or [])
     facts.setdefault("length", sum(action_mask) if action_mask else len(ids))
+    turns, played = shown_episode(Episode.of_json(line["episode"]) if line.get("episode") else None)
+    facts |= played
     if "gap" in quantities:
         facts["gap"] = max((abs(value) for value in quantities["gap"] if value is not None), default=None)
     prompt_ids = list(line.get("prompt_ids") or [])
@@ -167,7 +174,28 @@ def _row(line: Mapping[str, Any]) -> SampleView:
         facts=facts,
         quantities=quantities,
         action_mask=action_mask,
+        turns=turns,
     )
+
+
+def shown_episode(episode: Episode | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(its turns as the viewer shows them, what is one value for the whole); nothing where there is none."""
+    if episode is None:
+        return [], {}
+    turns = []
+    for turn in episode.turns:
+        made = [call.get("function", call) for call in (turn.message or {}).get("tool_calls") or []]
+        calls = [f"{call.get('name')} {json.dumps(call.get('arguments'), ensure_ascii=False)}" for call in made]
+        shown = {name: getattr(turn, name) for name in ("first", "end", "reward", "cut")}
+        turns.append({**shown, "calls": calls, "errors": list(turn.errors)})
+    facts = {
+        "turns": len(turns),
+        "ended_by": episode.ended_by,
+        "environment_reward": None if episode.rewards is None else math.fsum(episode.rewards),
+        "failure": episode.failure,
+        "environment": {n: v if isinstance(v, str) else json.dumps(v) for n, v in episode.state.items()},
+    }
+    return turns, {name: value for name, value in facts.items() if value not in (None, "", {})}
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

@@ -185,7 +185,8 @@ def sample_rows(
 ) -> list[dict[str, object]]:
     """`each` best, worst and random rows with everything per token, for the table and the viewer. On every rank alike.
 
-    Lists are as long as `response_ids`, None at tokens that were fed; `action_mask` says which, in rows that have any."""
+    Lists are as long as `response_ids`, None at tokens that were fed; `action_mask` says which, in rows that have any;
+    `episode` what was said, turn by turn, where an environment took part."""
     if not each:
         return []
     token_text = Speller(model.policy.tokenizer).token
@@ -243,6 +244,7 @@ def _row(scored: Scored, experience: Experience, token_text: Callable[[int], str
         "response_ids": response_ids,
         "response_tokens": [token_text(token) for token in response_ids],
         **({} if all(action_mask) else {"action_mask": action_mask}),
+        **({} if texts.episodes is None else {"episode": texts.episodes[i].as_json()}),
         "policy_logprobs": numbers(scored.old_logprobs_BR),
         "gap": numbers(rollout.policy_logprobs_BR - scored.old_logprobs_BR),
         "importance": numbers(experience.importance_BR),

@@ -9,6 +9,8 @@ An encoder-decoder reads `prompt` and writes `completion`. The texts of a row en
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -62,6 +64,8 @@ def _checked(rows: list[TableRow], kind: str, sft: SFTSettings, where: str, text
     if names is None:
         raise data.missing_columns(rows, " or ".join(shapes), where)
     talks = data.check_values(rows, names, where)
+    if names[-1] == "completion" and not sft.assistant_only:
+        _check_speakers(rows, talks, where)
     if talks and kind == "seq2seq":
         raise UserError(f"{where}: the prompts are conversations, but the model is an encoder-decoder; give texts")
     if names == ("messages",) and not talks:
@@ -73,6 +77,27 @@ def _checked(rows: list[TableRow], kind: str, sft: SFTSettings, where: str, text
     if sft.assistant_only and not talks:
         raise UserError("sft.assistant_only: true, but the rows are texts, not conversations")
     return data.with_template(rows, names, where) if talks else [{name: row[name] for name in names} for row in rows]
+
+
+def _check_speakers(rows: Sequence[TableRow], talks: bool, where: str) -> None:
+    """What a policy was told between its turns, a tool's result, is not its own to learn."""
+    if talks:
+        others = sum(any(message["role"] != "assistant" for message in row["completion"]) for row in rows)
+        told = "hold messages of others (a tool's, a user's), which are learned like the assistant's"
+        if others:
+            log_line(f"{where}: completions of {others} of {len(rows)} rows {told}; sft.assistant_only true leaves them out")
+    elif fed := next((number for number, row in enumerate(rows, 1) if _was_told(row.get("episode"))), 0):
+        raise UserError(
+            f"{where}: row {fed}: its completion is an episode's, and also holds what the policy was told, which would be "
+            "learned as its own; select episodes of conversations, or learn from the dump itself with ppo.replay"
+        )
+
+
+def _was_told(episode: object) -> bool:
+    """`episode`: a column that steerl select keeps; of another make it says nothing."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return isinstance(episode, str) and any(turn["answer"] for turn in json.loads(episode)["turns"])
+    return False
 
 
 def _kind(settings: ModelSettings) -> str:

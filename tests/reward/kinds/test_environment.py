@@ -9,6 +9,7 @@ import torch
 
 from steerl.reward.build import build_reward
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.episodes import ENDS
 from steerl.rollout.types import Samples
 from tests.episodes import CALCULATOR, samples_of, talk
 from tests.reward.rows import made
@@ -41,13 +42,16 @@ def test_turns_with_nothing_between_them_stay_two():
     assert build_reward([PART])(*samples).tokens_BR.tolist() == [placed(samples, 0, {"left": 1.0, "right": 2.0})]
 
 
-def test_what_was_given_nothing_is_not_judged_and_a_lost_environment_keeps_what_it_gave():
+def test_what_was_given_nothing_is_not_judged_and_what_was_cut_keeps_what_it_was_given():
     zero = {"kind": "regex", "pattern": "zzz"}
     scores = build_reward([PART, zero])(*samples_of(CALCULATOR))
     assert scores.parts["environment"][:2].tolist() == [2.5, 0.5]
     assert scores.parts["environment"][2].isnan() and scores.parts["environment"][3] == 0.25
-    lost = talk("x", ("y", ""), ended_by="failure", failure="gone")
-    assert build_reward([PART])(*samples_of([lost])).total_B.tolist() == [0.0]
+    lost = [talk("x", ("y", ""), ended_by=end, failure="gone" * (end == "failure")) for end in ENDS[2:]]
+    assert len(lost) == 4 and build_reward([PART])(*samples_of(lost)).total_B.tolist() == [0.0] * 4
+    done = talk("x", ("y", ""), ended_by="environment")
+    with pytest.raises(UserError, match="no part applies to 1 of 1 rows"):
+        build_reward([PART])(*samples_of([done]))
     scores = build_reward([{**PART, "fallback": -1.0}, zero])(*samples_of(CALCULATOR))
     assert scores.parts["environment"][3] == -1.0 and scores.fallbacks == {"environment": 1}
     assert scores.tokens_BR[3].tolist() == placed(samples_of(CALCULATOR), 3, {"<add 1": -1.0})

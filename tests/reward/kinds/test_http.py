@@ -20,6 +20,7 @@ from steerl.reward.kinds import http as remote
 from steerl.reward.kinds import http_wire
 from steerl.reward.types import Scores
 from steerl.rollout.common.errors import UserError
+from tests.episodes import CALCULATOR, samples_of
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier
 from tests.reward.rows import episodes, made
@@ -487,3 +488,27 @@ def test_health_answers_while_a_request_is_scored():
         release.set()
         asking.join()
     assert answers[0].json()["scores"] == [1.0]
+
+
+def test_episodes_go_over_the_wire():
+    """The same numbers as in process: what the environment gave, messages, the policy's last turn."""
+
+    def counted(completions, environments, **columns):
+        return [len(messages) + environment.calls for messages, environment in zip(completions, environments, strict=True)]
+
+    parts = [{"kind": "environment"}, counted, {"kind": "numeric"}]
+    rollout, texts = samples_of(CALCULATOR[:3], answer=[5, 20, 3])
+    expected = build_reward(parts)(rollout, texts)
+    with served(make_app(build_reward(parts), LIMITS, None)) as url:
+        found = build_reward(http(url, batch_size=2))(rollout, texts)
+    assert torch.equal(found.tokens_BR, expected.tokens_BR) and torch.equal(found.total_B, expected.total_B)
+    question = json.loads(http_wire.ask(rollout, texts, None, ""))
+    assert http_wire.read_question(json.dumps(question).encode(), 10)[1].episodes == texts.episodes
+    assert "episodes" not in json.loads(http_wire.ask(*made(["a"]), None, ""))
+    turn = question["episodes"][0]["turns"][1]
+    for name, wrong in (("end", 99), ("first", "0"), ("text", None), ("answer", [1]), ("message", "hi"), ("odd", 1)):
+        broken = {**question, "episodes": [{**question["episodes"][0], "turns": [{**turn, name: wrong}]}] * 3}
+        with pytest.raises(UserError, match="episodes: expected one for each row"):
+            http_wire.read_question(json.dumps(broken).encode(), 10)
+    with pytest.raises(UserError, match="episodes: expected one for each row"):
+        http_wire.read_question(json.dumps({**question, "episodes": question["episodes"][:2]}).encode(), 10)

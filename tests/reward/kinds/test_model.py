@@ -6,6 +6,7 @@ score head by hand on the last hidden state (decoders), or the model's own poole
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -18,7 +19,8 @@ from steerl.reward.build import build_reward
 from steerl.reward.kinds.model_inputs import vocabulary_of
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
-from steerl.rollout.types import Rollout
+from steerl.rollout.types import Rollout, Texts
+from tests.episodes import CALCULATOR, samples_of, talk
 from tests.models import FAMILIES, tiny, tiny_tokenizer
 from tests.reward.classifiers import ENCODERS, saved, tiny_classifier
 from tests.reward.rows import episodes, made
@@ -510,3 +512,43 @@ def test_rows_on_both_sides_of_a_length_that_changes_the_model_score_as_alone(tm
     expected = torch.stack([alone(model, ids)[0] for ids in rows])
     reward = build_reward([{"kind": "model", "path": path}], tokenizer=tokenizer)
     assert (reward(rollout, texts).total_B - expected).abs().max() < 1e-5
+
+
+# -- episodes ---------------------------------------------------------------------------------------------------------
+
+TALK = (
+    "{% for m in messages %}<{{ m.role }}>{% for c in m.tool_calls or [] %}({{ c.function.name }} "
+    "{{ c.function.arguments.of | join(' ') }}){% endfor %}{{ m.content }}.{% endfor %}"
+)
+
+
+def test_a_reward_model_reads_all_turns_of_an_episode(tmp_path):
+    """Conversations by its own template, calls and results too; texts as they stand; ids as they are."""
+    model, tokenizer = tiny_classifier("llama"), tiny_tokenizer(chat=TALK)
+    path = saved(model, tmp_path / "rm", tokenizer)
+    never = talk("hm?", ended_by="failure", failure="OSError")
+    talks = [*CALCULATOR[:2], talk("go", ("left", " you may"), (" right", ""), chat=False), never]
+    rollout, texts = samples_of(talks)
+    begun = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "let me see: "}]
+    texts = Texts.join([texts, dataclasses.replace(texts.select([0]), prompts=[begun])])
+    rollout = Rollout.join([rollout, rollout.select([0])])
+    rows = [
+        "<user>2+3?.<assistant>(add 2 3).<tool>5.<assistant>it is 5.",
+        "<user>4*5?.<assistant>(add 4 5).<tool>9.<assistant>(mul 4 5).<tool>Error: ValueError: no.<assistant>20.",
+        "goleft you may right",
+        "<user>hm?.",
+        "<user>1?.<assistant>(add 2 3)let me see: .<tool>5.<assistant>it is 5.",
+    ]
+    expected = torch.stack([alone(model, tokenizer(row)["input_ids"])[0] for row in rows])
+    part = {"kind": "model", "path": path}
+    assert (build_reward([{**part, "tokens": "text"}])(rollout, texts).total_B - expected).abs().max() < 1e-5
+    ids = [a + b for a, b in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
+    by_ids = torch.stack([alone(model, row)[0] for row in ids])
+    assert (build_reward([{**part, "tokens": "ids"}])(rollout, texts).total_B - by_ids).abs().max() < 1e-5
+
+
+def test_a_template_without_tools_is_said_in_one_line(tmp_path):
+    template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}{% endfor %}"
+    path = saved(tiny_classifier("llama"), tmp_path / "rm", tiny_tokenizer(chat=template))
+    with pytest.raises(UserError, match="row 10 sample 0: the chat template does not take this conversation: no tools here"):
+        build_reward([{"kind": "model", "path": path, "tokens": "text"}])(*samples_of(CALCULATOR[:1]))

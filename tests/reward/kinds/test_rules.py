@@ -13,6 +13,7 @@ from steerl.reward.build import build_reward
 from steerl.reward.kinds.numbers import numbers_in
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import Rollout
+from tests.episodes import ids_of, samples_of, talk
 from tests.reward.rows import episodes, made
 
 
@@ -180,3 +181,51 @@ def test_keywords():
     assert score({**part, "count": "all", "cap": 2}, ["good good very good"]) == [2.0]
     assert score({**part, "ignore_case": False}, ["Good"]) == [0.0]
     assert score({**part, "whole_words": False}, ["goods"]) == [1.0]
+
+
+# -- episodes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize(
+    ("part", "last", "every"),
+    [
+        ({"kind": "exact", "column": "reply"}, 0.0, 0.0),
+        ({"kind": "exact", "column": "said"}, 1.0, 0.0),
+        ({"kind": "exact", "column": "whole"}, 0.0, 1.0),
+        ({"kind": "numeric"}, 0.0, 0.0),
+        ({"kind": "numeric", "column": "six"}, 1.0, 1.0),
+        ({"kind": "numeric", "column": "two", "which": "first"}, 0.0, 1.0),
+        ({"kind": "regex", "pattern": "good|yes|5"}, 0.0, 0.0),
+        ({"kind": "regex", "pattern": "add(.|\n)*then"}, 0.0, 1.0),
+        ({"kind": "json", "right": 1.0}, 0.0, 0.0),
+        ({"kind": "keywords", "words": ["good", "yes", "no", "then"]}, 1.0, 2.0),
+        ({"kind": "length", "min": 6, "max": 6}, 1.0, 0.0),
+        ({"kind": "length", "min": 19, "max": 19}, 0.0, 1.0),
+        ({"kind": "length", "min": 7, "max": 7, "unit": "words"}, 0.0, 1.0),
+        ({"kind": "length", "min": 6, "max": 6, "unit": "characters"}, 1.0, 0.0),
+        (
+            {"kind": "repetition", "n": 1, "unit": "tokens"},
+            len(set(ids_of("then 6"))) / 6,
+            len(set(ids_of("<add 2 3>no 7then 6"))) / 19,
+        ),
+    ],
+)
+def test_rules_read_what_the_policy_said_and_never_what_it_was_told(part, last, every, chat):
+    """Counted by hand on `then 6`, and on `<add 2 3>`, `no 7`, `then 6`."""
+    columns = {"reply": ["5 good {} yes"], "said": ["then 6"], "whole": ["<add 2 3>\nno 7\nthen 6"]}
+    numbers = {"answer": [5], "six": [6], "two": [2]}
+    one = talk("2+3?", ("<add 2 3>", "5 good {} yes"), ("no 7", "5 good {} yes"), ("then 6", ""), chat=chat)
+    samples = samples_of([one], **columns, **numbers)
+    for turns, expected in (("last", last), ("all", every)):
+        assert build_reward([{**part, "turns": turns}])(*samples).total_B.tolist() == pytest.approx([expected])
+    default = every if part["kind"] in ("length", "repetition") else last
+    assert build_reward([part])(*samples).total_B.tolist() == pytest.approx([default])
+
+
+def test_an_episode_that_was_cut_or_never_began_is_judged_by_what_there_is():
+    cut = talk("2+3?", ("<add 2 3>", "5 good {} yes"), ended_by="tokens")
+    never = talk("2+3?", ended_by="failure", failure="OSError")
+    samples = samples_of([cut, never], answer=[3, 3])
+    assert build_reward([{"kind": "numeric"}])(*samples).total_B.tolist() == [1.0, 0.0]
+    assert build_reward([{"kind": "length", "max": 9, "min": 9}])(*samples).total_B.tolist() == [1.0, 0.0]

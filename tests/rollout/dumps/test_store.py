@@ -22,6 +22,7 @@ from steerl.rollout.common.progress import Progress, duration
 from steerl.rollout.dumps import manifest, store
 from steerl.rollout.dumps.dump import left_to_do
 from steerl.rollout.dumps.manifest import Plan
+from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout, Samples, Texts
@@ -477,3 +478,21 @@ def test_what_was_said_turn_by_turn_comes_back(tmp_path: Path) -> None:
     assert back.texts.episodes[0].messages[1] == {"role": "tool", "content": "5"}
     made_dump(tmp_path / "plain")
     assert [t.episodes for _, t in store.read_dump(tmp_path / "plain")] == [None] * 3
+
+
+def test_a_dump_begun_before_there_were_environments_goes_on(tmp_path: Path) -> None:
+    """One that has an environment does not go on with another; how many calls run side by side is free."""
+    plan = Plan.of(4, 1, batch_size=4, shard_rows=2)
+    settings = {"sampling": {"n": 1}}
+    without = dataclasses.asdict(EnvironmentSettings())
+    (tmp_path / "old").mkdir()
+    manifest.start(tmp_path / "old", plan, settings, {})
+    assert manifest.start(tmp_path / "old", plan, {**settings, "environment": without}, {})["config"] == settings
+    search = dataclasses.asdict(EnvironmentSettings(tools=["file.py:search"]))
+    with pytest.raises(UserError, match=r"environment.tools: this dump was begun with \[\], and is now asked to go on with"):
+        manifest.start(tmp_path / "old", plan, {**settings, "environment": search}, {})
+    (tmp_path / "new").mkdir()
+    manifest.start(tmp_path / "new", plan, {**settings, "environment": search}, {})
+    manifest.start(tmp_path / "new", plan, {**settings, "environment": {**search, "workers": 2}}, {})
+    with pytest.raises(UserError, match="environment.max_turns: this dump was begun with 8, and is now asked to go on with 3"):
+        manifest.start(tmp_path / "new", plan, {**settings, "environment": {**search, "max_turns": 3}}, {})

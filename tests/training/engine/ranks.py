@@ -14,11 +14,13 @@ from unittest.mock import patch
 
 import torch
 
+from steerl.reward.build import build_reward
 from steerl.reward.types import Scores
 from steerl.rollout.common import processes
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.steering import load_spec
 from steerl.rollout.types import Rollout, Samples, Texts
 from steerl.training.algorithm.importance import Correction
@@ -65,7 +67,11 @@ JOBS = {
         {},
         {"rollouts_per_step": 15, "minibatches": 5, "bootstrap_cut": True, "loss_reduction": "sequence"},
     ),
+    # episodes of two to four turns; the second rank has rows of its own
+    "episodes": ("gpt2", None, {"n": 3, "batch_size": 4}, {"rollouts_per_step": 15, "minibatches": 5, "bootstrap_cut": True}),
 }
+GAMES = str(Path(__file__).resolve().parents[2] / "games.py")
+ENVIRONMENT = {"episodes": EnvironmentSettings(factory=f"{GAMES}:chatter", max_turns=3, max_tokens=30, workers=2)}
 SITE = {"at": {"layers": [1]}, "vector": [0.5 - i % 3 for i in range(32)], "strength": 2.0}
 STEERING = {
     "steered": {"fraction": 0.5, "kl_budget": {"nats_per_sequence": 0.5}, "sites": [{**SITE, "schedule": {"until": 0.9}}]},
@@ -124,12 +130,17 @@ def main(folder: Path) -> None:
             train(
                 policy,
                 prompts_of(policy, most=3 if name == "ragged" else 0),
-                logging_reward if table is None else Counted(),
+                build_reward([{"kind": "environment"}])
+                if name in ENVIRONMENT
+                else logging_reward
+                if table is None
+                else Counted(),
                 drawn,
                 PPOSettings(**{**SETTINGS, **settings}),
                 RunSettings(dir=str(folder / name)),
                 steering=load_spec(STEERING[name]) if name in STEERING else None,
                 source=table,
+                environment=ENVIRONMENT.get(name),
             )
     if processes.close():
         processes.end()

@@ -60,4 +60,7 @@ def test_two_processes_equal_one(folders, name):
     laws = [logits_of(JOBS[name][0], folder / "model") for folder in (one, two)]
     assert torch.allclose(laws[0], laws[1], atol=1e-5)
     assert summaries[1]["reward_after"] == pytest.approx(summaries[0]["reward_after"], abs=1e-5)
-    assert all(('"action_mask": [' in (folder / "samples.jsonl").read_text()) == (name == "gaps") for folder in (one, two))
+    assert all(
+        ('"action_mask": [' in (folder / "samples.jsonl").read_text()) == (name in ("gaps", "episodes"))
+        for folder in (one, two)
+    )

@@ -19,7 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
+from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model import adapters
+from steerl.rollout.model.policy import ModelSettings
 from steerl.scripts import plan as plan_door
 from steerl.scripts.train_ppo import PPOJob
 from steerl.training.model import value_model
@@ -336,6 +338,21 @@ def test_the_door_in_json(folder, capfd):
     assert len(found["rows"]) == 2 * len(ENGINES)
     for row in found["rows"]:
         assert row["total"] == max(row["phases"].values()) and row["fits"] == (row["total"] <= found["machines"]["usable"])
+
+
+def test_episodes_are_as_wide_as_all_that_follows_the_prompt(folder):
+    """Without environment.max_tokens what turns and answers may take, within the context."""
+
+    def width(**environment):
+        given = EnvironmentSettings(**environment)
+        sampling, model = Sampling(max_new_tokens=64), ModelSettings(path=str(folder))
+        return plan_door.work_of(
+            plan_door.PlanJob(model=model, sampling=sampling, environment=given, prompt_tokens=100), None
+        ).response
+
+    assert width() == 64 and width(tools=["my_tools.py:search"], max_tokens=700) == 700
+    assert width(factory="my.py:make", max_turns=3) == 3 * (64 + 512)
+    assert width(tools=["my.py:a"], max_turns=900) == AutoConfig.from_pretrained(folder).max_position_embeddings - 100
 
 
 @pytest.mark.parametrize(

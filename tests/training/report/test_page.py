@@ -16,6 +16,7 @@ from steerl.training.report import page as report
 from steerl.training.report.run_data import read_lines, read_run
 from tests.browser import Browser
 from tests.dumps import episodes, made_dump, made_rows, write_scores
+from tests.episodes import CALCULATOR, samples_of, talk
 
 HOSTILE = [
     "<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 2'>",
@@ -460,3 +461,72 @@ def test_what_an_episode_was_fed_is_set_off(tmp_path):
             assert browser.run("document.querySelectorAll('#sample h3')[1].innerText.includes('fed')") == (not all(mask))
             browser.key("j")
         assert browser.problems == []
+
+
+# -- episodes ---------------------------------------------------------------------------------------------------------
+
+NASTY = talk("say <b>it</b>", ("<say </script>\u202e>", "Error: \x1b[2J<img src=x onerror='window.hacked = 9'>"), ("<i>done</i>", ""),
+             rewards=[0.25, None], state={"seen": ["<b>", 1], "calls": 1})  # fmt: skip
+
+
+def played_dump(folder):
+    samples = samples_of([*CALCULATOR, NASTY], first_row=0)
+    made_dump(folder, prompts=5, samples=1, make=lambda call, _: samples.select(list(call)))
+    return samples
+
+
+def test_turns_of_a_dump_are_in_the_page(tmp_path):
+    samples = played_dump(tmp_path / "dump")
+    held = blobs(report.report([tmp_path / "dump"], tmp_path / "page.html"))
+    for row, episode in zip(held["rows-0-0"], samples.texts.episodes, strict=True):
+        for shown, turn in zip(row["turns"], episode.turns, strict=True):
+            assert {name: shown[name] for name in ("first", "end", "reward", "cut")} == {
+                name: getattr(turn, name) for name in ("first", "end", "reward", "cut")
+            }
+            assert shown["errors"] == list(turn.errors) and len(shown["calls"]) == turn.calls
+        assert row["facts"]["ended_by"] == episode.ended_by and row["facts"].get("failure", "") == episode.failure
+    assert held["rows-0-0"][1]["turns"][1]["calls"] == ['mul {"of": ["4", "5"]}']
+    assert held["rows-0-0"][0]["facts"]["environment_reward"] == 2.5
+    bars = {bars["title"]: dict(zip(bars["labels"], bars["counts"], strict=True)) for bars in held["index"]["bars"]}
+    assert bars["turns of an episode: dump"] == {"1": 2, "2": 2, "3": 1}
+    assert bars["what ends episodes: dump"] == {"policy": 4, "failure": 1}
+
+
+def test_turns_of_a_run_are_those_of_its_samples(tmp_path):
+    samples = samples_of([NASTY])
+    line = {"step": 1, "row": 0, "sample": 0, "reward": 0.5, "response_ids": samples.rollout.response_ids[0]}
+    line |= {"action_mask": NASTY.mask, "completion": NASTY.response, "episode": NASTY.episode.as_json()}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "environment/turns": 2.0, "environment/ended_policy": 1.0}\n')
+    (tmp_path / "samples.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "episode": None}) + "\n")
+    held = blobs(report.report([tmp_path], tmp_path / "page.html"))
+    first, second = held["rows-0-0"]
+    assert [turn["first"] for turn in first["turns"]] == [turn.first for turn in NASTY.episode.turns]
+    assert first["facts"]["environment"] == {"seen": '["<b>", 1]', "calls": "1"} and second["turns"] == []
+    titles = [panel["title"] for panel in held["index"]["panels"]]
+    assert titles == ["turns and calls of an episode", "what ends episodes, share"]
+
+
+@pytest.mark.browser
+def test_turns_are_set_off_from_what_the_policy_was_told(tmp_path):
+    """Every block holds the tokens of its turn, or those that were fed after it; nothing that was written runs."""
+    samples = played_dump(tmp_path / "dump")
+    with Browser() as browser:
+        browser.open(report.report([tmp_path / "dump"], tmp_path / "page.html"))
+        for i, episode in enumerate(samples.texts.episodes):
+            assert shown(browser) == (i, 0)
+            blocks = "[...document.querySelectorAll('#sample .tokens[data-part=response]')]"
+            places = browser.run(f"{blocks}.map(b => [...b.querySelectorAll('.token')].map(t => Number(t.dataset.place)))")
+            told = browser.run(f"{blocks}.map(b => b.classList.contains('told'))")
+            mask = samples.rollout.action_mask_BR[i].tolist()
+            assert [place for block in places for place in block] == list(range(int(samples.rollout.lengths_B[i])))
+            assert [{mask[place] for place in block} for block in places] == [{not fed} for fed in told]
+            heads = browser.run("[...document.querySelectorAll('#sample h3.turn')].map(h => h.innerText)")
+            assert len(heads) == len(episode.turns)
+            for head, turn in zip(heads, episode.turns, strict=True):
+                assert ("reward" in head) == (turn.reward is not None) and ("of" in head) == bool(turn.calls)
+            errors = browser.run("[...document.querySelectorAll('#sample .error')].length")
+            assert errors == sum(len(turn.errors) for turn in episode.turns)
+            browser.key("ArrowRight")
+            assert "position" in browser.run("document.getElementById('tip').innerText")
+            browser.key("j")
+        assert browser.run("typeof window.hacked") == "undefined" and browser.problems == []

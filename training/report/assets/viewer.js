@@ -148,16 +148,34 @@ class Viewer {
     const names = Object.keys(row.quantities), before = this.quantity.value;
     this.quantity.replaceChildren(...names.map(name => new Option(name)));
     if (names.includes(before)) this.quantity.value = before;
-    this.sample.replaceChildren(facts, element("h3", {text: "prompt"}), this.tokens(row.prompt_tokens, row.prompt_ids, "prompt"),
+    const response = row.turns.length ? row.turns.flatMap((turn, i) => this.turn(turn, i)) : [
       element("h3", {text: row.action_mask.length ? "response (underlined: what the row was fed)" : "response"}),
-      this.tokens(row.tokens, row.ids, "response", row.action_mask), element("div", {class: "scale"}));
+      this.tokens(row.tokens, row.ids, "response", row.action_mask)];
+    this.sample.replaceChildren(facts, element("h3", {text: "prompt"}), this.tokens(row.prompt_tokens, row.prompt_ids, "prompt"),
+      ...response, element("div", {class: "scale"}));
     this.paint();
   }
 
-  tokens(texts, ids, part, drawn = []) {
+  // What the policy said, and what it was told then: the tokens up to its next turn.
+  turn(turn, i) {
+    const row = this.current, next = row.turns[i + 1] ? row.turns[i + 1].first : row.ids.length;
+    const head = element("h3", {class: "turn"}, `turn ${i + 1}`), part = (from, to) => this.tokens(row.tokens, row.ids, "response", row.action_mask, from, to);
+    if (turn.reward !== null) head.append(element("span", {text: `reward ${exact(turn.reward)}`}));
+    for (const call of turn.calls) head.append(element("span", {dir: "auto", text: visible(call).shown}));
+    const shown = [head, part(turn.first, turn.end)];
+    for (const error of turn.errors) shown.push(element("p", {class: "error", dir: "auto", text: visible(error).shown}));
+    if (turn.end < next) {
+      const told = part(turn.end, next);
+      told.classList.add("told");
+      shown.push(element("h3", {class: "told", text: turn.cut ? "told, cut" : "told"}), told);
+    }
+    return shown;
+  }
+
+  tokens(texts, ids, part, drawn = [], from = 0, to = texts.length) {
     const holder = element("div", {class: "tokens", dir: "auto", "data-part": part});
-    texts.forEach((text, i) => {
-      const {shown, odd} = visible(text);
+    texts.slice(from, to).forEach((text, place) => {
+      const {shown, odd} = visible(text), i = from + place;
       const kind = (odd ? "token odd" : "token") + (drawn[i] === false ? " fed" : "");
       holder.append(element("span", {class: kind, "data-part": part, "data-place": i, "data-id": ids[i], text: shown}));
     });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,11 @@ from steerl.rollout.engines.vllm.plugin.rows import Rows
 from steerl.rollout.engines.vllm.plugin.steer import Steers
 from steerl.rollout.engines.vllm.steering import ServerSteering
 from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
-from steerl.rollout.ragged import left_pad
+from steerl.rollout.ragged import left_pad, table
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
 from tests.rollout.steering import helpers
+from tests.rollout.steering import test_turns as turns
 
 WIDTH, LAYERS = 32, 2
 LAW = Law(Sampling(max_new_tokens=8), 64, (2,))
@@ -211,6 +213,50 @@ def test_every_row_is_edited_by_its_own_steering_whatever_the_batch(block):
     for k, (name, text) in enumerate(texts.items()):
         on = [SCOPES[k][1](r, r - (lengths[name] - 1), lengths[name], i) for r, i in enumerate(text)] if k < len(SCOPES) else []
         assert rows[name].answer.edits == ([sum(on)] if k < len(SCOPES) else [])
+
+
+@pytest.mark.parametrize("scope", turns.SCOPES)
+def test_later_turns_are_edited_and_counted_by_the_rule(scope):
+    """One turn of each row as a request of its own, whose prompt is all of the row before it: rows at first and later turns in
+    one batch, read in pieces, one of them twice."""
+    where, rule = turns.SCOPES[scope]
+    steering = server_steering(turns.site(where, 1, 3))
+    runner, steers = served(steering)
+    rows = turns.rows_at_random(11, 8)
+    applied = turns.recorded(steering.steering, rows)
+    asked, texts, counts, chosen = {}, {}, [], []
+    for b, row in enumerate(rows):
+        runs = [(m.start(), m.end()) for m in re.finditer("a+", row.kinds)]
+        turn = len(runs) - 1 if b % 2 else b % len(runs)
+        start, end = runs[turn]
+        part = turns.Row(row.ids[:end], row.kinds[:end], row.strength, row.places)
+        chosen.append((part, start, runs[:turn]))
+        runner.ask(Ask(f"row{b}", 0, b, 0, **steering.of_row(applied, b), turns=tuple(runs[:turn])), row.ids[:start])
+        asked[f"row{b}"] = steers.rows.of(f"row{b}")
+        asked[f"row{b}"].answer.ids, texts[f"row{b}"] = row.ids[start:end], row.ids[: end - 1]
+    assert {len(before) for _, _, before in chosen} >= {0, 2, 3}
+    for share in (0.5, 0.7):  # what the second call starts with has been read, and is not counted again
+        cuts = {name: 1 + int(share * (len(text) - 1)) for name, text in texts.items()}
+        pieces = [[(name, 0, cut) for name, cut in cuts.items()]]
+        pieces.append([(name, cuts[name] - 1, len(text) - cuts[name] + 1) for name, text in texts.items()])
+        for parts in pieces:
+            out = runner.step(parts, texts)
+            for b, (part, _, _) in enumerate(chosen):
+                moved = embedding(part.ids) + turns.moved_by(rule, part, torch.tensor(vector(3))).float()
+                for name, first, count in parts:
+                    if name == f"row{b}":
+                        torch.testing.assert_close(out[name], moved[first : first + count], rtol=0, atol=5e-6)
+    for b, (part, _, _) in enumerate(chosen):
+        counts.append(sum(bool(rule(token, part)) for token in part.tokens[:-1]) if part.strength else 0)
+        assert asked[f"row{b}"].answer.edits == [counts[b]]
+    contexts = [part.ids[:start] for part, start, _ in chosen]
+    drawn = [[any(a <= i < e for a, e in before) for i in range(start)] for _, start, before in chosen]
+    rollout = Rollout.of_ids(contexts, [part.ids[start:] for part, start, _ in chosen], **applied._asdict())
+    answers = [Answer(edits=[count]) for count in counts]
+    steering.check_edits(rollout, answers, table(drawn, torch.bool, "left"))
+    answers[5] = Answer(edits=[counts[5] + 1])
+    with pytest.raises(UserError, match=r"row 5 .* edited \d+ activations"):
+        steering.check_edits(rollout, answers, table(drawn, torch.bool, "left"))
 
 
 def test_what_a_row_is_fed_after_its_end_is_not_counted():
