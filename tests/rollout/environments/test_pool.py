@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from steerl.rollout.common.errors import ConfigError
-from steerl.rollout.environments.pool import CLOSED, Pool
+from steerl.rollout.environments.pool import CLOSED, Child, Pool
 from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.environments.types import Answer, Call, Ending, Opening, Said
 from tests import warm
@@ -137,9 +137,11 @@ def process():
     return os.getpid()
 
 def daemon():
-    """A grandchild in a session of its own, which keeps what it inherited."""
-    sleeper = subprocess.Popen(["sleep", "600"], start_new_session=True, close_fds=False)
-    return sleeper.pid
+    """A child in a session of its own, which keeps what it inherited."""
+    if (pid := os.fork()) == 0:
+        os.setsid()
+        time.sleep(600)
+    return pid
 '''
 
 EPISODES = '''
@@ -182,6 +184,7 @@ class WordleEnv:
         self.columns = sorted(kwargs)
         self.reward = 0.0
         self.done = False
+        self.best = float("-inf")
         return self.client.reset()[0]
 
     def guess(self, guess: str) -> str:
@@ -443,8 +446,10 @@ def test_processes_go_with_their_episode(tools):
     session.end().result()
     assert not wait_until_gone(started)
     psutil.Process(daemon).kill()
-    tools.session().step(does("leaves")).result()  # the zygote looks through what it took in
-    assert not wait_until_gone({daemon})
+    for _ in range(100):  # whenever an episode ends, the zygote looks through what it took in
+        if psutil.pid_exists(daemon):
+            tools.session().step(does("leaves")).result()
+    assert not psutil.pid_exists(daemon)
 
 
 # -- TRL's environments -------------------------------------------------------------------------------------------------
@@ -510,6 +515,32 @@ def test_a_gym_episode(make):
     assert session.step(Said("two")).result() == Answer("TWO", 0.5)
     assert session.step(Said("end")).result() == Answer("END", 0.5, done=True)
     assert session.end().result() == Ending(None, {"answers": []})
+
+
+def test_what_an_episode_prints_and_signals_to_the_job_stay_outside(make, capfd):
+    """A terminal's Ctrl-C and a scheduler's SIGTERM mean the job, which finishes the step."""
+    before = below(os.getpid())
+    session = make("Gym").session()
+    code = "(os.write(1, b'x' * 100_000), os.write(2, b'y' * 100_000), print('z', flush=True), ('told', 0, False))[-1]"
+    session.reset({"prompt": "", "answers": [code]}).result()
+    started = below(os.getpid()) - before
+    assert len(started) == 2 and os.getpgid(0) not in {os.getpgid(one) for one in started}
+    for one in started:
+        os.kill(one, signal.SIGTERM)
+        os.kill(one, signal.SIGINT)
+    assert session.step(Said("")).result() == Answer("told", 0.0)
+    assert session.end().result() == Ending(None, {"answers": []})
+    said = capfd.readouterr()
+    assert said.out == said.err == ""
+
+
+def test_a_child_is_ended_once(make, monkeypatch):
+    """Another one may have its number by then."""
+    pool = make("Gym")
+    child = Child(pool, None)
+    assert child.close().startswith("its process ended (exit status")  # by itself, where it sees the end first
+    monkeypatch.setattr(pool, "end", None)
+    assert child.close() == CLOSED
 
 
 def test_gymnasiums_form(make):
