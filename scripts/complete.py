@@ -255,7 +255,7 @@ class Session:
                     say(json.dumps(label | record, ensure_ascii=False) + "\n")
                 else:
                     told = episodes.lines(samples, i, partial(self.turn, samples, i, numbers))
-                    say("".join(f"{line}\n" for line in [*(f"{name}:" for name in label.values() if name), *told]))
+                    say("".join(f"{line}\n" for line in [*(f"{name or 'unsteered'}:" for name in label.values()), *told]))
 
     def turn(self, samples: Samples, i: int, logprobs: list[float], turn: Turn) -> str:
         ids, part = samples.rollout.response_ids[i], slice(turn.first, turn.end)
@@ -362,6 +362,8 @@ def run(job: CompleteJob, ending: contextlib.ExitStack) -> None:
     if environment is not None:
         if not asked:
             raise UserError("prompt: missing; an episode begins with one: give a text, or --prompts.path")
+        if environment.pool.kind != "gym" and any(isinstance(one.prompt, str) for one in asked):
+            raise UserError("environment: tools need conversations; add --chat true")
         check_sampling(job.sampling)
         for start in range(0, len(asked), size := job.sampling.batch_size):
             session.watch(environment, asked[start : start + size], start)

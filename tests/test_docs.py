@@ -88,19 +88,22 @@ def settings_of(section: str) -> set[str]:
 @pytest.mark.parametrize("page", TODAY, ids=names(TODAY))
 def test_settings_that_are_named_exist(page):
     """`ppo.clip` and the like; `ppo/clip_fraction` is a metric."""
-    known = {section: settings_of(section) for section in ("ppo", "sampling", "run", "model", "prompts", "engine")}
+    known = {
+        section: settings_of(section) for section in ("ppo", "sampling", "run", "model", "prompts", "engine", "environment")
+    }
     pieces = re.split(r"^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     shown = [
         block for block in pieces[1::2] if block.startswith(("bash\n", "yaml\n"))
     ]  # what is printed may be wrong on purpose
     text = "\n".join([*pieces[::2], *shown])
-    for section, name in re.findall(r"(?<![\w/.])(?:--)?(ppo|sampling|run|model|prompts|engine)\.([a-z]\w*)", text):
+    for section, name in re.findall(r"(?<![\w/.])(?:--)?(ppo|sampling|run|model|prompts|engine|environment)\.([a-z]\w*)", text):
         assert name in known[section] or name in ("py", "yaml", "jsonl", "md", "log"), f"{section}.{name}: no such setting"
 
 
-def test_every_setting_of_the_engine_is_explained():
-    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
-    assert [name for name in sorted(settings_of("engine")) if f"| `engine.{name}` |" not in page] == []
+@pytest.mark.parametrize(("section", "page"), [("engine", "engines.md"), ("environment", "environments.md")])
+def test_every_setting_of_a_section_is_explained(section, page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert [name for name in sorted(settings_of(section)) if f"| `{section}.{name}` |" not in text] == []
 
 
 def commands(page: Path) -> list[list[str]]:

@@ -29,7 +29,7 @@ def lines(samples: Samples, row: int, said: Callable[[Turn], str]) -> Iterator[s
         yield said(turn)
         yield from (f"  | {line}" for line in visible(told(turn.answer)).splitlines())
         yield from (f"  ! {visible(error)}" for error in turn.errors)
-        if turn.reward is not None:
+        if turn.reward:
             yield f"  + {turn.reward:g}"
     yield f"  = {end(episode)}"
 

@@ -117,7 +117,10 @@ class DecodeLoop:
             raise RuntimeError(f"generate was given logits processors that nobody declared: {names}")
         ids, alive, space, width = input_ids, self.rows, Space(), self.rows.tokens.shape[1]
         history: History | None = None
+        last_B1: Tensor | None = None
         for t in range(width):
+            if last_B1 is not None:
+                kwargs["position_ids"] = kwargs["position_ids"].minimum(last_B1[alive.place])
             if t and self.compiled is not None:
                 logits_AV = self.compiled(ids, kwargs)
             else:
@@ -129,6 +132,7 @@ class DecodeLoop:
                     ids, logits_AV = ids[self.copies_B], logits_AV[self.copies_B]
                     kwargs = select_rows(kwargs, self.copies_B, len(input_ids))
                 history = History(ids, self.inputs.real_BL, self.distribution)
+                last_B1 = self._last_positions(kwargs)
             drawn = self.distribution.draw(logits_AV, history, alive.uniforms[:, t], space)
             if self.on_token is not None:
                 going = ~alive.ended
@@ -150,6 +154,13 @@ class DecodeLoop:
                     self.steering.select(index)
         self.rows.write(alive)
         return input_ids
+
+    def _last_positions(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """Where rows have limits of their own and every rank runs as many steps: the last position that each is fed. One that
+        has ended stays there, for the context may end, too."""
+        if not self.synced or self.inputs.limits_B is None or not isinstance(kwargs.get("position_ids"), Tensor):
+            return None
+        return kwargs["position_ids"][..., -1:] + (self.inputs.limits_B[:, None] - 2)  # type: ignore[no-any-return]
 
     def responses(self) -> Responses:
         return self.rows.finish(self.stops, self.kept)

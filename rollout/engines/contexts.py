@@ -42,6 +42,8 @@ class Contexts:
     """How the rows are steered, where an earlier turn's record says it."""
     prompts: list[int] | None = None
     """Rows of one number have the same ids, and can share what is made of them; None: none have."""
+    steps: int = 0
+    """So many at least are run, whatever the limits: where every step is a collective call, those of the rank that has most."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -88,12 +90,13 @@ class Contexts:
             pick(self.turns),
             None if self.applied is None else self.applied.select(torch.tensor(index, dtype=torch.int64)),
             pick(self.prompts),
+            self.steps,
         )
 
     @property
     def width(self) -> int:
-        """Most tokens that any row draws."""
-        return max(self.limits)
+        """Steps that may be run: most tokens that any row draws."""
+        return max(*self.limits, self.steps)
 
     def places(self, device: torch.device) -> Tensor:
         """(B, R) or (R,): the place in the response of every token that may be drawn."""

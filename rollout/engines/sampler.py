@@ -96,10 +96,13 @@ class Sampler:
         if self.engine.kind == "generate" and on_token is not None:
             raise UserError("engine.kind: generate shows no token before all are drawn; use stream")
         for k in range(processes.most(len(parts)) if call.synced else len(parts)):
+            part = contexts.select(parts[k]) if k < len(parts) else self._dummy()
+            if call.synced:
+                part = dataclasses.replace(part, steps=processes.most(part.width))
             if k < len(parts):
-                rollouts.append(self._part(contexts.select(parts[k]), call))
+                rollouts.append(self._part(part, call))
             else:  # a rank that is done takes part in the others' collective calls
-                self._part(self._dummy(), dataclasses.replace(call, on_token=None, idle=True))
+                self._part(part, dataclasses.replace(call, on_token=None, idle=True))
         if not rollouts:
             return self.nothing(call.step)
         at = torch.tensor([at for part in parts for at in part], device=self.policy.device)
@@ -161,8 +164,12 @@ class Sampler:
         kinds: dict[tuple[int, int], list[int]] = {}
         for at in sorted(range(len(contexts)), key=lambda at: -lengths[at]):
             same = int(capabilities.is_long(lengths[at])) if capabilities.padding else lengths[at]
-            # plain generate has one limit for all rows of a call
-            kinds.setdefault((same, contexts.limits[at] if self.engine.kind == "generate" else 0), []).append(at)
+            room = self.room(lengths[at])
+            # Plain generate has one limit for all rows of a call; and a row that has ended goes on with the others, for which
+            # the context may have no room.
+            near = contexts.turns is not None and room is not None and room < contexts.width
+            alike = near or self.engine.kind == "generate"
+            kinds.setdefault((same, contexts.limits[at] if alike else 0), []).append(at)
         most, budget = self.sampling.batch_size, self.sampling.batch_tokens
         for group in kinds.values():
             start, new = 0, max(contexts.limits[at] for at in group)
@@ -181,6 +188,8 @@ class Sampler:
         caches = capabilities.caches(own + contexts.width)
         # A model that counts positions by comparing with pad decodes on from a pad as no whole pass would.
         padded = contexts.turns is not None and any(self.policy.pad_id in ids for ids in contexts.ids)
+        if call.synced:
+            padded = bool(processes.most(int(padded)))
         safe = capabilities.pads_in_text or not (padded or call.on_token is not None)
         rollout = self._decode(contexts, call, caches and safe)
         if capabilities.pads_in_text or padded or call.on_token is not None:
@@ -192,7 +201,7 @@ class Sampler:
         again = len(rows) > 0
         if not (processes.most(int(again)) if call.synced else again):
             return rollout
-        redo = contexts.select(rows.tolist()) if again else self._dummy()
+        redo = contexts.select(rows.tolist()) if again else self._dummy(contexts.steps)
         other = self._decode(redo, call if again else dataclasses.replace(call, idle=True), caching=False)
         if not again:
             return rollout
@@ -200,8 +209,8 @@ class Sampler:
         place[rows] = len(rollout) + torch.arange(len(rows), device=rollout.device)
         return Rollout.join([rollout, other]).select(place).trim()
 
-    def _dummy(self) -> Contexts:
-        return Contexts([[self.policy.pad_id]], [-1], [0], [self.sampling.max_new_tokens], prompts=[0])
+    def _dummy(self, steps: int = 0) -> Contexts:
+        return Contexts([[self.policy.pad_id]], [-1], [0], [1], prompts=[0], steps=steps)
 
     def _decode(self, contexts: Contexts, call: _Call, caching: bool) -> Rollout:
         policy, sampling, device = self.policy, self.sampling, self.policy.device
@@ -216,7 +225,7 @@ class Sampler:
             real_BL=start_BK if policy.is_seq2seq else mask_BP,
             before=[self.stops.before(ids) for ids in contexts.ids],
             names=[f"row {row} (sample {j})" for row, j in zip(contexts.rows, contexts.samples, strict=True)],
-            limits_B=torch.tensor(limits, device=device) if min(limits) < max(limits) else None,
+            limits_B=torch.tensor(limits, device=device) if min(limits) < contexts.width else None,
         )
         given_BP = encoder_input(prompt_BP, mask_BP) if policy.is_seq2seq else (prompt_BP, mask_BP)
         self.stops.to(device)

@@ -3,6 +3,7 @@ hooks of its own for steering; and one such pass over the finished row for its n
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -21,18 +22,25 @@ from steerl.rollout.decoding import compiled
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
+from steerl.rollout.engines.vllm.engine import VllmEngine
+from steerl.rollout.engines.vllm.sampler import ServerSampler, server_of
 from steerl.rollout.environments.sampler import EpisodeSampler
 from steerl.rollout.environments.types import Answer
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import STOP_EOS, STOP_LENGTH, STOP_USER, Rollout, Samples
 from tests import warm
+from tests.models import tiny_policy
 from tests.rollout import definitions
+from tests.rollout.engines.vllm.test_steering_server import CHUNKED
+from tests.rollout.engines.vllm.test_steering_server import FAMILIES as WIDE
 from tests.rollout.environments import ranks
 from tests.rollout.environments.scripted import scripted
 from tests.rollout.steering import test_turns as turns
 from tests.rollout.steering.helpers import policy, vector
+from tests.vllm_server import VllmServer, gentle
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"temperature": 1.3},
@@ -41,12 +49,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "strings": {"stop": ["a", "no"], "top_p": 0.8},
     "everything": {"top_k": 20, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "stop": ["a", "no"], "stop_ids": [9, 10]},
 }
-STEERED: dict[str, Any] = {
-    "sites": [
+
+
+def spec(width: int, **fields: Any) -> dict[str, Any]:
+    sites = [
         turns.site(turns.SCOPES["read_and_some"][0], 0, 1, strength={"dist": "uniform", "low": 0.5, "high": 1.5}),
         turns.site(turns.SCOPES["ramp"][0], 1, 2, strength={"column": "s"}),
     ]
-}
+    return {"sites": [{**site, "vector": vector(1 + k, width)} for k, site in enumerate(sites)], **fields}
+
+
 RULES = [(0, 1, turns.SCOPES["read_and_some"][1]), (1, 2, turns.SCOPES["ramp"][1])]
 """Layer, vector and rule of each of its sites."""
 LIMITS = {"max_turns": 4, "max_tokens": 22, "max_tool_tokens": 4}
@@ -81,7 +93,8 @@ def reply(row: dict[str, Any], said: Sequence[Any]) -> Answer:
 class Alone:
     """One row by itself. `strengths`: of each site; none without steering."""
 
-    family: str
+    family: Any
+    """Or a float64 model."""
     settings: Any
     prompt: list[int]
     strengths: list[float]
@@ -93,8 +106,9 @@ class Alone:
     def logits(self, ids: list[int], kinds: str, plain: bool = False) -> Tensor:
         """(T, V) of a whole row, whose last token is not read."""
         row = turns.Row(self.prompt + ids, "p" * len(self.prompt) + kinds)
+        width = 32 if isinstance(self.family, str) else self.family.config.hidden_size
         moves = {
-            layer: strength * turns.moved_by(rule, row, torch.tensor(vector(seed)))[:-1]
+            layer: strength * turns.moved_by(rule, row, torch.tensor(vector(seed, width)))[:-1]
             for (layer, seed, rule), strength in zip(RULES, self.strengths, strict=False)
         }
         return turns.by_hand(self.family, row.ids[:-1], {} if plain else moves)[0]
@@ -180,7 +194,7 @@ def check(rollout: Rollout, rows: list[Alone], plain_policy: bool = False) -> No
     assert (kept is None) != definitions.truncates(rows[0].settings)
 
 
-def recorded_rows(family: str, settings: Sampling, rollout: Rollout, steered: bool) -> list[Alone]:
+def recorded_rows(family: Any, settings: Sampling, rollout: Rollout, steered: bool) -> list[Alone]:
     """The rows of a record as they say they are."""
     strengths = rollout.strength_BK.tolist() if steered else [[]] * len(rollout)
     return [
@@ -199,7 +213,7 @@ def played(
 
 
 def steering_of(family: str, **fields: Any) -> Steering:
-    return Steering(policy(family).model, {**STEERED, **fields}, policy(family).tokenizer, seed=5)
+    return Steering(policy(family).model, spec(32, **fields), policy(family).tokenizer, seed=5)
 
 
 def sampling_of(name: str, **fields: Any) -> Sampling:
@@ -278,16 +292,73 @@ def test_compiled_steps_draw_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> N
     check(rollout, recorded_rows("llama", sampling, rollout, True))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_rows_at_the_end_of_the_context_go_no_further(family: str) -> None:
+    """One of many, which stays in the batch when it has ended: the model has no position there."""
+    sampling, batch = sampling_of("plain", n=1, batch_size=24), prompts(16)
+    ids = [[20] * 126, *batch.ids[1:]]
+    batch = dataclasses.replace(batch, ids=ids, prompts=[" ".join(map(str, one)) for one in ids])
+    inner = Sampler(policy(family), sampling)
+    rollout, texts = EpisodeSampler(inner, scripted(reply, max_turns=4)).sample(batch, step=2)
+    check(rollout, recorded_rows(family, sampling, rollout, False))
+    assert texts.episodes is not None and texts.episodes[0].ended_by in ("tokens", "environment")
+
+
 @pytest.mark.slow
 def test_two_ranks_play_what_one_plays(tmp_path: Path) -> None:
     """Forward passes are collective there: other numbers of episodes and turns must neither hang nor change a token."""
     done = warm.run_ranks("tests/rollout/environments/ranks.py", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
+    gaps = 0
     for rank in range(2):
-        for (name, steered), (tensors, kept) in torch.load(tmp_path / f"out.{rank}").items():
-            expected = ranks.played(policy("llama"), ranks.SHARES[name][rank], steered)
-            assert not len(expected) or not torch.equal(expected.action_mask_BR, expected.extent_BR), "rows have gaps"
+        for (family, name, steered), (tensors, kept) in torch.load(tmp_path / f"out.{rank}").items():
+            expected = ranks.played(policy(family), ranks.SHARES[name][rank], steered)
+            gaps += int((expected.action_mask_BR != expected.extent_BR).any())
             assert kept == (expected.kept and expected.kept.lists())
             for key, value in expected.tensors().items():
-                told = f"rank {rank}, {name}, steered {steered}: {key}"
+                told = f"{family}, rank {rank}, {name}, steered {steered}: {key}"
                 torch.testing.assert_close(tensors[key], value, rtol=0, atol=1e-6, msg=lambda m, told=told: f"{told}: {m}")
+    assert gaps > 8
+
+
+def check_served(of: Policy, url: str, log: Path, name: str, steered: bool) -> None:
+    sampling = sampling_of(name)
+    steering = Steering(of.model, spec(of.core.config.hidden_size), of.tokenizer, seed=5) if steered else None
+    engine = VllmEngine(of, EngineSettings(kind="vllm", url=url), log, steering=steering, alone=True)
+    inner = ServerSampler(engine, sampling, steering)
+    drawn = EpisodeSampler(inner, scripted(reply, **LIMITS)).draw(prompts(8), step=2, progress=0.0)
+    assert len({len(episode.turns) for episode in drawn.texts.episodes or []}) > 1
+    check(drawn.rollout, recorded_rows(copy.deepcopy(of.core).double(), sampling, drawn.rollout, steered))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("steered", [False, True])
+@pytest.mark.parametrize("name", ["plain", "truncated", "everything"])
+def test_a_server_draws_the_turns(vllm_server: VllmServer, name: str, steered: bool) -> None:
+    """Each turn a request of its own, whose prompt is the row so far: every number is that of one pass over the whole row."""
+    check_served(vllm_server.policy, vllm_server.url, vllm_server.log, name, steered)
+
+
+@pytest.mark.vllm
+@pytest.mark.proofs
+@pytest.mark.parametrize(
+    ("family", "model_impl", "flags"),
+    [
+        ("llama", "vllm", CHUNKED),
+        ("qwen3", "vllm", ()),
+        ("gemma3", "vllm", ()),
+        ("gpt2", "vllm", CHUNKED),
+        ("gpt_neox", "transformers", ()),
+    ],
+)
+def test_servers_of_other_families_do(
+    family: str, model_impl: Any, flags: tuple[str, ...], vllm_python: str, tmp_path: Path
+) -> None:
+    """Contexts are read in pieces there, and rows thrown out for want of memory and read again."""
+    of = gentle(tiny_policy(family, **WIDE[family]))
+    settings = EngineSettings(
+        kind="vllm", python=vllm_python, model_impl=model_impl, arguments=["--no-enable-prefix-caching", *flags], check_rows=0
+    )
+    with server_of(of, None, settings, tmp_path, 64) as engine:
+        engine.ready(0)
+        check_served(of, engine.client.url, tmp_path / "engine.log", "everything", True)

@@ -123,12 +123,14 @@ def exact(family: str) -> nn.Module:
 
 def block(core: Any, layer: int) -> nn.Module:
     stack = getattr(core, "model", None) or getattr(core, "transformer", None) or core.gpt_neox
+    stack = getattr(stack, "decoder", stack)
     return getattr(stack, "layers", None)[layer] if hasattr(stack, "layers") else stack.h[layer]
 
 
-def by_hand(family: str, ids: list[int], moves: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-    """(logits, block 0's output before its move) of a whole row, its blocks' outputs moved by `moves[layer]` (T, D)."""
-    core, seen = exact(family), []
+def by_hand(family: str | nn.Module, ids: list[int], moves: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """(logits, block 0's output before its move) of a whole row, its blocks' outputs moved by `moves[layer]` (T, D). `family`:
+    or a float64 model."""
+    core, seen = exact(family) if isinstance(family, str) else family, []
 
     def hook(layer: int) -> Any:
         def moved(_: nn.Module, __: Any, out: Any) -> Any:
