@@ -243,7 +243,7 @@ class EpisodeSession:
         if not problem and call.name not in names:
             problem = f"there is no tool {name!r}; there are: {', '.join(names)}"
         if problem:
-            return f"error: {problem}", f"{name}: {' '.join(problem.split())}"
+            return f"error: {problem}", f"{name}: {' '.join(problem.split())}".removeprefix(": ")
         try:
             return self._ask("call", call.name, call.arguments), ""
         except Failed as error:

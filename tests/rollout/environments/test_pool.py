@@ -538,7 +538,7 @@ def test_a_child_is_ended_once(make, monkeypatch):
     """Another one may have its number by then."""
     pool = make("Gym")
     child = Child(pool, None)
-    assert child.close() == "its process ended (exit status -9)"
+    assert child.close().startswith("its process ended (exit status")  # by itself, where it sees the end first
     monkeypatch.setattr(pool, "end", None)
     assert child.close() == CLOSED
 
