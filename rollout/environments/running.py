@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steerl.rollout.applied import Applied
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import DataError, UserError
 from steerl.rollout.decoding.stops import Stops
 from steerl.rollout.environments.environment import Environment
 from steerl.rollout.environments.types import Answer, Ending, Opening, Session
@@ -98,10 +98,17 @@ class Running:
         """The first prompt, as the environment gives it. An environment that is gone already leaves the data's."""
         assert self.reset is not None
         opening, environment = self.reset.result(), self.environment
-        if opening.failure:
-            self.failure, opening = opening.failure, Opening()
+        self.failure = opening.failure
+        if opening.observation is not None:
+            try:
+                self.prompt, self.prompt_ids = environment.conversation.opening(
+                    self.prompt, self.data, opening, environment.pool.kind
+                )
+                return
+            except DataError as error:  # what it gave is no prompt
+                self.failure = str(error)
         kind = "gym" if self.failure else environment.pool.kind
-        self.prompt, self.prompt_ids = environment.conversation.opening(self.prompt, self.data, opening, kind)
+        self.prompt, self.prompt_ids = environment.conversation.opening(self.prompt, self.data, Opening(), kind)
 
     def take(self, drawn: Drawn) -> None:
         """A turn was drawn: hand it to the environment, where there is anything to do."""
@@ -148,7 +155,11 @@ class Running:
     def _tell(self, content: list[dict[str, Any]] | str | None) -> None:
         if content:
             most = self.environment.settings.max_tool_tokens
-            fed = self.environment.conversation.answer(self.context, content, self.is_chat, most, self.data)
+            try:
+                fed = self.environment.conversation.answer(self.context, content, self.is_chat, most, self.data)
+            except DataError as error:  # messages that the template does not take
+                self.failure = str(error)
+                return self._end("failure")
             if len(self.ids) + len(fed.ids) < self.room:
                 self.ids += fed.ids
                 for numbers in (self.behaviour, self.policy, self.entropy):

@@ -357,6 +357,32 @@ def test_rows_of_episodes_hold_what_was_drawn_and_what_the_template_puts_between
 # -- the example of the record -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("when", ["reset", "step"])
+def test_messages_that_the_template_refuses_end_their_episode_alone(when):
+    policy = chatml()
+    policy.tokenizer.chat_template = (
+        "{% for m in messages if m.role == 'dog' %}{{ raise_exception('no dogs') }}{% endfor %}"
+        + (policy.tokenizer.chat_template)
+    )
+    policy = dataclasses.replace(
+        tiny_policy("llama", tokenizer=policy.tokenizer, vocab_size=len(policy.tokenizer)), eos_ids=(END,)
+    )
+    dog = [{"role": "dog", "content": "wow"}]
+
+    def opening(row: dict[str, Any]) -> Opening:
+        return Opening(dog if when == "reset" and row["bad"] else None)
+
+    def reply(row: dict[str, Any], said: list[Any]) -> Answer:
+        return Answer(dog if when == "step" and row["bad"] else "go on", reward=1.0)
+
+    environment = scripted(reply, opening, max_turns=2)
+    environment.conversation = conversation(policy, [])
+    batch = PromptBatch([[1]] * 2, [0, 1], [[{"role": "user", "content": "Go."}]] * 2, [""] * 2, {"bad": [True, False]})
+    texts = EpisodeSampler(Sampler(policy, Sampling(max_new_tokens=3)), environment).sample(batch).texts
+    ends = [(episode.ended_by, len(episode.turns), "no dogs" in episode.failure) for episode in texts.episodes or []]
+    assert ends == [("failure", 1, True), ("turns", 2, False)]
+
+
 def test_the_example_in_episodes_docstring():
     said = Episode.__doc__ or ""
     lists = {name: ast.literal_eval(value) for name, value in re.findall(r"^ +(\w+) +(\[.*\])$", said, flags=re.MULTILINE)}
