@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from steerl.rollout.common.errors import ConfigError
-from steerl.rollout.environments.hosted import seed_all
-from steerl.rollout.environments.pool import CLOSED, Child, Pool
+from steerl.rollout.environments.host.hosted import seed_all
+from steerl.rollout.environments.host.pool import CLOSED, Child, Pool
 from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.environments.types import Answer, Call, Ending, Opening, Said
 from tests import warm
@@ -765,7 +765,7 @@ def test_closing_ends_everything_at_once(folder):
 def test_nothing_outlives_a_job_that_is_killed(folder, number):
     """While episodes hang in C, one with a child of its own and one with a daemon."""
     job = f"""
-        from steerl.rollout.environments.pool import Pool
+        from steerl.rollout.environments.host.pool import Pool
         from steerl.rollout.environments.settings import EnvironmentSettings
         from steerl.rollout.environments.types import Said
         pool = Pool(EnvironmentSettings(factory="{folder}/episodes.py:Gym"))
