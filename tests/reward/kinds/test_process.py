@@ -8,6 +8,7 @@ import torch
 from steerl.reward.build import build_reward
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import Rollout
+from tests.episodes import samples_of, talk
 from tests.models import tiny_tokenizer
 from tests.reward.classifiers import saved, tiny_classifier
 from tests.reward.rows import made
@@ -82,6 +83,14 @@ def test_of_an_episode_only_the_policys_turns_are_judged(tmp_path):
         ).tokens_BR
         assert tokens_BR[0].nonzero().flatten().tolist() == places
         assert torch.allclose(tokens_BR[0, places], values[places], atol=1e-5)
+
+
+def test_turns_with_nothing_between_them_are_judged_apart(tmp_path):
+    path = saved(tiny_classifier("llama", per_token=True), tmp_path / "prm", tiny_tokenizer())
+    samples = samples_of([talk("go", ("left", ""), ("right", " you may"), ("on", ""), chat=False)])
+    part = {"kind": "process", "path": path, "separator": "; ", "tokens": "ids"}
+    scores = build_reward([part])(*samples)
+    assert scores.tokens_BR[0].nonzero().flatten().tolist() == [3, 8, 18]
 
 
 def test_a_separator_may_begin_with_the_blank_of_a_steps_first_token(tmp_path):

@@ -524,8 +524,9 @@ def test_turns_are_set_off_from_what_the_policy_was_told(tmp_path):
             assert len(heads) == len(episode.turns)
             for head, turn in zip(heads, episode.turns, strict=True):
                 assert ("reward" in head) == (turn.reward is not None) and ("of" in head) == bool(turn.calls)
-            errors = browser.run("[...document.querySelectorAll('#sample .error')].length")
-            assert errors == sum(len(turn.errors) for turn in episode.turns)
+            errors = browser.run("[...document.querySelectorAll('#sample .error')].map(e => e.innerText)")
+            wanted = [error.replace("\x1b", "\u27e8U+001B\u27e9") for turn in episode.turns for error in turn.errors]
+            assert errors == wanted
             browser.key("ArrowRight")
             assert "position" in browser.run("document.getElementById('tip').innerText")
             browser.key("j")
