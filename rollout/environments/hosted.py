@@ -36,7 +36,7 @@ class Wrong(Exception):
 
 def serve(handle: int, sources: list[str], functions: list[Callable[..., Any]], seed: int | None) -> None:
     """Answer request by request until the other end closes. `sources`: as the user named the functions."""
-    _seed(seed)
+    seed_all(seed)
     there, process = socket(fileno=handle), os.getpid()
     requests = there.makefile("rb")
     hosted = Hosted(sources, functions)
@@ -57,7 +57,7 @@ def _answer(hosted: Hosted, what: str, arguments: list[Any]) -> bytes:
         if len(line) > MOST_LINE:
             raise Wrong(f"gave {len(line):,} bytes, more than the {MOST_LINE:,} that are taken")
     except Wrong as wrong:
-        line = _raised(visible(str(wrong)), str(wrong))
+        line = _raised(str(wrong), str(wrong))
     except BaseException as error:  # noqa: BLE001  whatever the user's code raises, exits included, is an answer
         message = " ".join(_text(error).split()) or "no message"
         place = rf" \(line \d+ of {os.path.basename(__file__)}\)$"  # it could not be called at all
@@ -65,7 +65,7 @@ def _answer(hosted: Hosted, what: str, arguments: list[Any]) -> bytes:
     return line
 
 
-def _seed(seed: int | None) -> None:
+def seed_all(seed: int | None) -> None:
     """The generators that a fork copies: without a seed of its own each process takes one from the system."""
     number = random.SystemRandom().getrandbits(32) if seed is None else seed % 2**32
     random.seed(number)
@@ -75,7 +75,7 @@ def _seed(seed: int | None) -> None:
 
 
 def _raised(line: str, told: str) -> bytes:
-    return json.dumps(["raised", " ".join(line.split()), told]).encode()
+    return json.dumps(["raised", visible(" ".join(line.split())), told]).encode()
 
 
 def _text(value: object) -> str:
@@ -256,13 +256,21 @@ def _observation(given: Any, blocks: bool = False) -> Any:
         return None
     if isinstance(given, str):
         return cut(given)
-    keys = ("role", "type") if blocks else ("role",)
-    if isinstance(given, list | tuple) and all(isinstance(one, dict) and any(key in one for key in keys) for one in given):
+    if isinstance(given, list | tuple) and all(_is_message(one) or (blocks and _is_block(one)) for one in given):
         try:
             return [json.loads(json.dumps(_texts_cut(one), allow_nan=False, default=_item)) for one in given]
         except (TypeError, ValueError, AttributeError) as error:
             raise Wrong(f"gave messages that are no JSON: {_text(error)}") from error
     raise Wrong(f"gave {_short(given)}; expected a text, messages (role, content) or None")
+
+
+def _is_message(given: Any) -> bool:
+    is_dict = isinstance(given, dict)
+    return is_dict and isinstance(given.get("role"), str) and isinstance(given.get("content"), str | list)
+
+
+def _is_block(given: Any) -> bool:
+    return isinstance(given, dict) and isinstance(given.get("type"), str)
 
 
 def _texts_cut(message: dict[str, Any]) -> dict[str, Any]:

@@ -235,6 +235,11 @@ class Steering:
         """
         if applied is not None and columns is not None:
             raise ConfigError("steering: columns have no effect beside applied, which was made of them; leave one of them out")
+        given = None if prompt_mask_BP is None or self.is_encoder_decoder else prompt_mask_BP.shape
+        if drawn_BP is not None and drawn_BP.shape != given:
+            raise ConfigError(
+                f"steering: drawn_BP has shape {tuple(drawn_BP.shape)}; give it beside a decoder's prompt_mask_BP, as wide"
+            )
 
         def make(decoder_mask_BP: Tensor, encoder_mask_BP: Tensor | None) -> SteeredRows:
             rows, device = decoder_mask_BP.shape[0], decoder_mask_BP.device

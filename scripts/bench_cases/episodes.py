@@ -4,8 +4,8 @@
                      ──> critic, zeros, zeros x20        the same rows, another credit
 
 zeros: credit as it is often computed. Values are 0 at the tokens that were fed, and GAE goes over all tokens as time, so that
-what comes after an answer is discounted by its length. With lam = gamma = 1 the two are the same. Answers are short here, five
-to eight tokens; x20 counts each of their tokens twenty times, as answers of 100 to 160 tokens would be counted.
+what comes after an answer is discounted by its length. With lam = gamma = 1 the two are the same. Answers are short here, three
+to nine tokens; x20 counts each of their tokens twenty times, as answers of 60 to 180 tokens would be counted.
 """
 
 from __future__ import annotations

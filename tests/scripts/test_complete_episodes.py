@@ -98,6 +98,10 @@ def test_a_steered_episode_stands_below_the_plain_one(capfd):
     heads = [line for line in lines if not line.startswith("  ") and line.endswith(":")]
     assert [lines.index(head) for head in dict.fromkeys(heads)][0] == 0 and heads[:2] == ["unsteered:", "unsteered:"]
     assert heads[2] == heads[3] != "unsteered:" and sum(line.startswith("> ") for line in lines) == 4
+    steered = lines.index(heads[2])
+    plain = said(capfd, *calculator(), *QUESTIONS[:2])
+    assert [line for line in lines[:steered] if line != "unsteered:"] == plain
+    assert [line for line in lines[steered:] if line != heads[2]] != plain
 
 
 @pytest.mark.parametrize(

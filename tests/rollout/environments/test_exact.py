@@ -32,7 +32,7 @@ from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import STOP_EOS, STOP_LENGTH, STOP_USER, Rollout, Samples
 from tests import warm
-from tests.models import tiny_policy
+from tests.models import FAMILIES, tiny_policy
 from tests.rollout import definitions
 from tests.rollout.engines.vllm.test_steering_server import CHUNKED
 from tests.rollout.engines.vllm.test_steering_server import FAMILIES as WIDE
@@ -111,7 +111,10 @@ class Alone:
             layer: strength * turns.moved_by(rule, row, torch.tensor(vector(seed, width)))[:-1]
             for (layer, seed, rule), strength in zip(RULES, self.strengths, strict=False)
         }
-        return turns.by_hand(self.family, row.ids[:-1], {} if plain else moves)[0]
+        if plain or not moves:
+            core = turns.exact(self.family) if isinstance(self.family, str) else self.family
+            return core(torch.tensor([row.ids[:-1]]), use_cache=False).logits[0]
+        return turns.by_hand(self.family, row.ids[:-1], moves)[0]
 
     def play(self, uniform: Callable[[int], float], data: dict[str, Any]) -> Alone:
         text = policy(self.family).tokenizer.decode
@@ -233,6 +236,15 @@ def test_every_number_is_that_of_one_unpadded_pass(family: str, steered: bool) -
     again = teacher_forced(policy(family), rollout, steering=steering)
     torch.testing.assert_close(again.logprobs_BR, rollout.policy_logprobs_BR, rtol=0, atol=1e-5)
     torch.testing.assert_close(again.entropy_BR, rollout.entropy_BR, rtol=0, atol=1e-5)
+
+
+@pytest.mark.proofs
+@pytest.mark.parametrize("family", list(itertools.takewhile(lambda family: family != "t5", FAMILIES)))
+def test_every_other_family(family: str) -> None:
+    """Those that take no padding, count positions by themselves, or keep states; unsteered."""
+    sampling = sampling_of("everything", batch_size=5)
+    rollout, _ = played(family, sampling, prompts(), None, 2)
+    check(rollout, recorded_rows(family, sampling, rollout, False))
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
