@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from steerl.rollout.common.errors import visible
-from steerl.rollout.environments.conversation import as_text
+from steerl.rollout.environments.conversation.conversation import as_text
 from steerl.rollout.episodes import Episode, Turn
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.types import Samples

@@ -30,7 +30,7 @@ CALL_BATCHES = 4
 """Batches that the sampler is handed at once: it puts prompts of like length together, and a last small one is rare."""
 SHARD_ROWS, SHARDS = 1024, 16
 """Default size of a shard: about SHARD_ROWS rows, fewer where the dump would then have under SHARDS of them."""
-FREE = ("run.", "verify", "engine.", "model.path", "prompts.path")
+FREE = ("run.", "verify", "engine.", "environment.workers", "model.path", "prompts.path")
 """Settings that may differ on resume (prefixes): they do not change a row, or a fingerprint speaks for them."""
 BOUND = ("run.save_every",)
 """Exceptions to FREE."""

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 from steerl.rollout.common.errors import ConfigError
-from steerl.rollout.environments.conversation import Conversation
-from steerl.rollout.environments.pool import Pool
+from steerl.rollout.environments.conversation.conversation import Conversation
+from steerl.rollout.environments.host.pool import Pool
 from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts

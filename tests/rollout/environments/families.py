@@ -12,7 +12,7 @@ import trl
 from tokenizers import AddedToken, Regex, pre_tokenizers
 from trl.chat_template_utils import add_response_schema
 
-from steerl.rollout.environments.conversation import Conversation
+from steerl.rollout.environments.conversation.conversation import Conversation
 from steerl.rollout.environments.settings import EnvironmentSettings
 from tests.models import tiny_tokenizer
 

@@ -16,10 +16,10 @@ from functools import cached_property
 from typing import Any
 
 from steerl.rollout.common.errors import ConfigError, DataError
-from steerl.rollout.environments.calls import read_turn
+from steerl.rollout.environments.conversation.calls import read_turn
+from steerl.rollout.environments.conversation.check import check_template
+from steerl.rollout.environments.conversation.template import ChatTemplate, clean
 from steerl.rollout.environments.settings import EnvironmentSettings
-from steerl.rollout.environments.template import ChatTemplate, clean
-from steerl.rollout.environments.template_check import check_template
 from steerl.rollout.environments.types import Opening, Said
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import conversation_ids, is_conversation, text_ids, text_of

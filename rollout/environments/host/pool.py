@@ -120,7 +120,7 @@ class Zygote:
         # The order of sets is part of what an environment draws.
         environment = {"PYTHONHASHSEED": "0", **os.environ}
         self.process = WorkerProcess(
-            "steerl.rollout.environments.zygote", name, where, named, stdout=subprocess.DEVNULL, env=environment
+            "steerl.rollout.environments.host.zygote", name, where, named, stdout=subprocess.DEVNULL, env=environment
         )
 
     def fork(self, handle: int, seed: int | None) -> int:

@@ -25,7 +25,7 @@ from typing import Any
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.loading import load_function
 from steerl.rollout.common.worker import die_with_parent
-from steerl.rollout.environments import hosted
+from steerl.rollout.environments.host import hosted
 
 Function = Callable[..., Any]
 TICK = 1.0

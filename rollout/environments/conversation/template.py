@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from steerl.rollout.common.errors import DataError
-from steerl.rollout.environments.calls import call_of
+from steerl.rollout.environments.conversation.calls import call_of
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import TEMPLATE_ERRORS, Speller, template_arguments, template_tools
 

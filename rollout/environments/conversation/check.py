@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steerl.rollout.common.errors import ConfigError, DataError
-from steerl.rollout.environments.calls import call_of, names, read_turn
-from steerl.rollout.environments.template import ChatTemplate
+from steerl.rollout.environments.conversation.calls import call_of, names, read_turn
+from steerl.rollout.environments.conversation.template import ChatTemplate
 
 REASON, TOLD = "zqReasonqz", "zqToldqz"
 _THOUGHT = {"reasoning_content": REASON, "thinking": REASON}
