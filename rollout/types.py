@@ -296,7 +296,7 @@ class Rollout:
                     raise UserError(f"Rollout.join: {name} differs between the parts: {found}")
         prompt, response = max(p.prompt_width for p in parts), max(p.response_width for p in parts)
         wide = [p.pad_to(prompt, response) for p in parts]
-        names = [n for n in _TENSORS if n not in Applied._fields and all(getattr(p, n) is not None for p in wide)]
+        names = [n for n in _TENSORS if n != "positions_BKN" and all(getattr(p, n) is not None for p in wide)]
         if len(sites := {p.strength_BK.shape[1] for p in parts}) > 1:
             raise UserError(f"Rollout.join: the number of steering sites differs between the parts: {sorted(sites)}")
         joined: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in wide]) for n in names}
