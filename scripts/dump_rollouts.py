@@ -68,13 +68,12 @@ def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
     me = processes.start()
     policy = load_policy(job.model, me.device)
     environment = ending.enter_context(environment_of(job.environment, policy))
-    new = job.environment.response(job.sampling.max_new_tokens)
-    prompts = load_prompts(job.prompts, policy, new)
+    prompts = load_prompts(job.prompts, policy, job.environment.response(job.sampling.max_new_tokens))
     if environment is not None:
         environment.check(prompts)
     steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed) if job.steering else None
-    bounded = prompts.most is not None and (environment is None or job.environment.max_tokens)
-    longest = (prompts.most or 0) + new if bounded else None
+    bound = job.environment.bound(job.sampling.max_new_tokens)
+    longest = None if prompts.most is None or bound is None else prompts.most + bound
     drawn = ending.enter_context(sampler_of(policy, job.sampling, steering, job.engine, folder, longest))
     sampler = drawn if environment is None else EpisodeSampler(drawn, environment)
     warn_endless(policy, job.sampling, prompts.table[0][prompts.column])

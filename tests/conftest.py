@@ -128,6 +128,16 @@ def tiny_world(pytestconfig: pytest.Config) -> Callable[[str], Path]:
     return world
 
 
+@pytest.fixture
+def episode_tasks(tiny_world: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader stands who has made the two tasks of several turns."""
+    (tmp_path / "tiny").mkdir()
+    for world in ("calculator", "maze"):
+        (tmp_path / "tiny" / world).symlink_to(tiny_world(world))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def code_of(world: str, root: Path) -> str:
     """A hash of what decides a world's bytes: the code that makes it, and the libraries."""
     files = [root / "scripts/make_tiny.py", *(root / "scripts/toy_tasks").glob("*.py")]

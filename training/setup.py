@@ -144,11 +144,9 @@ def longest(
     prompts: Prompts, heldout: Prompts | None, sampling: Sampling, environment: EnvironmentSettings | None
 ) -> int | None:
     """Most tokens of a prompt with its response; None where neither settings nor the model bound them."""
-    response = sampling.max_new_tokens
-    if environment is not None and environment.given:
-        if not environment.max_tokens:
-            return None
-        response = environment.max_tokens
+    response = (environment or EnvironmentSettings()).bound(sampling.max_new_tokens)
+    if response is None:
+        return None
     of_sources = [getattr(source, "most", None) for source in (prompts, heldout) if source is not None]
     most = [count for count in of_sources if count is not None]
     return max(most) + response if most and len(most) == len(of_sources) else None

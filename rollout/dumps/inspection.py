@@ -17,6 +17,7 @@ import torch
 
 from steerl.rollout.dumps.manifest import load_manifest, plan_of, standing
 from steerl.rollout.dumps.store import read_shard
+from steerl.rollout.environments.outcomes import tally
 from steerl.rollout.types import STOP_REASONS, Rollout, Samples, Texts
 
 NAMED = 5
@@ -58,7 +59,7 @@ class Inspection:
     """Tokens of responses that the policy did not draw: tools' results, later user turns."""
     turns: int = 0
     played: collections.Counter[str] = field(default_factory=collections.Counter)
-    """Of episodes: how many, calls, errors, cut answers, failures, those that were given a reward; `ended_...` by what."""
+    """Of episodes: outcomes.tally."""
     given: float = 0.0
     """All rewards of environments."""
     shown: list[Samples] = field(default_factory=list)
@@ -119,19 +120,8 @@ def _count(dump: Inspection, rollout: Rollout) -> None:
 
 def _play(dump: Inspection, rollout: Rollout, texts: Texts, keep: int) -> None:
     for i, episode in enumerate(texts.episodes or ()):
-        turns, rewards = episode.turns, episode.rewards
-        dump.played.update(
-            {
-                "episodes": 1,
-                "tool_calls": sum(turn.calls for turn in turns),
-                "tool_errors": sum(len(turn.errors) for turn in turns),
-                "cut_answers": sum(turn.cut for turn in turns),
-                "failures": int(bool(episode.failure)),
-                "rewarded": int(rewards is not None),
-                f"ended_{episode.ended_by}": 1,
-            }
-        )
-        dump.given += math.fsum(rewards or ())
+        dump.played.update(tally([episode]))
+        dump.given += math.fsum(episode.rewards or ())
         if len(dump.shown) < keep:
             dump.shown.append(Samples(rollout, texts).select([i]))
 

@@ -162,12 +162,12 @@ class Sampler:
         """Places in `contexts` that are decoded together: like lengths, or one length where the model takes no padding."""
         lengths = [len(ids) for ids in contexts.ids]
         kinds: dict[tuple[int, int], list[int]] = {}
+        width = contexts.width if len(contexts) else 0
         for at in sorted(range(len(contexts)), key=lambda at: -lengths[at]):
             same = int(capabilities.is_long(lengths[at])) if capabilities.padding else lengths[at]
-            room = self.room(lengths[at])
             # Plain generate has one limit for all rows of a call; and a row that has ended goes on with the others, for which
             # the context may have no room.
-            near = contexts.turns is not None and room is not None and room < contexts.width
+            near = contexts.turns is not None and (room := self.room(lengths[at])) is not None and room < width
             alike = near or self.engine.kind == "generate"
             kinds.setdefault((same, contexts.limits[at] if alike else 0), []).append(at)
         most, budget = self.sampling.batch_size, self.sampling.batch_tokens

@@ -17,19 +17,30 @@ _SHOWN = 100
 _logger = logging.getLogger(__name__)
 
 
+def tally(episodes: Sequence[Episode]) -> Counter[str]:
+    """How many, calls, errors, cut answers, failures, those that were given a reward; `ended_...` by what."""
+    turns = [turn for episode in episodes for turn in episode.turns]
+    counts = {
+        "episodes": len(episodes),
+        "tool_calls": sum(turn.calls for turn in turns),
+        "tool_errors": sum(len(turn.errors) for turn in turns),
+        "cut_answers": sum(turn.cut for turn in turns),
+        "failures": sum(bool(episode.failure) for episode in episodes),
+        "rewarded": sum(episode.rewards is not None for episode in episodes),
+    }
+    return Counter(counts | Counter(f"ended_{episode.ended_by}" for episode in episodes))
+
+
 def environment_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     """Means per episode; what should not happen at all is counted."""
-    turns = [turn for episode in episodes for turn in episode.turns]
+    counts, count = tally(episodes), len(episodes)
     rewards = [math.fsum(rewards) for episode in episodes if (rewards := episode.rewards) is not None]
-    ends = Counter(episode.ended_by for episode in episodes)
     found = {
-        "turns": len(turns) / len(episodes),
-        "tool_calls": sum(turn.calls for turn in turns) / len(episodes),
-        "tool_errors": sum(len(turn.errors) for turn in turns) / len(episodes),
-        "cut_answers": float(sum(turn.cut for turn in turns)),
-        "failures": float(sum(bool(episode.failure) for episode in episodes)),
+        "turns": sum(len(episode.turns) for episode in episodes) / count,
+        **{name: counts[name] / count for name in ("tool_calls", "tool_errors")},
+        **{name: float(counts[name]) for name in ("cut_answers", "failures")},
         **({"reward": math.fsum(rewards) / len(rewards)} if rewards else {}),
-        **{f"ended_{end}": ends[end] / len(episodes) for end in ENDS},
+        **{f"ended_{end}": counts[f"ended_{end}"] / count for end in ENDS},
     }
     return {f"environment/{name}": value for name, value in found.items()}
 

@@ -113,12 +113,7 @@ class Running:
     def take(self, drawn: Drawn) -> None:
         """A turn was drawn: hand it to the environment, where there is anything to do."""
         first, context = len(self.ids), self.context
-        self.ids += drawn.ids
-        self.actions += [True] * len(drawn.ids)
-        self.behaviour += drawn.behaviour
-        self.policy += drawn.policy
-        self.entropy += drawn.entropy
-        self.kept += drawn.kept or [[]] * len(drawn.ids)
+        self._put(drawn, True)
         self.stop = drawn.stop
         text = self.stops.text(drawn.ids, context)
         said = self.environment.conversation.said(drawn.ids, text, self.is_chat, context)
@@ -161,15 +156,21 @@ class Running:
                 self.failure = str(error)
                 return self._end("failure")
             if len(self.ids) + len(fed.ids) < self.room:
-                self.ids += fed.ids
-                for numbers in (self.behaviour, self.policy, self.entropy):
-                    numbers += [0.0] * len(fed.ids)
-                self.actions += [False] * len(fed.ids)
-                self.kept += [[]] * len(fed.ids)
+                nothing = [0.0] * len(fed.ids)
+                self._put(Drawn(fed.ids, nothing, nothing, nothing, None, STOP_LENGTH), False)
                 self._note(answer=fed.content, cut=fed.cut)
                 return
         if content or self.limit < 1:
             self._end("tokens")
+
+    def _put(self, part: Drawn, drawn: bool) -> None:
+        """At the end of the row; of what was fed all numbers are 0."""
+        self.ids += part.ids
+        self.actions += [drawn] * len(part.ids)
+        self.behaviour += part.behaviour
+        self.policy += part.policy
+        self.entropy += part.entropy
+        self.kept += part.kept or [[]] * len(part.ids)
 
     def _note(self, **changes: Any) -> None:
         self.turns[-1] = dataclasses.replace(self.turns[-1], **changes)

@@ -133,22 +133,23 @@ class EpisodeSampler:
         )
 
 
-def begin(inner: Sampler | ServerSampler, episode: Running) -> None:
-    inside = inner if isinstance(inner, Sampler) else inner.inside
+def begin(inner: Sampler, episode: Running) -> None:
     episode.begin()
-    episode.fit(inside.room(len(episode.prompt_ids)))
-    inside.check(PromptBatch([episode.prompt_ids], [episode.row], [episode.prompt], [""]), min(episode.room, episode.limit))
+    episode.fit(inner.room(len(episode.prompt_ids)))
+    inner.check(PromptBatch([episode.prompt_ids], [episode.row], [episode.prompt], [""]), min(episode.room, episode.limit))
 
 
-def contexts_of(inner: Sampler | ServerSampler, episodes: Sequence[Running], step: int, progress: float) -> Contexts:
+def contexts_of(inner: Sampler, episodes: Sequence[Running], step: int, progress: float) -> Contexts:
     """What the next turns are drawn from. How a row is steered is found once, when it begins."""
-    inside = inner if isinstance(inner, Sampler) else inner.inside
-    numbers: dict[tuple[int, ...], int] = {}
-    names = list(episodes[0].data) if episodes else []
+    if not episodes:
+        return Contexts([], [], [], [])
+    names = list(episodes[0].data)
 
     def of(some: Sequence[Running], applied: Applied | None) -> Contexts:
+        numbers: dict[tuple[int, ...], int] = {}
+        contexts = [episode.context for episode in some]
         return Contexts(
-            ids=[episode.context for episode in some],
+            ids=contexts,
             rows=[episode.row for episode in some],
             samples=[episode.sample for episode in some],
             limits=[episode.limit for episode in some],
@@ -156,15 +157,13 @@ def contexts_of(inner: Sampler | ServerSampler, episodes: Sequence[Running], ste
             first=[len(episode.ids) for episode in some],
             turns=[episode.runs for episode in some],
             applied=applied,
-            prompts=[numbers.setdefault(tuple(ids), len(numbers)) for ids in (episode.context for episode in some)],
+            prompts=[numbers.setdefault(tuple(ids), len(numbers)) for ids in contexts],
         )
 
-    new = [episode for episode in episodes if episode.applied is None]
-    applied = inside.applied(of(new, None), step=step, progress=progress)
-    for b, episode in enumerate(new):
-        episode.applied = applied.select(torch.tensor([b]))
-    if not episodes:
-        return Contexts([], [], [], [])
+    if new := [episode for episode in episodes if episode.applied is None]:
+        applied = inner.applied(of(new, None), step=step, progress=progress)
+        for b, episode in enumerate(new):
+            episode.applied = applied.select(torch.tensor([b]))
     return of(episodes, Applied.join([episode.applied for episode in episodes if episode.applied is not None]))
 
 
@@ -236,10 +235,10 @@ class _Served:
         if episode.pending is not None:
             episode.answered()
         else:
-            begin(self.inner, episode)
+            begin(self.inner.inside, episode)
         if episode.ended_by:
             return
-        contexts = contexts_of(self.inner, [episode], self.step, self.progress)
+        contexts = contexts_of(self.inner.inside, [episode], self.step, self.progress)
         assert contexts.applied is not None
         ask = self.inner.ask(contexts, contexts.applied, 0, self.step)
         number = self.inner.engine.add(self.asked, contexts.ids[0], ask)

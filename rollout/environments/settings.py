@@ -43,6 +43,10 @@ class EnvironmentSettings:
         """Tokens that a prompt must leave room for."""
         return self.max_tokens or max_new_tokens
 
+    def bound(self, max_new_tokens: int) -> int | None:
+        """Most tokens that may follow a prompt; None: what the model's context leaves."""
+        return self.max_tokens or None if self.given else max_new_tokens
+
     def longest(self, max_new_tokens: int) -> int:
         """Most tokens that may follow a prompt, where the model's context leaves as many."""
         if not self.given:

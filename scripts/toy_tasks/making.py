@@ -49,6 +49,13 @@ def bytes_tokenizer(texts: Iterable[str], vocabulary: int, digits: bool = False)
     )
 
 
+def words_tokenizer(tokens: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A token a word, blanks between them; PAD and END are among `tokens`."""
+    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=PAD))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False)
+
+
 head_dim = 16
 """Numbers of an attention head of the models made here: `steerl tiny --head_dim` sets it."""
 

@@ -108,9 +108,6 @@ def walk(draw: random.Random, row: dict[str, str]) -> list[str]:
 
 
 def build(folder: Path, seed: int) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     from steerl.scripts.toy_tasks import making
 
     draw = random.Random(f"maze {seed}")
@@ -128,11 +125,7 @@ def build(folder: Path, seed: int) -> None:
     (folder / "environment.py").write_text(source, encoding="utf-8")
 
     tokens = [making.PAD, making.END, ":", "key", "exit", *STEPS, *OTHER, *ROOMS]
-    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=making.PAD))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=making.PAD, eos_token=making.END, clean_up_tokenization_spaces=False
-    )
+    tokenizer = making.words_tokenizer(tokens)
     making.save(folder / "tokenizer", tokenizer)
     ids, known = [], []
     for _ in range(2000):

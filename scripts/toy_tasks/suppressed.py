@@ -47,8 +47,6 @@ def report(draw: random.Random, is_glad: bool) -> str:
 
 
 def build(folder: Path, seed: int) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     from steerl.rollout.steering.core.places import At
     from steerl.rollout.steering.core.structure import locate
@@ -59,11 +57,7 @@ def build(folder: Path, seed: int) -> None:
     draw = random.Random(f"suppressed {seed}")
     frame = ("glad", "report", "on", "the", ":")
     tokens = [making.PAD, making.END, *frame, *THINGS, *GLAD, *GREY]
-    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=making.PAD))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=making.PAD, eos_token=making.END, clean_up_tokenization_spaces=False
-    )
+    tokenizer = making.words_tokenizer(tokens)
 
     things = list(THINGS)
     draw.shuffle(things)

@@ -21,12 +21,8 @@ QUESTIONS = [
 
 
 @pytest.fixture(autouse=True)
-def folder(tiny_world, tmp_path, monkeypatch) -> Path:
-    (tmp_path / "tiny").mkdir()
-    for world in ("calculator", "maze"):
-        (tmp_path / "tiny" / world).symlink_to(tiny_world(world))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def folder(episode_tasks) -> Path:
+    return episode_tasks
 
 
 def said(capfd: pytest.CaptureFixture, *words: str) -> list[str]:

@@ -23,13 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def folder(tiny_world, tmp_path, monkeypatch) -> Path:
-    """Where a reader stands who has made the two tasks."""
-    (tmp_path / "tiny").mkdir()
-    for world in ("calculator", "maze"):
-        (tmp_path / "tiny" / world).symlink_to(tiny_world(world))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def folder(episode_tasks) -> Path:
+    return episode_tasks
 
 
 def module(path: Path) -> ModuleType:

@@ -235,11 +235,9 @@ class VllmEngine:
 
     def ended(self, asked: Asked) -> dict[int, Answer]:
         """What has been answered since it was asked last, without waiting."""
-        known = set(asked.answers)
-        self._collect(asked, [b for b, future in asked.waiting.items() if future.done()])
-        return {b: answer for b, answer in asked.answers.items() if b not in known}
+        return self._collect(asked, [b for b, future in asked.waiting.items() if future.done()])
 
-    def go_on(self, asked: Asked, local: Callable[[], None], *, moved: bool = False) -> None:
+    def go_on(self, asked: Asked, local: Callable[[], object], *, moved: bool = False) -> None:
         """Rows of which some are added as others are answered: `local` adds and answers until nothing more of this process's
         is under way, and is called again where a server died meanwhile. Every rank comes here."""
         for _ in range(DEATHS):
@@ -285,9 +283,9 @@ class VllmEngine:
             return False
         return True
 
-    def _collect(self, asked: Asked, rows: list[int] | None = None) -> None:
+    def _collect(self, asked: Asked, rows: list[int] | None = None) -> dict[int, Answer]:
         """Wait for these rows, or all that are under way, and fetch them; those of a server that is gone stay open."""
-        ended = []
+        ended, fetched = [], dict[int, Answer]()
         for b in list(asked.waiting) if rows is None else rows:
             with contextlib.suppress(Gone):
                 asked.waiting.pop(b).result()
@@ -297,7 +295,9 @@ class VllmEngine:
                 part = ended[at : at + TAKEN]
                 taken, *_ = self.client.rpc("steerl_take", json.dumps([asked.asks[b].id for b in part]))
                 found = {b: taken[asked.asks[b].id] for b in part if asked.asks[b].id in taken}
-                asked.answers |= {b: Answer.of_packed(answer) for b, answer in found.items()}
+                fetched |= {b: Answer.of_packed(answer) for b, answer in found.items()}
+        asked.answers |= fetched
+        return fetched
 
     def _revive(self, moved: bool) -> None:
         """A server with the weights that it had: those that are kept, or, where the policy has not moved on, sent anew."""

@@ -107,18 +107,16 @@ class ServerSampler:
         """Rows whose turns were asked for one by one, as the asks of these numbers: `finish` for them. The law is looked at
         where rows begin, the edits in every turn."""
         count = self.engine.settings.check_rows
-        firsts = [turn for turn in turns if turn[1].first == [0]][:count]
-        looked = firsts if self.steering is None else turns
-        parts = [self._turn(contexts, asked, number) for number, contexts in looked]
-        if self.steering is not None and parts:
-            drawn = Contexts.join([contexts for _, contexts in turns]).drawn(self.policy.device)
-            self.engine.check_edits(Rollout.join(parts), [asked.answers[number] for number, _ in turns], drawn)
-        begun = [part for (_, contexts), part in zip(looked, parts, strict=True) if contexts.first == [0]][:count]
-        return self._sealed(rollout, Rollout.join(begun) if begun else self.inside.nothing(step), step)
-
-    def _turn(self, contexts: Contexts, asked: Asked, number: int) -> Rollout:
-        assert contexts.applied is not None
-        return self.rollout(contexts, contexts.applied, asked, [asked.answers[number]])
+        looked = turns if self.steering is not None else [turn for turn in turns if turn[1].first == [0]][:count]
+        begun = self.inside.nothing(step)
+        if looked:
+            contexts, answers = Contexts.join([one for _, one in looked]), [asked.answers[number] for number, _ in looked]
+            assert contexts.applied is not None and contexts.first is not None
+            drawn = self.rollout(contexts, contexts.applied, asked, answers)
+            if self.steering is not None:
+                self.engine.check_edits(drawn, answers, contexts.drawn(self.policy.device))
+            begun = drawn.select([b for b, first in enumerate(contexts.first) if first == 0][:count]).trim()
+        return self._sealed(rollout, begun, step)
 
     def _sealed(self, rollout: Rollout, begun: Rollout, step: int, moved: bool = False) -> Rollout:
         """With the policy's own numbers where a steered model drew. `begun`: rows that are looked at, now and after the next
