@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -59,3 +62,21 @@ def test_the_record_has_no_field_that_is_left_behind():
     """What is gathered is: tensors of rows, what all rows share, and the ids that could be drawn."""
     fields = {field.name for field in dataclasses.fields(Rollout)}
     assert fields == {*rows(1, 1, 2, 2).rollout.tensors(), *_SHARED, "kept"}
+
+
+@pytest.mark.proofs
+def test_what_gathering_costs_a_rank_of_64():
+    """8,192 rows of 512 + 4,096 tokens: `make proofs` prints the table."""
+    found = {}
+    for rank in ("main", "other"):
+        for way in ("objects", "tensors"):
+            command = [sys.executable, "tests/training/algorithm/rows_cost.py", way, rank]
+            ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=warm.ROOT)
+            found[rank, way] = json.loads(ran.stdout)
+            costs = found[rank, way]
+            sizes = "  ".join(f"{name} {costs[name] / 1e6:,.0f} MB" for name in ("received", "largest", "memory"))
+            print(f"\n{way} on the {rank} rank{'s' * (rank == 'other')}: {costs['seconds']:.2f} s  {sizes}", end="")
+    for rank in ("main", "other"):
+        old, new = found[rank, "objects"], found[rank, "tensors"]
+        assert new["received"] < 0.75 * old["received"] and new["memory"] < 0.7 * old["memory"]
+        assert new["largest"] < 0.4 * old["largest"]
