@@ -62,7 +62,7 @@ def storage_key(tensor: Tensor) -> int:
 
 
 # What is looked up on a tensor of a class of its own goes to its dispatch alone.
-NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl
+NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
 _VIEWS = frozenset(
     (
         "alias", "detach", "view", "_unsafe_view", "slice", "select", "narrow", "chunk", "split", "split_with_sizes", "unbind",

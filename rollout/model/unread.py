@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from steerl.rollout.model import compat
 
-
 _JOINS = (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
 """By which experts that lie apart in a file become one weight."""
 
@@ -55,35 +54,36 @@ class Unread(Tensor):
         memo[id(self)] = copied = nn.Parameter(same, self.requires_grad) if isinstance(self, nn.Parameter) else same
         return copied
 
-    def __repr__(self, **_: object) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"Unread({tuple(self.shape)}, {self.dtype}, {self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         if isinstance(first, Unread):
-            if compat.is_view(function):
-                return first.viewed(function, args[1:], kwargs)
-            if compat.is_conversion(function, kwargs):
+            if compat.is_view(func):
+                return first.viewed(func, args[1:], kwargs)
+            if compat.is_conversion(func, kwargs):
                 return first.converted(kwargs.get("dtype"), kwargs.get("device"))
-            if compat.writes_to_first(function):
-                raise RuntimeError(f"{function}: the numbers of this weight lie in a file, which is not written to")
-        if function in _JOINS and all(isinstance(part, Unread) for part in first):
-            like = function([part.empty("meta") for part in first], *args[1:], **kwargs)
-            return Unread(lambda: function([part.shown() for part in first], *args[1:], **kwargs), like, first[0].device)
+            if compat.writes_to_first(func):
+                raise RuntimeError(f"{func}: the numbers of this weight lie in a file, which is not written to")
+        if func in _JOINS and all(isinstance(part, Unread) for part in first):
+            like = func([part.empty("meta") for part in first], *args[1:], **kwargs)
+            return Unread(lambda: func([part.shown() for part in first], *args[1:], **kwargs), like, first[0].device)
         args, kwargs = compat.map_tensors(Unread, Unread.shown, (args, kwargs))
-        return function(*args, **kwargs)
+        return func(*args, **kwargs)
 
     def viewed(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A view of the same file, or several."""
         like = function(self.empty("meta"), *args, **kwargs)
         if isinstance(like, Tensor):
             return Unread(lambda: function(self.stored(), *args, **kwargs), like, self.device)
-        return [
-            Unread(lambda index=index: function(self.stored(), *args, **kwargs)[index], part, self.device)
-            for index, part in enumerate(like)
-        ]
+
+        def part(index: int) -> Callable[[], Tensor]:
+            return lambda: function(self.stored(), *args, **kwargs)[index]
+
+        return [Unread(part(index), each, self.device) for index, each in enumerate(like)]
 
     def converted(self, dtype: torch.dtype | None, device: torch.device | None) -> Unread:
         """To be read in another dtype, after its own, which may round; or elsewhere."""
@@ -147,6 +147,20 @@ def replace(module: nn.Module, change: Callable[[Unread], Tensor]) -> None:
             setattr(part, name, made[id(weight)])
 
 
+def any_in(module: nn.Module) -> bool:
+    return any(isinstance(weight, Unread) for weight in module.parameters())
+
+
+def cast(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Weights in another dtype, to be read so where they are unread; buffers stay as they are."""
+    if dtype is None:
+        return
+    replace(module, lambda weight: weight.converted(dtype, None) if weight.is_floating_point() else weight)
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and not isinstance(parameter, Unread):
+            parameter.data = parameter.data.to(dtype)
+
+
 def read_in(module: nn.Module) -> None:
     """All that is unread, in its dtype on its device."""
     replace(module, Unread.read)
@@ -154,5 +168,10 @@ def read_in(module: nn.Module) -> None:
 
 def to_device(module: nn.Module, device: torch.device | str) -> None:
     """Move what is there, and have the rest read to `device`; unread buffers are read."""
-    replace(module, lambda weight: weight.converted(None, torch.device(device)) if isinstance(weight, nn.Parameter) else weight.read())
+
+    def moved(weight: Unread) -> Tensor:
+        on_device = weight.converted(None, torch.device(device))
+        return on_device if isinstance(weight, nn.Parameter) else on_device.read()
+
+    replace(module, moved)
     module.to(device)
