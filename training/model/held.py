@@ -42,6 +42,8 @@ class Held(nn.Module):
         results: list[Result] = []
         with torch.no_grad():
             self(None, call=lambda: results.append(function()))
+        if callable(reshard := getattr(self, "reshard", None)):
+            reshard()  # FSDP leaves the root's own weights together: a backward pass might follow
         return results[0]
 
 
