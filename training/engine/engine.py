@@ -75,7 +75,7 @@ def place(accelerator: Accelerator, actor_critic: ActorCritic, reference: Refere
     for module in held:
         unread.to_device(module, accelerator.device)
     if uses_deepspeed(accelerator):
-        _check_dtypes(accelerator, actor_critic)
+        check_dtypes(accelerator.mixed_precision, actor_critic)
         _set_batches(accelerator, settings)
         for module in held:
             zero.place(accelerator, module, trained=module is actor_critic)
@@ -167,10 +167,11 @@ def ready_deepspeed() -> None:
         deepspeed.ops.__compatible_ops__["shm_comm"] = deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _check_dtypes(accelerator: Accelerator, actor_critic: ActorCritic) -> None:
-    if accelerator.mixed_precision != "no":
+def check_dtypes(mixed_precision: str, model: nn.Module) -> None:
+    """What DeepSpeed takes."""
+    if mixed_precision != "no":
         return
-    odd = {p.dtype for p in actor_critic.parameters() if p.is_floating_point()} - {torch.float32}
+    odd = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if odd:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(odd, key=str))
         raise UserError(
