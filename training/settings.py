@@ -29,6 +29,9 @@ class PPOSettings:
     every value."""
     micro_batch_tokens: int | None = None
     """Tokens in one forward pass, padding counted; unset = those of micro_batch_size rows, 0 = rows are counted instead."""
+    packing: bool = False
+    """Lay the rows of a forward pass one after another without padding when scoring and learning: the same numbers up to
+    rounding, fewer tokens. Refused where the model does not keep rows apart."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same gradient."""
     gather: Literal["phase", "layers"] = "phase"

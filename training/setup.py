@@ -33,7 +33,7 @@ from steerl.training.ahead import Ahead
 from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
 from steerl.training.engine import engine
 from steerl.training.engine.engine import EngineSampler
-from steerl.training.model.actor_critic import ActorCritic, checkpoint_activations
+from steerl.training.model.actor_critic import ActorCritic, checkpoint_activations, pack_rows
 from steerl.training.model.reference import Reference, build_reference
 from steerl.training.model.value_model import build_value_model
 from steerl.training.replay import Replay
@@ -90,6 +90,8 @@ def prepare(
     check_export(actor_critic, accelerator, settings)
     if settings.checkpointing:
         checkpoint_activations(actor_critic)
+    if settings.packing:
+        pack_rows(actor_critic, reference)
     actor_critic.to(accelerator.device)
     grouped = groups(actor_critic, settings)
     # One pass over each weight, and no buffers beside it. It walks through memory and looks at no strides.

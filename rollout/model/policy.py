@@ -20,7 +20,7 @@ from torch import nn
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model import adapters, virtual_tokens
 from steerl.rollout.model.auto_classes import load_head, load_tokenizer
-from steerl.rollout.model.capabilities import Capabilities, observe
+from steerl.rollout.model.capabilities import Capabilities, observe, packing_problem
 from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.model.language_model import LanguageModel, no_dropout, unwrap, vocabulary_size
 
@@ -96,6 +96,11 @@ class Policy(LanguageModel):
         # Whoever asks first may be inside a steered pass; what is observed is the plain model.
         with unsteered(), no_dropout(self.core), torch.no_grad():
             return observe(self)
+
+    def packing_problem(self) -> str | None:
+        """Why rows of a pass cannot be laid one after another without padding; None where they can."""
+        with unsteered(), no_dropout(self.core), torch.no_grad():
+            return packing_problem(self, self.capabilities.position_offset)
 
     @property
     def token_budget(self) -> int | None:
