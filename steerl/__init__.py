@@ -3,11 +3,12 @@
 The public names are those of the rooms; each is imported when it is first asked for, so `import steerl` is quick.
 """
 
-from os.path import dirname, isdir, join
+import os.path
 from typing import TYPE_CHECKING
 
-if isdir(join(dirname(__path__[0]), "rollout", "decoding")):  # a checkout, installed or not: the rooms stand beside this folder
-    __path__.append(dirname(__path__[0]))
+_beside = os.path.dirname(__path__[0])
+if os.path.isdir(os.path.join(_beside, "rollout", "decoding")):  # a checkout, installed or not: the rooms stand beside it
+    __path__.append(_beside)
 
 from steerl import reward, rollout, training
 from steerl.rollout.common.front import front
