@@ -6,9 +6,8 @@ The public names are those of the rooms; each is imported when it is first asked
 import os.path
 from typing import TYPE_CHECKING
 
-_beside = os.path.dirname(__path__[0])
-if os.path.isdir(os.path.join(_beside, "rollout", "decoding")):  # a checkout, installed or not: the rooms stand beside it
-    __path__.append(_beside)
+if os.path.isdir(os.path.join(os.path.dirname(__path__[0]), "rollout", "decoding")):
+    __path__.append(os.path.dirname(__path__[0]))  # a checkout, installed or not: the rooms stand beside this folder
 
 from steerl import reward, rollout, training
 from steerl.rollout.common.front import front
