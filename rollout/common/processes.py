@@ -157,6 +157,21 @@ def on_main(function: Callable[[], Value]) -> Value:
     return value
 
 
+def on_all(function: Callable[[], Value]) -> list[Value]:
+    """What each process gets from `function`, in the order of ranks, on every process. A UserError of any is raised on all, and
+    told by the main one."""
+    own: list[Any] = []
+    problem: UserError | None = None
+    try:
+        own = [function()]
+    except UserError as error:
+        problem = error
+    found = gather_objects([(own, () if problem is None else problem.lines)])
+    if lines := list(dict.fromkeys(line for _, lines in found for line in lines)):
+        raise UserError(*(lines if start().is_main else ())) from problem
+    return [value for (value,), _ in found]
+
+
 SAME_PRESS = 1.0
 """Seconds in which a second Ctrl-C counts as the first: a terminal sends one to every process, and launchers pass on theirs."""
 
