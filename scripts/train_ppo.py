@@ -64,7 +64,7 @@ def main(job: PPOJob) -> None:
     config = to_mapping(job)
     processes.on_main(lambda: check_folder(job.run, config) and None)  # before anything large is loaded
     torch.manual_seed(job.run.seed)  # fresh adapters
-    policy = with_peft(load_policy(learnable(job.model), processes.start().device), job.model.peft)
+    policy = with_peft(load_policy(learnable(job.model), processes.start().device, read=False), job.model.peft)
     folder = Path(job.run.dir)
     new = job.environment.response(job.sampling.max_new_tokens)
     heldout = load_prompts(job.heldout, policy, new) if job.heldout.path else None

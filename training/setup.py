@@ -24,10 +24,9 @@ from steerl.rollout.engines.vllm.sampler import ServerSampler
 from steerl.rollout.environments.environment import Environment
 from steerl.rollout.environments.sampler import EpisodeSampler
 from steerl.rollout.environments.settings import EnvironmentSettings
-from steerl.rollout.model import adapters, virtual_tokens
+from steerl.rollout.model import adapters, unread, virtual_tokens
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
-from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.steering import Steering, SteeringSpec
 from steerl.training.ahead import Ahead
 from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
@@ -90,15 +89,17 @@ def prepare(
     check_export(actor_critic, accelerator, settings)
     if settings.checkpointing:
         checkpoint_activations(actor_critic)
-    if settings.packing:
-        pack_rows(actor_critic, reference)
-    actor_critic.to(accelerator.device)
+    engine.place(accelerator, actor_critic, reference, settings)
     grouped = groups(actor_critic, settings)
     # One pass over each weight, and no buffers beside it. It walks through memory and looks at no strides.
     fused = all(parameter.is_contiguous() for group in grouped for parameter in group["params"])
     optimizer = torch.optim.AdamW(grouped, weight_decay=settings.weight_decay, fused=fused)
     model, optimizer = engine.wrap(accelerator, actor_critic, optimizer, settings)
-    engine.link_reference(reference, accelerator, actor_critic)
+    engine.observe(actor_critic, reference)
+    if settings.packing:
+        pack_rows(actor_critic)
+        if reference is not None:
+            reference.packed = True  # its model is the policy's, or a copy of it
 
     server = None
     if engine_settings is not None and engine_settings.kind == "vllm":
@@ -221,8 +222,6 @@ def build_models(
     if trains_vectors:
         for parameter in policy.model.parameters():
             parameter.requires_grad_(False)
-    for model in (policy, *([reference.policy] if reference is not None else [])):
-        logit_postprocessing(model)  # observed here, where every rank comes and weights are whole
     steering = Steering(policy.core, spec, policy.tokenizer, seed) if spec is not None else None
     return ActorCritic(policy, value_model, head, steering), reference
 
@@ -234,7 +233,8 @@ def with_peft(policy: Policy, mapping: dict[str, Any] | None) -> Policy:
     if hasattr(policy.model, "peft_config"):
         raise ConfigError("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
     device = policy.device
-    adapted = policy.with_model(adapters.add(policy.model, mapping).to(device))
+    adapted = policy.with_model(adapters.add(policy.model, mapping))
+    unread.to_device(adapted.model, device)
     taken = virtual_tokens.count(adapted.model)  # room that no prompt or response can use
     limits = {name: limit and limit - taken for name in ("context", "decoder_context") for limit in [getattr(policy, name)]}
     return dataclasses.replace(adapted, **limits)

@@ -226,7 +226,7 @@ def load_classifier(
     """The model of `path` with its adapter, in eval mode and without gradients."""
     # Allowed to start anew is only a head that is not there: a reward model's own is always read.
     fresh = fresh and head_of(load_config(path, f"{where}.path")) != head
-    settings: dict[str, object] = {}
+    settings: dict[str, Any] = {}
     head_in_adapter = _head_labels(adapter) if adapter else None
     if head_in_adapter is not None:
         settings["num_labels"] = head_in_adapter

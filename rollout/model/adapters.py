@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from steerl.rollout.common.errors import CheckpointError, one_line, reading
-from steerl.rollout.model import virtual_tokens
+from steerl.rollout.model import unread, virtual_tokens
 from steerl.rollout.model.auto_classes import head_of
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ def changes_nothing(model: PeftModel) -> bool:
             same = all(_equal(module.original_module, each) for each in copies)
         elif isinstance(module, BaseTunerLayer):
             merged = copy.deepcopy(module)
+            unread.read_in(merged)
             try:
                 merged.merge()
             except (NotImplementedError, ValueError, RuntimeError):

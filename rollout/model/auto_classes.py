@@ -20,7 +20,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from steerl.rollout.common.errors import CheckpointError, UserError, reading
-from steerl.rollout.model import compat
+from steerl.rollout.model import compat, unread
 
 Head = Literal["causal", "seq2seq", "masked", "sequence_classification", "token_classification", "question_answering"]
 
@@ -136,18 +136,21 @@ def load_head(
     attn: str | None = None,
     fresh: bool = False,
     field: str = "model.path",
+    read: bool = True,
     **settings: object,
 ) -> PreTrainedModel:
     """Load `path` with the head that `role` uses, in eval mode. `fresh` lets the head start from new weights, never the trunk.
 
-    `settings` change the configuration (`num_labels=1`). The dtype is the checkpoint's unless given.
+    `settings` change the configuration (`num_labels=1`). The dtype is the checkpoint's unless given. Without `read` the weights
+    of a safetensors checkpoint stay in their files (unread.py).
     """
     config = load_config(path, field)
     head = choose_head(config, role, head, fresh=fresh, field=field, path=path)
     extra: dict[str, object] = {"attn_implementation": attn} if attn else {}
     extra |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    opened = contextlib.nullcontext() if read else compat.loading_from(unread.File)
     # transformers' own table of missing weights: here a missing one is a UserError, or is meant to be new.
-    with reading(f"{field}: {path!r} cannot be loaded as {head}: "), compat.without_message("LOAD REPORT"):
+    with reading(f"{field}: {path!r} cannot be loaded as {head}: "), compat.without_message("LOAD REPORT"), opened:
         model, info = HEADS[head].from_pretrained(path, dtype=dtype or "auto", **extra, **settings)
     _check_complete(model, info, head, path, field, fresh)
     mend_generation(model)

@@ -71,11 +71,11 @@ class Capabilities:
         return self.boundary is not None and tokens > self.boundary
 
 
-def observe(model: LanguageModel) -> Capabilities:
-    """Run the passes of this file's head on `model`. Call without dropout and without gradients."""
+def observe(model: LanguageModel, offset: int) -> Capabilities:
+    """Run the passes of this file's head on `model`, whose first position is `offset`. Call without dropout and without
+    gradients."""
     short, long = probe_lengths(model)
     rows = [probe_row(model, 3, short), probe_row(model, 5, long)]
-    offset = _position_offset(model, rows[0])
     alone = [pass_logits(model, row, offset=offset) for row in rows]
     padding = long == short or _takes_padding(model, rows, alone, offset)
     if short > 1:
@@ -244,10 +244,11 @@ def _window(model: LanguageModel) -> int:
     return max((value for value in named if value <= _SHORT_WINDOW), default=0)
 
 
-def _position_offset(model: LanguageModel, row: Tensor) -> int:
-    """The number that explicit position ids begin with, so that they are what the model counts by itself."""
+def position_offset(model: LanguageModel) -> int:
+    """The number that explicit position ids begin with, so that they are what the model counts by itself: two passes."""
     if model.is_seq2seq or "position_ids" not in forward_arguments(model.core):
         return 0
+    row = probe_row(model, 3, probe_lengths(model)[0])
     own = pass_logits(model, row, offset=None)
     pad = getattr(model.core.config, "pad_token_id", None)
     guesses = [0, *([pad + 1] if isinstance(pad, int) else []), 1, 2]

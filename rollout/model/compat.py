@@ -61,6 +61,46 @@ def storage_key(tensor: Tensor) -> int:
     return key
 
 
+# What is looked up on a tensor of a class of its own goes to its dispatch alone.
+NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
+_VIEWS = frozenset(
+    (
+        "alias", "detach", "view", "_unsafe_view", "slice", "select", "narrow", "chunk", "split", "split_with_sizes", "unbind",
+        "t", "transpose", "permute", "squeeze", "unsqueeze", "expand",
+    )
+)  # fmt: skip
+
+
+def wrapper_tensor(cls: type[Tensor], like: Tensor, device: torch.device) -> Any:
+    """A tensor of a class of its own, with the shape, strides and dtype of another, and without memory."""
+    return Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device)
+
+
+def is_view(operation: Any) -> bool:
+    """Whether an operation of torch's dispatch looks at a part of its first argument, or at all of it in another shape."""
+    return operation.overloadpacket.__name__ in _VIEWS and "dtype" not in operation._overloadname
+
+
+def is_conversion(operation: Any, keywords: dict[str, object]) -> bool:
+    """Whether it does nothing but to give its first argument in another dtype, or on another device."""
+    if operation is torch.ops.aten.clone.default:
+        return True
+    plain = keywords.get("layout") in (None, torch.strided) and not keywords.get("pin_memory")
+    return operation is torch.ops.aten._to_copy.default and plain
+
+
+def writes_to_first(operation: Any) -> bool:
+    """Whether it changes its first argument."""
+    return any(argument.is_write for argument in operation._schema.arguments[:1])
+
+
+def map_tensors(kind: type[Tensor], change: Callable[[Any], Tensor], tree: Any) -> Any:
+    """`change` done to all tensors of a class in nested arguments."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_map_only(kind, change, tree)
+
+
 def fake_tensors() -> contextlib.AbstractContextManager[object]:
     """Inside, operations give tensors of the right shape and dtype, and compute nothing."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -158,6 +198,19 @@ def without_message(text: str) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_other)
+
+
+@contextlib.contextmanager
+def loading_from(opener: Callable[..., object]) -> Iterator[None]:
+    """Inside, from_pretrained opens safetensors files by `opener` instead of safe_open."""
+    from transformers import modeling_utils
+
+    before = modeling_utils.safe_open
+    modeling_utils.safe_open = opener
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = before
 
 
 # -- peft ----------------------------------------------------------------------------------------------------------------

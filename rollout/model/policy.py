@@ -9,23 +9,26 @@ What a checkpoint's generation config says beyond bos, pad, decoder start, force
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from steerl.rollout.common.errors import CheckpointError
-from steerl.rollout.model import adapters, virtual_tokens
+from steerl.rollout.model import adapters, unread, virtual_tokens
 from steerl.rollout.model.auto_classes import load_head, load_tokenizer
-from steerl.rollout.model.capabilities import Capabilities, observe, packing_problem
+from steerl.rollout.model.capabilities import Capabilities, observe, packing_problem, position_offset
 from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.model.language_model import LanguageModel, no_dropout, unwrap, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Policy(LanguageModel):
     """A generating model and its tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
+    like: Policy | None = None
+    """Of a copy: whose capabilities are its own."""
 
     @staticmethod
     def of(model: nn.Module, tokenizer: PreTrainedTokenizerBase, kind: Literal["auto", "causal", "seq2seq"] = "auto") -> Policy:
@@ -93,30 +98,40 @@ class Policy(LanguageModel):
     @cached_property
     def capabilities(self) -> Capabilities:
         """How the model takes padding and caching, observed on it once (every rank of a run asks at the same place)."""
-        # Whoever asks first may be inside a steered pass; what is observed is the plain model.
+        return self.like.capabilities if self.like is not None else self._plain(lambda: observe(self, self.position_offset))
+
+    @cached_property
+    def position_offset(self) -> int:
+        """Number of a row's first position. Of the capabilities it is what is asked for before weights are read."""
+        seen = vars(self).get("capabilities")
+        return seen.position_offset if seen is not None else self._plain(lambda: position_offset(self))
+
+    def _plain(self, look: Callable[[], Seen]) -> Seen:
+        """Whoever asks first may be inside a steered pass; what is observed is the plain model."""
         with unsteered(), no_dropout(self.core), torch.no_grad():
-            return observe(self)
+            return look()
 
     def packing_problem(self) -> str | None:
         """Why rows of a pass cannot be laid one after another without padding; None where they can."""
-        with unsteered(), no_dropout(self.core), torch.no_grad():
-            return packing_problem(self, self.capabilities.position_offset)
+        return self._plain(lambda: packing_problem(self, self.capabilities.position_offset))
 
     @property
     def token_budget(self) -> int | None:
         """Tokens that a row may have: the context, but for models that begin to count positions later."""
-        return None if self.context is None else self.context - self.capabilities.position_offset
+        return None if self.context is None else self.context - self.position_offset
 
-    def with_model(self, model: nn.Module, capabilities: Capabilities | None = None) -> Policy:
-        """The same policy around another wrapper of its model; or around a copy, whose `capabilities` need not be observed."""
-        other = dataclasses.replace(self, model=model)
+    def with_model(self, model: nn.Module, capabilities: Capabilities | None = None, like: Policy | None = None) -> Policy:
+        """The same policy around another wrapper of its model; or around a copy, whose `capabilities` need not be observed, or
+        are those of `like`."""
+        other = dataclasses.replace(self, model=model, like=like)
         if capabilities is not None:
             vars(other)["capabilities"] = capabilities
         return other
 
 
-def load_policy(settings: ModelSettings, device: torch.device | str | None = None) -> Policy:
-    """The model of `settings` with its adapter and tokenizer, in eval mode on `device`."""
+def load_policy(settings: ModelSettings, device: torch.device | str | None = None, *, read: bool = True) -> Policy:
+    """The model of `settings` with its adapter and tokenizer, in eval mode on `device`. Without `read` its weights stay in
+    their files (unread.py) until an engine takes them."""
     path, adapter = settings.path, settings.adapter
     if not path:
         raise CheckpointError("model.path: missing; name a model folder or hub name, --model.path DIR")
@@ -128,12 +143,12 @@ def load_policy(settings: ModelSettings, device: torch.device | str | None = Non
     if own:
         path, adapter = adapters.base_of(path), path
     attn = None if settings.attn in ("", "auto") else settings.attn
-    model: PreTrainedModel = load_head(path, "policy", settings.kind, dtype=settings.dtype, attn=attn)
+    model: PreTrainedModel = load_head(path, "policy", settings.kind, dtype=settings.dtype, attn=attn, read=read)
     tokenizer = _load_tokenizer(settings, [path, adapter])
     if adapter:
         model = adapters.load(model, adapter, trainable=True, field="model.adapter" if settings.adapter else "model.path")
     if device is not None:
-        model = model.to(device)
+        unread.to_device(model, device)
     return Policy.of(model, tokenizer, settings.kind)
 
 

@@ -5,7 +5,9 @@
     ZeRO-1, ZeRO-2   optimizer states; gradients too        DeepSpeed's, times ranks          the policy as it is
     ZeRO-3, FSDP2    the weights as well                    the engine's, times ranks         EngineSampler: ppo.gather
 
-The reference copy is in no engine: it stays whole on every rank. The policy is loaded whole by every rank, then spread.
+    start ── models of unread weights ── place: each weight read to where it is held ── optimizer ── wrap ── observe
+
+A copied reference is held as the policy is. Where weights are spread, a rank reads its share of each out of the file.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.environments.sampler import EpisodeSampler
+from steerl.rollout.model import unread
 from steerl.rollout.model.sharding import by_zero3, gathered, is_sharded
 from steerl.rollout.prompts.prompts import PromptBatch
+from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.types import Samples
+from steerl.training.engine import zero
 from steerl.training.model.actor_critic import ActorCritic
+from steerl.training.model.held import Held
 from steerl.training.model.reference import Reference
 from steerl.training.settings import PPOSettings
 
@@ -60,43 +66,84 @@ def models_stay_whole() -> None:
     unset_hf_deepspeed_config()
 
 
+def place(accelerator: Accelerator, actor_critic: ActorCritic, reference: Reference | None, settings: PPOSettings) -> None:
+    """Have every weight where it is held, in the dtype that it is used in: each rank's share, where the engine spreads them."""
+    held: list[Held] = [actor_critic]
+    if reference is not None:
+        reference.autocast, reference.inside = accelerator.autocast, (reference.held or actor_critic).inside
+        held += [reference.held] if reference.held is not None else []
+    for module in held:
+        unread.to_device(module, accelerator.device)
+    if uses_deepspeed(accelerator):
+        _check_dtypes(accelerator, actor_critic)
+        _set_batches(accelerator, settings)
+        for module in held:
+            zero.place(accelerator, module, trained=module is actor_critic)
+    elif is_fsdp2(accelerator):
+        for module in held:
+            if module is not actor_critic and accelerator.mixed_precision == "bf16":
+                unread.cast(module, torch.bfloat16)  # as it is computed with
+            fully_shard(accelerator, module)
+    else:
+        for module in held:
+            unread.read_in(module)
+
+
+def fully_shard(accelerator: Accelerator, module: Held) -> None:
+    """FSDP2: of each weight a rank keeps its own rows, and reads no others."""
+    from accelerate.utils import fsdp2_prepare_model
+
+    fsdp2_prepare_model(accelerator, module)
+
+
 def wrap(
     accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, settings: PPOSettings
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
     """(model, optimizer) as the engine wants them."""
     if uses_deepspeed(accelerator):
-        return _by_deepspeed(accelerator, actor_critic, optimizer, settings)
-    _observe(actor_critic)
+        return _by_deepspeed(accelerator, actor_critic, optimizer)
+    if is_fsdp2(accelerator):  # its optimizer has been made of its own weights
+        return actor_critic, accelerator.prepare_optimizer(optimizer)
     return accelerator.prepare(actor_critic, optimizer)
 
 
-def _observe(actor_critic: ActorCritic) -> None:
-    """How the models take padding is seen on them whole."""
-    for policy in (actor_critic.policy, actor_critic.value_model):
-        if policy is not None and processes.is_distributed():
+def observe(actor_critic: ActorCritic, reference: Reference | None) -> None:
+    """What is seen of the models by passes of theirs is seen here, where every rank comes."""
+
+    def look() -> None:
+        for policy in actor_critic.policies if processes.is_distributed() else ():
             _ = policy.capabilities
+        logit_postprocessing(actor_critic.policy)
+
+    actor_critic.inside(look)
+    if reference is not None and reference.held is not None:
+        reference.held.inside(lambda: logit_postprocessing(reference.policy))
 
 
 def uses_deepspeed(accelerator: Accelerator) -> bool:
     return getattr(accelerator, "deepspeed_plugin", None) is not None
 
 
-def _by_deepspeed(
-    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, settings: PPOSettings
-) -> tuple[nn.Module, AcceleratedOptimizer]:
-    import deepspeed
+def is_fsdp2(accelerator: Accelerator) -> bool:
+    return bool(accelerator.is_fsdp2)
 
-    _check_dtypes(accelerator, actor_critic)
-    _observe(actor_critic)
-    config = accelerator.deepspeed_plugin.deepspeed_config
-    # The update accumulates and bounds gradients by PPO's own settings, whatever the config file says.
+
+def _set_batches(accelerator: Accelerator, settings: PPOSettings) -> None:
+    """The update accumulates and bounds gradients by PPO's own settings, whatever the config file says."""
     rows = settings.micro_batch_size
-    config |= {
+    accelerator.deepspeed_plugin.deepspeed_config |= {
         "gradient_accumulation_steps": 1,
         "train_micro_batch_size_per_gpu": rows,
         "train_batch_size": rows * processes.start().world_size,
         "gradient_clipping": settings.max_grad_norm,
     }
+
+
+def _by_deepspeed(
+    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    import deepspeed
+
     for parameter in actor_critic.parameters():
         parameter.data = parameter.data.contiguous()  # DeepSpeed sends them as flat bytes
     model, prepared = accelerator.prepare(actor_critic, optimizer)
@@ -130,19 +177,6 @@ def _check_dtypes(accelerator: Accelerator, actor_critic: ActorCritic) -> None:
             f"model.dtype: {dtypes}, but DeepSpeed without mixed precision takes float32 alone; set model.dtype float32, or "
             'mixed_precision: "bf16" in the accelerate config'
         )
-
-
-def link_reference(reference: Reference | None, accelerator: Accelerator, actor_critic: ActorCritic) -> None:
-    """The reference runs in the precision that the policy runs in, and where the policy's weights are together."""
-    if reference is None:
-        return
-    reference.autocast = accelerator.autocast
-    if reference.policy.model is actor_critic.actor:
-        reference.inside = actor_critic.inside
-    elif uses_deepspeed(accelerator):
-        for parameter in reference.policy.model.parameters():  # buffers stay as they are, as they do in the engine
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(actor_critic.dtype)
 
 
 class EngineSampler:

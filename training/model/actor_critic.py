@@ -14,34 +14,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model import compat
 from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
-from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
-from steerl.training.model.reference import Reference
+from steerl.training.model.held import Held
 from steerl.training.types import PolicyOutput
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-Result = TypeVar("Result")
-
-
-class ActorCritic(nn.Module):
+class ActorCritic(Held):
     """`model(rollout)` -> PolicyOutput. The names of its modules are those of the tensors in a checkpoint."""
 
     def __init__(self, policy: Policy, value_model: Policy | None, head: nn.Linear | None, steering: Steering | None):
         """`value_model`: None where the value shares the policy's; `head`: None where there is no value."""
-        super().__init__()
+        super().__init__(policy, value_model)
         self.policy, self.value_model, self.steering = policy, value_model, steering
         self.actor = policy.model
         self.critic = value_model.model if value_model is not None else None
@@ -75,10 +67,6 @@ class ActorCritic(nn.Module):
                 stack.enter_context(no_dropout(core))
             yield
 
-    def cores(self) -> list[PreTrainedModel]:
-        """The transformers models, adapters taken off: the policy's, and the value's own."""
-        return [policy.core for policy in (self.policy, self.value_model) if policy is not None]
-
     def policy_modules(self) -> list[nn.Module]:
         """All that the policy is made of: the model with its adapter, and trained steering."""
         return [module for module in (self.actor, self.vectors) if module is not None]
@@ -89,21 +77,6 @@ class ActorCritic(nn.Module):
     def value_parameters(self) -> list[nn.Parameter]:
         modules = [module for module in (self.critic, self.head) if module is not None]
         return [p for module in modules for p in module.parameters() if p.requires_grad]
-
-    @property
-    def _no_split_modules(self) -> list[str]:
-        """Names of the layers that FSDP keeps in one piece."""
-        return compat.unsplit_layers(self.cores())
-
-    def inside(self, function: Callable[[], Result]) -> Result:
-        """What `function` gives when it is called within this module's forward pass: engines that spread weights over ranks
-        bring together there what lies outside of layers. Every rank comes here."""
-        if not needs_sync(self):
-            return function()
-        results: list[Result] = []
-        with torch.no_grad():
-            self(None, call=lambda: results.append(function()))
-        return results[0]
 
     def forward(
         self,
@@ -163,14 +136,12 @@ def checkpoint_activations(actor_critic: ActorCritic) -> None:
         core.eval()
 
 
-def pack_rows(actor_critic: ActorCritic, reference: Reference | None) -> None:
-    """Let actor, critic and reference have the rows of a pass one after another, where that changes nothing."""
-    for policy in (actor_critic.policy, actor_critic.value_model):
-        if policy is not None and (problem := policy.packing_problem()):
-            raise UserError(f"ppo.packing: {problem}; leave it out")
+def pack_rows(actor_critic: ActorCritic) -> None:
+    """Let actor and critic have the rows of a pass one after another, where that changes nothing."""
+    problems = actor_critic.inside(lambda: [policy.packing_problem() for policy in actor_critic.policies])
+    if told := next(filter(None, problems), None):
+        raise UserError(f"ppo.packing: {told}; leave it out")
     actor_critic.packed = True
-    if reference is not None:
-        reference.packed = True  # its model is the policy's, or a copy of it
 
 
 def widened(rollout: Rollout) -> Rollout:

@@ -14,17 +14,20 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import unsteered
 from steerl.rollout.types import Rollout
+from steerl.training.model.held import HeldCopy
 
 
 class Reference:
     """What the KL is measured to: a frozen copy, or the policy's own model with adapter and steering off."""
 
-    def __init__(self, policy: Policy, *, adapter_off: bool):
+    def __init__(self, policy: Policy, *, adapter_off: bool, copied: bool = False):
         self.policy, self.adapter_off = policy, adapter_off
+        self.held = HeldCopy(policy) if copied else None
+        """A copy, which an engine holds as it holds the policy."""
         self.autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
         """The precision that the policy is run in."""
         self.inside: Callable[[Callable[[], Tensor]], Tensor] = lambda function: function()
-        """Where the policy's own model is run: ActorCritic.inside. A copy stays whole on every rank."""
+        """Where its weights come together: Held.inside, of the copy or of the policy."""
         self.packed = False
         """Rows are laid one after another, as the policy's are."""
 
@@ -48,4 +51,4 @@ def build_reference(policy: Policy, kind: str, *, trains_vectors: bool) -> Refer
     if kind == "auto" and has_adapter and adapters.changes_nothing(policy.model) and not adapters.learns_in_base(policy.model):
         return Reference(policy, adapter_off=True)
     frozen = copy.deepcopy(policy.model).requires_grad_(False).eval()
-    return Reference(policy.with_model(frozen, policy.capabilities), adapter_off=False)
+    return Reference(policy.with_model(frozen, like=policy), adapter_off=False, copied=True)

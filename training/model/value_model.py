@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from steerl.rollout.common.errors import CheckpointError
+from steerl.rollout.model import unread
 from steerl.rollout.model.auto_classes import HEADS, choose_head, load_config, load_head
 from steerl.rollout.model.policy import Policy
 
@@ -40,9 +41,8 @@ def build_value_model(policy: Policy, value: str) -> tuple[Policy | None, nn.Lin
         return None, zero_head(width, policy.device)
     if value == "separate":
         # Its capabilities are the policy's, whose logits it no longer has to show them with.
-        value_model = policy.with_model(copy.deepcopy(policy.model), policy.capabilities)
+        value_model = policy.with_model(copy.deepcopy(policy.model), like=policy)
         strip(value_model.core)
-        value_model.model.to(policy.device)
         return value_model, zero_head(width, policy.device)
     return _from_folder(policy, value)
 
@@ -79,7 +79,7 @@ def _from_folder(policy: Policy, path: str) -> tuple[Policy, nn.Linear]:
     if bool(config.is_encoder_decoder) != policy.is_seq2seq:
         raise CheckpointError(f"{field}: {path} is a {config.model_type} model and the policy is {kind}; name a {kind} model")
     saved = choose_head(config, "value", field=field, path=path)
-    model = load_head(path, "value", dtype=torch.float32, field=field)
+    model = load_head(path, "value", dtype=torch.float32, field=field, read=False)
     head = None
     if saved not in ("causal", "seq2seq"):
         head = _score_head(model, path)
@@ -87,7 +87,7 @@ def _from_folder(policy: Policy, path: str) -> tuple[Policy, nn.Linear]:
     value_model = Policy.of(model, policy.tokenizer)
     width = hidden_width(model)
     strip(model)
-    model.to(policy.device)
+    unread.to_device(model, policy.device)
     value_model = dataclasses.replace(value_model, start_ids=policy.start_ids, pad_id=policy.pad_id)
     if head is None:
         return value_model, zero_head(width, policy.device)

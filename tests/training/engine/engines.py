@@ -33,7 +33,7 @@ from steerl.rollout.steering import load_spec
 from steerl.rollout.types import Rollout, Texts
 from steerl.training import ppo
 from steerl.training.engine import engine
-from steerl.training.setup import Components, groups, with_peft
+from steerl.training.setup import Components, with_peft
 from tests.models import tiny_policy
 from tests.ppo_runs import LORA, prompts_of, share_of_threes
 
@@ -149,13 +149,17 @@ def main(out: Path, walks: Path, names: list[str]) -> None:
         processes.end()
 
 
-def fully_sharded(accelerator: Any, actor_critic: Any, optimizer: Any, settings: Any) -> tuple[Any, Any]:
+def fully_sharded(_: Any, module: Any) -> None:
     """What accelerate makes of configs/accelerate/fsdp2.yaml: blocks by themselves, the rest in the root."""
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-    for module in [m for m in actor_critic.modules() if type(m).__name__ in actor_critic._no_split_modules]:
-        fully_shard(module, mesh=mesh)
-    fully_shard(actor_critic, mesh=mesh)
-    return actor_critic, torch.optim.AdamW(groups(actor_critic, settings), weight_decay=settings.weight_decay)
+    for block in [m for m in module.modules() if type(m).__name__ in module._no_split_modules]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def by_fully_shard() -> None:
+    """Have `train` take FSDP2 on a CPU, where accelerate would take DDP."""
+    engine.is_fsdp2, engine.fully_shard = (lambda _: True), fully_sharded
 
 
 def cut(whole: Path, again: Path) -> None:
@@ -168,5 +172,5 @@ def cut(whole: Path, again: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[4:] == ["fully_shard"]:
-        engine.wrap = fully_sharded
+        by_fully_shard()
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(","))

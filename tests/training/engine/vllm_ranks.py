@@ -18,11 +18,10 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.steering import load_spec
 from steerl.training import ppo
-from steerl.training.engine import engine
 from steerl.training.setup import with_peft
 from tests.models import tiny_policy
 from tests.ppo_runs import prompts_of, share_of_threes
-from tests.training.engine.engines import fully_sharded
+from tests.training.engine.engines import by_fully_shard
 from tests.vllm_server import LORA, STEERED, WIDE, gentle
 
 SMALL = {"rollouts_per_step": 12, "minibatches": 2, "epochs": 2, "micro_batch_size": 4, "learning_rate": 2e-3,
@@ -66,5 +65,5 @@ def main(out: Path, url: str, names: list[str], steps: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[5:] == ["fully_shard"]:
-        engine.wrap = fully_sharded
+        by_fully_shard()
     main(Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(","), int(sys.argv[4]))
