@@ -35,6 +35,9 @@ class PPOSettings:
     rounding, fewer tokens. Refused where the model does not keep rows apart."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same gradient."""
+    offload_activations: bool = False
+    """Keep what the backward pass needs of the update's forward passes in host memory meanwhile: less GPU memory, more time,
+    the same gradient to the bit. Beside checkpointing that is each layer's input alone. GPUs only."""
     gather: Literal["phase", "layers"] = "phase"
     """Where weights are spread over ranks (ZeRO-3, FSDP): bring the policy together once per sampling phase (fast, the whole
     policy on every GPU meanwhile), or layer by layer in every forward pass (slow, little memory). The same rollouts."""

@@ -32,6 +32,7 @@ from steerl.training.ahead import Ahead
 from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
 from steerl.training.engine import engine
 from steerl.training.engine.engine import EngineSampler
+from steerl.training.model import offload
 from steerl.training.model.actor_critic import ActorCritic, checkpoint_activations, pack_rows
 from steerl.training.model.reference import Reference, build_reference
 from steerl.training.model.value_model import build_value_model
@@ -84,6 +85,8 @@ def prepare(
     processes.start()
     set_seed(run.seed)  # every global generator: rewards may draw from them, and a resumed run goes on with them
     accelerator = engine.start()
+    if settings.offload_activations:
+        offload.check(accelerator.device)
     actor_critic, reference = build_models(policy, settings, steering_spec, seed=run.seed)
     steering = actor_critic.steering
     check_export(actor_critic, accelerator, settings)
