@@ -51,6 +51,10 @@ class PPOSettings:
     """Steps over which the learning rates rise from 0."""
     weight_decay: float = 0.0
     """AdamW's."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps AdamW's two moments of a weight in 8 bits each, blocks of them scaled together (bitsandbytes): a quarter
+    of their memory, other numbers. Of weights of fewer than 4,096 numbers they stay in float32. GPUs only, one process or
+    DDP."""
     max_grad_norm: float = 1.0
     """Bound of the gradient's norm, applied once before each optimizer step; 0 = no bound."""
     clip: float = 0.2

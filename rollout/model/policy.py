@@ -113,7 +113,7 @@ class Policy(LanguageModel):
 
     def packing_problem(self) -> str | None:
         """Why rows of a pass cannot be laid one after another without padding; None where they can."""
-        return self._plain(lambda: packing_problem(self, self.capabilities.position_offset))
+        return self._plain(lambda: packing_problem(self, self.position_offset))
 
     @property
     def token_budget(self) -> int | None:

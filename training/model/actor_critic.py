@@ -25,6 +25,7 @@ from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
 from steerl.training.model.held import Held
+from steerl.training.model.reference import Reference
 from steerl.training.types import PolicyOutput
 
 
@@ -136,12 +137,14 @@ def checkpoint_activations(actor_critic: ActorCritic) -> None:
         core.eval()
 
 
-def pack_rows(actor_critic: ActorCritic) -> None:
-    """Let actor and critic have the rows of a pass one after another, where that changes nothing."""
-    problems = actor_critic.inside(lambda: [policy.packing_problem() for policy in actor_critic.policies])
-    if told := next(filter(None, problems), None):
-        raise UserError(f"ppo.packing: {told}; leave it out")
+def pack_rows(actor_critic: ActorCritic, reference: Reference | None) -> None:
+    """Let actor, critic and reference have the rows of a pass one after another, where that changes nothing."""
+    for policy in actor_critic.policies:
+        if problem := actor_critic.inside(policy.packing_problem):
+            raise UserError(f"ppo.packing: {problem}; leave it out")
     actor_critic.packed = True
+    if reference is not None:
+        reference.packed = True  # its model is the policy's, or a copy of it
 
 
 def widened(rollout: Rollout) -> Rollout:
