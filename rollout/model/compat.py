@@ -55,6 +55,11 @@ def compile_errors() -> tuple[type[Exception], ...]:
     return torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
 
 
+def viewed(tensor: Tensor) -> Tensor | None:
+    """What a view is of."""
+    return tensor._base
+
+
 def storage_key(tensor: Tensor) -> int:
     """Names a tensor's storage while it lives, one without memory too."""
     key: int = tensor.untyped_storage()._cdata

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from steerl.rollout.common import processes
 from steerl.rollout.model import unread
 from steerl.rollout.model.unread import Unread
 from steerl.training.model.held import Held
@@ -55,9 +56,11 @@ def _partition(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) ->
 
     deepspeed.init_distributed()  # of the group that stands: a configuration counts its ranks
     first: list[Any] = []
+    reads = processes.start().is_main  # and sends the others each weight
 
     def parted(weight: Unread) -> Tensor:
-        parameter: Any = nn.Parameter(weight.read().contiguous(), weight.requires_grad)
+        whole = weight.read() if reads else torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        parameter: Any = nn.Parameter(whole.contiguous(), weight.requires_grad)
         if first:
             first[0].convert_to_zero_parameters(param_list=[parameter])
         else:
