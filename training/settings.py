@@ -28,7 +28,11 @@ class PPOSettings:
     """Rows of full length in one forward pass, or as many tokens of shorter rows: memory only, the gradient is the same for
     every value."""
     micro_batch_tokens: int | None = None
-    """Tokens in one forward pass, padding counted; unset = those of micro_batch_size rows, 0 = rows are counted instead."""
+    """Tokens in one forward pass, padding counted where there is any; unset = those of micro_batch_size rows, 0 = rows are
+    counted instead."""
+    packing: bool = False
+    """Lay the rows of a forward pass one after another without padding when scoring and learning: the same numbers up to
+    rounding, fewer tokens. Refused where the model does not keep rows apart."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same gradient."""
     gather: Literal["phase", "layers"] = "phase"

@@ -32,7 +32,7 @@ from steerl.training.ahead import Ahead
 from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
 from steerl.training.engine import engine
 from steerl.training.engine.engine import EngineSampler
-from steerl.training.model.actor_critic import ActorCritic, checkpoint_activations
+from steerl.training.model.actor_critic import ActorCritic, checkpoint_activations, pack_rows
 from steerl.training.model.reference import Reference, build_reference
 from steerl.training.model.value_model import build_value_model
 from steerl.training.replay import Replay
@@ -96,6 +96,8 @@ def prepare(
     optimizer = torch.optim.AdamW(grouped, weight_decay=settings.weight_decay, fused=fused)
     model, optimizer = engine.wrap(accelerator, actor_critic, optimizer, settings)
     engine.observe(actor_critic, reference)
+    if settings.packing:
+        pack_rows(actor_critic, reference)
 
     server = None
     if engine_settings is not None and engine_settings.kind == "vllm":

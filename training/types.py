@@ -40,6 +40,7 @@ class Scored:
 
     rollout: Rollout
     texts: Texts
+    """On the main process; of no rows on others."""
     scores: Scores
     """The task reward: before KL and penalties."""
     old_logprobs_BR: Tensor

@@ -10,12 +10,13 @@ import atexit
 import contextlib
 import ctypes
 import importlib.util
+import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,6 +88,37 @@ def gather_objects(items: list[Value]) -> list[Value]:
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def gather_to_main(items: list[Value]) -> list[Value]:
+    """The same on the main process alone; [] on others."""
+    if not is_distributed():
+        return list(items)
+    parts: list[Any] | None = [None] * torch.distributed.get_world_size() if start().is_main else None
+    torch.distributed.gather_object(items, parts)
+    return [item for part in parts or () for item in part]
+
+
+def gather_rows(tensor: Tensor, counts: Sequence[int]) -> Tensor:
+    """Every process's rows (the first dimension), in the order of ranks, on every process, in the CPU's memory. `counts`: how
+    many each has, which all know; dtype and other sizes are the same everywhere."""
+    tensor = tensor.contiguous()
+    row = tensor.element_size() * math.prod(tensor.shape[1:])
+    most = row * max(counts)
+    if not is_distributed():
+        return tensor.cpu()
+    if not most:
+        return tensor.cpu().new_empty((sum(counts), *tensor.shape[1:]))
+    # As bytes: backends differ in the dtypes that they take. One buffer for all, of equal parts.
+    sent = torch.zeros(most, dtype=torch.uint8, device=start().device)
+    sent[: tensor.nbytes] = tensor.flatten().view(torch.uint8)
+    received = sent.new_empty(most * len(counts))
+    # Its name from torch 2.13 on, where the older one warns.
+    getattr(torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor)(received, sent)
+    received = received.cpu()
+    if min(counts) < max(counts):
+        received = torch.cat([part[: row * count] for part, count in zip(received.split(most), counts, strict=True)])
+    return received.view(tensor.dtype).view(-1, *tensor.shape[1:])
 
 
 def sum_(tensor: Tensor) -> Tensor:

@@ -45,15 +45,15 @@ def environment_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     return {f"environment/{name}": value for name, value in found.items()}
 
 
-def look_at(episodes: Sequence[Episode] | None, *, aloud: bool = True) -> None:
-    """Say what went wrong in a step's episodes, where `aloud`; if all of them lost their environment, stop."""
+def look_at(episodes: Sequence[Episode] | None) -> None:
+    """Say what went wrong in a step's episodes; if all of them lost their environment, stop."""
     if not episodes:
         return
     failures = [episode.failure for episode in episodes if episode.failure]
     if len(failures) == len(episodes):
         told = f"all {len(failures)} episodes drawn together lost it, the first by {_short(failures[0])}"
         raise UserError(f"environment: {told}; correct it, then go on with --run.resume true")
-    if aloud and (line := trouble(episodes)):
+    if line := trouble(episodes):
         _logger.warning("environment: %s", line)
 
 

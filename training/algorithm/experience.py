@@ -5,25 +5,28 @@
     3 credit   Scored --KL, per-token rewards, advantages, whitening, importance weights--> Experience
 
 From the gathering on every rank holds all rows of the step (ids and a few floats per token, on the CPU), so every mean,
-variance and count is global, and every rank decides the same.
+variance and count is global, and every rank decides the same. What the rows say is on the main process alone.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from steerl.reward.types import Reward, Scores, missing_stop_penalty, on_last_action
+from steerl.reward.types import Reward, Scores, joined_extra, missing_stop_penalty, on_last_action
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.source import PromptSource, RolloutSource
 from steerl.rollout.environments.outcomes import look_at
 from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.prompts.prompts import PromptBatch
-from steerl.rollout.types import Rollout, Samples, row_name
+from steerl.rollout.ragged import Kept
+from steerl.rollout.types import Rollout, Samples, Texts, row_name
 from steerl.training.algorithm import advantages, kl
 from steerl.training.algorithm.importance import importance_weights
 from steerl.training.algorithm.minibatch import occurrences, passes, select, share
@@ -54,16 +57,45 @@ def asked_here(prompts: PromptSource, rows: list[int]) -> PromptBatch:
 
 def gather_scored(samples: Samples, reward: Reward) -> tuple[Samples, Scores]:
     """The rows of all ranks together, then their rewards, each rank's of its own rows. A rank without rows calls a reward that
-    keeps statistics over all ranks, to be in step with the others.
+    keeps statistics over all ranks, to be in step with the others. Texts go to the main process, which alone shows them.
 
     The rows come first: an environment that never works is told before a reward stumbles over what it left."""
-    whole = Samples.join(processes.gather_objects([samples.to("cpu")] if len(samples.rollout) else []))
-    look_at(whole.texts.episodes, aloud=processes.start().is_main)
+    rollout = gather_rollout(samples.rollout)
+    texts = Texts.join(processes.gather_to_main([samples.texts] if len(samples.rollout) else []))
+    processes.on_main(lambda: look_at(texts.episodes))
     parts = []
     if len(samples.rollout) or getattr(reward, "is_collective", False):
         scores = check_scores(reward(*samples), samples.rollout)
         parts = [scores.to("cpu")] if len(scores) else []
-    return whole, Scores.join(processes.gather_objects(parts))
+    return Samples(rollout, texts), gather_scores(parts)
+
+
+def gather_rollout(rollout: Rollout) -> Rollout:
+    """The rows of all ranks, field by field in its own dtype: a rank holds all rows once, and one field twice."""
+    said = processes.gather_objects([(rollout.select([]).to("cpu"), len(rollout))])
+    # Of no rows, with the widths and fields of all: what ranks differ in is refused here.
+    form = Rollout.join([part for part, rows in said if rows])
+    own = Rollout.join([form.to(rollout.device), rollout]) if len(rollout) else form
+    counts = [rows for _, rows in said]
+    fields: dict[str, Any] = {name: processes.gather_rows(value, counts) for name, value in own.tensors().items()}
+    if own.kept is not None:
+        ids = processes.gather_rows(own.kept.ids, processes.gather_objects([len(own.kept.ids)]))
+        fields["kept"] = Kept(ids, processes.gather_rows(own.kept.counts_BR, counts))
+    return replace(form, **fields)
+
+
+def gather_scores(parts: list[Scores]) -> Scores:
+    """This rank's scores, if any, with those of all; what is shown of rows on the main process alone."""
+    extra = processes.gather_to_main([(scores.extra, len(scores)) for scores in parts])
+    dense = [scores.tokens_BR for scores in parts if scores.tokens_BR is not None]
+    thin = [replace(s, extra={}, tokens_BR=None if s.tokens_BR is None else s.tokens_BR[:, :0]) for s in parts]
+    told = processes.gather_objects([(thin, max((tokens_BR.shape[1] for tokens_BR in dense), default=0))])
+    whole = Scores.join([scores for thin, _ in told for scores in thin])
+    if whole.tokens_BR is not None:
+        width, counts = max(width for _, width in told), [sum(map(len, thin)) for thin, _ in told]
+        own = [pad(tokens_BR, (0, width - tokens_BR.shape[1])) for tokens_BR in dense]
+        whole = replace(whole, tokens_BR=processes.gather_rows(torch.cat([*own, torch.zeros(0, width)]), counts))
+    return replace(whole, extra=joined_extra([columns for columns, _ in extra], [rows for _, rows in extra]))
 
 
 def check_scores(scores: Scores, rollout: Rollout) -> Scores:
@@ -89,12 +121,11 @@ def score(model: ActorCritic, reference: Reference | None, samples: Samples, sco
     graph keeps.)"""
     rollout, texts = samples
     rows, width = rollout.response_BR.shape
-    # Zeros where another rank has the row, so that the sum over ranks is the row itself.
-    measured = {name: torch.zeros(rows, width) for name in ("logprobs_BR", "entropy_BR", "values_BR", "reference_BR")}
-    measured["after_B"] = torch.zeros(rows, 1)
+    micro_batches = passes(list(range(rows)), rollout, settings)
+    measured: dict[str, list[Tensor]] = {}
     seconds = {"policy": 0.0, "reference": 0.0}
     in_grad_mode = not (needs_sync(model.actor) or settings.checkpointing)
-    for micro_batch in passes(list(range(rows)), rollout, settings):
+    for micro_batch in micro_batches:
         part = select(rollout, micro_batch or [0], model.device)
         began = time.perf_counter()
         with torch.set_grad_enabled(in_grad_mode), torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):
@@ -106,19 +137,28 @@ def score(model: ActorCritic, reference: Reference | None, samples: Samples, sco
         if reference:
             values["reference_BR"] = reference.logprobs(part)
         seconds["reference"] += time.perf_counter() - began
-        for name, value in values.items() if micro_batch else ():
-            value_BT = value.reshape(len(value), -1)
-            measured[name][micro_batch, : value_BT.shape[1]] = value_BT.float().cpu()
-    summed = {name: processes.sum_(value.to(model.device)).cpu() for name, value in measured.items()}
+        for name, value in values.items():
+            value_BT = value.reshape(len(value), -1)[: len(micro_batch)].float().cpu()
+            wide = (width if name.endswith("BR") else 1) - value_BT.shape[1]
+            measured.setdefault(name, []).append(pad(value_BT, (0, wide)))
+    dealt = [row for micro_batch in micro_batches for row in micro_batch]
+    counts = processes.gather_objects([len(dealt)])
+    place = processes.gather_rows(torch.tensor(dealt, dtype=torch.int64), counts).argsort()
+
+    def whole(name: str) -> Tensor:
+        if name not in measured:
+            return torch.zeros(rows, width)
+        return processes.gather_rows(torch.cat(measured[name]), counts)[place]
+
     return Scored(
         rollout=rollout,
         texts=texts,
         scores=scores,
-        old_logprobs_BR=summed["logprobs_BR"],
-        reference_logprobs_BR=summed["reference_BR"] if reference else None,
-        values_BR=summed["values_BR"],
-        after_B=torch.where(rollout.ended_B, 0.0, summed["after_B"][:, 0]),
-        entropy_BR=summed["entropy_BR"],
+        old_logprobs_BR=whole("logprobs_BR"),
+        reference_logprobs_BR=whole("reference_BR") if reference else None,
+        values_BR=whole("values_BR"),
+        after_B=torch.where(rollout.ended_B, 0.0, whole("after_B")[:, 0]),
+        entropy_BR=whole("entropy_BR"),
         seconds=seconds,
     )
 

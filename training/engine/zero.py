@@ -42,6 +42,7 @@ def _partition(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) ->
     """Weight after weight. What is at hand already, such as a fresh adapter, DeepSpeed takes when it wraps."""
     import deepspeed
 
+    deepspeed.init_distributed()  # of the group that stands: a configuration counts its ranks
     first: list[Any] = []
 
     def parted(weight: unread.Unread) -> Tensor:

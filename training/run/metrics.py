@@ -183,7 +183,8 @@ def gap_tolerance(settings: PPOSettings, dtype: torch.dtype, mixed_precision: st
 def sample_rows(
     scored: Scored, experience: Experience, model: ActorCritic, *, each: int, seed: int, step: int
 ) -> list[dict[str, object]]:
-    """`each` best, worst and random rows with everything per token, for the table and the viewer. On every rank alike.
+    """`each` best, worst and random rows with everything per token, for the table and the viewer: on the main process, with the
+    passes of all ranks.
 
     Lists are as long as `response_ids`, None at tokens that were fed; `action_mask` says which, in rows that have any;
     `episode` what was said, turn by turn, where an environment took part."""
@@ -194,6 +195,8 @@ def sample_rows(
     kinds = {"best": order[:each], "worst": order[::-1][:each]}
     kinds["random"] = random.Random(f"{seed}/{step}").sample(range(len(order)), min(each, len(order)))
     ratios = {i: ratio(scored, model, i) for i in sorted({i for rows in kinds.values() for i in rows})}
+    if not processes.start().is_main:
+        return []
     return [
         {"kind": kind, **_row(scored, experience, token_text, i), "ratio": ratios[i]}
         for kind, rows in kinds.items()

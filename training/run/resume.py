@@ -43,7 +43,7 @@ FREE = (
 """What may differ on a resume, because nothing that is learned depends on it. The number of steps may, too, where no
 learning rate falls towards the last one."""
 
-SINCE: dict[str, object] = {"engine.ahead": 0, **BEFORE}
+SINCE: dict[str, object] = {"engine.ahead": 0, "ppo.packing": False, **BEFORE}
 """What settings are in runs that were begun before there were these."""
 
 _logger = logging.getLogger(__name__)

@@ -55,7 +55,6 @@ def test_a_run_stops_where_all_lost_their_environment_and_goes_on_with_a_word_wh
         look_at(EPISODES[:1])
         assert not caplog.records
         look_at(EPISODES)
-        look_at(EPISODES, aloud=False)
     assert [record.getMessage() for record in caplog.records] == [
         "environment: 1 of 4 episodes lost it: 1 TimeoutError: 60 s; 1 of 4 calls failed: 1 mul: ValueError: no"
     ]
