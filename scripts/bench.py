@@ -9,6 +9,8 @@ steerl bench [--out runs/bench]
 --overhead    what steering costs while sampling (overhead.py)
 --engines     tokens per CPU second in process and by a vLLM server, by weights and rows (engines.py; `make vllm` first)
 --plain_vllm  the same job by both, and rows of plain vLLM beside ours (plain_vllm.py; `make vllm` first)
+--gpu         the tests that need a GPU, then figures of this card with their share of its limits, in ten minutes (`make gpu`);
+              leaves gpu.json and gpu.md
 --learning    randomwalks beside TRL 1.12's PPOTrainer: reward by samples and by seconds, five seeds each (about an
               hour on one core); leaves learning.json and learning.png, and prints a table
 --episodes    tasks with a tool and with an environment, five seeds each: a critic, group credit, and credit that counts what
@@ -24,6 +26,8 @@ from steerl.configs.reader import run_command
 
 from steerl.scripts.bench_cases import engines, episodes, overhead, plain_vllm, scaling, speed
 from steerl.scripts.bench_cases.learning import LearningSettings, measure
+from steerl.scripts.gpu.run import GPUSettings
+from steerl.scripts.gpu.run import measure as measure_gpu
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class BenchJob:
     """Sampling in process and by a vLLM server, instead of speed."""
     plain_vllm: bool = False
     """One job by both engines, and what plain vLLM's log-probs are worth, instead of speed."""
+    gpu: bool = False
+    """The tests and figures of a GPU, instead of speed."""
+    card: GPUSettings = field(default_factory=GPUSettings)
+    """How a GPU is measured."""
     episodes: bool = False
     """Learning over several turns, instead of speed."""
     quick: bool = False
@@ -55,6 +63,8 @@ class BenchJob:
 def main(job: BenchJob) -> None:
     if job.learning:
         measure(Path(job.out), job.learn)
+    elif job.gpu:
+        measure_gpu(Path(job.out), job.card)
     elif job.overhead:
         overhead.measure(Path(job.out))
     elif job.engines:

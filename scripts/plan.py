@@ -81,6 +81,7 @@ def main(job: PlanJob) -> None:
                     "rows": [as_mapping(row) for row in found],
                     "advice": as_mapping(advice.row) | {"flags": flags(advice.row, machines)} if advice.row else None,
                     "least": as_mapping(advice.least),
+                    "engines": {name: as_mapping(row) for name, row in advice.engines.items()},
                     "more_nodes": {nodes: as_mapping(row) for nodes, row in advice.nodes.items()},
                     "would_fit": {name: as_mapping(row) for name, row in advice.others.items()},
                 },

@@ -3,7 +3,11 @@
 The public names are those of the rooms; each is imported when it is first asked for, so `import steerl` is quick.
 """
 
+import os.path
 from typing import TYPE_CHECKING
+
+if os.path.isdir(os.path.join(os.path.dirname(__path__[0]), "rollout", "decoding")):
+    __path__.append(os.path.dirname(__path__[0]))  # a checkout, installed or not: the rooms stand beside this folder
 
 from steerl import reward, rollout, training
 from steerl.rollout.common.front import front

@@ -320,13 +320,14 @@ class Sampler:
             how: dict[str, Any] = {"progress": call.progress, "policy_step": call.step, "start_width": start_width}
             applied = self.steering.applied(mask_BP, row_B, sample_B, contexts.columns, **how)
         drawn_BP = contexts.drawn(mask_BP.device)
+        drawn: dict[str, Any] = {} if drawn_BP is None else {"drawn_BP": drawn_BP}
         steered = self.steering.active(
             prompt_mask_BP=mask_BP,
             row_B=row_B,
             sample_B=sample_B,
             applied=applied,
             start_width=start_width,
-            **({} if drawn_BP is None else {"drawn_BP": drawn_BP}),
+            **drawn,
         )
         return applied, steered
 

@@ -7,6 +7,8 @@ shorter     a b c d              the same, or the model looks ahead and has no d
 cached      a b c | d | e        the same, or its cache is not used; with rows selected after the prefill, or not
 company     a b c d e            beside a row at the end of the context: the same, or rows of more tokens than some number have
             . . . . . . . y z    a distribution of their own (longrope), and only rows of one side go together
+packed      a a a b c c c c     rows one after another, positions anew in each: the same, or they are not packed (asked where
+                                they are to be: packing_problem)
 crowded     a a a | a | a        where the config names a capacity: the same, or the cache is used up to that many tokens only
 
 Rows are some tokens long, and longer than a window of attention where that is short: what a model does beyond it is seen too.
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.model import compat, virtual_tokens
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.generation_state import can_select_rows, holds_past, select_rows, step_forward
 from steerl.rollout.model.language_model import (
@@ -29,7 +32,9 @@ from steerl.rollout.model.language_model import (
     LanguageModel,
     forward_arguments,
     generate_arguments,
+    named,
     pass_logits,
+    positions,
     probe_row,
     same,
 )
@@ -127,6 +132,34 @@ def _decoding(model: LanguageModel, rows: Tensor, offset: int) -> tuple[bool, bo
             "whole row, with its cache and without; it cannot be sampled exactly, use another implementation of the model"
         )
     return False, True, True
+
+
+def packing_problem(model: LanguageModel, offset: int) -> str | None:
+    """Why rows that are laid one after another in one row are not what they are alone; None where they are. `offset` is
+    what was observed; call as `observe`."""
+    name, config = type(model.core).__name__, model.core.config.get_text_config(decoder=True)
+    if model.is_seq2seq:
+        return f"{name} has an encoder, whose rows are not packed"
+    if virtual_tokens.count(model.model):
+        return "the adapter puts virtual tokens before each row"
+    if "position_ids" not in forward_arguments(model.core):
+        return f"{name} takes no positions, which tell it where a row begins"
+    absolute = [n for n in _numbers(config.to_dict(), "attention_chunk_size", "index_topk") if n > _SHORT_WINDOW]
+    if absolute or _numbers(config.to_dict(), "expert_capacity"):
+        return f"{name} bounds what is computed in one row (chunks, chosen tokens, the capacity of experts)"
+    short, long = probe_lengths(model)
+    rows = [probe_row(model, start, n) for start, n in ((3, short), (9, 1), (5, long))]
+    positions_1N = torch.cat([positions(torch.ones_like(row), offset) for row in rows], dim=1)
+    given = named(model, input_ids=torch.cat(rows, dim=1), position_ids=positions_1N, use_cache=False)
+    try:
+        with compat.without_message("recommend passing in an `attention_mask`"):
+            together: Tensor = model.core(**given).logits
+    except (UserError, RuntimeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
+        return f"{name} does not take them ({type(error).__name__}: {error})"
+    # Compared all at once: the numbers of a row of one token have no spread to measure by.
+    if same(together, torch.cat([pass_logits(model, row, offset=offset) for row in rows], dim=1)):
+        return None
+    return f"{name} does not keep them apart (a state, a convolution, or attention that does not look at positions)"
 
 
 SPREAD = 8

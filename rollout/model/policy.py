@@ -21,7 +21,7 @@ from torch import nn
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model import adapters, unread, virtual_tokens
 from steerl.rollout.model.auto_classes import load_head, load_tokenizer
-from steerl.rollout.model.capabilities import Capabilities, observe, position_offset
+from steerl.rollout.model.capabilities import Capabilities, observe, packing_problem, position_offset
 from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.model.language_model import LanguageModel, no_dropout, unwrap, vocabulary_size
 
@@ -110,6 +110,10 @@ class Policy(LanguageModel):
         """Whoever asks first may be inside a steered pass; what is observed is the plain model."""
         with unsteered(), no_dropout(self.core), torch.no_grad():
             return look()
+
+    def packing_problem(self) -> str | None:
+        """Why rows of a pass cannot be laid one after another without padding; None where they can."""
+        return self._plain(lambda: packing_problem(self, self.position_offset))
 
     @property
     def token_budget(self) -> int | None:

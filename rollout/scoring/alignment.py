@@ -7,6 +7,9 @@ response             r r e           what they predict
 from_first     p p p r r . .         decoder-only models: the same rows, each from its first token on. Padding comes after
                    ^ ^ ^             what is read and needs no mask; P + t - 1 is then each row's own
 
+packed         p p p r r p r r r p r    rows one after another in one row, positions from the start again in each: a model that
+                   ^ ^ ^ ^ ^ ^ ^ ^ ^    keeps attention within them (capabilities.packing_problem) needs no padding at all
+
 forward_inputs(policy, rollout)   what the model is given
 predicting(states, first, width)  of logits or hidden states, those that predict the response
 response_logits(policy, rollout)  both, for a plain pass
@@ -14,6 +17,7 @@ response_logits(policy, rollout)  both, for a plain pass
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +26,32 @@ from torch import Tensor
 from steerl.rollout.model.language_model import named, positions
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.types import Rollout
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of a pass are, that has rows one after another: N of them, out of the rows' W columns."""
+
+    column_N: Tensor
+    """Of each token, among the columns of all rows."""
+    place_BW: Tensor
+    """Of each column, among the tokens; 0 where it holds none."""
+
+    @staticmethod
+    def of(rollout: Rollout) -> Packing:
+        mask_BW = torch.cat([rollout.prompt_mask_BP, rollout.extent_BR[:, 1:]], dim=1)  # a row's last token predicts nothing
+        column_N = mask_BW.flatten().nonzero()[:, 0]
+        place_BW = torch.zeros(mask_BW.shape, dtype=torch.int64, device=mask_BW.device)
+        place_BW.view(-1)[column_N] = torch.arange(len(column_N), device=mask_BW.device)
+        return Packing(column_N, place_BW)
+
+    def unpacked(self, states_1NX: Tensor) -> Tensor:
+        """(B, W, X): as rows of their own. What stands at padding means nothing."""
+        return states_1NX.flatten(0, -2)[self.place_BW.to(states_1NX.device)]
+
+    def packed(self, states_BWX: Tensor) -> Tensor:
+        """(1, N, X)."""
+        return states_BWX.flatten(0, 1)[self.column_N.to(states_BWX.device)][None]
 
 
 def response_logits(policy: Policy, rollout: Rollout) -> Tensor:
@@ -35,7 +65,8 @@ def first_predicting(rollout: Rollout) -> Tensor:
 
 
 def predicting(states_BTX: Tensor, first_B: Tensor | None, width: int) -> Tensor:
-    """(B, R, X): the states that predict the response. `first_B`: each row's first such column; None = the last R of all."""
+    """(B, R, X): the states that predict the response. `first_B`: each row's first such column (the place of it, where rows are
+    packed into one); None = the last R of all."""
     if first_B is None:
         return states_BTX[:, -width:]
     return states_BTX.flatten(0, 1)[predicting_places(states_BTX, first_B, width)]
@@ -51,7 +82,9 @@ def predicting_places(states_BTX: Tensor, first_B: Tensor | None, width: int) ->
     return torch.arange(rows, device=device)[:, None] * total + column_BR.clamp(max=total - 1)
 
 
-def forward_inputs(policy: Policy, rollout: Rollout, from_first: bool = False) -> dict[str, Any]:
+def forward_inputs(
+    policy: Policy, rollout: Rollout, from_first: bool = False, packing: Packing | None = None
+) -> dict[str, Any]:
     """The forward's arguments for the whole sequence but its last column; `from_first`: each row from its first token on."""
     response_BR, offset = rollout.response_BR[:, :-1], 0 if policy.is_seq2seq else policy.capabilities.position_offset
     if policy.is_seq2seq:
@@ -62,6 +95,11 @@ def forward_inputs(policy: Policy, rollout: Rollout, from_first: bool = False) -
             "attention_mask": mask_BP.long(),
             "decoder_input_ids": decoder_ids,
         }
+    elif packing is not None:
+        ids_BW = torch.cat([rollout.prompt_BP, response_BR], dim=1)
+        mask_BW = torch.cat([rollout.prompt_mask_BP, torch.ones_like(response_BR, dtype=torch.bool)], dim=1)
+        packed = (value_BW.flatten()[packing.column_N][None] for value_BW in (ids_BW, positions(mask_BW, offset)))
+        return named(policy, **dict(zip(("input_ids", "position_ids"), packed, strict=True)), use_cache=False)
     elif from_first:
         ids_BS = _without_padding(rollout)
         position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device) + offset

@@ -26,7 +26,7 @@ from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
 from steerl.rollout.ragged import Kept
-from steerl.rollout.scoring.alignment import first_predicting, forward_inputs, predicting
+from steerl.rollout.scoring.alignment import Packing, first_predicting, forward_inputs, predicting
 from steerl.rollout.scoring.chunked_head import HeadPass, readable, swapped_in
 from steerl.rollout.scoring.steered import Steers, steered
 from steerl.rollout.types import Rollout
@@ -98,6 +98,7 @@ def teacher_forced(
     want_all: bool = False,
     max_rows: int | None = None,
     steering: Steers | None = None,
+    packed: bool = False,
 ) -> TeacherForced:
     """Score a rollout's responses in one forward pass, without dropout; gradients as the caller has them.
 
@@ -106,6 +107,8 @@ def teacher_forced(
     that cannot be left-padded gets rows of one prompt length at a time, and as many passes as on the rank that has most, where
     each is a collective call.
     `steering` steers each of those passes; without it an `active` block around the call does, where there is one pass.
+    `packed` lays the rows of a pass one after another without padding, where nothing says that the model cannot take it so
+    (packing_problem).
     """
     if not len(rollout) or not rollout.response_width:
         return TeacherForced(rollout.policy_logprobs_BR, rollout.policy_logprobs_BR)
@@ -117,9 +120,9 @@ def teacher_forced(
             want_entropy,
             want_logprobs,
             want_all,
-            from_first=steering is None and not want_all and _may_begin_at_first(policy, want_logprobs),
+            from_first=not packed and steering is None and not want_all and _may_begin_at_first(policy, want_logprobs),
         )
-        padded = wanted.from_first or bool(rollout.prompt_mask_BP.all()) or policy.capabilities.padding
+        padded = packed or wanted.from_first or bool(rollout.prompt_mask_BP.all()) or policy.capabilities.padding
         groups = list(_groups(policy, rollout, padded, max_rows))
         own = len(groups)
         if (not policy.capabilities.padding or policy.capabilities.boundary is not None) and needs_sync(policy.model):
@@ -128,8 +131,9 @@ def teacher_forced(
         for index in groups:
             whole = len(index) == len(rollout) and len(groups) == 1
             part = rollout if whole and (policy.is_seq2seq or padded) else _narrowed(rollout.select(index))
-            with steered(steering, policy, part):
-                results.append(_one_pass(policy, part, wanted))
+            packing = Packing.of(part) if packed else None
+            with steered(steering, policy, part, packing):
+                results.append(_one_pass(policy, part, wanted, packing))
             if whole:
                 return results[0]
     back = torch.cat(groups[:own]).argsort()
@@ -176,9 +180,11 @@ def _may_begin_at_first(policy: Policy, want_logprobs: bool) -> bool:
     return free and (not want_logprobs or readable(policy) is not None)
 
 
-def _one_pass(policy: Policy, rollout: Rollout, wanted: _Wanted) -> TeacherForced:
+def _one_pass(policy: Policy, rollout: Rollout, wanted: _Wanted, packing: Packing | None) -> TeacherForced:
     first_B = first_predicting(rollout) if wanted.from_first else None
-    given = forward_inputs(policy, rollout, wanted.from_first)
+    if packing is not None:
+        first_B = packing.place_BW[:, rollout.prompt_width - 1]
+    given = forward_inputs(policy, rollout, wanted.from_first, packing)
     postprocessing = readable(policy) if wanted.logprobs and not wanted.all else None
     if postprocessing is None:
         return _all_at_once(policy, rollout, given, first_B, wanted)

@@ -12,7 +12,7 @@ from torch import Tensor
 from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.model.policy import Policy
-from steerl.rollout.scoring.alignment import encoder_input
+from steerl.rollout.scoring.alignment import Packing, encoder_input
 from steerl.rollout.types import Rollout
 
 
@@ -51,9 +51,10 @@ class Steers(Protocol):
         applied: Applied,
         start_width: int = 1,
         drawn_BP: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> contextlib.AbstractContextManager[object]:
         """The block inside which the model is steered so. `drawn_BP`: of the prompt's columns the policy's actions of earlier
-        turns."""
+        turns. `packing`: how the model's calls have the rows in one."""
         ...
 
 
@@ -65,7 +66,9 @@ def given_columns(rollout: Rollout) -> tuple[Tensor, Tensor | None]:
     return rollout.sequences_mask_BS, torch.cat([prompt_BP, rollout.action_mask_BR], dim=1)
 
 
-def steered(steering: Steers | None, policy: Policy, rollout: Rollout) -> contextlib.AbstractContextManager[object]:
+def steered(
+    steering: Steers | None, policy: Policy, rollout: Rollout, packing: Packing | None = None
+) -> contextlib.AbstractContextManager[object]:
     """The block in which a pass over these rows is steered; an empty one without a steering."""
     if steering is None:
         return contextlib.nullcontext()
@@ -85,4 +88,5 @@ def steered(steering: Steers | None, policy: Policy, rollout: Rollout) -> contex
         applied=rollout.applied,
         start_width=max(len(policy.start_ids), 1),
         drawn_BP=drawn_BP,
+        packing=packing,
     )

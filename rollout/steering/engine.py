@@ -16,6 +16,7 @@ from torch import Tensor
 
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.model.hooks import Arguments, Edit, Frame
+from steerl.rollout.scoring.alignment import Packing
 from steerl.rollout.steering.core import operations
 from steerl.rollout.steering.core.structure import Stack
 from steerl.rollout.steering.gates import BoundGate
@@ -33,9 +34,16 @@ class Active:
     """The passes of one context. `select` keeps the rows in line with a batch whose rows leave, move or multiply."""
 
     def __init__(
-        self, sites: Sequence[BoundSite], rows: SteeredRows | None, make: MakeRows, is_encoder_decoder: bool, look: Look | None
+        self,
+        sites: Sequence[BoundSite],
+        rows: SteeredRows | None,
+        make: MakeRows,
+        is_encoder_decoder: bool,
+        look: Look | None,
+        packing: Packing | None = None,
     ):
         self.sites, self.rows, self.look, self.is_encoder_decoder = sites, rows, look, is_encoder_decoder
+        self.packing = packing
         self.calls = 0
         self.collected: dict[str, list[Collected]] = {}
         """By site: what `collect` sites read, one record per layer and call."""
@@ -76,6 +84,9 @@ class Active:
             self._adopt(stack, arguments, count, width, first)
         rows = self.rows
         assert rows is not None
+        if self.packing is not None:
+            self._opened_packed(frame, stack, arguments, count, width)
+            return
         if not rows.count or count % rows.count:
             raise ConfigError(
                 f"steering: the {stack} was called with {count} rows, and steering is active for {rows.count}; "
@@ -89,6 +100,17 @@ class Active:
             self.left_away = _left_away(rows, arguments, count)
         rows = rows.without(self.left_away if rows.lead else 0).times(count // rows.count)
         frame.calls[self, stack] = frame.calls[self, ""] = StackCall(rows, first, width, arguments.ids, encoder)
+        self.calls += 1
+
+    def _opened_packed(self, frame: Frame, stack: str, arguments: Arguments, count: int, width: int) -> None:
+        """A call of all rows in one: to the sites it has the rows' own columns."""
+        packing, rows = self.packing, self.rows
+        assert packing is not None and rows is not None
+        assert (count, width) == (1, len(packing.column_N)), "another call than the one whose rows were packed"
+        ids_BW = None if arguments.ids is None else packing.unpacked(arguments.ids[..., None])[..., 0]
+        frame.calls[self, stack] = frame.calls[self, ""] = StackCall(
+            rows, 0, packing.place_BW.shape[1], ids_BW, packing=packing
+        )
         self.calls += 1
 
     def closed(self, frame: Frame, stack: str) -> None:
@@ -211,7 +233,8 @@ class GateReading:
         self.key, self.gate = (active, gate.point.stack), gate
 
     def __call__(self, frame: Frame, hidden: Tensor) -> Tensor:
-        self.gate.read(frame.calls[self.key], hidden)
+        call: StackCall = frame.calls[self.key]
+        self.gate.read(call, hidden if call.packing is None else call.packing.unpacked(hidden))
         return hidden
 
 
@@ -233,6 +256,18 @@ class SiteEdit:
                 f"steering: site {site.name!r} was reached outside its model's forward; call the model, not the module"
             )
         call.edits += 1
+        if call.packing is not None:
+            return self._in_packed(call, call.packing, frame, hidden)
+        return self._edited(call, frame, hidden)
+
+    def _in_packed(self, call: StackCall, packing: Packing, frame: Frame, hidden: Tensor) -> Tensor:
+        """Rows as they are by themselves, edited, and back in one."""
+        before_BWD = packing.unpacked(hidden)
+        after_BWD = self._edited(call, frame, before_BWD)
+        return hidden if after_BWD is before_BWD else packing.packed(after_BWD).reshape(hidden.shape)
+
+    def _edited(self, call: StackCall, frame: Frame, hidden: Tensor) -> Tensor:
+        site = self.site
         if site.index in call.selections:
             selection = call.selections[site.index]
         else:

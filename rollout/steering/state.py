@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steerl.rollout.applied import Applied
+from steerl.rollout.scoring.alignment import Packing
 from steerl.rollout.steering.core import positions
 
 
@@ -114,9 +115,32 @@ class HeldAddition:
 class StackCall:
     """One forward pass of one stack."""
 
-    __slots__ = ("_columns", "_index", "edits", "encoder", "first", "ids", "rows", "selections", "step", "token_gates", "width")
+    __slots__ = (
+        "_columns",
+        "_index",
+        "edits",
+        "encoder",
+        "first",
+        "ids",
+        "packing",
+        "rows",
+        "selections",
+        "step",
+        "token_gates",
+        "width",
+    )
 
-    def __init__(self, rows: SteeredRows, first: int, width: int, ids: Tensor | None, encoder: bool = False):
+    def __init__(
+        self,
+        rows: SteeredRows,
+        first: int,
+        width: int,
+        ids: Tensor | None,
+        encoder: bool = False,
+        packing: Packing | None = None,
+    ):
+        self.packing = packing
+        """Where its activations have all rows in one."""
         self.rows, self.first, self.width, self.ids, self.encoder = rows, first, width, ids, encoder
         self.step = first - rows.width + 1 if width == 1 and first >= rows.width and not encoder else None
         """The token that is drawn, where this call is one column of the response: the same for every row, and in a row's first

@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import ConfigError, DataError, UserError
 from steerl.rollout.model import hooks
+from steerl.rollout.scoring.alignment import Packing
 from steerl.rollout.scoring.steered import given_columns
 from steerl.rollout.steering.bind import Binding, bind
 from steerl.rollout.steering.core import positions
@@ -224,6 +225,7 @@ class Steering:
         applied: Applied | None = None,
         start_width: int = 1,
         drawn_BP: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Iterator[Active]:
         """Inside, every forward and generate of the model is steered.
 
@@ -232,6 +234,7 @@ class Steering:
         every later call that brings an empty cache. `applied` is what a record says of the rows, or what `applied` finds for
         new ones; without it they are steered as at step 0, with the data's `columns` where sites read them. `drawn_BP`: the
         prompt's columns that are the policy's actions of earlier turns; the first prompt is what stands before them.
+        `packing`: the model is called with all rows one after another in one.
         """
         if applied is not None and columns is not None:
             raise ConfigError("steering: columns have no effect beside applied, which was made of them; leave one of them out")
@@ -255,7 +258,7 @@ class Steering:
         if prompt_mask_BP is not None:
             mask = prompt_mask_BP.bool()
             rows = make(mask.new_ones((mask.shape[0], start_width)), mask) if self.is_encoder_decoder else make(mask, None)
-        active = Active(self.sites, rows, make, self.is_encoder_decoder, self._look)
+        active = Active(self.sites, rows, make, self.is_encoder_decoder, self._look, packing)
         with hooks.entered(active.frame(hooks.current(), self.stacks)):
             yield active
         if not active.calls and (active.rows is None or len(active.rows)):

@@ -44,6 +44,8 @@ class Case:
     """Samples per prompt; rows is a multiple of it."""
     epochs: int = 4
     minibatches: int = 1
+    credit: str = "gae"
+    """gae = with a value model and a reference; group = of n samples of a prompt, with neither."""
     micro: int = 16
     """Rows in one forward pass of the update."""
     distribution: str = "plain"
@@ -68,7 +70,8 @@ class Case:
         shared = f" n{self.n}" if self.n > 1 else ""
         small = f"{self.hidden}x{self.layers}"
         kind = small if self.family == "llama" and self.dtype == "float32" else f"{self.family} {small} {self.dtype}"
-        return f"{self.work} {kind} V{self.vocabulary:,} B{self.rows} R{self.response} {lengths}{shared}{distribution}"
+        credit = "" if self.credit == "gae" else f" {self.credit}"
+        return f"{self.work}{credit} {kind} V{self.vocabulary:,} B{self.rows} R{self.response} {lengths}{shared}{distribution}"
 
     @property
     def query_heads(self) -> int:

@@ -2,6 +2,7 @@
 
     ours    whole PPO updates by training.ppo.train, or rollouts by Sampler
     trl     whole PPO updates by TRL 1.12's PPOTrainer, which must be first on PYTHONPATH
+    grpo    whole updates by the GRPOTrainer of the installed TRL
     plain   rollouts by model.generate, which keeps no log-probs
 
 With limit:DEVICE:DTYPE in the place of the first two it measures the machine instead (limit.py).
@@ -12,13 +13,15 @@ this process on the CPU: another job on the machine is not in them; the clock's 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +39,7 @@ from steerl.scripts.bench_cases.cases import (
     prompt_ids,
     tokenizer_of,
 )
-from steerl.scripts.bench_cases.trl_112 import Ids
+from steerl.scripts.bench_cases.trl_112 import Enough, Ids
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -45,6 +48,7 @@ Kind = TypeVar("Kind")
 
 TINY_STEP = 1e-6
 """Learning rate: the work is whole, and the lengths stay what the case says."""
+CREDIT: dict[str, dict[str, Any]] = {"gae": {}, "group": {"credit": "group", "reference": "none", "kl_coef": 0.0}}
 PEER_SETTINGS = {
     "gradient_checkpointing": False,
     "stop": "stop_token eos where lengths are geometric: its generate then ends with the last row",
@@ -64,6 +68,8 @@ class Meter:
         self.tokens: list[int] = []
         self.alive: list[int] = []
         self.began = self.now()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
         self.before_mb = self.peak = self.peak_mb()
 
     def now(self) -> tuple[float, float]:
@@ -172,6 +178,8 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
 
         def metrics(self, tokens: float) -> dict[str, float]:
             meter.done(lengths)
+            if len(meter.tokens) > times:
+                raise Enough  # no checkpoint of it
             return super().metrics(tokens)
 
     lengths: list[int] = []
@@ -184,13 +192,12 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
     table = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in prompt_ids(case)]
     settings = ppo.PPOSettings(
         steps=times + 1, rollouts_per_step=case.rows, epochs=case.epochs, minibatches=case.minibatches,
-        micro_batch_size=case.micro, learning_rate=TINY_STEP, eval_prompts=0, samples=0,
+        micro_batch_size=case.micro, learning_rate=TINY_STEP, eval_prompts=0, samples=0, **CREDIT[case.credit],
     )  # fmt: skip
     run = RunSettings(dir=str(folder), overwrite=True, save_every=10**6)
-    ppo.Timer = Timer  # type: ignore[misc]
     prompts = Prompts(table, "prompt", policy, PromptSettings())
-    ppo.train(policy, prompts, reward, sampling_of(case, Sampling), settings, run)
-    meter.laps = meter.laps[: times + 1]
+    with patch.object(ppo, "Timer", Timer), contextlib.suppress(Enough):
+        ppo.train(policy, prompts, reward, sampling_of(case, Sampling), settings, run)
     return meter
 
 
@@ -263,11 +270,48 @@ def update_trl(case: Case, times: int, folder: Path) -> Meter:
     return meter
 
 
+def update_grpo(case: Case, times: int, folder: Path) -> Meter:
+    """Updates of TRL's GRPOTrainer, whole: it has no public seam between sampling and learning."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    meter, lengths = Meter(case.device), [0]
+    micro = min(case.micro, case.rows)
+
+    def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
+        # A micro-batch's rows come apart or all at once, as the version has it.
+        lengths.extend(len(ids) for ids in completion_ids)
+        return [float(ids[0] % 2) for ids in completion_ids]
+
+    class Update(TrainerCallback):
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+            meter.lap("update")
+            meter.done(lengths[1:])
+            lengths[:] = [0]
+
+    config = GRPOConfig(
+        output_dir=str(folder), report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no", bf16=False,
+        use_cpu=case.device == "cpu", learning_rate=TINY_STEP, max_steps=times + 1, num_generations=case.n, beta=0.0,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=case.rows // micro, num_iterations=case.epochs,
+        max_completion_length=case.response, temperature=1.0, gradient_checkpointing=False,
+        generation_kwargs={"min_new_tokens": case.response},
+    )  # fmt: skip
+    rows = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in prompt_ids(case)]
+    trainer = GRPOTrainer(
+        model=causal(case), reward_funcs=reward, args=config, processing_class=tokenizer_of(case),
+        train_dataset=Dataset.from_list(rows * (times + 1)), callbacks=[Update()],
+    )  # fmt: skip
+    trainer.train()
+    return meter
+
+
 RUNNERS: dict[tuple[str, str], Callable[[Case, int, Path], Meter]] = {
     ("sampling", "ours"): sample_ours,
     ("sampling", "plain"): sample_plain,
     ("update", "ours"): update_ours,
     ("update", "trl"): update_trl,
+    ("update", "grpo"): update_grpo,
 }
 
 

@@ -19,21 +19,28 @@ from typing import Any
 import torch
 
 from steerl.scripts.bench_cases.cases import Case
+from steerl.training.planning.hardware import measure_device
 
 _MEGABYTES = (1, 4, 16, 64, 256, 512)
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def measured(device: str = "cpu", dtype: str = "float32", rounds: int = 7) -> dict[str, object]:
+def measured(
+    device: str = "cpu", dtype: str = "float32", rounds: int = 7, megabytes: Sequence[int] = _MEGABYTES
+) -> dict[str, object]:
     """{"flops": operations per second, "bandwidth": {megabytes: bytes per second}}: the best of some rounds."""
     kind = getattr(torch, dtype)
-    size = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
-    found: dict[str, Any] = {"flops": 2 * size**3 / _fastest(lambda: a @ b, device, rounds), "bandwidth": {}}
-    for megabytes in _MEGABYTES:
-        x = torch.ones(megabytes * 2**20 // _BYTES[dtype], device=device, dtype=kind)
+    if device == "cuda":  # no model's weights fit its caches: one size says all
+        tried = [measure_device(torch.device(device), kind) for _ in range(3)]
+        flops, rate = (max(values) for values in zip(*tried, strict=True))
+        return {"flops": flops, "bandwidth": {"1": rate}}
+    size = 1024
+    a, b = (torch.randn(size, size).to(kind) for _ in range(2))
+    found: dict[str, Any] = {"flops": 2 * size**3 / _fastest(lambda: a @ b, rounds), "bandwidth": {}}
+    for at in megabytes:
+        x = torch.ones(at * 2**20 // _BYTES[dtype], dtype=kind)
         y = torch.empty_like(x)
-        times = max(1, 64 // megabytes)
+        times = max(1, 64 // at)
 
         def read(x: torch.Tensor = x, times: int = times) -> None:
             for _ in range(times):
@@ -43,10 +50,8 @@ def measured(device: str = "cpu", dtype: str = "float32", rounds: int = 7) -> di
             for _ in range(times):
                 y.copy_(x)
 
-        moved = megabytes * 2**20 * times
-        found["bandwidth"][str(megabytes)] = max(
-            moved / _fastest(read, device, rounds), 2 * moved / _fastest(copy, device, rounds)
-        )
+        moved = at * 2**20 * times
+        found["bandwidth"][str(at)] = max(moved / _fastest(read, rounds), 2 * moved / _fastest(copy, rounds))
     return found
 
 
@@ -59,21 +64,14 @@ def best(several: Sequence[dict[str, Any]]) -> dict[str, object]:
     }
 
 
-def _fastest(work: Callable[[], object], device: str, rounds: int) -> float:
-    """Seconds: of the processor on the CPU, of the clock on a GPU."""
+def _fastest(work: Callable[[], object], rounds: int) -> float:
+    """Seconds of the processor."""
     work()
     found = []
     for _ in range(rounds):
-        if device == "cuda":
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            work()
-            torch.cuda.synchronize()
-            found.append(time.perf_counter() - began)
-        else:
-            began = time.process_time()
-            work()
-            found.append(time.process_time() - began)
+        began = time.process_time()
+        work()
+        found.append(time.process_time() - began)
     return min(found)
 
 
@@ -112,6 +110,8 @@ def update_seconds(case: Case, alive: Sequence[int], machine: dict[str, Any]) ->
     lengths = positions / rows
     trunk = 2 * positions * layers + _attention(case, rows, lengths)
     policy, value = trunk + 2 * tokens * head, trunk
+    if case.credit == "group":  # neither value nor reference
+        return policy / machine["flops"], 3 * case.epochs * policy / machine["flops"]
     return (2 * policy + value) / machine["flops"], 3 * case.epochs * (policy + value) / machine["flops"]
 
 

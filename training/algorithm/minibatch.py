@@ -50,6 +50,7 @@ def passes(rows: list[int], rollout: Rollout, settings: PPOSettings) -> list[lis
         rollout,
         size=settings.micro_batch_size,
         tokens=settings.micro_batch_tokens,
+        packed=settings.packing,
         rank=process.rank,
         world_size=process.world_size,
         start=_START.get(process.device.type, _START["cuda"]),
@@ -65,11 +66,13 @@ def micro_batches(
     rank: int = 0,
     world_size: int = 1,
     start: int = _START["cpu"],
+    packed: bool = False,
 ) -> list[list[int]]:
     """This rank's share of `rows` in micro-batches of rows of like length; as many on every rank, the last ones maybe empty.
 
     A micro-batch has at most `tokens` tokens, padding counted; None = those of `size` rows of the rollout's full length,
-    0 = any number, and `size` rows. Cuts are where rows x longest row, and `start` tokens for each pass, are fewest."""
+    0 = any number, and `size` rows. Cuts are where rows x longest row, and `start` tokens for each pass, are fewest. Of
+    `packed` rows their own tokens are counted, and the fewest passes are cut as even as they can be."""
     prompts, responses, both = (n.tolist() for n in (rollout.prompt_mask_BP.sum(1), rollout.lengths_B, whole_lengths(rollout)))
     longest_first = sorted(rows, key=lambda i: (-both[i], i))
     # Every round deals one row to each rank. Cuts are between rounds, so that all ranks cut alike.
@@ -84,7 +87,8 @@ def micro_batches(
             for dealt in rounds
         ]
         widest = max(prompts) + max(responses)
-        cuts = _cheapest_cuts(sizes, size * widest if tokens is None else tokens, start)
+        most = size * widest if tokens is None else tokens
+        cuts = _even_cuts([size for size, _ in sizes], most) if packed else _cheapest_cuts(sizes, most, start)
     own = [dealt[rank] if rank < len(dealt) else None for dealt in rounds]
     return [[i for i in own[a:b] if i is not None] for a, b in pairwise(cuts)]
 
@@ -103,7 +107,25 @@ def _cheapest_cuts(sizes: list[tuple[int, int]], most: int, start: int) -> list[
                 break
             if cost[i] + took + start < cost[j + 1]:
                 cost[j + 1], previous[j + 1] = cost[i] + took + start, i
-    cuts = [len(sizes)]
+    return _back(previous)
+
+
+def _even_cuts(sizes: list[int], most: int) -> list[int]:
+    """Where to cut a list of rows so that there are as few parts as there can be, and their squares (a full mask has as many
+    entries) sum to least."""
+    cost, previous = [(0, 0), *[(len(sizes) + 1, 0)] * len(sizes)], [0] * (len(sizes) + 1)
+    for i in range(len(sizes)):
+        (parts, squares), took = cost[i], 0
+        for j in range(i, len(sizes)):
+            took += sizes[j]
+            if took > most and j > i:
+                break
+            cost[j + 1], previous[j + 1] = min((cost[j + 1], previous[j + 1]), ((parts + 1, squares + took * took), i))
+    return _back(previous)
+
+
+def _back(previous: list[int]) -> list[int]:
+    cuts = [len(previous) - 1]
     while cuts[-1]:
         cuts.append(previous[cuts[-1]])
     return cuts[::-1]

@@ -25,6 +25,7 @@ from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout
 from steerl.training.model.held import Held
+from steerl.training.model.reference import Reference
 from steerl.training.types import PolicyOutput
 
 
@@ -39,6 +40,8 @@ class ActorCritic(Held):
         self.critic = value_model.model if value_model is not None else None
         self.head = head
         self.vectors = steering.parameters_module if steering is not None else None
+        self.packed = False
+        """Rows of a pass are laid one after another without padding (ppo.packing)."""
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +103,7 @@ class ActorCritic(Held):
         if self.head is None:
             return PolicyOutput(logprobs_BR, entropy_BR)
         if self.value_model is not None:
-            forced = teacher_forced(self.value_model, seen, want_hidden=True, want_logprobs=False)
+            forced = teacher_forced(self.value_model, seen, want_hidden=True, want_logprobs=False, packed=self.packed)
         assert forced.hidden_BRD is not None
         hidden_BRD = forced.hidden_BRD.detach() if detach_value and self.value_model is None else forced.hidden_BRD
         with torch.autocast(hidden_BRD.device.type, enabled=False):  # a value is a number to regress on, not a distribution
@@ -119,6 +122,7 @@ class ActorCritic(Held):
             want_hidden=shared,
             want_entropy=entropy,
             steering=self.steering if steers else None,
+            packed=self.packed,
         )
 
 
@@ -131,6 +135,16 @@ def checkpoint_activations(actor_critic: ActorCritic) -> None:
         enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)
         enable()
         core.eval()
+
+
+def pack_rows(actor_critic: ActorCritic, reference: Reference | None) -> None:
+    """Let actor, critic and reference have the rows of a pass one after another, where that changes nothing."""
+    for policy in actor_critic.policies:
+        if problem := actor_critic.inside(policy.packing_problem):
+            raise UserError(f"ppo.packing: {problem}; leave it out")
+    actor_critic.packed = True
+    if reference is not None:
+        reference.packed = True  # its model is the policy's, or a copy of it
 
 
 def widened(rollout: Rollout) -> Rollout:

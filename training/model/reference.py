@@ -28,12 +28,14 @@ class Reference:
         """The precision that the policy is run in."""
         self.inside: Callable[[Callable[[], Tensor]], Tensor] = lambda function: function()
         """Where its weights come together: Held.inside, of the copy or of the policy."""
+        self.packed = False
+        """Rows are laid one after another, as the policy's are."""
 
     def logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probs of the responses under the reference, unsteered, at the rollout's temperature."""
         off = adapters.off(self.policy.model) if self.adapter_off else contextlib.nullcontext()
         with torch.no_grad(), self.autocast(), unsteered(), off:
-            return self.inside(lambda: teacher_forced(self.policy, rollout, want_entropy=False).logprobs_BR)
+            return self.inside(lambda: teacher_forced(self.policy, rollout, want_entropy=False, packed=self.packed).logprobs_BR)
 
 
 def build_reference(policy: Policy, kind: str, *, trains_vectors: bool) -> Reference | None:

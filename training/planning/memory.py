@@ -1,19 +1,21 @@
 """Memory of a PPO step on one GPU: what stands all the time, and what each phase adds. The total is the highest phase.
 
-stands      weights, value, reference, optimizer states
-load        the same before an engine spreads them, in the precision that they were loaded in
+stands      weights, value, reference, optimizer states; ZeRO-3's gradients and the bucket that it sends them in
+load        what stands, without the optimizer's moments, + a tensor that is read
 sample      + weights brought together + KV cache + the logits of a step of decoding
 score       + what a forward pass of a micro-batch takes at most, and logits: no graph is kept
 learn       + gradients + activations and logits of a micro-batch
 update      + gradients + what the optimizer works with
+save        + a tensor that is brought together
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -33,14 +35,31 @@ from steerl.training.settings import PPOSettings
 
 Engine = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+SPREAD = ("zero3", "fsdp2")
+"""Those that spread the weights themselves."""
 GB = 1e9
-_BUCKET = 500_000_000
-"""Gradients that DeepSpeed reduces together, in numbers; the buffer is always that large."""
-_LIVE = 1_000_000_000
-"""Weights that ZeRO-3 holds together at most, in numbers."""
 _HOLES = 1.2
 """On a CPU the heap keeps holes between activations: so much more than the tensors take (1.0 where every tensor is mapped by
 itself, MALLOC_MMAP_THRESHOLD_=65536)."""
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """DeepSpeed's own sizes, in numbers; the defaults are its defaults, and a config file for accelerate may say others."""
+
+    reduce_bucket_size: int = 500_000_000
+    """Gradients that are reduced together: a buffer that is always that large."""
+    stage3_max_live_parameters: int = 1_000_000_000
+    """Weights that ZeRO-3 holds together at most, beside those of one layer."""
+    sub_group_size: int = 1_000_000_000
+    """Numbers of a rank that ZeRO-3's optimizer steps together."""
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> Buffers:
+        """From `deepspeed_config` of an accelerate file, or a DeepSpeed configuration."""
+        zero = config.get("zero_optimization", config)
+        names = [field.name for field in dataclasses.fields(Buffers)]
+        return Buffers(**{name: int(float(zero[name])) for name in names if name in zero})
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ class PlannedStep:
     """accelerate's mixed_precision."""
     episode: int = 0
     """Tokens of the longest episode, all that follows the prompt; 0 = rows have one turn."""
+    buffers: Buffers = Buffers()
 
     @property
     def response(self) -> int:
@@ -121,12 +141,14 @@ def memory(work: PlannedStep, engine: Engine, ranks: int, *, device: Literal["cu
     """Of one process of `ranks` under an engine. `device`: chunks of logits and allocators differ."""
     models = [model for model in (work.policy, work.value) if model is not None]
     counts = [count(model) for model in models]
-    stored = stored_bytes(counts)
-    size = _sizes(work, engine, ranks, counts)
-    policy, value = size.weights, size.value
-    reference = size.reference if work.copies_reference else 0.0
-    stands = policy / size.spread + value / size.spread + reference + size.optimizer
-    live = _live(work, engine, policy + value)
+    size = _sizes(work, engine, ranks, counts, device)
+    policy, value = size.weights / size.spread, size.value / size.spread
+    reference = size.reference / size.spread if work.copies_reference else 0.0
+    passing = 0.0 if engine in ("ddp", "zero3") else size.buckets  # there and gone with each backward pass
+    loaded = policy + value + reference + size.masters + size.buckets - passing + size.gradients * (engine == "zero3")
+    stands = loaded + size.moments
+    live = _live(work, engine, size.weights + size.value)
+    largest = max(c.largest for c in counts) * size.width
 
     # A micro-batch of the update: both graphs stand at once, and one of them works at a time.
     rows = work.micro_batch(ranks)
@@ -140,43 +162,41 @@ def memory(work: PlannedStep, engine: Engine, ranks: int, *, device: Literal["cu
     # Gradients come while activations go; from the second micro-batch on they stand from the beginning. The embedding's are
     # made whole at the very end, and added to what is there: the head's, where the two are one weight.
     head = head_gradient(counts[0])
-    first = max(head + activations + logits, size.gradients + (head if counts[0].tied else 0.0))
-    again = max(head + activations + logits, head * (2 if counts[0].tied else 1)) + size.gradients
+    coming = 0.0 if engine == "zero3" else size.gradients  # they have their place there
+    first = max(head + activations + logits, coming + (head if counts[0].tied else 0.0))
+    again = max(head + activations + logits, head * (2 if counts[0].tied else 1)) + coming
     learn = again if work.micro_batches(ranks) > 1 else first
 
     # Decoding: a batch's cache (one layer's is there twice while it grows), the logits of a step, bfloat16 copies of weights.
     batch = work.decoded_together(ranks)
     cast = engine in ("ddp", "fsdp2") and work.precision == "bf16"
     cache = cache_bytes(in_half(work.policy, work.precision), batch, work.prompt, work.response)
-    gathered = policy * (1 - 1 / size.spread) if work.ppo.gather == "phase" else min(live, policy * (1 - 1 / size.spread))
+    whole = 2.0 * counts[0].all if work.precision == "bf16" else size.weights  # beside this rank's share
+    gathered = 0.0 if size.spread == 1 else whole if work.ppo.gather == "phase" else min(live, whole)
     casts = counts[0].half_bytes if cast and engine == "ddp" else 0.0
     decoded = decoding_logits(work, counts[0].vocabulary, batch)
     sample = gathered + cache * (1 + 1 / layers_of(work.policy.config)) + decoded + casts
 
     parts = {
-        "weights": policy / size.spread,
+        "weights": policy,
         "gradients": size.gradients,
-        "optimizer": size.optimizer,
+        "optimizer": size.masters + size.moments,
         "reference": reference,
-        "value": value / size.spread,
+        "value": value,
         "cache": cache,
         "activations": activations,
         "logits": max(logits, decoded),
         "engine": live + size.buckets,
     }
     phases = {
-        "load": stored + (counts[0].bytes if work.copies_reference else 0.0),
+        "load": loaded + largest,
         "sample": stands + sample,
         "score": stands + live + forward + logits,
-        "learn": stands + live + size.buckets + learn,
-        "update": stands + size.buckets + size.gradients,
+        "learn": stands + live + passing + learn,
+        "update": stands + size.stepped + coming,
+        "save": stands + largest,
     }
     return Memory(parts, phases)
-
-
-def stored_bytes(counts: list[Counts]) -> float:
-    """The policy and the value's own model as they are loaded."""
-    return counts[0].bytes + sum(c.value_bytes for c in counts[1:])
 
 
 # -- weights and what goes with them -----------------------------------------------------------------------------------
@@ -187,33 +207,46 @@ class _Sizes:
     weights: float
     value: float
     reference: float
+    width: float
+    """Bytes of a weight as it is used."""
     gradients: float
-    optimizer: float
+    masters: float
+    moments: float
+    stepped: float
+    """The gradients of what is stepped together, as DeepSpeed copies them: flat, and in float32."""
     buckets: float
     spread: float
     """Over how many ranks the weights lie."""
 
 
-def _sizes(work: PlannedStep, engine: Engine, ranks: int, counts: list[Counts]) -> _Sizes:
+def _sizes(work: PlannedStep, engine: Engine, ranks: int, counts: list[Counts], device: str) -> _Sizes:
     """What stands for every weight. DeepSpeed in bf16 keeps bfloat16 weights and float32 masters; the others what is stored."""
-    trained = counts[0].trained + sum(c.trained - c.head_trained for c in counts[1:])
+    groups = [counts[0].trained, *(c.trained - c.head_trained for c in counts[1:])]
+    trained = sum(groups)
     head = counts[0].width * (work.ppo.credit == "gae")  # the value's, one number out
-    halved = engine.startswith("zero") and work.precision == "bf16"
+    zero = engine.startswith("zero")
+    halved = zero and work.precision == "bf16"
     trained_bytes = counts[0].trained_bytes + sum(_without_head(c) for c in counts[1:]) + 4.0 * head
     width = 2.0 if halved else trained_bytes / max(trained + head, 1)
-    states = 2 * (4.0 * trained if engine.startswith("zero") else trained_bytes)  # two per number
-    masters = 4.0 * trained if engine in ("zero1", "zero2") or halved else 0.0
     gradients = width * (trained + head)
-    bucket = _BUCKET * (2.0 if halved else 4.0)
+    bucket = work.buffers.reduce_bucket_size * (2.0 if halved else 4.0)
+    stepped = max(groups) / ranks
+    if engine == "zero3":
+        stepped = min(stepped, work.buffers.sub_group_size)
     return _Sizes(
         weights=2.0 * counts[0].all if halved else counts[0].bytes,
         value=sum((2.0 * (c.all - c.head) if halved else c.value_bytes) for c in counts[1:]),
         reference=2.0 * counts[0].all if halved else counts[0].bytes,
+        width=2.0 if halved else counts[0].bytes / counts[0].all,
         gradients=gradients / (ranks if engine in ("zero2", "zero3", "fsdp2") else 1),
-        optimizer=(states + masters) / (1 if engine == "ddp" else ranks),
-        # DDP holds buckets as large as all gradients, whether it reduces or not.
-        buckets={"ddp": gradients if ranks > 1 else 0.0, "fsdp2": 0.0}.get(engine, bucket),
-        spread=ranks if engine in ("zero3", "fsdp2") else 1,
+        masters=4.0 * trained / ranks if engine in ("zero1", "zero2") or halved else 0.0,
+        moments=2 * (4.0 * trained if zero else trained_bytes) / (1 if engine == "ddp" else ranks),  # two per number
+        stepped=stepped * (6.0 if halved else 4.0) if zero else 0.0,
+        # DDP holds buckets as large as all gradients, whether it reduces or not. A CPU gives no pages that nothing is put into.
+        buckets={"ddp": gradients if ranks > 1 else 0.0, "fsdp2": 0.0}.get(
+            engine, bucket if device == "cuda" else min(bucket, gradients)
+        ),
+        spread=ranks if engine in SPREAD else 1,
     )
 
 
@@ -225,7 +258,9 @@ def _without_head(counts: Counts) -> float:
 def _live(work: PlannedStep, engine: Engine, weights: float) -> float:
     """Weights that a layer-by-layer pass holds together."""
     if engine == "zero3":
-        return min(_LIVE * (2.0 if work.precision == "bf16" else 4.0), weights)
+        counts = count(work.policy)
+        together = work.buffers.stage3_max_live_parameters + counts.largest
+        return min(together * (2.0 if work.precision == "bf16" else 4.0), weights)
     if engine == "fsdp2":  # this block and the next, embedding and head
         counts = count(work.policy)
         width = 2.0 if work.precision == "bf16" else 4.0

@@ -113,6 +113,8 @@ class Counts:
     """Whether the output embedding learns, its own weight or the input embedding's."""
     tied: bool
     """Whether the two are one weight."""
+    largest: int
+    """In the largest weight."""
     vocabulary: int
     width: int
     """Of what the output embedding reads."""
@@ -144,6 +146,7 @@ def count(blueprint: Blueprint) -> Counts:
         head_trained=sum(p.numel() for p in own if p.requires_grad),
         trains_head=any(p.requires_grad for p in output.parameters()),
         tied=weight is embedding.weight,
+        largest=max(p.numel() for p in parameters),
         vocabulary=int(weight.shape[0]),
         width=int(weight.shape[-1]),
         bytes=float(sum(p.nbytes for p in parameters)),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steerl.training.planning.hardware import Machines
-from steerl.training.planning.memory import ENGINES, GB, Engine, Memory, PlannedStep, memory
+from steerl.training.planning.memory import ENGINES, GB, SPREAD, Engine, Memory, PlannedStep, memory
 from steerl.training.planning.time import Seconds, Shares, seconds
 
 LORA = {"peft_type": "LORA", "r": 16}
@@ -44,6 +44,8 @@ class Advice:
     row: PlanRow | None
     least: PlanRow
     """Of all settings of the job as asked: the one that needs least."""
+    engines: dict[str, PlanRow]
+    """The best under each other engine that fits."""
     nodes: dict[int, PlanRow]
     """The best on more nodes, where rollouts go round."""
     others: dict[str, PlanRow]
@@ -64,40 +66,39 @@ def advise(
     work: PlannedStep, adapted: PlannedStep, machines: Machines, shares: Shares, usable: float, most_nodes: int = 64
 ) -> Advice:
     """The fastest settings of `work` that fit; `adapted` is the same with an adapter."""
-    best, least = search(work, machines, shares, usable)
+    tried = list(_tried(work, machines, shares, usable))
+    best, least = _best(tried), _least(tried)
+    others_fit = {name: _best([row for row in tried if row.engine == name]) for name in ENGINES if best and name != best.engine}
     more: dict[int, PlanRow] = {}
     nodes = machines.nodes * 2
     while nodes <= most_nodes and nodes * machines.gpus <= work.ppo.rollouts_per_step:
-        row, _ = search(work, dataclasses.replace(machines, nodes=nodes), shares, usable)
-        if row is not None:
+        if row := _best(list(_tried(work, dataclasses.replace(machines, nodes=nodes), shares, usable))):
             more[nodes] = row
         nodes *= 2
     others: dict[str, PlanRow] = {}
     if best is None:
         for name, changed in _changes(work, adapted):
-            row, _ = search(changed, machines, shares, usable)
-            if row is not None:
+            if row := _best(list(_tried(changed, machines, shares, usable))):
                 others[name] = row
-    return Advice(best, least, more, others)
+    return Advice(best, least, {name: row for name, row in others_fit.items() if row}, more, others)
 
 
-def search(work: PlannedStep, machines: Machines, shares: Shares, usable: float) -> tuple[PlanRow | None, PlanRow]:
-    """(the fastest row that fits, the row that needs least): engines, recomputation, sizes of batches, ways to gather."""
-    fitting: list[PlanRow] = []
-    least: PlanRow | None = None
+def _tried(work: PlannedStep, machines: Machines, shares: Shares, usable: float) -> Iterator[PlanRow]:
+    """Engines, recomputation, sizes of batches, ways to gather."""
     for engine in ENGINES:
         for tried in _settings(work, engine, machines.ranks):
-            row = row_of(tried, engine, machines, shares, usable)
-            if least is None or row.memory.total < least.memory.total:
-                least = row
-            if row.fits:
-                fitting.append(row)
-    assert least is not None
-    if not fitting:
-        return None, least
-    quickest = min(row.seconds.total for row in fitting)
-    near = [row for row in fitting if row.seconds.total <= _NEAR * quickest]
-    return min(near, key=_simplicity), least
+            yield row_of(tried, engine, machines, shares, usable)
+
+
+def _best(tried: list[PlanRow]) -> PlanRow | None:
+    """Of those that fit and are near the fastest, the simplest."""
+    fitting = [row for row in tried if row.fits]
+    quickest = min((row.seconds.total for row in fitting), default=0.0)
+    return min((row for row in fitting if row.seconds.total <= _NEAR * quickest), key=_simplicity, default=None)
+
+
+def _least(tried: list[PlanRow]) -> PlanRow:
+    return min(tried, key=lambda row: row.memory.total)
 
 
 def _simplicity(row: PlanRow) -> tuple[object, ...]:
@@ -111,9 +112,7 @@ def _simplicity(row: PlanRow) -> tuple[object, ...]:
 def _settings(work: PlannedStep, engine: Engine, ranks: int) -> Iterator[PlannedStep]:
     """The job's own settings and leaner ones that give the same gradients and the same rollouts."""
     again = [True] if work.ppo.checkpointing else [False, True]
-    gathers: list[Any] = (
-        ["phase", "layers"] if engine in ("zero3", "fsdp2") and work.ppo.gather == "phase" else [work.ppo.gather]
-    )
+    gathers: list[Any] = ["phase", "layers"] if engine in SPREAD and work.ppo.gather == "phase" else [work.ppo.gather]
     micro, batch = _halved(work.micro_batch(ranks)), _halved(work.decoded_together(ranks))
     for checkpointing, gather, rows, together in itertools.product(again, gathers, micro, batch):
         tokens = rows * (work.prompt + work.response) if work.ppo.micro_batch_tokens else work.ppo.micro_batch_tokens
@@ -194,7 +193,7 @@ def flags(row: PlanRow, machines: Machines) -> list[str]:
     }
     if ppo.micro_batch_tokens:
         settings["ppo.micro_batch_tokens"] = ppo.micro_batch_tokens
-    if row.engine in ("zero3", "fsdp2"):
+    if row.engine in SPREAD:
         settings["ppo.gather"] = ppo.gather
     said = " ".join(f"--{name} {value}" for name, value in settings.items())
     adapter = [f"--model.peft '{_inline(dict(work.policy.peft))}'"] if work.adapted else []
@@ -222,25 +221,23 @@ def words(advice: Advice, machines: Machines, usable: float) -> list[str]:
         least = advice.least
         lines.append(
             f"nothing fits as asked: the least is {least.name} with {least.memory.total / GB:.1f} GB of {usable / GB:.1f} GB, "
-            f"highest in {least.memory.highest}" + _why(least)
+            f"highest in {least.memory.highest}"
         )
         for name, row in advice.others.items():
             lines.append(f"would fit: {name}: {row.name}, {row.memory.total / GB:.1f} GB, {row.seconds.total:.1f} s a step")
-    for nodes, row in advice.nodes.items():
-        lines.append(
-            f"on {nodes} nodes, {nodes * machines.gpus} GPUs: {row.name}, {row.memory.total / GB:.1f} GB, micro_batch_size "
-            f"{row.work.ppo.micro_batch_size}{', checkpointing' if row.work.ppo.checkpointing else ''}, "
-            f"{row.seconds.total:.1f} s a step"
-        )
+    lines += [f"it fits with {_short(row)}" for row in advice.engines.values()]
+    lines += [f"on {nodes} nodes, {nodes * machines.gpus} GPUs: {_short(row)}" for nodes, row in advice.nodes.items()]
     if advice.row is None and not advice.others and not advice.nodes:
         lines.append("neither more nodes, LoRA, a shared value nor leaving out the reference is enough: a smaller model is")
     return lines
 
 
-def _why(row: PlanRow) -> str:
-    if row.memory.highest == "load":
-        return ": every GPU holds policy, value and reference whole before an engine spreads them, on any number of nodes"
-    return ""
+def _short(row: PlanRow) -> str:
+    """In a line, with what may differ from the job as asked."""
+    ppo = row.work.ppo
+    said = [row.name, f"{row.memory.total / GB:.1f} GB", f"micro_batch_size {ppo.micro_batch_size}"]
+    said += ["checkpointing"] * ppo.checkpointing + ["gather layers"] * (row.engine in SPREAD and ppo.gather == "layers")
+    return ", ".join([*said, f"sampling.batch_size {row.work.sampling.batch_size}", f"{row.seconds.total:.1f} s a step"])
 
 
 def as_mapping(row: PlanRow) -> dict[str, object]:

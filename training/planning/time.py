@@ -123,8 +123,9 @@ def sent(work: PlannedStep, engine: Engine, ranks: int) -> float:
     if engine in ("zero1", "zero2"):
         reductions = updates if engine == "zero1" else passes
         return ring * (reductions * trained + updates * trained)
-    scoring = math.ceil(work.rows(ranks) / work.micro_batch(ranks))
     policy = weights / len(models) if work.value else weights
+    scored = weights + policy * work.has_reference  # a copy or the policy's own, it is spread as they are
+    scoring = math.ceil(work.rows(ranks) / work.micro_batch(ranks)) * scored
     batches = math.ceil(work.rows(ranks) / work.decoded_together(ranks))
     sampling = policy * (1 if work.ppo.gather == "phase" else batches * work.response)
-    return ring * (passes * (2 * weights + trained) + scoring * weights + sampling)
+    return ring * (passes * (2 * weights + trained) + scoring + sampling)

@@ -37,13 +37,20 @@ from steerl.training.types import TrainState
 FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
     *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather", "ppo.eval_every", "ppo.eval_prompts"),
+    "ppo.offload_activations",
     *(f"engine.{name}" for name in ("kind", "url", "python", "model_impl", "sync", "check_rows", "start_timeout", "arguments")),
     "environment.workers",
 )
 """What may differ on a resume, because nothing that is learned depends on it. The number of steps may, too, where no
 learning rate falls towards the last one."""
 
-SINCE: dict[str, object] = {"engine.ahead": 0, **BEFORE}
+SINCE: dict[str, object] = {
+    "engine.ahead": 0,
+    "ppo.packing": False,
+    "ppo.offload_activations": False,
+    "ppo.optimizer": "adamw",
+    **BEFORE,
+}
 """What settings are in runs that were begun before there were these."""
 
 _logger = logging.getLogger(__name__)

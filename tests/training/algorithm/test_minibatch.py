@@ -39,12 +39,12 @@ def test_the_order_of_the_rows_does_not_matter():
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_ranks_cover_a_minibatch_once_in_as_many_micro_batches(world_size, size):
     picked = [3, 5, 8, 11, 20]
-    for tokens in (0, None):
-        settings = {"size": size, "tokens": tokens, "world_size": world_size}
+    for tokens, packed in ((0, False), (None, False), (None, True), (9, True)):
+        settings = {"size": size, "tokens": tokens, "world_size": world_size, "packed": packed}
         parts = [micro_batches(picked, rows(), rank=r, **settings) for r in range(world_size)]
         assert sorted(i for part in parts for batch in part for i in batch) == picked
         assert len({len(part) for part in parts}) == 1  # a rank without rows takes part
-        assert tokens is None or all(len(batch) <= size for part in parts for batch in part)
+        assert tokens != 0 or all(len(batch) <= size for part in parts for batch in part)
 
 
 def cost(rollout: Rollout, parts: list[list[int]], start: int) -> int:
@@ -68,6 +68,26 @@ def test_cuts_are_the_cheapest_of_all_within_the_budget(start):
             if all(len(part) == 1 or len(part) * lengths[part[0]] <= tokens for part in parts):
                 ways.append(cost(rollout, parts, start))
         assert cost(rollout, found, start) == min(ways) and sorted(sum(found, [])) == list(range(11))
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 14, 30, 1000])
+def test_packed_rows_are_counted_by_their_own_tokens(tokens):
+    """All ways to cut the rows, longest first, are tried out: the fewest parts within the budget, as even as can be."""
+    rollout = rows(11)
+    lengths = (rollout.prompt_mask_BP.sum(1) + rollout.lengths_B).tolist()
+    order = sorted(range(11), key=lambda i: (-lengths[i], i))
+    found = micro_batches(list(range(11)), rollout, size=99, tokens=tokens, packed=True)
+    sums = [sum(lengths[i] for i in part) for part in found]
+    assert sorted(sum(found, [])) == list(range(11))
+    assert all(total <= tokens or len(part) == 1 for total, part in zip(sums, found, strict=True))
+    ways = []
+    for places in range(2**10):
+        cuts = [0, *[i + 1 for i in range(10) if places >> i & 1], 11]
+        parts = [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        totals = [sum(lengths[i] for i in part) for part in parts]
+        if all(total <= tokens or len(part) == 1 for total, part in zip(totals, parts, strict=True)):
+            ways.append((len(parts), sum(total**2 for total in totals)))
+    assert (len(found), sum(total**2 for total in sums)) == min(ways)
 
 
 def test_a_rows_budget_is_in_tokens_of_full_rows():

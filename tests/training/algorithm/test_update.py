@@ -83,6 +83,8 @@ CASES = [
     ("bart", {"value": "shared", "peft": LORA}),
     ("gpt2", {"peft": LORA, "kl_as": "loss", "kl_estimator": "k3", "kl_coef": 0.3}),
     ("bloom", {"sampling": {"temperature": 0.7}, "entropy_coef": -0.01}),
+    ("llama", {"packing": True, "entropy_coef": 0.02, "sampling": {"temperature": 0.7}}),
+    ("gpt2", {"packing": True, "value": "shared", "checkpointing": True, "micro_batch_tokens": 20, "peft": LORA}),
 ]
 
 
@@ -106,9 +108,9 @@ def test_the_gradient_is_that_of_the_written_out_loss(family, settings, gaps):
 
 
 @pytest.mark.parametrize("gaps", [False, True], ids=["", "gaps"])
-@pytest.mark.parametrize("family", ["gpt2", "t5"])
-def test_the_split_into_micro_batches_does_not_matter(family, gaps):
-    parts, prompts, ppo = job(family, max_grad_norm=0.0)
+@pytest.mark.parametrize("family, packing", [("gpt2", False), ("t5", False), ("gpt2", True)])
+def test_the_split_into_micro_batches_does_not_matter(family, packing, gaps):
+    parts, prompts, ppo = job(family, max_grad_norm=0.0, packing=packing)
     warm_head(parts.actor_critic)
     experience = first_experience(parts, prompts, ppo, gaps)
     moved(parts)
@@ -248,8 +250,8 @@ def test_dropout_changes_nothing():
 
 
 def test_identical_micro_batches_give_a_ratio_of_exactly_one():
-    for family in ("gpt2", "llama", "t5"):
-        parts, prompts, ppo = job(family, minibatches=1, epochs=1, micro_batch_size=16)
+    for family, packing in (("gpt2", False), ("llama", False), ("t5", False), ("gpt2", True)):
+        parts, prompts, ppo = job(family, minibatches=1, epochs=1, micro_batch_size=16, packing=packing)
         stats = learn(parts.state, first_experience(parts, prompts, ppo), ppo, seed=0)
         assert stats.ratio_first == 1.0 and stats.ratio_first_error == 0.0
 

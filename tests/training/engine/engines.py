@@ -62,7 +62,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "lora_shared": {"family": "t5", "peft": LORA, "ppo": {"steps": 4, "value": "shared", "kl_target": 0.5, "kl_horizon": 50.0}},
     # gradients of several micro-batches of one or two rows each
     "full": {"family": "gpt2", "ppo": {"steps": 4, "schedule": "linear", "whiten_rewards": True, "micro_batch_size": 1}},
-    "pushed": {"family": "llama", "peft": LORA, "steering": PUSHED, "ppo": {"steps": 2}},
+    "pushed": {"family": "llama", "peft": LORA, "steering": PUSHED, "ppo": {"steps": 2, "packing": True}},
     "learned": {"family": "llama", "peft": LORA, "steering": LEARNED, "ppo": {"steps": 2, "gather": "layers"}},
 }
 RESUMED = ("lora_shared", "full")

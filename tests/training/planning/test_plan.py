@@ -28,7 +28,7 @@ from steerl.training.model import value_model
 from steerl.training.planning.hardware import GIGA, GPUS, TERA, Machines, measure_device
 from steerl.training.planning.memory import ENGINES, PlannedStep, memory
 from steerl.training.planning.passes import Blueprint, cache_bytes, count, plain_pass, training_pass
-from steerl.training.planning.plan import LORA, advise, flags, rows, search
+from steerl.training.planning.plan import LORA, advise, flags, rows
 from steerl.training.planning.time import Shares, seconds, sent
 from steerl.training.settings import PPOSettings
 from tests.models import tiny
@@ -229,7 +229,8 @@ def test_what_is_sent_is_a_rings_share():
     assert sent(work, "zero1", ranks) == pytest.approx(3 / 4 * 8 * (2 + 2) * psi)
     assert sent(work, "zero2", ranks) == pytest.approx(3 / 4 * (passes + 8) * 2 * psi)
     scoring = 64 / ranks / 2
-    assert sent(work, "zero3", ranks) == pytest.approx(3 / 4 * (passes * 3 + scoring + 1) * 2 * psi)
+    # the reference is spread like the policy: it comes together as often as the policy is scored
+    assert sent(work, "zero3", ranks) == pytest.approx(3 / 4 * (passes * 3 + 2 * scoring + 1) * 2 * psi)
 
 
 def test_seconds_are_bound_by_bandwidth_peak_and_launches():
@@ -279,13 +280,13 @@ def test_advice_fits_is_fastest_and_its_flags_are_read(llama):
 
 def test_where_nothing_fits_it_says_what_would(llama):
     full, adapted = llama
-    usable = 40 * GIGA
+    usable = 24 * GIGA
     advice = advise(full, adapted, HOPPER, Shares(), usable, most_nodes=2)
     assert advice.row is None and advice.least.memory.total > usable
     assert any(name.startswith("LoRA") for name in advice.others)
     assert all(row.memory.total <= usable for row in advice.others.values())
     tight = memory(adapted, "ddp", 8).total
-    leaner, _ = search(adapted, HOPPER, Shares(), 0.97 * tight)
+    leaner = advise(adapted, adapted, HOPPER, Shares(), 0.97 * tight, most_nodes=1).row
     assert leaner is not None and (leaner.engine != "ddp" or leaner.work != adapted)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerl.rollout.engines.vllm.weights.broadcast import Announced
+from steerl.rollout.weights.files import Announced
 
 _REFUSALS = (ValueError, KeyError, AttributeError, IndexError, AssertionError, RuntimeError, TypeError)
 """What vLLM's loaders raise for a tensor that they cannot take."""

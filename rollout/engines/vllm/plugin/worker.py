@@ -16,8 +16,9 @@ from steerl.rollout.engines.vllm.plugin import weights
 from steerl.rollout.engines.vllm.plugin.draws import Draws
 from steerl.rollout.engines.vllm.plugin.rows import Rows
 from steerl.rollout.engines.vllm.plugin.steer import Steers
-from steerl.rollout.engines.vllm.weights.broadcast import Announced, received
+from steerl.rollout.engines.vllm.weights.broadcast import received
 from steerl.rollout.engines.vllm.wire import VERSION
+from steerl.rollout.weights.files import Announced
 
 
 class Extension:

@@ -8,60 +8,29 @@ the group's timeout; a group that failed is thrown away, and the next sync makes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steerl.rollout.weights.files import Announced, as_bytes
+
 BUCKET = 64 << 20
 """Bytes of one broadcast, but for a tensor that is larger."""
 _ALIGNED = 16
 
 
-@dataclass(frozen=True)
-class Announced:
-    """A tensor that is to come."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @staticmethod
-    def of(name: str, tensor: Tensor) -> Announced:
-        return Announced(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-
-    @staticmethod
-    def read(given: Sequence[Any]) -> Announced:
-        name, dtype, shape = given
-        return Announced(name, dtype, tuple(shape))
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.torch_dtype.itemsize
-
-    @property
-    def size(self) -> int:
-        """Bytes in a bucket, where every tensor begins at an aligned place."""
-        return -(-self.bytes // _ALIGNED) * _ALIGNED
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+def _size(entry: Announced) -> int:
+    """Bytes in a bucket, where every tensor begins at an aligned place."""
+    return -(-entry.bytes // _ALIGNED) * _ALIGNED
 
 
 def buckets(announced: Sequence[Announced], most: int) -> Iterator[list[Announced]]:
     bucket: list[Announced] = []
     for entry in announced:
-        if bucket and sum(one.size for one in bucket) + entry.size > most:
+        if bucket and sum(_size(one) for one in bucket) + _size(entry) > most:
             yield bucket
             bucket = []
         bucket.append(entry)
@@ -106,21 +75,21 @@ class Sender:
         if not self._ahead:
             self._ahead = next(self._buckets)
             self._at = 0
-            self._flat = torch.zeros(sum(entry.size for entry in self._ahead), dtype=torch.uint8, device=self._group.device)
+            self._flat = torch.zeros(sum(_size(entry) for entry in self._ahead), dtype=torch.uint8, device=self._group.device)
         entry = self._ahead.pop(0)
         assert entry == Announced.of(name, tensor), f"{entry} was announced, {name} came"
         data = as_bytes(tensor)
         self._flat[self._at : self._at + len(data)] = data
-        self._at += entry.size
+        self._at += _size(entry)
         if not self._ahead:
             self._group.broadcast(self._flat)
 
 
 def received(group: Group, announced: Sequence[Announced], most: int) -> Iterator[tuple[str, Tensor]]:
     for bucket in buckets(announced, most):
-        flat = torch.empty(sum(entry.size for entry in bucket), dtype=torch.uint8, device=group.device)
+        flat = torch.empty(sum(_size(entry) for entry in bucket), dtype=torch.uint8, device=group.device)
         group.broadcast(flat)
         at = 0
         for entry in bucket:
             yield entry.name, flat[at : at + entry.bytes].view(entry.torch_dtype).view(entry.shape)
-            at += entry.size
+            at += _size(entry)

@@ -33,9 +33,11 @@ from steerl.rollout.common.errors import UserError, one_line
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.client import Gone
 from steerl.rollout.engines.vllm.weights import broadcast, export
-from steerl.rollout.engines.vllm.weights.broadcast import Announced
 from steerl.rollout.model import adapters, sharding
 from steerl.rollout.model.policy import Policy
+from steerl.rollout.weights import files
+from steerl.rollout.weights.blocks import peft_model
+from steerl.rollout.weights.files import Announced
 
 TIMEOUT = 120.0
 """Seconds that one side of a broadcast waits for the other."""
@@ -79,7 +81,7 @@ class Sync:
         """What the server must be started with."""
         if self.kind != "adapter":
             return []
-        rank = adapters.largest_rank(export.peft_model(self.policy.model))
+        rank = adapters.largest_rank(peft_model(self.policy.model))
         return ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(next(r for r in RANKS if r >= rank))]
 
     def send(self, version: int) -> None:
@@ -119,7 +121,7 @@ class Sync:
     def _send_weights(self, consume: Any, *, merge: bool = True) -> None:
         blocks = export.blocks(self.policy, merge=merge)
         self._announced = [entry for block in blocks for entry in block.announced()]
-        export.each(blocks, consume, alone=self._alone)
+        export.send(blocks, consume, alone=self._alone)
 
     def _on_main(self, call: Callable[[], None]) -> None:
         export.on_main(call, alone=self._alone)
@@ -138,23 +140,11 @@ class Sync:
 
     def _write(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """A safetensors file, a tensor at a time: in memory of this process there is never more than a layer of it."""
-        path, at, header = self._file, 0, {}
-        for entry in self._announced:
-            header[entry.name] = {
-                "dtype": _DTYPES[entry.dtype],
-                "shape": entry.shape,
-                "data_offsets": [at, at := at + entry.bytes],
-            }
-        head = json.dumps(header).encode()
-        head += b" " * (-len(head) % 8)
+        path = self._file
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            with path.open("wb") as file:
-                file.write(len(head).to_bytes(8, "little") + head)
-                for entry, (name, value) in zip(self._announced, weights, strict=True):
-                    assert Announced.of(name, value) == entry, f"{entry} was announced, {name} came"
-                    file.write(broadcast.as_bytes(value).cpu().numpy().data)
+            files.write(path, self._announced, weights)
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -175,7 +165,7 @@ class Sync:
 
     def _write_adapter(self) -> None:
         """In a folder of its own: what vLLM keeps by an adapter's path is not that of another. Collective."""
-        model = export.peft_model(self.policy.model)
+        model = peft_model(self.policy.model)
         own = {name: value for name, value in model.state_dict(keep_vars=True).items() if adapters.is_own(model, name)}
 
         def write() -> None:
@@ -231,20 +221,6 @@ class Sync:
         return group
 
 
-_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-"""As a safetensors file calls them."""
-
-
 def _listed(announced: Sequence[Announced]) -> str:
     return json.dumps([astuple(entry) for entry in announced])
 
@@ -258,7 +234,7 @@ def _check(answers: Sequence[dict[str, str]]) -> None:
 
 def _kind(policy: Policy, settings: EngineSettings) -> str:
     """What `auto` is here; what cannot be is refused."""
-    model, kind = export.peft_model(policy.model), settings.sync
+    model, kind = peft_model(policy.model), settings.sync
     adapted = hasattr(model, "peft_config")
     if adapted and model.active_peft_config.is_prompt_learning:
         raise UserError("engine.kind: vllm has no virtual tokens, which this adapter adds; use engine.kind stream")

@@ -121,7 +121,7 @@ def main(out: Path, engine: str) -> None:
         raise UserError("engine.sync: no room")
 
     try:
-        export.each(export.blocks(policy), fails)
+        export.send(export.blocks(policy), fails)
     except UserError as error:
         (out / f"failed.{process.rank}").write_text(f"{(time.monotonic() - begun) // 10:.0f} {error}\n")
     if processes.close():

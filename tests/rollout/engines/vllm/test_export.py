@@ -18,6 +18,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.vllm.weights import export
 from steerl.rollout.model import adapters, sharding
 from steerl.rollout.model.policy import Policy
+from steerl.rollout.weights.blocks import Block
 from tests import warm
 from tests.models import tiny_policy
 from tests.rollout.engines.vllm import shards
@@ -26,7 +27,7 @@ from tests.rollout.engines.vllm import shards
 def exported(policy: Policy, **settings: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     blocks = export.blocks(policy, **settings)
-    export.each(blocks, lambda weights: found.update((name, value.clone()) for name, value in weights))
+    export.send(blocks, lambda weights: found.update((name, value.clone()) for name, value in weights))
     announced = [(entry.name, entry.shape, entry.torch_dtype) for block in blocks for entry in block.announced()]
     assert announced == [(name, tuple(value.shape), value.dtype) for name, value in found.items()]
     return found
@@ -139,7 +140,7 @@ def test_two_ranks_send_what_one_process_would(engine: str, tmp_path: Path) -> N
         assert told == (["0 engine.sync: no room"] if rank == 0 else ["0 "]), told
 
 
-class Watched(export.Block):
+class Watched(Block):
     """Counts how often it is brought together."""
 
     def saved(self, values: Any) -> dict[str, Tensor]:
@@ -169,5 +170,5 @@ def test_whatever_fails_every_block_is_brought_together_once(fails_at: int | Non
             raise UserError("no room")
 
     with pytest.raises(UserError, match="cannot be merged" if fails_at is None else "no room"):
-        export.each(blocks, consume)
+        export.send(blocks, consume)
     assert gathered == names

@@ -15,12 +15,13 @@ import torch
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.client import Gone
-from steerl.rollout.engines.vllm.weights import export, rescore
+from steerl.rollout.engines.vllm.weights import rescore
 from steerl.rollout.engines.vllm.weights.sync import Sync
 from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.types import Rollout
+from steerl.rollout.weights.blocks import Block
 from tests.models import tiny_policy
 from tests.rollout.engines.vllm.scored import Scorer
 
@@ -150,14 +151,14 @@ def test_a_real_server_passes_and_each_defect_stops(vllm_server: Any, policy: Po
 @pytest.mark.vllm
 def test_two_tensors_swapped(vllm_server: Any, policy: Policy, sync: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (f"model.layers.{k}.mlp.down_proj.weight" for k in range(2))
-    saved = export.Block.saved
+    saved = Block.saved
 
-    def swapped(self: export.Block, values: Any) -> Any:
+    def swapped(self: Block, values: Any) -> Any:
         state = saved(self, values)
         core = dict(policy.core.named_parameters())
         return {name: core.get({first: second, second: first}.get(name, name), value) for name, value in state.items()}
 
-    monkeypatch.setattr(export.Block, "saved", swapped)
+    monkeypatch.setattr(Block, "saved", swapped)
     sync.send(4)
     with pytest.raises(UserError, match="computes something else than the policy"):
         scored(vllm_server, policy)

@@ -20,12 +20,13 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.client import Client
-from steerl.rollout.engines.vllm.weights import broadcast, export
-from steerl.rollout.engines.vllm.weights.broadcast import Announced
+from steerl.rollout.engines.vllm.weights import broadcast
 from steerl.rollout.engines.vllm.weights.sync import Sync
 from steerl.rollout.engines.vllm.wire import Answer, Ask, Law
 from steerl.rollout.model import adapters
 from steerl.rollout.model.policy import Policy
+from steerl.rollout.weights.blocks import Block
+from steerl.rollout.weights.files import Announced
 from tests.models import tiny_policy
 from tests.rollout.engines.vllm import shards
 
@@ -170,15 +171,15 @@ def refused(server: Any, sync: Sync, policy: Policy) -> str:
 
 def without(name: str) -> Any:
     """An export that leaves a tensor out."""
-    announced, saved = export.Block.announced, export.Block.saved
+    announced, saved = Block.announced, Block.saved
 
-    def less_announced(self: export.Block) -> list[Announced]:
+    def less_announced(self: Block) -> list[Announced]:
         return [entry for entry in announced(self) if entry.name != name]
 
-    def less_saved(self: export.Block, values: Any) -> dict[str, Tensor]:
+    def less_saved(self: Block, values: Any) -> dict[str, Tensor]:
         return {key: value for key, value in saved(self, values).items() if key != name}
 
-    return patch.multiple(export.Block, announced=less_announced, saved=less_saved)
+    return patch.multiple(Block, announced=less_announced, saved=less_saved)
 
 
 LEFT_OUT = [
@@ -262,14 +263,14 @@ def test_what_the_server_has_no_place_for(kind: str, vllm_server: Any, policy: P
 def test_a_broadcast_that_breaks_off_leaves_nobody_waiting(vllm_server: Any, policy: Policy, tmp_path: Path) -> None:
     sync = sync_of(vllm_server, policy, tmp_path, "gloo")
     sync.send(2)
-    saved = export.Block.saved
+    saved = Block.saved
 
-    def fails(self: export.Block, values: Any) -> dict[str, Tensor]:
+    def fails(self: Block, values: Any) -> dict[str, Tensor]:
         if "model.norm.weight" in values:
             raise UserError("no more")
         return saved(self, values)
 
-    with patch.object(export.Block, "saved", fails), patch.object(broadcast, "BUCKET", 1000):
+    with patch.object(Block, "saved", fails), patch.object(broadcast, "BUCKET", 1000):
         assert refused(vllm_server, sync, policy) == "no more"
     sync.send(4)
     assert gap(vllm_server.client, policy) < 1e-5
