@@ -102,6 +102,8 @@ def check(job: PlanJob) -> None:
     problems = [
         f"{name}: {value:g}, but it must be above 0" for name, value in positive.items() if value is not None and value <= 0
     ]
+    if job.dry_run:
+        problems.append("dry_run: true, but a plan starts nothing; leave it out")
     if not 0 <= job.headroom < 1:
         problems.append(f"headroom: {job.headroom:g}, but it is a share of the memory; set 0 or more and less than 1")
     if problems:

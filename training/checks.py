@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_job(
-    policy: Policy,
+    policy: Policy | None,
     prompts: Any,
     sampling: Sampling,
     ppo: PPOSettings,
@@ -32,7 +32,7 @@ def check_job(
     engine: EngineSettings | None = None,
     environment: EnvironmentSettings | None = None,
 ) -> None:
-    """Raise a UserError with a line for everything in the job that does not fit together."""
+    """Raise a UserError with a line for everything in the job that does not fit together, as far as it is known."""
     problems: list[str] = []
     if ppo.rollouts_per_step % sampling.n:
         problems.append(
@@ -41,16 +41,16 @@ def check_job(
         )
     if ppo.credit != "gae" and sampling.n < 2:
         problems.append(f"sampling.n: {sampling.n}, but ppo.credit {ppo.credit} compares samples of one prompt; set 2 or more")
-    if ppo.reference == "adapter" and not hasattr(policy.model, "peft_config"):
+    if policy is not None and ppo.reference == "adapter" and not hasattr(policy.model, "peft_config"):
         problems.append("ppo.reference: adapter, but the policy has none; set model.peft, or ppo.reference to copy")
-    elif ppo.reference == "adapter" and (name := adapters.learns_in_base(policy.model)):
+    elif policy is not None and ppo.reference == "adapter" and (name := adapters.learns_in_base(policy.model)):
         problems.append(
             f"ppo.reference: adapter, but {name} of the base learns, too, and stays changed where the adapter is off; set copy"
         )
     if prompts is not None and len(prompts) == 0:
         problems.append("prompts: there are none; check prompts.path and prompts.limit")
     copies_value = ppo.credit == "gae" and ppo.value == "separate"
-    if copies_value or getattr(steering, "role", "") != "trainable":
+    if policy is not None and (copies_value or getattr(steering, "role", "") != "trainable"):
         problems += float16_problems(policy.model)
     problems += sampling_problems(sampling, ppo, steering)
     problems += engine_problems(engine or EngineSettings(), ppo, steering)
@@ -69,7 +69,7 @@ def check_job(
         ]
     if problems:
         raise ConfigError(*problems)
-    if not ppo.replay and isinstance(prompts, Prompts):
+    if policy is not None and not ppo.replay and isinstance(prompts, Prompts):
         warn_endless(policy, sampling, prompts.table[0][prompts.column])
     if ppo.reference == "none" and ppo.kl_coef:
         logger.warning("ppo.kl_coef: %s has no effect without a reference", ppo.kl_coef)

@@ -242,7 +242,7 @@ class TrainState:
     def trained(self) -> dict[str, Tensor]:
         """The unwrapped module's trained parameters and its buffers by name: what a checkpoint has to hold.
 
-        Under ZeRO-3 and FSDP these are shards; full_state.py gathers them."""
+        Under ZeRO-3 and FSDP these are shards (engine/state_parts.py)."""
         module = self.accelerator.unwrap_model(self.model)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         return named | dict(module.named_buffers())

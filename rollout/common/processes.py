@@ -52,6 +52,8 @@ def start() -> Processes:
         return Processes(0, 1, torch.device("cpu" if cpu else "cuda"))
     from accelerate import PartialState
 
+    # By it ranks but the first would be left without weights: here each reads its own share (rollout/model/unread.py).
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     # Before any Accelerator(): without `cpu` here a job of several CPU processes is silently a job of one.
     state = PartialState(cpu=cpu)
     return Processes(state.process_index, state.num_processes, state.device)
@@ -153,6 +155,21 @@ def on_main(function: Callable[[], Value]) -> Value:
         raise problem or UserError()  # no lines: the main process shows them
     value: Value = outcome[0]
     return value
+
+
+def on_all(function: Callable[[], Value]) -> list[Value]:
+    """What each process gets from `function`, in the order of ranks, on every process. A UserError of any is raised on all, and
+    told by the main one."""
+    own: list[Any] = []
+    problem: UserError | None = None
+    try:
+        own = [function()]
+    except UserError as error:
+        problem = error
+    found = gather_objects([(own, () if problem is None else problem.lines)])
+    if lines := list(dict.fromkeys(line for _, lines in found for line in lines)):
+        raise UserError(*(lines if start().is_main else ())) from problem
+    return [value for (value,), _ in found]
 
 
 SAME_PRESS = 1.0

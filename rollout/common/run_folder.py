@@ -227,18 +227,52 @@ def written_aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     try:
-        yield aside
-        sync(aside)
-        if path.is_dir() and aside.is_dir():
-            os.replace(path, old)
-        os.replace(aside, path)
-        flush(path.parent)
-        _remove(old)
-    except BaseException as error:
+        with told_of_disk(path):
+            yield aside
+            sync(aside)
+            if path.is_dir() and aside.is_dir():
+                os.replace(path, old)
+            os.replace(aside, path)
+            flush(path.parent)
+            _remove(old)
+    except BaseException:
         _remove(aside)
+        raise
+
+
+@contextlib.contextmanager
+def told_of_disk(path: Path) -> Iterator[None]:
+    """What the system refuses while `path` is written is one line of the user's."""
+    try:
+        yield
+    except BaseException as error:
         if (reason := disk_trouble(error)) is not None:
             raise ConfigError(f"{path}: cannot be written: {reason}; free some space or name another folder") from error
         raise
+
+
+@contextlib.contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """As written_aside, of a folder into which all ranks write. Collective; so must be what fails inside (on_main, on_all)."""
+    with contextlib.ExitStack() as written:
+
+        def make() -> Path:
+            aside = written.enter_context(written_aside(path))
+            with told_of_disk(path):
+                aside.mkdir(parents=True)
+            return aside
+
+        yield processes.on_main(make)
+        processes.on_main(written.close)
+
+
+def check_shared(folder: Path) -> None:
+    """On every rank: it sees what the main process has made."""
+    if not folder.is_dir():
+        who = f"process {processes.start().rank} on {socket.gethostname()}"
+        raise ConfigError(
+            f"run.dir: {who} does not see {folder}, which is there for the main process; name a folder that all share"
+        )
 
 
 def remove_left_behind(folder: Path, pattern: str = ".*.tmp") -> None:

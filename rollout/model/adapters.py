@@ -202,11 +202,15 @@ def learns_in_base(model: PeftModel) -> str:
 
 def merge(model: PeftModel) -> PreTrainedModel:
     """A plain model that computes what the active adapter does. The PeftModel is used up."""
+    check_merge(model)
+    merged = model.merge_and_unload(safe_merge=True, adapter_names=[model.active_adapter])
+    return merged.requires_grad_(True)
+
+
+def check_merge(model: PeftModel) -> None:
     kind = model.peft_config[model.active_adapter].peft_type.value
     if kind in VIRTUAL_KINDS:
         raise CheckpointError(f"a {kind} adapter cannot be merged: it adds virtual tokens, not weights; keep it as an adapter")
-    merged = model.merge_and_unload(safe_merge=True, adapter_names=[model.active_adapter])
-    return merged.requires_grad_(True)
 
 
 def adapted_layers(core: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -159,9 +159,10 @@ def load_head(
 
 
 def save(model: PreTrainedModel, folder: str | Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """The whole model as from_pretrained loads it. `state` stands in for a sharded model's own."""
+    """The whole model as from_pretrained loads it. `state` stands in for its weights; without any in it nothing but what
+    describes the model is written."""
     with savable(model):
-        model.save_pretrained(folder, **({"state_dict": state} if state else {}))
+        model.save_pretrained(folder, state_dict=state)
 
 
 @contextlib.contextmanager

@@ -186,7 +186,9 @@ def as_saved(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tens
     layer's."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    saved: dict[str, Tensor] = revert_weight_conversion(model, state)
+    left_out = model._keys_to_ignore_on_save or ()
+    kept = {name: value for name, value in state.items() if name not in left_out}
+    saved: dict[str, Tensor] = revert_weight_conversion(model, kept)
     return saved
 
 
@@ -241,3 +243,12 @@ def link_optimizer_states(zero: Any) -> None:
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def zero_fragment(parameter: nn.Parameter, moment: str | None = None) -> tuple[int, Tensor]:
+    """What this rank has under ZeRO-1 and 2 of a float32 weight, or of a moment of it: where its numbers begin in the whole,
+    row after row, and they themselves, to be read and written."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return 0, torch.empty(0, device=parameter.device)
+    return mapping.lp_fragment_address.start, mapping.get_hp_fragment(moment)

@@ -144,7 +144,7 @@ def load_policy(settings: ModelSettings, device: torch.device | str | None = Non
         path, adapter = adapters.base_of(path), path
     attn = None if settings.attn in ("", "auto") else settings.attn
     model: PreTrainedModel = load_head(path, "policy", settings.kind, dtype=settings.dtype, attn=attn, read=read)
-    tokenizer = _load_tokenizer(settings, [path, adapter])
+    tokenizer = tokenizer_of(settings, [path, adapter])
     if adapter:
         model = adapters.load(model, adapter, trainable=True, field="model.adapter" if settings.adapter else "model.path")
     if device is not None:
@@ -152,7 +152,8 @@ def load_policy(settings: ModelSettings, device: torch.device | str | None = Non
     return Policy.of(model, tokenizer, settings.kind)
 
 
-def _load_tokenizer(settings: ModelSettings, beside: list[str]) -> PreTrainedTokenizerBase:
+def tokenizer_of(settings: ModelSettings, beside: list[str]) -> PreTrainedTokenizerBase:
+    """The one that is named, or that of the first folder of `beside` which has one."""
     if settings.tokenizer:
         field, path = "model.tokenizer", settings.tokenizer
     else:

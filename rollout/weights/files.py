@@ -1,7 +1,7 @@
 """Safetensors files, a tensor at a time: written as the tensors come, read range by range. Never a whole file in memory.
 
 write(path, announced, tensors)      what is to come is known before, so the header is; then each is written and dropped
-TensorFile(path).read(name, at, n)   n numbers of a tensor from the at-th, row after row
+TensorFile(path).read_into(values)   some numbers of a tensor, row after row
 """
 
 from __future__ import annotations
@@ -86,15 +86,12 @@ class TensorFile:
         self.tensors = {name: Announced.read((name, names[entry["dtype"]], entry["shape"])) for name, entry in header.items()}
         self._at = {name: 8 + size + int(entry["data_offsets"][0]) for name, entry in header.items()}
 
-    def read(self, name: str, at: int, count: int) -> Tensor:
-        entry = self.tensors[name]
-        assert 0 <= at <= at + count <= entry.count
-        values = torch.empty(count, dtype=entry.torch_dtype)
+    def read_into(self, values: Tensor, name: str, at: int) -> None:
+        """Numbers of a tensor from the at-th on, row after row; as many as there are in `values`, which is flat."""
         with self.path.open("rb") as file:
-            file.seek(self._at[name] + at * entry.torch_dtype.itemsize)
+            file.seek(self._at[name] + at * values.itemsize)
             if file.readinto(as_bytes(values).numpy().data) != values.nbytes:
                 raise ValueError(f"{self.path.name} ends within {name}")
-        return values
 
 
 _DTYPES = {

@@ -31,6 +31,7 @@ from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.types import Samples
 from steerl.training.engine import zero
+from steerl.training.engine.zero import DTYPES, read_whole
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.model.held import Held
 from steerl.training.model.reference import Reference
@@ -75,18 +76,16 @@ def place(accelerator: Accelerator, actor_critic: ActorCritic, reference: Refere
     for module in held:
         unread.to_device(module, accelerator.device)
     if uses_deepspeed(accelerator):
-        _check_dtypes(accelerator, actor_critic)
+        check_dtypes(accelerator.mixed_precision, actor_critic)
         _set_batches(accelerator, settings)
-        for module in held:
-            zero.place(accelerator, module, trained=module is actor_critic)
+        zero.place(accelerator, held)
     elif is_fsdp2(accelerator):
         for module in held:
-            if module is not actor_critic and accelerator.mixed_precision == "bf16":
-                unread.cast(module, torch.bfloat16)  # as it is computed with
+            if module is not actor_critic:
+                unread.cast(module, DTYPES.get(accelerator.mixed_precision))  # as it is computed with
             fully_shard(accelerator, module)
     else:
-        for module in held:
-            unread.read_in(module)
+        read_whole(held)
 
 
 def fully_shard(accelerator: Accelerator, module: Held) -> None:
@@ -167,10 +166,11 @@ def ready_deepspeed() -> None:
         deepspeed.ops.__compatible_ops__["shm_comm"] = deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _check_dtypes(accelerator: Accelerator, actor_critic: ActorCritic) -> None:
-    if accelerator.mixed_precision != "no":
+def check_dtypes(mixed_precision: str, model: nn.Module) -> None:
+    """What DeepSpeed takes."""
+    if mixed_precision != "no":
         return
-    odd = {p.dtype for p in actor_critic.parameters() if p.is_floating_point()} - {torch.float32}
+    odd = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if odd:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(odd, key=str))
         raise UserError(

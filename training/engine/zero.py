@@ -7,12 +7,15 @@ read; DeepSpeed by itself takes models that are whole.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from steerl.rollout.common import processes
 from steerl.rollout.model import unread
+from steerl.rollout.model.unread import Unread
 from steerl.training.model.held import Held
 
 if TYPE_CHECKING:
@@ -22,20 +25,29 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Of the weights by mixed precision; masters are in float32."""
 
 
-def place(accelerator: Accelerator, module: Held, *, trained: bool) -> None:
-    """Have a module's weights read into what ZeRO keeps of them. One that is not `trained` gets an engine of its own under
-    ZeRO-3; elsewhere it is whole."""
+def place(accelerator: Accelerator, held: Sequence[Held]) -> None:
+    """Have weights read into what ZeRO keeps of them. The first module is trained; another one gets an engine of its own under
+    ZeRO-3, and is whole elsewhere."""
     config = _settled(accelerator.deepspeed_plugin.deepspeed_config)
     dtype = DTYPES.get(accelerator.mixed_precision)
     parts = int(config["zero_optimization"]["stage"]) == 3
-    if not trained or parts and unread.any_in(module):
-        unread.cast(module, dtype)
+    for module in held:
+        if module is not held[0] or unread.any_in(module):
+            unread.cast(module, dtype)
+        if parts:
+            _partition(module, config, dtype or torch.float32)
+            if module is not held[0]:
+                _for_passes(module, config)
     if not parts:
+        read_whole(held)
+
+
+def read_whole(held: Sequence[Held]) -> None:
+    """Every weight whole. On a CPU the first policy's may stay in the memory that the file is mapped to, which is this
+    process's own; all others are read."""
+    unread.replace(held[0].policies[0].model, Unread.shown)
+    for module in held:
         unread.read_in(module)
-        return
-    _partition(module, config, dtype or torch.float32)
-    if not trained:
-        _for_passes(module, config)
 
 
 def _partition(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
@@ -44,9 +56,11 @@ def _partition(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) ->
 
     deepspeed.init_distributed()  # of the group that stands: a configuration counts its ranks
     first: list[Any] = []
+    reads = processes.start().is_main  # and sends the others each weight
 
-    def parted(weight: unread.Unread) -> Tensor:
-        parameter: Any = nn.Parameter(weight.read().contiguous(), weight.requires_grad)
+    def parted(weight: Unread) -> Tensor:
+        whole = weight.read() if reads else torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        parameter: Any = nn.Parameter(whole.contiguous(), weight.requires_grad)
         if first:
             first[0].convert_to_zero_parameters(param_list=[parameter])
         else:

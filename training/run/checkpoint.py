@@ -1,13 +1,14 @@
 """Exact save and resume: safetensors and JSON, written aside, flushed, renamed; nothing is ever unpickled.
 
     RUN/checkpoints/step-000010/      whole as soon as it has this name
-        tensors.safetensors           every tensor of the state (weights, optimizer moments, random states of all ranks)
+        tensors.safetensors           every tensor of the state (weights, optimizer moments, random states of all ranks); or,
+        tensors-00000-of-00002...     where an engine has spread it, what each rank holds, in a file that it writes itself
         state.json                    everything else, and where in it the tensors belong; config, log position, step
-        manifest.json                 size and sha256 of the two, so that a damaged checkpoint is found before it is used
+        manifest.json                 size and sha256 of the others, so that a damaged checkpoint is found before it is used
 
-    save(folder, step, state, ...)    on every rank; the main process writes; the newest `keep` stay
+    save(folder, step, state, ...)    on every rank; the newest `keep` stay
     latest(folder)                    the newest whole one; damaged ones are named and passed over; None on a fresh folder
-    load(path, state, ...)            on every rank, in place; returns the rest of what was saved
+    load(path, state, ...)            on every rank, in place: each reads what it holds; returns the rest of what was saved
 
 `state` is training/types.py's TrainState: `trained()` tensors, the optimizer, `numbers()`. Floats go through JSON by their
 shortest exact form, tensors bit by bit.
@@ -22,7 +23,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,22 @@ from torch import Tensor
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import CheckpointError, UserError, reading
 from steerl.rollout.common.fingerprint import sha256_file
-from steerl.rollout.common.run_folder import flush, written_aside
+from steerl.rollout.common.run_folder import check_shared, flush, folder_aside, told_of_disk
 from steerl.rollout.ragged import Kept
 from steerl.rollout.types import Rollout
-from steerl.training.engine import full_state
+from steerl.rollout.weights import parts
+from steerl.rollout.weights.files import TensorFile
+from steerl.rollout.weights.parts import Part, Stored
+from steerl.training.engine import state_parts
 from steerl.training.types import TrainState
 
-FORMAT = 1
+FORMAT = 2
+"""What is written. Format 1 had every tensor whole in one file, and is read."""
 SAVE_EVERY = 10
 """Steps between checkpoints where run.save_every is 0."""
 FOLDER = "checkpoints"
-_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_STATE, _MANIFEST = "state.json", "manifest.json"
+_TENSORS = re.compile(r"tensors(-\d{5,}-of-\d{5,})?\.safetensors")
 _NAME = re.compile(r"step-(\d{6,})")
 _logger = logging.getLogger(__name__)
 
@@ -63,8 +69,8 @@ def save(
     """Write `folder/checkpoints/step-NNNNNN`; `step` counts the finished steps. A full disk leaves the older ones whole."""
     path = Path(folder) / FOLDER / f"step-{step:06d}"
     tree = {
-        "weights": full_state.weights(state),
-        "optimizer": full_state.optimizer(state),
+        "weights": state_parts.weights(state),
+        "optimizer": state_parts.optimizer(state),
         "numbers": state.numbers(),
         "random": processes.gather_objects([random_states()]),
     }
@@ -73,31 +79,57 @@ def save(
     head = {
         "format": FORMAT,
         "step": step,
-        "engine": full_state.kind(state),
+        "engine": state_parts.kind(state),
         "config": dict(config or {}),
         "log": dict(log or {}),
         "made_from": dict(made_from or {}),
     }
-    processes.on_main(lambda: _write(path, head, tree, keep))
+    held: dict[str, Part] = {}
+    head["tree"] = _flatten(tree, "", held)
+    processes.on_main(lambda: _clear(path.parent))
+    with folder_aside(path) as aside:
+        written = _write_tensors(path, aside, held)
+        processes.on_main(lambda: _write_head(path, aside, head, written))
+    processes.on_main(lambda: _keep(path, keep))
     return path
 
 
-def _write(path: Path, head: Mapping[str, object], tree: Mapping[str, object], keep: int) -> None:
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    skeleton = _flatten(tree, "", tensors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(".step-*.tmp"):  # by a killed run
+def _clear(folder: Path) -> None:
+    for left in folder.glob(".step-*.tmp"):  # by a killed run
         shutil.rmtree(left, ignore_errors=True)
-    with written_aside(path) as aside:
-        aside.mkdir()
-        save_file(tensors, aside / _TENSORS)
-        (aside / _STATE).write_text(json.dumps({**head, "tree": skeleton}, ensure_ascii=False), encoding="utf-8")
-        files = {
-            name: {"bytes": (aside / name).stat().st_size, "sha256": sha256_file(aside / name)} for name in (_TENSORS, _STATE)
-        }
-        (aside / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": head["step"], "files": files}), encoding="utf-8")
+
+
+def _write_tensors(path: Path, aside: Path, held: Mapping[str, Part]) -> dict[str, object]:
+    """Each rank's parts in a file of its own; what the manifest is to say of them. Collective."""
+    process = processes.start()
+    own = {name: part for name, part in held.items() if part.count or process.is_main}
+    spread = processes.most(0 if process.is_main else len(own))
+    file = aside / (f"tensors-{process.rank:05d}-of-{process.world_size:05d}.safetensors" if spread else "tensors.safetensors")
+
+    def write() -> dict[str, object]:
+        if not own:
+            return {}
+        check_shared(aside)
+        with told_of_disk(path):
+            parts.write(file, own)
+            flush(file)
+        return {file.name: _seal(file)}
+
+    return {name: sealed for written in processes.on_all(write) for name, sealed in written.items()}
+
+
+def _seal(file: Path) -> dict[str, object]:
+    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+
+
+def _write_head(path: Path, aside: Path, head: Mapping[str, object], written: Mapping[str, object]) -> None:
+    with told_of_disk(path):
+        (aside / _STATE).write_text(json.dumps(head, ensure_ascii=False), encoding="utf-8")
+        manifest = {"format": FORMAT, "step": head["step"], "files": {**written, _STATE: _seal(aside / _STATE)}}
+        (aside / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def _keep(path: Path, keep: int) -> None:
     steps = _steps(path.parent)
     at = steps.index(path)
     # Newer ones are damaged, else the run had gone on from there: they must not count among those that are kept.
@@ -106,8 +138,28 @@ def _write(path: Path, head: Mapping[str, object], tree: Mapping[str, object], k
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; those that are damaged are named and passed over. None where none was written."""
-    return processes.on_main(lambda: _latest(Path(folder)))
+    """The newest whole checkpoint; those that are damaged are named and passed over. None where none was written. Collective:
+    each rank looks at its share of the files."""
+    process = processes.start()
+    steps = processes.on_main(lambda: _steps(Path(folder) / FOLDER))
+    for index, path in enumerate(steps):
+
+        def damage(path: Path = path) -> str | None:
+            check_shared(path)
+            return damaged(path, process.rank, process.world_size)
+
+        damages = [found for found in processes.on_all(damage) if found is not None]
+        if not damages:
+            return path
+        before = f"going on from {steps[index + 1].name}" if index + 1 < len(steps) else "there is none before it"
+        if process.is_main:
+            _logger.warning("%s: damaged (%s); %s", path, damages[0], before)
+    if steps:
+        names = ", ".join(path.name for path in steps)
+        raise CheckpointError(
+            f"{Path(folder) / FOLDER}: every checkpoint is damaged ({names}); --run.overwrite true starts again"
+        )
+    return None
 
 
 def newest(folder: Path) -> Path | None:
@@ -116,22 +168,8 @@ def newest(folder: Path) -> Path | None:
     return steps[0] if steps and damaged(steps[0]) is None else None
 
 
-def _latest(folder: Path) -> Path | None:
-    steps = _steps(folder / FOLDER)
-    for index, path in enumerate(steps):
-        damage = damaged(path)
-        if damage is None:
-            return path
-        before = f"going on from {steps[index + 1].name}" if index + 1 < len(steps) else "there is none before it"
-        _logger.warning("%s: damaged (%s); %s", path, damage, before)
-    if steps:
-        names = ", ".join(path.name for path in steps)
-        raise CheckpointError(f"{folder / FOLDER}: every checkpoint is damaged ({names}); --run.overwrite true starts again")
-    return None
-
-
-def damaged(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None where it is whole."""
+def damaged(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None where it is whole; of its files every `ranks`-th is read."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
@@ -140,11 +178,12 @@ def damaged(path: Path) -> str | None:
         return f"{_MANIFEST}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{_MANIFEST} is not what was written"
-    if version != FORMAT:
-        raise CheckpointError(f"{path}: format {version}, this version reads {FORMAT}; resume with the version that wrote it")
-    if set(files) != {_TENSORS, _STATE}:
+    if not 1 <= version <= FORMAT:
+        told = f"format {version}, this version reads 1 to {FORMAT}"
+        raise CheckpointError(f"{path}: {told}; resume with the version that wrote it")
+    if not any(map(_TENSORS.fullmatch, files)) or [name for name in files if not _TENSORS.fullmatch(name)] != [_STATE]:
         return f"{_MANIFEST} lists {sorted(files)}"
-    for name, (size, sha256) in files.items():
+    for name, (size, sha256) in list(files.items())[rank::ranks]:
         try:
             bytes_there = (path / name).stat().st_size
             if bytes_there != size:
@@ -180,25 +219,30 @@ def _written_by_us(path: Path) -> Iterator[None]:
 
 def read(path: Path) -> dict[str, Any]:
     """A whole checkpoint as written: step, config, log and the tree with its tensors (on the CPU)."""
-    from safetensors.torch import load_file
-
     head = read_head(path)
     with _written_by_us(path):
-        return head | {"tree": _unflatten(head["tree"], load_file(Path(path) / _TENSORS))}
+        stored = _stored(path)
+        return head | {"tree": _unflatten(head["tree"], lambda name: stored[name].whole())}
+
+
+def _stored(path: Path) -> dict[str, Stored]:
+    return parts.stored(TensorFile(file) for file in sorted(Path(path).glob("tensors*.safetensors")))
 
 
 def load(path: Path, state: TrainState) -> dict[str, Any]:
     """Put a checkpoint into `state` and this process's random generators; returns `step`, `config` and `log` as saved."""
-    head = read(path)
-    tree = head.pop("tree")
+    head = read_head(path)
     with _written_by_us(path):
-        states = tree["random"]
-        state.load_numbers(tree["numbers"])
-        full_state.load_weights(state, tree["weights"])
-        full_state.load_optimizer(state, tree["optimizer"])
-        if parts := tree.get("drawn"):  # of all processes: each takes its own
-            state.drawn = Rollout.join([_unpacked(part) for part in parts])
-    process, written, engine = processes.start(), len(states), full_state.kind(state)
+        stored, tree = _stored(path), dict(head.pop("tree")["@dict"])
+        spread = {name: _unflatten(tree.pop(name), stored.__getitem__) for name in ("weights", "optimizer")}
+        whole = {name: _unflatten(value, lambda name: stored[name].whole()) for name, value in tree.items()}
+        states = whole["random"]
+        state.load_numbers(whole["numbers"])
+        state_parts.load_weights(state, spread["weights"])
+        state_parts.load_optimizer(state, spread["optimizer"])
+        if drawn := whole.get("drawn"):  # of all processes: each takes its own
+            state.drawn = Rollout.join([_unpacked(part) for part in drawn])
+    process, written, engine = processes.start(), len(states), state_parts.kind(state)
     was = (written, head.get("engine", engine))
     if was != (process.world_size, engine) and process.is_main:
         told = "%s was written by %d process(es) (%s), this run has %d (%s): it goes on equal up to float noise, not bitwise"
@@ -254,13 +298,12 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 # -- trees, files --------------------------------------------------------------------------------------------------
 
 
-def _flatten(tree: object, name: str, tensors: dict[str, Tensor]) -> object:
+def _flatten(tree: object, name: str, tensors: dict[str, Part]) -> object:
     """The tree as JSON; tensors go into `tensors`. What JSON cannot say (tuples, keys that are no strings) is tagged."""
     if isinstance(tree, Tensor):
-        plain = tree.detach().cpu().contiguous()
-        # A view, or two names for one tensor (rotary buffers): safetensors wants each on its own.
-        shared = plain.untyped_storage().nbytes() != plain.nbytes or plain.data_ptr() == tree.data_ptr()
-        tensors[name] = plain.clone() if shared else plain
+        tree = Part.of(tree.detach(), here=processes.start().is_main)
+    if isinstance(tree, Part):
+        tensors[name] = tree
         return {"@tensor": name}
     if isinstance(tree, Mapping):
         return {"@dict": [[key, _flatten(value, f"{name}/{key}".lstrip("/"), tensors)] for key, value in tree.items()]}
@@ -272,17 +315,17 @@ def _flatten(tree: object, name: str, tensors: dict[str, Tensor]) -> object:
     raise TypeError(f"checkpoint: {name} is a {type(tree).__name__}, which safetensors and JSON cannot hold")
 
 
-def _unflatten(tree: object, tensors: Mapping[str, Tensor]) -> object:
+def _unflatten(tree: object, tensor: Callable[[str], Tensor | Stored]) -> Any:
     if isinstance(tree, list):
-        return [_unflatten(value, tensors) for value in tree]
+        return [_unflatten(value, tensor) for value in tree]
     if not isinstance(tree, dict):
         return tree
     ((tag, value),) = tree.items()
     if tag == "@tensor":
-        return tensors[value]
+        return tensor(value)
     if tag == "@tuple":
-        return tuple(_unflatten(part, tensors) for part in value)
-    return {key: _unflatten(part, tensors) for key, part in value}
+        return tuple(_unflatten(part, tensor) for part in value)
+    return {key: _unflatten(part, tensor) for key, part in value}
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -1,5 +1,8 @@
 """What a run leaves for its users: RUN/model, which from_pretrained loads, with its tokenizer; and summary.json.
 
+The model is brought together and written layer by layer, also with an adapter merged in; the few that are so no more (see
+`_save_whole`) at once, under ZeRO-3 on every rank.
+
 Steering that belongs to the policy goes with the model as its `on_deploy` says: strip (a plain model), keep (steering.yaml
 beside it), fold (in its biases).
 """
@@ -8,15 +11,22 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import CheckpointError
-from steerl.rollout.common.run_folder import write_json, written_aside
-from steerl.rollout.model import adapters, auto_classes
+from steerl.rollout.common.run_folder import folder_aside, told_of_disk, write_json
+from steerl.rollout.model import adapters, auto_classes, sharding
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering import Steering, deploy
-from steerl.training.engine import full_state
+from steerl.rollout.weights import blocks, files
+from steerl.rollout.weights.files import Announced
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.run.evaluate import Evaluation
 from steerl.training.settings import PPOSettings
@@ -24,7 +34,9 @@ from steerl.training.types import TrainState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedModel
+
+SHARD = 2_000_000_000
+"""Bytes of weights in a file of RUN/model, but for a tensor that is larger."""
 
 
 def deployed(steering: Steering | None) -> str:
@@ -35,6 +47,8 @@ def deployed(steering: Steering | None) -> str:
 def check_export(model: ActorCritic, accelerator: Accelerator, settings: PPOSettings) -> None:
     """What cannot be left behind as asked is said before the first step."""
     steering, how = model.steering, deployed(model.steering)
+    if settings.export_merged and hasattr(model.actor, "peft_config"):
+        adapters.check_merge(model.actor)
     if steering is not None and steering.spec.on_deploy == "fold" and how != "fold":
         raise CheckpointError(
             f"steering.on_deploy: fold leaves the steering in the model, and role {steering.role} leaves a plain one; use strip"
@@ -49,9 +63,10 @@ def check_export(model: ActorCritic, accelerator: Accelerator, settings: PPOSett
     if str(getattr(accelerator, "distributed_type", "")).rpartition(".")[2] != "FSDP":
         return
     problems = []
-    if settings.export_merged:
+    if settings.export_merged and blocks.adapted_tie(model.policy):
         problems.append(
-            "ppo.export_merged: true, but FSDP's weights cannot be merged; leave the adapter as it is, or use ZeRO-3"
+            "ppo.export_merged: true, but the adapter sits in the embedding or in the head that is tied to it, which FSDP's "
+            "weights cannot be merged into; leave the adapter as it is, or use ZeRO-3"
         )
     if how != "strip":
         problems.append(
@@ -62,34 +77,104 @@ def check_export(model: ActorCritic, accelerator: Accelerator, settings: PPOSett
 
 
 def save_model(folder: Path, model: ActorCritic, settings: PPOSettings) -> None:
-    """The policy in `folder`/model: the adapter alone where there is one, or the whole model with it merged in."""
+    """The policy in `folder`/model: the adapter alone where there is one, or the whole model with it merged in. Collective."""
+    path, how = folder / "model", deployed(model.steering)
+    adapted, tied = hasattr(model.actor, "peft_config"), blocks.adapted_tie(model.policy)
 
-    def save() -> None:
-        with written_aside(folder / "model") as aside:
-            aside.mkdir()
-            policy = _with_folded_steering(model) if deployed(model.steering) == "fold" else model.actor
-            if not hasattr(policy, "peft_config"):
-                auto_classes.save(policy, aside, state)
-            elif settings.export_merged:
-                auto_classes.save(adapters.merge(copy.deepcopy(policy)), aside)
-            else:
-                adapters.save(policy, aside, state)
-            if model.steering is not None and deployed(model.steering) == "keep":
+    def beside(aside: Path) -> None:
+        with told_of_disk(path):
+            if how == "keep" and model.steering is not None:
                 deploy.save(model.steering, aside)
             model.policy.tokenizer.save_pretrained(aside)
 
-    # Under ZeRO-3 the modules themselves hold all weights meanwhile; FSDP's never do, so a dict stands in for them.
-    with full_state.whole_for_export(model) as state:
+    with folder_aside(path) as aside:
+        if how == "fold" or (settings.export_merged and tied):
+            _save_whole(path, aside, model)
+        elif adapted and not settings.export_merged:
+            _save_adapter(path, aside, model.policy)
+        else:
+            _save_layers(path, aside, model.policy)
+        with sharding.gathered(*([model.vectors] if how == "keep" and model.vectors is not None else [])):
+            processes.on_main(lambda: beside(aside))
+
+
+def _save_whole(path: Path, aside: Path, model: ActorCritic) -> None:
+    """Folded steering is compared with the steered model, and an adapter that is merged into a tied weight makes two of it."""
+
+    def save() -> None:
+        with told_of_disk(path):
+            copied = copy.deepcopy(model.actor)
+            plain = adapters.merge(copied) if hasattr(copied, "peft_config") else copied
+            if deployed(model.steering) == "fold":
+                assert model.steering is not None
+                deploy.fold(model.steering, plain)
+            auto_classes.save(plain, aside)
+
+    with sharding.gathered(*model.policy_modules()):
         processes.on_main(save)
 
 
-def _with_folded_steering(model: ActorCritic) -> PreTrainedModel:
-    copied = copy.deepcopy(model.actor)
-    if hasattr(copied, "peft_config"):
-        copied = adapters.merge(copied)
-    assert model.steering is not None
-    deploy.fold(model.steering, copied)
-    return copied
+def _save_adapter(path: Path, aside: Path, policy: Policy) -> None:
+    adapted = blocks.peft_model(policy.model)
+    virtual = adapted.active_peft_config.is_prompt_learning
+    own = _kept(adapted) if sharding.is_sharded(adapted) and not virtual else {}
+
+    def save() -> None:
+        with told_of_disk(path):
+            adapters.save(adapted, aside, {name: value.cpu() for name, value in values.items()})
+
+    # Virtual tokens are read by running their module.
+    with sharding.gathered(*([adapted.prompt_encoder] if virtual else [])), sharding.whole(own) as values:
+        processes.on_main(save)
+
+
+def _kept(model: Any) -> dict[str, Tensor]:
+    """What peft may keep of an adapter: its own weights, those of the base that learn beside it, and the embeddings, where an
+    adapter sits in them or tokens were added."""
+    base = model.get_base_model()
+    ends = {id(p) for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer for p in layer.parameters()}
+    return {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if value.requires_grad or id(value) in ends or model.active_adapter in name.split(".")
+    }
+
+
+def _save_layers(path: Path, aside: Path, policy: Policy) -> None:
+    """As save_pretrained would, in files of at most SHARD bytes, with a layer's worth of memory."""
+    layers = blocks.layer_by_layer(policy)
+    shards = _shards([entry for layer in layers for entry in layer.announced()])
+
+    def write(weights: Iterator[tuple[str, Tensor]]) -> None:
+        with told_of_disk(path):
+            for name, entries in shards.items():
+                files.write(aside / name, entries, islice(weights, len(entries)), {"format": "pt"})
+
+    problem = blocks.each(layers, write)
+    processes.on_main(partial(blocks.tell, problem))
+
+    def describe() -> None:
+        with told_of_disk(path):
+            auto_classes.save(policy.core, aside, {})
+            if len(shards) > 1:
+                entries = [entry for entries in shards.values() for entry in entries]
+                total = {"total_parameters": sum(e.count for e in entries), "total_size": sum(e.bytes for e in entries)}
+                names = {entry.name: name for name, entries in shards.items() for entry in entries}
+                write_json(aside / "model.safetensors.index.json", {"metadata": total, "weight_map": names})
+
+    processes.on_main(describe)
+
+
+def _shards(entries: Sequence[Announced]) -> dict[str, list[Announced]]:
+    """By the names of the files."""
+    shards: list[list[Announced]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > SHARD:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def summarize(folder: Path, state: TrainState, after: Evaluation | None) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters
+from steerl.rollout.model.policy import Policy
 from steerl.training.run.export import check_export
 from steerl.training.settings import PPOSettings
 from tests import warm
-from tests.models import tiny
+from tests.models import tiny, tiny_policy
 from tests.training.engine import engines
 
 ROOT = Path(__file__).parents[3]
@@ -110,11 +111,17 @@ def check_same(out: Path, one: Path, name: str, engine: str) -> None:
     assert rollouts(out, name) == rollouts(one, name) != set()
 
 
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """By file and name: what each rank wrote."""
+    files = sorted(checkpoint.glob("tensors*.safetensors"))
+    return {f"{file.name} {name}": value for file in files for name, value in load_file(file).items()}
+
+
 def check_resumed(out: Path, name: str) -> None:
     """Bitwise: the metrics and the last checkpoint's every tensor (weights, moments, random states) of the run that went on."""
     whole, again = out / name, out / f"{name}.again"
     assert measured(again) == measured(whole)
-    last = [load_file(run / "checkpoints/step-000004/tensors.safetensors") for run in (whole, again)]
+    last = [tensors_of(run / "checkpoints/step-000004") for run in (whole, again)]
     assert last[0].keys() == last[1].keys()
     for key, value in last[0].items():
         assert value.dtype == last[1][key].dtype and value.numpy().tobytes() == last[1][key].numpy().tobytes(), key
@@ -212,12 +219,14 @@ def test_every_accelerate_config_is_one_that_accelerate_reads() -> None:
 def test_what_fsdp_cannot_leave_behind_is_said_at_once() -> None:
     fsdp, ddp = SimpleNamespace(distributed_type="DistributedType.FSDP"), SimpleNamespace(distributed_type="DistributedType.NO")
     steering: Any = SimpleNamespace(role="policy", spec=SimpleNamespace(on_deploy="keep"))
-    steered: Any = SimpleNamespace(steering=steering, actor=None)
-    plain: Any = SimpleNamespace(steering=None, actor=None)
+    base = tiny_policy("qwen3", tie_word_embeddings=True)
+    model = adapters.add(base.model, {"peft_type": "LORA", "r": 2, "target_modules": ["embed_tokens"]})
+    steered: Any = SimpleNamespace(steering=steering, actor=model, policy=Policy.of(model, base.tokenizer))
+    plain: Any = SimpleNamespace(steering=None, actor=base.model, policy=tiny_policy("qwen3"))
     with pytest.raises(UserError) as caught:
         check_export(steered, fsdp, PPOSettings(export_merged=True))
     assert [line.split(":")[0] for line in caught.value.lines] == ["ppo.export_merged", "steering.on_deploy"]
-    check_export(plain, fsdp, PPOSettings())
+    check_export(plain, fsdp, PPOSettings(export_merged=True))
     check_export(steered, ddp, PPOSettings(export_merged=True))
 
 

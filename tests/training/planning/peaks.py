@@ -25,10 +25,9 @@ from steerl.rollout.common import processes
 from steerl.rollout.types import Rollout, Texts
 from steerl.scripts import train_ppo
 from steerl.training import ppo
-from steerl.training.engine import engine
 from steerl.training.run import checkpoint
 from tests.models import tiny_tokenizer
-from tests.training.engine.engines import fully_sharded
+from tests.training.engine.engines import by_fully_shard
 from tests.training.planning.plan_step import SHAPE, peak, standing
 
 JOB = {
@@ -122,5 +121,5 @@ def main(folder: Path, out: Path, changed: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[4:] == ["fully_shard"]:
-        engine.wrap = fully_sharded
+        by_fully_shard()
     main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

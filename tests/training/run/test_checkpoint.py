@@ -18,6 +18,8 @@ from torch import nn
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.weights import parts
+from steerl.rollout.weights.files import TensorFile
 from steerl.training.algorithm.kl import AdaptiveKL
 from steerl.training.run import checkpoint, resume
 from steerl.training.types import TrainState
@@ -78,9 +80,11 @@ def test_moments_schedules_and_odd_values_come_back_as_they_were(tmp_path):
         "list": [torch.tensor([1.5, -0.0]), torch.tensor(7, dtype=torch.int64), torch.zeros(0)],
         "bf16": torch.randn(3, 2).to(torch.bfloat16).T,
     }
-    tensors: dict = {}
-    text = json.dumps(checkpoint._flatten(tree, "", tensors))
-    back = checkpoint._unflatten(json.loads(text), tensors)
+    held: dict = {}
+    text = json.dumps(checkpoint._flatten(tree, "", held))
+    parts.write(tmp_path / "file", held)
+    stored = parts.stored([TensorFile(tmp_path / "file")])
+    back = checkpoint._unflatten(json.loads(text), lambda name: stored[name].whole())
     assert back["tuple"] == tree["tuple"] and back[3] == tree[3]
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(back["list"], tree["list"], strict=True))
     assert torch.equal(back["bf16"], tree["bf16"])
