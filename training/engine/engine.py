@@ -145,7 +145,15 @@ def _by_deepspeed(
 
     for parameter in actor_critic.parameters():
         parameter.data = parameter.data.contiguous()  # DeepSpeed sends them as flat bytes
-    model, prepared = accelerator.prepare(actor_critic, optimizer)
+    try:
+        model, prepared = accelerator.prepare(actor_critic, optimizer)
+    except RuntimeError as error:
+        if "cpu_adam" not in str(error):
+            raise
+        raise UserError(
+            "deepspeed_config: offload_optimizer steps with DeepSpeed's CPU Adam, which cannot be compiled here; install g++ "
+            "and ninja, or have torch's step on the CPU: \"zero_force_ds_cpu_optimizer\": false in DeepSpeed's own config file"
+        ) from error
     if is_sharded(actor_critic) and actor_critic.vectors is not None:
         # Hooks on layers read the steering's parameters: they are at hand as long as the whole forward pass runs.
         for parameter in actor_critic.vectors.parameters():
