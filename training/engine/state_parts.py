@@ -34,7 +34,7 @@ def weights(state: TrainState) -> dict[str, Part]:
     """What is trained, and buffers, by name."""
     zero = is_deepspeed(state.model)
     return {
-        name: _zero_part(value) if zero and value.requires_grad else _part(value) for name, value in state.trained().items()
+        name: _zero_part(value) if zero and value.requires_grad else _part(value) for name, value in _trained(state).items()
     }
 
 
@@ -69,7 +69,7 @@ def kind(state: TrainState) -> str:
 
 def load_weights(state: TrainState, saved: Mapping[str, Stored]) -> None:
     """In place, so that optimizers and wrappers keep their tensors."""
-    own = state.trained()
+    own = _trained(state)
     if own.keys() != saved.keys():
         odd = sorted(own.keys() ^ saved.keys())
         told = f"{len(odd)} trained tensors are not those that were saved (first: {odd[0]})"
@@ -129,6 +129,13 @@ def _load_plain(state: TrainState, saved: Mapping[str, Any]) -> None:
         for was, own in zip(saved["param_groups"], now, strict=True)
     ]
     state.optimizer.load_state_dict({**saved, "state": entries, "param_groups": groups})
+
+
+def _trained(state: TrainState) -> dict[str, Tensor]:
+    """FSDP leaves the root's own weights together behind a forward pass: here they are apart, too."""
+    if callable(reshard := getattr(state.model, "reshard", None)):
+        reshard()
+    return state.trained()
 
 
 # -- one value: whole on every rank, or spread by FSDP ---------------------------------------------------------------

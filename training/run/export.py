@@ -155,7 +155,7 @@ def _save_layers(path: Path, aside: Path, policy: Policy) -> None:
 
     def describe() -> None:
         with told_of_disk(path):
-            auto_classes.save(policy.core, aside, {})
+            auto_classes.describe(policy.core, aside)
             if len(shards) > 1:
                 entries = [entry for entries in shards.values() for entry in entries]
                 total = {"total_parameters": sum(e.count for e in entries), "total_size": sum(e.bytes for e in entries)}

@@ -63,7 +63,7 @@ JOBS: dict[str, dict[str, Any]] = {
     # gradients of several micro-batches of one or two rows each
     "full": {"family": "gpt2", "ppo": {"steps": 4, "schedule": "linear", "whiten_rewards": True, "micro_batch_size": 1}},
     "pushed": {"family": "llama", "peft": LORA, "steering": PUSHED, "ppo": {"steps": 2, "packing": True}},
-    "learned": {"family": "llama", "peft": LORA, "steering": LEARNED, "ppo": {"steps": 2, "gather": "layers"}},
+    "learned": {"family": "llama", "peft": LORA, "steering": LEARNED, "ppo": {"steps": 2, "gather": "layers", "packing": True}},
 }
 RESUMED = ("lora_shared", "full")
 

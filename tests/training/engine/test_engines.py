@@ -222,7 +222,8 @@ def test_what_fsdp_cannot_leave_behind_is_said_at_once() -> None:
     base = tiny_policy("qwen3", tie_word_embeddings=True)
     model = adapters.add(base.model, {"peft_type": "LORA", "r": 2, "target_modules": ["embed_tokens"]})
     steered: Any = SimpleNamespace(steering=steering, actor=model, policy=Policy.of(model, base.tokenizer))
-    plain: Any = SimpleNamespace(steering=None, actor=base.model, policy=tiny_policy("qwen3"))
+    untied = tiny_policy("qwen3")
+    plain: Any = SimpleNamespace(steering=None, actor=untied.model, policy=untied)
     with pytest.raises(UserError) as caught:
         check_export(steered, fsdp, PPOSettings(export_merged=True))
     assert [line.split(":")[0] for line in caught.value.lines] == ["ppo.export_merged", "steering.on_deploy"]
