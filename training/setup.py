@@ -234,7 +234,7 @@ def with_peft(policy: Policy, mapping: dict[str, Any] | None) -> Policy:
     if hasattr(policy.model, "peft_config"):
         raise ConfigError("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
     device = policy.device
-    adapted = policy.with_model(adapters.add(policy.model, mapping))
+    adapted = policy.with_model(adapters.add(policy.model, policy.hub.noted(mapping)))
     unread.to_device(adapted.model, device)
     taken = virtual_tokens.count(adapted.model)  # room that no prompt or response can use
     limits = {name: limit and limit - taken for name in ("context", "decoder_context") for limit in [getattr(policy, name)]}
