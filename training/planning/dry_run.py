@@ -34,7 +34,7 @@ from steerl.rollout.steering import SteeringSpec, load_spec
 from steerl.rollout.steering.bind import Binding, bind
 from steerl.rollout.steering.core.structure import stacks
 from steerl.training.checks import check_job
-from steerl.training.engine.engine import check_dtypes
+from steerl.training.engine.zero import check_dtypes
 from steerl.training.planning.passes import Blueprint
 from steerl.training.run.export import check_export
 from steerl.training.setup import with_peft
