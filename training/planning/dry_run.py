@@ -214,7 +214,7 @@ def _launch(policy: Policy | None, ppo: Any, spec: SteeringSpec | None) -> None:
         check_dtypes(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), policy.model)
     steering = None if spec is None or spec.on_deploy == "fold" else SimpleNamespace(spec=spec, role=spec.role)
     model, accelerator = (
-        SimpleNamespace(steering=steering, actor=policy.model),
+        SimpleNamespace(steering=steering, actor=policy.model, policy=policy),
         SimpleNamespace(distributed_type="FSDP" if asked["FSDP"] else "NO"),
     )
     check_export(model, accelerator, ppo)  # type: ignore[arg-type]
