@@ -25,7 +25,7 @@ from steerl.rollout.common.run_folder import check_folder
 from steerl.rollout.dumps.manifest import finished_shards
 from steerl.rollout.engines.vllm import support
 from steerl.rollout.environments.environment import environment_of
-from steerl.rollout.model.auto_classes import choose_head, load_config
+from steerl.rollout.model.auto_classes import Hub, choose_head, load_config
 from steerl.rollout.model.capabilities import Capabilities
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy, tokenizer_of
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings, load_prompts
@@ -76,7 +76,7 @@ def dry_run(job: Any, model: ModelSettings, config: dict[str, object]) -> Findin
         found.unchecked.append("run.resume: whether the folder's checkpoint is of this job")
     policy = found.look(f"model.path {model.path}", lambda: policy_of(model, found))
     if job.ppo.credit == "gae" and job.ppo.value not in ("separate", "shared"):
-        found.look(f"ppo.value {job.ppo.value}", lambda: _config(job.ppo.value, "ppo.value", "value"))
+        found.look(f"ppo.value {job.ppo.value}", lambda: _config(job.ppo.value, "ppo.value", "value", job.model.hub.code))
     new = job.environment.response(job.sampling.max_new_tokens)
     prompts = None if job.ppo.replay else found.look(*_table("prompts", job.prompts, policy, new))
     if job.heldout.path:
@@ -118,21 +118,21 @@ def _of_hub(path: str, call: Callable[[], Value]) -> Value:
     raise OutOfReach("a name of the hub, which cannot be reached from here, or is none")
 
 
-def _config(path: str, field: str, role: str, head: str = "auto", fresh: bool = False) -> None:
+def _config(path: str, field: str, role: str, hub: Hub, head: str = "auto", fresh: bool = False) -> None:
     """A config that the role can use."""
     base, adapter = folders_of(path)
-    config = _of_hub(base, lambda: load_config(base, field))
+    config = _of_hub(base, lambda: load_config(base, field, hub))
     choose_head(config, role, head, fresh=fresh, field=field, path=base)
 
 
 def policy_of(model: ModelSettings, found: Findings) -> Policy:
     """The policy without its numbers: unread where its weights lie in a folder, else on the meta device."""
-    base, adapter = folders_of(model.path)
+    base, adapter, hub = model.base() if model.path else ("", "", model.hub)
     if any(Path(base).glob("*.safetensors")):
         policy = with_peft(load_policy(model, read=False), model.peft)
     else:
         if model.path:
-            _of_hub(base, lambda: load_config(base))
+            _of_hub(base, lambda: load_config(base, hub=hub))
         shape = Blueprint.of(dataclasses.replace(model, path=base)).empty_model()
         tokenizer = _of_hub(model.tokenizer or base, lambda: tokenizer_of(model, [base, adapter or model.adapter]))
         policy = Policy.of(shape, tokenizer, model.kind)
@@ -162,7 +162,8 @@ def _term(entry: Entry, found: Findings) -> None:
     own, field = entry.own, entry.where.split(" ")[0]
     if entry.common.kind in _HEADS:
         for path in [own.path] if isinstance(own.path, str) else own.path:
-            _config(path, f"{field}.path", "reward", _HEADS[entry.common.kind], own.allow_new_head)
+            hub = Hub(own.revision, own.trust_remote_code)
+            _config(path, f"{field}.path", "reward", hub, _HEADS[entry.common.kind], own.allow_new_head)
         found.unchecked.append(f"{entry.where}: its weights")
         return
     own.build(entry.where, Surroundings(None, None)).close()
