@@ -28,6 +28,7 @@ from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import Steering, SteeringSpec
 from steerl.training.ahead import Ahead
 from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
+from steerl.training.checks import check_precision
 from steerl.training.engine import engine
 from steerl.training.engine.engine import EngineSampler
 from steerl.training.engine.optimizer import build_optimizer, check_optimizer
@@ -84,6 +85,7 @@ def prepare(
     processes.start()
     set_seed(run.seed)  # every global generator: rewards may draw from them, and a resumed run goes on with them
     accelerator = engine.start()
+    check_precision(accelerator)
     check_optimizer(accelerator, settings)
     if settings.offload_activations:
         offload.check(accelerator.device)
@@ -95,7 +97,7 @@ def prepare(
     engine.place(accelerator, actor_critic, reference, settings)
     grouped = groups(actor_critic, settings)
     optimizer = build_optimizer(accelerator, grouped, settings)
-    model, optimizer = engine.wrap(accelerator, actor_critic, optimizer, settings)
+    model, optimizer = engine.wrap(accelerator, actor_critic, optimizer)
     engine.observe(actor_critic, reference)
     if settings.packing:
         pack_rows(actor_critic, reference)

@@ -159,10 +159,21 @@ def load_head(
 
 
 def save(model: PreTrainedModel, folder: str | Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """The whole model as from_pretrained loads it. `state` stands in for its weights; without any in it nothing but what
-    describes the model is written."""
+    """The whole model as from_pretrained loads it. `state` stands in for a sharded model's own."""
     with savable(model):
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, **({"state_dict": state} if state else {}))
+
+
+def describe(model: PreTrainedModel, folder: str | Path) -> None:
+    """What from_pretrained reads beside the weights."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # it would count no weights
+    try:
+        with savable(model):
+            model.save_pretrained(folder, state_dict={})
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PIECE = 16 << 20
+"""Bytes that are copied and written at a time."""
+
 
 @dataclass(frozen=True)
 class Announced:
@@ -70,7 +73,9 @@ def write(
         file.write(len(head).to_bytes(8, "little") + head)
         for entry, (name, value) in zip(announced, tensors, strict=True):
             assert Announced.of(name, value) == entry, f"{entry} was announced, {name} came"
-            file.write(as_bytes(value.detach()).cpu().numpy().data)
+            for piece in as_bytes(value.detach()).split(_PIECE):
+                # A copy: what numpy has seen FSDP cannot let go of any more.
+                file.write(piece.to("cpu", copy=True).numpy().data)
 
 
 class TensorFile:

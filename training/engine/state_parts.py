@@ -34,7 +34,7 @@ def weights(state: TrainState) -> dict[str, Part]:
     """What is trained, and buffers, by name."""
     zero = is_deepspeed(state.model)
     return {
-        name: _zero_part(value) if zero and value.requires_grad else _part(value) for name, value in state.trained().items()
+        name: _zero_part(value) if zero and value.requires_grad else _part(value) for name, value in _trained(state).items()
     }
 
 
@@ -69,7 +69,7 @@ def kind(state: TrainState) -> str:
 
 def load_weights(state: TrainState, saved: Mapping[str, Stored]) -> None:
     """In place, so that optimizers and wrappers keep their tensors."""
-    own = state.trained()
+    own = _trained(state)
     if own.keys() != saved.keys():
         odd = sorted(own.keys() ^ saved.keys())
         told = f"{len(odd)} trained tensors are not those that were saved (first: {odd[0]})"
@@ -104,7 +104,8 @@ def load_optimizer(state: TrainState, saved: Mapping[str, Any]) -> None:
     for number, taken in enumerate(steps):
         for flat in _flats(zero, number) if taken else ():
             moments = {name: torch.zeros_like(flat.data) for name in _MOMENTS}
-            zero.optimizer.state[flat] = {"step": torch.stack(taken).amax().clone(), **moments}
+            step = torch.stack(taken).amax().clone()
+            zero.optimizer.state[flat] = {"step": int(step) if _steps_on_host(zero) else step, **moments}
     if not any(steps):
         return
     compat.link_optimizer_states(zero)
@@ -129,6 +130,13 @@ def _load_plain(state: TrainState, saved: Mapping[str, Any]) -> None:
         for was, own in zip(saved["param_groups"], now, strict=True)
     ]
     state.optimizer.load_state_dict({**saved, "state": entries, "param_groups": groups})
+
+
+def _trained(state: TrainState) -> dict[str, Tensor]:
+    """FSDP leaves the root's own weights together behind a forward pass: here they are apart, too."""
+    if callable(reshard := getattr(state.model, "reshard", None)):
+        reshard()
+    return state.trained()
 
 
 # -- one value: whole on every rank, or spread by FSDP ---------------------------------------------------------------
@@ -198,7 +206,12 @@ def _flats(zero: Any, group: int) -> list[Tensor]:
 def _step_of(zero: Any, group: int) -> Tensor | None:
     """Optimizer steps that a group has taken; None before the first."""
     entries = [zero.optimizer.state.get(flat) for flat in _flats(zero, group)]
-    return next((entry["step"] for entry in entries if entry), None)
+    return next((torch.tensor(float(entry["step"])) for entry in entries if entry), None)
+
+
+def _steps_on_host(zero: Any) -> bool:
+    """Whether DeepSpeed's own Adam is at work (offload_optimizer), which counts its steps in an integer."""
+    return type(zero.optimizer).__name__ == "DeepSpeedCPUAdam"
 
 
 def _zero_part(parameter: Any, moment: str | None = None) -> Part:

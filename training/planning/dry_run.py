@@ -34,7 +34,7 @@ from steerl.rollout.steering import SteeringSpec, load_spec
 from steerl.rollout.steering.bind import Binding, bind
 from steerl.rollout.steering.core.structure import stacks
 from steerl.training.checks import check_job
-from steerl.training.engine.engine import check_dtypes
+from steerl.training.engine.zero import check_dtypes
 from steerl.training.planning.passes import Blueprint
 from steerl.training.run.export import check_export
 from steerl.training.setup import with_peft
@@ -214,7 +214,7 @@ def _launch(policy: Policy | None, ppo: Any, spec: SteeringSpec | None) -> None:
         check_dtypes(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), policy.model)
     steering = None if spec is None or spec.on_deploy == "fold" else SimpleNamespace(spec=spec, role=spec.role)
     model, accelerator = (
-        SimpleNamespace(steering=steering, actor=policy.model),
+        SimpleNamespace(steering=steering, actor=policy.model, policy=policy),
         SimpleNamespace(distributed_type="FSDP" if asked["FSDP"] else "NO"),
     )
     check_export(model, accelerator, ppo)  # type: ignore[arg-type]
