@@ -98,7 +98,7 @@ def prepare(
     engine.place(accelerator, actor_critic, reference, settings)
     grouped = groups(actor_critic, settings)
     optimizer = build_optimizer(accelerator, grouped, settings)
-    model, optimizer = engine.wrap(accelerator, actor_critic, optimizer, settings)
+    model, optimizer = engine.wrap(accelerator, actor_critic, optimizer)
     engine.observe(actor_critic, reference, settings)
 
     server = None

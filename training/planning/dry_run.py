@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from steerl.reward.build import Entry, Surroundings, read_terms
 from steerl.reward.kinds.model_inputs import folders_of
+from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.common.run_folder import check_folder
 from steerl.rollout.dumps.manifest import finished_shards
@@ -33,10 +34,12 @@ from steerl.rollout.prompts.tables import is_file_name, read_table
 from steerl.rollout.steering import SteeringSpec, load_spec
 from steerl.rollout.steering.bind import Binding, bind
 from steerl.rollout.steering.core.structure import stacks
-from steerl.training.checks import check_job
-from steerl.training.engine.engine import check_dtypes
+from steerl.training.checks import check_job, check_precision
+from steerl.training.engine.optimizer import check_optimizer
+from steerl.training.engine.zero import check_dtypes
 from steerl.training.planning.passes import Blueprint
 from steerl.training.run.export import check_export
+from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 
 Value = TypeVar("Value")
@@ -93,7 +96,7 @@ def dry_run(job: Any, model: ModelSettings, config: dict[str, object]) -> Findin
         found.look("environment", lambda: _environment(job.environment, policy, prompts))
     if job.engine.kind == "vllm":
         found.look("engine", lambda: _engine(job.engine, policy, found))
-    found.look("launch", lambda: _launch(policy, job.ppo, spec))
+    found.look("launch", lambda: _launch(policy, job.ppo, spec, found))
     together = (None, job.sampling, job.ppo, spec, job.engine, job.environment)
     found.look("settings, each by itself and together", lambda: check_job(policy, *together))
     return found
@@ -206,16 +209,25 @@ def _engine(settings: Any, policy: Policy | None, found: Findings) -> None:
         support.check_interpreter(settings.python)
 
 
-def _launch(policy: Policy | None, ppo: Any, spec: SteeringSpec | None) -> None:
+def _launch(policy: Policy | None, ppo: PPOSettings, spec: SteeringSpec | None, found: Findings) -> None:
     """What an accelerate config asks for stands in the environment of the processes that it starts."""
-    if policy is None:
-        raise OutOfReach("it needs the model's config")
-    asked = {name: os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("DEEPSPEED", "FSDP")}
-    if asked["DEEPSPEED"]:
-        check_dtypes(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), policy.model)
-    steering = None if spec is None or spec.on_deploy == "fold" else SimpleNamespace(spec=spec, role=spec.role)
-    model, accelerator = (
-        SimpleNamespace(steering=steering, actor=policy.model),
-        SimpleNamespace(distributed_type="FSDP" if asked["FSDP"] else "NO"),
+    by_deepspeed, by_fsdp = (os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP"))
+    accelerator: Any = SimpleNamespace(
+        mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        device=processes.start().device,
+        deepspeed_plugin=by_deepspeed or None,
+        is_fsdp2=by_fsdp,
+        distributed_type="FSDP" if by_fsdp else "NO",
     )
-    check_export(model, accelerator, ppo)  # type: ignore[arg-type]
+    check_precision(accelerator)
+    if accelerator.device.type == "cuda":
+        check_optimizer(accelerator, ppo)
+    elif ppo.optimizer == "adamw8bit" or ppo.offload_activations:
+        found.unchecked.append("ppo.optimizer, ppo.offload_activations: what is for GPUs alone, and there is none here")
+    if policy is None:
+        raise OutOfReach("the rest needs the model's config")
+    if by_deepspeed:
+        check_dtypes(accelerator.mixed_precision, policy.model)
+    steering = None if spec is None or spec.on_deploy == "fold" else SimpleNamespace(spec=spec, role=spec.role)
+    model: Any = SimpleNamespace(steering=steering, actor=policy.model, policy=policy)
+    check_export(model, accelerator, ppo)

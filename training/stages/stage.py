@@ -32,7 +32,7 @@ from steerl.rollout.common.fingerprint import tokenizer_fingerprint, values_fing
 from steerl.rollout.common.run_folder import RunSettings, begin, disk_trouble, opened, write_json
 from steerl.rollout.model.auto_classes import savable
 from steerl.training.checks import check_precision
-from steerl.training.engine import engine
+from steerl.training.engine import zero
 from steerl.training.run import resume
 from steerl.training.run.log import SAMPLES, RunLog, log_line
 from steerl.training.stages import models
@@ -65,7 +65,7 @@ class Outcome:
 
 def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out: bool) -> dict[str, object]:
     """The settings in the words of transformers' TrainingArguments."""
-    engine.ready_deepspeed()
+    zero.ready()
     world = processes.start().world_size
     rows = fit.batch_size // world
     micro = fit.micro_batch_size or rows
