@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import SteeringSpec
 from steerl.rollout.steering.core.table import TABLE
 from steerl.training.settings import PPOSettings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +121,19 @@ def float16_problems(model: nn.Module) -> list[str]:
     """Weights that learn in float16: Adam's squares of gradients below 2e-4 are 0 there, and so is the 1e-8 beside them."""
     learns = next((name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16), "")
     told = (
-        f"model.dtype: float16, in which weights that learn ({learns}) diverge; load them in float32 (with mixed_precision "
-        "fp16 in the accelerate config, if you like) or bfloat16, or train a LoRA alone (model.peft), which is float32"
+        f"model.dtype: float16, in which weights that learn ({learns}) diverge; load them in float32 or bfloat16, or train a "
+        "LoRA alone (model.peft), which is float32"
     )
     return [told] if learns else []
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """DeepSpeed's own fp16 is told here, too. Losses are scaled up there until a gradient overflows, and the step is lost."""
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError(
+            "mixed_precision: fp16 in the accelerate (or DeepSpeed) config, in which gradients overflow; set it to bf16, or to "
+            '"no" for float32'
+        )
 
 
 def _unweighed(sampling: Sampling, ppo: PPOSettings, steering: SteeringSpec | None) -> bool:

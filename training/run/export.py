@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -147,22 +147,20 @@ def _save_layers(path: Path, aside: Path, policy: Policy) -> None:
 
     def write(weights: Iterator[tuple[str, Tensor]]) -> None:
         with told_of_disk(path):
+            auto_classes.describe(policy.core, aside)  # first: it would take files of weights away
             for name, entries in shards.items():
                 files.write(aside / name, entries, islice(weights, len(entries)), {"format": "pt"})
+            if len(shards) > 1:
+                write_json(aside / "model.safetensors.index.json", _index(shards))
 
     problem = blocks.each(layers, write)
     processes.on_main(partial(blocks.tell, problem))
 
-    def describe() -> None:
-        with told_of_disk(path):
-            auto_classes.describe(policy.core, aside)
-            if len(shards) > 1:
-                entries = [entry for entries in shards.values() for entry in entries]
-                total = {"total_parameters": sum(e.count for e in entries), "total_size": sum(e.bytes for e in entries)}
-                names = {entry.name: name for name, entries in shards.items() for entry in entries}
-                write_json(aside / "model.safetensors.index.json", {"metadata": total, "weight_map": names})
 
-    processes.on_main(describe)
+def _index(shards: Mapping[str, Sequence[Announced]]) -> dict[str, object]:
+    entries = [entry for shard in shards.values() for entry in shard]
+    total = {"total_parameters": sum(entry.count for entry in entries), "total_size": sum(entry.bytes for entry in entries)}
+    return {"metadata": total, "weight_map": {entry.name: name for name, shard in shards.items() for entry in shard}}
 
 
 def _shards(entries: Sequence[Announced]) -> dict[str, list[Announced]]:

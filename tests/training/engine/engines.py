@@ -87,7 +87,7 @@ class Seen:
 def run(job: dict[str, Any], out: Path, name: str, walks: Path, **run_settings: Any) -> None:
     torch.manual_seed(0)  # fresh adapters
     if job["family"] == "randomwalks":
-        policy = load_policy(ModelSettings(path=str(walks / "base")))
+        policy = load_policy(ModelSettings(path=str(walks / "base")), read=False)
         prompts = load_prompts(PromptSettings(path=str(walks / "prompts.jsonl")), policy, 10)
         function = f"{Path(__file__).parents[3] / 'scripts/toy_tasks/randomwalks.py'}:optimality"
         reward: Any = build_reward([{"name": "optimality", "kind": "function", "function": function}], policy=policy)

@@ -25,6 +25,7 @@ from steerl.rollout.common import processes
 from steerl.rollout.types import Rollout, Texts
 from steerl.scripts import train_ppo
 from steerl.training import ppo
+from steerl.training.engine import engine
 from steerl.training.run import checkpoint
 from tests.models import tiny_tokenizer
 from tests.training.engine.engines import by_fully_shard
@@ -53,11 +54,11 @@ def fours(rollout: Rollout, texts: Texts) -> Scores:
 
 
 def world(folder: Path, **shape: Any) -> Path:
-    """A tiny and a large random model, and prompts of one length."""
+    """A tiny and a large random model in bfloat16, as most are published, and prompts of one length."""
     for name, fields in (("tiny", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}), ("large", shape)):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE | fields))
-        model.save_pretrained(folder / name, max_shard_size="200MB")
+        model.to(torch.bfloat16).save_pretrained(folder / name, max_shard_size="200MB")
         tiny_tokenizer().save_pretrained(folder / name)
     lines = [json.dumps({"prompt": "abcdefgh"[i % 8] * PROMPT}) for i in range(64)]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
@@ -98,19 +99,25 @@ class Peaks:
 
 
 def main(folder: Path, out: Path, changed: dict[str, Any]) -> None:
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: every tensor in its own pages, so that the heap has no holes
     rank = processes.start().rank
     train_ppo.main(read(train_ppo.PPOJob, arguments(folder, "tiny", out, changed)))
     peaks = Peaks()
     for name, (module, function) in PHASES.items():
         setattr(module, function, peaks.of(name, getattr(module, function)))
-    prepare = ppo.prepare
+    place, prepare = engine.place, ppo.prepare
+
+    def placed(*given: Any) -> None:
+        place(*given)
+        peaks.end("load")
+        peaks.begin()
 
     def prepared(*given: Any, **named: Any) -> Any:
         parts = prepare(*given, **named)
-        peaks.end("load")
+        peaks.end("wrap")
         return parts
 
-    ppo.prepare = prepared
+    engine.place, ppo.prepare = placed, prepared
     peaks.begin()
     peaks.before = standing()
     train_ppo.main(read(train_ppo.PPOJob, arguments(folder, "large", out, changed)))

@@ -120,10 +120,15 @@ def test_the_launch_is_read_from_what_accelerate_hands_on(world, tmp_path, monke
         main(job(tmp_path, world, model=half))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     main(job(tmp_path, world, model=half))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="mixed_precision: fp16"):
+        main(job(tmp_path, world))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match=r"ppo\.export_merged: true, but FSDP"):
-        main(job(tmp_path, world, ppo={"export_merged": True}))
+    kept = {"role": "policy", "on_deploy": "keep", "sites": [{"at": {"layers": [1]}, "vector": {"init": "normal"}}]}
+    with pytest.raises(UserError, match=r"steering\.on_deploy: keep, but FSDP"):
+        main(job(tmp_path, world, steering=kept))
 
 
 def test_a_folder_with_a_config_and_no_weights(world, tmp_path, capsys):
