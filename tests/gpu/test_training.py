@@ -197,6 +197,24 @@ def test_packed_rows_learn_what_rows_alone_learn(device, tmp_path, dtype, record
     assert apart < (0.02 if dtype == torch.float32 else 0.5) * moved
 
 
+def test_offloaded_activations_learn_what_kept_ones_learn(device, tmp_path, record_property):
+    """Rows long enough to be worth a copy. The sums are the same; kernels that add in no fixed order may move a few digits."""
+    offload = with_setting("offload_activations", True)
+    only_cuda(device, "a host beside the device")
+    laws = {}
+    for name, settings in (("offloaded", offload), ("kept", {})):
+        policy = policy_on(device, torch.float32)
+        before = law(exact(policy))
+        torch.cuda.reset_peak_memory_stats()
+        long = {"max_new_tokens": 100, "stop_ids": []}
+        ran(tmp_path / name, policy, sampling=long, steps=1, micro_batch_size=16, minibatches=1, learning_rate=1e-3, **settings)
+        laws[name] = law(exact(policy))
+        record_property(f"{name}_peak_mb", torch.cuda.max_memory_allocated() / 2**20)
+    apart, moved = (laws["offloaded"] - laws["kept"]).abs().mean(), (laws["kept"] - before).abs().mean()
+    record_property("apart_of_moved", float(apart / moved))
+    assert apart < 0.02 * moved
+
+
 def test_an_eight_bit_optimizer_goes_where_adamw_goes(device, tmp_path, record_property):
     """Its moments are off by up to a hundredth each, so a weight's way of four steps is that of AdamW but for some hundredths."""
     setting = with_setting("optimizer", "adamw8bit")

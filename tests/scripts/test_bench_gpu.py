@@ -17,7 +17,7 @@ from steerl.scripts.gpu import run, table
 from steerl.scripts.gpu.cases import REHEARSAL, ROWS, SIZES, jobs
 
 ROOT = Path(__file__).parents[2]
-ABSENT = ("trl", "datasets", "wandb", "deepspeed", "jsonargparse", "matplotlib", "__editable__", "steerl")
+ABSENT = ("trl", "datasets", "wandb", "deepspeed", "docstring_parser", "jsonargparse", "matplotlib", "__editable__", "steerl")
 
 
 @pytest.fixture
