@@ -33,7 +33,7 @@ from steerl.training.engine import engine
 from steerl.training.engine.engine import EngineSampler
 from steerl.training.engine.optimizer import build_optimizer, check_optimizer
 from steerl.training.model import offload
-from steerl.training.model.actor_critic import ActorCritic, checkpoint_activations, pack_rows
+from steerl.training.model.actor_critic import ActorCritic, checkpoint_activations
 from steerl.training.model.reference import Reference, build_reference
 from steerl.training.model.value_model import build_value_model
 from steerl.training.replay import Replay
@@ -98,9 +98,7 @@ def prepare(
     grouped = groups(actor_critic, settings)
     optimizer = build_optimizer(accelerator, grouped, settings)
     model, optimizer = engine.wrap(accelerator, actor_critic, optimizer)
-    engine.observe(actor_critic, reference)
-    if settings.packing:
-        pack_rows(actor_critic, reference)
+    engine.observe(actor_critic, reference, settings)
 
     server = None
     if engine_settings is not None and engine_settings.kind == "vllm":
@@ -234,7 +232,7 @@ def with_peft(policy: Policy, mapping: dict[str, Any] | None) -> Policy:
     if hasattr(policy.model, "peft_config"):
         raise ConfigError("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
     device = policy.device
-    adapted = policy.with_model(adapters.add(policy.model, mapping))
+    adapted = policy.with_model(adapters.add(policy.model, policy.hub.noted(mapping)))
     unread.to_device(adapted.model, device)
     taken = virtual_tokens.count(adapted.model)  # room that no prompt or response can use
     limits = {name: limit and limit - taken for name in ("context", "decoder_context") for limit in [getattr(policy, name)]}

@@ -149,6 +149,11 @@ def logits_processors(
     )
 
 
+def commit(config: Any) -> str:
+    """Of the hub, that a model was loaded from; empty where it was a folder."""
+    return getattr(config, "_commit_hash", None) or ""
+
+
 def class_name(auto: Any, model_type: str) -> str | None:
     """The name of the class that an Auto class builds for a type of model. Looking it up imports no modelling file."""
     name = auto._model_mapping._model_mapping.get(model_type)

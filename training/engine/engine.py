@@ -29,7 +29,7 @@ from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.types import Samples
 from steerl.training.engine import zero
 from steerl.training.engine.zero import DTYPES, read_whole
-from steerl.training.model.actor_critic import ActorCritic
+from steerl.training.model.actor_critic import ActorCritic, pack_rows
 from steerl.training.model.held import Held
 from steerl.training.model.reference import Reference
 from steerl.training.settings import PPOSettings
@@ -93,13 +93,15 @@ def wrap(
     return accelerator.prepare(actor_critic, optimizer)
 
 
-def observe(actor_critic: ActorCritic, reference: Reference | None) -> None:
+def observe(actor_critic: ActorCritic, reference: Reference | None, settings: PPOSettings) -> None:
     """What is seen of the models by passes of theirs is seen here, where every rank comes."""
 
     def look() -> None:
         for policy in actor_critic.policies if processes.is_distributed() else ():
             _ = policy.capabilities
         logit_postprocessing(actor_critic.policy)
+        if settings.packing:
+            pack_rows(actor_critic, reference)
 
     actor_critic.inside(look)
     if reference is not None and reference.held is not None:

@@ -20,12 +20,13 @@ from typing import Any, TypeVar
 
 from steerl.reward.build import Entry, Surroundings, read_terms
 from steerl.reward.kinds.model_inputs import folders_of
+from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.common.run_folder import check_folder
 from steerl.rollout.dumps.manifest import finished_shards
 from steerl.rollout.engines.vllm import support
 from steerl.rollout.environments.environment import environment_of
-from steerl.rollout.model.auto_classes import choose_head, load_config
+from steerl.rollout.model.auto_classes import Hub, choose_head, load_config
 from steerl.rollout.model.capabilities import Capabilities
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy, tokenizer_of
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings, load_prompts
@@ -33,10 +34,12 @@ from steerl.rollout.prompts.tables import is_file_name, read_table
 from steerl.rollout.steering import SteeringSpec, load_spec
 from steerl.rollout.steering.bind import Binding, bind
 from steerl.rollout.steering.core.structure import stacks
-from steerl.training.checks import check_job
+from steerl.training.checks import check_job, check_precision
+from steerl.training.engine.optimizer import check_optimizer
 from steerl.training.engine.zero import check_dtypes
 from steerl.training.planning.passes import Blueprint
 from steerl.training.run.export import check_export
+from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 
 Value = TypeVar("Value")
@@ -76,7 +79,7 @@ def dry_run(job: Any, model: ModelSettings, config: dict[str, object]) -> Findin
         found.unchecked.append("run.resume: whether the folder's checkpoint is of this job")
     policy = found.look(f"model.path {model.path}", lambda: policy_of(model, found))
     if job.ppo.credit == "gae" and job.ppo.value not in ("separate", "shared"):
-        found.look(f"ppo.value {job.ppo.value}", lambda: _config(job.ppo.value, "ppo.value", "value"))
+        found.look(f"ppo.value {job.ppo.value}", lambda: _config(job.ppo.value, "ppo.value", "value", job.model.hub.code))
     new = job.environment.response(job.sampling.max_new_tokens)
     prompts = None if job.ppo.replay else found.look(*_table("prompts", job.prompts, policy, new))
     if job.heldout.path:
@@ -93,7 +96,7 @@ def dry_run(job: Any, model: ModelSettings, config: dict[str, object]) -> Findin
         found.look("environment", lambda: _environment(job.environment, policy, prompts))
     if job.engine.kind == "vllm":
         found.look("engine", lambda: _engine(job.engine, policy, found))
-    found.look("launch", lambda: _launch(policy, job.ppo, spec))
+    found.look("launch", lambda: _launch(policy, job.ppo, spec, found))
     together = (None, job.sampling, job.ppo, spec, job.engine, job.environment)
     found.look("settings, each by itself and together", lambda: check_job(policy, *together))
     return found
@@ -118,21 +121,21 @@ def _of_hub(path: str, call: Callable[[], Value]) -> Value:
     raise OutOfReach("a name of the hub, which cannot be reached from here, or is none")
 
 
-def _config(path: str, field: str, role: str, head: str = "auto", fresh: bool = False) -> None:
+def _config(path: str, field: str, role: str, hub: Hub, head: str = "auto", fresh: bool = False) -> None:
     """A config that the role can use."""
     base, adapter = folders_of(path)
-    config = _of_hub(base, lambda: load_config(base, field))
+    config = _of_hub(base, lambda: load_config(base, field, hub))
     choose_head(config, role, head, fresh=fresh, field=field, path=base)
 
 
 def policy_of(model: ModelSettings, found: Findings) -> Policy:
     """The policy without its numbers: unread where its weights lie in a folder, else on the meta device."""
-    base, adapter = folders_of(model.path)
+    base, adapter, hub = model.base() if model.path else ("", "", model.hub)
     if any(Path(base).glob("*.safetensors")):
         policy = with_peft(load_policy(model, read=False), model.peft)
     else:
         if model.path:
-            _of_hub(base, lambda: load_config(base))
+            _of_hub(base, lambda: load_config(base, hub=hub))
         shape = Blueprint.of(dataclasses.replace(model, path=base)).empty_model()
         tokenizer = _of_hub(model.tokenizer or base, lambda: tokenizer_of(model, [base, adapter or model.adapter]))
         policy = Policy.of(shape, tokenizer, model.kind)
@@ -162,7 +165,8 @@ def _term(entry: Entry, found: Findings) -> None:
     own, field = entry.own, entry.where.split(" ")[0]
     if entry.common.kind in _HEADS:
         for path in [own.path] if isinstance(own.path, str) else own.path:
-            _config(path, f"{field}.path", "reward", _HEADS[entry.common.kind], own.allow_new_head)
+            hub = Hub(own.revision, own.trust_remote_code)
+            _config(path, f"{field}.path", "reward", hub, _HEADS[entry.common.kind], own.allow_new_head)
         found.unchecked.append(f"{entry.where}: its weights")
         return
     own.build(entry.where, Surroundings(None, None)).close()
@@ -205,16 +209,25 @@ def _engine(settings: Any, policy: Policy | None, found: Findings) -> None:
         support.check_interpreter(settings.python)
 
 
-def _launch(policy: Policy | None, ppo: Any, spec: SteeringSpec | None) -> None:
+def _launch(policy: Policy | None, ppo: PPOSettings, spec: SteeringSpec | None, found: Findings) -> None:
     """What an accelerate config asks for stands in the environment of the processes that it starts."""
-    if policy is None:
-        raise OutOfReach("it needs the model's config")
-    asked = {name: os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("DEEPSPEED", "FSDP")}
-    if asked["DEEPSPEED"]:
-        check_dtypes(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), policy.model)
-    steering = None if spec is None or spec.on_deploy == "fold" else SimpleNamespace(spec=spec, role=spec.role)
-    model, accelerator = (
-        SimpleNamespace(steering=steering, actor=policy.model, policy=policy),
-        SimpleNamespace(distributed_type="FSDP" if asked["FSDP"] else "NO"),
+    by_deepspeed, by_fsdp = (os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP"))
+    accelerator: Any = SimpleNamespace(
+        mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        device=processes.start().device,
+        deepspeed_plugin=by_deepspeed or None,
+        is_fsdp2=by_fsdp,
+        distributed_type="FSDP" if by_fsdp else "NO",
     )
-    check_export(model, accelerator, ppo)  # type: ignore[arg-type]
+    check_precision(accelerator)
+    if accelerator.device.type == "cuda":
+        check_optimizer(accelerator, ppo)
+    elif ppo.optimizer == "adamw8bit" or ppo.offload_activations:
+        found.unchecked.append("ppo.optimizer, ppo.offload_activations: what is for GPUs alone, and there is none here")
+    if policy is None:
+        raise OutOfReach("the rest needs the model's config")
+    if by_deepspeed:
+        check_dtypes(accelerator.mixed_precision, policy.model)
+    steering = None if spec is None or spec.on_deploy == "fold" else SimpleNamespace(spec=spec, role=spec.role)
+    model: Any = SimpleNamespace(steering=steering, actor=policy.model, policy=policy)
+    check_export(model, accelerator, ppo)

@@ -26,6 +26,8 @@ from steerl.rollout.common.run_folder import RunSettings, versions, write_text
 from steerl.rollout.common.yaml_files import Dumper
 from steerl.rollout.dumps.manifest import finished_shards
 from steerl.rollout.environments.settings import BEFORE
+from steerl.rollout.model import compat
+from steerl.rollout.model.policy import BEFORE as MODEL_BEFORE
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.training.run import checkpoint
@@ -49,6 +51,7 @@ SINCE: dict[str, object] = {
     "ppo.packing": False,
     "ppo.offload_activations": False,
     "ppo.optimizer": "adamw",
+    **MODEL_BEFORE,
     **BEFORE,
 }
 """What settings are in runs that were begun before there were these."""
@@ -61,6 +64,8 @@ def made_from(
 ) -> dict[str, str]:
     """What a run learns from, as hashes: the same paths may lead to other data. Before the policy is trained or spread."""
     hashes = {"model.path": weights_fingerprint(policy.model), "prompts.path": rows_fingerprint(prompts)}
+    if policy.hub.revision and (commit := compat.commit(policy.core.config)):
+        hashes["model.revision"] = commit
     if policy.tokenizer is not None:
         hashes["model.tokenizer"] = tokenizer_fingerprint(policy.tokenizer)
     if heldout is not None:

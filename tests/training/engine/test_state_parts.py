@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.model import adapters
 from steerl.rollout.weights import parts
@@ -113,16 +114,33 @@ def check(engines: list[str], trained: Path, tmp_path: Path, caplog: pytest.LogC
         assert any("exp_avg_sq" in tensor for tensor in expected)
         for engine in engines:
             path = tmp_path / engine / name / resaved.STEP
-            spread = engine not in ("one", "ddp")
+            spread = engine not in ("one", "ddp", "zero3 alone")
             assert len(list(path.glob("tensors-*-of-00002.safetensors"))) == (2 if spread else 0)
             assert checkpoint.damaged(path) is None and state_of(path) == expected, (engine, name)
         parts = resaved.built(name)
+        caplog.clear()
         with caplog.at_level(logging.WARNING):
             checkpoint.load(path, parts.state)
         assert ("not bitwise" in caplog.text) == (engine != "one")
         assert state_of(checkpoint.save(tmp_path / "back" / name, 2, parts.state)) == expected
         for engine in engines:
             check_export(tmp_path / engine / name, parts)
+    check_damage(tmp_path / engines[0] / name)
+
+
+def check_damage(folder: Path) -> None:
+    """A file of the other rank that is changed, cut or gone is named; also where ranks share the work."""
+    path = folder / resaved.STEP
+    file = path / "tensors-00001-of-00002.safetensors"
+    data = file.read_bytes()
+    for damaged in (data[:-1] + bytes([data[-1] ^ 1]), data[:-1], None):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        assert file.name in str(checkpoint.damaged(path))
+        assert [checkpoint.damaged(path, rank, 3) is None for rank in range(3)].count(False) == 1
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        checkpoint.latest(folder)
+    with pytest.raises(UserError, match=r"not what a run writes .*numbers of .* are in no file"):
+        checkpoint.read(path)
 
 
 @pytest.mark.slow
@@ -176,3 +194,44 @@ def test_ranks_write_one_part_each_and_any_others_read(tmp_path: Path) -> None:
     assert load_file(tmp_path / "3").keys() == {"a"}, "safetensors reads them, too"
     with pytest.raises(ValueError, match="5 numbers of b are in no file"):
         parts.stored([files[0]])["b"].whole()
+
+
+TWO = """
+import os, sys, torch
+from pathlib import Path
+from steerl.rollout.common import processes
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.run_folder import folder_aside
+from steerl.rollout.weights.parts import Part
+from steerl.training.run import checkpoint
+
+os.chdir(sys.argv[1])
+rank = processes.start().rank
+parts = {"a": Part((4,), torch.float32, 2 * rank, 2, lambda: torch.full((2,), float(rank)))}
+
+def save(path):
+    with folder_aside(path) as aside:
+        print(sorted(checkpoint._write_tensors(path, aside, parts)))
+
+save(Path("checkpoints/step-000001"))
+os.chdir(sys.argv[1] if rank == 0 else "/")  # on another machine
+try:
+    save(Path("checkpoints/step-000002"))
+except UserError as problem:
+    print("told:", problem)
+processes.close()
+processes.end()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_see_the_folder_is_named_in_one_line(tmp_path: Path) -> None:
+    done = warm.run_ranks("-c", TWO, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = str([f"tensors-{rank:05d}-of-00002.safetensors" for rank in range(2)])
+    written, told, other, empty = done.stdout.splitlines()
+    assert written == other == names and empty == "told: "
+    assert told.startswith("told: run.dir: process 1 on ") and "does not see checkpoints/.step-000002" in told
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    files = [TensorFile(file) for file in sorted((tmp_path / "checkpoints/step-000001").iterdir())]
+    assert parts.stored(files)["a"].whole().tolist() == [0, 0, 1, 1]

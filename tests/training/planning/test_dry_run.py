@@ -120,6 +120,10 @@ def test_the_launch_is_read_from_what_accelerate_hands_on(world, tmp_path, monke
         main(job(tmp_path, world, model=half))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     main(job(tmp_path, world, model=half))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="mixed_precision: fp16"):
+        main(job(tmp_path, world))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     kept = {"role": "policy", "on_deploy": "keep", "sites": [{"at": {"layers": [1]}, "vector": {"init": "normal"}}]}

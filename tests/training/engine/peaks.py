@@ -1,0 +1,78 @@
+"""Run by test_state_peaks.py under each engine: a state is loaded, saved and exported, and what that takes of memory is told.
+
+accelerate launch --config_file ENGINE.yaml tests/training/engine/peaks.py FROM OUT [fully_shard]
+
+FROM/checkpoints/step-000002   made by `saved`          OUT/RANK.json   MB at most above what stood when a phase began
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from steerl.rollout.common import processes
+from steerl.rollout.common.run_folder import RunSettings
+from steerl.rollout.decoding.settings import Sampling
+from steerl.training.run import checkpoint, export
+from steerl.training.settings import PPOSettings
+from steerl.training.setup import Components, prepare
+from tests.models import tiny_policy
+from tests.ppo_runs import share_of_threes
+from tests.training.engine.engines import by_fully_shard
+
+WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 16_000}
+"""42 million weights; the largest are the embedding's and the head's, 33 MB each in float32."""
+STEP = Path("checkpoints", "step-000002")
+
+
+def built() -> Components:
+    settings = PPOSettings(value="shared", reference="none", kl_coef=0.0)
+    return prepare(tiny_policy("llama", **WIDE), share_of_threes, Sampling(max_new_tokens=4), settings, RunSettings())
+
+
+def saved(folder: Path) -> int:
+    """A state whose moments are there; its bytes."""
+    parts = built()
+    for parameter in parts.actor_critic.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    parts.state.optimizer.step()
+    file = checkpoint.save(folder, 2, parts.state) / "tensors.safetensors"
+    return file.stat().st_size
+
+
+def memory(name: str) -> float:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1000
+
+
+def peak(call: Callable[[], object]) -> float:
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM is what stands now
+    before = memory("VmRSS")
+    call()
+    return memory("VmHWM") - before
+
+
+def main(source: Path, out: Path) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    rank = processes.start().rank
+    export.SHARD = 50_000_000
+    parts = built()
+    found = {"load": peak(lambda: checkpoint.load(source / STEP, parts.state))}
+    found["save"] = peak(lambda: checkpoint.save(out, 2, parts.state))
+    found["export"] = peak(lambda: export.save_model(out, parts.actor_critic, PPOSettings()))
+    (out / f"{rank}.json").write_text(json.dumps({name: round(value, 1) for name, value in found.items()}))
+    if processes.close():
+        processes.end()
+
+
+if __name__ == "__main__":
+    if sys.argv[3:] == ["fully_shard"]:
+        by_fully_shard()
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
