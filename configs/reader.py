@@ -39,7 +39,7 @@ from steerl.rollout.common.yaml_files import load_yaml
 
 Job = TypeVar("Job")
 SHIPPED = "steerl:"
-"""--config steerl:NAME is the file configs/NAME.yaml of the installed package."""
+"""--config steerl:NAME is the file configs/NAME.yaml of the installed package, steerl:recipes/NAME one of its recipes."""
 
 
 def run_command(main: Callable[[Job], None], job_type: type[Job], argv: Sequence[str] | None = None) -> None:
@@ -218,12 +218,15 @@ def _place_plain(job_type: type, plain: list[str], command: Command) -> None:
 
 
 def _file_layer(job_type: type, name: str, problems: list[str]) -> Section | None:
-    is_shipped = name.startswith(SHIPPED)
-    file = FilePath(__file__).with_name(f"{name.removeprefix(SHIPPED)}.yaml") if is_shipped else FilePath(name)
+    is_shipped, here = name.startswith(SHIPPED), FilePath(__file__).parent
+    file = here / f"{name.removeprefix(SHIPPED)}.yaml" if is_shipped else FilePath(name)
     if not file.exists():
         # Shipped names are compared without their prefix, which would make all of them alike.
         folder = file.parent if file.parent.is_dir() else FilePath("configs")
-        known = [f.stem if is_shipped else str(f) for f in sorted(folder.glob("*.y*ml"))]
+        known = [str(f) for f in sorted(folder.glob("*.y*ml"))]
+        if is_shipped:
+            files = [*sorted(here.glob("*.yaml")), *sorted(here.glob("recipes/*.yaml"))]
+            known = [f.relative_to(here).with_suffix("").as_posix() for f in files]
         near = difflib.get_close_matches(name.removeprefix(SHIPPED), known, n=1)
         otherwise = f"there are {', '.join(SHIPPED + stem for stem in known)}" if is_shipped else "check the path"
         hint = f"did you mean {SHIPPED if is_shipped else ''}{near[0]}?" if near else otherwise

@@ -11,19 +11,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from steerl.configs.reader import run_command
 
 import torch
+import yaml
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import UserError, reading
 from steerl.rollout.model.adapters import adapter_config
 from steerl.rollout.model.policy import ModelSettings
 from steerl.scripts.train_ppo import PPOJob, learnable
 from steerl.training.planning.hardware import GIGA, TERA, Machines, measure_device, named
-from steerl.training.planning.memory import PlannedStep
+from steerl.training.planning.memory import Buffers, PlannedStep
 from steerl.training.planning.passes import Blueprint, count
 from steerl.training.planning.plan import LORA, advise, as_mapping, flags, rows, table, words
 from steerl.training.planning.time import Shares
@@ -55,6 +57,8 @@ class PlanJob(PPOJob):
     """GB/s from a GPU to other nodes."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
     """accelerate's: bf16, or no for float32."""
+    accelerate: str = ""
+    """accelerate's config file whose sizes of DeepSpeed's buffers are taken; none = DeepSpeed's own."""
     prompt_tokens: int = 256
     """Tokens of the longest prompt; prompts.max_tokens where that is less."""
     measure: bool = False
@@ -102,6 +106,8 @@ def check(job: PlanJob) -> None:
     problems = [
         f"{name}: {value:g}, but it must be above 0" for name, value in positive.items() if value is not None and value <= 0
     ]
+    if job.dry_run:
+        problems.append("dry_run: true, but a plan starts nothing; leave it out")
     if not 0 <= job.headroom < 1:
         problems.append(f"headroom: {job.headroom:g}, but it is a share of the memory; set 0 or more and less than 1")
     if problems:
@@ -145,7 +151,18 @@ def work_of(job: PlanJob, peft: dict[str, object] | None) -> PlannedStep:
     if job.environment.given:
         episode = job.environment.longest(job.sampling.max_new_tokens)
         episode = min(episode, max(context - prompt, 1)) if context else episode
-    return PlannedStep(policy, value, job.ppo, job.sampling, prompt, job.mixed_precision, episode)
+    return PlannedStep(policy, value, job.ppo, job.sampling, prompt, job.mixed_precision, episode, buffers_of(job.accelerate))
+
+
+def buffers_of(path: str) -> Buffers:
+    """Of an accelerate file, or of the DeepSpeed file that it names."""
+    if not path:
+        return Buffers()
+    with reading(f"accelerate: {path!r} cannot be read as an accelerate config: "):
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["deepspeed_config"]
+        if file := config.get("deepspeed_config_file"):
+            config = json.loads(Path(file).read_text(encoding="utf-8"))
+        return Buffers.of(config)
 
 
 def heading(job: PlanJob, work: PlannedStep, machines: Machines) -> list[str]:

@@ -21,6 +21,7 @@ import torch
 
 from steerl.reward.build import build_reward, read_terms
 from steerl.rollout.common import processes
+from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings, check_folder
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
@@ -29,6 +30,7 @@ from steerl.rollout.model.adapters import is_adapter_folder
 from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering import load_spec
+from steerl.training.planning.dry_run import Findings, dry_run
 from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
@@ -58,10 +60,15 @@ class PPOJob:
     """The algorithm."""
     run: RunSettings = field(default_factory=RunSettings)
     """Where it is written, and how it goes on."""
+    dry_run: bool = False
+    """Check what can be checked without weights and network, say what was and what was not, and stop. Nothing is written."""
 
 
 def main(job: PPOJob) -> None:
     config = to_mapping(job)
+    del config["dry_run"]
+    if job.dry_run:
+        return processes.on_main(lambda: show(dry_run(job, learnable(job.model), config)))
     processes.on_main(lambda: check_folder(job.run, config) and None)  # before anything large is loaded
     torch.manual_seed(job.run.seed)  # fresh adapters
     policy = with_peft(load_policy(learnable(job.model), processes.start().device, read=False), job.model.peft)
@@ -85,6 +92,13 @@ def main(job: PPOJob) -> None:
         print(f"{folder / 'model'}: the policy, which from_pretrained loads")
         print(f"{folder / 'report.html'}: curves, and every token of the samples; metrics.jsonl and summary.json lie beside it")
         print(f"next: steerl complete --model.path {shlex.quote(str(folder / 'model'))} PROMPT")
+
+
+def show(found: Findings) -> None:
+    for line in [*(f"checked: {what}" for what in found.checked), *(f"not checked: {what}" for what in found.unchecked)]:
+        print(line)
+    if found.problems:
+        raise UserError(*found.problems)
 
 
 def learnable(model: ModelSettings) -> ModelSettings:

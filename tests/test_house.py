@@ -316,14 +316,15 @@ def test_no_file_names_a_place_of_the_machine_it_was_written_on():
 
 # -- settings --------------------------------------------------------------------------------------------------------
 
-JOBS = sorted((ROOT / "configs").glob("*.yaml"))
+JOBS = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "configs").glob("recipes/*.yaml"))]
 
 
 def command_of(config: Path) -> tuple[str, type]:
     """The command that the comment at a config's top names, and the Job it reads."""
     said = config.read_text(encoding="utf-8")
-    command = re.search(rf"steerl (\w+) [^\n]*--config steerl:{config.stem}\b", said)
-    assert command, f"{config.name}: the comment at its top names no command steerl NAME ... --config steerl:{config.stem}"
+    name = config.relative_to(ROOT / "configs").with_suffix("").as_posix()
+    command = re.search(rf"steerl (\w+) [^\n]*--config steerl:{re.escape(name)}(?![\w.-])", said)
+    assert command, f"{name}: the comment at its top names no command steerl NAME ... --config steerl:{name}"
     return command.group(1), job_of(COMMANDS[command.group(1)])
 
 

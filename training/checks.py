@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,17 +14,21 @@ from steerl.rollout.decoding.stops import warn_endless
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model import adapters
+from steerl.rollout.model.auto_classes import is_quantized
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import SteeringSpec
 from steerl.rollout.steering.core.table import TABLE
 from steerl.training.settings import PPOSettings
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 logger = logging.getLogger(__name__)
 
 
 def check_job(
-    policy: Policy,
+    policy: Policy | None,
     prompts: Any,
     sampling: Sampling,
     ppo: PPOSettings,
@@ -32,7 +36,7 @@ def check_job(
     engine: EngineSettings | None = None,
     environment: EnvironmentSettings | None = None,
 ) -> None:
-    """Raise a UserError with a line for everything in the job that does not fit together."""
+    """Raise a UserError with a line for everything in the job that does not fit together, as far as it is known."""
     problems: list[str] = []
     if ppo.rollouts_per_step % sampling.n:
         problems.append(
@@ -41,17 +45,17 @@ def check_job(
         )
     if ppo.credit != "gae" and sampling.n < 2:
         problems.append(f"sampling.n: {sampling.n}, but ppo.credit {ppo.credit} compares samples of one prompt; set 2 or more")
-    if ppo.reference == "adapter" and not hasattr(policy.model, "peft_config"):
+    if policy is not None and ppo.reference == "adapter" and not hasattr(policy.model, "peft_config"):
         problems.append("ppo.reference: adapter, but the policy has none; set model.peft, or ppo.reference to copy")
-    elif ppo.reference == "adapter" and (name := adapters.learns_in_base(policy.model)):
+    elif policy is not None and ppo.reference == "adapter" and (name := adapters.learns_in_base(policy.model)):
         problems.append(
             f"ppo.reference: adapter, but {name} of the base learns, too, and stays changed where the adapter is off; set copy"
         )
     if prompts is not None and len(prompts) == 0:
         problems.append("prompts: there are none; check prompts.path and prompts.limit")
     copies_value = ppo.credit == "gae" and ppo.value == "separate"
-    if copies_value or getattr(steering, "role", "") != "trainable":
-        problems += float16_problems(policy.model)
+    if policy is not None and (copies_value or getattr(steering, "role", "") != "trainable"):
+        problems += float16_problems(policy.model) + quantization_problems(policy.model)
     problems += sampling_problems(sampling, ppo, steering)
     problems += engine_problems(engine or EngineSettings(), ppo, steering)
     problems += environment_problems(environment or EnvironmentSettings(), engine or EngineSettings(), ppo)
@@ -69,7 +73,7 @@ def check_job(
         ]
     if problems:
         raise ConfigError(*problems)
-    if not ppo.replay and isinstance(prompts, Prompts):
+    if policy is not None and not ppo.replay and isinstance(prompts, Prompts):
         warn_endless(policy, sampling, prompts.table[0][prompts.column])
     if ppo.reference == "none" and ppo.kl_coef:
         logger.warning("ppo.kl_coef: %s has no effect without a reference", ppo.kl_coef)
@@ -118,10 +122,44 @@ def float16_problems(model: nn.Module) -> list[str]:
     """Weights that learn in float16: Adam's squares of gradients below 2e-4 are 0 there, and so is the 1e-8 beside them."""
     learns = next((name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16), "")
     told = (
-        f"model.dtype: float16, in which weights that learn ({learns}) diverge; load them in float32 (with mixed_precision "
-        "fp16 in the accelerate config, if you like) or bfloat16, or train a LoRA alone (model.peft), which is float32"
+        f"model.dtype: float16, in which weights that learn ({learns}) diverge; load them in float32 or bfloat16, or train a "
+        "LoRA alone (model.peft), which is float32"
     )
     return [told] if learns else []
+
+
+def quantization_problems(model: nn.Module) -> list[str]:
+    """Weights in few bits learn nothing themselves."""
+    if not is_quantized(model) or hasattr(model, "peft_config"):
+        return []
+    told = "the model is in few bits, which do not learn; add an adapter that does (model.peft), or leave it out"
+    return [f"model.quantization: {told}"]
+
+
+def check_quantization(accelerator: Accelerator, policy: Policy, export_merged: bool) -> None:
+    """Engines that cut weights, or make masters of them, and what merges an adapter, need them as numbers."""
+    if not is_quantized(policy.core):
+        return
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU"):
+        name = accelerator.distributed_type.value
+        raise ConfigError(
+            f"model.quantization: the base is in few bits, which {name} cannot hold; run one process or DDP "
+            "(configs/accelerate/ddp.yaml), or leave it out"
+        )
+    if export_merged:
+        raise ConfigError(
+            "ppo.export_merged: true, but the base is in few bits, which a merged adapter would be rounded to; leave it out, "
+            "and merge the adapter that is left into the base's own weights"
+        )
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """DeepSpeed's own fp16 is told here, too. Losses are scaled up there until a gradient overflows, and the step is lost."""
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError(
+            "mixed_precision: fp16 in the accelerate (or DeepSpeed) config, in which gradients overflow; set it to bf16, or to "
+            '"no" for float32'
+        )
 
 
 def _unweighed(sampling: Sampling, ppo: PPOSettings, steering: SteeringSpec | None) -> bool:

@@ -35,6 +35,9 @@ class PPOSettings:
     rounding, fewer tokens. Refused where the model does not keep rows apart."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same gradient."""
+    offload_activations: bool = False
+    """Keep what the backward pass needs of the update's forward passes in host memory meanwhile: less GPU memory, more time,
+    the same gradient to the bit. Beside checkpointing that is each layer's input alone. GPUs only."""
     gather: Literal["phase", "layers"] = "phase"
     """Where weights are spread over ranks (ZeRO-3, FSDP): bring the policy together once per sampling phase (fast, the whole
     policy on every GPU meanwhile), or layer by layer in every forward pass (slow, little memory). The same rollouts."""
@@ -48,6 +51,10 @@ class PPOSettings:
     """Steps over which the learning rates rise from 0."""
     weight_decay: float = 0.0
     """AdamW's."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps AdamW's two moments of a weight in 8 bits each, blocks of them scaled together (bitsandbytes): a quarter
+    of their memory, other numbers. Of weights of fewer than 4,096 numbers they stay in float32. GPUs only, one process or
+    DDP."""
     max_grad_norm: float = 1.0
     """Bound of the gradient's norm, applied once before each optimizer step; 0 = no bound."""
     clip: float = 0.2

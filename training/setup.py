@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import torch
-
 from steerl.reward.types import Reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
@@ -30,9 +28,12 @@ from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import Steering, SteeringSpec
 from steerl.training.ahead import Ahead
 from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
+from steerl.training.checks import check_precision, check_quantization
 from steerl.training.engine import engine
 from steerl.training.engine.engine import EngineSampler
-from steerl.training.model.actor_critic import ActorCritic, checkpoint_activations, pack_rows
+from steerl.training.engine.optimizer import build_optimizer, check_optimizer
+from steerl.training.model import offload
+from steerl.training.model.actor_critic import ActorCritic, checkpoint_activations
 from steerl.training.model.reference import Reference, build_reference
 from steerl.training.model.value_model import build_value_model
 from steerl.training.replay import Replay
@@ -84,6 +85,11 @@ def prepare(
     processes.start()
     set_seed(run.seed)  # every global generator: rewards may draw from them, and a resumed run goes on with them
     accelerator = engine.start()
+    check_precision(accelerator)
+    check_quantization(accelerator, policy, settings.export_merged)
+    check_optimizer(accelerator, settings)
+    if settings.offload_activations:
+        offload.check(accelerator.device)
     actor_critic, reference = build_models(policy, settings, steering_spec, seed=run.seed)
     steering = actor_critic.steering
     check_export(actor_critic, accelerator, settings)
@@ -91,13 +97,9 @@ def prepare(
         checkpoint_activations(actor_critic)
     engine.place(accelerator, actor_critic, reference, settings)
     grouped = groups(actor_critic, settings)
-    # One pass over each weight, and no buffers beside it. It walks through memory and looks at no strides.
-    fused = all(parameter.is_contiguous() for group in grouped for parameter in group["params"])
-    optimizer = torch.optim.AdamW(grouped, weight_decay=settings.weight_decay, fused=fused)
-    model, optimizer = engine.wrap(accelerator, actor_critic, optimizer, settings)
-    engine.observe(actor_critic, reference)
-    if settings.packing:
-        pack_rows(actor_critic, reference)
+    optimizer = build_optimizer(accelerator, grouped, settings)
+    model, optimizer = engine.wrap(accelerator, actor_critic, optimizer)
+    engine.observe(actor_critic, reference, settings)
 
     server = None
     if engine_settings is not None and engine_settings.kind == "vllm":
@@ -231,7 +233,7 @@ def with_peft(policy: Policy, mapping: dict[str, Any] | None) -> Policy:
     if hasattr(policy.model, "peft_config"):
         raise ConfigError("model.peft: the model has an adapter already, which is trained further; leave one of the two out")
     device = policy.device
-    adapted = policy.with_model(adapters.add(policy.model, mapping))
+    adapted = policy.with_model(adapters.add(policy.model, policy.hub.noted(mapping)))
     unread.to_device(adapted.model, device)
     taken = virtual_tokens.count(adapted.model)  # room that no prompt or response can use
     limits = {name: limit and limit - taken for name in ("context", "decoder_context") for limit in [getattr(policy, name)]}

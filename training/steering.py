@@ -63,8 +63,9 @@ def _unsteered_logprobs(model: ActorCritic, steering: Steering, scored: Scored) 
     if steering.spec.kl_budget is None:
         return None
 
+    rollout = scored.rollout.to(model.device)
     with torch.no_grad(), unsteered():
-        return model.inside(lambda: teacher_forced(model.policy, scored.rollout, want_entropy=False).logprobs_BR)
+        return model.inside(lambda: teacher_forced(model.policy, rollout, want_entropy=False).logprobs_BR).cpu()
 
 
 def hold_budget(steering: Steering | None, stats: SteeringStats | None, step: int) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from steerl.reward.kinds.model_inputs import ModelInputs
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, capabilities, compat
-from steerl.rollout.model.auto_classes import NoHead, head_of, load_config, load_head
+from steerl.rollout.model.auto_classes import Hub, NoHead, head_of, load_config, load_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -222,10 +222,11 @@ def load_classifier(
     fresh: bool,
     device: torch.device,
     batch_size: int,
+    hub: Hub,
 ) -> Classifier:
     """The model of `path` with its adapter, in eval mode and without gradients."""
     # Allowed to start anew is only a head that is not there: a reward model's own is always read.
-    fresh = fresh and head_of(load_config(path, f"{where}.path")) != head
+    fresh = fresh and head_of(load_config(path, f"{where}.path", hub)) != head
     settings: dict[str, Any] = {}
     head_in_adapter = _head_labels(adapter) if adapter else None
     if head_in_adapter is not None:
@@ -236,7 +237,7 @@ def load_classifier(
         try:
             model: PreTrainedModel = load_head(
                 path, "reward", head, dtype=dtype, attn=attn, fresh=fresh or head_in_adapter is not None,
-                field=f"{where}.path", **settings,
+                field=f"{where}.path", hub=hub, **settings,
             )  # fmt: skip
         except NoHead as problem:
             if fresh:  # it is the trunk that lacks weights

@@ -20,6 +20,7 @@ from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
 from steerl.rollout.common.settings_reader import Checked, within
+from steerl.rollout.model.auto_classes import Hub
 from steerl.rollout.types import Rollout, Texts, row_name
 
 Output = Literal["logit", "probability", "log_probability"]
@@ -57,6 +58,10 @@ class RewardModelSettings(Checked):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto = as the checkpoint was saved."""
     device: str | None = None
+    revision: str = ""
+    """Branch, tag or commit of the hub; empty = the newest."""
+    trust_remote_code: bool = False
+    """Run Python code that lies beside the model, with all your rights; read it first."""
     attn: str | None = None
     """Attention implementation: sdpa, eager, flash_attention_2."""
     allow_new_head: bool = False
@@ -100,12 +105,13 @@ def load_member(settings: Any, path: str, head: str, where: str, device: torch.d
     field = where.split(" ")[0]
     folder, adapter = folders_of(path)
     device = usable_device(settings.device or device or ("cuda" if torch.cuda.is_available() else "cpu"), field)
+    hub = Hub(settings.revision, settings.trust_remote_code)
     classifier = load_classifier(
         folder, adapter, head, field, dtype=settings.dtype, attn=settings.attn, fresh=settings.allow_new_head, device=device,
-        batch_size=settings.batch_size,
+        batch_size=settings.batch_size, hub=hub,
     )  # fmt: skip
     label = choose_label(classifier, settings.label, field, path)
-    tokenizer = load_tokenizer(settings.tokenizer, [adapter, folder], field)
+    tokenizer = load_tokenizer(settings.tokenizer, [adapter, folder], field, hub)
     limits = [limit for limit in (classifier.context, settings.max_tokens) if limit is not None]
     reader = InputReader(
         tokenizer=tokenizer,

@@ -37,14 +37,18 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(table.encode()).hexdigest()
 
 
-def load_tokenizer(path: str, beside: Sequence[str], where: str) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(
+    path: str, beside: Sequence[str], where: str, hub: auto_classes.Hub | None = None
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer named by `path`, or the one that lies beside the model; None where there is none."""
     folders = (
         [path] if path else [f for f in beside if f and (not Path(f).is_dir() or any((Path(f) / n).is_file() for n in _FILES))]
     )
     if not folders:
         return None
-    return auto_classes.load_tokenizer(folders[0], f"{where}.tokenizer" if path else f"{where}.path")
+    hub = hub or auto_classes.Hub()
+    its_own = hub if folders[0] == beside[-1] else hub.code  # a revision is the model's
+    return auto_classes.load_tokenizer(folders[0], f"{where}.tokenizer" if path else f"{where}.path", its_own)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ class ProcessSettings(Checked):
     max_tokens: int | None = within(None, low=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None
+    revision: str = ""
+    """Branch, tag or commit of the hub; empty = the newest."""
+    trust_remote_code: bool = False
+    """Run Python code that lies beside the model, with all your rights; read it first."""
     attn: str | None = None
     allow_new_head: bool = False
 

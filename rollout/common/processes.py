@@ -52,6 +52,8 @@ def start() -> Processes:
         return Processes(0, 1, torch.device("cpu" if cpu else "cuda"))
     from accelerate import PartialState
 
+    # By it ranks but the first would be left without weights: here each reads its own share (rollout/model/unread.py).
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     # Before any Accelerator(): without `cpu` here a job of several CPU processes is silently a job of one.
     state = PartialState(cpu=cpu)
     return Processes(state.process_index, state.num_processes, state.device)

@@ -22,6 +22,7 @@ from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import remove_left_behind, write_json
 from steerl.rollout.environments.settings import BEFORE
+from steerl.rollout.model.policy import BEFORE as MODEL_BEFORE
 
 MANIFEST, RECORDS, FORMAT = "manifest.json", "records", 2
 READS = (1, FORMAT)
@@ -274,7 +275,7 @@ def refuse_earlier(folder: Path, begun: Manifest) -> None:
 
 
 def _changes(begun: Manifest, fresh: Manifest) -> Iterator[str]:
-    old, new = (BEFORE | dict(_flat(kept["config"])) for kept in (begun, fresh))
+    old, new = (BEFORE | MODEL_BEFORE | dict(_flat(kept["config"])) for kept in (begun, fresh))
     sections: set[str] = set()
     # A finished dump of an earlier version is as good as it was, whatever settings have come since.
     for name in sorted(old.keys() | new.keys() if begun["format"] == FORMAT else old.keys()):

@@ -321,6 +321,11 @@ def base_of(folder: str | Path, field: str = "model.path") -> str:
     return str(base)
 
 
+def revision_of(folder: str | Path, field: str = "model.path") -> str:
+    """The base's revision on the hub that an adapter was trained on, where it says one."""
+    return str(_check_folder(folder, field).get("revision") or "")
+
+
 def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, field: str) -> PeftModel:
     """`model` with an adapter of `config` beside those it has, its weights not loaded yet."""
     import peft

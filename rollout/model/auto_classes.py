@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,21 +47,70 @@ _BEAMS: dict[str, object] = {"early_stopping": False, "length_penalty": 1.0}
 _logger = logging.getLogger(__name__)
 
 
-def load_config(path: str, field: str = "model.path") -> PretrainedConfig:
-    """The configuration of a model folder or hub name."""
+@dataclass(frozen=True)
+class Hub:
+    """How a model's files are taken: config, tokenizer and weights alike."""
+
+    revision: str = ""
+    """A branch, tag or commit of the hub; empty = its newest."""
+    trust_remote_code: bool = False
+    """Run the Python code that lies beside the weights."""
+
+    def arguments(self, path: str, field: str) -> dict[str, object]:
+        """Of from_pretrained."""
+        if self.revision and Path(path).exists():
+            told = f"{self.revision!r} has no effect on {path}, which is no name of the hub; leave it out"
+            raise CheckpointError(f"{_section(field)}.revision: {told}")
+        return {"trust_remote_code": self.trust_remote_code, **({"revision": self.revision} if self.revision else {})}
+
+    def noted(self, peft: Mapping[str, object]) -> Mapping[str, object]:
+        """An adapter's mapping, which says of what revision its base is."""
+        return {"revision": self.revision, **peft} if self.revision else peft
+
+    @property
+    def code(self) -> Hub:
+        """For what lies elsewhere."""
+        return Hub(trust_remote_code=self.trust_remote_code)
+
+
+def _section(field: str) -> str:
+    return field.rpartition(".")[0] or field
+
+
+@contextlib.contextmanager
+def _own_code_told(path: str, field: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as problem:
+        if "trust_remote_code" not in str(problem.__cause__):
+            raise
+        raise CheckpointError(
+            f"{field}: {path!r} needs Python code that lies beside it, which is not run unless {_section(field)}."
+            "trust_remote_code is true; read it first, for it can do whatever you can"
+        ) from problem
+
+
+def load_config(path: str, field: str = "model.path", hub: Hub | None = None) -> PretrainedConfig:
+    """The configuration of a model folder or hub name. It names code beside the weights only where that is run."""
+    hub = hub or Hub()
+    given = hub.arguments(path, field)
     what = "holds no model that transformers can read"
     if not Path(path).exists():
         what = "is neither a folder nor a model of the hub that can be reached"
-    with reading(f"{field}: {path!r} {what} (", "); name a folder with a config.json or a model of the hub"):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    remedy = "); name a folder with a config.json or a model of the hub"
+    with _own_code_told(path, field), reading(f"{field}: {path!r} {what} (", remedy):
+        config = transformers.AutoConfig.from_pretrained(path, **given)
         _check_sizes(config, f"{field}: {path!r}")
+    if not hub.trust_remote_code:
+        vars(config).pop("auto_map", None)
     return config
 
 
-def load_tokenizer(path: str, field: str = "model.path") -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, field: str = "model.path", hub: Hub | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name."""
-    with reading(f"{field}: the tokenizer of {path} cannot be loaded: "):
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    given = (hub or Hub()).arguments(path, field)
+    with _own_code_told(path, field), reading(f"{field}: the tokenizer of {path} cannot be loaded: "):
+        return transformers.AutoTokenizer.from_pretrained(path, **given)
 
 
 def _check_sizes(config: PretrainedConfig, who: str) -> None:
@@ -88,10 +139,16 @@ def _check_sizes(config: PretrainedConfig, who: str) -> None:
 def head_of(config: PretrainedConfig) -> str | None:
     """The head that the checkpoint was saved with; None for a bare trunk or a class of none of the six tables."""
     for architecture in getattr(config, "architectures", None) or ():
-        for head, auto in HEADS.items():
-            if compat.class_name(auto, config.model_type) == architecture:
+        for head in HEADS:
+            if _class_of(head, config) == architecture:
                 return head
     return None
+
+
+def _class_of(head: str, config: PretrainedConfig) -> str | None:
+    """The class that has this head for a config: that of the code beside it, or transformers' own."""
+    named = (getattr(config, "auto_map", None) or {}).get(HEADS[head].__name__)
+    return str(named).rpartition(".")[2] if named else compat.class_name(HEADS[head], config.model_type)
 
 
 class NoHead(CheckpointError):
@@ -100,7 +157,7 @@ class NoHead(CheckpointError):
 
 def heads_for(config: PretrainedConfig) -> list[str]:
     """The heads that this architecture has."""
-    return [head for head, auto in HEADS.items() if compat.class_name(auto, config.model_type)]
+    return [head for head in HEADS if _class_of(head, config)]
 
 
 def choose_head(
@@ -119,12 +176,39 @@ def choose_head(
         raise CheckpointError(f"{field}: unknown head {head!r}; {takes}")
     if head not in allowed:
         raise CheckpointError(f"{field}: {name} with a {head} head, but {takes}")
-    if not compat.class_name(HEADS[head], config.model_type):
+    if not _class_of(head, config):
         have = ", ".join(heads_for(config)) or "none"
         raise CheckpointError(f"{field}: {name}, which has no {head} head (it has: {have}); {takes}")
     if role == "policy" and saved not in (head, None):
         raise CheckpointError(f"{field}: {name} saved with a {saved} head, so it cannot be loaded as {head}; {takes}")
     return head
+
+
+BITS: dict[str, dict[str, object]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+"""How bitsandbytes keeps the matrices of a base model."""
+
+
+def quantized(kind: str, dtype: object, field: str) -> dict[str, object]:
+    """What from_pretrained is given to load a model in few bits; on this process's GPU, where they are made."""
+    why = None
+    if not torch.cuda.is_available():
+        why = "its kernels are a GPU's, and torch sees none here"
+    elif importlib.util.find_spec("bitsandbytes") is None:
+        why = "it needs bitsandbytes, which is not installed (pip install 'steerl[bitsandbytes]')"
+    if why is not None:
+        raise CheckpointError(f"{_section(field)}.quantization: {kind}, but {why}; leave it out")
+    compute = dtype if dtype in ("float32", "float16") else "bfloat16"
+    four: dict[str, object] = {"bnb_4bit_compute_dtype": compute} if kind == "nf4" else {}
+    config = transformers.BitsAndBytesConfig(**BITS[kind], **four)
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether it was loaded in few bits, by a setting or because its checkpoint is."""
+    return bool(getattr(model, "is_quantized", False))
 
 
 def load_head(
@@ -137,18 +221,24 @@ def load_head(
     fresh: bool = False,
     field: str = "model.path",
     read: bool = True,
+    hub: Hub | None = None,
+    quantization: str = "none",
     **settings: object,
 ) -> PreTrainedModel:
     """Load `path` with the head that `role` uses, in eval mode. `fresh` lets the head start from new weights, never the trunk.
 
     `settings` change the configuration (`num_labels=1`). The dtype is the checkpoint's unless given. Without `read` the weights
-    of a safetensors checkpoint stay in their files (unread.py).
+    of a safetensors checkpoint stay in their files (unread.py), but for those that are quantized while they are loaded.
     """
-    config = load_config(path, field)
+    hub = hub or Hub()
+    config = load_config(path, field, hub)
     head = choose_head(config, role, head, fresh=fresh, field=field, path=path)
     extra: dict[str, object] = {"attn_implementation": attn} if attn else {}
-    extra |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    opened = contextlib.nullcontext() if read else compat.loading_from(unread.File)
+    extra |= {**hub.arguments(path, field), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if quantization != "none":
+        extra |= quantized(quantization, dtype, field)
+    in_few_bits = quantization != "none" or hasattr(config, "quantization_config")
+    opened = contextlib.nullcontext() if read or in_few_bits else compat.loading_from(unread.File)
     # transformers' own table of missing weights: here a missing one is a UserError, or is meant to be new.
     with reading(f"{field}: {path!r} cannot be loaded as {head}: "), compat.without_message("LOAD REPORT"), opened:
         model, info = HEADS[head].from_pretrained(path, dtype=dtype or "auto", **extra, **settings)

@@ -55,6 +55,11 @@ def compile_errors() -> tuple[type[Exception], ...]:
     return torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
 
 
+def viewed(tensor: Tensor) -> Tensor | None:
+    """What a view is of."""
+    return tensor._base
+
+
 def storage_key(tensor: Tensor) -> int:
     """Names a tensor's storage while it lives, one without memory too."""
     key: int = tensor.untyped_storage()._cdata
@@ -142,6 +147,11 @@ def logits_processors(
     return model._get_logits_processor(
         config, input_ids_seq_length=prompt_width, encoder_input_ids=encoder_ids, device=device, model_kwargs={}
     )
+
+
+def commit(config: Any) -> str:
+    """Of the hub, that a model was loaded from; empty where it was a folder."""
+    return getattr(config, "_commit_hash", None) or ""
 
 
 def class_name(auto: Any, model_type: str) -> str | None:

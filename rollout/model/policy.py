@@ -20,7 +20,7 @@ from torch import nn
 
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model import adapters, unread, virtual_tokens
-from steerl.rollout.model.auto_classes import load_head, load_tokenizer
+from steerl.rollout.model.auto_classes import Hub, is_quantized, load_head, load_tokenizer
 from steerl.rollout.model.capabilities import Capabilities, observe, packing_problem, position_offset
 from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.model.language_model import LanguageModel, no_dropout, unwrap, vocabulary_size
@@ -49,6 +49,37 @@ class ModelSettings:
     """A folder or hub name when the tokenizer does not lie beside the model."""
     peft: dict[str, object] | None = field(default=None, metadata={"check": adapters.adapter_config})
     """A peft config as a mapping, {peft_type: LORA, r: 8, ...}: what training adds to the model."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Keep the matrices of the base model in 4 or 8 bits (bitsandbytes, GPUs only): for an adapter that learns on it (QLoRA),
+    or to sample."""
+    revision: str = ""
+    """Branch, tag or commit of the hub for config, tokenizer and weights of the (base) model; empty = the newest."""
+    trust_remote_code: bool = False
+    """Run Python code that lies beside the model, with all rights of whoever starts the job: for models that transformers does
+    not have. Read it first, and name a revision, or a folder, which nobody else can change."""
+
+    @property
+    def hub(self) -> Hub:
+        return Hub(self.revision, self.trust_remote_code)
+
+    def base(self) -> tuple[str, str, Hub]:
+        """(base model, adapter or nothing, how the base is taken). An adapter's folder names its base, maybe of a revision."""
+        if not self.path:
+            raise CheckpointError("model.path: missing; name a model folder or hub name, --model.path DIR")
+        if not adapters.is_adapter_folder(self.path):
+            return self.path, self.adapter, self.hub
+        if self.adapter:
+            raise CheckpointError(
+                f"model.path: {self.path} is an adapter and model.adapter is set too; name the base model in model.path"
+            )
+        base, revision = adapters.base_of(self.path), self.revision
+        if not revision and not Path(base).exists():
+            revision = adapters.revision_of(self.path)
+        return base, self.path, Hub(revision, self.trust_remote_code)
+
+
+BEFORE: dict[str, object] = {"model.quantization": "none", "model.revision": "", "model.trust_remote_code": False}
+"""What settings are in jobs of before there were these."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,6 +89,8 @@ class Policy(LanguageModel):
     tokenizer: PreTrainedTokenizerBase
     like: Policy | None = None
     """Of a copy: whose capabilities are its own."""
+    hub: Hub = Hub()
+    """How its files were taken."""
 
     @staticmethod
     def of(model: nn.Module, tokenizer: PreTrainedTokenizerBase, kind: Literal["auto", "causal", "seq2seq"] = "auto") -> Policy:
@@ -132,27 +165,21 @@ class Policy(LanguageModel):
 def load_policy(settings: ModelSettings, device: torch.device | str | None = None, *, read: bool = True) -> Policy:
     """The model of `settings` with its adapter and tokenizer, in eval mode on `device`. Without `read` its weights stay in
     their files (unread.py) until an engine takes them."""
-    path, adapter = settings.path, settings.adapter
-    if not path:
-        raise CheckpointError("model.path: missing; name a model folder or hub name, --model.path DIR")
-    own = adapters.is_adapter_folder(path)
-    if own and adapter:
-        raise CheckpointError(
-            f"model.path: {path} is an adapter and model.adapter is set too; name the base model in model.path"
-        )
-    if own:
-        path, adapter = adapters.base_of(path), path
+    path, adapter, hub = settings.base()
     attn = None if settings.attn in ("", "auto") else settings.attn
-    model: PreTrainedModel = load_head(path, "policy", settings.kind, dtype=settings.dtype, attn=attn, read=read)
-    tokenizer = _load_tokenizer(settings, [path, adapter])
+    loading: dict[str, Any] = {"dtype": settings.dtype, "attn": attn, "read": read, "hub": hub}
+    model: PreTrainedModel = load_head(path, "policy", settings.kind, quantization=settings.quantization, **loading)
+    tokenizer = tokenizer_of(settings, [path, adapter])
     if adapter:
         model = adapters.load(model, adapter, trainable=True, field="model.adapter" if settings.adapter else "model.path")
-    if device is not None:
+    if device is not None and not is_quantized(unwrap(model)):  # which lies on its GPU already, and is not moved
         unread.to_device(model, device)
-    return Policy.of(model, tokenizer, settings.kind)
+    return dataclasses.replace(Policy.of(model, tokenizer, settings.kind), hub=hub)
 
 
-def _load_tokenizer(settings: ModelSettings, beside: list[str]) -> PreTrainedTokenizerBase:
+def tokenizer_of(settings: ModelSettings, beside: list[str]) -> PreTrainedTokenizerBase:
+    """The one that is named, or that of the first folder of `beside` which has one: the base model's, an adapter's."""
+    hub = settings.base()[2]
     if settings.tokenizer:
         field, path = "model.tokenizer", settings.tokenizer
     else:
@@ -162,7 +189,7 @@ def _load_tokenizer(settings: ModelSettings, beside: list[str]) -> PreTrainedTok
             raise CheckpointError(
                 f"model.path: no tokenizer in {path}; save it there, or name another folder with model.tokenizer"
             )
-    return load_tokenizer(path, field)
+    return load_tokenizer(path, field, hub if path == beside[0] else hub.code)
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")

@@ -33,9 +33,14 @@ def read_table(path: str, split: str = "", name: str = "", field: str = "prompts
             raise DataError(f"{field}.path: {path} cannot be read: {error.strerror or error}; check its permissions") from error
         except RecursionError as error:
             raise DataError(f"{field}.path: {path} holds JSON that is nested too deeply to be read; flatten it") from error
-    if path.startswith((".", "/", "~")) or file.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+    if is_file_name(path):
         raise DataError(f"{field}.path: {path} does not exist; check the path")
     return _ArrowRows(_load_hub(path, split, name, field))
+
+
+def is_file_name(path: str) -> bool:
+    """Whether it can be no name of the hub."""
+    return path.startswith((".", "/", "~")) or Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def columns_of(rows: Sequence[dict[str, object]]) -> list[str]:

@@ -317,11 +317,13 @@ def test_shipped_files_have_names(tmp_path, monkeypatch):
     own = Path(__file__).parents[2] / "configs" / "dump.yaml"
     assert read(DumpJob, ["--config", "steerl:dump"]) == read(DumpJob, ["--config", str(own)])
     with pytest.raises(UserError) as caught:
-        read(DumpJob, ["--config", "steerl:dumb", "--config", "steerl:zzz"])
+        read(DumpJob, ["--config", "steerl:dumb", "--config", "steerl:zzz", "--config", "steerl:recipes/gemma-3-1b-helpfull"])
     assert caught.value.lines[0] == "--config: steerl:dumb does not exist; did you mean steerl:dump?"
     assert caught.value.lines[1].startswith(
         "--config: steerl:zzz does not exist; there are steerl:calculator, steerl:complete, steerl:dump, "
     )
+    near = "did you mean steerl:recipes/gemma-3-1b-helpful?"
+    assert caught.value.lines[2] == f"--config: steerl:recipes/gemma-3-1b-helpfull does not exist; {near}"
 
 
 def test_missing_settings_are_named_once():

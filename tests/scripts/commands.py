@@ -16,7 +16,7 @@ from steerl.configs.reader import read
 
 from steerl.rollout.common import processes
 from steerl.scripts import dump_rollouts, score_rollouts, train_ppo, train_reward, train_sft
-from steerl.training.engine.engine import models_stay_whole
+from steerl.training.engine.zero import models_stay_whole
 
 LENGTH = json.dumps([{"name": "length", "kind": "length", "unit": "characters", "max": 8}])
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.common.run_folder import RunSettings
@@ -19,9 +20,10 @@ from steerl.training.algorithm.importance import Correction
 from steerl.training.checks import check_job
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
+from steerl.training.stages import stage
 from steerl.training.stages.models import load_trainable
 from tests.models import tiny_policy
-from tests.ppo_runs import LORA
+from tests.ppo_runs import LORA, job
 
 POLICY = SimpleNamespace(model=torch.nn.Linear(1, 1))
 
@@ -200,6 +202,16 @@ def test_the_supervised_stages_refuse_float16_alike(tmp_path):
     ):
         with pytest.raises(UserError, match=r"model.dtype: float16, in which weights that learn \(.*\) diverge"):
             load_trainable(ModelSettings(path=str(tmp_path), dtype="float16", peft=peft), role, head, **more)
+
+
+def test_mixed_precision_in_float16_is_refused_by_ppo_and_the_stages(monkeypatch):
+    """accelerate reads its config file's word, DeepSpeed's own `fp16` included, into one place."""
+    monkeypatch.setattr(AcceleratorState, "mixed_precision", "fp16")
+    with pytest.raises(UserError, match=r"mixed_precision: fp16 in the accelerate .* set it to bf16") as found:
+        job("gpt2")
+    assert len(found.value.lines) == 1
+    with pytest.raises(UserError, match="mixed_precision: fp16"):
+        stage.train(SimpleNamespace(accelerator=AcceleratorState()), None)
 
 
 @pytest.mark.parametrize("op, refused", [("loreft", True), ("noreft", False), ("add", False)])

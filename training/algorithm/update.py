@@ -6,6 +6,7 @@ minibatch (global) --> this rank's micro-batches: forward, losses as sums over o
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 
@@ -18,6 +19,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.training.algorithm import kl, loss
 from steerl.training.algorithm.minibatch import minibatches, passes, select
 from steerl.training.engine.gradients import accumulating, backward, finish
+from steerl.training.model.offload import offloaded
 from steerl.training.settings import PPOSettings
 from steerl.training.types import Experience, MinibatchStats, PolicyOutput, TrainState, UpdateStats
 
@@ -55,7 +57,8 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
     worst = torch.zeros((), device=processes.start().device)
     for i, micro_batch in enumerate(micro_batches):
         with accumulating(state, last=i + 1 == len(micro_batches)) as factor, module.recomputing():
-            total, parts, error = micro_batch_loss(state, experience, micro_batch, counts, settings)
+            with offloaded() if settings.offload_activations else contextlib.nullcontext():
+                total, parts, error = micro_batch_loss(state, experience, micro_batch, counts, settings)
             backward(state, total * factor)
         sums = {name: sums.get(name, 0.0) + value for name, value in parts.items()}
         worst = torch.maximum(worst, error)

@@ -13,8 +13,6 @@ A copied reference is held as the policy is. Where weights are spread, a rank re
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -22,16 +20,16 @@ import torch
 from torch import nn
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.environments.sampler import EpisodeSampler
 from steerl.rollout.model import unread
-from steerl.rollout.model.sharding import by_zero3, gathered, is_sharded
+from steerl.rollout.model.sharding import by_zero3, gathered
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.types import Samples
 from steerl.training.engine import zero
-from steerl.training.model.actor_critic import ActorCritic
+from steerl.training.engine.zero import DTYPES, read_whole
+from steerl.training.model.actor_critic import ActorCritic, pack_rows
 from steerl.training.model.held import Held
 from steerl.training.model.reference import Reference
 from steerl.training.settings import PPOSettings
@@ -43,7 +41,7 @@ if TYPE_CHECKING:
 
 def start() -> Accelerator:
     """accelerate's Accelerator. What it accumulates by itself is nothing: micro-batches are the update's business."""
-    ready_deepspeed()
+    zero.ready()
     # Its new name, forward_sync_buffers, is not one that accelerate passes on.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`broadcast_buffers` is deprecated")
     from accelerate import Accelerator
@@ -54,16 +52,8 @@ def start() -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     if uses_deepspeed(accelerator):
-        models_stay_whole()
+        zero.models_stay_whole()
     return accelerator
-
-
-def models_stay_whole() -> None:
-    """Under ZeRO-3 transformers cuts every model that it loads once there is an Accelerator: here models are cut when they are
-    wrapped."""
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
 
 
 def place(accelerator: Accelerator, actor_critic: ActorCritic, reference: Reference | None, settings: PPOSettings) -> None:
@@ -75,18 +65,14 @@ def place(accelerator: Accelerator, actor_critic: ActorCritic, reference: Refere
     for module in held:
         unread.to_device(module, accelerator.device)
     if uses_deepspeed(accelerator):
-        _check_dtypes(accelerator, actor_critic)
-        _set_batches(accelerator, settings)
-        for module in held:
-            zero.place(accelerator, module, trained=module is actor_critic)
+        zero.place(accelerator, held, settings)
     elif is_fsdp2(accelerator):
         for module in held:
-            if module is not actor_critic and accelerator.mixed_precision == "bf16":
-                unread.cast(module, torch.bfloat16)  # as it is computed with
+            if module is not actor_critic:
+                unread.cast(module, DTYPES.get(accelerator.mixed_precision))  # as it is computed with
             fully_shard(accelerator, module)
     else:
-        for module in held:
-            unread.read_in(module)
+        read_whole(held)
 
 
 def fully_shard(accelerator: Accelerator, module: Held) -> None:
@@ -97,23 +83,25 @@ def fully_shard(accelerator: Accelerator, module: Held) -> None:
 
 
 def wrap(
-    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, settings: PPOSettings
+    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
     """(model, optimizer) as the engine wants them."""
     if uses_deepspeed(accelerator):
-        return _by_deepspeed(accelerator, actor_critic, optimizer)
+        return zero.wrap(accelerator, actor_critic, optimizer)
     if is_fsdp2(accelerator):  # its optimizer has been made of its own weights
         return actor_critic, accelerator.prepare_optimizer(optimizer)
     return accelerator.prepare(actor_critic, optimizer)
 
 
-def observe(actor_critic: ActorCritic, reference: Reference | None) -> None:
+def observe(actor_critic: ActorCritic, reference: Reference | None, settings: PPOSettings) -> None:
     """What is seen of the models by passes of theirs is seen here, where every rank comes."""
 
     def look() -> None:
         for policy in actor_critic.policies if processes.is_distributed() else ():
             _ = policy.capabilities
         logit_postprocessing(actor_critic.policy)
+        if settings.packing:
+            pack_rows(actor_critic, reference)
 
     actor_critic.inside(look)
     if reference is not None and reference.held is not None:
@@ -126,57 +114,6 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 def is_fsdp2(accelerator: Accelerator) -> bool:
     return bool(accelerator.is_fsdp2)
-
-
-def _set_batches(accelerator: Accelerator, settings: PPOSettings) -> None:
-    """The update accumulates and bounds gradients by PPO's own settings, whatever the config file says."""
-    rows = settings.micro_batch_size
-    accelerator.deepspeed_plugin.deepspeed_config |= {
-        "gradient_accumulation_steps": 1,
-        "train_micro_batch_size_per_gpu": rows,
-        "train_batch_size": rows * processes.start().world_size,
-        "gradient_clipping": settings.max_grad_norm,
-    }
-
-
-def _by_deepspeed(
-    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, AcceleratedOptimizer]:
-    import deepspeed
-
-    for parameter in actor_critic.parameters():
-        parameter.data = parameter.data.contiguous()  # DeepSpeed sends them as flat bytes
-    model, prepared = accelerator.prepare(actor_critic, optimizer)
-    if is_sharded(actor_critic) and actor_critic.vectors is not None:
-        # Hooks on layers read the steering's parameters: they are at hand as long as the whole forward pass runs.
-        for parameter in actor_critic.vectors.parameters():
-            deepspeed.zero.register_external_parameter(actor_critic, parameter)
-    return model, prepared
-
-
-def ready_deepspeed() -> None:
-    """Where the accelerate config asks for DeepSpeed: have it tell warnings alone, not its whole configuration; and on a CPU
-    leave out an operation that it would compile for minutes at its first start and that only its inference engine calls."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return
-    import deepspeed
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # calls that torch has renamed
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["shm_comm"] = deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _check_dtypes(accelerator: Accelerator, actor_critic: ActorCritic) -> None:
-    if accelerator.mixed_precision != "no":
-        return
-    odd = {p.dtype for p in actor_critic.parameters() if p.is_floating_point()} - {torch.float32}
-    if odd:
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(odd, key=str))
-        raise UserError(
-            f"model.dtype: {dtypes}, but DeepSpeed without mixed precision takes float32 alone; set model.dtype float32, or "
-            'mixed_precision: "bf16" in the accelerate config'
-        )
 
 
 class EngineSampler:

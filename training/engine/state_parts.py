@@ -104,7 +104,8 @@ def load_optimizer(state: TrainState, saved: Mapping[str, Any]) -> None:
     for number, taken in enumerate(steps):
         for flat in _flats(zero, number) if taken else ():
             moments = {name: torch.zeros_like(flat.data) for name in _MOMENTS}
-            zero.optimizer.state[flat] = {"step": torch.stack(taken).amax().clone(), **moments}
+            step = torch.stack(taken).amax().clone()
+            zero.optimizer.state[flat] = {"step": int(step) if _steps_on_host(zero) else step, **moments}
     if not any(steps):
         return
     compat.link_optimizer_states(zero)
@@ -205,7 +206,12 @@ def _flats(zero: Any, group: int) -> list[Tensor]:
 def _step_of(zero: Any, group: int) -> Tensor | None:
     """Optimizer steps that a group has taken; None before the first."""
     entries = [zero.optimizer.state.get(flat) for flat in _flats(zero, group)]
-    return next((entry["step"] for entry in entries if entry), None)
+    return next((torch.tensor(float(entry["step"])) for entry in entries if entry), None)
+
+
+def _steps_on_host(zero: Any) -> bool:
+    """Whether DeepSpeed's own Adam is at work (offload_optimizer), which counts its steps in an integer."""
+    return type(zero.optimizer).__name__ == "DeepSpeedCPUAdam"
 
 
 def _zero_part(parameter: Any, moment: str | None = None) -> Part:

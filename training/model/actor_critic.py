@@ -138,9 +138,9 @@ def checkpoint_activations(actor_critic: ActorCritic) -> None:
 
 
 def pack_rows(actor_critic: ActorCritic, reference: Reference | None) -> None:
-    """Let actor, critic and reference have the rows of a pass one after another, where that changes nothing."""
+    """Let actor, critic and reference have the rows of a pass one after another, where that changes nothing. Call inside."""
     for policy in actor_critic.policies:
-        if problem := actor_critic.inside(policy.packing_problem):
+        if problem := policy.packing_problem():
             raise UserError(f"ppo.packing: {problem}; leave it out")
     actor_critic.packed = True
     if reference is not None:

@@ -74,16 +74,16 @@ def strip(core: transformers.PreTrainedModel) -> None:
 
 def _from_folder(policy: Policy, path: str) -> tuple[Policy, nn.Linear]:
     field = "ppo.value"
-    config = load_config(path, field)
+    config = load_config(path, field, policy.hub.code)
     kind = "seq2seq" if policy.is_seq2seq else "causal"
     if bool(config.is_encoder_decoder) != policy.is_seq2seq:
         raise CheckpointError(f"{field}: {path} is a {config.model_type} model and the policy is {kind}; name a {kind} model")
     saved = choose_head(config, "value", field=field, path=path)
-    model = load_head(path, "value", dtype=torch.float32, field=field, read=False)
+    model = load_head(path, "value", dtype=torch.float32, field=field, read=False, hub=policy.hub.code)
     head = None
     if saved not in ("causal", "seq2seq"):
         head = _score_head(model, path)
-        model = _as_language_model(model, kind, path)
+        model = _as_language_model(model, kind, path, policy.hub.trust_remote_code)
     value_model = Policy.of(model, policy.tokenizer)
     width = hidden_width(model)
     strip(model)
@@ -110,11 +110,13 @@ def _score_head(model: transformers.PreTrainedModel, path: str) -> nn.Linear:
     return head
 
 
-def _as_language_model(model: transformers.PreTrainedModel, kind: str, path: str) -> transformers.PreTrainedModel:
+def _as_language_model(
+    model: transformers.PreTrainedModel, kind: str, path: str, trusted: bool
+) -> transformers.PreTrainedModel:
     """The trunk of a classifier inside the language model of its architecture, which says how positions are predicted."""
     try:
         with torch.device("meta"):
-            shell = HEADS[kind].from_config(model.config)
+            shell = HEADS[kind].from_config(model.config, trust_remote_code=trusted)
     except ValueError as error:
         raise CheckpointError(f"ppo.value: {path}: there is no {kind} model of type {model.config.model_type}") from error
     if hasattr(shell, shell.base_model_prefix):

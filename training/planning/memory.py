@@ -1,7 +1,8 @@
 """Memory of a PPO step on one GPU: what stands all the time, and what each phase adds. The total is the highest phase.
 
-stands      weights, value, reference, optimizer states; ZeRO-3's gradients and the bucket that it sends them in
-load        what stands, without the optimizer's moments, + a tensor that is read
+stands      weights, value, reference, optimizer states; ZeRO-3's gradients and the bucket that it sends them in, DDP's buckets
+load        weights, value, reference + a tensor that is read
+wrap        what stands, without the optimizer's moments, + weights brought together, or copied by the engine
 sample      + weights brought together + KV cache + the logits of a step of decoding
 score       + what a forward pass of a micro-batch takes at most, and logits: no graph is kept
 learn       + gradients + activations and logits of a micro-batch
@@ -38,6 +39,10 @@ ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 SPREAD = ("zero3", "fsdp2")
 """Those that spread the weights themselves."""
 GB = 1e9
+_SENT = 4.0 * 32 * 2**20
+"""Bytes of gradients that are summed together under DDP (engine/gradients.py)."""
+_BROADCAST = 250.0 * 2**20
+"""Bytes of weights that DDP sends together as it begins."""
 _HOLES = 1.2
 """On a CPU the heap keeps holes between activations: so much more than the tensors take (1.0 where every tensor is mapped by
 itself, MALLOC_MMAP_THRESHOLD_=65536)."""
@@ -145,35 +150,35 @@ def memory(work: PlannedStep, engine: Engine, ranks: int, *, device: Literal["cu
     policy, value = size.weights / size.spread, size.value / size.spread
     reference = size.reference / size.spread if work.copies_reference else 0.0
     passing = 0.0 if engine in ("ddp", "zero3") else size.buckets  # there and gone with each backward pass
-    loaded = policy + value + reference + size.masters + size.buckets - passing + size.gradients * (engine == "zero3")
+    coming = 0.0 if engine == "zero3" else size.gradients  # they have their place there
+    held = policy + value + reference
+    loaded = held + size.masters + size.buckets - passing + size.gradients - coming
     stands = loaded + size.moments
-    live = _live(work, engine, size.weights + size.value)
+    live = _live(work, engine, counts, device, size.weights + size.value)
     largest = max(c.largest for c in counts) * size.width
 
     # A micro-batch of the update: both graphs stand at once, and one of them works at a time.
     rows = work.micro_batch(ranks)
     halves = _passes(work, engine, models, rows, trained=True)
     plain = _passes(work, engine, models, rows, trained=False)
-    activations = sum(p.saved for p in halves) + max(p.peak - p.saved for p in halves)
-    activations *= _HOLES if device == "cpu" else 1.0
+    activations = _activations(work, halves) * (_HOLES if device == "cpu" else 1.0)
     logits = chunk_bytes(work, counts[0], rows, device)
     forward = sum(p.peak for p in plain)  # autocast's copies of both stand until the pass is over
 
     # Gradients come while activations go; from the second micro-batch on they stand from the beginning. The embedding's are
     # made whole at the very end, and added to what is there: the head's, where the two are one weight.
     head = head_gradient(counts[0])
-    coming = 0.0 if engine == "zero3" else size.gradients  # they have their place there
-    first = max(head + activations + logits, coming + (head if counts[0].tied else 0.0))
-    again = max(head + activations + logits, head * (2 if counts[0].tied else 1)) + coming
-    learn = again if work.micro_batches(ranks) > 1 else first
+    several = work.micro_batches(ranks) > 1
+    ends = head * (counts[0].tied + several) if not live.root else live.root * (3 if device == "cpu" else 2)
+    working = live.worked + head + activations + logits + (coming if several else 0.0)
+    learn = passing + max(live.most, working, (live.root or live.most) + ends + coming)
 
     # Decoding: a batch's cache (one layer's is there twice while it grows), the logits of a step, bfloat16 copies of weights.
     batch = work.decoded_together(ranks)
-    cast = engine in ("ddp", "fsdp2") and work.precision == "bf16"
     cache = cache_bytes(in_half(work.policy, work.precision), batch, work.prompt, work.response)
     whole = 2.0 * counts[0].all if work.precision == "bf16" else size.weights  # beside this rank's share
-    gathered = 0.0 if size.spread == 1 else whole if work.ppo.gather == "phase" else min(live, whole)
-    casts = counts[0].half_bytes if cast and engine == "ddp" else 0.0
+    gathered = 0.0 if size.spread == 1 else whole if work.ppo.gather == "phase" else min(live.most, whole)
+    casts = counts[0].half_bytes if engine == "ddp" and work.precision == "bf16" else 0.0
     decoded = decoding_logits(work, counts[0].vocabulary, batch)
     sample = gathered + cache * (1 + 1 / layers_of(work.policy.config)) + decoded + casts
 
@@ -186,17 +191,26 @@ def memory(work: PlannedStep, engine: Engine, ranks: int, *, device: Literal["cu
         "cache": cache,
         "activations": activations,
         "logits": max(logits, decoded),
-        "engine": live + size.buckets,
+        "engine": live.most + size.buckets,
     }
     phases = {
-        "load": loaded + largest,
+        "load": held + largest + (_mapped(work, engine, size, counts[0]) if device == "cpu" else 0.0),
+        "wrap": loaded + max(live.most, size.wrapped),
         "sample": stands + sample,
-        "score": stands + live + forward + logits,
-        "learn": stands + live + passing + learn,
+        "score": stands + live.scored + forward + logits,
+        "learn": stands + learn,
         "update": stands + size.stepped + coming,
         "save": stands + largest,
     }
     return Memory(parts, phases)
+
+
+def _activations(work: PlannedStep, halves: list[PassCost]) -> float:
+    """Of both graphs. What goes to the host leaves a layer's."""
+    saved = [p.saved for p in halves]
+    if work.ppo.offload_activations:
+        saved = [0.0 if work.ppo.checkpointing else size / layers_of(work.policy.config) for size in saved]
+    return sum(saved) + max(p.peak - p.saved for p in halves)
 
 
 # -- weights and what goes with them -----------------------------------------------------------------------------------
@@ -212,15 +226,17 @@ class _Sizes:
     gradients: float
     masters: float
     moments: float
-    stepped: float
-    """The gradients of what is stepped together, as DeepSpeed copies them: flat, and in float32."""
     buckets: float
+    wrapped: float
+    """What is copied while the engine wraps the models."""
+    stepped: float
+    """What the optimizer's step copies of the gradients."""
     spread: float
     """Over how many ranks the weights lie."""
 
 
 def _sizes(work: PlannedStep, engine: Engine, ranks: int, counts: list[Counts], device: str) -> _Sizes:
-    """What stands for every weight. DeepSpeed in bf16 keeps bfloat16 weights and float32 masters; the others what is stored."""
+    """What stands for every weight. DeepSpeed in bf16 keeps bfloat16 weights; the others what is stored."""
     groups = [counts[0].trained, *(c.trained - c.head_trained for c in counts[1:])]
     trained = sum(groups)
     head = counts[0].width * (work.ppo.credit == "gae")  # the value's, one number out
@@ -229,25 +245,42 @@ def _sizes(work: PlannedStep, engine: Engine, ranks: int, counts: list[Counts], 
     trained_bytes = counts[0].trained_bytes + sum(_without_head(c) for c in counts[1:]) + 4.0 * head
     width = 2.0 if halved else trained_bytes / max(trained + head, 1)
     gradients = width * (trained + head)
-    bucket = work.buffers.reduce_bucket_size * (2.0 if halved else 4.0)
-    stepped = max(groups) / ranks
-    if engine == "zero3":
-        stepped = min(stepped, work.buffers.sub_group_size)
+    eighth = work.ppo.optimizer == "adamw8bit"
+    moments = 2 * (trained if eighth else 4.0 * trained if zero else trained_bytes)  # two per number
     return _Sizes(
         weights=2.0 * counts[0].all if halved else counts[0].bytes,
         value=sum((2.0 * (c.all - c.head) if halved else c.value_bytes) for c in counts[1:]),
-        reference=2.0 * counts[0].all if halved else counts[0].bytes,
+        reference=2.0 * counts[0].all if work.precision == "bf16" and engine != "ddp" else counts[0].bytes,
         width=2.0 if halved else counts[0].bytes / counts[0].all,
         gradients=gradients / (ranks if engine in ("zero2", "zero3", "fsdp2") else 1),
-        masters=4.0 * trained / ranks if engine in ("zero1", "zero2") or halved else 0.0,
-        moments=2 * (4.0 * trained if zero else trained_bytes) / (1 if engine == "ddp" else ranks),  # two per number
-        stepped=stepped * (6.0 if halved else 4.0) if zero else 0.0,
-        # DDP holds buckets as large as all gradients, whether it reduces or not. A CPU gives no pages that nothing is put into.
-        buckets={"ddp": gradients if ranks > 1 else 0.0, "fsdp2": 0.0}.get(
-            engine, bucket if device == "cuda" else min(bucket, gradients)
-        ),
+        masters=4.0 * trained / ranks if zero else 0.0,  # in float32 beside float32 weights, too
+        moments=moments / (1 if engine == "ddp" else ranks),
         spread=ranks if engine in SPREAD else 1,
+        **_copies(work, engine, ranks, device, gradients, width * max(groups), max(groups) / ranks),
     )
+
+
+def _copies(
+    work: PlannedStep, engine: Engine, ranks: int, device: str, gradients: float, weights: float, share: float
+) -> dict[str, float]:
+    """Engines' own buffers. `weights`: bytes of the optimizer's largest group; `share`: a rank's numbers of it. A CPU gives no
+    pages that nothing is put into."""
+    on_cpu, sizes = device == "cpu", work.buffers
+    width = 2.0 if work.precision == "bf16" else 4.0
+    if engine == "ddp":
+        sent = min(_SENT, gradients) if ranks > 1 else 0.0  # gradients are summed by us, buckets stay as they are
+        buckets = gradients if ranks > 1 and not on_cpu else 0.0
+        return {"buckets": buckets, "wrapped": 2 * min(_BROADCAST, gradients) if ranks > 1 else 0.0, "stepped": sent}
+    if engine == "fsdp2":
+        return {"buckets": 0.0, "wrapped": 0.0, "stepped": 0.0}
+    bucket = sizes.reduce_bucket_size * width
+    if engine == "zero3":
+        share = min(share, sizes.sub_group_size)
+    return {
+        "buckets": min(bucket, gradients) if on_cpu else bucket,
+        "wrapped": weights if on_cpu and engine != "zero3" else 4.0 * share,  # GPUs without the room flatten on the host
+        "stepped": share * (6.0 if width == 2.0 else 4.0),  # flat, and in float32
+    }
 
 
 def _without_head(counts: Counts) -> float:
@@ -255,18 +288,47 @@ def _without_head(counts: Counts) -> float:
     return counts.trained_bytes * (1 - counts.head_trained / max(counts.trained, 1))
 
 
-def _live(work: PlannedStep, engine: Engine, weights: float) -> float:
-    """Weights that a layer-by-layer pass holds together."""
+@dataclass(frozen=True)
+class _Live:
+    """Weights that a layer-by-layer pass brings together."""
+
+    most: float
+    scored: float
+    """While the reference is run: FSDP2 leaves the root's of actor and critic together until they learn."""
+    worked: float
+    """While activations stand."""
+    root: float = 0.0
+    """FSDP2's outside of layers: embeddings and head, together through forward and backward pass."""
+
+
+def _live(work: PlannedStep, engine: Engine, counts: list[Counts], device: str, weights: float) -> _Live:
+    width = 2.0 if work.precision == "bf16" else 4.0
     if engine == "zero3":
-        counts = count(work.policy)
-        together = work.buffers.stage3_max_live_parameters + counts.largest
-        return min(together * (2.0 if work.precision == "bf16" else 4.0), weights)
-    if engine == "fsdp2":  # this block and the next, embedding and head
-        counts = count(work.policy)
-        width = 2.0 if work.precision == "bf16" else 4.0
-        ends = counts.vocabulary * counts.width * (2 if counts.head else 1)
-        return width * (ends + 2 * (counts.all - ends) / layers_of(work.policy.config))
-    return 0.0
+        together = width * (work.buffers.stage3_max_live_parameters + counts[0].largest)
+        return _Live(*[min(together, weights)] * 3)
+    if engine != "fsdp2":
+        return _Live(0.0, 0.0, 0.0)
+    embedding = width * counts[0].vocabulary * counts[0].width
+    own = embedding * (2 if counts[0].head else 1)
+    root = own + embedding * len(counts[1:])
+    block = (width * counts[0].all - own) / layers_of(work.policy.config)
+
+    def most(root: float) -> float:
+        """Weights are copied out of what was gathered, which goes when the next layer has come; gloo copies once more."""
+        return max(2 * root + block, root + 2 * block) + (block if device == "cpu" else 0.0)
+
+    scored = max(most(root), root + most(own)) if work.copies_reference else most(root)
+    return _Live(most(root), scored, root + 3 * block, root)
+
+
+def _mapped(work: PlannedStep, engine: Engine, size: _Sizes, counts: Counts) -> float:
+    """Pages of the file that stand while it is read: ZeRO-3's first rank reads all, FSDP2's each its share. The policy stays in
+    them where it is as it is stored, one process's own."""
+    config = work.policy.config
+    stored = torch.finfo(config.dtype).bits / 8 if isinstance(config.dtype, torch.dtype) else 4.0
+    if size.spread == 1 and stored == size.width:
+        return 0.0
+    return stored * counts.all / (size.spread if engine == "fsdp2" else 1)
 
 
 # -- passes --------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class Blueprint:
         """From a folder with a config.json, or a hub name; no weights are read. A value is of the kind that its policy is."""
         if not settings.path:
             raise UserError(f"{field}: missing; name a folder with a config.json or a hub name, --{field} DIR")
-        config = load_config(settings.path, field)
+        config = load_config(settings.path, field, settings.hub)
         kind = like.kind if like else choose_head(config, "policy", settings.kind, field=field, path=settings.path)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         dtype = DTYPES.get(settings.dtype, stored)
@@ -85,7 +85,8 @@ class Blueprint:
         attn = {} if self.attn in ("", "auto") or self.attn.startswith("flash") else {"attn_implementation": self.attn}
         with torch.device("meta"):
             auto: Any = HEADS[self.kind]
-            model = auto.from_config(config, dtype=self.dtype, **attn).eval()
+            # A config names code of its own only where that is to be run.
+            model = auto.from_config(config, dtype=self.dtype, trust_remote_code=hasattr(config, "auto_map"), **attn).eval()
             return adapters.add(model, _thawed(self.peft)) if self.peft else model
 
     @cached_property

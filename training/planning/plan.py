@@ -57,9 +57,14 @@ def row_of(work: PlannedStep, engine: Engine, machines: Machines, shares: Shares
     return PlanRow(engine, work, needs, seconds(work, engine, machines, shares), needs.total <= usable)
 
 
+def engines_of(work: PlannedStep) -> tuple[Engine, ...]:
+    """8-bit moments lie on each rank whole."""
+    return ENGINES if work.ppo.optimizer == "adamw" else ("ddp",)
+
+
 def rows(works: list[PlannedStep], machines: Machines, shares: Shares, usable: float) -> list[PlanRow]:
     """Every engine with each of the works, as they are."""
-    return [row_of(work, engine, machines, shares, usable) for work in works for engine in ENGINES]
+    return [row_of(work, engine, machines, shares, usable) for work in works for engine in engines_of(work)]
 
 
 def advise(
@@ -85,7 +90,7 @@ def advise(
 
 def _tried(work: PlannedStep, machines: Machines, shares: Shares, usable: float) -> Iterator[PlanRow]:
     """Engines, recomputation, sizes of batches, ways to gather."""
-    for engine in ENGINES:
+    for engine in engines_of(work):
         for tried in _settings(work, engine, machines.ranks):
             yield row_of(tried, engine, machines, shares, usable)
 
@@ -132,6 +137,10 @@ def _halved(size: int) -> list[int]:
 def _changes(work: PlannedStep, adapted: PlannedStep) -> Iterator[tuple[str, PlannedStep]]:
     """What else might fit, from the smallest change on."""
     shared = {"value": "shared"}
+    if not work.ppo.offload_activations:
+        yield "ppo.offload_activations true (its time is not in the figures)", _with(work, offload_activations=True)
+    if work.ppo.optimizer == "adamw":
+        yield "ppo.optimizer adamw8bit", _with(work, optimizer="adamw8bit")
     if work.value is not None:
         yield "ppo.value shared", _with(work, **shared)
     if work.copies_reference and not work.adapted:
@@ -191,6 +200,11 @@ def flags(row: PlanRow, machines: Machines) -> list[str]:
         "ppo.value": ppo.value,
         "ppo.reference": ppo.reference,
     }
+    for name, value in (("offload_activations", ppo.offload_activations), ("packing", ppo.packing)):
+        if value:
+            settings[f"ppo.{name}"] = "true"
+    if ppo.optimizer != "adamw":
+        settings["ppo.optimizer"] = ppo.optimizer
     if ppo.micro_batch_tokens:
         settings["ppo.micro_batch_tokens"] = ppo.micro_batch_tokens
     if row.engine in SPREAD:

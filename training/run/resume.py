@@ -26,6 +26,8 @@ from steerl.rollout.common.run_folder import RunSettings, versions, write_text
 from steerl.rollout.common.yaml_files import Dumper
 from steerl.rollout.dumps.manifest import finished_shards
 from steerl.rollout.environments.settings import BEFORE
+from steerl.rollout.model import compat
+from steerl.rollout.model.policy import BEFORE as MODEL_BEFORE
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.training.run import checkpoint
@@ -37,13 +39,21 @@ from steerl.training.types import TrainState
 FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
     *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather", "ppo.eval_every", "ppo.eval_prompts"),
+    "ppo.offload_activations",
     *(f"engine.{name}" for name in ("kind", "url", "python", "model_impl", "sync", "check_rows", "start_timeout", "arguments")),
     "environment.workers",
 )
 """What may differ on a resume, because nothing that is learned depends on it. The number of steps may, too, where no
 learning rate falls towards the last one."""
 
-SINCE: dict[str, object] = {"engine.ahead": 0, "ppo.packing": False, **BEFORE}
+SINCE: dict[str, object] = {
+    "engine.ahead": 0,
+    "ppo.packing": False,
+    "ppo.offload_activations": False,
+    "ppo.optimizer": "adamw",
+    **MODEL_BEFORE,
+    **BEFORE,
+}
 """What settings are in runs that were begun before there were these."""
 
 _logger = logging.getLogger(__name__)
@@ -54,6 +64,8 @@ def made_from(
 ) -> dict[str, str]:
     """What a run learns from, as hashes: the same paths may lead to other data. Before the policy is trained or spread."""
     hashes = {"model.path": weights_fingerprint(policy.model), "prompts.path": rows_fingerprint(prompts)}
+    if policy.hub.revision and (commit := compat.commit(policy.core.config)):
+        hashes["model.revision"] = commit
     if policy.tokenizer is not None:
         hashes["model.tokenizer"] = tokenizer_fingerprint(policy.tokenizer)
     if heldout is not None:

@@ -18,32 +18,21 @@ from steerl.rollout.model import adapters, auto_classes, virtual_tokens
 from steerl.rollout.model.auto_classes import save
 from steerl.rollout.model.language_model import unwrap
 from steerl.rollout.model.policy import ModelSettings, ids_of
-from steerl.training.checks import float16_problems
+from steerl.training.checks import float16_problems, quantization_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_base(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> PreTrainedModel:
-    """The model of `settings` without any adapter."""
-    path = base_path(settings)
+    """The model of `settings` without any adapter, and in its own numbers where nothing else is asked for: adapters are merged
+    into those."""
+    path, _, hub = settings.base()
     attn = None if settings.attn in ("", "auto") else settings.attn
     # Weights that learn are float32 unless asked otherwise: a bfloat16 step of 1e-4 is mostly rounded away.
-    dtype = "float32" if settings.dtype == "auto" else settings.dtype
-    return auto_classes.load_head(path, role, head, dtype=dtype, attn=attn, **loading)
-
-
-def base_path(settings: ModelSettings) -> str:
-    """model.path, or the base of the adapter that lies there."""
-    if not settings.path:
-        raise CheckpointError("model.path: missing; name a model folder or hub name, --model.path DIR")
-    if not adapters.is_adapter_folder(settings.path):
-        return settings.path
-    if settings.adapter:
-        raise CheckpointError(
-            f"model.path: {settings.path} is an adapter and model.adapter is set too; name the base in model.path"
-        )
-    return adapters.base_of(settings.path)
+    in_few_bits = loading.get("quantization", "none") != "none"  # beside which an adapter learns, in float32
+    dtype = "float32" if settings.dtype == "auto" and not in_few_bits else settings.dtype
+    return auto_classes.load_head(path, role, head, dtype=dtype, attn=attn, hub=hub, **loading)
 
 
 def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loading: object) -> PreTrainedModel:
@@ -53,12 +42,12 @@ def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loa
         raise CheckpointError(
             "model.peft: the model has an adapter already, which is trained further; leave one of the two out"
         )
-    model = load_base(settings, role, head, **loading)
+    model = load_base(settings, role, head, quantization=settings.quantization, **loading)
     if adapter:
         model = adapters.load(model, adapter, trainable=True)
     if settings.peft:
-        model = adapters.add(model, settings.peft)
-    if problems := float16_problems(model):
+        model = adapters.add(model, settings.hub.noted(settings.peft))
+    if problems := [*float16_problems(model), *quantization_problems(model)]:
         raise CheckpointError(*problems)
     return model
 
@@ -79,10 +68,11 @@ def stop_at(model: PreTrainedModel, token: int | None) -> None:
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model, or model.tokenizer."""
-    path = settings.tokenizer or settings.path
-    if not settings.tokenizer and adapters.is_adapter_folder(path) and not (Path(path) / "tokenizer_config.json").is_file():
-        path = adapters.base_of(path)
-    return auto_classes.load_tokenizer(path, "model.tokenizer" if settings.tokenizer else "model.path")
+    base, adapter, hub = settings.base()
+    own = adapter and (Path(adapter) / "tokenizer_config.json").is_file() and adapter == settings.path
+    path = settings.tokenizer or (adapter if own else base)
+    field = "model.tokenizer" if settings.tokenizer else "model.path"
+    return auto_classes.load_tokenizer(path, field, hub if path == base else hub.code)
 
 
 def save_model(

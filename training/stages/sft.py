@@ -102,8 +102,8 @@ def _was_told(episode: object) -> bool:
 
 def _kind(settings: ModelSettings) -> str:
     """causal or seq2seq, without loading the weights."""
-    path = models.base_path(settings)
-    return choose_head(load_config(path), "policy", settings.kind, path=path)
+    path, _, hub = settings.base()
+    return choose_head(load_config(path, hub=hub), "policy", settings.kind, path=path)
 
 
 def _fit_causal(job: SFTJob, rows: Sequence[TableRow], held: Sequence[TableRow], where: StageRun) -> Outcome:

@@ -31,7 +31,8 @@ from steerl.rollout.common.errors import Stopped, UserError, reading
 from steerl.rollout.common.fingerprint import tokenizer_fingerprint, values_fingerprint, weights_fingerprint
 from steerl.rollout.common.run_folder import RunSettings, begin, disk_trouble, opened, write_json
 from steerl.rollout.model.auto_classes import savable
-from steerl.training.engine import engine
+from steerl.training.checks import check_precision
+from steerl.training.engine import zero
 from steerl.training.run import resume
 from steerl.training.run.log import SAMPLES, RunLog, log_line
 from steerl.training.stages import models
@@ -64,7 +65,7 @@ class Outcome:
 
 def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out: bool) -> dict[str, object]:
     """The settings in the words of transformers' TrainingArguments."""
-    engine.ready_deepspeed()
+    zero.ready()
     world = processes.start().world_size
     rows = fit.batch_size // world
     micro = fit.micro_batch_size or rows
@@ -174,6 +175,7 @@ def train(trainer: Trainer, where: StageRun) -> RunLog:
     """Run the trainer, from the newest whole checkpoint where the run is resumed. Every log of it is told at once.
 
     A signal ends it early, with a checkpoint."""
+    check_precision(trainer.accelerator)
     run, folder = where.run, where.folder
     trainer.args.output_dir = str(folder / "checkpoints")
     if where.stop.anywhere():

@@ -95,6 +95,7 @@ def test_a_storage_key_is_one_for_all_views_and_fake_tensors_have_one() -> None:
     tensor = torch.zeros(4, 2)
     other = torch.zeros(4, 2)
     assert compat.storage_key(tensor) == compat.storage_key(tensor[1:].T) != compat.storage_key(other)
+    assert compat.viewed(tensor[1:].T) is tensor and compat.viewed(tensor) is None
     with compat.fake_tensors():
         one, two = torch.empty(8, device="cpu"), torch.empty(8, device="cpu")
         assert compat.storage_key(one) == compat.storage_key(one[2:]) != compat.storage_key(two)

@@ -63,7 +63,7 @@ JOBS: dict[str, dict[str, Any]] = {
     # gradients of several micro-batches of one or two rows each
     "full": {"family": "gpt2", "ppo": {"steps": 4, "schedule": "linear", "whiten_rewards": True, "micro_batch_size": 1}},
     "pushed": {"family": "llama", "peft": LORA, "steering": PUSHED, "ppo": {"steps": 2, "packing": True}},
-    "learned": {"family": "llama", "peft": LORA, "steering": LEARNED, "ppo": {"steps": 2, "gather": "layers"}},
+    "learned": {"family": "llama", "peft": LORA, "steering": LEARNED, "ppo": {"steps": 2, "gather": "layers", "packing": True}},
 }
 RESUMED = ("lora_shared", "full")
 
@@ -87,7 +87,7 @@ class Seen:
 def run(job: dict[str, Any], out: Path, name: str, walks: Path, **run_settings: Any) -> None:
     torch.manual_seed(0)  # fresh adapters
     if job["family"] == "randomwalks":
-        policy = load_policy(ModelSettings(path=str(walks / "base")))
+        policy = load_policy(ModelSettings(path=str(walks / "base")), read=False)
         prompts = load_prompts(PromptSettings(path=str(walks / "prompts.jsonl")), policy, 10)
         function = f"{Path(__file__).parents[3] / 'scripts/toy_tasks/randomwalks.py'}:optimality"
         reward: Any = build_reward([{"name": "optimality", "kind": "function", "function": function}], policy=policy)

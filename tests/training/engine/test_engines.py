@@ -38,6 +38,8 @@ RUNS = {
     "zero3": ("one_prompt", "unpadded", "lora_shared", "learned"),
     "zero3 more": ("walks", "full", "pushed"),
     "zero3 alone": ("one_prompt",),
+    "zero2 offload": ("full", "lora_shared"),
+    "zero3 offload": ("full", "learned"),
     "fsdp2": ("full", "one_prompt", "unpadded"),
 }
 Launched = Callable[[str], Path]
@@ -46,8 +48,13 @@ Launched = Callable[[str], Path]
 def config_of(engine: str, folder: Path) -> Path:
     """The shipped file; for ZeRO-3 one that cuts the tiniest weight in two, which by default it would keep whole."""
     shipped = CONFIGS / f"{engine.partition(' ')[0]}.yaml"
+    offload = engine.endswith(" offload")
     if shipped.stem != "zero3":
-        return shipped
+        if not offload:
+            return shipped
+        text = shipped.read_text().replace("  zero_stage: 2", "  zero_stage: 2\n  offload_optimizer_device: cpu")
+        (folder / shipped.name).write_text(text)
+        return folder / shipped.name
     stage: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
@@ -55,6 +62,8 @@ def config_of(engine: str, folder: Path) -> Path:
     }
     if ranks(engine) == 1:  # and let go of every weight at once, as with a model too large to be kept
         stage |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    if offload:
+        stage |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     deepspeed = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": stage}
     (folder / f"{engine}.json").write_text(json.dumps(deepspeed))
     given = yaml.safe_load(shipped.read_text())
@@ -184,7 +193,7 @@ def test_zero_3_with_one_process_leaves_whole_weights_too(launched: Launched) ->
 
 
 @pytest.mark.proofs
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2 more", "zero3 more"])
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2 more", "zero3 more", "zero2 offload", "zero3 offload"])
 def test_other_engines_and_jobs_too(engine: str, launched: Launched) -> None:
     check(engine, launched)
 

@@ -28,23 +28,23 @@ from steerl.training import ppo
 from steerl.training.engine import engine
 from steerl.training.run import checkpoint
 from tests.models import tiny_tokenizer
-from tests.training.engine.engines import fully_sharded
+from tests.training.engine.engines import by_fully_shard
 from tests.training.planning.plan_step import SHAPE, peak, standing
 
 JOB = {
-    "sampling.max_new_tokens": 8,
+    "sampling.max_new_tokens": 6,
     "reward": [{"kind": "function", "name": "fours", "function": f"{Path(__file__).resolve()}:fours"}],
     "ppo.steps": 2,
-    "ppo.rollouts_per_step": 8,
+    "ppo.rollouts_per_step": 4,
     "ppo.epochs": 1,
-    "ppo.minibatches": 2,
+    "ppo.minibatches": 1,
     "ppo.micro_batch_size": 2,
     "ppo.learning_rate": 1e-6,
     "ppo.eval_prompts": 0,
     "ppo.gap_tolerance": 0.01,
     "ppo.samples": 0,
 }
-PROMPT = 24
+PROMPT = 16
 PHASES = {"sample": (ppo, "sample"), "score": (ppo, "score"), "learn": (ppo, "learn")}
 PHASES |= {"save": (checkpoint, "save"), "export": (ppo, "save_model")}
 
@@ -54,11 +54,11 @@ def fours(rollout: Rollout, texts: Texts) -> Scores:
 
 
 def world(folder: Path, **shape: Any) -> Path:
-    """A tiny and a large random model, and prompts of one length."""
+    """A tiny and a large random model in bfloat16, as most are published, and prompts of one length."""
     for name, fields in (("tiny", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}), ("large", shape)):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE | fields))
-        model.save_pretrained(folder / name, max_shard_size="200MB")
+        model.to(torch.bfloat16).save_pretrained(folder / name, max_shard_size="200MB")
         tiny_tokenizer().save_pretrained(folder / name)
     lines = [json.dumps({"prompt": "abcdefgh"[i % 8] * PROMPT}) for i in range(64)]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
@@ -99,19 +99,25 @@ class Peaks:
 
 
 def main(folder: Path, out: Path, changed: dict[str, Any]) -> None:
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: every tensor in its own pages, so that the heap has no holes
     rank = processes.start().rank
     train_ppo.main(read(train_ppo.PPOJob, arguments(folder, "tiny", out, changed)))
     peaks = Peaks()
     for name, (module, function) in PHASES.items():
         setattr(module, function, peaks.of(name, getattr(module, function)))
-    prepare = ppo.prepare
+    place, prepare = engine.place, ppo.prepare
+
+    def placed(*given: Any) -> None:
+        place(*given)
+        peaks.end("load")
+        peaks.begin()
 
     def prepared(*given: Any, **named: Any) -> Any:
         parts = prepare(*given, **named)
-        peaks.end("load")
+        peaks.end("wrap")
         return parts
 
-    ppo.prepare = prepared
+    engine.place, ppo.prepare = placed, prepared
     peaks.begin()
     peaks.before = standing()
     train_ppo.main(read(train_ppo.PPOJob, arguments(folder, "large", out, changed)))
@@ -122,5 +128,5 @@ def main(folder: Path, out: Path, changed: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[4:] == ["fully_shard"]:
-        engine.wrap = fully_sharded
+        by_fully_shard()
     main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
