@@ -123,6 +123,7 @@ def test_a_known_kind_of_model_keeps_its_own_class_where_code_lies_beside_it(tmp
     folder = odd_folder(tmp_path / "known")
     change(folder / "config.json", model_type="llama", architectures=["LlamaForCausalLM"])
     change(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", auto_map={})
+    assert auto_classes.head_of(load_config(str(folder))) == "causal"
     plain = load_policy(ModelSettings(path=str(folder)))
     assert type(plain.core).__module__.startswith("transformers.models.llama")
     assert torch.equal(law(plain.model), law(tiny("llama")))
