@@ -170,8 +170,8 @@ def memory(work: PlannedStep, engine: Engine, ranks: int, *, device: Literal["cu
     head = head_gradient(counts[0])
     several = work.micro_batches(ranks) > 1
     ends = head * (counts[0].tied + several) if not live.root else live.root * (3 if device == "cpu" else 2)
-    working = live.most + head + activations + logits + (coming if several else 0.0)
-    learn = passing + max(working, (live.root or live.most) + ends + coming)
+    working = live.worked + head + activations + logits + (coming if several else 0.0)
+    learn = passing + max(live.most, working, (live.root or live.most) + ends + coming)
 
     # Decoding: a batch's cache (one layer's is there twice while it grows), the logits of a step, bfloat16 copies of weights.
     batch = work.decoded_together(ranks)
@@ -295,6 +295,8 @@ class _Live:
     most: float
     scored: float
     """While the reference is run: FSDP2 leaves the root's of actor and critic together until they learn."""
+    worked: float
+    """While activations stand."""
     root: float = 0.0
     """FSDP2's outside of layers: embeddings and head, together through forward and backward pass."""
 
@@ -303,9 +305,9 @@ def _live(work: PlannedStep, engine: Engine, counts: list[Counts], device: str, 
     width = 2.0 if work.precision == "bf16" else 4.0
     if engine == "zero3":
         together = width * (work.buffers.stage3_max_live_parameters + counts[0].largest)
-        return _Live(min(together, weights), min(together, weights))
+        return _Live(*[min(together, weights)] * 3)
     if engine != "fsdp2":
-        return _Live(0.0, 0.0)
+        return _Live(0.0, 0.0, 0.0)
     embedding = width * counts[0].vocabulary * counts[0].width
     own = embedding * (2 if counts[0].head else 1)
     root = own + embedding * len(counts[1:])
@@ -315,7 +317,8 @@ def _live(work: PlannedStep, engine: Engine, counts: list[Counts], device: str, 
         """Weights are copied out of what was gathered, which goes when the next layer has come; gloo copies once more."""
         return max(2 * root + block, root + 2 * block) + (block if device == "cpu" else 0.0)
 
-    return _Live(most(root), max(most(root), root + most(own)) if work.copies_reference else most(root), root)
+    scored = max(most(root), root + most(own)) if work.copies_reference else most(root)
+    return _Live(most(root), scored, root + 3 * block, root)
 
 
 def _mapped(work: PlannedStep, engine: Engine, size: _Sizes, counts: Counts) -> float:

@@ -7,6 +7,8 @@ FROM/checkpoints/step-000002   made by `saved`          OUT/RANK.json   MB at mo
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import re
 import sys
@@ -53,6 +55,8 @@ def memory(name: str) -> float:
 
 
 def peak(call: Callable[[], object]) -> float:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was let go of before goes back
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM is what stands now
     before = memory("VmRSS")
     call()
@@ -64,6 +68,7 @@ def main(source: Path, out: Path) -> None:
     rank = processes.start().rank
     export.SHARD = 50_000_000
     parts = built()
+    checkpoint.load(source / STEP, parts.state)  # once before, for what libraries set up
     found = {"load": peak(lambda: checkpoint.load(source / STEP, parts.state))}
     found["save"] = peak(lambda: checkpoint.save(out, 2, parts.state))
     found["export"] = peak(lambda: export.save_model(out, parts.actor_critic, PPOSettings()))

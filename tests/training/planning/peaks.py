@@ -32,19 +32,19 @@ from tests.training.engine.engines import by_fully_shard
 from tests.training.planning.plan_step import SHAPE, peak, standing
 
 JOB = {
-    "sampling.max_new_tokens": 8,
+    "sampling.max_new_tokens": 6,
     "reward": [{"kind": "function", "name": "fours", "function": f"{Path(__file__).resolve()}:fours"}],
     "ppo.steps": 2,
-    "ppo.rollouts_per_step": 8,
+    "ppo.rollouts_per_step": 4,
     "ppo.epochs": 1,
-    "ppo.minibatches": 2,
+    "ppo.minibatches": 1,
     "ppo.micro_batch_size": 2,
     "ppo.learning_rate": 1e-6,
     "ppo.eval_prompts": 0,
     "ppo.gap_tolerance": 0.01,
     "ppo.samples": 0,
 }
-PROMPT = 24
+PROMPT = 16
 PHASES = {"sample": (ppo, "sample"), "score": (ppo, "score"), "learn": (ppo, "learn")}
 PHASES |= {"save": (checkpoint, "save"), "export": (ppo, "save_model")}
 

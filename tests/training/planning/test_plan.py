@@ -211,9 +211,47 @@ def test_settings_move_the_parts_they_are_about():
     half, quarter = (memory(work_of(drawn, micro_batch_size=size), "ddp", 2).parts["activations"] for size in (4, 2))
     casts = 2 * 2 * sum(p.numel() for p in tiny("llama", num_hidden_layers=8).parameters() if p.dim() == 2)
     assert half - quarter == pytest.approx((half - casts) / 2, rel=0.2)
+    eighth = memory(work_of(drawn, optimizer="adamw8bit"), "ddp", 2)
+    assert eighth.parts["optimizer"] == pytest.approx(base.parts["optimizer"] / 4, rel=1e-3)
+    away, inputs = (memory(work_of(drawn, offload_activations=True, checkpointing=c), "ddp", 2) for c in (False, True))
+    assert inputs.parts["activations"] <= away.parts["activations"] < base.parts["activations"] / 2
     assert memory(work_of(drawn, batch=16), "ddp", 1).parts["cache"] == 2 * memory(work_of(drawn), "ddp", 1).parts["cache"]
     phase, layers = (memory(work_of(drawn, gather=how), "zero3", 8).phases["sample"] for how in ("phase", "layers"))
     assert phase >= layers
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_rank_loads_its_share_and_one_tensor(precision):
+    """Policy, value's trunk and reference, as real models have them; DeepSpeed's and the frozen reference in bfloat16."""
+    model, trunk = tiny("llama"), tiny("llama")
+    value_model.strip(trunk)
+    policy, value = (sum(p.numel() for p in each.parameters()) for each in (model, trunk))
+    largest = max(p.numel() for p in model.parameters())
+    half = 2 if precision == "bf16" else 4
+    of = {engine: memory(work_of(blueprint(model), precision), engine, 4).phases["load"] for engine in ENGINES}
+    assert of["zero3"] == half * ((2 * policy + value) / 4 + largest)
+    assert of["fsdp2"] == (4 * (policy + value) + half * policy) / 4 + 4 * largest
+    assert of["zero1"] == of["zero2"] == half * (2 * policy + value + largest)
+    assert of["ddp"] == 4 * (2 * policy + value + largest)
+
+
+def test_sizes_of_buffers_are_those_of_the_accelerate_file(folder, tmp_path):
+    """DeepSpeed's defaults where it says nothing; its own file where it names one."""
+    sizes = {"stage": 3, "reduce_bucket_size": 1e6, "stage3_max_live_parameters": 2e6}
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": sizes}))
+    (tmp_path / "named.yaml").write_text(
+        json.dumps({"deepspeed_config": {"deepspeed_config_file": str(tmp_path / "zero.json")}})
+    )
+    model = ModelSettings(path=str(folder))
+
+    def engine(file: Path | str) -> float:
+        return memory(plan_door.work_of(plan_door.PlanJob(model=model, accelerate=str(file)), None), "zero3", 8).parts["engine"]
+
+    largest = 128256 * 4096
+    assert engine(tmp_path / "named.yaml") == 2 * (1e6 + 2e6 + largest)
+    assert engine("") == engine(ROOT / "configs/accelerate/zero3.yaml") == 2 * (5e8 + 1e9 + largest)
+    with pytest.raises(UserError, match=r"accelerate: '.*none.yaml' cannot be read"):
+        engine(tmp_path / "none.yaml")
 
 
 # -- seconds -----------------------------------------------------------------------------------------------------------------
@@ -276,6 +314,20 @@ def test_advice_fits_is_fastest_and_its_flags_are_read(llama):
     job = read(PPOJob, words[words.index("YOURS.yaml") + 1 :])
     assert job.ppo.micro_batch_size == advice.row.work.ppo.micro_batch_size
     assert job.sampling.batch_size == advice.row.work.sampling.batch_size
+
+
+def test_the_standard_job_fits_on_eight_gpus_of_80_gb():
+    """scale.md's: full weights, separate value, a copy, 512 rollouts of 512 + 512 tokens, bf16."""
+    full = Blueprint(AutoConfig.for_model(**LLAMA_3_8B), "causal", torch.float32)
+    usable = 0.9 * HOPPER.memory
+    for size in (1, 2):
+        job = work_of(full, prompt=512, response=512, batch=64, rollouts_per_step=512, micro_batch_size=size)
+        advice = advise(job, job, HOPPER, Shares(), usable, most_nodes=1)
+        assert advice.row is not None
+        assert {advice.row.engine, *advice.engines} == {"zero3", "fsdp2"}
+        for row in (advice.row, *advice.engines.values()):
+            assert row.memory.total <= usable and row.work.ppo.micro_batch_size == size
+            assert row.memory.phases["load"] < 20e9
 
 
 def test_where_nothing_fits_it_says_what_would(llama):
