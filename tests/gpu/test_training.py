@@ -46,10 +46,6 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def weights(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: value.detach().float().cpu().clone() for name, value in policy.model.named_parameters()}
-
-
 def law(model: torch.nn.Module) -> torch.Tensor:
     """What the weights say, on the CPU in float32."""
     ids = torch.tensor([[5, 9, 13, 20, 31, 7, 40, 41]])
@@ -213,25 +209,6 @@ def test_offloaded_activations_learn_what_kept_ones_learn(device, tmp_path, reco
     apart, moved = (laws["offloaded"] - laws["kept"]).abs().mean(), (laws["kept"] - before).abs().mean()
     record_property("apart_of_moved", float(apart / moved))
     assert apart < 0.02 * moved
-
-
-def test_an_eight_bit_optimizer_goes_where_adamw_goes(device, tmp_path, record_property):
-    """Its moments are off by up to a hundredth each, so a weight's way of four steps is that of AdamW but for some hundredths."""
-    setting = with_setting("optimizer", "adamw8bit")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
-    only_cuda(device, "bitsandbytes")
-    ways = {}
-    for name, settings in (("adamw8bit", setting), ("adamw", {})):
-        policy = policy_on(device, torch.float32)
-        before = weights(policy)
-        ran(tmp_path / name, policy, steps=1, minibatches=4, epochs=1, learning_rate=1e-3, **settings)
-        ways[name] = torch.cat(
-            [(value - before[key]).flatten() for key, value in weights(policy).items() if value.numel() >= 4096]
-        )
-    along = torch.nn.functional.cosine_similarity(ways["adamw8bit"], ways["adamw"], dim=0)
-    record_property("cosine", float(along))
-    assert along > 0.95 and 0.8 < ways["adamw8bit"].norm() / ways["adamw"].norm() < 1.25
 
 
 # -- vLLM -------------------------------------------------------------------------------------------------------------

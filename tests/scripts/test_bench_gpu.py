@@ -41,7 +41,7 @@ def rehearse(bare: dict[str, str], out: Path, *flags: str) -> dict[str, object]:
 
 
 def test_the_command_runs_on_a_cpu_without_what_it_can_do_without(bare, tmp_path):
-    bare["PYTEST_ADDOPTS"] = "-k 'alone or wrong or eight_bit'"
+    bare["PYTEST_ADDOPTS"] = "-k 'alone or wrong or 8bit'"
     found = rehearse(bare, tmp_path / "out", '--card.only "2 rows"')
     assert {"trl", "datasets", "wandb", "deepspeed"} <= set(found["missing"]) and found["device"] == "cpu"
     assert {"torch", "transformers"} <= set(found["versions"]) and not {"trl", "datasets"} & set(found["versions"])
