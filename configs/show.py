@@ -9,7 +9,6 @@ import textwrap
 from pathlib import Path as FilePath
 from typing import Any
 
-import docstring_parser
 import yaml
 
 from steerl.rollout.common import yaml_files
@@ -47,6 +46,8 @@ def to_yaml(job: object) -> str:
 
 def docs(section: type) -> dict[str, str]:
     """Name -> the docstring under the field, on one line; those of the sections that it builds on, too."""
+    import docstring_parser  # of help alone: a job runs without
+
     bases = [base for base in reversed(section.__mro__) if dataclasses.is_dataclass(base)]
     params = [param for base in bases for param in docstring_parser.parse_from_object(base).params]
     return {param.arg_name: " ".join((param.description or "").split()) for param in params}

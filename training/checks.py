@@ -14,6 +14,7 @@ from steerl.rollout.decoding.stops import warn_endless
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model import adapters
+from steerl.rollout.model.auto_classes import is_quantized
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import SteeringSpec
@@ -54,7 +55,7 @@ def check_job(
         problems.append("prompts: there are none; check prompts.path and prompts.limit")
     copies_value = ppo.credit == "gae" and ppo.value == "separate"
     if policy is not None and (copies_value or getattr(steering, "role", "") != "trainable"):
-        problems += float16_problems(policy.model)
+        problems += float16_problems(policy.model) + quantization_problems(policy.model)
     problems += sampling_problems(sampling, ppo, steering)
     problems += engine_problems(engine or EngineSettings(), ppo, steering)
     problems += environment_problems(environment or EnvironmentSettings(), engine or EngineSettings(), ppo)
@@ -125,6 +126,31 @@ def float16_problems(model: nn.Module) -> list[str]:
         "LoRA alone (model.peft), which is float32"
     )
     return [told] if learns else []
+
+
+def quantization_problems(model: nn.Module) -> list[str]:
+    """Weights in few bits learn nothing themselves."""
+    if not is_quantized(model) or hasattr(model, "peft_config"):
+        return []
+    told = "the model is in few bits, which do not learn; add an adapter that does (model.peft), or leave it out"
+    return [f"model.quantization: {told}"]
+
+
+def check_quantization(accelerator: Accelerator, policy: Policy, export_merged: bool) -> None:
+    """Engines that cut weights, or make masters of them, and what merges an adapter, need them as numbers."""
+    if not is_quantized(policy.core):
+        return
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU"):
+        name = accelerator.distributed_type.value
+        raise ConfigError(
+            f"model.quantization: the base is in few bits, which {name} cannot hold; run one process or DDP "
+            "(configs/accelerate/ddp.yaml), or leave it out"
+        )
+    if export_merged:
+        raise ConfigError(
+            "ppo.export_merged: true, but the base is in few bits, which a merged adapter would be rounded to; leave it out, "
+            "and merge the adapter that is left into the base's own weights"
+        )
 
 
 def check_precision(accelerator: Accelerator) -> None:

@@ -28,7 +28,7 @@ from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import Steering, SteeringSpec
 from steerl.training.ahead import Ahead
 from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
-from steerl.training.checks import check_precision
+from steerl.training.checks import check_precision, check_quantization
 from steerl.training.engine import engine
 from steerl.training.engine.engine import EngineSampler
 from steerl.training.engine.optimizer import build_optimizer, check_optimizer
@@ -86,6 +86,7 @@ def prepare(
     set_seed(run.seed)  # every global generator: rewards may draw from them, and a resumed run goes on with them
     accelerator = engine.start()
     check_precision(accelerator)
+    check_quantization(accelerator, policy, settings.export_merged)
     check_optimizer(accelerator, settings)
     if settings.offload_activations:
         offload.check(accelerator.device)

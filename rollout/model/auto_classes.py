@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -183,6 +184,33 @@ def choose_head(
     return head
 
 
+BITS: dict[str, dict[str, object]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+"""How bitsandbytes keeps the matrices of a base model."""
+
+
+def quantized(kind: str, dtype: object, field: str) -> dict[str, object]:
+    """What from_pretrained is given to load a model in few bits; on this process's GPU, where they are made."""
+    why = None
+    if not torch.cuda.is_available():
+        why = "its kernels are a GPU's, and torch sees none here"
+    elif importlib.util.find_spec("bitsandbytes") is None:
+        why = "it needs bitsandbytes, which is not installed (pip install 'steerl[bitsandbytes]')"
+    if why is not None:
+        raise CheckpointError(f"{_section(field)}.quantization: {kind}, but {why}; leave it out")
+    compute = dtype if dtype in ("float32", "float16") else "bfloat16"
+    four: dict[str, object] = {"bnb_4bit_compute_dtype": compute} if kind == "nf4" else {}
+    config = transformers.BitsAndBytesConfig(**BITS[kind], **four)
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether it was loaded in few bits, by a setting or because its checkpoint is."""
+    return bool(getattr(model, "is_quantized", False))
+
+
 def load_head(
     path: str,
     role: str,
@@ -194,19 +222,23 @@ def load_head(
     field: str = "model.path",
     read: bool = True,
     hub: Hub | None = None,
+    quantization: str = "none",
     **settings: object,
 ) -> PreTrainedModel:
     """Load `path` with the head that `role` uses, in eval mode. `fresh` lets the head start from new weights, never the trunk.
 
     `settings` change the configuration (`num_labels=1`). The dtype is the checkpoint's unless given. Without `read` the weights
-    of a safetensors checkpoint stay in their files (unread.py).
+    of a safetensors checkpoint stay in their files (unread.py), but for those that are quantized while they are loaded.
     """
     hub = hub or Hub()
     config = load_config(path, field, hub)
     head = choose_head(config, role, head, fresh=fresh, field=field, path=path)
     extra: dict[str, object] = {"attn_implementation": attn} if attn else {}
     extra |= {**hub.arguments(path, field), "output_loading_info": True, "ignore_mismatched_sizes": True}
-    opened = contextlib.nullcontext() if read else compat.loading_from(unread.File)
+    if quantization != "none":
+        extra |= quantized(quantization, dtype, field)
+    in_few_bits = quantization != "none" or hasattr(config, "quantization_config")
+    opened = contextlib.nullcontext() if read or in_few_bits else compat.loading_from(unread.File)
     # transformers' own table of missing weights: here a missing one is a UserError, or is meant to be new.
     with reading(f"{field}: {path!r} cannot be loaded as {head}: "), compat.without_message("LOAD REPORT"), opened:
         model, info = HEADS[head].from_pretrained(path, dtype=dtype or "auto", **extra, **settings)

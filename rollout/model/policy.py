@@ -20,7 +20,7 @@ from torch import nn
 
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.model import adapters, unread, virtual_tokens
-from steerl.rollout.model.auto_classes import Hub, load_head, load_tokenizer
+from steerl.rollout.model.auto_classes import Hub, is_quantized, load_head, load_tokenizer
 from steerl.rollout.model.capabilities import Capabilities, observe, packing_problem, position_offset
 from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.model.language_model import LanguageModel, no_dropout, unwrap, vocabulary_size
@@ -49,6 +49,9 @@ class ModelSettings:
     """A folder or hub name when the tokenizer does not lie beside the model."""
     peft: dict[str, object] | None = field(default=None, metadata={"check": adapters.adapter_config})
     """A peft config as a mapping, {peft_type: LORA, r: 8, ...}: what training adds to the model."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Keep the matrices of the base model in 4 or 8 bits (bitsandbytes, GPUs only): for an adapter that learns on it (QLoRA),
+    or to sample."""
     revision: str = ""
     """Branch, tag or commit of the hub for config, tokenizer and weights of the (base) model; empty = the newest."""
     trust_remote_code: bool = False
@@ -75,7 +78,7 @@ class ModelSettings:
         return base, self.path, Hub(revision, self.trust_remote_code)
 
 
-BEFORE: dict[str, object] = {"model.revision": "", "model.trust_remote_code": False}
+BEFORE: dict[str, object] = {"model.quantization": "none", "model.revision": "", "model.trust_remote_code": False}
 """What settings are in jobs of before there were these."""
 
 
@@ -164,11 +167,12 @@ def load_policy(settings: ModelSettings, device: torch.device | str | None = Non
     their files (unread.py) until an engine takes them."""
     path, adapter, hub = settings.base()
     attn = None if settings.attn in ("", "auto") else settings.attn
-    model: PreTrainedModel = load_head(path, "policy", settings.kind, dtype=settings.dtype, attn=attn, read=read, hub=hub)
+    loading: dict[str, Any] = {"dtype": settings.dtype, "attn": attn, "read": read, "hub": hub}
+    model: PreTrainedModel = load_head(path, "policy", settings.kind, quantization=settings.quantization, **loading)
     tokenizer = tokenizer_of(settings, [path, adapter])
     if adapter:
         model = adapters.load(model, adapter, trainable=True, field="model.adapter" if settings.adapter else "model.path")
-    if device is not None:
+    if device is not None and not is_quantized(unwrap(model)):  # which lies on its GPU already, and is not moved
         unread.to_device(model, device)
     return dataclasses.replace(Policy.of(model, tokenizer, settings.kind), hub=hub)
 

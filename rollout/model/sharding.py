@@ -103,9 +103,13 @@ def whole(tensors: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(zero):
-            yield {name: tensor.detach() for name, tensor in tensors.items()}
+            values = {name: tensor.detach() for name, tensor in tensors.items()}
+            yield values
+            values.clear()  # they would keep what is let go of
         return
-    yield {name: t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach() for name, t in tensors.items()}
+    values = {name: t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach() for name, t in tensors.items()}
+    yield values
+    values.clear()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -69,13 +69,18 @@ def write(
         header[entry.name] = {"dtype": _DTYPES[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
+    left = iter(tensors)
     with path.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        for entry, (name, value) in zip(announced, tensors, strict=True):
-            assert Announced.of(name, value) == entry, f"{entry} was announced, {name} came"
-            for piece in as_bytes(value.detach()).split(_PIECE):
-                # A copy: what numpy has seen FSDP cannot let go of any more.
-                file.write(piece.to("cpu", copy=True).numpy().data)
+        for entry in announced:
+            _append(file, entry, *next(left))
+    assert next(left, None) is None, "more came than was announced"
+
+
+def _append(file: BinaryIO, entry: Announced, name: str, value: Tensor) -> None:
+    assert Announced.of(name, value) == entry, f"{entry} was announced, {name} came"
+    for piece in as_bytes(value.detach()).split(_PIECE):
+        file.write(piece.to("cpu", copy=True).numpy().data)  # a copy: what numpy has seen FSDP cannot let go of any more
 
 
 class TensorFile:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from steerl.rollout.decoding import compiled
 from steerl.scripts.bench_cases import limit
 from steerl.scripts.bench_cases.child import RUNNERS
 from steerl.scripts.gpu.cases import Job, jobs
@@ -41,11 +42,16 @@ def machine(device: str) -> dict[str, object]:
 def measured(job: Job, folder: Path, limits: dict[str, Any]) -> dict[str, object]:
     """The median of what was timed, and its share of the limit."""
     runner = RUNNERS[job.case.work, "ours" if job.who == "compiled" else job.who]
+    compiled._WARNED.clear()
     found: dict[str, Any] = runner(job.case, TIMES, folder).to_json(job.case, job.who)
+    if job.who == "compiled" and compiled._WARNED:  # the eager path's figures are there already
+        raise RuntimeError("; ".join(compiled._WARNED))
     phases = {name: statistics.median(values) for name, values in found["seconds"].items()}
     whole = sum(phases.values())
     tokens = statistics.median(found["tokens"])
-    if job.who == "grpo":
+    if "flops" not in limits:  # the machine could not be measured
+        shares = {}
+    elif job.who == "grpo":
         score, learn = limit.update_seconds(job.case, found["alive"], limits)
         shares = {"whole": (limit.decode_seconds(job.case, found["alive"], limits) + score + learn) / whole}
     else:
@@ -70,8 +76,6 @@ def main(device: str, folder: Path, numbers: list[int]) -> None:
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no result
     if device == "cpu":
-        from steerl.rollout.decoding import compiled
-
         compiled.BACKEND = "eager"  # without the compiler's minutes
     known, limits = jobs(device == "cpu"), json.loads(os.environ.get("STEERL_GPU_LIMITS", "{}"))
     for number in numbers:

@@ -136,17 +136,20 @@ def tested(out: Path, settings: GPUSettings, end: float) -> dict[str, dict[str, 
     lines = out / "tests.jsonl"
     lines.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    cut_off = False
     with (out / "tests.log").open("w") as log:
         try:
             subprocess.run(
                 command, cwd=ROOT, env=environment(settings, out), stdout=log, stderr=log, timeout=end - time.monotonic()
             )
         except subprocess.TimeoutExpired:
-            print("the tests were cut off: their time was over", flush=True)
+            cut_off = True
     found: dict[str, dict[str, Any]] = {}
     for line in lines.read_text(encoding="utf-8").splitlines() if lines.exists() else []:
         test = json.loads(line)
         found[test.pop("test")] = test
+    if cut_off:
+        found["the others"] = {"outcome": "cut off", "seconds": 0.0, "said": "the tests' time was over", "found": {}}
     if not found:
         tail = (out / "tests.log").read_text(encoding="utf-8").strip().splitlines()[-3:]
         found["tests/gpu"] = {"outcome": "failed", "seconds": 0.0, "said": " ".join(tail), "found": {}}

@@ -46,10 +46,6 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def weights(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: value.detach().float().cpu().clone() for name, value in policy.model.named_parameters()}
-
-
 def law(model: torch.nn.Module) -> torch.Tensor:
     """What the weights say, on the CPU in float32."""
     ids = torch.tensor([[5, 9, 13, 20, 31, 7, 40, 41]])
@@ -84,11 +80,11 @@ def test_a_step_in_half_precision_measures_what_it_should(device, tmp_path, reco
 # -- FSDP2 ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("no", 1e-3), ("bf16", 0.1)])
-def test_fsdp2_by_accelerate_on_one_gpu_is_one_process(device, tmp_path, precision, bound, record_property):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_fsdp2_by_accelerate_on_one_gpu_is_one_process(device, tmp_path, precision, record_property):
     """The shipped configuration, one process, four steps. In float32 both do the same sums, and Adam's steps of 1e-3 blow up
-    what rounding there is to a few 1e-5 of a log-prob; in bfloat16 FSDP casts weights and autocast casts products, which is off
-    by the 0.01 to 0.03 of a pass, and by a few times that once steps were taken by it."""
+    what rounding there is to a few 1e-5 of a log-prob. In bfloat16 FSDP casts weights and autocast casts products: a draw differs
+    now and then, and from there on the runs are two; so it is the first step that is compared, to what one row in ten moves."""
     program = ["tests/training/engine/engines.py", str(tmp_path / "fsdp"), str(tmp_path), "full"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--num_processes", "1"]
     launch += ["--mixed_precision", precision, "--config_file", "configs/accelerate/fsdp2.yaml"]
@@ -107,12 +103,14 @@ def test_fsdp2_by_accelerate_on_one_gpu_is_one_process(device, tmp_path, precisi
         engine = json.loads((tmp_path / "fsdp" / "full.engine.json").read_text())
         assert engine["wrapper"].startswith("FSDP") and engine["weights"] > 20, engine
     laws = [law(saved(tmp_path / name / "full" / "model")) for name in ("fsdp", "one")]
-    moved = (laws[1] - law(tiny("gpt2"))).abs().amax()
-    apart = (laws[0] - laws[1]).abs().amax()
-    record_property("apart", float(apart))
-    record_property("moved", float(moved))
-    assert moved > 3 * bound, "nothing was learned that could differ"
-    assert apart < bound
+    first = [lines(tmp_path / name / "full" / "metrics.jsonl")[0] for name in ("fsdp", "one")]
+    apart, moved = (laws[0] - laws[1]).abs().amax(), (laws[1] - law(tiny("gpt2"))).abs().amax()
+    entropies = abs(first[0]["policy/entropy"] - first[1]["policy/entropy"])
+    for name, value in (("apart", apart), ("moved", moved), ("entropies", entropies), ("gap_mean", first[0]["gap/mean"])):
+        record_property(name, float(value))
+    assert moved > 0.3, "nothing was learned that could differ"
+    assert entropies < (1e-4 if precision == "no" else 0.1) and first[0]["gap/mean"] < (1e-4 if precision == "no" else 0.1)
+    assert precision == "bf16" or apart < 1e-3
 
 
 def saved(folder: Path) -> torch.nn.Module:
@@ -180,6 +178,8 @@ def test_packed_rows_learn_what_rows_alone_learn(device, tmp_path, dtype, record
         try:
             folder = ran(tmp_path / name, policy, steps=1, learning_rate=1e-3, **settings)
         except UserError as problem:
+            if "ppo.packing" not in problem.lines[0]:
+                raise
             pytest.skip(f"refused: {problem.lines[0]}")
         rows = lines(folder / "samples.jsonl")
         found[name] = ({(row["row"], row["kind"]): row["policy_logprobs"] for row in rows}, law(exact(policy)), before)
@@ -193,23 +193,22 @@ def test_packed_rows_learn_what_rows_alone_learn(device, tmp_path, dtype, record
     assert apart < (0.02 if dtype == torch.float32 else 0.5) * moved
 
 
-def test_an_eight_bit_optimizer_goes_where_adamw_goes(device, tmp_path, record_property):
-    """Its moments are off by up to a hundredth each, so a weight's way of five steps is that of AdamW but for some hundredths."""
-    setting = with_setting("optimizer", "adamw8bit")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
-    only_cuda(device, "bitsandbytes")
-    ways = {}
-    for name, settings in (("adamw8bit", setting), ("adamw", {})):
+def test_offloaded_activations_learn_what_kept_ones_learn(device, tmp_path, record_property):
+    """Rows long enough to be worth a copy. The sums are the same; kernels that add in no fixed order may move a few digits."""
+    offload = with_setting("offload_activations", True)
+    only_cuda(device, "a host beside the device")
+    laws = {}
+    for name, settings in (("offloaded", offload), ("kept", {})):
         policy = policy_on(device, torch.float32)
-        before = weights(policy)
-        ran(tmp_path / name, policy, steps=1, minibatches=4, epochs=1, learning_rate=1e-3, **settings)
-        ways[name] = torch.cat(
-            [(value - before[key]).flatten() for key, value in weights(policy).items() if value.numel() >= 4096]
-        )
-    along = torch.nn.functional.cosine_similarity(ways["adamw8bit"], ways["adamw"], dim=0)
-    record_property("cosine", float(along))
-    assert along > 0.95 and 0.8 < ways["adamw8bit"].norm() / ways["adamw"].norm() < 1.25
+        before = law(exact(policy))
+        torch.cuda.reset_peak_memory_stats()
+        long = {"max_new_tokens": 100, "stop_ids": []}
+        ran(tmp_path / name, policy, sampling=long, steps=1, micro_batch_size=16, minibatches=1, learning_rate=1e-3, **settings)
+        laws[name] = law(exact(policy))
+        record_property(f"{name}_peak_mb", torch.cuda.max_memory_allocated() / 2**20)
+    apart, moved = (laws["offloaded"] - laws["kept"]).abs().mean(), (laws["kept"] - before).abs().mean()
+    record_property("apart_of_moved", float(apart / moved))
+    assert apart < 0.02 * moved
 
 
 # -- vLLM -------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from steerl.scripts.gpu import run, table
 from steerl.scripts.gpu.cases import REHEARSAL, ROWS, SIZES, jobs
 
 ROOT = Path(__file__).parents[2]
-ABSENT = ("trl", "datasets", "wandb", "deepspeed", "jsonargparse", "matplotlib", "__editable__", "steerl")
+ABSENT = ("trl", "datasets", "wandb", "deepspeed", "docstring_parser", "jsonargparse", "matplotlib", "__editable__", "steerl")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def rehearse(bare: dict[str, str], out: Path, *flags: str) -> dict[str, object]:
 
 
 def test_the_command_runs_on_a_cpu_without_what_it_can_do_without(bare, tmp_path):
-    bare["PYTEST_ADDOPTS"] = "-k 'alone or wrong or eight_bit'"
+    bare["PYTEST_ADDOPTS"] = "-k 'alone or wrong or 8bit'"
     found = rehearse(bare, tmp_path / "out", '--card.only "2 rows"')
     assert {"trl", "datasets", "wandb", "deepspeed"} <= set(found["missing"]) and found["device"] == "cpu"
     assert {"torch", "transformers"} <= set(found["versions"]) and not {"trl", "datasets"} & set(found["versions"])
@@ -83,11 +83,12 @@ def limit_weights(case):
 
 
 CHILD = """#!/bin/bash
-# of the jobs asked for: 1 ends its process, 2 never ends, others are done; the machine is measured
+# of the jobs asked for: 1 ends its process, 2 never ends, 3 fails with the device, others are done; the machine is measured
 for number in ${5//,/ }; do
   case $number in
     1) exit 3;;
     2) exec sleep 600;;
+    3) echo '{"failed": "CUDA error", "took": 0.1}'; exit 1;;
     *) echo '{"seconds": 1.0, "flops": 2.0, "took": 0.1}';;
   esac
 done
@@ -109,8 +110,9 @@ def ran(tmp_path, monkeypatch, numbers, seconds=60.0):
 
 
 def test_a_job_that_hangs_or_takes_its_process_with_it_costs_no_other(tmp_path, monkeypatch):
-    found = ran(tmp_path, monkeypatch, [-1, 0, 1, 3, 2, 4, 5])
-    assert [number for number, what in found.items() if "seconds" in what] == [-1, 0, 3, 4, 5]
+    found = ran(tmp_path, monkeypatch, [-1, 0, 1, 3, 4, 2, 5, 6])
+    assert [number for number, what in found.items() if "seconds" in what] == [-1, 0, 4, 5, 6]
+    assert found[3]["failed"] == "CUDA error"
     assert "ended with status 3" in found[1]["failed"] and "not done after 1 s" in found[2]["failed"]
 
 

@@ -68,6 +68,9 @@ def place(accelerator: Accelerator, actor_critic: ActorCritic, reference: Refere
         zero.place(accelerator, held, settings)
     elif is_fsdp2(accelerator):
         for module in held:
+            for parameter in module.parameters():
+                if not parameter.is_contiguous():  # a rotation that learns: FSDP takes rows that lie one after another
+                    parameter.data = parameter.data.contiguous()
             if module is not actor_critic:
                 unread.cast(module, DTYPES.get(accelerator.mixed_precision))  # as it is computed with
             fully_shard(accelerator, module)

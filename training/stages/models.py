@@ -18,18 +18,20 @@ from steerl.rollout.model import adapters, auto_classes, virtual_tokens
 from steerl.rollout.model.auto_classes import save
 from steerl.rollout.model.language_model import unwrap
 from steerl.rollout.model.policy import ModelSettings, ids_of
-from steerl.training.checks import float16_problems
+from steerl.training.checks import float16_problems, quantization_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_base(settings: ModelSettings, role: str, head: str = "auto", **loading: Any) -> PreTrainedModel:
-    """The model of `settings` without any adapter."""
+    """The model of `settings` without any adapter, and in its own numbers where nothing else is asked for: adapters are merged
+    into those."""
     path, _, hub = settings.base()
     attn = None if settings.attn in ("", "auto") else settings.attn
     # Weights that learn are float32 unless asked otherwise: a bfloat16 step of 1e-4 is mostly rounded away.
-    dtype = "float32" if settings.dtype == "auto" else settings.dtype
+    in_few_bits = loading.get("quantization", "none") != "none"  # beside which an adapter learns, in float32
+    dtype = "float32" if settings.dtype == "auto" and not in_few_bits else settings.dtype
     return auto_classes.load_head(path, role, head, dtype=dtype, attn=attn, hub=hub, **loading)
 
 
@@ -40,12 +42,12 @@ def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loa
         raise CheckpointError(
             "model.peft: the model has an adapter already, which is trained further; leave one of the two out"
         )
-    model = load_base(settings, role, head, **loading)
+    model = load_base(settings, role, head, quantization=settings.quantization, **loading)
     if adapter:
         model = adapters.load(model, adapter, trainable=True)
     if settings.peft:
         model = adapters.add(model, settings.hub.noted(settings.peft))
-    if problems := float16_problems(model):
+    if problems := [*float16_problems(model), *quantization_problems(model)]:
         raise CheckpointError(*problems)
     return model
 

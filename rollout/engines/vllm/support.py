@@ -13,6 +13,7 @@ import torch
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import virtual_tokens
+from steerl.rollout.model.auto_classes import is_quantized
 from steerl.rollout.model.policy import Policy
 
 TRIED = "0.32.0"
@@ -45,6 +46,8 @@ def refusals(policy: Policy) -> list[str]:
         problems.append("virtual tokens (prompt, prefix and p-tuning) have no place in its requests; use LORA")
     if type(policy.core).__module__.startswith("transformers_modules."):
         problems.append("the model's code lies beside it (model.trust_remote_code), and its server runs none of that")
+    if is_quantized(policy.core):
+        problems.append("the model is in few bits (model.quantization), and its server is sent whole numbers")
     heads = getattr(config, "num_attention_heads", None)
     size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
     if not on_gpu() and size is not None and size not in CPU_HEADS and not policy.is_seq2seq:

@@ -7,6 +7,8 @@ FROM/checkpoints/step-000002   made by `saved`          OUT/RANK.json   MB at mo
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import re
 import sys
@@ -53,6 +55,8 @@ def memory(name: str) -> float:
 
 
 def peak(call: Callable[[], object]) -> float:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM is what stands now
     before = memory("VmRSS")
     call()
@@ -61,9 +65,11 @@ def peak(call: Callable[[], object]) -> float:
 
 def main(source: Path, out: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
-    rank = processes.start().rank
+    rank, mmap_threshold = processes.start().rank, -3
     export.SHARD = 50_000_000
     parts = built()
+    checkpoint.load(source / STEP, parts.state)  # once before, for what libraries set up
+    ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)  # what is let go of goes back to the system at once
     found = {"load": peak(lambda: checkpoint.load(source / STEP, parts.state))}
     found["save"] = peak(lambda: checkpoint.save(out, 2, parts.state))
     found["export"] = peak(lambda: export.save_model(out, parts.actor_critic, PPOSettings()))

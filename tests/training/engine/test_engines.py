@@ -41,6 +41,7 @@ RUNS = {
     "zero2 offload": ("full", "lora_shared"),
     "zero3 offload": ("full", "learned"),
     "fsdp2": ("full", "one_prompt", "unpadded"),
+    "fsdp2 more": ("walks", "lora_shared"),  # and not learned: steering is not left behind there (check_export)
 }
 Launched = Callable[[str], Path]
 
@@ -88,7 +89,7 @@ def launched(made_once: Any, tiny_world: Callable[[str], Path]) -> Launched:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         if engine.startswith("one"):
             done = warm.run([sys.executable, *program])
-        elif engine == "fsdp2":
+        elif engine.startswith("fsdp2"):
             done = warm.run_ranks(*program, "fully_shard")
         else:
             done = warm.run(warm.accelerate_launch(config_of(engine, out), *program), env=environment, timeout=550)
@@ -156,7 +157,7 @@ def law(model: Any) -> torch.Tensor:
 
 def check_engine(out: Path, name: str, engine: str) -> None:
     found = json.loads((out / f"{name}.engine.json").read_text())
-    wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPActorCritic"}.get(engine, "DeepSpeedEngine")
+    wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPActorCritic"}.get(engine.partition(" ")[0], "DeepSpeedEngine")
     assert found["wrapper"] == wrapper and found["weights"] > 20
     engine, _, how = engine.partition(" ")
     if engine.startswith("zero"):
@@ -193,7 +194,7 @@ def test_zero_3_with_one_process_leaves_whole_weights_too(launched: Launched) ->
 
 
 @pytest.mark.proofs
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2 more", "zero3 more", "zero2 offload", "zero3 offload"])
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2 more", "zero3 more", "fsdp2 more", "zero2 offload", "zero3 offload"])
 def test_other_engines_and_jobs_too(engine: str, launched: Launched) -> None:
     check(engine, launched)
 

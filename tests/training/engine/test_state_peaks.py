@@ -43,7 +43,7 @@ def test_no_rank_holds_the_whole(engine: str, state: tuple[Path, float], tmp_pat
     print(f"\n{engine}: state {size:.0f} MB, largest tensor {LARGEST:.0f} MB; {found}")
     moments = size * 2 / 3 / (1 if engine == "ddp" else 2)
     for rank in found:
-        assert rank["save"] < SLACK
+        assert rank["save"] < LARGEST + SLACK
         assert rank["export"] < 2 * LARGEST + SLACK
         # ZeRO-1 and 2: what the forward pass reads is sent around in buckets
         assert rank["load"] < moments + 2 * LARGEST + SLACK + (200 if engine == "zero1" else 0)
