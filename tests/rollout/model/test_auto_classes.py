@@ -240,6 +240,6 @@ def test_code_that_a_folder_brings_is_neither_run_nor_asked_about(tmp_path, monk
     (path / "config.json").write_text(json.dumps(config))
     (path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    with pytest.raises(UserError, match="holds no model that transformers can read"):
+    with pytest.raises(UserError, match="not run unless model.trust_remote_code is true"):
         load_head(str(path), "policy")
     assert not (tmp_path / "ran").exists()
