@@ -254,6 +254,16 @@ def test_sizes_of_buffers_are_those_of_the_accelerate_file(folder, tmp_path):
         engine(tmp_path / "none.yaml")
 
 
+def test_a_base_in_few_bits_weighs_as_bitsandbytes_keeps_it(folder):
+    """nf4, quantized twice: 32 bytes and one of scale for 64 weights, four more for 256 such scales; int8: a byte."""
+    adapter, matrices = {"peft_type": "LORA", "r": 8}, 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
+    plain, nf4, int8 = (
+        count(Blueprint.of(ModelSettings(path=str(folder), peft=adapter, quantization=kind))).bytes
+        for kind in ("none", "nf4", "int8")
+    )
+    assert plain - nf4 == matrices * (2 - (33 + 4 / 256) / 64) and plain - int8 == matrices
+
+
 # -- seconds -----------------------------------------------------------------------------------------------------------------
 
 
