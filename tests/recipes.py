@@ -137,7 +137,8 @@ def table_line(recipe: Path, row: Planned) -> str:
     nodes = f"{flags['--nodes']} x " if "--nodes" in flags else ""
     where = f"{nodes}{flags['--gpus']} {flags['--gpu']}"
     given = yaml.safe_load(recipe.read_text())
-    learns, credit = ("LoRA" if row.work.adapted else "full"), row.work.ppo.credit
+    few_bits = "Q" if "quantization" in given["model"] else ""
+    learns, credit = (f"{few_bits}LoRA" if row.work.adapted else "full"), row.work.ppo.credit
     critic = f"critic, {row.work.ppo.value}" if credit == "gae" else credit
     draws = "vLLM" if given.get("engine", {}).get("kind") == "vllm" else "in process"
     return f"| `{recipe.stem}` | {learns} | {critic} | {draws} | {where} | {row.engine} | {row.memory.total / 1e9:.1f} |"

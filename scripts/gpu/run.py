@@ -34,7 +34,7 @@ OPTIONAL = ("trl", "datasets", "wandb", "deepspeed", "bitsandbytes", "flash_attn
 """What is used where it is installed."""
 FOR_TESTS = 0.4
 """Of the time; what they leave is the figures'."""
-PATIENCE = 150.0
+PATIENCE = 180.0
 """Seconds that one job may take."""
 
 

@@ -42,7 +42,9 @@ def test_a_recipe_passes_a_dry_run(recipe, models, tmp_path, monkeypatch, capsys
     assert "checked: settings, each by itself and together" in said
     open_ = {line.split()[2].rstrip(":") for line in said if line.startswith("not checked: ")}
     assert (
-        {"prompts.path", "heldout.path"} <= open_ <= {"prompts.path", "heldout.path", "model.path", "reward[0]", "engine.url"}
+        {"prompts.path", "heldout.path"}
+        <= open_
+        <= {"prompts.path", "heldout.path", "model.path", "reward[0]", "engine.url", "model.quantization"}
     )
     assert not (tmp_path / "run").exists()
 

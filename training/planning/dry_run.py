@@ -131,7 +131,9 @@ def _config(path: str, field: str, role: str, hub: Hub, head: str = "auto", fres
 def policy_of(model: ModelSettings, found: Findings) -> Policy:
     """The policy without its numbers: unread where its weights lie in a folder, else on the meta device."""
     base, adapter, hub = model.base() if model.path else ("", "", model.hub)
-    if any(Path(base).glob("*.safetensors")):
+    if model.quantization != "none":
+        found.unchecked.append(f"model.quantization {model.quantization}: the weights in few bits, which are made on a GPU")
+    if model.quantization == "none" and any(Path(base).glob("*.safetensors")):
         policy = with_peft(load_policy(model, read=False), model.peft)
     else:
         if model.path:

@@ -56,6 +56,8 @@ class Buffers:
     """Gradients that are reduced together: a buffer that is always that large."""
     stage3_max_live_parameters: int = 1_000_000_000
     """Weights that ZeRO-3 holds together at most, beside those of one layer."""
+    stage3_prefetch_bucket_size: int = 50_000_000
+    """Weights that ZeRO-3 sends for together."""
     sub_group_size: int = 1_000_000_000
     """Numbers of a rank that ZeRO-3's optimizer steps together."""
 
@@ -152,10 +154,12 @@ def memory(work: PlannedStep, engine: Engine, ranks: int, *, device: Literal["cu
     passing = 0.0 if engine in ("ddp", "zero3") else size.buckets  # there and gone with each backward pass
     coming = 0.0 if engine == "zero3" else size.gradients  # they have their place there
     held = policy + value + reference
-    loaded = held + size.masters + size.buckets - passing + size.gradients - coming
-    stands = loaded + size.moments
+    standing = size.gradients - coming + size.buckets - passing
+    stands = held + size.masters + size.moments + standing
     live = _live(work, engine, counts, device, size.weights + size.value)
     largest = max(c.largest for c in counts) * size.width
+    # The first passes, which observe: ZeRO-3 sends for nothing ahead before it has seen one, and its bucket is empty.
+    first = live.most if engine == "fsdp2" else 2 * largest - (size.buckets if device == "cpu" else 0.0) if live.most else 0.0
 
     # A micro-batch of the update: both graphs stand at once, and one of them works at a time.
     rows = work.micro_batch(ranks)
@@ -195,7 +199,7 @@ def memory(work: PlannedStep, engine: Engine, ranks: int, *, device: Literal["cu
     }
     phases = {
         "load": held + largest + (_mapped(work, engine, size, counts[0]) if device == "cpu" else 0.0),
-        "wrap": loaded + max(live.most, size.wrapped),
+        "wrap": held + size.masters + max(size.wrapped, standing + first),
         "sample": stands + sample,
         "score": stands + live.scored + forward + logits,
         "learn": stands + learn,
@@ -304,7 +308,9 @@ class _Live:
 def _live(work: PlannedStep, engine: Engine, counts: list[Counts], device: str, weights: float) -> _Live:
     width = 2.0 if work.precision == "bf16" else 4.0
     if engine == "zero3":
-        together = width * (work.buffers.stage3_max_live_parameters + counts[0].largest)
+        # Weights are copied out of what was gathered; gloo copies once more.
+        copied = work.buffers.stage3_prefetch_bucket_size * (2 if device == "cpu" else 1)
+        together = width * (work.buffers.stage3_max_live_parameters + counts[0].largest + copied)
         return _Live(*[min(together, weights)] * 3)
     if engine != "fsdp2":
         return _Live(0.0, 0.0, 0.0)

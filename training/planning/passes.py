@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WIDTHS = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+"""Bytes of a weight in few bits. nf4 has a scale of a byte for each 64, and one in float32 for 256 of those."""
 _DEPTHS = (2, 3)
 _ROWS = (1, 2)
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -61,6 +63,8 @@ class Blueprint:
     attn: str = "auto"
     peft: tuple[tuple[str, object], ...] = ()
     """The adapter's mapping, as pairs."""
+    quantization: str = "none"
+    """Of the matrices in its layers that do not learn."""
 
     @staticmethod
     def of(settings: ModelSettings, field: str = "model.path", like: Blueprint | None = None) -> Blueprint:
@@ -71,7 +75,7 @@ class Blueprint:
         kind = like.kind if like else choose_head(config, "policy", settings.kind, field=field, path=settings.path)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         dtype = DTYPES.get(settings.dtype, stored)
-        return Blueprint(config, kind, dtype, settings.attn, _frozen(settings.peft))
+        return Blueprint(config, kind, dtype, settings.attn, _frozen(settings.peft), settings.quantization)
 
     def with_peft(self, peft: dict[str, object] | None) -> Blueprint:
         return dataclasses.replace(self, peft=_frozen(peft))
@@ -92,7 +96,7 @@ class Blueprint:
     @cached_property
     def key(self) -> str:
         """All of it in words: what was found out about one blueprint holds for its like."""
-        return repr((self.config.to_json_string(), self.kind, self.dtype, self.attn, self.peft))
+        return repr((self.config.to_json_string(), self.kind, self.dtype, self.attn, self.peft, self.quantization))
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -139,6 +143,12 @@ def count(blueprint: Blueprint) -> Counts:
     if weight is None:
         raise UserError(f"model.path: {type(core).__name__} has no output embedding, so it cannot be planned for")
     own = [p for p in output.parameters() if p is not getattr(embedding, "weight", None)]
+    few = {id(m.weight) for m in core.modules() if isinstance(m, nn.Linear) and m is not output and not m.weight.requires_grad}
+
+    def size(weights: list[nn.Parameter]) -> float:
+        width = _WIDTHS.get(blueprint.quantization, 0.0)
+        return float(sum(width * p.numel() if width and id(p) in few else p.nbytes for p in weights))
+
     matrices = [p for p in {id(p): p for m in model.modules() for p in m.parameters(recurse=False)}.values() if p.dim() > 1]
     return Counts(
         all=sum(p.numel() for p in parameters),
@@ -150,9 +160,9 @@ def count(blueprint: Blueprint) -> Counts:
         largest=max(p.numel() for p in parameters),
         vocabulary=int(weight.shape[0]),
         width=int(weight.shape[-1]),
-        bytes=float(sum(p.nbytes for p in parameters)),
+        bytes=size(parameters),
         trained_bytes=float(sum(p.nbytes for p in trained)),
-        value_bytes=float(sum(p.nbytes for p in parameters) - sum(p.nbytes for p in own)),
+        value_bytes=size(parameters) - size(own),
         half_bytes=2.0 * sum(p.numel() for p in matrices if p.requires_grad and p.dtype == torch.float32),
     )
 

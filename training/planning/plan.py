@@ -58,8 +58,8 @@ def row_of(work: PlannedStep, engine: Engine, machines: Machines, shares: Shares
 
 
 def engines_of(work: PlannedStep) -> tuple[Engine, ...]:
-    """8-bit moments lie on each rank whole."""
-    return ENGINES if work.ppo.optimizer == "adamw" else ("ddp",)
+    """8-bit moments and weights in few bits lie on each rank whole."""
+    return ENGINES if work.ppo.optimizer == "adamw" and work.policy.quantization == "none" else ("ddp",)
 
 
 def rows(works: list[PlannedStep], machines: Machines, shares: Shares, usable: float) -> list[PlanRow]:

@@ -66,10 +66,10 @@ def peak(call: Callable[[], object]) -> float:
 def main(source: Path, out: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     rank, mmap_threshold = processes.start().rank, -3
+    ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 18)  # what is let go of goes back to the system at once
     export.SHARD = 50_000_000
     parts = built()
     checkpoint.load(source / STEP, parts.state)  # once before, for what libraries set up
-    ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)  # what is let go of goes back to the system at once
     found = {"load": peak(lambda: checkpoint.load(source / STEP, parts.state))}
     found["save"] = peak(lambda: checkpoint.save(out, 2, parts.state))
     found["export"] = peak(lambda: export.save_model(out, parts.actor_critic, PPOSettings()))

@@ -45,7 +45,6 @@ def test_no_rank_holds_the_whole(engine: str, state: tuple[Path, float], tmp_pat
     for rank in found:
         assert rank["save"] < LARGEST + SLACK
         assert rank["export"] < 2 * LARGEST + SLACK
-        # ZeRO-1 and 2: what the forward pass reads is sent around in buckets
-        assert rank["load"] < moments + 2 * LARGEST + SLACK + (200 if engine == "zero1" else 0)
+        assert rank["load"] < moments + LARGEST + SLACK
     for folder in ("checkpoints", "model"):
         shutil.rmtree(tmp_path / folder)

@@ -41,7 +41,7 @@ JOB = {
     "ppo.micro_batch_size": 2,
     "ppo.learning_rate": 1e-6,
     "ppo.eval_prompts": 0,
-    "ppo.gap_tolerance": 0.01,
+    "ppo.gap_tolerance": 1.0,
     "ppo.samples": 0,
 }
 PROMPT = 16

@@ -237,7 +237,7 @@ def test_a_rank_loads_its_share_and_one_tensor(precision):
 
 def test_sizes_of_buffers_are_those_of_the_accelerate_file(folder, tmp_path):
     """DeepSpeed's defaults where it says nothing; its own file where it names one."""
-    sizes = {"stage": 3, "reduce_bucket_size": 1e6, "stage3_max_live_parameters": 2e6}
+    sizes = {"stage": 3, "reduce_bucket_size": 1e6, "stage3_max_live_parameters": 2e6, "stage3_prefetch_bucket_size": 3e6}
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": sizes}))
     (tmp_path / "named.yaml").write_text(
         json.dumps({"deepspeed_config": {"deepspeed_config_file": str(tmp_path / "zero.json")}})
@@ -248,10 +248,20 @@ def test_sizes_of_buffers_are_those_of_the_accelerate_file(folder, tmp_path):
         return memory(plan_door.work_of(plan_door.PlanJob(model=model, accelerate=str(file)), None), "zero3", 8).parts["engine"]
 
     largest = 128256 * 4096
-    assert engine(tmp_path / "named.yaml") == 2 * (1e6 + 2e6 + largest)
-    assert engine("") == engine(ROOT / "configs/accelerate/zero3.yaml") == 2 * (5e8 + 1e9 + largest)
+    assert engine(tmp_path / "named.yaml") == 2 * (1e6 + 2e6 + 3e6 + largest)
+    assert engine("") == engine(ROOT / "configs/accelerate/zero3.yaml") == 2 * (5e8 + 1e9 + 5e7 + largest)
     with pytest.raises(UserError, match=r"accelerate: '.*none.yaml' cannot be read"):
         engine(tmp_path / "none.yaml")
+
+
+def test_a_base_in_few_bits_weighs_as_bitsandbytes_keeps_it(folder):
+    """nf4, quantized twice: 32 bytes and one of scale for 64 weights, four more for 256 such scales; int8: a byte."""
+    adapter, matrices = {"peft_type": "LORA", "r": 8}, 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
+    plain, nf4, int8 = (
+        count(Blueprint.of(ModelSettings(path=str(folder), peft=adapter, quantization=kind))).bytes
+        for kind in ("none", "nf4", "int8")
+    )
+    assert plain - nf4 == matrices * (2 - (33 + 4 / 256) / 64) and plain - int8 == matrices
 
 
 # -- seconds -----------------------------------------------------------------------------------------------------------------
