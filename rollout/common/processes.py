@@ -160,6 +160,8 @@ def on_main(function: Callable[[], Value]) -> Value:
 def on_all(function: Callable[[], Value]) -> list[Value]:
     """What each process gets from `function`, in the order of ranks, on every process. A UserError of any is raised on all, and
     told by the main one."""
+    if not is_distributed():
+        return [function()]
     own: list[Any] = []
     problem: UserError | None = None
     try:
