@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from steerl.rollout.common.errors import CheckpointError
-from steerl.rollout.model import adapters, unread, virtual_tokens
+from steerl.rollout.model import adapters, compat, unread, virtual_tokens
 from steerl.rollout.model.auto_classes import Hub, is_quantized, load_head, load_tokenizer
 from steerl.rollout.model.capabilities import Capabilities, observe, packing_problem, position_offset
 from steerl.rollout.model.hooks import unsteered
@@ -141,7 +141,8 @@ class Policy(LanguageModel):
 
     def _plain(self, look: Callable[[], Seen]) -> Seen:
         """Whoever asks first may be inside a steered pass; what is observed is the plain model."""
-        with unsteered(), no_dropout(self.core), torch.no_grad():
+        layers = unread.layers_read(self.core, compat.unsplit_layers([self.core]))
+        with unsteered(), no_dropout(self.core), torch.no_grad(), layers:
             return look()
 
     def packing_problem(self) -> str | None:

@@ -11,7 +11,8 @@ An engine that spreads weights takes each rank's share out of the file, and no r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -130,25 +131,51 @@ class Slice:
         return self._file.get_tensor(self._name)[index]
 
 
+def unread_in(module: nn.Module) -> Iterator[tuple[nn.Module, str, Unread]]:
+    """(part, name, weight or buffer) of all that is unread in a module, under each of its names."""
+    for part in module.modules():
+        for name, weight in [*part.named_parameters(recurse=False, remove_duplicate=False), *part.named_buffers(recurse=False)]:
+            if isinstance(weight, Unread):
+                yield part, name, weight
+
+
 def replace(module: nn.Module, change: Callable[[Unread], Tensor]) -> None:
     """Put what `change` makes of each unread weight and buffer of a module in its place, one after another; what is tied
     stays tied."""
-    made: dict[int, Tensor] = {}
-    kept: list[Tensor] = []  # so that no id is given twice
-    for part in module.modules():
-        for name, weight in [*part.named_parameters(recurse=False, remove_duplicate=False), *part.named_buffers(recurse=False)]:
-            if not isinstance(weight, Unread):
-                continue
-            if id(weight) not in made:
-                kept.append(weight)
-                value = change(weight)
-                is_weight = isinstance(weight, nn.Parameter) and not isinstance(value, nn.Parameter)
-                made[id(weight)] = nn.Parameter(value, weight.requires_grad) if is_weight else value
-            setattr(part, name, made[id(weight)])
+    made: dict[int, tuple[Unread, Tensor]] = {}  # with the weight itself, so that no id is given twice
+    for part, name, weight in list(unread_in(module)):
+        if id(weight) not in made:
+            value = change(weight)
+            is_weight = isinstance(weight, nn.Parameter) and not isinstance(value, nn.Parameter)
+            made[id(weight)] = weight, nn.Parameter(value, weight.requires_grad) if is_weight else value
+        setattr(part, name, made[id(weight)][1])
+
+
+@contextlib.contextmanager
+def layers_read(model: nn.Module, kinds: Collection[str]) -> Iterator[None]:
+    """Inside, a layer of one of these classes has its weights read while it runs: some kernels ask where in memory they lie."""
+    handles: list[Any] = []
+    for layer in (part for part in model.modules() if type(part).__name__ in kinds and any_in(part)):
+        left: list[tuple[nn.Module, str, Unread]] = []
+
+        def read(layer: nn.Module, _: object, left: list[tuple[nn.Module, str, Unread]] = left) -> None:
+            left.extend(unread_in(layer))
+            replace(layer, Unread.shown)
+
+        def let_go(_: nn.Module, __: object, ___: object, left: list[tuple[nn.Module, str, Unread]] = left) -> None:
+            while left:
+                setattr(*left.pop())
+
+        handles += [layer.register_forward_pre_hook(read), layer.register_forward_hook(let_go, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def any_in(module: nn.Module) -> bool:
-    return any(isinstance(weight, Unread) for weight in module.parameters())
+    return any(True for _ in unread_in(module))
 
 
 def cast(module: nn.Module, dtype: torch.dtype | None) -> None:

@@ -83,3 +83,18 @@ def test_a_model_is_read_in_with_its_ties(tmp_path: Path) -> None:
     ids = torch.tensor([[5, 9, 3]])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, other(ids).logits)
+
+
+def test_a_layer_has_its_weights_in_memory_while_it_runs(tmp_path: Path) -> None:
+    """As kernels want them that are given a weight and not a tensor's operations; and only that long."""
+    tiny("gpt2").save_pretrained(tmp_path)
+    model: Any = load_head(str(tmp_path), "policy", read=False)
+    block, seen = model.transformer.h[1], []
+    block.mlp.register_forward_pre_hook(lambda *_: seen.append(block.attn.c_attn.weight.data_ptr()))
+    with torch.no_grad(), unread.layers_read(model, ["GPT2Block"]):
+        model(torch.tensor([[5, 9, 3]]))
+        assert seen[0] and all(isinstance(p, Unread) for p in model.parameters())
+        with pytest.raises(RuntimeError):
+            block.mlp.register_forward_pre_hook(lambda *_: torch.zeros(2) @ torch.zeros(3))
+            model(torch.tensor([[5, 9, 3]]))
+    assert all(isinstance(p, Unread) for p in model.parameters())
