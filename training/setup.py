@@ -109,7 +109,7 @@ def prepare(
             Path(run.dir) / LOG,
             steering=steering,
             longest=longest,
-            dtype={"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision),
+            dtype="bfloat16" if accelerator.mixed_precision == "bf16" else None,
             tolerance=gap_tolerance(settings, actor_critic.dtype, accelerator.mixed_precision),
             inside=lambda call: actor_critic.inside(lambda: _autocast(accelerator, call)),
         )

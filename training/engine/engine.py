@@ -28,9 +28,9 @@ from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logit_postprocessing import logit_postprocessing
 from steerl.rollout.types import Samples
 from steerl.training.engine import zero
-from steerl.training.engine.zero import DTYPES, read_whole
+from steerl.training.engine.zero import DTYPES
 from steerl.training.model.actor_critic import ActorCritic, pack_rows
-from steerl.training.model.held import Held
+from steerl.training.model.held import Held, read_whole
 from steerl.training.model.reference import Reference
 from steerl.training.settings import PPOSettings
 

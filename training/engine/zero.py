@@ -22,15 +22,15 @@ from steerl.rollout.model import unread
 from steerl.rollout.model.sharding import is_sharded
 from steerl.rollout.model.unread import Unread
 from steerl.training.model.actor_critic import ActorCritic
-from steerl.training.model.held import Held
+from steerl.training.model.held import Held, read_whole
 from steerl.training.settings import PPOSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Of the weights by mixed precision; masters are in float32."""
+DTYPES = {"bf16": torch.bfloat16}
+"""Of the weights by mixed precision; masters are in float32. fp16 is refused (checks.py)."""
 
 
 def ready() -> None:
@@ -71,14 +71,6 @@ def place(accelerator: Accelerator, held: Sequence[Held], settings: PPOSettings)
                 _for_passes(module, config)
     if not parts:
         read_whole(held)
-
-
-def read_whole(held: Sequence[Held]) -> None:
-    """Every weight whole. On a CPU the first policy's may stay in the memory that the file is mapped to, which is this
-    process's own; all others are read."""
-    unread.replace(held[0].policies[0].model, Unread.shown)
-    for module in held:
-        unread.read_in(module)
 
 
 def _partition(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from steerl.rollout.model import compat
+from steerl.rollout.model import compat, unread
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.sharding import needs_sync
+from steerl.rollout.model.unread import Unread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,3 +58,11 @@ class HeldCopy(Held):
     def forward(self, _: None, *, call: Callable[[], None]) -> Tensor:
         call()
         return torch.empty(0)
+
+
+def read_whole(held: Sequence[Held]) -> None:
+    """Every weight whole. On a CPU the first policy's may stay in the memory that the file is mapped to, which is this
+    process's own; all others are read."""
+    unread.replace(held[0].policies[0].model, Unread.shown)
+    for module in held:
+        unread.read_in(module)

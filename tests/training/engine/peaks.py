@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.training.run import checkpoint, export
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import Components, prepare
+from tests import memory
 from tests.models import tiny_policy
 from tests.ppo_runs import share_of_threes
 from tests.training.engine.engines import by_fully_shard
@@ -48,19 +48,12 @@ def saved(folder: Path) -> int:
     return file.stat().st_size
 
 
-def memory(name: str) -> float:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1000
-
-
 def peak(call: Callable[[], object]) -> float:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM is what stands now
-    before = memory("VmRSS")
+    memory.begin()
+    before = memory.standing()
     call()
-    return memory("VmHWM") - before
+    return (memory.highest() - before) / 1e6
 
 
 def main(source: Path, out: Path) -> None:

@@ -27,9 +27,10 @@ from steerl.scripts import train_ppo
 from steerl.training import ppo
 from steerl.training.engine import engine
 from steerl.training.run import checkpoint
+from tests import memory
 from tests.models import tiny_tokenizer
 from tests.training.engine.engines import by_fully_shard
-from tests.training.planning.plan_step import SHAPE, peak, standing
+from tests.training.planning.plan_step import SHAPE
 
 JOB = {
     "sampling.max_new_tokens": 6,
@@ -83,19 +84,15 @@ class Peaks:
 
     def of(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def measured(*given: Any, **named: Any) -> Any:
-            self.begin()
+            memory.begin()
             out = call(*given, **named)
             self.end(name)
             return out
 
         return measured
 
-    def begin(self) -> None:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
     def end(self, name: str) -> None:
-        self.seen[name] = max(self.seen.get(name, 0), peak() - self.before)
+        self.seen[name] = max(self.seen.get(name, 0), memory.highest() - self.before)
 
 
 def main(folder: Path, out: Path, changed: dict[str, Any]) -> None:
@@ -119,7 +116,7 @@ def main(folder: Path, out: Path, changed: dict[str, Any]) -> None:
 
     engine.place, ppo.prepare = placed, prepared
     peaks.begin()
-    peaks.before = standing()
+    peaks.before = memory.standing()
     train_ppo.main(read(train_ppo.PPOJob, arguments(folder, "large", out, changed)))
     (out / f"peaks.{rank}.json").write_text(json.dumps({"before": peaks.before, **peaks.seen}))
     if processes.close():

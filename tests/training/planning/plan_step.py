@@ -8,9 +8,7 @@ What stands after the imports is not counted. A tiny step goes first: much is im
 from __future__ import annotations
 
 import json
-import resource
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,23 +26,13 @@ from steerl.training.planning.memory import PlannedStep, memory
 from steerl.training.planning.passes import Blueprint
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import prepare, with_peft
+from tests.memory import highest, standing
 from tests.models import tiny_policy, tiny_tokenizer
 
 SHAPE = {
     "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 16,
     "num_key_value_heads": 8, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-
-
-def peak() -> int:
-    """Most memory that this program took. Not ru_maxrss, which begins with what the starting process took."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024
-
-
-def standing() -> int:
-    """What this process takes now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def reward(rollout: Rollout, texts: Texts) -> Scores:
@@ -54,16 +42,16 @@ def reward(rollout: Rollout, texts: Texts) -> Scores:
 def take(policy: Policy, sampling: Sampling, ppo: PPOSettings, prompt: int) -> dict[str, int]:
     """One step, without its files; the peak after each of its parts."""
     parts = prepare(policy, reward, sampling, ppo, RunSettings())
-    seen = {"load": peak()}
+    seen = {"load": highest()}
     texts = ["a" * (prompt - i % 3) for i in range(ppo.rollouts_per_step)]
     prompts = Prompts([{"prompt": text} for text in texts], "prompt", policy, PromptSettings())
     rows = prompts.take(0, 0, ppo.rollouts_per_step)
     samples = sample(prompts, parts.sampler, rows, step=0, progress=0.0)
-    seen["sample"] = peak()
+    seen["sample"] = highest()
     scored = score(parts.actor_critic, parts.reference, *gather_scored(samples, reward), ppo)
-    seen["score"] = peak()
+    seen["score"] = highest()
     learn(parts.state, credit(scored, ppo, 0.05)[0], ppo, seed=0)
-    return seen | {"learn": peak(), "width": samples.rollout.response_width}
+    return seen | {"learn": highest(), "width": samples.rollout.response_width}
 
 
 def main(asked: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +72,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     assert seen.pop("width") == response
     return {
         "weights": weights,
-        "measured": peak() - before,
+        "measured": highest() - before,
         "planned": plan.total,
         "highest": plan.highest,
         "phases": plan.phases,
