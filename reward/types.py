@@ -159,6 +159,13 @@ def missing_stop_penalty(ended_B: Tensor, penalty: float) -> Tensor:
     return torch.where(ended_B, 0.0, -float(penalty))
 
 
+def overlong_penalty(actions_B: Tensor, *, limit: int, buffer: int, penalty: float) -> Tensor:
+    """The same for long rows (DAPO's soft overlong punishment): 0 up to limit - buffer actions, from there on falling evenly
+    to -penalty at the limit."""
+    over_B = (actions_B - (limit - buffer)).clamp(0, buffer)
+    return -penalty * over_B.float() / buffer
+
+
 def has_ids(rollout: Rollout) -> bool:
     """Whether the rows were sampled. Texts that were not (`reward.texts`) come in a rollout of width 0."""
     return rollout.prompt_width + rollout.response_width > 0

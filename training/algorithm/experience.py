@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from steerl.reward.types import Reward, Scores, joined_extra, missing_stop_penalty, on_last_action
+from steerl.reward.types import Reward, Scores, joined_extra, missing_stop_penalty, on_last_action, overlong_penalty
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.source import PromptSource, RolloutSource
@@ -180,6 +180,19 @@ def importance(scored: Scored, settings: PPOSettings) -> tuple[Tensor | None, di
     )
 
 
+def shortened(task_BR: Tensor, rollout: Rollout, settings: PPOSettings) -> tuple[Tensor, dict[str, float]]:
+    """The rewards less what `ppo.overlong_buffer` takes off long rows, and what it took."""
+    if not settings.overlong_buffer:
+        return task_BR, {}
+    assert settings.response_limit is not None  # with_response_limit
+    bounds = {"limit": settings.response_limit, "buffer": settings.overlong_buffer}
+    taken_B = overlong_penalty(rollout.actions_B, **bounds, penalty=settings.overlong_penalty)
+    acts_B = rollout.actions_B > 0
+    counts = {"credit/overlong": taken_B, "credit/overlong_share": (taken_B < 0).float()}
+    metrics = {name: float(value_B[acts_B].double().sum()) / max(int(acts_B.sum()), 1) for name, value_B in counts.items()}
+    return task_BR + on_last_action(taken_B, rollout), metrics
+
+
 def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Experience, dict[str, float]]:
     """Per-token rewards, advantages and returns of all rows, and what they say.
 
@@ -189,6 +202,7 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
     task_BR = scored.scores.per_token(rollout)
     if settings.missing_stop_penalty:
         task_BR = task_BR + on_last_action(missing_stop_penalty(rollout.ended_B, settings.missing_stop_penalty), rollout)
+    task_BR, metrics = shortened(task_BR, rollout, settings)
     kl_BR = None
     if reference_BR is not None and settings.kl_as == "reward":
         kl_BR = kl.estimate(scored.old_logprobs_BR, reference_BR, settings.kl_estimator)
@@ -204,7 +218,8 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
         advantages_BR, returns_BR = baseline(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
     if settings.credit == "gae" if settings.whiten_advantages is None else settings.whiten_advantages:
         advantages_BR = advantages.whiten(advantages_BR, mask_BR)
-    importance_BR, metrics = importance(scored, settings)
+    importance_BR, weighed = importance(scored, settings)
+    metrics |= weighed
     metrics["value/explained_variance"] = advantages.explained_variance(scored.values_BR, returns_BR, mask_BR)
     experience = Experience(
         rollout=rollout,

@@ -51,6 +51,9 @@ SINCE: dict[str, object] = {
     "ppo.packing": False,
     "ppo.offload_activations": False,
     "ppo.optimizer": "adamw",
+    "ppo.response_limit": None,
+    "ppo.overlong_buffer": 0,
+    "ppo.overlong_penalty": 1.0,
     **MODEL_BEFORE,
     **BEFORE,
 }
