@@ -75,12 +75,18 @@ class PPOSettings:
     """Discount per token."""
     lam: float = 0.95
     """GAE's lambda."""
-    credit: Literal["gae", "rloo", "group"] = "gae"
-    """gae uses a value; rloo and group compare the samples of one prompt (sampling.n of 2 or more) and use none."""
+    credit: Literal["gae", "rloo", "group", "reinforce_baseline"] = "gae"
+    """gae uses a value; the others compare the samples of one prompt (sampling.n of 2 or more) and use none: less the mean of
+    the other samples (rloo), standardized among all (group), or less their mean and whitened over the step."""
+    group_std: bool = True
+    """credit group: divide by the deviation of the group's returns, or (false) take off their mean alone."""
+    group_parts: bool = False
+    """credit group or reinforce_baseline: standardize each part of the reward in its group before they are summed by their
+    weights; the penalties for length are parts, too, their sizes the weights."""
     whiten_rewards: bool = False
     """Scale per-token rewards to variance one, keeping their mean."""
     whiten_advantages: bool | None = None
-    """Standardize the advantages of a step; unset = only with gae."""
+    """Standardize the advantages of a step; unset = only with gae and reinforce_baseline."""
     bootstrap_cut: bool = False
     """Rows cut at the limit go on with the value of the state they were cut at, instead of 0."""
     missing_stop_penalty: float = 0.0
@@ -133,6 +139,11 @@ class PPOSettings:
     def __post_init__(self) -> None:
         if problems := out_of_range(self):
             raise ConfigError(*problems)
+
+    @property
+    def whitens_advantages(self) -> bool:
+        unset = self.whiten_advantages is None
+        return self.credit in ("gae", "reinforce_baseline") if unset else bool(self.whiten_advantages)
 
     @property
     def counts_to_limit(self) -> bool:
@@ -197,10 +208,33 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
             for name, default in unused.items()
             if getattr(ppo, name) != default
         ]
-    problems += limit_problems(ppo)
+    problems += limit_problems(ppo) + group_problems(ppo)
     correction = ppo.correction
     if correction is not None and not (correction.high > 0 and 0 <= correction.low <= correction.high):
         problems.append(f"ppo.correction: low {correction.low} and high {correction.high}, but 0 <= low <= high and high > 0")
+    return problems
+
+
+def group_problems(ppo: PPOSettings) -> list[str]:
+    """What is done within the samples of a prompt."""
+    problems = []
+    if not ppo.group_std and ppo.credit != "group":
+        told = f"false has no effect with ppo.credit {ppo.credit}, which has no deviation of a group; leave it out"
+        problems.append(f"ppo.group_std: {told}")
+    if not ppo.group_parts:
+        return problems
+    if ppo.credit not in ("group", "reinforce_baseline"):
+        problems.append(
+            f"ppo.group_parts: true has no effect with ppo.credit {ppo.credit}; set group or reinforce_baseline, or leave it out"
+        )
+    if not ppo.group_std:
+        problems.append("ppo.group_parts: true, but without deviations (ppo.group_std) the parts are their sum; leave one out")
+    if ppo.gamma != 1:
+        problems.append(f"ppo.gamma: {ppo.gamma:g}, but ppo.group_parts compares what rows earned in all; set it to 1")
+    if ppo.whiten_rewards:
+        problems.append("ppo.whiten_rewards: true has no effect with ppo.group_parts, which scales each part; leave it out")
+    if ppo.kl_as == "reward" and ppo.kl_coef and ppo.reference != "none":
+        problems.append("ppo.kl_as: reward, but with ppo.group_parts a KL is no part of the reward; set loss, or ppo.kl_coef 0")
     return problems
 
 

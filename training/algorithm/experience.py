@@ -180,29 +180,53 @@ def importance(scored: Scored, settings: PPOSettings) -> tuple[Tensor | None, di
     )
 
 
-def shortened(task_BR: Tensor, rollout: Rollout, settings: PPOSettings) -> tuple[Tensor, dict[str, float]]:
-    """The rewards less what `ppo.overlong_buffer` takes off long rows, and what it took."""
+Weighed = tuple[float, Tensor]
+"""A part of the reward: its weight, and its value of every row (NaN where it does not apply)."""
+
+
+def length_penalties(rollout: Rollout, settings: PPOSettings) -> tuple[list[Weighed], dict[str, float]]:
+    """What `ppo.missing_stop_penalty` and `ppo.overlong_buffer` take off every row, and what the latter took."""
+    found = []
+    if settings.missing_stop_penalty:
+        found.append((settings.missing_stop_penalty, missing_stop_penalty(rollout.ended_B, 1.0)))
     if not settings.overlong_buffer:
-        return task_BR, {}
+        return found, {}
     assert settings.response_limit is not None  # with_response_limit
-    bounds = {"limit": settings.response_limit, "buffer": settings.overlong_buffer}
-    taken_B = overlong_penalty(rollout.actions_B, **bounds, penalty=settings.overlong_penalty)
-    acts_B = rollout.actions_B > 0
-    counts = {"credit/overlong": taken_B, "credit/overlong_share": (taken_B < 0).float()}
-    metrics = {name: float(value_B[acts_B].double().sum()) / max(int(acts_B.sum()), 1) for name, value_B in counts.items()}
-    return task_BR + on_last_action(taken_B, rollout), metrics
+    over_B = overlong_penalty(rollout.actions_B, settings.response_limit, settings.overlong_buffer)
+    counted_B = over_B[rollout.actions_B > 0].double()
+    rows = max(len(counted_B), 1)
+    metrics = {
+        "credit/overlong": settings.overlong_penalty * float(counted_B.sum()) / rows,
+        "credit/overlong_share": int((counted_B < 0).sum()) / rows,
+    }
+    return [*found, (settings.overlong_penalty, over_B)], metrics
+
+
+def weighed_parts(scores: Scores, rollout: Rollout) -> list[Weighed]:
+    """The parts whose weighted sum the reward is."""
+    if not scores.weights:
+        told = "the reward does not say by which weights its parts are summed (Scores.weights)"
+        raise UserError(f"ppo.group_parts: {told}; build it of a list of terms, or leave group_parts out")
+    found = [(weight, scores.parts[name]) for name, weight in scores.weights.items()]
+    sum_B = sum(weight * part_B.double().nan_to_num(nan=0.0) for weight, part_B in found)
+    size_B = sum(abs(weight * part_B.double().nan_to_num(nan=0.0)) for weight, part_B in found)
+    off = torch.nonzero(~((scores.total_B - sum_B).abs() <= 1e-4 * (1 + size_B))).flatten().tolist()
+    if off:
+        told = f"{row_name(rollout, off[0])} has parts that come to {sum_B[off[0]]:.6g} by their weights (Scores.weights)"
+        raise UserError(f"ppo.group_parts: {told}, but the total {scores.total_B[off[0]]:.6g}; give the weights of its sum")
+    return found
 
 
 def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Experience, dict[str, float]]:
     """Per-token rewards, advantages and returns of all rows, and what they say.
 
-    PPO details, in their order: the score and the missing-stop penalty on the last action; the KL taken off per token; reward
+    PPO details, in their order: the score and the penalties for length on the last action; the KL taken off per token; reward
     whitening (variance only); GAE, or a critic-free baseline; advantage whitening; importance weights."""
     rollout, mask_BR, reference_BR = scored.rollout, scored.rollout.action_mask_BR, scored.reference_logprobs_BR
     task_BR = scored.scores.per_token(rollout)
-    if settings.missing_stop_penalty:
-        task_BR = task_BR + on_last_action(missing_stop_penalty(rollout.ended_B, settings.missing_stop_penalty), rollout)
-    task_BR, metrics = shortened(task_BR, rollout, settings)
+    penalties, metrics = length_penalties(rollout, settings)
+    for weight, value_B in penalties:
+        task_BR = task_BR + on_last_action(weight * value_B, rollout)
     kl_BR = None
     if reference_BR is not None and settings.kl_as == "reward":
         kl_BR = kl.estimate(scored.old_logprobs_BR, reference_BR, settings.kl_estimator)
@@ -213,13 +237,18 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
         advantages_BR, returns_BR = advantages.gae(
             rewards_BR, scored.values_BR, mask_BR, gamma=settings.gamma, lam=settings.lam, bootstrap_B=scored.after_B
         )
+    elif settings.group_parts:
+        weighed = [*weighed_parts(scored.scores, rollout), *penalties]
+        advantages_BR, returns_BR = advantages.parts(weighed, rewards_BR, mask_BR, rollout.row_B)
+    elif settings.credit == "rloo":
+        advantages_BR, returns_BR = advantages.rloo(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
     else:
-        baseline = advantages.rloo if settings.credit == "rloo" else advantages.group
-        advantages_BR, returns_BR = baseline(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
-    if settings.credit == "gae" if settings.whiten_advantages is None else settings.whiten_advantages:
+        std = settings.credit == "group" and settings.group_std
+        advantages_BR, returns_BR = advantages.group(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma, std=std)
+    if settings.whitens_advantages:
         advantages_BR = advantages.whiten(advantages_BR, mask_BR)
-    importance_BR, weighed = importance(scored, settings)
-    metrics |= weighed
+    importance_BR, corrected = importance(scored, settings)
+    metrics |= corrected
     metrics["value/explained_variance"] = advantages.explained_variance(scored.values_BR, returns_BR, mask_BR)
     experience = Experience(
         rollout=rollout,

@@ -51,6 +51,8 @@ SINCE: dict[str, object] = {
     "ppo.packing": False,
     "ppo.offload_activations": False,
     "ppo.optimizer": "adamw",
+    "ppo.group_std": True,
+    "ppo.group_parts": False,
     "ppo.response_limit": None,
     "ppo.overlong_buffer": 0,
     "ppo.overlong_penalty": 1.0,
