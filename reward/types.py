@@ -52,9 +52,7 @@ class Scores:
         object.__setattr__(self, "parts", {visible(str(n)): _column(f"parts[{n!r}]", v, rows) for n, v in self.parts.items()})
         object.__setattr__(self, "weights", {visible(str(n)): float(weight) for n, weight in self.weights.items()})
         if unknown := [name for name in self.weights if name not in self.parts]:
-            raise UserError(
-                f"Scores.weights: {', '.join(unknown)}: no such part; the parts are {', '.join(self.parts) or 'none'}"
-            )
+            raise UserError(f"Scores.weights: {', '.join(unknown)}: no such part among {list(self.parts)}")
         if self.tokens_BR is not None:
             tokens = self.tokens_BR
             if not isinstance(tokens, Tensor) or tokens.dim() != 2 or len(tokens) != rows:

@@ -224,9 +224,7 @@ def group_problems(ppo: PPOSettings) -> list[str]:
     if not ppo.group_parts:
         return problems
     if ppo.credit not in ("group", "reinforce_baseline"):
-        problems.append(
-            f"ppo.group_parts: true has no effect with ppo.credit {ppo.credit}; set group or reinforce_baseline, or leave it out"
-        )
+        problems.append(f"ppo.group_parts: true has no effect with ppo.credit {ppo.credit}; set group or reinforce_baseline")
     if not ppo.group_std:
         problems.append("ppo.group_parts: true, but without deviations (ppo.group_std) the parts are their sum; leave one out")
     if ppo.gamma != 1:

@@ -76,8 +76,8 @@ def group(
 def parts(
     weighed: Sequence[tuple[float, Tensor]], rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, eps: float = 1e-4
 ) -> Credit:
-    """Several rewards, (weight, its value of each row), standardized each among the samples of a prompt before they are summed
-    (GDPO). One that does not apply to a row (NaN) adds nothing to it, and the row counts in neither mean nor deviation there."""
+    """Several rewards, (weight, its value of each row), each standardized among the samples of a prompt before they are summed
+    (GDPO). One that does not apply to a row (NaN) adds nothing to it, and the row is in neither mean nor deviation."""
     advantage_B = torch.zeros_like(rewards_BR[:, 0])
     for weight, part_B in weighed:
         counts_B = mask_BR.any(1) & ~part_B.isnan()

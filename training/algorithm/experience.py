@@ -208,9 +208,9 @@ def weighed_parts(scores: Scores, rollout: Rollout) -> list[Weighed]:
         told = "the reward does not say by which weights its parts are summed (Scores.weights)"
         raise UserError(f"ppo.group_parts: {told}; build it of a list of terms, or leave group_parts out")
     found = [(weight, scores.parts[name]) for name, weight in scores.weights.items()]
-    sum_B = sum(weight * part_B.double().nan_to_num(nan=0.0) for weight, part_B in found)
-    size_B = sum(abs(weight * part_B.double().nan_to_num(nan=0.0)) for weight, part_B in found)
-    off = torch.nonzero(~((scores.total_B - sum_B).abs() <= 1e-4 * (1 + size_B))).flatten().tolist()
+    weighed_KB = torch.stack([weight * part_B.double().nan_to_num(nan=0.0) for weight, part_B in found])
+    sum_B = weighed_KB.sum(0)
+    off = torch.nonzero(~((scores.total_B - sum_B).abs() <= 1e-4 * (1 + weighed_KB.abs().sum(0)))).flatten().tolist()
     if off:
         told = f"{row_name(rollout, off[0])} has parts that come to {sum_B[off[0]]:.6g} by their weights (Scores.weights)"
         raise UserError(f"ppo.group_parts: {told}, but the total {scores.total_B[off[0]]:.6g}; give the weights of its sum")
