@@ -56,6 +56,8 @@ SINCE: dict[str, object] = {
     "ppo.response_limit": None,
     "ppo.overlong_buffer": 0,
     "ppo.overlong_penalty": 1.0,
+    "ppo.drop_equal_groups": False,
+    "ppo.resample_tries": 4,
     **MODEL_BEFORE,
     **BEFORE,
 }
