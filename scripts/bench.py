@@ -25,8 +25,10 @@ from pathlib import Path
 
 from steerl.configs.reader import run_command
 
-from steerl.scripts.bench_cases import engines, episodes, overhead, peers, plain_vllm, scaling, speed
+from steerl.scripts.bench_cases import engines, episodes, overhead, plain_vllm, scaling, speed
 from steerl.scripts.bench_cases.learning import LearningSettings, measure
+from steerl.scripts.bench_cases.peers import PeerSettings
+from steerl.scripts.bench_cases.peers import measure as measure_peers
 from steerl.scripts.gpu.run import GPUSettings
 from steerl.scripts.gpu.run import measure as measure_gpu
 
@@ -55,7 +57,7 @@ class BenchJob:
     """How a GPU is measured."""
     peers: bool = False
     """Group credit beside TRL's, instead of speed."""
-    peer: peers.PeerSettings = field(default_factory=peers.PeerSettings)
+    peer: PeerSettings = field(default_factory=PeerSettings)
     """How it is compared."""
     episodes: bool = False
     """Learning over several turns, instead of speed."""
@@ -77,7 +79,7 @@ def main(job: BenchJob) -> None:
     elif job.plain_vllm:
         plain_vllm.measure(Path(job.out))
     elif job.peers:
-        peers.measure(Path(job.out), job.peer)
+        measure_peers(Path(job.out), job.peer)
     elif job.episodes:
         episodes.measure(Path(job.out))
     elif job.scaling:
