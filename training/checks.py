@@ -57,6 +57,7 @@ def check_job(
     if policy is not None and (copies_value or getattr(steering, "role", "") != "trainable"):
         problems += float16_problems(policy.model) + quantization_problems(policy.model)
     problems += sampling_problems(sampling, ppo, steering)
+    problems += length_problems(sampling, ppo, environment or EnvironmentSettings())
     problems += engine_problems(engine or EngineSettings(), ppo, steering)
     problems += environment_problems(environment or EnvironmentSettings(), engine or EngineSettings(), ppo)
     if ppo.kl_target is not None and _unweighed(sampling, ppo, steering):
@@ -89,6 +90,25 @@ def check_job(
             "k1, or ppo.kl_as loss, has the right one",
             ppo.kl_estimator,
         )
+
+
+def length_problems(sampling: Sampling, ppo: PPOSettings, environment: EnvironmentSettings) -> list[str]:
+    """What counts the actions of a response, beside what bounds them."""
+    if not ppo.counts_to_limit:
+        return []
+    elsewhere = "environment" if environment.given else "ppo.replay" if ppo.replay else ""
+    if elsewhere:
+        missing = ppo.response_limit is None
+        told = f"missing; with {elsewhere} sampling.max_new_tokens does not bound a row; set the most actions of one"
+        return [f"ppo.response_limit: {told}"] if missing else []
+    limit = sampling.max_new_tokens if ppo.response_limit is None else ppo.response_limit
+    if ppo.overlong_buffer > limit:
+        told = f"{ppo.overlong_buffer} actions do not fit before the limit of {limit} (sampling.max_new_tokens)"
+        return [f"ppo.overlong_buffer: {told}; lower it"]
+    if ppo.overlong_buffer and limit - ppo.overlong_buffer >= sampling.max_new_tokens:
+        told = f"begins after {limit - ppo.overlong_buffer} actions, which sampling.max_new_tokens {sampling.max_new_tokens}"
+        return [f"ppo.overlong_buffer: {told} never passes, so it has no effect; lower ppo.response_limit"]
+    return []
 
 
 def engine_problems(engine: EngineSettings, ppo: PPOSettings, steering: SteeringSpec | None) -> list[str]:
