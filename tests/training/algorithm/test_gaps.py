@@ -128,7 +128,14 @@ def rows_without_gaps(scored: Scored, places: list[list[int]]) -> Scored:
 
 def settings_by_chance(draw: random.Random) -> PPOSettings:
     kinds = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none")
+    loss = draw.choice(["ppo", "ppo", "gspo", "cispo", "dppo"])
+    reduction = draw.choice(["token", "sequence", "constant"])
     return PPOSettings(
+        loss=loss,
+        clip=0.2 if loss == "dppo" else draw.choice([0.2, 0.02]),
+        dppo_divergence=draw.choice(["tv", "kl"]) if loss == "dppo" else "tv",
+        dppo_threshold=0.01 if loss == "dppo" else None,
+        response_limit=20 if reduction == "constant" else None,
         credit=draw.choice(["gae", "gae", "rloo", "group"]),
         gamma=draw.choice([1.0, 0.9]),
         lam=draw.choice([1.0, 0.8]),
@@ -138,10 +145,10 @@ def settings_by_chance(draw: random.Random) -> PPOSettings:
         kl_estimator=draw.choice(["k1", "k2", "k3"]),
         correction=draw.choice([None, *(Correction(kind, high=1.3, low=0.7) for kind in kinds)]),
         missing_stop_penalty=draw.choice([0.0, 0.7]),
-        loss_reduction=draw.choice(["token", "sequence"]),
+        loss_reduction=reduction,
         entropy_coef=draw.choice([0.0, 0.05]),
         value_clip=draw.choice([None, 0.2]),
-        dual_clip=draw.choice([None, 1.5]),
+        dual_clip=draw.choice([None, 1.5]) if loss in ("ppo", "gspo") else None,
         stop_kl=draw.choice([None, 0.04]),
         epochs=1,
         minibatches=draw.randint(1, 2),

@@ -41,12 +41,12 @@ JOBS = {
         {"top_p": 0.8, "top_k": 20},
         {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0, "bootstrap_cut": True},
     ),
-    "group": ("llama", None, {"n": 4}, {"credit": "group", "loss_reduction": "sequence"}),
+    "group": ("llama", None, {"n": 4}, {"credit": "group", "loss_reduction": "sequence", "loss": "gspo", "clip": 0.005}),
     "corrected": (
         "bloom",
         None,
         {"top_p": 0.8, "replay_mask": False},
-        {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1},
+        {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1, "loss": "dppo", "dppo_threshold": 0.001},
     ),
     # one prompt: the second rank samples nothing, and learns from a row or none of each minibatch
     "one_prompt": ("gpt2", None, {"n": 3}, {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1}),
@@ -65,7 +65,7 @@ JOBS = {
         "gpt2",
         None,
         {},
-        {"rollouts_per_step": 15, "minibatches": 5, "bootstrap_cut": True, "loss_reduction": "sequence"},
+        {"rollouts_per_step": 15, "minibatches": 5, "bootstrap_cut": True, "loss_reduction": "constant", "loss": "cispo"},
     ),
     # episodes of two to four turns; the second rank has rows of its own
     "episodes": ("gpt2", None, {"n": 3, "batch_size": 4}, {"rollouts_per_step": 15, "minibatches": 5, "bootstrap_cut": True}),
