@@ -43,11 +43,16 @@ class Scores:
     """`<part>/<name>`: numbers that functions gave to `log_metric`; their mean over all rows and ranks is logged."""
     extra: dict[str, list[object]] = field(default_factory=dict)
     """`<part>/<column>`: what functions gave to `log_extra`, a value per row; None where there is none."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of the parts whose weighted sum the total is; empty where it is none, or not known."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "total_B", _column("total_B", self.total_B, None))
         rows = len(self.total_B)
         object.__setattr__(self, "parts", {visible(str(n)): _column(f"parts[{n!r}]", v, rows) for n, v in self.parts.items()})
+        object.__setattr__(self, "weights", {visible(str(n)): float(weight) for n, weight in self.weights.items()})
+        if unknown := [name for name in self.weights if name not in self.parts]:
+            raise UserError(f"Scores.weights: {', '.join(unknown)}: no such part among {list(self.parts)}")
         if self.tokens_BR is not None:
             tokens = self.tokens_BR
             if not isinstance(tokens, Tensor) or tokens.dim() != 2 or len(tokens) != rows:
@@ -73,6 +78,18 @@ class Scores:
             self.fallbacks,
             self.metrics,
             self.extra,
+            self.weights,
+        )
+
+    def select(self, rows: Sequence[int]) -> Scores:
+        """Some rows, in this order. What was logged or counted of a call stays as it is."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.total_B.device)
+        return replace(
+            self,
+            total_B=self.total_B[index],
+            parts={name: values[index] for name, values in self.parts.items()},
+            tokens_BR=None if self.tokens_BR is None else self.tokens_BR[index],
+            extra={name: [values[row] for row in rows] if values else values for name, values in self.extra.items()},
         )
 
     @staticmethod
@@ -92,6 +109,7 @@ class Scores:
             {n: sum(s.fallbacks.get(n, 0) for s in parts) for n in dict.fromkeys(n for s in parts for n in s.fallbacks)},
             joined_metrics([scores.metrics for scores in parts]),
             joined_extra([scores.extra for scores in parts], [len(scores) for scores in parts]),
+            {name: weight for scores in parts for name, weight in scores.weights.items()},
         )
 
 
@@ -159,11 +177,10 @@ def missing_stop_penalty(ended_B: Tensor, penalty: float) -> Tensor:
     return torch.where(ended_B, 0.0, -float(penalty))
 
 
-def overlong_penalty(actions_B: Tensor, *, limit: int, buffer: int, penalty: float) -> Tensor:
-    """The same for long rows (DAPO's soft overlong punishment): 0 up to limit - buffer actions, from there on falling evenly
-    to -penalty at the limit."""
-    over_B = (actions_B - (limit - buffer)).clamp(0, buffer)
-    return -penalty * over_B.float() / buffer
+def overlong_penalty(actions_B: Tensor, limit: int, buffer: int) -> Tensor:
+    """The same for long rows (DAPO's soft overlong punishment): 0 up to limit - buffer actions, then falling evenly, -1 from
+    the limit on."""
+    return (limit - buffer - actions_B).clamp(-buffer, 0).float() / buffer
 
 
 def has_ids(rollout: Rollout) -> bool:

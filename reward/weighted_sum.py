@@ -124,7 +124,8 @@ class WeightedSum:
             )
         if not self.leaves_out:
             _refuse_unscored_rows(applies_B, rollout)
-        return Scores(total_B.where(applies_B, torch.nan), parts, tokens_BR, seconds, fallbacks, metrics, extra)
+        weights = {term.name: term.weight for term in self.terms}
+        return Scores(total_B.where(applies_B, torch.nan), parts, tokens_BR, seconds, fallbacks, metrics, extra, weights)
 
     # -- what a checkpoint keeps, and the end -----------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ def arms(job: ProveJob) -> list[Arm]:
     found.append(
         Arm("trainable-from-vector", {"role": "trainable", "sites": [site]}, replace(SETTINGS, learning_rate=1e-2), job.seeds)
     )
-    for kind in CORRECTIONS:
+    for kind in CORRECTIONS[:5]:
         spec = {"role": "behaviour", "sites": [{**site, **fade}], "correction": {"type": kind, "high": 2.0}}
         found.append(Arm(f"behaviour-{kind}", spec, SETTINGS, job.seeds))
     if job.sweep_seeds:

@@ -84,12 +84,23 @@ class PPOSettings:
     """Discount per token."""
     lam: float = 0.95
     """GAE's lambda."""
-    credit: Literal["gae", "rloo", "group"] = "gae"
-    """gae uses a value; rloo and group compare the samples of one prompt (sampling.n of 2 or more) and use none."""
+    credit: Literal["gae", "rloo", "group", "reinforce_baseline"] = "gae"
+    """gae uses a value; the others compare the samples of one prompt (sampling.n of 2 or more) and use none: less the mean of
+    the other samples (rloo), standardized among all (group), or less their mean and whitened over the step."""
+    group_std: bool = True
+    """credit group: divide by the deviation of the group's returns, or (false) take off their mean alone."""
+    group_parts: bool = False
+    """credit group or reinforce_baseline: standardize each part of the reward in its group before they are summed by their
+    weights; the penalties for length are parts, too, their sizes the weights."""
+    drop_equal_groups: bool = False
+    """Prompts whose samples all score alike, which credit of groups learns nothing from, are dropped from the step, and further
+    prompts drawn for them."""
+    resample_tries: int = 4
+    """How often further prompts are drawn in a step; groups that are missing then are filled up with equal ones."""
     whiten_rewards: bool = False
     """Scale per-token rewards to variance one, keeping their mean."""
     whiten_advantages: bool | None = None
-    """Standardize the advantages of a step; unset = only with gae."""
+    """Standardize the advantages of a step; unset = only with gae and reinforce_baseline."""
     bootstrap_cut: bool = False
     """Rows cut at the limit go on with the value of the state they were cut at, instead of 0."""
     missing_stop_penalty: float = 0.0
@@ -144,6 +155,11 @@ class PPOSettings:
             raise ConfigError(*problems)
 
     @property
+    def whitens_advantages(self) -> bool:
+        unset = self.whiten_advantages is None
+        return self.credit in ("gae", "reinforce_baseline") if unset else bool(self.whiten_advantages)
+
+    @property
     def counts_to_limit(self) -> bool:
         """Whether anything reads response_limit."""
         return self.overlong_buffer > 0 or self.loss_reduction == "constant"
@@ -157,7 +173,7 @@ class PPOSettings:
 
 def out_of_range(ppo: PPOSettings) -> list[str]:
     """A line for every field of the section that is out of range by itself."""
-    at_least = dict.fromkeys(("steps", "rollouts_per_step", "epochs", "minibatches", "micro_batch_size"), 1)
+    at_least = dict.fromkeys(("steps", "rollouts_per_step", "epochs", "minibatches", "micro_batch_size", "resample_tries"), 1)
     at_least |= dict.fromkeys(
         ("warmup_steps", "value_warmup_steps", "eval_every", "eval_prompts", "samples", "overlong_buffer"), 0
     )
@@ -222,10 +238,38 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
             for name, default in unused.items()
             if getattr(ppo, name) != default
         ]
-    problems += limit_problems(ppo) + loss_problems(ppo)
+    problems += limit_problems(ppo) + group_problems(ppo) + loss_problems(ppo)
+    if ppo.drop_equal_groups and ppo.credit == "gae":
+        problems.append(
+            "ppo.drop_equal_groups: true, but ppo.credit gae learns from such groups, too; leave it out, or compare samples "
+            "(rloo, group)"
+        )
+    if ppo.resample_tries != PPOSettings.resample_tries and not ppo.drop_equal_groups:
+        problems.append(f"ppo.resample_tries: {ppo.resample_tries} has no effect without ppo.drop_equal_groups; leave it out")
     correction = ppo.correction
     if correction is not None and not (correction.high > 0 and 0 <= correction.low <= correction.high):
         problems.append(f"ppo.correction: low {correction.low} and high {correction.high}, but 0 <= low <= high and high > 0")
+    return problems
+
+
+def group_problems(ppo: PPOSettings) -> list[str]:
+    """What is done within the samples of a prompt."""
+    problems = []
+    if not ppo.group_std and ppo.credit != "group":
+        told = f"false has no effect with ppo.credit {ppo.credit}, which has no deviation of a group; leave it out"
+        problems.append(f"ppo.group_std: {told}")
+    if not ppo.group_parts:
+        return problems
+    if ppo.credit not in ("group", "reinforce_baseline"):
+        problems.append(f"ppo.group_parts: true has no effect with ppo.credit {ppo.credit}; set group or reinforce_baseline")
+    if not ppo.group_std:
+        problems.append("ppo.group_parts: true, but without deviations (ppo.group_std) the parts are their sum; leave one out")
+    if ppo.gamma != 1:
+        problems.append(f"ppo.gamma: {ppo.gamma:g}, but ppo.group_parts compares what rows earned in all; set it to 1")
+    if ppo.whiten_rewards:
+        problems.append("ppo.whiten_rewards: true has no effect with ppo.group_parts, which scales each part; leave it out")
+    if ppo.kl_as == "reward" and ppo.kl_coef and ppo.reference != "none":
+        problems.append("ppo.kl_as: reward, but with ppo.group_parts a KL is no part of the reward; set loss, or ppo.kl_coef 0")
     return problems
 
 

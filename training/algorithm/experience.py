@@ -11,6 +11,7 @@ variance and count is global, and every rank decides the same. What the rows say
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,17 +39,26 @@ from steerl.training.types import Experience, Scored
 # -- 1 sample --------------------------------------------------------------------------------------------------------
 
 
-def sample(prompts: PromptSource, source: RolloutSource, rows: list[int], *, step: int, progress: float) -> Samples:
+def sample(
+    prompts: PromptSource,
+    source: RolloutSource,
+    rows: list[int],
+    *,
+    step: int,
+    progress: float,
+    before: Sequence[int] = (),
+) -> Samples:
     """This rank's share of the prompts `rows`, with all samples of each; no rows where there are more ranks than prompts.
 
-    `progress` (0 to 1) is what steering's schedules read."""
-    return source.draw(asked_here(prompts, rows), step=step, progress=progress)
+    `progress` (0 to 1) is what steering's schedules read; `before`: prompts that the step has drawn already."""
+    return source.draw(asked_here(prompts, rows, before), step=step, progress=progress)
 
 
-def asked_here(prompts: PromptSource, rows: list[int]) -> PromptBatch:
+def asked_here(prompts: PromptSource, rows: list[int], before: Sequence[int] = ()) -> PromptBatch:
     """This rank's share of a step's prompts."""
     process = processes.start()
-    shared = share(list(zip(rows, occurrences(rows), strict=True)), process.rank, process.world_size)
+    times = occurrences([*before, *rows])[len(before) :]
+    shared = share(list(zip(rows, times, strict=True)), process.rank, process.world_size)
     return prompts.batch([row for row, _ in shared], [before for _, before in shared])
 
 
@@ -180,29 +190,62 @@ def importance(scored: Scored, settings: PPOSettings) -> tuple[Tensor | None, di
     )
 
 
-def shortened(task_BR: Tensor, rollout: Rollout, settings: PPOSettings) -> tuple[Tensor, dict[str, float]]:
-    """The rewards less what `ppo.overlong_buffer` takes off long rows, and what it took."""
+Weighed = tuple[float, Tensor]
+"""A part of the reward: its weight, and its value of every row (NaN where it does not apply)."""
+
+
+def length_penalties(rollout: Rollout, settings: PPOSettings) -> list[Weighed]:
+    """What length takes off every row: parts of 0 to -1, their weights the penalties."""
+    found = []
+    if settings.missing_stop_penalty:
+        found.append((settings.missing_stop_penalty, missing_stop_penalty(rollout.ended_B, 1.0)))
+    if settings.overlong_buffer:
+        assert settings.response_limit is not None  # with_response_limit
+        over_B = overlong_penalty(rollout.actions_B, settings.response_limit, settings.overlong_buffer)
+        found.append((settings.overlong_penalty, over_B))
+    return found
+
+
+def overlong_metrics(rollout: Rollout, settings: PPOSettings) -> dict[str, float]:
+    """What `ppo.overlong_buffer` took, over rows that have actions."""
     if not settings.overlong_buffer:
-        return task_BR, {}
-    assert settings.response_limit is not None  # with_response_limit
-    bounds = {"limit": settings.response_limit, "buffer": settings.overlong_buffer}
-    taken_B = overlong_penalty(rollout.actions_B, **bounds, penalty=settings.overlong_penalty)
-    acts_B = rollout.actions_B > 0
-    counts = {"credit/overlong": taken_B, "credit/overlong_share": (taken_B < 0).float()}
-    metrics = {name: float(value_B[acts_B].double().sum()) / max(int(acts_B.sum()), 1) for name, value_B in counts.items()}
-    return task_BR + on_last_action(taken_B, rollout), metrics
+        return {}
+    weight, over_B = length_penalties(rollout, settings)[-1]
+    over_B = over_B[rollout.actions_B > 0].double()
+    rows = max(len(over_B), 1)
+    return {"credit/overlong": weight * float(over_B.sum()) / rows, "credit/overlong_share": int((over_B < 0).sum()) / rows}
+
+
+def task_rewards(rollout: Rollout, scores: Scores, settings: PPOSettings) -> Tensor:
+    """(B, R): what the task gives each action, with the penalties of `ppo`; the KL comes later."""
+    task_BR = scores.per_token(rollout)
+    for weight, value_B in length_penalties(rollout, settings):
+        task_BR = task_BR + on_last_action(weight * value_B, rollout)
+    return task_BR
+
+
+def weighed_parts(rollout: Rollout, scores: Scores, settings: PPOSettings) -> list[Weighed]:
+    """The parts whose weighted sum the reward is, and the penalties of `ppo`."""
+    if not scores.weights:
+        told = "the reward does not say by which weights its parts are summed (Scores.weights)"
+        raise UserError(f"ppo.group_parts: {told}; build it of a list of terms, or leave group_parts out")
+    found = [(weight, scores.parts[name]) for name, weight in scores.weights.items()]
+    weighed_KB = torch.stack([weight * part_B.double().nan_to_num(nan=0.0) for weight, part_B in found])
+    sum_B = weighed_KB.sum(0)
+    off = torch.nonzero(~((scores.total_B - sum_B).abs() <= 1e-4 * (1 + weighed_KB.abs().sum(0)))).flatten().tolist()
+    if off:
+        told = f"{row_name(rollout, off[0])} has parts that come to {sum_B[off[0]]:.6g} by their weights (Scores.weights)"
+        raise UserError(f"ppo.group_parts: {told}, but the total {scores.total_B[off[0]]:.6g}; give the weights of its sum")
+    return [*found, *length_penalties(rollout, settings)]
 
 
 def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Experience, dict[str, float]]:
     """Per-token rewards, advantages and returns of all rows, and what they say.
 
-    PPO details, in their order: the score and the missing-stop penalty on the last action; the KL taken off per token; reward
+    PPO details, in their order: the score and the penalties for length on the last action; the KL taken off per token; reward
     whitening (variance only); GAE, or a critic-free baseline; advantage whitening; importance weights."""
     rollout, mask_BR, reference_BR = scored.rollout, scored.rollout.action_mask_BR, scored.reference_logprobs_BR
-    task_BR = scored.scores.per_token(rollout)
-    if settings.missing_stop_penalty:
-        task_BR = task_BR + on_last_action(missing_stop_penalty(rollout.ended_B, settings.missing_stop_penalty), rollout)
-    task_BR, metrics = shortened(task_BR, rollout, settings)
+    task_BR = task_rewards(rollout, scored.scores, settings)
     kl_BR = None
     if reference_BR is not None and settings.kl_as == "reward":
         kl_BR = kl.estimate(scored.old_logprobs_BR, reference_BR, settings.kl_estimator)
@@ -213,13 +256,18 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
         advantages_BR, returns_BR = advantages.gae(
             rewards_BR, scored.values_BR, mask_BR, gamma=settings.gamma, lam=settings.lam, bootstrap_B=scored.after_B
         )
+    elif settings.group_parts:
+        weighed = weighed_parts(rollout, scored.scores, settings)
+        advantages_BR, returns_BR = advantages.parts(weighed, rewards_BR, mask_BR, rollout.row_B)
+    elif settings.credit == "rloo":
+        advantages_BR, returns_BR = advantages.rloo(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
     else:
-        baseline = advantages.rloo if settings.credit == "rloo" else advantages.group
-        advantages_BR, returns_BR = baseline(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
-    if settings.credit == "gae" if settings.whiten_advantages is None else settings.whiten_advantages:
+        std = settings.credit == "group" and settings.group_std
+        advantages_BR, returns_BR = advantages.group(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma, std=std)
+    if settings.whitens_advantages:
         advantages_BR = advantages.whiten(advantages_BR, mask_BR)
-    importance_BR, weighed = importance(scored, settings)
-    metrics |= weighed
+    importance_BR, corrected = importance(scored, settings)
+    metrics = corrected | overlong_metrics(rollout, settings)
     metrics["value/explained_variance"] = advantages.explained_variance(scored.values_BR, returns_BR, mask_BR)
     experience = Experience(
         rollout=rollout,

@@ -54,9 +54,13 @@ SINCE: dict[str, object] = {
     "ppo.loss": "ppo",
     "ppo.dppo_divergence": "tv",
     "ppo.dppo_threshold": None,
+    "ppo.group_std": True,
+    "ppo.group_parts": False,
     "ppo.response_limit": None,
     "ppo.overlong_buffer": 0,
     "ppo.overlong_penalty": 1.0,
+    "ppo.drop_equal_groups": False,
+    "ppo.resample_tries": 4,
     **MODEL_BEFORE,
     **BEFORE,
 }

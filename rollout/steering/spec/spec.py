@@ -15,7 +15,9 @@ from steerl.rollout.steering.core.places import At, Ramp
 from steerl.rollout.steering.core.table import ACTIVATIONS, TABLE
 from steerl.rollout.steering.spec import reading
 
-CorrectionType = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+CorrectionType = Literal[
+    "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"
+]
 CORRECTIONS: tuple[str, ...] = get_args(CorrectionType)
 ROLES = ("policy", "trainable", "behaviour", "data")
 
