@@ -57,14 +57,23 @@ class PPOSettings:
     DDP."""
     max_grad_norm: float = 1.0
     """Bound of the gradient's norm, applied once before each optimizer step; 0 = no bound."""
+    loss: Literal["ppo", "gspo", "cispo", "dppo"] = "ppo"
+    """Of the policy. ppo clips the ratio of each token, gspo that of the whole row; cispo bounds it as a weight and takes no
+    gradient away; dppo masks tokens whose probability has moved too far."""
     clip: float = 0.2
-    """The ratio new / old counts between 1 - clip and 1 + clip."""
+    """The ratio new / old counts between 1 - clip and 1 + clip. With gspo it is a row's, which moves far less than a token's:
+    3e-4 is usual for long rows. With cispo 1 opens the lower end, as its paper does."""
     clip_high: float | None = None
     """Upper half of the clip range; unset = clip."""
     dual_clip: float | None = None
     """Bound, as a multiple of |advantage|, on the loss of tokens with a negative advantage; above 1."""
-    loss_reduction: Literal["token", "sequence"] = "token"
-    """Mean over all tokens of the minibatch, or over its rows of the mean of each row."""
+    dppo_divergence: Literal["tv", "kl"] = "tv"
+    """How dppo measures the move, of two outcomes, this token or another: the change of its probability, or KL(old || new)."""
+    dppo_threshold: float | None = None
+    """The move beyond which dppo masks a token that would move on; unset = 0.15 with tv, 0.05 with kl."""
+    loss_reduction: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all tokens of the minibatch, or over its rows of the mean of each row; constant = the sum over its tokens by
+    response_limit x its rows (those with actions)."""
     value_clip: float | None = 0.2
     """How far a value may move from its old one before its loss stops falling; null = no bound."""
     value_coef: float = 0.1
@@ -153,7 +162,13 @@ class PPOSettings:
     @property
     def counts_to_limit(self) -> bool:
         """Whether anything reads response_limit."""
-        return self.overlong_buffer > 0
+        return self.overlong_buffer > 0 or self.loss_reduction == "constant"
+
+    @property
+    def dppo_bound(self) -> float:
+        """dppo_threshold, or what is usual for the divergence."""
+        usual = {"tv": 0.15, "kl": 0.05}[self.dppo_divergence]
+        return usual if self.dppo_threshold is None else self.dppo_threshold
 
 
 def out_of_range(ppo: PPOSettings) -> list[str]:
@@ -171,7 +186,17 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
         "value_coef",
         "kl_coef",
     )
-    above_zero = ("clip", "clip_high", "value_clip", "kl_target", "kl_horizon", "stop_kl", "gap_tolerance", "overlong_penalty")
+    above_zero = (
+        "clip",
+        "clip_high",
+        "value_clip",
+        "kl_target",
+        "kl_horizon",
+        "stop_kl",
+        "gap_tolerance",
+        "overlong_penalty",
+        "dppo_threshold",
+    )
     problems = [
         f"ppo.{name}: {getattr(ppo, name)}, but it must be at least {low}"
         for name, low in at_least.items()
@@ -213,7 +238,7 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
             for name, default in unused.items()
             if getattr(ppo, name) != default
         ]
-    problems += limit_problems(ppo) + group_problems(ppo)
+    problems += limit_problems(ppo) + group_problems(ppo) + loss_problems(ppo)
     if ppo.drop_equal_groups and ppo.credit == "gae":
         problems.append(
             "ppo.drop_equal_groups: true, but ppo.credit gae learns from such groups, too; leave it out, or compare samples "
@@ -260,11 +285,27 @@ def limit_problems(ppo: PPOSettings) -> list[str]:
     if ppo.response_limit < 1:
         problems.append(f"ppo.response_limit: {ppo.response_limit}, but it must be at least 1")
     elif not ppo.counts_to_limit:
-        problems.append(f"ppo.response_limit: {ppo.response_limit} has no effect without ppo.overlong_buffer; leave it out")
+        readers = "ppo.overlong_buffer or ppo.loss_reduction constant"
+        problems.append(f"ppo.response_limit: {ppo.response_limit} has no effect without {readers}; leave it out")
     elif ppo.overlong_buffer > ppo.response_limit:
         told = f"{ppo.overlong_buffer} actions do not fit before the limit of {ppo.response_limit} (ppo.response_limit)"
         problems.append(f"ppo.overlong_buffer: {told}; lower it")
     return problems
+
+
+def loss_problems(ppo: PPOSettings) -> list[str]:
+    """Settings of another loss than the one that is chosen."""
+    unused = {
+        "ppo": ("dppo_divergence", "dppo_threshold"),
+        "gspo": ("dppo_divergence", "dppo_threshold"),
+        "cispo": ("dppo_divergence", "dppo_threshold", "dual_clip"),
+        "dppo": ("clip", "clip_high", "dual_clip"),
+    }[ppo.loss]
+    return [
+        f"ppo.{name}: {getattr(ppo, name)!r} has no effect with ppo.loss {ppo.loss}; leave it out"
+        for name in unused
+        if getattr(ppo, name) != getattr(PPOSettings, name)
+    ]
 
 
 def with_response_limit(settings: PPOSettings, sampling: Sampling) -> PPOSettings:

@@ -50,6 +50,13 @@ def lines(**settings) -> tuple[str, ...]:
         ({"kl_target": 5.0, "kl_coef": 0.0}, "ppo.kl_coef: 0.0 cannot be adapted"),
         ({"kl_target": 5.0, "reference": "none"}, "ppo.kl_target: there is no reference"),
         ({"credit": "rloo", "value": "shared"}, "ppo.value: 'shared' has no effect"),
+        ({"loss": "cispo", "dual_clip": 3.0}, "ppo.dual_clip: 3.0 has no effect with ppo.loss cispo"),
+        ({"loss": "dppo", "dual_clip": 3.0}, "ppo.dual_clip: 3.0 has no effect with ppo.loss dppo"),
+        ({"loss": "dppo", "clip": 0.1}, "ppo.clip: 0.1 has no effect with ppo.loss dppo"),
+        ({"loss": "dppo", "clip_high": 0.1}, "ppo.clip_high: 0.1 has no effect with ppo.loss dppo"),
+        ({"loss": "dppo", "dppo_threshold": 0.0}, "ppo.dppo_threshold: 0.0, but it must be a number above 0"),
+        ({"dppo_threshold": 0.1}, "ppo.dppo_threshold: 0.1 has no effect with ppo.loss ppo"),
+        ({"loss": "gspo", "dppo_divergence": "kl"}, "ppo.dppo_divergence: 'kl' has no effect with ppo.loss gspo"),
         ({"correction": Correction("token_mask", high=1.0, low=2.0)}, "ppo.correction: low 2.0 and high 1.0"),
     ],
 )

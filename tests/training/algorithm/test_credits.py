@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from steerl.reward.build import build_reward
 from steerl.reward.types import Scores
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.common.run_folder import RunSettings
@@ -30,7 +29,7 @@ from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings, with_response_limit
 from steerl.training.types import Experience, Scored
 from tests.models import tiny_policy
-from tests.ppo_runs import prompts_of
+from tests.ppo_runs import prompts_of, two_parts
 
 PARTS = {"right": 1.0, "short": -0.5, "style": 3.0}
 
@@ -210,19 +209,6 @@ def test_groups_are_equal_where_each_part_is():
 
 
 # -- weights of parts ------------------------------------------------------------------------------------------------------
-
-
-def halves(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
-    return [None if i % 5 == 4 else float(len(text) % 3) for i, text in enumerate(completions)]
-
-
-def sizes(prompts: list[str], completions: list[str], **_: object) -> list[float]:
-    return [float(len(text)) for text in completions]
-
-
-def two_parts() -> Any:
-    terms = [{"name": "a", "kind": "function", "function": f"{__file__}:halves", "weight": 2.0}]
-    return build_reward([*terms, {"name": "b", "kind": "function", "function": f"{__file__}:sizes", "weight": -0.1}])
 
 
 def test_a_weighted_sum_says_its_weights_wherever_its_scores_go():

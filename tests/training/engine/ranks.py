@@ -28,7 +28,7 @@ from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 from tests.models import tiny_policy
-from tests.ppo_runs import LORA, prompts_of, share_of_threes, with_gaps
+from tests.ppo_runs import LORA, prompts_of, share_of_threes, two_parts, with_gaps
 
 TABLE = runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples" / "toy_engine.py"))["Table"]
 JOBS = {
@@ -41,12 +41,27 @@ JOBS = {
         {"top_p": 0.8, "top_k": 20},
         {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0, "bootstrap_cut": True},
     ),
-    "group": ("llama", None, {"n": 4}, {"credit": "group", "loss_reduction": "sequence"}),
+    "group": ("llama", None, {"n": 4}, {"credit": "group", "loss_reduction": "sequence", "loss": "gspo", "clip": 0.005}),
+    # three prompts on two ranks, several parts, tokens of all ranks whitened together
+    "parts": (
+        "gpt2",
+        None,
+        {"n": 4},
+        {
+            "credit": "reinforce_baseline",
+            "group_parts": True,
+            "rollouts_per_step": 12,
+            "kl_as": "loss",
+            "overlong_buffer": 4,
+            "missing_stop_penalty": 0.5,
+            "correction": Correction("geometric_truncate"),
+        },
+    ),
     "corrected": (
         "bloom",
         None,
         {"top_p": 0.8, "replay_mask": False},
-        {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1},
+        {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1, "loss": "dppo", "dppo_threshold": 0.001},
     ),
     # groups that score alike are drawn again, one prompt or two at a time
     "dropped": (
@@ -72,7 +87,7 @@ JOBS = {
         "gpt2",
         None,
         {},
-        {"rollouts_per_step": 15, "minibatches": 5, "bootstrap_cut": True, "loss_reduction": "sequence"},
+        {"rollouts_per_step": 15, "minibatches": 5, "bootstrap_cut": True, "loss_reduction": "constant", "loss": "cispo"},
     ),
     # episodes of two to four turns; the second rank has rows of its own
     "episodes": ("gpt2", None, {"n": 3, "batch_size": 4}, {"rollouts_per_step": 15, "minibatches": 5, "bootstrap_cut": True}),
@@ -139,6 +154,8 @@ def main(folder: Path) -> None:
                 prompts_of(policy, most=3 if name == "ragged" else 0),
                 build_reward([{"kind": "environment"}])
                 if name in ENVIRONMENT
+                else two_parts()
+                if name == "parts"
                 else logging_reward
                 if table is None
                 else Counted(),
