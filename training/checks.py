@@ -19,6 +19,7 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import SteeringSpec
 from steerl.rollout.steering.core.table import TABLE
+from steerl.rollout.steering.strengths import samples_problems
 from steerl.training.settings import PPOSettings
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def check_job(
     if policy is not None and (copies_value or getattr(steering, "role", "") != "trainable"):
         problems += float16_problems(policy.model) + quantization_problems(policy.model)
     problems += sampling_problems(sampling, ppo, steering)
+    if steering is not None and not ppo.replay:  # whose rows say how strongly they were steered
+        problems += samples_problems(steering, sampling.n)
     problems += engine_problems(engine or EngineSettings(), ppo, steering)
     problems += environment_problems(environment or EnvironmentSettings(), engine or EngineSettings(), ppo)
     if ppo.kl_target is not None and _unweighed(sampling, ppo, steering):

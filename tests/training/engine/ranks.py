@@ -80,7 +80,7 @@ STEERING = {
         "role": "behaviour",
         "correction": {"type": "token_mask"},
         "fraction": 0.5,
-        "sites": [{**SITE, "schedule": {}}],
+        "sites": [{**SITE, "strength": {"samples": [2.0, 1.0]}, "schedule": {}}],
     },
 }
 SETTINGS = {
