@@ -194,7 +194,7 @@ def test_float16_weights_that_learn_are_refused_and_adapters_on_them_are_not():
     """In the job, and in the stages before it; bfloat16 and what does not learn are as they were."""
     lora = with_peft(half(), LORA)
     check_job(lora, [1], Sampling(), PPOSettings())
-    trained = SimpleNamespace(role="trainable", correction=None)
+    trained = SimpleNamespace(role="trainable", correction=None, sites=())
     check_job(half(), [1], Sampling(), PPOSettings(value="shared"), trained)
     bfloat = tiny_policy("gpt2")
     bfloat.model.bfloat16()
