@@ -16,8 +16,10 @@ class Timer:
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
+        """What was since the last one counts as `name`."""
         now = time.perf_counter()
-        self.laps[f"time/{name}_s"], self.last = now - self.last, now
+        self.laps[f"time/{name}_s"] = self.laps.get(f"time/{name}_s", 0.0) + now - self.last
+        self.last = now
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
