@@ -250,6 +250,7 @@ def test_weight_decay_takes_no_rotation_apart(op, refused):
 @pytest.mark.parametrize("engine, ppo, steering, told", [
     ({"kind": "vllm"}, {"replay": "d", "correction": Correction()}, None, "engine.kind: vllm, but ppo.replay reads rows"),
     ({"kind": "vllm", "ahead": 1}, {}, "behaviour", "engine.ahead: 1 with steering.role behaviour"),
+    ({"kind": "vllm", "ahead": 1}, {}, "preventative", "engine.ahead: 1 with steering.role preventative"),
 ])  # fmt: skip
 def test_what_a_server_cannot_do_for_a_run(engine, ppo, steering, told):
     site = {"at": {"layers": [0]}, "vector": [1.0]}

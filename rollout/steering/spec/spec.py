@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from steerl.rollout.common.settings_reader import MISSING, Path, Reader, key_of, whole_numbers, within
 from steerl.rollout.steering.core.places import At, Ramp
@@ -17,7 +17,31 @@ from steerl.rollout.steering.spec import reading
 
 CorrectionType = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 CORRECTIONS: tuple[str, ...] = get_args(CorrectionType)
-ROLES = ("policy", "trainable", "behaviour", "data")
+
+
+class Role(NamedTuple):
+    """On which sides the model is the steered one."""
+
+    draws: bool
+    """Rows are drawn from it."""
+    learns: bool
+    """The policy's log-probs, old and new, are its, and its gradient is what weights learn by."""
+    stays: bool
+    """It is what a run leaves, unless `on_deploy` strips it."""
+
+    @property
+    def one_law(self) -> bool:
+        """Rows are drawn from the policy that learns; else pi / mu weighs them."""
+        return self.draws == self.learns
+
+
+ROLES = {
+    "policy": Role(draws=True, learns=True, stays=True),
+    "trainable": Role(draws=True, learns=True, stays=True),
+    "behaviour": Role(draws=True, learns=False, stays=False),
+    "preventative": Role(draws=False, learns=True, stays=False),
+    "data": Role(draws=True, learns=False, stays=False),
+}
 
 
 @dataclass(frozen=True)
@@ -172,7 +196,7 @@ class Site:
 @dataclass(frozen=True)
 class Correction:
     """How rollouts are weighed whose sampling distribution was not the policy's (training/algorithm/importance.py): in a
-    steering of role behaviour, and as ppo.correction."""
+    steering of role behaviour or preventative, and as ppo.correction."""
 
     type: CorrectionType = "token_truncate"
     """`none` says that the bias is accepted: every weight is 1 and the mismatch is only logged."""
