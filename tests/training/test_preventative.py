@@ -216,6 +216,13 @@ def test_a_step(family: str, peft: Any, more: dict[str, Any], settings: dict[str
     assert metrics["correction/ess"] < len(rollout) and experience.importance_BR is not None
     kl = kl_to_reference(scored, experience.importance_BR)
     assert abs(kl.per_response) < 1e-4 and abs(kl.k3_token) < 1e-5
+    away_BR = torch.rand(
+        plain_BR.shape, generator=torch.Generator().manual_seed(0)
+    )  # rows are the plain policy's: none weighs more
+    moved = dataclasses.replace(scored, reference_logprobs_BR=scored.reference_logprobs_BR - away_BR)
+    away_B = torch.where(rollout.action_mask_BR, away_BR, 0.0).sum(1)
+    kl = kl_to_reference(moved, experience.importance_BR)
+    assert kl.per_response == pytest.approx(float(away_B.mean()), abs=1e-4)
     stats = learn(parts.state, experience, ppo, seed=0)
     assert stats.ratio_first_error < 2e-6 and stats.clip_fraction == 0  # other micro-batches than those of scoring round
     told = steered.measure(parts.actor_critic, scored)
