@@ -13,6 +13,7 @@ class Timer:
 
     def __init__(self) -> None:
         self.began = self.last = time.perf_counter()
+        self.cpu = time.process_time()
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
@@ -25,8 +26,8 @@ class Timer:
         return time.perf_counter() - self.began
 
     def metrics(self, tokens: float) -> dict[str, float]:
-        """The laps, tokens per second, and the peaks of this process's memory so far, in MiB."""
-        metrics = {**self.laps, "time/tokens_per_s": tokens / self.seconds()}
+        """The laps, seconds of the processor, tokens per second, and the peaks of this process's memory so far, in MiB."""
+        metrics = {**self.laps, "time/cpu_s": time.process_time() - self.cpu, "time/tokens_per_s": tokens / self.seconds()}
         metrics["memory/peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if torch.cuda.is_available():
             metrics["memory/gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
