@@ -13,7 +13,7 @@ steerl bench [--out runs/bench]
               leaves gpu.json and gpu.md
 --learning    randomwalks beside TRL 1.12's PPOTrainer: reward by samples and by seconds, five seeds each (about an
               hour on one core); leaves learning.json and learning.png, and prints a table
---peers       randomwalks by credit of groups and leave-one-out beside the installed TRL's GRPO and RLOO (peers.py)
+--peers       randomwalks by credit of groups and leave-one-out beside the installed TRL's GRPO and RLOO (peers)
 --episodes    tasks with a tool and with an environment, five seeds each: a critic, group credit, and credit that counts what
               was fed as time (episodes.py)
 """
@@ -27,8 +27,8 @@ from steerl.configs.reader import run_command
 
 from steerl.scripts.bench_cases import engines, episodes, overhead, plain_vllm, scaling, speed
 from steerl.scripts.bench_cases.learning import LearningSettings, measure
-from steerl.scripts.bench_cases.peers import PeerSettings
-from steerl.scripts.bench_cases.peers import measure as measure_peers
+from steerl.scripts.bench_cases.peers.compare import PeerSettings
+from steerl.scripts.bench_cases.peers.compare import measure as measure_peers
 from steerl.scripts.gpu.run import GPUSettings
 from steerl.scripts.gpu.run import measure as measure_gpu
 

@@ -20,9 +20,9 @@ from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.environments.settings import EnvironmentSettings
-from steerl.rollout.types import Rollout, Texts
+from steerl.rollout.types import Rollout, Samples, Texts
 from steerl.training.algorithm.experience import credit, gather_scores
-from steerl.training.algorithm.groups import equal_groups
+from steerl.training.algorithm.groups import Groups, equal_groups
 from steerl.training.algorithm.importance import Correction
 from steerl.training.checks import check_job
 from steerl.training.ppo import train
@@ -206,6 +206,17 @@ def test_groups_are_equal_where_each_part_is():
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, nan], [2.0, nan], [1.0, nan], [1.0, 3.0], [nan, 1.0], [nan, 2.0]])
     assert equal_groups(rows, 2).tolist() == [False, True, True, False]
     assert equal_groups(rows[:2].sum(1, keepdim=True), 2).tolist() == [True]
+
+
+def test_a_group_whose_parts_differ_is_not_drawn_again():
+    rollout = Rollout.of_ids([[1]] * 2, [[2, 3], [2]])
+    samples = Samples(rollout, Texts(prompts=[""] * 2, prompt_texts=[""] * 2, completions=[""] * 2))
+    parts = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([1.0, 0.0])}
+    for by_parts in (True, False):
+        settings = PPOSettings(credit="group", group_parts=by_parts, kl_coef=0.0, drop_equal_groups=True)
+        groups = Groups(settings, 2, 1)
+        groups.add([0], samples, Scores(torch.ones(2), parts, weights={"a": 1.0, "b": 1.0}))
+        assert groups.missing == (0 if by_parts else 1)
 
 
 # -- weights of parts ------------------------------------------------------------------------------------------------------

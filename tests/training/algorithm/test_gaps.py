@@ -226,8 +226,11 @@ def test_a_step_is_that_of_the_rows_with_their_gaps_cut_out():
         for name, value in tokens.items():
             assert value[~scored.rollout.action_mask_BR].eq(0).all(), (seed, name)
             assert torch.allclose(cut_out(value, places), own_tokens[name], rtol=1e-5, atol=1e-6), (seed, name)
+        least = tokens["advantages_BR"][scored.rollout.action_mask_BR].abs().min()
+        rounding = ppo.credit != "gae" and float(least) < 1e-5  # its sign says whether a ratio counts as clipped
         for name, number in said.items():
-            assert number == pytest.approx(own_said[name], rel=1e-5, abs=1e-6), (seed, name)
+            if not (rounding and name == "ppo/clip_fraction"):
+                assert number == pytest.approx(own_said[name], rel=1e-5, abs=1e-6), (seed, name)
 
 
 def test_rows_without_actions_are_as_if_they_were_not_there():

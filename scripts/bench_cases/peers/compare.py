@@ -55,7 +55,7 @@ def theirs(method: str, tuned: Setting | None) -> tuple[str, list[str]]:
     if tuned is not None:
         own |= {"learning_rate": tuned["learning_rate"], "num_iterations": tuned["epochs"], "minibatches": 4}
         own |= {"beta": 0.0, "lr_scheduler_type": "linear", "gradient_checkpointing": False}
-    return "trl_groups", [method, json.dumps(own)]
+    return "peers.trl_groups", [method, json.dumps(own)]
 
 
 def measure(out: Path, settings: PeerSettings) -> dict[str, Any]:

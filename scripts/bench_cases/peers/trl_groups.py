@@ -1,6 +1,6 @@
 """Child of the comparison of group credit: the installed TRL's GRPOTrainer or RLOOTrainer on randomwalks.
 
-    python -m steerl.scripts.bench_cases.trl_groups WORLD RUN SEED STEPS grpo|rloo SETTINGS
+    python -m steerl.scripts.bench_cases.peers.trl_groups WORLD RUN SEED STEPS grpo|rloo SETTINGS
 
 Prints the same JSON line as ours.py. A step is ROLLOUTS samples of ROLLOUTS / n prompts; SETTINGS are TRL's own, as JSON.
 """
