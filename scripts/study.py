@@ -53,31 +53,44 @@ def main(job: StudyJob) -> None:
         raise UserError(f"run.dir: {job.run.dir or 'missing'}; name a folder for the study, --run.dir DIR")
     plan = Plan(job.study, folder)
     check(plan)
-    chosen = search(plan)
+    with processes.stop_signal() as stop:
+        runs = run_study(plan, stop)
+    report(plan, runs, job)
+
+
+def run_study(plan: Plan, stop: processes.Stop) -> dict[str, list[Run]]:
+    """The runs of every arm that are reported, all of them there."""
+    chosen = search(plan, stop)
     runs = {arm: plan.reported(arm, setting) for arm, setting in chosen.items()}
     if lines := [line for arm, of_arm in runs.items() for line in stale(of_arm)]:  # the search chose otherwise than before
         raise ConfigError(*lines)
     # Seed by seed: what is there early is a study of all arms with fewer seeds.
-    run_all([run for same_seed in zip(*runs.values(), strict=True) for run in same_seed], job.study.final, folder)
-    report(plan, runs, job)
+    run_all([run for same_seed in zip(*runs.values(), strict=True) for run in same_seed], plan.study.final, plan.folder, stop)
+    return runs
 
 
-def search(plan: Plan) -> dict[str, Changes]:
+def search(plan: Plan, stop: processes.Stop) -> dict[str, Changes]:
     """The setting of every arm: the best of its grid, by mean final reward; the first of equals."""
     grids: dict[str, list[list[Run]]] = {arm: plan.searched(arm) for arm in plan.arms}
-    run_all([run for grid in grids.values() for runs in grid for run in runs], plan.study.final, plan.folder)
+    run_all([run for grid in grids.values() for runs in grid for run in runs], plan.study.final, plan.folder, stop)
     chosen: dict[str, Changes] = {}
     told: dict[str, list[dict[str, Any]]] = {}
     for arm, grid in grids.items():
-        found = [[final["reward"] for run in runs if (final := finished(run, plan.study.final))] for runs in grid]
-        best = max(range(len(grid)), key=lambda at: mean(found[at]), default=None)
-        chosen[arm] = plan.grid(arm)[best] if best is not None else {}
-        rows = zip(plan.grid(arm), found, strict=True)
-        listed = [
-            {"setting": setting, "rewards": rewards, "mean": mean(rewards), "chosen": at == best}
-            for at, (setting, rewards) in enumerate(rows)
+        chosen[arm] = {}
+        if not grid:
+            continue
+        finals = [[finished(run, plan.study.final) or {} for run in runs] for runs in grid]
+        found: list[list[Any]] = [[final.get("reward") for final in of_setting] for of_setting in finals]
+        # A setting with which a run broke is none to choose.
+        means: dict[int, float] = {at: mean(rewards) for at, rewards in enumerate(found) if None not in rewards}
+        if not means:
+            raise UserError(f"{arm}: with every setting of its search a run broke; the first: {finals[0][0].get('broken')}")
+        best = max(means, key=lambda at: means[at])
+        chosen[arm] = plan.grid(arm)[best]
+        told[arm] = [
+            {"setting": setting, "rewards": found[at], "mean": means.get(at), "chosen": at == best}
+            for at, setting in enumerate(plan.grid(arm))
         ]
-        told |= {arm: listed} if listed else {}
     if told:
         write_json(plan.folder / "search.json", told)
         write_text(plan.folder / "search.md", search_table(told))

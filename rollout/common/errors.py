@@ -5,7 +5,8 @@ anything else that escapes is a defect of ours and keeps its traceback.
 
     UserError --+-- ConfigError       settings and specs
                 +-- DataError         prompts, texts, dumps, files of vectors
-                '-- CheckpointError   weights, checkpoints, what a run goes on from
+                +-- CheckpointError   weights, checkpoints, what a run goes on from
+                '-- Broken            training that came to no good end: settings under which it cannot go on
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """Models, weights and checkpoints that cannot be loaded, kept or gone on from."""
+
+
+class Broken(UserError):
+    """Learning came to numbers that it cannot go on from. Of settings that are compared, this is an outcome."""
 
 
 def visible(text: str) -> str:

@@ -195,11 +195,19 @@ class Stop:
         return bool(sum_(torch.tensor([int(self.here())], device=start().device)).item())
 
 
+_stop: Stop | None = None
+"""Of the block that is running."""
+
+
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Stop]:
     """While the block runs, SIGTERM and the first Ctrl-C only set a flag, which the job looks at once a step, to save and
-    leave. Another Ctrl-C does at once what it did before."""
-    stop = Stop()
+    leave. Another Ctrl-C does at once what it did before. A block in such a block has the same flag."""
+    global _stop
+    if _stop is not None:
+        yield _stop
+        return
+    _stop = stop = Stop()
     # Python lets no other thread handle signals; one that is ignored (nohup) stays so.
     numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for number in numbers}
@@ -220,6 +228,7 @@ def stop_signal() -> Iterator[Stop]:
     try:
         yield stop
     finally:
+        _stop = None
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 

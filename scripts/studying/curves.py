@@ -33,18 +33,21 @@ def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
     rows = -(-len(results) // ARMS)
     each = -(-len(results) // rows)
     groups = [list(results)[start : start + each] for start in range(0, len(results), each)]
-    drawing = Figure(figsize=(4.1 * len(names), 3.2 * len(groups)), layout="constrained")
+    drawing = Figure(figsize=(3.6 * len(names), 2.8 * len(groups)), layout="constrained")
     axes = drawing.subplots(len(groups), len(names), squeeze=False, sharex=True, sharey="col")
     for shown, arms in zip(axes, groups, strict=True):
         for axis, name in zip(shown, names, strict=True):
             for at, arm in enumerate(arms):
                 line(axis, [run["curves"][name] for run in results[arm] if run["curves"].get(name)], arm, at)
+            if not axis.lines:
+                axis.set_visible(False)
+                continue
             axis.set_title(TITLES.get(name, name), fontsize=10)
             axis.set_xlabel("PPO step", fontsize=9)
             axis.grid(alpha=0.3)
         shown[0].legend(fontsize=8)
     with written_aside(path) as aside:
-        for dots in (110, 95, 80, 65, 50):
+        for dots in (120, 110, 100, 90, 80, 70, 60):
             drawing.savefig(aside, format="png", dpi=dots, pil_kwargs={"optimize": True})
             if os.path.getsize(aside) < LARGEST:
                 break
@@ -52,10 +55,12 @@ def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
 
 def line(axis: Any, curves: Sequence[Sequence[Sequence[float]]], arm: str, at: int) -> None:
     for curve in curves:
-        axis.plot(*zip(*curve, strict=True), color=f"C{at}", alpha=0.35, linewidth=0.7)
+        axis.plot(*zip(*curve, strict=True), color=f"C{at}", alpha=0.35, linewidth=0.7, antialiased=False)  # bytes
     by_step: dict[float, list[float]] = {}
     for step, value in (point for curve in curves for point in curve):
         by_step.setdefault(step, []).append(value)
+    if not curves:
+        return
     steps = sorted(step for step, values in by_step.items() if len(values) == len(curves))
     means = [mean(by_step[step]) for step in steps]
     axis.plot(steps, means, color=f"C{at}", linewidth=max(4.5 - at, 1.2), label=arm)  # none hides another

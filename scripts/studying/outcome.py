@@ -24,21 +24,21 @@ Z = 1.959963984540054
 
 
 def outcome(run: Run, study: StudySettings) -> dict[str, Any]:
-    """Of a run that is finished."""
-    final = finished(run, study.final)
+    """Of a run that came to its end, or broke on its way."""
+    final, summary = finished(run, study.final), read_json(run.folder / "summary.json")
     assert final is not None
-    steps, summary = read_lines(run.folder / METRICS), read_json(run.folder / "summary.json")
+    steps = read_lines(run.folder / METRICS)
     curves = {
-        name: [[step["step"], step[name]] for step in steps if step.get(name) is not None] for name in drawn(study, steps)
+        name: [[line["step"], line[name]] for line in steps if line.get(name) is not None] for name in drawn(study, steps)
     }
-    if (before := summary.get("reward_before")) is not None:
-        curves = {name: [[0, before], *curve] if name == "eval/reward" else curve for name, curve in curves.items()}
-    kept = {name: final[name] for name in ("reward", "parts", "measures", "kl", "length", "samples", "completions")}
-    reached = None if study.reach is None else first(curves["reward/mean"], study.reach)
+    if "broken" in final:
+        return {"seed": run.seed, "broken": final["broken"], "steps": len(steps), "curves": curves}
+    if "eval/reward" in curves:
+        curves["eval/reward"].insert(0, [0, summary["reward_before"]])
     return {
         "seed": run.seed,
-        **kept,
-        **({} if study.reach is None else {"reached": reached}),
+        **{name: final[name] for name in ("reward", "parts", "measures", "kl", "length", "samples", "completions")},
+        **({} if study.reach is None else {"reached": first(curves["reward/mean"], study.reach)}),
         "steps": summary["steps"],
         "rollouts": summary["rollouts"],
         "curves": curves,
@@ -113,9 +113,13 @@ def number(value: float) -> str:
     return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
 
 
+def averaged(values: Sequence[float]) -> str:
+    return number(mean(values)) if values else "-"
+
+
 def ranged(values: Sequence[float]) -> str:
     found = interval(values)
-    return number(mean(values)) + (f" [{number(found[0])}, {number(found[1])}]" if found else "")
+    return averaged(values) + (f" [{number(found[0])}, {number(found[1])}]" if found else "")
 
 
 def share(hits: int, count: int) -> str:
@@ -124,26 +128,29 @@ def share(hits: int, count: int) -> str:
 
 
 def columns(runs: Sequence[Mapping[str, Any]], study: StudySettings) -> dict[str, str]:
-    """An arm's row, by the names of the columns."""
-    rewards = [run["reward"] for run in runs]
-    cells = {"final reward": ranged(rewards), "by seed": " ".join(map(number, rewards))}
+    """An arm's row, by the names of the columns: means over the runs that came to their end, shares of all."""
+    ended = [run for run in runs if "broken" not in run]
+    rewards = [run["reward"] for run in ended]
+    cells = {
+        "final reward": ranged(rewards) + (f" ({len(runs) - len(ended)} broke)" if len(ended) < len(runs) else ""),
+        "by seed": " ".join("broke" if "broken" in run else number(run["reward"]) for run in runs),
+    }
     if study.above is not None:
         cells[f"above {study.above:g}"] = share(sum(reward > study.above for reward in rewards), len(runs))
     for name in study.final.measures:
-        cells[name] = ranged([run["measures"][name] for run in runs])
-    cells["KL per response, nats"] = ranged([run["kl"] for run in runs])
-    cells["length"] = number(mean(run["length"] for run in runs))
+        cells[name] = ranged([run["measures"][name] for run in ended])
+    cells["KL per response, nats"] = ranged([run["kl"] for run in ended])
+    cells["length"] = averaged([run["length"] for run in ended])
     if study.reach is not None:
-        steps = [math.inf if run["reached"] is None else run["reached"] for run in runs]
+        steps = [math.inf if run.get("reached") is None else run["reached"] for run in runs]
         got = sum(map(math.isfinite, steps))
         middle = f"{median(steps):g}" if math.isfinite(median(steps)) else "never"
-        cells[f"steps to {study.reach:g}: median"] = (
-            middle if got == len(runs) else f"{middle} ({got} of {len(runs)} got there)"
-        )
-    cells["rollouts"] = number(mean(run["rollouts"] for run in runs))
-    cost = {name: mean(run["cost"][name] for run in runs) for name in runs[0]["cost"]}
-    cells["CPU s / wall s"] = f"{number(cost['cpu_s'])} / {number(cost['wall_s'])}"
-    cells["peak MiB"] = number(cost["peak_mb"]) + (f", GPU {number(cost['gpu_peak_mb'])}" if "gpu_peak_mb" in cost else "")
+        few = "" if got == len(runs) else f" ({got} of {len(runs)} got there)"
+        cells[f"steps to {study.reach:g}: median"] = middle + few
+    cells["rollouts"] = averaged([run["rollouts"] for run in ended])
+    cost = {name: averaged([run["cost"].get(name, math.nan) for run in ended]) for name in ("cpu_s", "wall_s", *PEAKS)}
+    cells["CPU s / wall s"] = f"{cost['cpu_s']} / {cost['wall_s']}"
+    cells["peak MiB"] = cost["peak_mb"] + ("" if cost["gpu_peak_mb"] in ("nan", "-") else f", GPU {cost['gpu_peak_mb']}")
     return cells
 
 
@@ -154,10 +161,10 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]], study: StudySettings) -> str:
     text = markdown([{"arm": arm} | columns(runs, study) for arm, runs in results.items()])
-    seeds = next(iter(results.values()))
-    named = f"{seeds[0]['seed']}" if len(seeds) == 1 else f"{seeds[0]['seed']} to {seeds[-1]['seed']}"
+    last = study.first_seed + study.seeds - 1
+    answers = next((f"{run['samples']:,}" for runs in results.values() for run in runs if "samples" in run), "no")
     notes = [
-        f"Seeds {named}; the final reward is of {seeds[0]['samples']:,} answers of the model that each run left.",
+        f"Seeds {study.first_seed} to {last}; the final reward is of {answers} answers of the model that each run left.",
         "Means over seeds with 95 % intervals of Student's t" + ("; shares with Wilson's." if study.above is not None else "."),
     ]
     return text + "\n" + "\n".join(notes) + "\n"
@@ -169,8 +176,8 @@ def search_table(searched: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         {
             "arm": arm,
             "setting": said(choice["setting"]),
-            "mean": number(choice["mean"]),
-            "by seed": " ".join(map(number, choice["rewards"])),
+            "mean": "-" if choice["mean"] is None else number(choice["mean"]),
+            "by seed": " ".join("broke" if reward is None else number(reward) for reward in choice["rewards"]),
             "chosen": "yes" if choice["chosen"] else "",
         }
         for arm, choices in searched.items()

@@ -136,7 +136,7 @@ def nested(dotted: str, value: object) -> Changes:
 
 def check(plan: Plan) -> None:
     """Every problem of every arm at once: settings, what they name, and runs that are there of other settings."""
-    if problems := [*of_study(plan.study), *of_arms(plan)]:
+    if problems := [*of_study(plan.study)] or [*of_final(plan.study.final), *of_arms(plan)]:
         raise ConfigError(*problems)
 
 
@@ -164,14 +164,17 @@ def of_study(study: StudySettings) -> Iterator[str]:
         apart = study.first_search_seed - study.first_seed
         if -study.search_seeds < apart < study.seeds:
             yield f"study.first_search_seed: {study.first_search_seed}, among the seeds that are reported; choose others"
-    for name, terms in study.final.measures.items():
+
+
+def of_final(final: FinalSettings) -> Iterator[str]:
+    for name, terms in final.measures.items():
         try:
             read_terms(terms)
         except UserError as problem:
             yield from (f"study.final.measures.{name}: {line}" for line in problem.lines)
-    if study.final.prompts:
+    if final.prompts:
         try:
-            read_table(study.final.prompts, field="study.final.prompts")
+            read_table(final.prompts, field="study.final.prompts")
         except UserError as problem:
             yield from (line.replace("prompts.path:", "prompts:", 1) for line in problem.lines)
 

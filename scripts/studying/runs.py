@@ -21,7 +21,7 @@ import torch
 
 from steerl.reward.build import build_reward
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import Stopped, UserError
+from steerl.rollout.common.errors import Broken, Stopped, UserError
 from steerl.rollout.common.run_folder import Held, holding, write_json
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.environments.environment import environment_of
@@ -41,15 +41,17 @@ PAUSE = 1.0
 """Seconds between two looks at runs that other processes hold."""
 
 
-def run_all(runs: Sequence[Run], final: FinalSettings, folder: Path) -> None:
+def run_all(runs: Sequence[Run], final: FinalSettings, folder: Path, stop: processes.Stop) -> None:
     """Until all are there: those that nobody holds are run, others waited for (their process may end before it is done)."""
     waiting, told = [run for run in runs if finished(run, final) is None], False
     while waiting:
         for run in waiting:
-            place = folder / HELD / str(run.folder.relative_to(folder)).replace("/", "-")
-            with contextlib.suppress(Held), holding(place):
+            if stop.here():
+                raise Stopped(f"stopped with {len(waiting)} runs to go; the same command goes on")
+            name = str(run.folder.relative_to(folder))
+            with contextlib.suppress(Held), holding(folder / HELD / name.replace("/", "-")):
                 if finished(run, final) is None:
-                    run_one(run, final, f"{run.folder.relative_to(folder)}")
+                    run_one(run, final, name)
         if waiting := [run for run in waiting if finished(run, final) is None]:
             if not told:
                 print(f"waiting for {len(waiting)} runs that another process holds", flush=True)
@@ -81,10 +83,14 @@ def run_one(run: Run, final: FinalSettings, name: str) -> None:
         raise Stopped(f"{name}: {str(stopped).partition(';')[0]}; the same command goes on with the study") from stopped
     except Held:
         raise
+    except Broken as problem:
+        found: dict[str, Any] = {"broken": problem.lines[0], "asked": asked(final)}
     except UserError as problem:
         raise UserError(*(f"{name}: {line}" for line in problem.lines)) from problem
-    write_json(run.folder / FINAL, found := measure(run, final))
-    print(f"{name}: reward {found['reward']:.3f}, KL {found['kl']:.2f}", flush=True)
+    else:
+        found = measure(run, final)
+    write_json(run.folder / FINAL, found)
+    print(f"{name}: {found.get('broken') or 'reward {reward:.3f}, KL {kl:.2f}'.format(**found)}", flush=True)
     gc.collect()  # models in circles
 
 
@@ -130,4 +136,4 @@ def scores(terms: Sequence[dict[str, object]], samples: Samples, policy: Any) ->
     with contextlib.closing(build_reward(terms, policy=policy, device=policy.device)) as reward:
         found = reward.still()(*samples)
     parts = {name: float(values.double().nanmean()) for name, values in found.parts.items()}
-    return {"reward": float(found.total_B.mean()), "parts": parts}
+    return {"reward": float(found.total_B.double().mean()), "parts": parts}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import Broken
 from steerl.training.algorithm import kl, loss
 from steerl.training.algorithm.minibatch import minibatches, passes, select
 from steerl.training.engine.gradients import accumulating, backward, finish
@@ -170,7 +170,7 @@ def check_finite(watched: Mapping[str, float], step: int) -> None:
     """Stop before a loss or gradient that is no number reaches the weights. The sums are global: every rank stops."""
     bad = [f"{name} = {value}" for name, value in watched.items() if not math.isfinite(value)]
     if bad:
-        raise UserError(
+        raise Broken(
             f"step {step + 1}: {', '.join(bad)}; the weights were left as they were. Likely causes: a learning rate that is "
             "too high (lower ppo.learning_rate), scores that are far too large, or float16 that overflows (use bfloat16 or "
             "float32)"
@@ -183,7 +183,7 @@ def check_first_move(approx_kl: float, settings: PPOSettings, step: int) -> None
     at 1 a hundred tokens are e^100 times less likely, and nothing that is sampled from there on is of the policy that began."""
     bound = max(1.0, settings.stop_kl or 0.0)
     if approx_kl > bound:
-        raise UserError(
+        raise Broken(
             f"step {step + 1}: one optimizer step moved the policy by {approx_kl:.3g} nats per token (ppo/approx_kl), above "
             f"{bound:g}; lower ppo.learning_rate ({settings.learning_rate:g}; 1e-5 is usual, 1e-4 for adapters), use float32 "
             "weights (model.dtype), or set ppo.stop_kl above it where this is meant"
