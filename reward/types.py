@@ -43,11 +43,18 @@ class Scores:
     """`<part>/<name>`: numbers that functions gave to `log_metric`; their mean over all rows and ranks is logged."""
     extra: dict[str, list[object]] = field(default_factory=dict)
     """`<part>/<column>`: what functions gave to `log_extra`, a value per row; None where there is none."""
+    screened_B: Tensor | None = None
+    """bool: rows that nothing is to be learned from; None where none are looked for."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "total_B", _column("total_B", self.total_B, None))
         rows = len(self.total_B)
         object.__setattr__(self, "parts", {visible(str(n)): _column(f"parts[{n!r}]", v, rows) for n, v in self.parts.items()})
+        screened = self.screened_B
+        if screened is not None and not (
+            isinstance(screened, Tensor) and screened.dtype == torch.bool and len(screened) == rows
+        ):
+            raise UserError(f"Scores.screened_B: expected a tensor of {rows} bools, found {screened!r:.80}")
         if self.tokens_BR is not None:
             tokens = self.tokens_BR
             if not isinstance(tokens, Tensor) or tokens.dim() != 2 or len(tokens) != rows:
@@ -73,6 +80,7 @@ class Scores:
             self.fallbacks,
             self.metrics,
             self.extra,
+            None if self.screened_B is None else self.screened_B.to(device),
         )
 
     @staticmethod
@@ -92,6 +100,7 @@ class Scores:
             {n: sum(s.fallbacks.get(n, 0) for s in parts) for n in dict.fromkeys(n for s in parts for n in s.fallbacks)},
             joined_metrics([scores.metrics for scores in parts]),
             joined_extra([scores.extra for scores in parts], [len(scores) for scores in parts]),
+            joined_screened(parts),
         )
 
 
@@ -274,6 +283,13 @@ def metrics(scores: Sequence[Scores]) -> dict[str, float]:
     for name in dict.fromkeys(name for s in scores for name in s.seconds):
         logged[f"time/reward_{name}_s"] = max(s.seconds.get(name, 0.0) for s in scores)
     return logged
+
+
+def joined_screened(parts: Sequence[Scores]) -> Tensor | None:
+    """The rows' marks one after another; None where nobody looked for any."""
+    if all(scores.screened_B is None for scores in parts):
+        return None
+    return torch.cat([torch.zeros_like(s.total_B, dtype=torch.bool) if s.screened_B is None else s.screened_B for s in parts])
 
 
 def joined_metrics(calls: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:

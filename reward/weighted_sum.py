@@ -96,6 +96,7 @@ class WeightedSum:
         fallbacks: dict[str, int] = {}
         metrics: dict[str, list[float]] = {}
         extra: dict[str, list[Any]] = {}
+        screened_B: Tensor | None = None
         for term in self.terms:
             scores, seconds[term.name] = scored[term.name]
             _check(term, scores, rollout)
@@ -109,6 +110,8 @@ class WeightedSum:
                 fallbacks[term.name] = sum(scores.fallbacks.values())
             metrics |= {f"{term.name}/{name}": values for name, values in scores.metrics.items()}
             extra |= {f"{term.name}/{column}": values for column, values in scores.extra.items()}
+            if scores.screened_B is not None:
+                screened_B = scores.screened_B if screened_B is None else screened_B | scores.screened_B
             applies_B |= ~values_B.isnan()
             if scores.tokens_BR is None:
                 sequence_B = sequence_B + term.weight * values_B.double().nan_to_num(nan=0.0)
@@ -124,7 +127,7 @@ class WeightedSum:
             )
         if not self.leaves_out:
             _refuse_unscored_rows(applies_B, rollout)
-        return Scores(total_B.where(applies_B, torch.nan), parts, tokens_BR, seconds, fallbacks, metrics, extra)
+        return Scores(total_B.where(applies_B, torch.nan), parts, tokens_BR, seconds, fallbacks, metrics, extra, screened_B)
 
     # -- what a checkpoint keeps, and the end -----------------------------------------------------------------------
 

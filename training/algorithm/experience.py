@@ -180,11 +180,22 @@ def importance(scored: Scored, settings: PPOSettings) -> tuple[Tensor | None, di
     )
 
 
+def without_screened(scored: Scored) -> Scored:
+    screened_B = scored.scores.screened_B
+    if screened_B is None or not bool(screened_B.any()):
+        return scored
+    mask_BR = scored.rollout.action_mask_BR & ~screened_B.to(scored.rollout.device)[:, None]
+    return replace(scored, rollout=replace(scored.rollout, action_mask_BR=mask_BR))
+
+
 def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Experience, dict[str, float]]:
     """Per-token rewards, advantages and returns of all rows, and what they say.
 
+    Rows that the reward screens out lose their actions: they are as if they were not there.
+
     PPO details, in their order: the score and the missing-stop penalty on the last action; the KL taken off per token; reward
     whitening (variance only); GAE, or a critic-free baseline; advantage whitening; importance weights."""
+    scored = without_screened(scored)
     rollout, mask_BR, reference_BR = scored.rollout, scored.rollout.action_mask_BR, scored.reference_logprobs_BR
     task_BR = scored.scores.per_token(rollout)
     if settings.missing_stop_penalty:
@@ -205,6 +216,8 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
     if settings.credit == "gae" if settings.whiten_advantages is None else settings.whiten_advantages:
         advantages_BR = advantages.whiten(advantages_BR, mask_BR)
     importance_BR, metrics = importance(scored, settings)
+    if (screened_B := scored.scores.screened_B) is not None:
+        metrics["reward/screened"] = float(screened_B.double().mean())
     metrics["value/explained_variance"] = advantages.explained_variance(scored.values_BR, returns_BR, mask_BR)
     experience = Experience(
         rollout=rollout,
