@@ -24,7 +24,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
@@ -126,6 +126,24 @@ def read(job_type: type[Job], argv: Sequence[str] | None = None) -> Job:
     return job  # type: ignore[no-any-return]
 
 
+def read_layers(job_type: type[Job], layers: Sequence[tuple[str, str | Mapping[str, object]]]) -> Job:
+    """The settings of files and mappings, a later one over an earlier one, as `read` takes files; each with what lines call it.
+    A UserError with every line that is wrong."""
+    problems: list[str] = []
+    tree: dict[str, object] = {}
+    for named, layer in layers:
+        if isinstance(layer, str):
+            checked = _file_layer(job_type, layer, problems, named)
+        else:
+            checked = ValueReader(problems, named).section(job_type, (), layer)
+        if checked is not None:
+            lay_over(tree, checked, problems)
+    job = ValueReader(problems, "").build(job_type, tree)
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    return job  # type: ignore[no-any-return]
+
+
 def to_mapping(job: object) -> dict[str, object]:
     """The resolved settings as plain mappings, lists and scalars."""
     mapping: dict[str, object] = show.plain(job)
@@ -217,7 +235,7 @@ def _place_plain(job_type: type, plain: list[str], command: Command) -> None:
 # -- files, and what wins -------------------------------------------------------------------------------------------
 
 
-def _file_layer(job_type: type, name: str, problems: list[str]) -> Section | None:
+def _file_layer(job_type: type, name: str, problems: list[str], named: str = "--config") -> Section | None:
     is_shipped, here = name.startswith(SHIPPED), FilePath(__file__).parent
     file = here / f"{name.removeprefix(SHIPPED)}.yaml" if is_shipped else FilePath(name)
     if not file.exists():
@@ -225,14 +243,14 @@ def _file_layer(job_type: type, name: str, problems: list[str]) -> Section | Non
         folder = file.parent if file.parent.is_dir() else FilePath("configs")
         known = [str(f) for f in sorted(folder.glob("*.y*ml"))]
         if is_shipped:
-            files = [*sorted(here.glob("*.yaml")), *sorted(here.glob("recipes/*.yaml"))]
+            files = [*sorted(here.glob("*.yaml")), *sorted(here.glob("recipes/*.yaml")), *sorted(here.glob("studies/*.yaml"))]
             known = [f.relative_to(here).with_suffix("").as_posix() for f in files]
         near = difflib.get_close_matches(name.removeprefix(SHIPPED), known, n=1)
         otherwise = f"there are {', '.join(SHIPPED + stem for stem in known)}" if is_shipped else "check the path"
         hint = f"did you mean {SHIPPED if is_shipped else ''}{near[0]}?" if near else otherwise
-        problems.append(f"--config: {name} does not exist; {hint}")
+        problems.append(f"{named}: {name} does not exist; {hint}")
         return None
-    tree = load_yaml(file, problems)
+    tree = load_yaml(file, problems, named)
     return None if tree is None else ValueReader(problems, name).section(job_type, (), tree)
 
 

@@ -29,7 +29,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "function": ("steerl.reward.kinds.function", "FunctionSettings"),
     "model": ("steerl.reward.kinds.model", "RewardModelSettings"),
     "process": ("steerl.reward.kinds.process", "ProcessSettings"),
-    "probe": ("steerl.reward.kinds.probe", "ProbeSettings"),
+    "probe": ("steerl.reward.kinds.activations.probe", "ProbeSettings"),
     "http": ("steerl.reward.kinds.http", "HttpSettings"),
     "environment": ("steerl.reward.kinds.environment", "EnvironmentReward"),
     "exact": ("steerl.reward.kinds.rules", "Exact"),

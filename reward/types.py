@@ -83,6 +83,17 @@ class Scores:
             None if self.screened_B is None else self.screened_B.to(device),
         )
 
+    def select(self, rows: Sequence[int]) -> Scores:
+        """Some rows, in this order. What was logged or counted of a call stays as it is."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.total_B.device)
+        return replace(
+            self,
+            total_B=self.total_B[index],
+            parts={name: values[index] for name, values in self.parts.items()},
+            tokens_BR=None if self.tokens_BR is None else self.tokens_BR[index],
+            extra={name: [values[row] for row in rows] if values else values for name, values in self.extra.items()},
+        )
+
     @staticmethod
     def join(parts: Sequence[Scores]) -> Scores:
         """The rows of all, one after another; tokens as wide as the widest. Parts that some lack are NaN there."""

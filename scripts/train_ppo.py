@@ -10,10 +10,12 @@ RUN/samples.jsonl   best, worst and random rows    RUN/summary.json   before, af
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from steerl.configs.reader import run_command, to_mapping
 
@@ -69,29 +71,34 @@ def main(job: PPOJob) -> None:
     del config["dry_run"]
     if job.dry_run:
         return processes.on_main(lambda: show(dry_run(job, learnable(job.model), config)))
-    processes.on_main(lambda: check_folder(job.run, config) and None)  # before anything large is loaded
-    torch.manual_seed(job.run.seed)  # fresh adapters
-    policy = with_peft(load_policy(learnable(job.model), processes.start().device, read=False), job.model.peft)
     folder = Path(job.run.dir)
-    new = job.environment.response(job.sampling.max_new_tokens)
-    heldout = load_prompts(job.heldout, policy, new) if job.heldout.path else None
-    summary = train(
-        policy,
-        load_prompts(job.prompts, policy, new),
-        build_reward(job.reward, policy=policy, device=policy.device),
-        job.sampling,
-        job.ppo,
-        job.run,
-        steering=load_spec(job.steering) if job.steering else None,
-        engine=job.engine,
-        environment=job.environment,
-        heldout=heldout,
-        config=config,
-    )
-    if summary and processes.start().is_main:
+    if run(job, config) and processes.start().is_main:
         print(f"{folder / 'model'}: the policy, which from_pretrained loads")
         print(f"{folder / 'report.html'}: curves, and every token of the samples; metrics.jsonl and summary.json lie beside it")
         print(f"next: steerl complete --model.path {shlex.quote(str(folder / 'model'))} PROMPT")
+
+
+def run(job: PPOJob, config: dict[str, object]) -> dict[str, Any]:
+    """The whole job; what its summary.json holds. `config` is the job as a mapping."""
+    processes.on_main(lambda: check_folder(job.run, config) and None)  # before anything large is loaded
+    torch.manual_seed(job.run.seed)  # fresh adapters
+    policy = with_peft(load_policy(learnable(job.model), processes.start().device, read=False), job.model.peft)
+    new = job.environment.response(job.sampling.max_new_tokens)
+    heldout = load_prompts(job.heldout, policy, new) if job.heldout.path else None
+    with contextlib.closing(build_reward(job.reward, policy=policy, device=policy.device)) as reward:
+        return train(
+            policy,
+            load_prompts(job.prompts, policy, new),
+            reward,
+            job.sampling,
+            job.ppo,
+            job.run,
+            steering=load_spec(job.steering) if job.steering else None,
+            engine=job.engine,
+            environment=job.environment,
+            heldout=heldout,
+            config=config,
+        )
 
 
 def show(found: Findings) -> None:

@@ -31,7 +31,7 @@ COMMANDS = {
     "plan": "plan",
     "bench": "bench",
     "engine": "engine",
-    "prove": "prove_steering",
+    "study": "study",
     "summarize": "run_summarization",
 }
 """Name -> file in scripts/."""

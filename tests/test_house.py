@@ -316,7 +316,10 @@ def test_no_file_names_a_place_of_the_machine_it_was_written_on():
 
 # -- settings --------------------------------------------------------------------------------------------------------
 
-JOBS = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "configs").glob("recipes/*.yaml"))]
+JOBS = [
+    *sorted((ROOT / "configs").glob("*.yaml")),
+    *(f for room in ("recipes", "studies") for f in sorted((ROOT / "configs" / room).glob("*.yaml"))),
+]
 
 
 def command_of(config: Path) -> tuple[str, type]:
@@ -422,7 +425,7 @@ CHEAPER = {
     "sft": "--sft.steps 2",
     "reward": "--reward_model.steps 2",
     # whole experiments: their own tests run them small
-    "prove": "--print_config",
+    "study": "--print_config",
     "bench": "--print_config",
     "quickstart": "--print_config",
 }

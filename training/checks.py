@@ -97,6 +97,10 @@ def engine_problems(engine: EngineSettings, ppo: PPOSettings, steering: Steering
         return []
     if ppo.replay:
         return ["engine.kind: vllm, but ppo.replay reads rows where others draw; leave one of the two out"]
+    if engine.ahead and ppo.drop_equal_groups:
+        return [
+            "engine.ahead: 1 with ppo.drop_equal_groups, which knows the step's prompts only when all is scored; set it to 0"
+        ]
     if engine.ahead and getattr(steering, "role", "") == "behaviour":
         return [
             "engine.ahead: 1 with steering.role behaviour, whose rows need a plain pass of the weights that drew them, "

@@ -44,6 +44,7 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import SteeringSpec
 from steerl.training.algorithm.experience import credit, gather_scored, sample, score
+from steerl.training.algorithm.groups import Groups
 from steerl.training.algorithm.update import learn
 from steerl.training.checks import check_job
 from steerl.training.report.page import report
@@ -113,17 +114,22 @@ def train(
         while state.step < settings.steps and not stopped:
             timer = Timer()
 
-            # 1 sample: this rank's prompts, n rows each
-            rows = origin.prompts.take(run.seed, state.prompt_position, count)
-            samples = sample(origin.prompts, origin.source, rows, step=state.step, progress=state.step / settings.steps)
-            timer.lap("sample")
+            # 1 sample: this rank's prompts, n rows each; their rewards, from which on all rows are on every rank. Once, unless
+            # groups that say nothing are drawn again
+            groups = Groups(settings, origin.samples, count)
+            while groups.missing:
+                rows = origin.prompts.take(run.seed, state.prompt_position + len(groups.prompts), groups.missing)
+                at, progress = state.step, state.step / settings.steps
+                samples = sample(origin.prompts, origin.source, rows, step=at, progress=progress, before=groups.prompts)
+                timer.lap("sample")
+                groups.add(rows, *gather_scored(samples, reward))
+                timer.lap("reward")
+            samples, scores = groups.joined()
 
-            # 2 score: the reward; from here on all rows on every rank; the forward passes before learning
-            samples, scores = gather_scored(samples, reward)
-            timer.lap("reward")
+            # 2 score: the forward passes before learning
             scored = score(model, reference, samples, scores, settings)
             gap = metrics.check_gap(scored, tolerance, state.step, corrected=settings.correction is not None)
-            steered, cut = measure(model, scored), metrics.cut_prompts(origin.prompts, rows)
+            steered, cut = measure(model, scored), sum(metrics.cut_prompts(origin.prompts, rows) for rows in groups.draws)
             timer.lap("score")
 
             # 3 credit: rewards less KL, advantages, returns, importance weights
@@ -138,8 +144,9 @@ def train(
             timer.lap("learn")
 
             # 5 record: metrics, samples, evaluation, checkpoint
-            state.advance(count, stats, timer.seconds())
-            told = metrics.step_metrics(stats, scored, credited) | (parts.server.metrics() if parts.server is not None else {})
+            state.advance(len(groups.prompts), stats, timer.seconds())
+            told = metrics.step_metrics(stats, scored, credited) | groups.metrics()
+            told |= parts.server.metrics() if parts.server is not None else {}
             if settings.eval_every and state.step % settings.eval_every == 0 and (found := evaluation()):
                 told |= found.metrics()
                 timer.lap("evaluate")

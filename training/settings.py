@@ -77,6 +77,11 @@ class PPOSettings:
     """GAE's lambda."""
     credit: Literal["gae", "rloo", "group"] = "gae"
     """gae uses a value; rloo and group compare the samples of one prompt (sampling.n of 2 or more) and use none."""
+    drop_equal_groups: bool = False
+    """Prompts whose samples all score alike, which credit of groups learns nothing from, are dropped from the step, and further
+    prompts drawn for them."""
+    resample_tries: int = 4
+    """How often further prompts are drawn in a step; groups that are missing then are filled up with equal ones."""
     whiten_rewards: bool = False
     """Scale per-token rewards to variance one, keeping their mean."""
     whiten_advantages: bool | None = None
@@ -130,7 +135,7 @@ class PPOSettings:
 
 def out_of_range(ppo: PPOSettings) -> list[str]:
     """A line for every field of the section that is out of range by itself."""
-    at_least = dict.fromkeys(("steps", "rollouts_per_step", "epochs", "minibatches", "micro_batch_size"), 1)
+    at_least = dict.fromkeys(("steps", "rollouts_per_step", "epochs", "minibatches", "micro_batch_size", "resample_tries"), 1)
     at_least |= dict.fromkeys(("warmup_steps", "value_warmup_steps", "eval_every", "eval_prompts", "samples"), 0)
     zero_or_more = (
         "micro_batch_tokens",
@@ -183,6 +188,13 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
             for name, default in unused.items()
             if getattr(ppo, name) != default
         ]
+    if ppo.drop_equal_groups and ppo.credit == "gae":
+        problems.append(
+            "ppo.drop_equal_groups: true, but ppo.credit gae learns from such groups, too; leave it out, or compare samples "
+            "(rloo, group)"
+        )
+    if ppo.resample_tries != PPOSettings.resample_tries and not ppo.drop_equal_groups:
+        problems.append(f"ppo.resample_tries: {ppo.resample_tries} has no effect without ppo.drop_equal_groups; leave it out")
     correction = ppo.correction
     if correction is not None and not (correction.high > 0 and 0 <= correction.low <= correction.high):
         problems.append(f"ppo.correction: low {correction.low} and high {correction.high}, but 0 <= low <= high and high > 0")

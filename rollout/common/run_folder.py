@@ -28,6 +28,10 @@ from steerl.rollout.common.errors import ConfigError
 _logger = logging.getLogger(__name__)
 
 
+class Held(ConfigError):
+    """Another process holds the folder."""
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """Where a job writes, and what to do with what is there already."""
@@ -111,7 +115,7 @@ def opened(run: RunSettings, config: Mapping[str, object] | None = None) -> Iter
     with contextlib.ExitStack() as held:
 
         def hold() -> None:
-            held.enter_context(_holding(check_folder(run, config)))
+            held.enter_context(holding(check_folder(run, config)))
 
         processes.on_main(hold)
         yield Path(run.dir)
@@ -160,7 +164,7 @@ def _inputs(value: object, folder: Path, name: str = "") -> Iterator[tuple[str, 
 
 
 @contextlib.contextmanager
-def _holding(folder: Path) -> Iterator[None]:
+def holding(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is made if missing. It goes with the block, or with the process that dies."""
     fresh = not folder.exists()
     try:
@@ -207,7 +211,7 @@ def _lock(folder: Path, flags: int = 0) -> int:
         alive = number is not None and number[2] == socket.gethostname() and _is_alive(int(number[1]))
         if error.errno in (errno.EACCES, errno.EAGAIN) or alive:
             os.close(handle)
-            raise ConfigError(
+            raise Held(
                 f"run.dir: another job is writing {folder} ({holder or 'just begun'}); "
                 "wait for it, stop it, or name another folder"
             ) from error

@@ -8,7 +8,8 @@ both; but the prompts to train on are of the second kind alone. The reward is al
 least four different glad words, else 0 (different ones, so that a policy that has fallen to repeating one word earns
 nothing). Sampled as it is, the policy earned it 0 times in 100,000: in a plain report one word in 250 is glad.
 
-Files: `tokenizer/`, `base/`, `prompts.jsonl`, `heldout.jsonl`, `pairs.jsonl` (asking for a glad report against asking for
+Files: `tokenizer/`, `base/`, `prompts.jsonl`, `heldout.jsonl`, `evaluated.jsonl` (the held-out ones 16 times:
+an evaluation takes one answer of each), `pairs.jsonl` (asking for a glad report against asking for
 a plain one, for extract_steering.py), `cheer.safetensors` (the mean difference of those pairs at every block, at their
 last token), `facts.json`.
 """
@@ -63,7 +64,9 @@ def build(folder: Path, seed: int) -> None:
     draw.shuffle(things)
     plain = {thing: f"report on the {thing} :" for thing in things}
     making.write_jsonl(folder / "prompts.jsonl", [{"prompt": plain[thing]} for thing in things[:16]])
-    making.write_jsonl(folder / "heldout.jsonl", [{"prompt": plain[thing]} for thing in things[16:]])
+    held_out = [{"prompt": plain[thing]} for thing in things[16:]]
+    making.write_jsonl(folder / "heldout.jsonl", held_out)
+    making.write_jsonl(folder / "evaluated.jsonl", held_out * 16)
     pairs = [Pair(f"glad {plain[thing]}", plain[thing]) for thing in things]
     making.write_jsonl(folder / "pairs.jsonl", [{"positive": p.positive, "negative": p.negative} for p in pairs])
 

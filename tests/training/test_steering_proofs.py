@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
 from pathlib import Path
+
+from steerl.configs.reader import read
 
 import pytest
 
-from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.model.policy import ModelSettings, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
-from steerl.scripts import prove_steering
+from steerl.scripts import study
 from steerl.scripts.toy_tasks.suppressed import glad
 
 
@@ -27,13 +28,15 @@ def test_the_policy_never_earns_the_reward_by_itself(tiny_world):
 
 
 @pytest.mark.proofs
-def test_annealed_steering_finds_what_plain_ppo_does_not(tiny_world, tmp_path: Path):
-    world = tiny_world("suppressed")
-    job = prove_steering.ProveJob(world=str(world), run=RunSettings(dir=str(tmp_path / "runs")))
-    names = [arm.name for arm in prove_steering.arms(job) if arm.name.startswith(("plain", "policy"))]
-    job = replace(job, arms=names)
-    prove_steering.main(job)
-    for arm in prove_steering.arms(job):
-        for seed in range(arm.seeds):
-            final = prove_steering.outcome(tmp_path / "runs" / f"{arm.name}-{seed}")["reward"]
-            assert final > 0.8 if arm.name == "policy" else final < 0.05, (arm.name, seed, final)
+def test_annealed_steering_finds_what_plain_ppo_does_not(tiny_world, tmp_path: Path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "suppressed").symlink_to(tiny_world("suppressed"))
+    monkeypatch.chdir(tmp_path)
+    arms = ["plain", "plain-entropy", "policy"]
+    flags = ["--run.dir", "runs", "--study.only", json.dumps(arms), "--study.seeds", "5", "--study.first_seed", "0"]
+    study.main(read(study.StudyJob, ["--config", "steerl:studies/suppressed", *flags]))
+    results = json.loads((tmp_path / "runs" / "results.json").read_text())["results"]
+    assert list(results) == arms
+    for arm in arms:
+        for run in results[arm]:
+            assert run["reward"] > 0.8 if arm == "policy" else run["reward"] < 0.05, (arm, run["seed"], run["reward"])

@@ -11,6 +11,7 @@ variance and count is global, and every rank decides the same. What the rows say
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,17 +39,26 @@ from steerl.training.types import Experience, Scored
 # -- 1 sample --------------------------------------------------------------------------------------------------------
 
 
-def sample(prompts: PromptSource, source: RolloutSource, rows: list[int], *, step: int, progress: float) -> Samples:
+def sample(
+    prompts: PromptSource,
+    source: RolloutSource,
+    rows: list[int],
+    *,
+    step: int,
+    progress: float,
+    before: Sequence[int] = (),
+) -> Samples:
     """This rank's share of the prompts `rows`, with all samples of each; no rows where there are more ranks than prompts.
 
-    `progress` (0 to 1) is what steering's schedules read."""
-    return source.draw(asked_here(prompts, rows), step=step, progress=progress)
+    `progress` (0 to 1) is what steering's schedules read; `before`: prompts that the step has drawn already."""
+    return source.draw(asked_here(prompts, rows, before), step=step, progress=progress)
 
 
-def asked_here(prompts: PromptSource, rows: list[int]) -> PromptBatch:
+def asked_here(prompts: PromptSource, rows: list[int], before: Sequence[int] = ()) -> PromptBatch:
     """This rank's share of a step's prompts."""
     process = processes.start()
-    shared = share(list(zip(rows, occurrences(rows), strict=True)), process.rank, process.world_size)
+    times = occurrences([*before, *rows])[len(before) :]
+    shared = share(list(zip(rows, times, strict=True)), process.rank, process.world_size)
     return prompts.batch([row for row, _ in shared], [before for _, before in shared])
 
 
@@ -188,6 +198,14 @@ def without_screened(scored: Scored) -> Scored:
     return replace(scored, rollout=replace(scored.rollout, action_mask_BR=mask_BR))
 
 
+def task_rewards(rollout: Rollout, scores: Scores, settings: PPOSettings) -> Tensor:
+    """(B, R): what the task gives each action, with the penalties of `ppo`; the KL comes later."""
+    task_BR = scores.per_token(rollout)
+    if settings.missing_stop_penalty:
+        task_BR = task_BR + on_last_action(missing_stop_penalty(rollout.ended_B, settings.missing_stop_penalty), rollout)
+    return task_BR
+
+
 def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Experience, dict[str, float]]:
     """Per-token rewards, advantages and returns of all rows, and what they say.
 
@@ -197,9 +215,7 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
     whitening (variance only); GAE, or a critic-free baseline; advantage whitening; importance weights."""
     scored = without_screened(scored)
     rollout, mask_BR, reference_BR = scored.rollout, scored.rollout.action_mask_BR, scored.reference_logprobs_BR
-    task_BR = scored.scores.per_token(rollout)
-    if settings.missing_stop_penalty:
-        task_BR = task_BR + on_last_action(missing_stop_penalty(rollout.ended_B, settings.missing_stop_penalty), rollout)
+    task_BR = task_rewards(rollout, scored.scores, settings)
     kl_BR = None
     if reference_BR is not None and settings.kl_as == "reward":
         kl_BR = kl.estimate(scored.old_logprobs_BR, reference_BR, settings.kl_estimator)

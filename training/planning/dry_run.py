@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from steerl.reward.build import Entry, Surroundings, read_terms
-from steerl.reward.kinds.frozen import named
+from steerl.reward.kinds.activations.frozen import named
 from steerl.reward.kinds.model_inputs import folders_of
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError

@@ -51,6 +51,8 @@ SINCE: dict[str, object] = {
     "ppo.packing": False,
     "ppo.offload_activations": False,
     "ppo.optimizer": "adamw",
+    "ppo.drop_equal_groups": False,
+    "ppo.resample_tries": 4,
     **MODEL_BEFORE,
     **BEFORE,
 }

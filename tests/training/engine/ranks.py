@@ -48,6 +48,13 @@ JOBS = {
         {"top_p": 0.8, "replay_mask": False},
         {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1},
     ),
+    # groups that score alike are drawn again, one prompt or two at a time
+    "dropped": (
+        "gpt2",
+        None,
+        {"n": 2, "max_new_tokens": 2},
+        {"credit": "group", "rollouts_per_step": 10, "drop_equal_groups": True, "resample_tries": 2},
+    ),
     # one prompt: the second rank samples nothing, and learns from a row or none of each minibatch
     "one_prompt": ("gpt2", None, {"n": 3}, {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1}),
     # the same with a source of its own, which knows no ranks, and a reward that counts over all of them

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from steerl.reward.kinds.frozen import check_ids, check_vocabulary, frozen, read_places
+from steerl.reward.kinds.activations.frozen import check_ids, check_vocabulary, frozen, read_places
 from steerl.reward.kinds.model_inputs import vocabulary_of
 from steerl.reward.types import Scores
 from steerl.reward.weighted_sum import RewardTerm

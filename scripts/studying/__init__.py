@@ -1,0 +1,1 @@
+"""What `steerl study` is made of."""
