@@ -52,6 +52,14 @@ class Scored:
     """Value of the state at the end of rows that were cut; 0 elsewhere and unless they bootstrap."""
     entropy_BR: Tensor
     seconds: dict[str, float]
+    plain_logprobs_BR: Tensor | None = None
+    """The plain model's, in the trainer's own forward pass, where it drew the rows and will be left, and the steered one learns
+    from them (role preventative)."""
+
+    @property
+    def left_logprobs_BR(self) -> Tensor:
+        """Of the policy whose KL to the reference counts: the plain one where it is what a run leaves of two."""
+        return self.old_logprobs_BR if self.plain_logprobs_BR is None else self.plain_logprobs_BR
 
 
 @dataclass(frozen=True, kw_only=True)

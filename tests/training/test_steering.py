@@ -277,6 +277,9 @@ def test_a_trained_operation_saved_and_loaded(kind: str, tmp_path: Path) -> None
     if kind != "adapter":
         rotation = loaded.sites[0].held[0]["rotation"]
         torch.testing.assert_close(rotation.T @ rotation, torch.eye(3), atol=1e-4, rtol=0.0)
+    listed = {**SITE, "strength": {"samples": [1.0, -2.0]}, "schedule": {"to": 0.5}}
+    whole = load_spec(save(Steering(model, {"sites": [listed]}), tmp_path / "listed"))
+    assert whole.sites[0].strength.samples == (0.5, -1.0) and whole.sites[0].schedule is None
     twice = Steering(model, save(loaded, tmp_path / "again"))
     assert torch.equal(completions(model, twice), completions(model, loaded))
 
@@ -305,6 +308,7 @@ def test_strip_leaves_a_plain_model(tmp_path: Path) -> None:
         ({}, "acts at some positions; write where"),
         ({"where": EVERYWHERE, "op": {"type": "ablate"}}, "has op ablate"),
         ({"where": EVERYWHERE, "strength": {"dist": "uniform", "high": 2}}, "differs between rows"),
+        ({"where": EVERYWHERE, "strength": {"samples": [2.0]}}, "differs between rows"),
         ({"where": EVERYWHERE, "at": {"layers": [0], "component": "block_input"}}, "acts on an input"),
     ],
 )
@@ -348,7 +352,7 @@ RESUMED = {
         {"name": "b", "at": {"layers": [1]}, "op": {"type": "noise"}, "strength": {"dist": "uniform", "low": 0, "high": 1}, "schedule": {"from": 0.2, "to": 1.0}},
     ]},
     "trainable": {"role": "trainable", "sites": [{**SITE, "op": {"type": "loreft"}, "vector": None, "strength": 1.0}]},
-    "behaviour": {"role": "behaviour", "correction": {"type": "token_truncate"}, "sites": [{**SITE, "schedule": {}}]},
+    "behaviour": {"role": "behaviour", "correction": {"type": "token_truncate"}, "sites": [{**SITE, "strength": {"samples": [2.0, 0.5]}, "schedule": {}}]},
 }  # fmt: skip
 
 

@@ -140,8 +140,9 @@ def score(model: ActorCritic, reference: Reference | None, samples: Samples, sco
         began = time.perf_counter()
         with torch.set_grad_enabled(in_grad_mode), torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):
             output = model(part, entropy=True, after=settings.bootstrap_cut)
-        values = {name: value.detach() for name, value in output._asdict().items() if value is not None}
-        del output  # and its graph
+            found = {**output._asdict(), "plain_BR": model.plain_logprobs(part)}
+        values = {name: value.detach() for name, value in found.items() if value is not None}
+        del output, found  # and its graph
         seconds["policy"] += time.perf_counter() - began
         began = time.perf_counter()
         if reference:
@@ -170,6 +171,7 @@ def score(model: ActorCritic, reference: Reference | None, samples: Samples, sco
         after_B=torch.where(rollout.ended_B, 0.0, whole("after_B")[:, 0]),
         entropy_BR=whole("entropy_BR"),
         seconds=seconds,
+        plain_logprobs_BR=whole("plain_BR") if "plain_BR" in measured else None,
     )
 
 
@@ -218,7 +220,7 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
     task_BR = task_rewards(rollout, scored.scores, settings)
     kl_BR = None
     if reference_BR is not None and settings.kl_as == "reward":
-        kl_BR = kl.estimate(scored.old_logprobs_BR, reference_BR, settings.kl_estimator)
+        kl_BR = kl.estimate(scored.left_logprobs_BR, reference_BR, settings.kl_estimator)
     rewards_BR = advantages.token_rewards(task_BR, mask_BR, kl_BR, kl_coef)
     if settings.whiten_rewards:
         rewards_BR = advantages.whiten(rewards_BR, mask_BR, keep_mean=True)

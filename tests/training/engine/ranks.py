@@ -67,6 +67,7 @@ JOBS = {
     "steered": ("llama", None, {"n": 2}, {"value": "shared"}),
     "vectors": ("gpt2", None, {}, {}),
     "explored": ("llama", None, {"n": 2}, {}),
+    "prevented": ("gpt2", None, {"n": 2}, {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0}),
     # as if some of the tokens had been fed: a rank's rows may have no action at all
     "gaps": (
         "gpt2",
@@ -87,7 +88,13 @@ STEERING = {
         "role": "behaviour",
         "correction": {"type": "token_mask"},
         "fraction": 0.5,
-        "sites": [{**SITE, "schedule": {}}],
+        "sites": [{**SITE, "strength": {"samples": [2.0, 1.0]}, "schedule": {}}],
+    },
+    "prevented": {
+        "role": "preventative",
+        "correction": {"type": "sequence_truncate"},
+        "kl_budget": {"nats_per_sequence": 0.05},
+        "sites": [{**SITE, "strength": {"samples": [2.0, 1.0]}}],
     },
 }
 SETTINGS = {
