@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "model": ("steerl.reward.kinds.model", "RewardModelSettings"),
     "process": ("steerl.reward.kinds.process", "ProcessSettings"),
     "probe": ("steerl.reward.kinds.activations.probe", "ProbeSettings"),
+    "novelty": ("steerl.reward.kinds.activations.novelty", "NoveltySettings"),
     "http": ("steerl.reward.kinds.http", "HttpSettings"),
     "environment": ("steerl.reward.kinds.environment", "EnvironmentReward"),
     "exact": ("steerl.reward.kinds.rules", "Exact"),

@@ -48,7 +48,7 @@ def run(folder: Path, parts: list, ppo: PPOSettings = PPO, **settings: object) -
 
 
 def test_screened_rows_are_told_and_a_run_resumes_to_the_bit(probe, tmp_path):
-    parts = [LENGTH, {"kind": "probe", "probe": probe, "screen": True}]
+    parts = [LENGTH, {"kind": "probe", "probe": probe, "screen": True}, {"kind": "novelty", "history": "run", "dimensions": 4}]
     whole = run(tmp_path / "whole", parts)
     shares = [step["reward/screened"] for step in whole]
     assert any(0 < share < 1 for share in shares)
@@ -59,6 +59,7 @@ def test_screened_rows_are_told_and_a_run_resumes_to_the_bit(probe, tmp_path):
     run(tmp_path / "halves", parts, replace(PPO, steps=2), save_every=2)
     again = run(tmp_path / "halves", parts, resume=True, allow_changes=True)
     assert [step["reward/mean"] for step in again] == [step["reward/mean"] for step in whole]
+    assert [step["reward/novelty"] for step in again] == [step["reward/novelty"] for step in whole]
     assert [step["reward/probe"] for step in again] == [step["reward/probe"] for step in whole]
 
 

@@ -173,13 +173,13 @@ def _term(entry: Entry, policy: Policy | None, found: Findings) -> None:
             _config(path, f"{field}.path", "reward", hub, _HEADS[entry.common.kind], own.allow_new_head)
         found.unchecked.append(f"{entry.where}: its weights")
         return
-    if entry.common.kind == "probe":
-        probe = read_probe(Path(own.probe), own.layer, field)
+    if entry.common.kind in ("probe", "novelty"):
+        found_in = [read_probe(Path(own.probe), own.layer, field)] if entry.common.kind == "probe" else []
         if own.model is not None:
             policy = policy_of(named(own), found)
         if policy is None:
-            raise OutOfReach("its file can be read; whether it fits the model is open")
-        own.place(policy, probe, entry.where)
+            raise OutOfReach("whether it fits the model is open")
+        own.place(policy, *found_in, entry.where)
         return
     own.build(entry.where, Surroundings(None, None)).close()
     if entry.common.kind == "http":

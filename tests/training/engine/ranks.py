@@ -68,7 +68,7 @@ JOBS = {
         {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1, "correction": Correction("token_truncate")},
     ),
     "steered": ("llama", None, {"n": 2}, {"value": "shared"}),
-    # a probe of the policy as it started; some rows are screened out
+    # a probe and a bonus, of the policy as it started; some rows are screened out
     "screened": ("llama", LORA, {"n": 2}, {"value": "shared"}),
     "vectors": ("gpt2", None, {}, {}),
     "explored": ("llama", None, {"n": 2}, {}),
@@ -137,7 +137,8 @@ def screened_reward(folder: Path, policy: Policy) -> WeightedSum:
     vector = torch.tensor([0.5 - i % 3 for i in range(32)])
     file = save_vector(folder / f"probe-{processes.start().rank}.safetensors", {1: vector}, notes)
     length = {"kind": "length", "min": 2, "max": 5, "unit": "tokens"}
-    return build_reward([length, {"kind": "probe", "probe": str(file), "screen": True}], policy)
+    novel = {"kind": "novelty", "history": "run", "dimensions": 4, "weight": 0.3}
+    return build_reward([length, novel, {"kind": "probe", "probe": str(file), "screen": True}], policy)
 
 
 _sample = Sampler.sample
