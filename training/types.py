@@ -112,6 +112,10 @@ class UpdateStats(LossStats):
 
     @staticmethod
     def of(minibatches: Sequence[MinibatchStats], ratio_first_error: float) -> UpdateStats:
+        if not minibatches:  # nothing to learn from
+            none = dict.fromkeys(("policy_loss", "clip_fraction", "approx_kl", "grad_norm"), 0.0)
+            return UpdateStats(optimizer_steps=0, ratio_first=1.0, ratio_first_error=0.0, ratio_mean=1.0, **none)
+
         def mean(name: str) -> float | None:
             values = [getattr(one, name) for one in minibatches]
             return None if values[0] is None else sum(values) / len(values)

@@ -218,6 +218,14 @@ def overlong_metrics(rollout: Rollout, settings: PPOSettings) -> dict[str, float
     return {"credit/overlong": weight * float(over_B.sum()) / rows, "credit/overlong_share": int((over_B < 0).sum()) / rows}
 
 
+def without_screened(scored: Scored) -> Scored:
+    screened_B = scored.scores.screened_B
+    if screened_B is None or not bool(screened_B.any()):
+        return scored
+    mask_BR = scored.rollout.action_mask_BR & ~screened_B.to(scored.rollout.device)[:, None]
+    return replace(scored, rollout=replace(scored.rollout, action_mask_BR=mask_BR))
+
+
 def task_rewards(rollout: Rollout, scores: Scores, settings: PPOSettings) -> Tensor:
     """(B, R): what the task gives each action, with the penalties of `ppo`; the KL comes later."""
     task_BR = scores.per_token(rollout)
@@ -244,8 +252,11 @@ def weighed_parts(rollout: Rollout, scores: Scores, settings: PPOSettings) -> li
 def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Experience, dict[str, float]]:
     """Per-token rewards, advantages and returns of all rows, and what they say.
 
+    Rows that the reward screens out lose their actions: they are as if they were not there.
+
     PPO details, in their order: the score and the penalties for length on the last action; the KL taken off per token; reward
     whitening (variance only); GAE, or a critic-free baseline; advantage whitening; importance weights."""
+    scored = without_screened(scored)
     rollout, mask_BR, reference_BR = scored.rollout, scored.rollout.action_mask_BR, scored.reference_logprobs_BR
     task_BR = task_rewards(rollout, scored.scores, settings)
     kl_BR = None
@@ -270,6 +281,8 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
         advantages_BR = advantages.whiten(advantages_BR, mask_BR)
     importance_BR, corrected = importance(scored, settings)
     metrics = corrected | overlong_metrics(rollout, settings)
+    if (screened_B := scored.scores.screened_B) is not None:
+        metrics["reward/screened"] = float(screened_B.double().mean())
     metrics["value/explained_variance"] = advantages.explained_variance(scored.values_BR, returns_BR, mask_BR)
     experience = Experience(
         rollout=rollout,

@@ -50,7 +50,7 @@ class Groups:
         self._rewards.append(scores.total_B)
         equal_G = torch.zeros(len(rows), dtype=torch.bool)
         if self.settings.drop_equal_groups:
-            equal_G = equal_groups(self._compared(samples.rollout, scores), self.samples)
+            equal_G = equal_groups(self._compared(samples.rollout, scores), self.samples, scores.screened_B)
         self._found, self._dropped = self._found + int((~equal_G).sum()), self._dropped + int(equal_G.sum())
         equal_B = equal_G.repeat_interleave(self.samples)
         for rows_B, among in ((~equal_B, self._kept), (equal_B, self._equal)):
@@ -92,8 +92,10 @@ def _select(samples: Samples, scores: Scores, rows: list[int]) -> tuple[Samples,
     return Samples(samples.rollout.select(rows), texts), scores.select(rows)
 
 
-def equal_groups(score_BK: Tensor, samples: int) -> Tensor:
-    """Which groups of `samples` rows, one after another, all have the same scores; NaN is no score."""
-    score_GNK = score_BK.reshape(-1, samples, score_BK.shape[1])
-    lowest_GK, highest_GK = score_GNK.nan_to_num(torch.inf).amin(1), score_GNK.nan_to_num(-torch.inf).amax(1)
-    return (highest_GK <= lowest_GK).all(1)
+def equal_groups(score_BK: Tensor, samples: int, screened_B: Tensor | None = None) -> Tensor:
+    """Which groups of `samples` rows, one after another, have the same scores in every column. Rows that are screened out, and
+    parts that do not apply (NaN), are as if they were not there."""
+    counts_BK = ~score_BK.isnan() if screened_B is None else ~score_BK.isnan() & ~screened_B[:, None]
+    most_GNK = torch.where(counts_BK, score_BK, -torch.inf).reshape(-1, samples, score_BK.shape[1])
+    least_GNK = torch.where(counts_BK, score_BK, torch.inf).reshape(most_GNK.shape)
+    return (most_GNK.amax(1) <= least_GNK.amin(1)).all(1)

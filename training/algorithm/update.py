@@ -29,11 +29,14 @@ def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, s
     """Change the weights in place; what was measured on the way.
 
     PPO details: every epoch shuffles the rows anew; learning rates fall over the steps; early stop: a minibatch whose
-    approximate KL exceeds `stop_kl` is the step's last."""
+    approximate KL exceeds `stop_kl` is the step's last. A minibatch without any action (all of its rows screened out) is left
+    out: the optimizer's momentum would move weights that nothing speaks for."""
     set_learning_rates(state.optimizer, settings, state.step)
     done: list[MinibatchStats] = []
     for epoch in range(settings.epochs):
         for rows in minibatches(experience.rollout, count=settings.minibatches, seed=seed, step=state.step, epoch=epoch):
+            if not bool(experience.rollout.action_mask_BR[rows].any()):
+                continue
             done.append(update(state, experience, rows, settings))
             if state.step == settings.value_warmup_steps and len(done) == 2:
                 check_first_move(done[-1].approx_kl, settings, state.step)
@@ -42,7 +45,7 @@ def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, s
         else:
             continue
         break
-    return UpdateStats.of(done, max(processes.gather_objects([done[0].ratio_error])))
+    return UpdateStats.of(done, max(processes.gather_objects([one.ratio_error for one in done[:1]]), default=0.0))
 
 
 def update(state: TrainState, experience: Experience, rows: list[int], settings: PPOSettings) -> MinibatchStats:

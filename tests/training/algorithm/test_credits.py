@@ -206,6 +206,8 @@ def test_groups_are_equal_where_each_part_is():
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, nan], [2.0, nan], [1.0, nan], [1.0, 3.0], [nan, 1.0], [nan, 2.0]])
     assert equal_groups(rows, 2).tolist() == [False, True, True, False]
     assert equal_groups(rows[:2].sum(1, keepdim=True), 2).tolist() == [True]
+    screened_B = torch.tensor([False, True, True, True, False, False, False, False])
+    assert equal_groups(rows, 2, screened_B).tolist() == [True, True, False, True], "what is screened out compares with nothing"
 
 
 def test_a_group_whose_parts_differ_is_not_drawn_again():

@@ -16,12 +16,15 @@ import torch
 
 from steerl.reward.build import build_reward
 from steerl.reward.types import Scores
+from steerl.reward.weighted_sum import WeightedSum
 from steerl.rollout.common import processes
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.environments.settings import EnvironmentSettings
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering import load_spec
+from steerl.rollout.steering.vectors.files import save_vector
 from steerl.rollout.types import Rollout, Samples, Texts
 from steerl.training.algorithm.importance import Correction
 from steerl.training.ppo import train
@@ -80,6 +83,8 @@ JOBS = {
         {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1, "correction": Correction("token_truncate")},
     ),
     "steered": ("llama", None, {"n": 2}, {"value": "shared"}),
+    # a probe and a bonus, of the policy as it started; some rows are screened out
+    "screened": ("llama", LORA, {"n": 2}, {"value": "shared"}),
     "vectors": ("gpt2", None, {}, {}),
     "explored": ("llama", None, {"n": 2}, {}),
     "prevented": ("gpt2", None, {"n": 2}, {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0}),
@@ -141,6 +146,16 @@ class Counted:
         return Scores(share_of_threes(rollout, texts).total_B.cpu() * count)
 
 
+def screened_reward(folder: Path, policy: Policy) -> WeightedSum:
+    reading = {"1": {"slope": 1.0, "bias": 0.0, "threshold": 1.0}}
+    notes = {"probe": reading, "component": "block_output", "stack": "decoder", "position": "mean"}
+    vector = torch.tensor([0.5 - i % 3 for i in range(32)])
+    file = save_vector(folder / f"probe-{processes.start().rank}.safetensors", {1: vector}, notes)
+    length = {"kind": "length", "min": 2, "max": 5, "unit": "tokens"}
+    novel = {"kind": "novelty", "history": "run", "dimensions": 4, "weight": 0.3}
+    return build_reward([length, novel, {"kind": "probe", "probe": str(file), "screen": True}], policy)
+
+
 _sample = Sampler.sample
 
 
@@ -163,6 +178,8 @@ def main(folder: Path) -> None:
                 if name in ENVIRONMENT
                 else two_parts()
                 if name == "parts"
+                else screened_reward(folder, policy)
+                if name == "screened"
                 else logging_reward
                 if table is None
                 else Counted(),
