@@ -242,7 +242,7 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
     if ppo.drop_equal_groups and ppo.credit == "gae":
         problems.append(
             "ppo.drop_equal_groups: true, but ppo.credit gae learns from such groups, too; leave it out, or compare samples "
-            "(rloo, group)"
+            "(rloo, group, reinforce_baseline)"
         )
     if ppo.resample_tries != PPOSettings.resample_tries and not ppo.drop_equal_groups:
         problems.append(f"ppo.resample_tries: {ppo.resample_tries} has no effect without ppo.drop_equal_groups; leave it out")

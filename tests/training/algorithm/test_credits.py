@@ -207,7 +207,7 @@ def test_groups_are_equal_where_each_part_is():
     assert equal_groups(rows, 2).tolist() == [False, True, True, False]
     assert equal_groups(rows[:2].sum(1, keepdim=True), 2).tolist() == [True]
     screened_B = torch.tensor([False, True, True, True, False, False, False, False])
-    assert equal_groups(rows, 2, screened_B).tolist() == [True, True, False, True], "what is screened out compares with nothing"
+    assert equal_groups(rows, 2, screened_B).tolist() == [True, True, True, False], "what is screened out compares with nothing"
 
 
 def test_a_group_whose_parts_differ_is_not_drawn_again():
