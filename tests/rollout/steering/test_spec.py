@@ -125,9 +125,9 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"gate": {"vector": vector(), "layer": 1, "open_above": 0.0}}, {}, "sites[0].gate.layer: the gate reads block 1's output, which comes after the site's layer 0"),
     ({"gate": {"vector": vector(), "layer": 0}}, {}, "sites[0].gate.open_above: give one of open_above and open_below"),
     ({"gate": {"vector": vector(0, 7), "layer": 0, "open_above": 0.0}}, {}, "sites[0].gate.vector: values is 7 wide"),
-    ({}, {"role": "teacher"}, "role: expected one of policy, trainable, behaviour, data, found 'teacher'"),
+    ({}, {"role": "teacher"}, "role: expected one of policy, trainable, behaviour, preventative, data, found 'teacher'"),
     ({}, {"fraction": 1.5}, "fraction: expected 0 to 1, found 1.5"),
-    ({}, {"correction": {"type": "none"}}, "correction: only role behaviour has one"),
+    ({}, {"correction": {"type": "none"}}, "correction: only roles behaviour and preventative have one"),
     ({}, {"sties": []}, "sties: unknown key; did you mean 'sites'?"),
 ]  # fmt: skip
 
