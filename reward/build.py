@@ -22,12 +22,15 @@ from steerl.reward.normalize import Shape, check_shape
 from steerl.reward.weighted_sum import RewardTerm, WeightedSum
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.common.settings_reader import Checked, Path, Reader, brief, choices_of, dotted, fields_of, near_name
+from steerl.rollout.model.policy import Policy
 
 # kind -> where its settings are; they are imported when a job asks for the kind. Each has `build(where, around) -> RewardTerm`.
 KINDS: dict[str, tuple[str, str]] = {
     "function": ("steerl.reward.kinds.function", "FunctionSettings"),
     "model": ("steerl.reward.kinds.model", "RewardModelSettings"),
     "process": ("steerl.reward.kinds.process", "ProcessSettings"),
+    "probe": ("steerl.reward.kinds.activations.probe", "ProbeSettings"),
+    "novelty": ("steerl.reward.kinds.activations.novelty", "NoveltySettings"),
     "http": ("steerl.reward.kinds.http", "HttpSettings"),
     "environment": ("steerl.reward.kinds.environment", "EnvironmentReward"),
     "exact": ("steerl.reward.kinds.rules", "Exact"),
@@ -38,7 +41,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "repetition": ("steerl.reward.kinds.rules", "Repetition"),
     "keywords": ("steerl.reward.kinds.rules", "Keywords"),
 }
-TAKEN = ("mean", "std", "total", "prompt_index", "sample_index")
+TAKEN = ("mean", "std", "total", "prompt_index", "sample_index", "screened")
 """Names that metrics and score tables use themselves."""
 
 
@@ -67,6 +70,8 @@ class Surroundings:
     device: torch.device | None
     vocabulary: str | None
     """Of the policy's tokenizer; None where it is not known."""
+    policy: Policy | None = None
+    """As it starts; None where rows are scored that are there already."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,13 @@ class Entries:
         tokenizer = tokenizer if tokenizer is not None else getattr(policy, "tokenizer", None)
         device = device if device is not None else getattr(policy, "device", None)
         vocabulary = vocabulary_of(tokenizer) if tokenizer is not None else None
-        around = Surroundings(None if device is None else torch.device(device), vocabulary)
+        around = Surroundings(None if device is None else torch.device(device), vocabulary, policy)
         terms: list[RewardTerm] = []
         problems: list[str] = []
         for entry in self.entries:
             try:
                 term: RewardTerm = entry.own.build(entry.where, around)
-                term = dataclasses.replace(term, name=str(entry.common.name), weight=entry.common.weight)
+                term = dataclasses.replace(term, name=str(entry.common.name), weight=term.weight * entry.common.weight)
                 if entry.common.normalise is not None or entry.common.clip is not None:
                     shape = Shape.of(entry.common.normalise, entry.common.clip, term.score_now, entry.where)
                     term = dataclasses.replace(term, shape=shape)
@@ -193,7 +198,12 @@ def _read_entry(term: object, where: str, problems: list[str]) -> Entry | None:
     reader = TermReader(problems, kind, [*fields_of(settings), *shared])
     common = reader.read(Common, {key: value for key, value in term.items() if key in shared}, (where,))
     own = reader.read(settings, {key: value for key, value in term.items() if key not in shared}, (where,))
-    return None if common is None or own is None else Entry(common, own, where)
+    if common is None or own is None:
+        return None
+    if getattr(own, "screen", False):
+        shaped = [name for name in ("weight", "normalise", "clip") if getattr(common, name) != getattr(Common, name)]
+        problems += [f"{where}.{name}: without effect with screen: true, which adds nothing; leave it out" for name in shaped]
+    return Entry(common, own, where)
 
 
 def _unknown_choice(value: object, choices: Sequence[str]) -> str:

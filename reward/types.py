@@ -43,11 +43,23 @@ class Scores:
     """`<part>/<name>`: numbers that functions gave to `log_metric`; their mean over all rows and ranks is logged."""
     extra: dict[str, list[object]] = field(default_factory=dict)
     """`<part>/<column>`: what functions gave to `log_extra`, a value per row; None where there is none."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of the parts whose weighted sum the total is; empty where it is none, or not known."""
+    screened_B: Tensor | None = None
+    """bool: rows that nothing is to be learned from; None where none are looked for."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "total_B", _column("total_B", self.total_B, None))
         rows = len(self.total_B)
         object.__setattr__(self, "parts", {visible(str(n)): _column(f"parts[{n!r}]", v, rows) for n, v in self.parts.items()})
+        object.__setattr__(self, "weights", {visible(str(n)): float(weight) for n, weight in self.weights.items()})
+        if unknown := [name for name in self.weights if name not in self.parts]:
+            raise UserError(f"Scores.weights: {', '.join(unknown)}: no such part among {list(self.parts)}")
+        screened = self.screened_B
+        if screened is not None and not (
+            isinstance(screened, Tensor) and screened.dtype == torch.bool and len(screened) == rows
+        ):
+            raise UserError(f"Scores.screened_B: expected a tensor of {rows} bools, found {screened!r:.80}")
         if self.tokens_BR is not None:
             tokens = self.tokens_BR
             if not isinstance(tokens, Tensor) or tokens.dim() != 2 or len(tokens) != rows:
@@ -73,6 +85,8 @@ class Scores:
             self.fallbacks,
             self.metrics,
             self.extra,
+            self.weights,
+            None if self.screened_B is None else self.screened_B.to(device),
         )
 
     def select(self, rows: Sequence[int]) -> Scores:
@@ -84,6 +98,7 @@ class Scores:
             parts={name: values[index] for name, values in self.parts.items()},
             tokens_BR=None if self.tokens_BR is None else self.tokens_BR[index],
             extra={name: [values[row] for row in rows] if values else values for name, values in self.extra.items()},
+            screened_B=None if self.screened_B is None else self.screened_B[index],
         )
 
     @staticmethod
@@ -103,6 +118,8 @@ class Scores:
             {n: sum(s.fallbacks.get(n, 0) for s in parts) for n in dict.fromkeys(n for s in parts for n in s.fallbacks)},
             joined_metrics([scores.metrics for scores in parts]),
             joined_extra([scores.extra for scores in parts], [len(scores) for scores in parts]),
+            {name: weight for scores in parts for name, weight in scores.weights.items()},
+            joined_screened(parts),
         )
 
 
@@ -168,6 +185,12 @@ def refuse_rewards_of_fed(tokens_BR: Tensor, rollout: Rollout, where: str) -> No
 def missing_stop_penalty(ended_B: Tensor, penalty: float) -> Tensor:
     """What is added to the total of each row: -penalty where it was cut at the limit, 0 where it stopped by itself."""
     return torch.where(ended_B, 0.0, -float(penalty))
+
+
+def overlong_penalty(actions_B: Tensor, limit: int, buffer: int) -> Tensor:
+    """The same for long rows (DAPO's soft overlong punishment): 0 up to limit - buffer actions, then falling evenly, -1 from
+    the limit on."""
+    return (limit - buffer - actions_B).clamp(-buffer, 0).float() / buffer
 
 
 def has_ids(rollout: Rollout) -> bool:
@@ -285,6 +308,13 @@ def metrics(scores: Sequence[Scores]) -> dict[str, float]:
     for name in dict.fromkeys(name for s in scores for name in s.seconds):
         logged[f"time/reward_{name}_s"] = max(s.seconds.get(name, 0.0) for s in scores)
     return logged
+
+
+def joined_screened(parts: Sequence[Scores]) -> Tensor | None:
+    """The rows' marks one after another; None where nobody looked for any."""
+    if all(scores.screened_B is None for scores in parts):
+        return None
+    return torch.cat([torch.zeros_like(s.total_B, dtype=torch.bool) if s.screened_B is None else s.screened_B for s in parts])
 
 
 def joined_metrics(calls: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:

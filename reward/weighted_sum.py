@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,14 @@ class RewardTerm:
     content: Callable[[], str] = str
     """A hash of what the term scores with besides its settings: weights, a function's file."""
     close: Callable[[], object] = object
+    memory: Any = None
+    """What the term keeps from call to call, over all ranks, with `state_dict` and `load_state_dict`; its `score` then takes
+    `still`, for calls that leave it as it is."""
+
+    def still(self) -> RewardTerm:
+        """The same for now, which nothing that is scored changes."""
+        score = self.score if self.memory is None else partial(self.score, still=True)
+        return replace(self, score=score, shape=None if self.shape is None else self.shape.still())
 
     def score_now(self, rollout: Rollout, texts: Texts) -> Scores:
         """The raw scores, outside any event loop."""
@@ -58,13 +67,17 @@ class WeightedSum:
 
     @property
     def is_collective(self) -> bool:
-        """Whether every rank must call, with no rows if it has none: a running normalisation counts over all ranks."""
-        return any(term.shape is not None and term.shape.is_running for term in self.terms)
+        """Whether every rank must call, with no rows if it has none: what is kept counts over all ranks."""
+        return bool(self._kept())
 
     def still(self) -> WeightedSum:
         """The same reward for looking at the policy: running normalisations stay where they are."""
-        terms = (replace(term, shape=None if term.shape is None else term.shape.still()) for term in self.terms)
-        return replace(self, terms=tuple(terms))
+        return replace(self, terms=tuple(term.still() for term in self.terms))
+
+    def _kept(self) -> dict[str, Any]:
+        """What terms keep from call to call, by name."""
+        shapes = {term.name: term.shape for term in self.terms if term.shape is not None and term.shape.is_running}
+        return shapes | {f"{term.name}.memory": term.memory for term in self.terms if term.memory is not None}
 
     def __call__(self, rollout: Rollout, texts: Texts) -> Scores:
         if len(rollout) != len(texts):
@@ -96,6 +109,7 @@ class WeightedSum:
         fallbacks: dict[str, int] = {}
         metrics: dict[str, list[float]] = {}
         extra: dict[str, list[Any]] = {}
+        screened_B: Tensor | None = None
         for term in self.terms:
             scores, seconds[term.name] = scored[term.name]
             _check(term, scores, rollout)
@@ -109,6 +123,8 @@ class WeightedSum:
                 fallbacks[term.name] = sum(scores.fallbacks.values())
             metrics |= {f"{term.name}/{name}": values for name, values in scores.metrics.items()}
             extra |= {f"{term.name}/{column}": values for column, values in scores.extra.items()}
+            if scores.screened_B is not None:
+                screened_B = scores.screened_B if screened_B is None else screened_B | scores.screened_B
             applies_B |= ~values_B.isnan()
             if scores.tokens_BR is None:
                 sequence_B = sequence_B + term.weight * values_B.double().nan_to_num(nan=0.0)
@@ -124,21 +140,23 @@ class WeightedSum:
             )
         if not self.leaves_out:
             _refuse_unscored_rows(applies_B, rollout)
-        return Scores(total_B.where(applies_B, torch.nan), parts, tokens_BR, seconds, fallbacks, metrics, extra)
+        weights = {term.name: term.weight for term in self.terms}
+        return Scores(
+            total_B.where(applies_B, torch.nan), parts, tokens_BR, seconds, fallbacks, metrics, extra, weights, screened_B
+        )
 
     # -- what a checkpoint keeps, and the end -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of running normalisations by term; empty without any."""
-        return {term.name: term.shape.state_dict() for term in self.terms if term.shape is not None and term.shape.is_running}
+        """The state of running normalisations and of what terms remember; empty without any."""
+        return {name: kept.state_dict() for name, kept in self._kept().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         missing = sorted(set(self.state_dict()) ^ set(state))
         if missing:
             raise UserError(f"reward: the saved state and this job differ in the normalised part(s) {', '.join(missing)}")
-        for term in self.terms:
-            if term.shape is not None and term.name in state:
-                term.shape.load_state_dict(state[term.name])
+        for name, kept in self._kept().items():
+            kept.load_state_dict(state[name])
 
     def close(self) -> None:
         """End the worker processes that time limits need."""

@@ -13,6 +13,7 @@ steerl bench [--out runs/bench]
               leaves gpu.json and gpu.md
 --learning    randomwalks beside TRL 1.12's PPOTrainer: reward by samples and by seconds, five seeds each (about an
               hour on one core); leaves learning.json and learning.png, and prints a table
+--peers       randomwalks by credit of groups and leave-one-out beside the installed TRL's GRPO and RLOO (peers)
 --episodes    tasks with a tool and with an environment, five seeds each: a critic, group credit, and credit that counts what
               was fed as time (episodes.py)
 """
@@ -26,6 +27,8 @@ from steerl.configs.reader import run_command
 
 from steerl.scripts.bench_cases import engines, episodes, overhead, plain_vllm, scaling, speed
 from steerl.scripts.bench_cases.learning import LearningSettings, measure
+from steerl.scripts.bench_cases.peers.compare import PeerSettings
+from steerl.scripts.bench_cases.peers.compare import measure as measure_peers
 from steerl.scripts.gpu.run import GPUSettings
 from steerl.scripts.gpu.run import measure as measure_gpu
 
@@ -52,6 +55,10 @@ class BenchJob:
     """The tests and figures of a GPU, instead of speed."""
     card: GPUSettings = field(default_factory=GPUSettings)
     """How a GPU is measured."""
+    peers: bool = False
+    """Group credit beside TRL's, instead of speed."""
+    peer: PeerSettings = field(default_factory=PeerSettings)
+    """How it is compared."""
     episodes: bool = False
     """Learning over several turns, instead of speed."""
     quick: bool = False
@@ -71,6 +78,8 @@ def main(job: BenchJob) -> None:
         engines.measure(Path(job.out), *(((engines.SIZES[:1], engines.ROWS[:1], 1)) if job.quick else ()))
     elif job.plain_vllm:
         plain_vllm.measure(Path(job.out))
+    elif job.peers:
+        measure_peers(Path(job.out), job.peer)
     elif job.episodes:
         episodes.measure(Path(job.out))
     elif job.scaling:

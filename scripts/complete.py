@@ -40,7 +40,7 @@ from steerl.rollout.chat.terminal import (
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.engines.sampler import Sampler, drawing
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.sampler import ServerSampler, server_of
 from steerl.rollout.environments.environment import Environment, environment_of
@@ -114,9 +114,10 @@ class Session:
 
     def __init__(self, job: CompleteJob, policy: Policy, ending: contextlib.ExitStack):
         self.job, self.policy, self.speller = job, policy, Speller(policy.tokenizer)
-        self.steering = None
-        if job.steering:
-            self.steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed)
+        spec = load_spec(job.steering) if job.steering else None
+        self.steering = Steering(policy.model, spec, policy.tokenizer, job.sampling.seed) if spec is not None else None
+        if self.steering is not None and drawing(self.steering) is None:
+            raise UserError("steering.role: preventative acts on no completion, only while PPO learns; set it to policy")
         self.server = None
         if job.engine.kind == "vllm":
             self.server = ending.enter_context(server_of(policy, self.steering, job.engine))

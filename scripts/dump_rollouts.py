@@ -19,6 +19,7 @@ from steerl.configs.reader import run_command
 
 from steerl.rollout.analysis.verify import Report, verify
 from steerl.rollout.common import processes
+from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
 from steerl.rollout.common.run_folder import RunSettings, begin, opened, versions, written_aside
 from steerl.rollout.decoding.settings import Sampling
@@ -34,6 +35,7 @@ from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering import Steering, load_spec
+from steerl.rollout.steering.strengths import samples_problems
 from steerl.rollout.types import Samples
 
 
@@ -72,6 +74,8 @@ def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
     if environment is not None:
         environment.check(prompts)
     steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed) if job.steering else None
+    if steering is not None and (problems := samples_problems(steering.spec, job.sampling.n)):
+        raise ConfigError(*problems)
     bound = job.environment.bound(job.sampling.max_new_tokens)
     longest = None if prompts.most is None or bound is None else prompts.most + bound
     drawn = ending.enter_context(sampler_of(policy, job.sampling, steering, job.engine, folder, longest))

@@ -3,8 +3,9 @@
     steerl extract --config steerl:steering --model.path DIR --extract.pairs pairs.jsonl --extract.out cheer.safetensors
 
 Leaves the vector file (safetensors, or a GGUF control vector by its ending), with its metadata, and prints how well it
-separates held-out pairs. With prompts it also measures the effect: how much the measure moves per unit of strength and
-the KL per response that it costs, as a table and as OUT.effect.json.
+separates held-out pairs. Of method probe a safetensors file is a monitor, too: it holds a bias and a threshold, rewards read it
+(`kind: probe`), and its AUC, accuracy and rates on held-out texts are told. With prompts it also measures the effect: how much
+the measure moves per unit of strength and the KL per response that it costs, as a table and as OUT.effect.json.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from steerl.configs.reader import run_command
 
-import torch
+from torch import Tensor
 
 from steerl.rollout.analysis.steering_effect import effect_curve, strength_for, table
 from steerl.rollout.common import processes
@@ -26,10 +27,11 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering.core.places import At
-from steerl.rollout.steering.core.structure import locate, unwrap
+from steerl.rollout.steering.core.structure import Point, locate, unwrap
 from steerl.rollout.steering.spec.spec import Op, Site, Where
-from steerl.rollout.steering.vectors.extract import Pair, activations, directions, read_pairs, separation
+from steerl.rollout.steering.vectors.extract import contrast, direction, read_pairs, separation
 from steerl.rollout.steering.vectors.files import save_vector
+from steerl.rollout.steering.vectors.probes import Probe, fit, judge, notes_of, reading_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class ExtractSettings:
     """Scale every layer's vector to length 1."""
     held_out: float = 0.2
     """Share of the pairs that is kept for the report."""
+    false_positives: float = 0.05
+    """Of method probe: the share of negative texts (held-out ones, where there are any) above the threshold that it chooses."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def main(job: ExtractJob) -> None:
         points = locate(model, at)
     except UserError as problem:
         raise UserError(*(line.replace("at.", "extract.", 1) for line in problem.lines)) from problem
-    vectors = directions(model, policy.tokenizer, used, points, job.extract.method, job.extract.position)
+    positive, negative = contrast(model, policy.tokenizer, used, points, job.extract.position)
+    vectors = [direction(positive[:, i], negative[:, i], job.extract.method) for i in range(len(points))]
     for point, vector in zip(points, vectors, strict=True):
         if not bool(vector.any()):
             raise UserError(
@@ -106,15 +111,22 @@ def main(job: ExtractJob) -> None:
             )
     if job.extract.normalise:
         vectors = [vector / vector.norm() for vector in vectors]
-    shares = separations(policy, held, points, vectors, job.extract.position)
+    apart = contrast(model, policy.tokenizer, held, points, job.extract.position) if held else None
+    shares = [] if apart is None else [separation(v, apart[0][:, i], apart[1][:, i]) for i, v in enumerate(vectors)]
     layers = [point.layer for point in points]
     out = Path(job.extract.out)
     notes = {**asdict(job.extract), "made_from_pairs": len(used), "held_out_separation": shares, "versions": versions()}
+    probes: list[Probe] = []
+    if job.extract.method == "probe":
+        probes = made_probes(job.extract, points, vectors, (positive, negative), apart)
+        notes["probe"] = notes_of(probes)
     save_vector(out, {int(layer or 0): vector for layer, vector in zip(layers, vectors, strict=True)}, notes, model)
     print(f"{out}: {job.extract.method} of {len(used)} pairs at {job.extract.component}")
     print(f"{'layer':>6}{'norm':>10}" + (f"{'held-out separation':>22}" if held else ""))
     for number, (layer, vector) in enumerate(zip(layers, vectors, strict=True)):
         print(f"{layer:>6}{float(vector.norm()):>10.3f}" + (f"{shares[number]:>22.3f}" if shares else ""))
+    for line in probe_table(probes):
+        print(line)
     if job.prompts.path:
         best = layers[max(range(len(layers)), key=lambda i: shares[i])] if shares else layers[len(layers) // 2]
         chosen = tuple(job.effect.layers) or (int(best or 0),)
@@ -131,6 +143,10 @@ def check(job: ExtractJob) -> None:
         problems.append(f"extract.out: expected a name ending in .safetensors or .gguf, found {job.extract.out!r}")
     if not 0 <= job.extract.held_out < 1:
         problems.append(f"extract.held_out: expected 0 to under 1, found {job.extract.held_out:g}")
+    if not 0 <= job.extract.false_positives < 1:
+        problems.append(f"extract.false_positives: expected 0 to under 1, found {job.extract.false_positives:g}")
+    elif job.extract.method != "probe" and job.extract.false_positives != ExtractSettings.false_positives:
+        problems.append(f"extract.false_positives: without effect with extract.method {job.extract.method}; leave it out")
     if job.prompts.path and not job.reward:
         problems.append("reward: missing; the effect curve measures it (remove prompts.path to make the vector alone)")
     if job.reward and not job.prompts.path:
@@ -139,16 +155,34 @@ def check(job: ExtractJob) -> None:
         raise UserError(*problems)
 
 
-def separations(
-    policy: Policy, held: Sequence[Pair], points: Any, vectors: Sequence[torch.Tensor], position: str
-) -> list[float]:
-    """Per layer, the share of held-out pairs that the vector puts in the right order."""
-    if not held:
+def made_probes(
+    settings: ExtractSettings,
+    points: Sequence[Point],
+    vectors: Sequence[Tensor],
+    used: tuple[Tensor, Tensor],
+    held: tuple[Tensor, Tensor] | None,
+) -> list[Probe]:
+    """Each layer's vector as a probe, with its threshold: of the held-out pairs where there are any."""
+    probes = []
+    for i, (point, vector) in enumerate(zip(points, vectors, strict=True)):
+        at = At(layers=(int(point.layer or 0),), component=settings.component, stack=settings.stack)
+        read = reading_of(vector, *fit(used[0][:, i], used[1][:, i]))
+        positive, negative = used if held is None else held
+        probe = Probe(vector, read, at, settings.position)
+        probes.append(judge(probe, positive[:, i], negative[:, i], settings.false_positives, held is not None))
+    return probes
+
+
+def probe_table(probes: Sequence[Probe]) -> list[str]:
+    """How each layer's probe does on held-out texts."""
+    if not probes:
         return []
-    model = unwrap(policy.model)
-    positive = activations(model, policy.tokenizer, [(p.prompt, p.positive) for p in held], points, position)
-    negative = activations(model, policy.tokenizer, [(p.prompt, p.negative) for p in held], points, position)
-    return [separation(vector, positive[:, i], negative[:, i]) for i, vector in enumerate(vectors)]
+    names = ("auc", "accuracy", "threshold", "false_positives", "true_positives")
+    lines = [f"{'layer':>6}" + "".join(f"{name:>17}" for name in names)]
+    for probe in probes:
+        told = [getattr(probe.reading, name) for name in names]
+        lines.append(f"{probe.at.layers[0]:>6}" + "".join(f"{'-' if n is None else f'{n:.3f}':>17}" for n in told))
+    return lines
 
 
 def measure_effect(job: ExtractJob, policy: Policy, out: Path, layers: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@
     DIR/randomwalks/  shortest paths in a graph
     DIR/summaries/    encoder-decoders that shorten
     DIR/suppressed/   a style that the policy knows and never shows by itself; steering brings it out
+    DIR/hackable/     a checker that can be fooled, and the true reward beside it
     DIR/calculator/   sums that need a tool
     DIR/maze/         a walk of five to ten turns
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerl.reward.types import Scores
+from steerl.reward.build import build_reward
+from steerl.reward.types import Reward, Scores
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.model.policy import Policy
@@ -41,6 +42,20 @@ def share_of_threes(rollout: Rollout, texts: Texts) -> Scores:
     """A toy reward: the share of a row's ids that leave 3 when divided by 4."""
     hit_BR = (rollout.response_BR % 4 == 3) & rollout.action_mask_BR
     return Scores(hit_BR.sum(1) / rollout.actions_B.clamp(min=1))
+
+
+def halves(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
+    """A part that does not apply to every row: a function of the text alone, in whichever rank."""
+    return [None if len(text) % 4 == 3 else float(len(text) % 3) for text in completions]
+
+
+def sizes(prompts: list[str], completions: list[str], **_: object) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def two_parts() -> Reward:
+    terms = [{"name": "a", "kind": "function", "function": f"{__file__}:halves", "weight": 2.0}]
+    return build_reward([*terms, {"name": "b", "kind": "function", "function": f"{__file__}:sizes", "weight": -0.1}])
 
 
 def job(

@@ -19,6 +19,8 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import SteeringSpec
 from steerl.rollout.steering.core.table import TABLE
+from steerl.rollout.steering.spec.spec import ROLES
+from steerl.rollout.steering.strengths import samples_problems
 from steerl.training.settings import PPOSettings
 
 if TYPE_CHECKING:
@@ -57,6 +59,10 @@ def check_job(
     if policy is not None and (copies_value or getattr(steering, "role", "") != "trainable"):
         problems += float16_problems(policy.model) + quantization_problems(policy.model)
     problems += sampling_problems(sampling, ppo, steering)
+    problems += length_problems(sampling, ppo, environment or EnvironmentSettings())
+
+    if steering is not None and not ppo.replay:  # whose rows say how strongly they were steered
+        problems += samples_problems(steering, sampling.n)
     problems += engine_problems(engine or EngineSettings(), ppo, steering)
     problems += environment_problems(environment or EnvironmentSettings(), engine or EngineSettings(), ppo)
     if ppo.kl_target is not None and _unweighed(sampling, ppo, steering):
@@ -91,6 +97,25 @@ def check_job(
         )
 
 
+def length_problems(sampling: Sampling, ppo: PPOSettings, environment: EnvironmentSettings) -> list[str]:
+    """What counts the actions of a response, beside what bounds them."""
+    if not ppo.counts_to_limit:
+        return []
+    elsewhere = "environment" if environment.given else "ppo.replay" if ppo.replay else ""
+    if elsewhere:
+        missing = ppo.response_limit is None
+        told = f"missing; with {elsewhere} sampling.max_new_tokens does not bound a row; set the most actions of one"
+        return [f"ppo.response_limit: {told}"] if missing else []
+    limit = sampling.max_new_tokens if ppo.response_limit is None else ppo.response_limit
+    if ppo.overlong_buffer > limit:
+        told = f"{ppo.overlong_buffer} actions do not fit before the limit of {limit} (sampling.max_new_tokens)"
+        return [f"ppo.overlong_buffer: {told}; lower it"]
+    if ppo.overlong_buffer and limit - ppo.overlong_buffer >= sampling.max_new_tokens:
+        told = f"begins after {limit - ppo.overlong_buffer} actions, which sampling.max_new_tokens {sampling.max_new_tokens}"
+        return [f"ppo.overlong_buffer: {told} never passes, so it has no effect; lower ppo.response_limit"]
+    return []
+
+
 def engine_problems(engine: EngineSettings, ppo: PPOSettings, steering: SteeringSpec | None) -> list[str]:
     """What a server cannot do for a run."""
     if engine.kind != "vllm":
@@ -101,10 +126,10 @@ def engine_problems(engine: EngineSettings, ppo: PPOSettings, steering: Steering
         return [
             "engine.ahead: 1 with ppo.drop_equal_groups, which knows the step's prompts only when all is scored; set it to 0"
         ]
-    if engine.ahead and getattr(steering, "role", "") == "behaviour":
+    if engine.ahead and steering is not None and not ROLES[steering.role].one_law:
         return [
-            "engine.ahead: 1 with steering.role behaviour, whose rows need a plain pass of the weights that drew them, "
-            "gone by then; set it to 0"
+            f"engine.ahead: 1 with steering.role {steering.role}, whose rows need a pass of the weights that drew them, gone "
+            "by then; set it to 0"
         ]
     return []
 
@@ -175,6 +200,17 @@ def _unweighed(sampling: Sampling, ppo: PPOSettings, steering: SteeringSpec | No
 
 def sampling_problems(sampling: Sampling, ppo: PPOSettings, steering: SteeringSpec | None = None) -> list[str]:
     """Samplers whose distribution is not the policy's need importance weights, or are refused."""
+    if steering is not None and steering.role == "preventative":
+        if ppo.replay:
+            return [
+                "steering.role: preventative learns from rows that the plain policy of today draws, and ppo.replay reads those "
+                "of a dump; leave one of the two out"
+            ]
+        if ppo.kl_as == "loss" and ppo.reference != "none":
+            return [
+                "ppo.kl_as: loss has the gradient of the steered policy's KL, and steering.role preventative leaves the plain "
+                "one; set it to reward, or ppo.reference to none"
+            ]
     if ppo.replay:
         if ppo.correction is None:
             return [
@@ -188,14 +224,20 @@ def sampling_problems(sampling: Sampling, ppo: PPOSettings, steering: SteeringSp
         ]
     if steering is not None and steering.role == "data":
         return [
-            "steering.role: data is for dumps that the supervised stage clones; PPO learns with role policy, trainable or "
-            "behaviour"
+            "steering.role: data is for dumps that the supervised stage clones; PPO learns with role policy, trainable, "
+            "behaviour or preventative"
         ]
-    behaviour = steering is not None and steering.role == "behaviour"
-    if behaviour and sampling.truncates:
+    weighed = steering is not None and not ROLES[steering.role].one_law
+    role = "" if steering is None else steering.role
+    if weighed and sampling.truncates:
         return [
-            "sampling: top_k, top_p or min_p together with steering.role behaviour leaves tokens of the policy that are never "
+            f"sampling: top_k, top_p or min_p together with steering.role {role} leaves tokens of the policy that are never "
             "drawn, so weights pi / mu are wrong; sample with the temperature alone"
+        ]
+    if role == "preventative" and not sampling.is_policy:
+        return [
+            "sampling: penalties and bans together with steering.role preventative, whose rows and KL are to be those of the "
+            "plain policy that is left; sample without them"
         ]
     if not sampling.is_policy and ppo.correction is None:
         cut = sampling.truncates and not sampling.replays_mask
@@ -205,9 +247,9 @@ def sampling_problems(sampling: Sampling, ppo: PPOSettings, steering: SteeringSp
             f"sampling: {what} draw from another distribution than the policy's, so the clipped ratio would be off; {remedy}, "
             "or set ppo.correction.type, for example token_truncate (none accepts the bias)"
         ]
-    if behaviour and ppo.correction is None and getattr(steering, "correction", None) is None:
+    if weighed and ppo.correction is None and getattr(steering, "correction", None) is None:
         return [
-            "steering.correction: missing; rollouts of steering.role behaviour come from another distribution than the "
+            f"steering.correction: missing; rollouts of steering.role {role} come from another distribution than the "
             "policy's; set its type, for example token_truncate (none accepts the bias)"
         ]
     return []

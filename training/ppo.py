@@ -52,7 +52,7 @@ from steerl.training.run import checkpoint, metrics, resume
 from steerl.training.run.evaluate import Evaluation, evaluate
 from steerl.training.run.export import save_model, summarize
 from steerl.training.run.timer import Timer
-from steerl.training.settings import PPOSettings, with_correction
+from steerl.training.settings import PPOSettings, with_correction, with_response_limit
 from steerl.training.setup import check_source, longest, prepare, training_rows
 from steerl.training.steering import hold_budget, measure
 
@@ -80,6 +80,7 @@ def train(
         if source is not None:
             check_source(source, settings, engine, ending)
         check_job(policy, prompts, sampling, settings, steering, engine, environment)
+        settings = with_response_limit(settings, sampling)
         settings = with_correction(settings, steering, engine.ahead if engine is not None else 0)
         config = config or {}
         folder, stop = ending.enter_context(opened(run, config)), ending.enter_context(processes.stop_signal())

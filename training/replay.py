@@ -24,6 +24,7 @@ from steerl.rollout.dumps.store import read_dump
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.steering import Steering
+from steerl.rollout.steering.spec.spec import ROLES
 from steerl.rollout.types import Rollout, Samples, Texts
 from steerl.training.settings import PPOSettings
 
@@ -46,7 +47,7 @@ class Replay:
         self.samples = self.plan.samples
         self.vocabulary = policy.core.get_input_embeddings().weight.shape[0]
         self.start_ids = tuple(policy.start_ids)
-        self.steering = steering if steering is not None and steering.role in ("policy", "trainable") else None
+        self.steering = steering if steering is not None and ROLES[steering.role].learns else None
         """What the rows are steered with again."""
         self.cut: dict[int, int] = {}
         """No prompt is cut here: stored ones are as long as they were drawn from."""

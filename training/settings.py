@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from steerl.rollout.common.errors import ConfigError
-from steerl.rollout.decoding.settings import MOST_ROWS
+from steerl.rollout.decoding.settings import MOST_ROWS, Sampling
 from steerl.rollout.steering.spec.spec import Correction
 
 
@@ -57,14 +57,23 @@ class PPOSettings:
     DDP."""
     max_grad_norm: float = 1.0
     """Bound of the gradient's norm, applied once before each optimizer step; 0 = no bound."""
+    loss: Literal["ppo", "gspo", "cispo", "dppo"] = "ppo"
+    """Of the policy. ppo clips the ratio of each token, gspo that of the whole row; cispo bounds it as a weight and takes no
+    gradient away; dppo masks tokens whose probability has moved too far."""
     clip: float = 0.2
-    """The ratio new / old counts between 1 - clip and 1 + clip."""
+    """The ratio new / old counts between 1 - clip and 1 + clip. With gspo it is a row's, which moves far less than a token's:
+    3e-4 is usual for long rows. With cispo 1 opens the lower end, as its paper does."""
     clip_high: float | None = None
     """Upper half of the clip range; unset = clip."""
     dual_clip: float | None = None
     """Bound, as a multiple of |advantage|, on the loss of tokens with a negative advantage; above 1."""
-    loss_reduction: Literal["token", "sequence"] = "token"
-    """Mean over all tokens of the minibatch, or over its rows of the mean of each row."""
+    dppo_divergence: Literal["tv", "kl"] = "tv"
+    """How dppo measures the move, of two outcomes, this token or another: the change of its probability, or KL(old || new)."""
+    dppo_threshold: float | None = None
+    """The move beyond which dppo masks a token that would move on; unset = 0.15 with tv, 0.05 with kl."""
+    loss_reduction: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all tokens of the minibatch, or over its rows of the mean of each row; constant = the sum over its tokens by
+    response_limit x its rows (those with actions)."""
     value_clip: float | None = 0.2
     """How far a value may move from its old one before its loss stops falling; null = no bound."""
     value_coef: float = 0.1
@@ -75,8 +84,14 @@ class PPOSettings:
     """Discount per token."""
     lam: float = 0.95
     """GAE's lambda."""
-    credit: Literal["gae", "rloo", "group"] = "gae"
-    """gae uses a value; rloo and group compare the samples of one prompt (sampling.n of 2 or more) and use none."""
+    credit: Literal["gae", "rloo", "group", "reinforce_baseline"] = "gae"
+    """gae uses a value; the others compare the samples of one prompt (sampling.n of 2 or more) and use none: less the mean of
+    the other samples (rloo), standardized among all (group), or less their mean and whitened over the step."""
+    group_std: bool = True
+    """credit group: divide by the deviation of the group's returns, or (false) take off their mean alone."""
+    group_parts: bool = False
+    """credit group or reinforce_baseline: standardize each part of the reward in its group before they are summed by their
+    weights; the penalties for length are parts, too, their sizes the weights."""
     drop_equal_groups: bool = False
     """Prompts whose samples all score alike, which credit of groups learns nothing from, are dropped from the step, and further
     prompts drawn for them."""
@@ -85,11 +100,18 @@ class PPOSettings:
     whiten_rewards: bool = False
     """Scale per-token rewards to variance one, keeping their mean."""
     whiten_advantages: bool | None = None
-    """Standardize the advantages of a step; unset = only with gae."""
+    """Standardize the advantages of a step; unset = only with gae and reinforce_baseline."""
     bootstrap_cut: bool = False
     """Rows cut at the limit go on with the value of the state they were cut at, instead of 0."""
     missing_stop_penalty: float = 0.0
     """Taken off the score of rows that did not stop by themselves."""
+    response_limit: int | None = None
+    """Actions that a response may have: what loss_reduction constant divides by (x rows), and overlong_buffer counts up to;
+    unset = sampling.max_new_tokens."""
+    overlong_buffer: int = 0
+    """Actions before response_limit over which a penalty rises from 0 to overlong_penalty, taken off the score; 0 = none."""
+    overlong_penalty: float = 1.0
+    """What overlong_buffer takes off a row of response_limit actions or more."""
     kl_coef: float = 0.05
     """Weight of the KL to the reference; where kl_target is set, the one to begin with."""
     kl_target: float | None = None
@@ -132,11 +154,29 @@ class PPOSettings:
         if problems := out_of_range(self):
             raise ConfigError(*problems)
 
+    @property
+    def whitens_advantages(self) -> bool:
+        unset = self.whiten_advantages is None
+        return self.credit in ("gae", "reinforce_baseline") if unset else bool(self.whiten_advantages)
+
+    @property
+    def counts_to_limit(self) -> bool:
+        """Whether anything reads response_limit."""
+        return self.overlong_buffer > 0 or self.loss_reduction == "constant"
+
+    @property
+    def dppo_bound(self) -> float:
+        """dppo_threshold, or what is usual for the divergence."""
+        usual = {"tv": 0.15, "kl": 0.05}[self.dppo_divergence]
+        return usual if self.dppo_threshold is None else self.dppo_threshold
+
 
 def out_of_range(ppo: PPOSettings) -> list[str]:
     """A line for every field of the section that is out of range by itself."""
     at_least = dict.fromkeys(("steps", "rollouts_per_step", "epochs", "minibatches", "micro_batch_size", "resample_tries"), 1)
-    at_least |= dict.fromkeys(("warmup_steps", "value_warmup_steps", "eval_every", "eval_prompts", "samples"), 0)
+    at_least |= dict.fromkeys(
+        ("warmup_steps", "value_warmup_steps", "eval_every", "eval_prompts", "samples", "overlong_buffer"), 0
+    )
     zero_or_more = (
         "micro_batch_tokens",
         "learning_rate",
@@ -146,7 +186,17 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
         "value_coef",
         "kl_coef",
     )
-    above_zero = ("clip", "clip_high", "value_clip", "kl_target", "kl_horizon", "stop_kl", "gap_tolerance")
+    above_zero = (
+        "clip",
+        "clip_high",
+        "value_clip",
+        "kl_target",
+        "kl_horizon",
+        "stop_kl",
+        "gap_tolerance",
+        "overlong_penalty",
+        "dppo_threshold",
+    )
     problems = [
         f"ppo.{name}: {getattr(ppo, name)}, but it must be at least {low}"
         for name, low in at_least.items()
@@ -188,10 +238,11 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
             for name, default in unused.items()
             if getattr(ppo, name) != default
         ]
+    problems += limit_problems(ppo) + group_problems(ppo) + loss_problems(ppo)
     if ppo.drop_equal_groups and ppo.credit == "gae":
         problems.append(
             "ppo.drop_equal_groups: true, but ppo.credit gae learns from such groups, too; leave it out, or compare samples "
-            "(rloo, group)"
+            "(rloo, group, reinforce_baseline)"
         )
     if ppo.resample_tries != PPOSettings.resample_tries and not ppo.drop_equal_groups:
         problems.append(f"ppo.resample_tries: {ppo.resample_tries} has no effect without ppo.drop_equal_groups; leave it out")
@@ -199,6 +250,69 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
     if correction is not None and not (correction.high > 0 and 0 <= correction.low <= correction.high):
         problems.append(f"ppo.correction: low {correction.low} and high {correction.high}, but 0 <= low <= high and high > 0")
     return problems
+
+
+def group_problems(ppo: PPOSettings) -> list[str]:
+    """What is done within the samples of a prompt."""
+    problems = []
+    if not ppo.group_std and ppo.credit != "group":
+        told = f"false has no effect with ppo.credit {ppo.credit}, which has no deviation of a group; leave it out"
+        problems.append(f"ppo.group_std: {told}")
+    if not ppo.group_parts:
+        return problems
+    if ppo.credit not in ("group", "reinforce_baseline"):
+        problems.append(f"ppo.group_parts: true has no effect with ppo.credit {ppo.credit}; set group or reinforce_baseline")
+    if not ppo.group_std:
+        problems.append("ppo.group_parts: true, but without deviations (ppo.group_std) the parts are their sum; leave one out")
+    if ppo.gamma != 1:
+        problems.append(f"ppo.gamma: {ppo.gamma:g}, but ppo.group_parts compares what rows earned in all; set it to 1")
+    if ppo.whiten_rewards:
+        problems.append("ppo.whiten_rewards: true has no effect with ppo.group_parts, which scales each part; leave it out")
+    if ppo.kl_as == "reward" and ppo.kl_coef and ppo.reference != "none":
+        problems.append("ppo.kl_as: reward, but with ppo.group_parts a KL is no part of the reward; set loss, or ppo.kl_coef 0")
+    return problems
+
+
+def limit_problems(ppo: PPOSettings) -> list[str]:
+    """What counts actions up to a limit."""
+    problems = []
+    if ppo.overlong_penalty != PPOSettings.overlong_penalty and not ppo.overlong_buffer:
+        problems.append(
+            f"ppo.overlong_penalty: {ppo.overlong_penalty:g} has no effect without ppo.overlong_buffer; leave it out"
+        )
+    if ppo.response_limit is None:
+        return problems
+    if ppo.response_limit < 1:
+        problems.append(f"ppo.response_limit: {ppo.response_limit}, but it must be at least 1")
+    elif not ppo.counts_to_limit:
+        readers = "ppo.overlong_buffer or ppo.loss_reduction constant"
+        problems.append(f"ppo.response_limit: {ppo.response_limit} has no effect without {readers}; leave it out")
+    elif ppo.overlong_buffer > ppo.response_limit:
+        told = f"{ppo.overlong_buffer} actions do not fit before the limit of {ppo.response_limit} (ppo.response_limit)"
+        problems.append(f"ppo.overlong_buffer: {told}; lower it")
+    return problems
+
+
+def loss_problems(ppo: PPOSettings) -> list[str]:
+    """Settings of another loss than the one that is chosen."""
+    unused = {
+        "ppo": ("dppo_divergence", "dppo_threshold"),
+        "gspo": ("dppo_divergence", "dppo_threshold"),
+        "cispo": ("dppo_divergence", "dppo_threshold", "dual_clip"),
+        "dppo": ("clip", "clip_high", "dual_clip"),
+    }[ppo.loss]
+    return [
+        f"ppo.{name}: {getattr(ppo, name)!r} has no effect with ppo.loss {ppo.loss}; leave it out"
+        for name in unused
+        if getattr(ppo, name) != getattr(PPOSettings, name)
+    ]
+
+
+def with_response_limit(settings: PPOSettings, sampling: Sampling) -> PPOSettings:
+    """A response may be as long as it is drawn at most, where something counts up to its limit and none was given."""
+    if settings.response_limit is not None or not settings.counts_to_limit:
+        return settings
+    return dataclasses.replace(settings, response_limit=sampling.max_new_tokens)
 
 
 def with_correction(settings: PPOSettings, steering: Any, ahead: int = 0) -> PPOSettings:

@@ -14,7 +14,7 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.engines.sampler import Sampler, drawing
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.source import CheckedSource, PromptSource, RolloutSource
 from steerl.rollout.engines.vllm.engine import LOG, VllmEngine
@@ -107,7 +107,7 @@ def prepare(
             policy,
             engine_settings,
             Path(run.dir) / LOG,
-            steering=steering,
+            steering=drawing(steering),
             longest=longest,
             dtype="bfloat16" if accelerator.mixed_precision == "bf16" else None,
             tolerance=gap_tolerance(settings, actor_critic.dtype, accelerator.mixed_precision),

@@ -15,6 +15,7 @@ from steerl.rollout.analysis.steering_table import edits_per_row
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering, unsteered
+from steerl.rollout.steering.spec.spec import ROLES
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.types import Scored, SteeringStats
 
@@ -24,7 +25,8 @@ _STEP = (0.5, 2.0)
 
 
 def measure(model: ActorCritic, scored: Scored) -> SteeringStats | None:
-    """What steering did to this step's rows. KL: of the distribution sampled from, from the unsteered policy."""
+    """What steering did to this step's rows. KL: of the distribution sampled from, from the other one of the steered and the
+    plain policy."""
     steering, rollout = model.steering, scored.rollout
     if steering is None or not rollout.steering:
         return None
@@ -36,9 +38,9 @@ def measure(model: ActorCritic, scored: Scored) -> SteeringStats | None:
 
     edits_B = edits_per_row(steering, rollout)
     kl_sequence, kl_token = None, None
-    plain_BR = _unsteered_logprobs(model, steering, scored)
-    if plain_BR is not None:
-        gap_BR = torch.where(rollout.action_mask_BR, rollout.behaviour_logprobs_BR.double() - plain_BR.double(), 0.0)
+    other_BR = _other_logprobs(model, steering, scored)
+    if other_BR is not None:
+        gap_BR = torch.where(rollout.action_mask_BR, rollout.behaviour_logprobs_BR.double() - other_BR.double(), 0.0)
         kl_sequence = float(gap_BR[steered_B].sum()) / max(int(steered_B.sum()), 1)
         kl_token = float(gap_BR[steered_B].sum()) / max(int(rollout.action_mask_BR[steered_B].sum()), 1)
     return SteeringStats(
@@ -53,10 +55,10 @@ def measure(model: ActorCritic, scored: Scored) -> SteeringStats | None:
     )
 
 
-def _unsteered_logprobs(model: ActorCritic, steering: Steering, scored: Scored) -> Tensor | None:
-    """The unsteered policy's log-probs: at hand for role behaviour; the reference's for role trainable (the same model);
-    an extra pass for role policy, and only where a budget asks for it."""
-    if steering.role in ("behaviour", "data"):
+def _other_logprobs(model: ActorCritic, steering: Steering, scored: Scored) -> Tensor | None:
+    """Of the law that the rows were not drawn from. At hand where it is the policy's that learns. The unsteered one's: the
+    reference's for role trainable (the same model); an extra pass for role policy, and only where a budget asks for it."""
+    if not ROLES[steering.role].one_law:
         return scored.rollout.policy_logprobs_BR
     if steering.role == "trainable" and scored.reference_logprobs_BR is not None:
         return scored.reference_logprobs_BR

@@ -52,6 +52,14 @@ class Scored:
     """Value of the state at the end of rows that were cut; 0 elsewhere and unless they bootstrap."""
     entropy_BR: Tensor
     seconds: dict[str, float]
+    plain_logprobs_BR: Tensor | None = None
+    """The plain model's, in the trainer's own forward pass, where it drew the rows and will be left, and the steered one learns
+    from them (role preventative)."""
+
+    @property
+    def left_logprobs_BR(self) -> Tensor:
+        """Of the policy whose KL to the reference counts: the plain one where it is what a run leaves of two."""
+        return self.old_logprobs_BR if self.plain_logprobs_BR is None else self.plain_logprobs_BR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +112,10 @@ class UpdateStats(LossStats):
 
     @staticmethod
     def of(minibatches: Sequence[MinibatchStats], ratio_first_error: float) -> UpdateStats:
+        if not minibatches:  # nothing to learn from
+            none = dict.fromkeys(("policy_loss", "clip_fraction", "approx_kl", "grad_norm"), 0.0)
+            return UpdateStats(optimizer_steps=0, ratio_first=1.0, ratio_first_error=0.0, ratio_mean=1.0, **none)
+
         def mean(name: str) -> float | None:
             values = [getattr(one, name) for one in minibatches]
             return None if values[0] is None else sum(values) / len(values)

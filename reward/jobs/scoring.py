@@ -314,6 +314,8 @@ def manifest_name(folder: Path, dump: Path | None) -> str:
 def check_order(reward: WeightedSum) -> None:
     """A running normalisation makes a score depend on the rows before it."""
     running = [term.where for term in reward.terms if term.shape is not None and term.shape.is_running]
+    if remembering := [term.where for term in reward.terms if term.memory is not None]:
+        raise DataError(*(f"{w}: compares the rows of a training step, and here is none; leave it out" for w in remembering))
     if running:
         raise DataError(
             *(f"{w}.normalise: running, which depends on the order of the rows; use {{mean: m, std: s}}" for w in running)

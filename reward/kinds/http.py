@@ -174,4 +174,6 @@ class HttpReward:
             tokens_BR = torch.cat([answer["tokens"] for answer in answers])
         metrics = joined_metrics([answer.get("metrics", {}) for answer in answers])
         extra = joined_extra([answer.get("extra", {}) for answer in answers], sizes)
-        return Scores(settled.total_B, parts, tokens_BR, {}, fallbacks, metrics, extra)
+        marks = [answer.get("screened") or [False] * size for answer, size in zip(answers, sizes, strict=True)]
+        screened_B = torch.tensor(sum(marks, [])) if any(answer.get("screened") for answer in answers) else None
+        return Scores(settled.total_B, parts, tokens_BR, {}, fallbacks, metrics, extra, screened_B=screened_B)

@@ -6,6 +6,7 @@
                            "action_mask": [[...]] where a row was fed something in between} or null,
                    "episodes": [...] where an environment took part, as rollout.episodes.Episode.as_json gives them}
     200           {"scores": [...], "parts": {name: [...]}, "tokens": [[...], ...] or null, "fallbacks": {name: count}}
+                  and where rows are screened "screened": [true, false, ...]
 
 `tokens` are as long as the row's response, and 0 where its `action_mask` is (1: the policy drew the token, 0: it was fed).
 A server of another make needs only `prompts` and `completions`, and may answer with `scores` alone. null: the reward
@@ -183,6 +184,7 @@ def answer(scores: Scores, rollout: Rollout) -> bytes:
         "tokens": tokens,
         "fallbacks": scores.fallbacks,
     }
+    told |= {} if scores.screened_B is None else {"screened": scores.screened_B.tolist()}
     told |= {"logs": {"metrics": scores.metrics, "extra": scores.extra}} if scores.metrics or scores.extra else {}
     return json.dumps(told, allow_nan=False).encode()
 
@@ -205,6 +207,12 @@ def read_answer(body: bytes, rollout: Rollout) -> dict[str, object]:
         tokens_BR = torch.zeros(rollout.response_BR.shape)
         for index, row in enumerate(lists):
             tokens_BR[index, : lengths[index]] = torch.tensor([_number(value, wrong) for value in row])
+    screened = told.get("screened")
+    if screened is not None and not (
+        _list(screened, wrong := "the answer's screened are not true or false for each row", rows)
+        and all(isinstance(mark, bool) for mark in screened)
+    ):
+        raise ValueError(wrong)
     fallbacks = {
         name: int(_number(count, "the answer's fallbacks are no counts")) for name, count in _mapping(told, "fallbacks").items()
     }
@@ -219,6 +227,7 @@ def read_answer(body: bytes, rollout: Rollout) -> dict[str, object]:
         "fallbacks": fallbacks,
         "metrics": metrics,
         "extra": extra,
+        "screened": screened,
     }
 
 

@@ -24,6 +24,7 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.alignment import forward_inputs, response_logits
 from steerl.rollout.scoring.logprobs import teacher_forced, token_logprobs
 from steerl.rollout.scoring.steered import Steers
+from steerl.rollout.steering.spec.spec import ROLES
 from steerl.rollout.types import Rollout
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
@@ -75,7 +76,7 @@ def verify(
     Recorded policy log-probs are steered ones where `steering`'s role says so; it must then be given.
     """
     tolerance = TOLERANCE.get(policy.core.dtype, 1e-4) if tolerance is None else tolerance
-    steered = steering if steering is not None and steering.role in ("policy", "trainable") else None
+    steered = steering if steering is not None and ROLES[steering.role].learns else None
     with torch.no_grad(), no_dropout(policy.core):
         with _in_float32(policy.core):
             alone_BR = _each_alone(policy, rollout, steered)

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,10 @@ from steerl.rollout.ragged import left_pad
 from steerl.rollout.scoring.alignment import encoder_input
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.scoring.steered import Steers
+from steerl.rollout.steering.spec.spec import ROLES
 from steerl.rollout.types import Rollout, Samples, Texts
+
+Acts = TypeVar("Acts", bound=Steers)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Sampler:
         self, policy: Policy, sampling: Sampling, steering: Steers | None = None, engine: EngineSettings | None = None
     ):
         self.policy, self.sampling, self.steering = policy, sampling, steering
+        self.drawing = drawing(steering)
         self.engine = engine or EngineSettings()
         self.distribution = Distribution(sampling, policy)
         self.stops = Stops(sampling, policy)
@@ -229,7 +233,8 @@ class Sampler:
         )
         given_BP = encoder_input(prompt_BP, mask_BP) if policy.is_seq2seq else (prompt_BP, mask_BP)
         self.stops.to(device)
-        applied, steered = self._steering(given_BP[1], row_B, sample_B, contexts, call)
+        applied, at_work = self._steering(given_BP[1], row_B, sample_B, contexts, call)
+        steered = at_work if self.drawing is not None else contextlib.nullcontext()
         if self.engine.kind == "generate":
             with steered:
                 responses = plain_generate(policy, self.distribution, self.stops, inputs, *given_BP, caching=caching)
@@ -244,17 +249,23 @@ class Sampler:
             **self.record(),
             **applied._asdict(),
         )
-        return self.of_policy(rollout) if self.plain_policy else rollout
+        if not self.two_laws:
+            return rollout
+        with contextlib.nullcontext() if self.drawing is not None else at_work:
+            return self._of_policy(rollout)
 
     @property
-    def plain_policy(self) -> bool:
-        """Whether the steered model only draws: the policy is the plain one."""
-        return self.steering is not None and self.steering.role in ("behaviour", "data")
+    def two_laws(self) -> bool:
+        """Whether another model draws than the policy that learns: one of the two is steered, the other plain."""
+        return self.steering is not None and not ROLES[self.steering.role].one_law
 
     def of_policy(self, rollout: Rollout) -> Rollout:
-        """With the plain policy's numbers, where a steered model drew."""
-        plain = teacher_forced(self.policy, rollout)
-        return dataclasses.replace(rollout, policy_logprobs_BR=plain.logprobs_BR, entropy_BR=plain.entropy_BR)
+        """With the policy's numbers, where another model drew: the plain one's, or the one's that learns steered."""
+        return self._of_policy(rollout, self.steering if self.drawing is None else None)
+
+    def _of_policy(self, rollout: Rollout, steering: Steers | None = None) -> Rollout:
+        found = teacher_forced(self.policy, rollout, steering=steering)
+        return dataclasses.replace(rollout, policy_logprobs_BR=found.logprobs_BR, entropy_BR=found.entropy_BR)
 
     def _stream(
         self,
@@ -270,23 +281,23 @@ class Sampler:
         policy, rows = self.policy, len(contexts)
         prompts = list(range(rows)) if contexts.prompts is None else contexts.prompts
         unique = list(dict.fromkeys(prompts))
-        shared = self.steering is None and len(unique) < rows and policy.capabilities.row_selection
+        shared = self.drawing is None and len(unique) < rows and policy.capabilities.row_selection
         first = [prompts.index(prompt) for prompt in unique] if shared else list(range(rows))
         place = {prompt: k for k, prompt in enumerate(unique)}
         copies_B = torch.tensor([place[prompt] for prompt in prompts], device=policy.device) if shared else None
         config = ClosedGenerationConfig.of(policy.pad_id, policy.start_ids, max_new_tokens=contexts.width, use_cache=caching)
-        compiles = self.sampling.compile and caching and compiled.fits(policy, call.synced, self.steering)
+        compiles = self.sampling.compile and caching and compiled.fits(policy, call.synced, self.drawing)
         with steered as active, contextlib.ExitStack() as stack:
             steps = None
             if compiles:
                 columns = prompt_BP.shape[1] + contexts.width
-                steps = stack.enter_context(compiled.compiled_steps(policy, rows, columns, self.steering, active))
+                steps = stack.enter_context(compiled.compiled_steps(policy, rows, columns, self.drawing, active))
             loop = DecodeLoop(
                 self.distribution,
                 self.stops,
                 inputs,
                 copies_B=copies_B,
-                steering=object() if active is None and self.steering is not None else active,
+                steering=object() if active is None and self.drawing is not None else active,
                 synced=call.synced,
                 compact=policy.capabilities.row_selection,
                 on_token=call.on_token,
@@ -308,7 +319,7 @@ class Sampler:
     def _steering(
         self, mask_BP: Tensor, row_B: Tensor, sample_B: Tensor, contexts: Contexts, call: _Call
     ) -> tuple[Applied, contextlib.AbstractContextManager[Any]]:
-        """How each row is steered, as the record says it, and the block in which generation is."""
+        """How each row is steered, as the record says it, and the block in which a model is that is steered so."""
         if self.steering is None:
             return Applied.nothing(row_B, call.step), contextlib.nullcontext()
         start_width = max(len(self.policy.start_ids), 1)
@@ -346,3 +357,8 @@ class Sampler:
         entropy_BR = torch.zeros(0, 0, device=self.policy.device)
         record = self.record() | applied._asdict()
         return Rollout.of_ids([], [], device=self.policy.device, entropy_BR=entropy_BR, **record)
+
+
+def drawing(steering: Acts | None) -> Acts | None:
+    """What acts while rows are drawn: a steering whose role steers the learning alone does not."""
+    return steering if steering is not None and ROLES[steering.role].draws else None

@@ -120,17 +120,17 @@ def teacher_forced(
             want_entropy,
             want_logprobs,
             want_all,
-            from_first=not packed and steering is None and not want_all and _may_begin_at_first(policy, want_logprobs),
+            from_first=not packed and steering is None and not want_all and may_begin_at_first(policy, want_logprobs),
         )
         padded = packed or wanted.from_first or bool(rollout.prompt_mask_BP.all()) or policy.capabilities.padding
-        groups = list(_groups(policy, rollout, padded, max_rows))
+        groups = list(row_groups(policy, rollout, padded, max_rows))
         own = len(groups)
         if (not policy.capabilities.padding or policy.capabilities.boundary is not None) and needs_sync(policy.model):
             groups += [groups[-1]] * (processes.most(own) - own)
         results = []
         for index in groups:
             whole = len(index) == len(rollout) and len(groups) == 1
-            part = rollout if whole and (policy.is_seq2seq or padded) else _narrowed(rollout.select(index))
+            part = rollout if whole and (policy.is_seq2seq or padded) else narrowed(rollout.select(index))
             packing = Packing.of(part) if packed else None
             with steered(steering, policy, part, packing):
                 results.append(_one_pass(policy, part, wanted, packing))
@@ -152,7 +152,7 @@ def teacher_forced(
     )
 
 
-def _groups(policy: Policy, rollout: Rollout, padded: bool, max_rows: int | None) -> Iterator[Tensor]:
+def row_groups(policy: Policy, rollout: Rollout, padded: bool, max_rows: int | None) -> Iterator[Tensor]:
     """Rows that go through one pass together: all, but for one prompt length where the model takes no padding, and for one
     side of the length at which its distribution changes."""
     rows = torch.arange(len(rollout), device=rollout.device)
@@ -165,7 +165,7 @@ def _groups(policy: Policy, rollout: Rollout, padded: bool, max_rows: int | None
         yield from group.split(max_rows or len(group))
 
 
-def _narrowed(rollout: Rollout) -> Rollout:
+def narrowed(rollout: Rollout) -> Rollout:
     """Without the columns on the left in which every row has padding."""
     empty = int((~rollout.prompt_mask_BP).sum(1).min())
     return dataclasses.replace(
@@ -173,7 +173,7 @@ def _narrowed(rollout: Rollout) -> Rollout:
     )
 
 
-def _may_begin_at_first(policy: Policy, want_logprobs: bool) -> bool:
+def may_begin_at_first(policy: Policy, want_logprobs: bool) -> bool:
     """Whether rows may begin at column 0: not where virtual tokens are placed by the caller's columns, nor where the model is
     to give its last logits as it does; nor where a steering knows rows by their columns, or is compared with when at rest."""
     free = aligned and not policy.is_seq2seq and not is_steerable(policy.core) and not virtual_tokens.count(policy.model)

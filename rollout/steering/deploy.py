@@ -71,9 +71,8 @@ def _final(site: Site, scale: float) -> Strength:
     """The strength at the end of training: schedule and budget worked in."""
     factor = schedule_factor(site.schedule, 1.0) * scale
     s = site.strength
-    return dataclasses.replace(
-        s, value=s.value * factor, low=s.low * factor, high=s.high * factor, mean=s.mean * factor, std=s.std * abs(factor)
-    )
+    scaled = {name: getattr(s, name) * factor for name in ("value", "low", "high", "mean")}
+    return dataclasses.replace(s, **scaled, std=s.std * abs(factor), samples=tuple(one * factor for one in s.samples))
 
 
 def _tensors(site: BoundSite) -> dict[int | str, Tensor]:
@@ -110,7 +109,7 @@ def check_fold(steering: Steering) -> None:
             or spec.where.ramp
         ):
             problems.append(f"{who} acts at some positions; write where: {{prompt: all, steps: all}}, or use keep")
-        elif spec.gate is not None or spec.strength.column or spec.strength.dist or spec.strength.norm_match:
+        elif spec.gate is not None or spec.strength != Strength(spec.strength.value):
             problems.append(f"{who} differs between rows or tokens; use keep")
         elif spec.at.head or spec.at.io == "input" or spec.at.component == "block_input":
             problems.append(f"{who} acts on an input; use keep")

@@ -73,6 +73,9 @@ def site_strength(
                 f"column {strength.column!r}: expected a number per row (strength of site {site.name!r}), found {bad!r}"
             )
         return torch.tensor([float(v) for v in values], dtype=torch.float32, device=row_B.device) * strength.value
+    if strength.samples:
+        listed = torch.tensor(strength.samples, dtype=torch.float32, device=row_B.device)
+        return listed[sample_B % len(listed)]
     if strength.dist:
         sample = sample_B if strength.per == "sample" else torch.zeros_like(sample_B)
         if strength.dist == "uniform":
@@ -82,6 +85,16 @@ def site_strength(
             drawn = strength.mean + strength.std * torch.sqrt(-2.0 * torch.log1p(-one)) * torch.cos(2.0 * math.pi * two)
         return drawn.float()
     return torch.full(row_B.shape, strength.value, dtype=torch.float32, device=row_B.device)
+
+
+def samples_problems(spec: SteeringSpec, n: int) -> list[str]:
+    """Every entry of a list of strengths is there for equally many of a prompt's n samples."""
+    return [
+        f"steering.sites[{index}].strength.samples: {count} strengths for sampling.n = {n} samples of a prompt, which have not "
+        f"each of them equally often; set sampling.n to {math.ceil(n / count) * count}, or give another list"
+        for index, site in enumerate(spec.sites)
+        if (count := len(site.strength.samples)) and n % count
+    ]
 
 
 def column(columns: Mapping[str, Sequence[Any]], name: str, who: str) -> Sequence[Any]:

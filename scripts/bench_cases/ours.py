@@ -46,7 +46,7 @@ def main(world: Path, run: Path, seed: int, steps: int, flags: list[str]) -> Non
 
     train(policy, load_prompts(job.prompts, policy, job.sampling.max_new_tokens), timed, job.sampling, job.ppo, job.run)
     evaluated = {}
-    for step in [step for step in SEEN if step <= steps]:
+    for step in sorted({*(step for step in SEEN if step <= steps), steps}):
         model = AutoModelForCausalLM.from_pretrained(world / "base")
         saved = checkpoint.read(run / checkpoint.FOLDER / f"step-{step:06d}")["tree"]["weights"]
         own = dict(model.named_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,9 @@ class Ledger:
             self.held = self.held[ROLLOUTS:]
 
     def to_json(self, evaluated: dict[int, float]) -> str:
-        return json.dumps({"rewards": self.rewards, "seconds": self.seconds, "wall": self.wall, "evaluated": evaluated})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        times = {"rewards": self.rewards, "seconds": self.seconds, "wall": self.wall}
+        return json.dumps({**times, "evaluated": evaluated, "memory": peak})
 
 
 def starts(world: Path) -> list[dict[str, Any]]:

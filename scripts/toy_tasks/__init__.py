@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-NAMES = ("reviews", "randomwalks", "summaries", "suppressed", "calculator", "maze")
+NAMES = ("reviews", "randomwalks", "summaries", "suppressed", "hackable", "calculator", "maze")
 
 
 def available() -> list[str]:

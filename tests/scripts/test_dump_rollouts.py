@@ -137,7 +137,7 @@ def test_two_noisy_sites_on_a_fraction_of_the_rows_under_top_p_are_scored_again_
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     vector = torch.randn(32, generator=torch.Generator().manual_seed(0)).tolist()
     sites = [
-        {"name": "shake", "at": {"layers": [0]}, "op": {"type": "noise"}, "strength": 0.3},
+        {"name": "shake", "at": {"layers": [0]}, "op": {"type": "noise"}, "strength": {"samples": [0.3, 0.2, 0.2, 0.3]}},
         {"name": "push", "at": {"layers": [1]}, "op": {"type": "add"}, "vector": vector, "strength": {"column": "much"}},
     ]
     spec = {"sites": sites, "fraction": 0.5}
@@ -147,7 +147,8 @@ def test_two_noisy_sites_on_a_fraction_of_the_rows_under_top_p_are_scored_again_
     steering = Steering(policy.model, spec, policy.tokenizer, 99)
     [(rollout, _)] = list(store.read_dump(tmp_path / "run"))
     steered_B = (rollout.strength_BK != 0).any(1)
-    assert 0 < int(steered_B.sum()) < 16 and rollout.strength_BK.unique(dim=0).shape[0] == 3 and rollout.kept
+    assert 0 < int(steered_B.sum()) < 16 and rollout.strength_BK.unique(dim=0).shape[0] == 5 and rollout.kept
+    assert torch.equal(rollout.strength_BK[steered_B, 0], torch.tensor([0.3, 0.2, 0.2, 0.3])[rollout.sample_B % 4][steered_B])
     with torch.no_grad():
         forced = teacher_forced(policy, rollout, steering=steering)
         other = teacher_forced(policy, dataclasses.replace(rollout, steering_seed=99), steering=steering)
@@ -251,7 +252,10 @@ def test_resuming_a_finished_dump_changes_nothing(given: Path, tmp_path: Path, c
 def test_a_signal_finishes_the_shard_and_leaves_with_75(
     given: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert dump(flags(given, tmp_path / "whole", *SMALL)) == 0
+    site = {"at": {"layers": [0]}, "op": {"type": "noise"}, "strength": {"samples": [0.0, 0.3, 0.6]}}
+    listed = (*SMALL, "--steering", json.dumps({"sites": [site]}))
+    assert dump(flags(given, tmp_path / "whole", *listed)) == 0
+    assert rows_of(tmp_path / "whole").steering_strength.tolist() == [0.0, np.float32(0.3), np.float32(0.6)] * 12
     calls, sample = [0], Sampler.sample
 
     def signalled(*given: Any, **named: Any) -> Any:
@@ -261,10 +265,10 @@ def test_a_signal_finishes_the_shard_and_leaves_with_75(
         return sample(*given, **named)
 
     monkeypatch.setattr(Sampler, "sample", signalled)
-    assert dump(flags(given, tmp_path / "run", *SMALL)) == 75
+    assert dump(flags(given, tmp_path / "run", *listed)) == 75
     assert capsys.readouterr().err.splitlines()[-1].endswith("--run.resume true goes on")
     assert len(list((tmp_path / "run").glob("rollouts-*.parquet"))) == 2
-    assert dump(flags(given, tmp_path / "run", *SMALL, "--run.resume", "true")) == 0
+    assert dump(flags(given, tmp_path / "run", *listed, "--run.resume", "true")) == 0
     assert files_of(tmp_path / "run") == files_of(tmp_path / "whole")
 
 

@@ -50,6 +50,13 @@ def lines(**settings) -> tuple[str, ...]:
         ({"kl_target": 5.0, "kl_coef": 0.0}, "ppo.kl_coef: 0.0 cannot be adapted"),
         ({"kl_target": 5.0, "reference": "none"}, "ppo.kl_target: there is no reference"),
         ({"credit": "rloo", "value": "shared"}, "ppo.value: 'shared' has no effect"),
+        ({"loss": "cispo", "dual_clip": 3.0}, "ppo.dual_clip: 3.0 has no effect with ppo.loss cispo"),
+        ({"loss": "dppo", "dual_clip": 3.0}, "ppo.dual_clip: 3.0 has no effect with ppo.loss dppo"),
+        ({"loss": "dppo", "clip": 0.1}, "ppo.clip: 0.1 has no effect with ppo.loss dppo"),
+        ({"loss": "dppo", "clip_high": 0.1}, "ppo.clip_high: 0.1 has no effect with ppo.loss dppo"),
+        ({"loss": "dppo", "dppo_threshold": 0.0}, "ppo.dppo_threshold: 0.0, but it must be a number above 0"),
+        ({"dppo_threshold": 0.1}, "ppo.dppo_threshold: 0.1 has no effect with ppo.loss ppo"),
+        ({"loss": "gspo", "dppo_divergence": "kl"}, "ppo.dppo_divergence: 'kl' has no effect with ppo.loss gspo"),
         ({"correction": Correction("token_mask", high=1.0, low=2.0)}, "ppo.correction: low 2.0 and high 1.0"),
     ],
 )
@@ -129,19 +136,34 @@ def test_replay_needs_a_correction():
 
 
 def test_steered_exploration_needs_a_correction_and_no_truncation():
-    steering = SimpleNamespace(role="behaviour", correction=None)
+    steering = SimpleNamespace(role="behaviour", correction=None, sites=())
     for sampling, settings, text in (
         (Sampling(), PPOSettings(), "steering.correction: missing"),
         (Sampling(top_p=0.5), PPOSettings(correction=Correction("token_truncate")), "sampling: top_k, top_p or min_p together"),
     ):
         with pytest.raises(UserError, match=text.replace(".", r"\.")):
             check_job(POLICY, [1], sampling, settings, steering)
-    check_job(POLICY, [1], Sampling(), PPOSettings(), SimpleNamespace(role="behaviour", correction=Correction("none")))
+    none = SimpleNamespace(role="behaviour", correction=Correction("none"), sites=())
+    check_job(POLICY, [1], Sampling(), PPOSettings(), none)
+
+
+@pytest.mark.parametrize(
+    "n, told", [(2, "4 strengths for sampling.n = 2 .* set sampling.n to 4"), (6, "4 strengths for sampling.n = 6 .* to 8")]
+)
+def test_strengths_of_samples_fit_the_group(n, told):
+    """A list that is longer than the group, or does not divide it, in a run and in a dump alike."""
+    site = {"at": {"layers": [0]}, "vector": [1.0]}
+    spec = load_spec({"sites": [site, {**site, "strength": {"samples": [0.0, 0.1, 0.2, 0.3]}}]})
+    with pytest.raises(ConfigError, match=rf"steering.sites\[1\].strength.samples: {told}"):
+        check_job(POLICY, [1], Sampling(n=n), PPOSettings(rollouts_per_step=24), spec)
+    check_job(POLICY, [1], Sampling(n=8), PPOSettings(rollouts_per_step=24), spec)
+    check_job(POLICY, [1], Sampling(), PPOSettings(replay="dump", correction=Correction("token_mask")), spec)
 
 
 def test_a_kl_of_another_law_is_weighed_or_not_held(caplog):
     """kl_target steers by a measured KL: refused where it is not the policy's, quiet where there is but one law."""
-    none, explores = Correction("none"), SimpleNamespace(role="behaviour", correction=Correction("none"))
+    none = Correction("none")
+    explores = SimpleNamespace(role="behaviour", correction=none, sites=())
     told = "ppo.kl_target: with a correction of type none the KL that is measured is the sampler's"
     whole = {"top_p": 0.9, "replay_mask": False}
     assert told in refused(whole, kl_target=1.0, correction=none)
@@ -179,7 +201,7 @@ def test_float16_weights_that_learn_are_refused_and_adapters_on_them_are_not():
     """In the job, and in the stages before it; bfloat16 and what does not learn are as they were."""
     lora = with_peft(half(), LORA)
     check_job(lora, [1], Sampling(), PPOSettings())
-    trained = SimpleNamespace(role="trainable", correction=None)
+    trained = SimpleNamespace(role="trainable", correction=None, sites=())
     check_job(half(), [1], Sampling(), PPOSettings(value="shared"), trained)
     bfloat = tiny_policy("gpt2")
     bfloat.model.bfloat16()
@@ -235,6 +257,7 @@ def test_weight_decay_takes_no_rotation_apart(op, refused):
 @pytest.mark.parametrize("engine, ppo, steering, told", [
     ({"kind": "vllm"}, {"replay": "d", "correction": Correction()}, None, "engine.kind: vllm, but ppo.replay reads rows"),
     ({"kind": "vllm", "ahead": 1}, {}, "behaviour", "engine.ahead: 1 with steering.role behaviour"),
+    ({"kind": "vllm", "ahead": 1}, {}, "preventative", "engine.ahead: 1 with steering.role preventative"),
 ])  # fmt: skip
 def test_what_a_server_cannot_do_for_a_run(engine, ppo, steering, told):
     site = {"at": {"layers": [0]}, "vector": [1.0]}

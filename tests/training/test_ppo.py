@@ -358,13 +358,23 @@ def test_what_a_run_is_made_from_is_told_by_content(tmp_path):
     assert lora[0] == lora[1], "a fresh adapter is drawn anew, and comes from the checkpoint"
 
 
-def test_ctrl_c_finishes_the_step_saves_and_the_run_goes_on_as_if_undisturbed(tmp_path):
-    resumable(tmp_path / "whole")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss": "gspo", "clip": 0.01, "loss_reduction": "sequence"},
+        {"loss": "cispo", "clip": 1.0, "clip_high": 0.1},
+        {"loss": "dppo", "dppo_divergence": "kl", "loss_reduction": "constant"},
+    ],
+    ids=["ppo", "gspo", "cispo", "dppo"],
+)
+def test_ctrl_c_finishes_the_step_saves_and_the_run_goes_on_as_if_undisturbed(tmp_path, settings):
+    resumable(tmp_path / "whole", **settings)
     with pytest.raises(Stopped, match="stopped after step 2 of 3 and saved"):
-        resumable(tmp_path / "run", reward=interrupts)
+        resumable(tmp_path / "run", reward=interrupts, **settings)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
     assert not (tmp_path / "run" / "model").exists()
-    resumable(tmp_path / "run", resume=True)
+    resumable(tmp_path / "run", resume=True, **settings)
     saved = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "run")]
     assert saved[0] == saved[1]
 

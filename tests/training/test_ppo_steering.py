@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from steerl.configs.reader import run_command
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.steering import load_spec
+from steerl.scripts import train_ppo
 from steerl.training.algorithm.experience import credit
 from steerl.training.algorithm.update import learn
 from steerl.training.model.reference import Reference
@@ -108,3 +111,22 @@ def test_exploration_without_a_correction_is_refused():
     policy = tiny_policy("gpt2")
     with pytest.raises(UserError, match=r"steering.correction: missing"):
         train(policy, prompts_of(policy), share_of_threes, Sampling(), PPOSettings(), RunSettings(), steering=spec("behaviour"))
+
+
+def test_the_config_of_vspo_runs(tiny_world, tmp_path, monkeypatch):
+    """Strengths go round the samples of every prompt, rows count once each, and plain ones are the policy's own."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "suppressed").symlink_to(tiny_world("suppressed"))
+    monkeypatch.chdir(tmp_path)
+    argv = ["--config", "steerl:vspo", "--run.dir", "run", "--ppo.steps", "2", "--ppo.samples", "64", "--ppo.eval_prompts", "0"]
+    run_command(train_ppo.main, train_ppo.PPOJob, argv)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    best = [row for row in rows if row["kind"] == "best"]
+    assert len(best) == 128 and {row["sample"] for row in best} == set(range(8))
+    for row in best:
+        assert row["strength"] == pytest.approx([0.0, 0.1, 0.2, 0.3][row["sample"] % 4]) and set(row["importance"]) == {1.0}
+        off = max(abs(a - b) for a, b in zip(row["behaviour_logprobs"], row["policy_logprobs"], strict=True))
+        assert (off > 1e-3) == (row["strength"] > 0)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["ppo/ratio_first_error"] < 1e-5 and line["gap/max"] < 1e-4 for line in lines)
+    assert not list((tmp_path / "run" / "model").glob("steering*"))

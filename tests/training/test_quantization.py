@@ -52,13 +52,15 @@ def test_without_a_gpu_or_bitsandbytes_it_is_refused(kind: str, tmp_path: Path, 
 
 
 def test_it_needs_an_adapter_that_learns() -> None:
-    for policy, steering in ((few_bits(), None), (few_bits(), SimpleNamespace(role="trainable", correction=None))):
+    for policy, steering in ((few_bits(), None), (few_bits(), SimpleNamespace(role="trainable", correction=None, sites=()))):
         with pytest.raises(UserError, match=r"model.quantization: the model is in few bits, which do not learn") as found:
             check_job(policy, [1], Sampling(), PPOSettings(), steering)
         assert len(found.value.lines) == 1
     check_job(few_bits(peft=True), [1], Sampling(), PPOSettings())
     # Vectors learn beside it, and no copy of it does.
-    check_job(few_bits(), [1], Sampling(), PPOSettings(value="shared"), SimpleNamespace(role="trainable", correction=None))
+    check_job(
+        few_bits(), [1], Sampling(), PPOSettings(value="shared"), SimpleNamespace(role="trainable", correction=None, sites=())
+    )
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])

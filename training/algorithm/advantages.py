@@ -1,6 +1,6 @@
 """Credit: per-token rewards, advantages and returns. Pure tensors.
 
-    task_BR, kl_BR --token_rewards--> rewards_BR --gae | rloo | group--> advantages_BR, returns_BR --whiten-->
+    task_BR, kl_BR --token_rewards--> rewards_BR --gae | rloo | group | parts--> advantages_BR, returns_BR --whiten-->
 
 All rows of all ranks are in the tensors, so a mean here is a global mean. Masks are True at every action. Actions need not
 lie side by side: a row counts as if what stands between them were cut out, and a row without any as if it were not there.
@@ -8,6 +8,7 @@ lie side by side: a row counts as if what stands between them were cut out, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,16 +63,26 @@ def rloo(rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float =
     return _spread(torch.where(count_B > 1, total_B - others_B, 0.0), total_B, mask_BR)
 
 
-def group(rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float = 1.0, eps: float = 1e-4) -> Credit:
+def group(
+    rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, gamma: float = 1.0, std: bool = True, eps: float = 1e-4
+) -> Credit:
     """Group-relative advantages (GRPO): the row's discounted return, standardized among the samples of its prompt.
 
-    The variance has n - 1."""
+    Without `std` it is centred only (Dr. GRPO; whitened over the step's tokens: the baseline of REINFORCE++)."""
     total_B = discounted_sum(rewards_BR, mask_BR, gamma)
-    acts_B = mask_BR.any(1)
-    count_B = _group_sum(acts_B.to(total_B), group_B)
-    centred_B = torch.where(acts_B, total_B - _group_sum(total_B, group_B) / count_B, 0.0)
-    variance_B = _group_sum(centred_B.square(), group_B) / (count_B - 1).clamp(min=1)
-    return _spread(centred_B / (variance_B.sqrt() + eps), total_B, mask_BR)
+    return _spread(_standardized(total_B, mask_BR.any(1), group_B, eps if std else None), total_B, mask_BR)
+
+
+def parts(
+    weighed: Sequence[tuple[float, Tensor]], rewards_BR: Tensor, mask_BR: Tensor, group_B: Tensor, *, eps: float = 1e-4
+) -> Credit:
+    """Several rewards, (weight, its value of each row), each standardized among the samples of a prompt before they are summed
+    (GDPO). One that does not apply to a row (NaN) adds nothing to it, and the row is in neither mean nor deviation."""
+    advantage_B = torch.zeros_like(rewards_BR[:, 0])
+    for weight, part_B in weighed:
+        counts_B = mask_BR.any(1) & ~part_B.isnan()
+        advantage_B = advantage_B + weight * _standardized(part_B, counts_B, group_B, eps)
+    return _spread(advantage_B, discounted_sum(rewards_BR, mask_BR, 1.0), mask_BR)
 
 
 def discounted_sum(rewards_BR: Tensor, mask_BR: Tensor, gamma: float) -> Tensor:
@@ -85,6 +96,17 @@ def _group_sum(value_B: Tensor, group_B: Tensor) -> Tensor:
     """For every row the sum over the rows of its group."""
     groups, index_B = torch.unique(group_B, return_inverse=True)
     return torch.zeros(len(groups), dtype=value_B.dtype, device=value_B.device).index_add(0, index_B, value_B)[index_B]
+
+
+def _standardized(value_B: Tensor, counts_B: Tensor, group_B: Tensor, eps: float | None) -> Tensor:
+    """Less the mean of its group and, with an eps, divided by the deviation (n - 1) + eps; 0 for rows that do not count."""
+    value_B = torch.where(counts_B, value_B, 0.0)
+    count_B = _group_sum(counts_B.to(value_B), group_B)
+    centred_B = torch.where(counts_B, value_B - _group_sum(value_B, group_B) / count_B, 0.0)
+    if eps is None:
+        return centred_B
+    variance_B = _group_sum(centred_B.square(), group_B) / (count_B - 1).clamp(min=1)
+    return centred_B / (variance_B.sqrt() + eps)
 
 
 def _spread(advantage_B: Tensor, total_B: Tensor, mask_BR: Tensor) -> Credit:

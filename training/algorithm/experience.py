@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from steerl.reward.types import Reward, Scores, joined_extra, missing_stop_penalty, on_last_action
+from steerl.reward.types import Reward, Scores, joined_extra, missing_stop_penalty, on_last_action, overlong_penalty
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.source import PromptSource, RolloutSource
@@ -140,8 +140,9 @@ def score(model: ActorCritic, reference: Reference | None, samples: Samples, sco
         began = time.perf_counter()
         with torch.set_grad_enabled(in_grad_mode), torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing):
             output = model(part, entropy=True, after=settings.bootstrap_cut)
-        values = {name: value.detach() for name, value in output._asdict().items() if value is not None}
-        del output  # and its graph
+            found = {**output._asdict(), "plain_BR": model.plain_logprobs(part)}
+        values = {name: value.detach() for name, value in found.items() if value is not None}
+        del output, found  # and its graph
         seconds["policy"] += time.perf_counter() - began
         began = time.perf_counter()
         if reference:
@@ -170,6 +171,7 @@ def score(model: ActorCritic, reference: Reference | None, samples: Samples, sco
         after_B=torch.where(rollout.ended_B, 0.0, whole("after_B")[:, 0]),
         entropy_BR=whole("entropy_BR"),
         seconds=seconds,
+        plain_logprobs_BR=whole("plain_BR") if "plain_BR" in measured else None,
     )
 
 
@@ -190,24 +192,76 @@ def importance(scored: Scored, settings: PPOSettings) -> tuple[Tensor | None, di
     )
 
 
+Weighed = tuple[float, Tensor]
+"""A part of the reward: its weight, and its value of every row (NaN where it does not apply)."""
+
+
+def length_penalties(rollout: Rollout, settings: PPOSettings) -> list[Weighed]:
+    """What length takes off every row: parts of 0 to -1, their weights the penalties."""
+    found = []
+    if settings.missing_stop_penalty:
+        found.append((settings.missing_stop_penalty, missing_stop_penalty(rollout.ended_B, 1.0)))
+    if settings.overlong_buffer:
+        assert settings.response_limit is not None  # with_response_limit
+        over_B = overlong_penalty(rollout.actions_B, settings.response_limit, settings.overlong_buffer)
+        found.append((settings.overlong_penalty, over_B))
+    return found
+
+
+def overlong_metrics(rollout: Rollout, settings: PPOSettings) -> dict[str, float]:
+    """What `ppo.overlong_buffer` took, over rows that have actions."""
+    if not settings.overlong_buffer:
+        return {}
+    weight, over_B = length_penalties(rollout, settings)[-1]
+    over_B = over_B[rollout.actions_B > 0].double()
+    rows = max(len(over_B), 1)
+    return {"credit/overlong": weight * float(over_B.sum()) / rows, "credit/overlong_share": int((over_B < 0).sum()) / rows}
+
+
+def without_screened(scored: Scored) -> Scored:
+    screened_B = scored.scores.screened_B
+    if screened_B is None or not bool(screened_B.any()):
+        return scored
+    mask_BR = scored.rollout.action_mask_BR & ~screened_B.to(scored.rollout.device)[:, None]
+    return replace(scored, rollout=replace(scored.rollout, action_mask_BR=mask_BR))
+
+
 def task_rewards(rollout: Rollout, scores: Scores, settings: PPOSettings) -> Tensor:
     """(B, R): what the task gives each action, with the penalties of `ppo`; the KL comes later."""
     task_BR = scores.per_token(rollout)
-    if settings.missing_stop_penalty:
-        task_BR = task_BR + on_last_action(missing_stop_penalty(rollout.ended_B, settings.missing_stop_penalty), rollout)
+    for weight, value_B in length_penalties(rollout, settings):
+        task_BR = task_BR + on_last_action(weight * value_B, rollout)
     return task_BR
+
+
+def weighed_parts(rollout: Rollout, scores: Scores, settings: PPOSettings) -> list[Weighed]:
+    """The parts whose weighted sum the reward is, and the penalties of `ppo`."""
+    if not scores.weights:
+        told = "the reward does not say by which weights its parts are summed (Scores.weights)"
+        raise UserError(f"ppo.group_parts: {told}; build it of a list of terms, or leave group_parts out")
+    found = [(weight, scores.parts[name]) for name, weight in scores.weights.items()]
+    weighed_KB = torch.stack([weight * part_B.double().nan_to_num(nan=0.0) for weight, part_B in found])
+    sum_B = weighed_KB.sum(0)
+    off = torch.nonzero(~((scores.total_B - sum_B).abs() <= 1e-4 * (1 + weighed_KB.abs().sum(0)))).flatten().tolist()
+    if off:
+        told = f"{row_name(rollout, off[0])} has parts that come to {sum_B[off[0]]:.6g} by their weights (Scores.weights)"
+        raise UserError(f"ppo.group_parts: {told}, but the total {scores.total_B[off[0]]:.6g}; give the weights of its sum")
+    return [*found, *length_penalties(rollout, settings)]
 
 
 def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Experience, dict[str, float]]:
     """Per-token rewards, advantages and returns of all rows, and what they say.
 
-    PPO details, in their order: the score and the missing-stop penalty on the last action; the KL taken off per token; reward
+    Rows that the reward screens out lose their actions: they are as if they were not there.
+
+    PPO details, in their order: the score and the penalties for length on the last action; the KL taken off per token; reward
     whitening (variance only); GAE, or a critic-free baseline; advantage whitening; importance weights."""
+    scored = without_screened(scored)
     rollout, mask_BR, reference_BR = scored.rollout, scored.rollout.action_mask_BR, scored.reference_logprobs_BR
     task_BR = task_rewards(rollout, scored.scores, settings)
     kl_BR = None
     if reference_BR is not None and settings.kl_as == "reward":
-        kl_BR = kl.estimate(scored.old_logprobs_BR, reference_BR, settings.kl_estimator)
+        kl_BR = kl.estimate(scored.left_logprobs_BR, reference_BR, settings.kl_estimator)
     rewards_BR = advantages.token_rewards(task_BR, mask_BR, kl_BR, kl_coef)
     if settings.whiten_rewards:
         rewards_BR = advantages.whiten(rewards_BR, mask_BR, keep_mean=True)
@@ -215,12 +269,20 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
         advantages_BR, returns_BR = advantages.gae(
             rewards_BR, scored.values_BR, mask_BR, gamma=settings.gamma, lam=settings.lam, bootstrap_B=scored.after_B
         )
+    elif settings.group_parts:
+        weighed = weighed_parts(rollout, scored.scores, settings)
+        advantages_BR, returns_BR = advantages.parts(weighed, rewards_BR, mask_BR, rollout.row_B)
+    elif settings.credit == "rloo":
+        advantages_BR, returns_BR = advantages.rloo(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
     else:
-        baseline = advantages.rloo if settings.credit == "rloo" else advantages.group
-        advantages_BR, returns_BR = baseline(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma)
-    if settings.credit == "gae" if settings.whiten_advantages is None else settings.whiten_advantages:
+        std = settings.credit == "group" and settings.group_std
+        advantages_BR, returns_BR = advantages.group(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma, std=std)
+    if settings.whitens_advantages:
         advantages_BR = advantages.whiten(advantages_BR, mask_BR)
-    importance_BR, metrics = importance(scored, settings)
+    importance_BR, corrected = importance(scored, settings)
+    metrics = corrected | overlong_metrics(rollout, settings)
+    if (screened_B := scored.scores.screened_B) is not None:
+        metrics["reward/screened"] = float(screened_B.double().mean())
     metrics["value/explained_variance"] = advantages.explained_variance(scored.values_BR, returns_BR, mask_BR)
     experience = Experience(
         rollout=rollout,

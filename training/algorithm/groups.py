@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from steerl.reward.types import Scores
-from steerl.rollout.types import Samples
-from steerl.training.algorithm.experience import task_rewards
+from steerl.rollout.types import Rollout, Samples
+from steerl.training.algorithm.experience import task_rewards, weighed_parts
 from steerl.training.settings import PPOSettings
 
 
@@ -50,7 +50,7 @@ class Groups:
         self._rewards.append(scores.total_B)
         equal_G = torch.zeros(len(rows), dtype=torch.bool)
         if self.settings.drop_equal_groups:
-            equal_G = equal_groups(task_rewards(samples.rollout, scores, self.settings).sum(1), self.samples)
+            equal_G = equal_groups(self._compared(samples.rollout, scores), self.samples, scores.screened_B)
         self._found, self._dropped = self._found + int((~equal_G).sum()), self._dropped + int(equal_G.sum())
         equal_B = equal_G.repeat_interleave(self.samples)
         for rows_B, among in ((~equal_B, self._kept), (equal_B, self._equal)):
@@ -58,6 +58,12 @@ class Groups:
                 among.append(
                     (samples, scores) if bool(rows_B.all()) else _select(samples, scores, rows_B.nonzero()[:, 0].tolist())
                 )
+
+    def _compared(self, rollout: Rollout, scores: Scores) -> Tensor:
+        """(B, K): the numbers that are compared in a group, each by itself."""
+        if self.settings.group_parts:
+            return torch.stack([part_B for _, part_B in weighed_parts(rollout, scores, self.settings)], dim=1)
+        return task_rewards(rollout, scores, self.settings).sum(1, keepdim=True)
 
     def joined(self) -> tuple[Samples, Scores]:
         """Exactly `count` groups: those that differ, in the order they were drawn; then equal ones."""
@@ -86,7 +92,10 @@ def _select(samples: Samples, scores: Scores, rows: list[int]) -> tuple[Samples,
     return Samples(samples.rollout.select(rows), texts), scores.select(rows)
 
 
-def equal_groups(score_B: Tensor, samples: int) -> Tensor:
-    """Which groups of `samples` rows, one after another, all have the same score."""
-    score_GN = score_B.reshape(-1, samples)
-    return score_GN.amax(1) == score_GN.amin(1)
+def equal_groups(score_BK: Tensor, samples: int, screened_B: Tensor | None = None) -> Tensor:
+    """Which groups of `samples` rows, one after another, have the same scores in every column. Rows that are screened out, and
+    parts that do not apply (NaN), are as if they were not there."""
+    counts_BK = ~score_BK.isnan() if screened_B is None else ~score_BK.isnan() & ~screened_B[:, None]
+    most_GNK = torch.where(counts_BK, score_BK, -torch.inf).reshape(-1, samples, score_BK.shape[1])
+    least_GNK = torch.where(counts_BK, score_BK, torch.inf).reshape(most_GNK.shape)
+    return (most_GNK.amax(1) <= least_GNK.amin(1)).all(1)

@@ -5,6 +5,7 @@ exploration, older weights, another engine), are weighed by pi_old / mu:
 
     token_*      each token by its own pi_old / mu: low variance, biased (the states before it are mu's)
     sequence_*   each row by the product over its tokens: the true gradient, high variance
+    geometric_*  each row by the geometric mean over its tokens: low variance at any length, biased
     *_truncate   weights above `high` become `high`, below `low` become `low`
     *_mask       weights above `high` or below `low` become 0
 
@@ -30,11 +31,12 @@ def importance_weights(
     Logged: the effective sample size in rows (of the plain sequence weights) and of the weights in use (as a share), the
     largest weight before truncation, the share truncated or masked, and KL(mu || pi_old) per token and sequence."""
     log_token_BR = torch.where(mask_BR, policy_BR.double() - behaviour_BR.double(), 0.0)
-    log_row_B, acts_B = log_token_BR.sum(1), mask_BR.any(1)
+    log_row_B, actions_B, acts_B = log_token_BR.sum(1), mask_BR.sum(1), mask_BR.any(1)
     rows, tokens = max(int(acts_B.sum()), 1), max(int(mask_BR.sum()), 1)
-    by_row = correction.type.startswith("sequence")
+    by_row = correction.type.startswith(("sequence", "geometric"))
+    log_used_B = log_row_B / actions_B.clamp(min=1) if correction.type.startswith("geometric") else log_row_B
     # Held where exp is still finite: a row of another policy's may be off by thousands of nats.
-    plain_BR = (log_row_B[:, None].expand_as(log_token_BR) if by_row else log_token_BR).clamp(max=700).exp()
+    plain_BR = (log_used_B[:, None].expand_as(log_token_BR) if by_row else log_token_BR).clamp(max=700).exp()
     outside_BR = mask_BR & ((plain_BR > correction.high) | (plain_BR < correction.low))
     if correction.type == "none":
         used_BR, outside_BR = torch.ones_like(plain_BR), torch.zeros_like(mask_BR)

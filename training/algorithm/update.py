@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,11 +29,14 @@ def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, s
     """Change the weights in place; what was measured on the way.
 
     PPO details: every epoch shuffles the rows anew; learning rates fall over the steps; early stop: a minibatch whose
-    approximate KL exceeds `stop_kl` is the step's last."""
+    approximate KL exceeds `stop_kl` is the step's last. A minibatch without any action (all of its rows screened out) is left
+    out: the optimizer's momentum would move weights that nothing speaks for."""
     set_learning_rates(state.optimizer, settings, state.step)
     done: list[MinibatchStats] = []
     for epoch in range(settings.epochs):
         for rows in minibatches(experience.rollout, count=settings.minibatches, seed=seed, step=state.step, epoch=epoch):
+            if not bool(experience.rollout.action_mask_BR[rows].any()):
+                continue
             done.append(update(state, experience, rows, settings))
             if state.step == settings.value_warmup_steps and len(done) == 2:
                 check_first_move(done[-1].approx_kl, settings, state.step)
@@ -41,7 +45,7 @@ def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, s
         else:
             continue
         break
-    return UpdateStats.of(done, max(processes.gather_objects([done[0].ratio_error])))
+    return UpdateStats.of(done, max(processes.gather_objects([one.ratio_error for one in done[:1]]), default=0.0))
 
 
 def update(state: TrainState, experience: Experience, rows: list[int], settings: PPOSettings) -> MinibatchStats:
@@ -97,15 +101,12 @@ def micro_batch_loss(
         mask_BR = torch.zeros_like(mask_BR)
     weights_BR = loss.token_weights(mask_BR, **counts, reduction=settings.loss_reduction)
     importance_BR = None if experience.importance_BR is None else part(experience.importance_BR)
-    total, metrics = loss.policy_loss(
+    total, metrics = chosen_loss(settings)(
         new_BR,
         part(experience.old_logprobs_BR),
         part(experience.advantages_BR),
         mask_BR,
         weights_BR,
-        clip_low=settings.clip,
-        clip_high=settings.clip if settings.clip_high is None else settings.clip_high,
-        dual_clip=settings.dual_clip,
         importance_BR=importance_BR,
     )
     if output.entropy_BR is not None:
@@ -132,8 +133,22 @@ def micro_batch_loss(
         )
         metrics |= value_metrics
         total = total + settings.value_coef * value
+    if settings.loss_reduction == "constant":
+        assert settings.response_limit is not None  # with_response_limit
+        total = total * loss.filled(**counts, limit=settings.response_limit)
     error = torch.where(mask_BR, (new_BR.detach() - part(experience.old_logprobs_BR)).expm1().abs(), 0.0).amax()
     return total, metrics, error
+
+
+def chosen_loss(settings: PPOSettings) -> Callable[..., tuple[Tensor, loss.Metrics]]:
+    """The policy loss of `ppo.loss`, with the settings that it has."""
+    if settings.loss == "dppo":
+        return partial(loss.dppo, divergence=settings.dppo_divergence, threshold=settings.dppo_bound)
+    high = settings.clip if settings.clip_high is None else settings.clip_high
+    if settings.loss == "cispo":
+        return partial(loss.cispo, clip_low=settings.clip, clip_high=high)
+    clipped = loss.gspo if settings.loss == "gspo" else loss.policy_loss
+    return partial(clipped, clip_low=settings.clip, clip_high=high, dual_clip=settings.dual_clip)
 
 
 def set_learning_rates(optimizer: Optimizer, settings: PPOSettings, step: int) -> None:

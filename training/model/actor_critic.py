@@ -16,13 +16,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
 from steerl.rollout.steering import Steering
+from steerl.rollout.steering.spec.spec import ROLES
 from steerl.rollout.types import Rollout
 from steerl.training.model.held import Held
 from steerl.training.model.reference import Reference
@@ -113,17 +114,25 @@ class ActorCritic(Held):
         return PolicyOutput(logprobs_BR, entropy_BR, values_BR, after_B)
 
     def _policy_pass(self, rollout: Rollout, entropy: bool) -> TeacherForced:
-        # Behaviour and data are roles of the sampler alone: the policy that learns is then the plain model.
-        steers = self.steering is not None and self.steering.role in ("policy", "trainable") and rollout.steering
         shared = self.head is not None and self.value_model is None
         return teacher_forced(
             self.policy,
             rollout,
             want_hidden=shared,
             want_entropy=entropy,
-            steering=self.steering if steers else None,
+            steering=self.steering if self.learns_steered(rollout) else None,
             packed=self.packed,
         )
+
+    def learns_steered(self, rollout: Rollout) -> bool:
+        """Whether the policy of these rows is the steered model. Behaviour and data are roles of the sampler alone."""
+        return self.steering is not None and ROLES[self.steering.role].learns and bool(rollout.steering)
+
+    def plain_logprobs(self, rollout: Rollout) -> Tensor | None:
+        """The plain model's, where it drew rows that the steered one learns from (role preventative). Collective."""
+        if self.steering is None or ROLES[self.steering.role].draws or not self.learns_steered(rollout):
+            return None
+        return self.inside(lambda: teacher_forced(self.policy, rollout, want_entropy=False, packed=self.packed).logprobs_BR)
 
 
 def checkpoint_activations(actor_critic: ActorCritic) -> None:

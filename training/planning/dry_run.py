@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from steerl.reward.build import Entry, Surroundings, read_terms
+from steerl.reward.kinds.activations.frozen import named
 from steerl.reward.kinds.model_inputs import folders_of
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
@@ -34,6 +35,7 @@ from steerl.rollout.prompts.tables import is_file_name, read_table
 from steerl.rollout.steering import SteeringSpec, load_spec
 from steerl.rollout.steering.bind import Binding, bind
 from steerl.rollout.steering.core.structure import stacks
+from steerl.rollout.steering.vectors.probes import read_probe
 from steerl.training.checks import check_job, check_precision
 from steerl.training.engine.optimizer import check_optimizer
 from steerl.training.engine.zero import check_dtypes
@@ -88,7 +90,7 @@ def dry_run(job: Any, model: ModelSettings, config: dict[str, object]) -> Findin
         found.look(f"ppo.replay {job.ppo.replay}", lambda: finished_shards(Path(job.ppo.replay)))
     if entries := found.look("reward", lambda: read_terms(job.reward).entries):
         for entry in entries:
-            found.look(entry.where, partial(_term, entry, found))
+            found.look(entry.where, partial(_term, entry, policy, found))
     spec = load_spec(job.steering) if job.steering else None
     if spec is not None:
         found.look("steering", lambda: _steering(spec, policy, job.run.seed, found))
@@ -163,13 +165,21 @@ def _table(section: str, settings: PromptSettings, policy: Policy | None, new: i
     return f"{section}.path {settings.path}", read
 
 
-def _term(entry: Entry, found: Findings) -> None:
+def _term(entry: Entry, policy: Policy | None, found: Findings) -> None:
     own, field = entry.own, entry.where.split(" ")[0]
     if entry.common.kind in _HEADS:
         for path in [own.path] if isinstance(own.path, str) else own.path:
             hub = Hub(own.revision, own.trust_remote_code)
             _config(path, f"{field}.path", "reward", hub, _HEADS[entry.common.kind], own.allow_new_head)
         found.unchecked.append(f"{entry.where}: its weights")
+        return
+    if entry.common.kind in ("probe", "novelty"):
+        found_in = [read_probe(Path(own.probe), own.layer, field)] if entry.common.kind == "probe" else []
+        if own.model is not None:
+            policy = policy_of(named(own), found)
+        if policy is None:
+            raise OutOfReach("whether it fits the model is open")
+        own.place(policy, *found_in, entry.where)
         return
     own.build(entry.where, Surroundings(None, None)).close()
     if entry.common.kind == "http":

@@ -25,6 +25,7 @@ from steerl.rollout.common.run_folder import folder_aside, told_of_disk, write_j
 from steerl.rollout.model import adapters, auto_classes, sharding
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering import Steering, deploy
+from steerl.rollout.steering.spec.spec import ROLES
 from steerl.rollout.weights import blocks, files
 from steerl.rollout.weights.files import Announced
 from steerl.training.model.actor_critic import ActorCritic
@@ -41,7 +42,7 @@ SHARD = 2_000_000_000
 
 def deployed(steering: Steering | None) -> str:
     """What becomes of the steering when the policy is saved: strip, keep or fold. Without a part in the policy it is left."""
-    return steering.spec.on_deploy if steering is not None and steering.role in ("policy", "trainable") else "strip"
+    return steering.spec.on_deploy if steering is not None and ROLES[steering.role].stays else "strip"
 
 
 def check_export(model: ActorCritic, accelerator: Accelerator, settings: PPOSettings) -> None:

@@ -86,11 +86,13 @@ def rollout_metrics(stats: StepStats, scored: Scored) -> dict[str, float]:
 def kl_to_reference(scored: Scored, importance_BR: Tensor | None = None) -> KLStats | None:
     """The policy's KL to the reference: k1 summed over a response, mean over rows that have actions; k3 per action.
 
-    Rows of another distribution than the policy's count by their importance weights, which share out 1 whatever bounds them."""
+    Rows of another distribution than the policy's count by their importance weights, which share out 1 whatever bounds them;
+    those that the plain model drew, which is what will be left, are its own."""
     if scored.reference_logprobs_BR is None:
         return None
+    importance_BR = importance_BR if scored.plain_logprobs_BR is None else None
     mask_BR, k1_B = scored.rollout.action_mask_BR, kl_per_response(scored, importance_BR)
-    k3_BR = kl.estimate(scored.old_logprobs_BR, scored.reference_logprobs_BR, "k3")
+    k3_BR = kl.estimate(scored.left_logprobs_BR, scored.reference_logprobs_BR, "k3")
     if importance_BR is None:
         return KLStats(mean(k1_B, mask_BR.any(1)), mean(k3_BR, mask_BR))
     weights_BR = importance_BR.double()
@@ -113,7 +115,7 @@ def kl_per_response(scored: Scored, importance_BR: Tensor | None = None) -> Tens
     """k1 summed over each response's actions, in float64, each by its weight; zeros without a reference."""
     if scored.reference_logprobs_BR is None:
         return torch.zeros(len(scored.rollout), dtype=torch.float64)
-    k1_BR = kl.estimate(scored.old_logprobs_BR.double(), scored.reference_logprobs_BR.double())
+    k1_BR = kl.estimate(scored.left_logprobs_BR.double(), scored.reference_logprobs_BR.double())
     weighed_BR = k1_BR if importance_BR is None else k1_BR * importance_BR
     return torch.where(scored.rollout.action_mask_BR, weighed_BR, 0.0).sum(1)
 
@@ -122,13 +124,21 @@ def kl_per_response(scored: Scored, importance_BR: Tensor | None = None) -> Tens
 
 
 def check_gap(scored: Scored, tolerance: float, step: int, *, corrected: bool) -> GapStats | None:
-    """Measure |sampler's - trainer's| policy log-prob of every action; above the tolerance the run stops.
+    """Measure |sampler's - trainer's| policy log-prob of every action; above the tolerance the run stops. Where the plain model
+    draws and the steered one learns, both are measured: what was drawn by is then a law of the trainer's, too.
 
     Rollouts of other weights (a replayed dump) have a gap by right: it is what the correction weighs. Where nothing is
     corrected they are refused."""
     rollout = scored.rollout
     own_B1 = (rollout.policy_step_B == step)[:, None]
-    gap_BR = (rollout.policy_logprobs_BR.double() - scored.old_logprobs_BR.double()).abs()
+    sampled_BR, trained_BR = rollout.policy_logprobs_BR, scored.old_logprobs_BR
+    gap_BR = (sampled_BR.double() - trained_BR.double()).abs()
+    if scored.plain_logprobs_BR is not None:
+        plain_BR = (rollout.behaviour_logprobs_BR.double() - scored.plain_logprobs_BR.double()).abs()
+        wider_BR = plain_BR.nan_to_num(nan=torch.inf) > gap_BR
+        sampled_BR = torch.where(wider_BR, rollout.behaviour_logprobs_BR, sampled_BR)
+        trained_BR = torch.where(wider_BR, scored.plain_logprobs_BR, trained_BR)
+        gap_BR = torch.where(wider_BR, plain_BR, gap_BR)
     # NaN is the widest gap of all, and compares as less than nothing
     measured_BR = rollout.action_mask_BR & own_B1
     gap_BR = torch.where(measured_BR, gap_BR.nan_to_num(nan=torch.inf), 0.0)
@@ -138,8 +148,8 @@ def check_gap(scored: Scored, tolerance: float, step: int, *, corrected: bool) -
         row, token = divmod(place, rollout.response_width)
         raise UserError(
             f"step {step + 1}: the sampler's log-prob of token {token} of {row_name(rollout, row)} "
-            f"is {float(rollout.policy_logprobs_BR[row, token]):.4f}, the trainer's forward pass "
-            f"gives {float(scored.old_logprobs_BR[row, token]):.4f}: a gap of {largest:.3g} nats (mean "
+            f"is {float(sampled_BR[row, token]):.4f}, the trainer's forward pass "
+            f"gives {float(trained_BR[row, token]):.4f}: a gap of {largest:.3g} nats (mean "
             f"{mean(gap_BR, measured_BR):.3g}), above ppo.gap_tolerance {tolerance:g}. Usual causes: dropout left on, "
             "position ids or attention masks that differ, a penalty or a temperature that one side lacks, an adapter or a "
             "steering vector active on one side only, half precision (then raise ppo.gap_tolerance), rows of other weights "

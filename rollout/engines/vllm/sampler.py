@@ -21,7 +21,7 @@ from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.decoding.loop import OnToken, no_distribution
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.contexts import Contexts
-from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.engines.sampler import Sampler, drawing
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm import laws
 from steerl.rollout.engines.vllm.engine import LOG, Asked, VllmEngine
@@ -49,7 +49,8 @@ class ServerSampler:
     """Draws with one set of settings, steered or not, from the weights that the engine has sent last."""
 
     def __init__(self, engine: VllmEngine, sampling: Sampling, steering: Steering | None = None):
-        self.engine, self.policy, self.sampling, self.steering = engine, engine.policy, sampling, steering
+        self.engine, self.policy, self.sampling = engine, engine.policy, sampling
+        self.steering = drawing(steering)
         if sampling.compile:
             raise UserError("sampling.compile: has no effect with engine.kind vllm; leave it out")
         self.inside = Sampler(self.policy, sampling, steering)
@@ -119,12 +120,12 @@ class ServerSampler:
         return self._sealed(rollout, begun, step)
 
     def _sealed(self, rollout: Rollout, begun: Rollout, step: int, moved: bool = False) -> Rollout:
-        """With the policy's own numbers where a steered model drew. `begun`: rows that are looked at, now and after the next
+        """With the policy's own numbers where another model drew. `begun`: rows that are looked at, now and after the next
         sync."""
         with no_dropout(self.policy.core), torch.no_grad():
             if not moved:
                 self._check_laws(begun, step)
-            if self.inside.plain_policy:
+            if self.inside.two_laws:
                 same = begun is rollout
                 rollout = self.engine.inside(lambda: self.inside.of_policy(rollout))
                 begun = rollout if same else begun
@@ -213,7 +214,7 @@ def server_of(
     me = processes.start()
     with tempfile.TemporaryDirectory(prefix="steerl-") as scratch:
         log = Path(folder or scratch) / (LOG if me.is_main else f"engine-{me.rank}.log")
-        server = VllmEngine(policy, engine, log, steering=steering, longest=longest, alone=True)
+        server = VllmEngine(policy, engine, log, steering=drawing(steering), longest=longest, alone=True)
         try:
             yield server
         finally:

@@ -15,10 +15,12 @@ from steerl.rollout.common.settings_reader import Path, Reader, Section, dotted,
 from steerl.rollout.common.yaml_files import load_yaml
 from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.table import SETTINGS, TABLE
-from steerl.rollout.steering.spec.spec import Gate, Op, Site, SteeringSpec, Where
+from steerl.rollout.steering.spec.spec import ROLES, Gate, Op, Site, SteeringSpec, Where
 
 MOST = 3e38
 """Of a number: what float32 holds."""
+CORRECTED = [name for name, role in ROLES.items() if not role.one_law and name != "data"]
+"""Roles whose rows are weighed."""
 Faults = Iterator[tuple[tuple[str, ...], str]]
 """(name in the section, what is wrong)."""
 
@@ -98,8 +100,9 @@ def _top(spec: Section) -> Faults:
     for name in sorted({n for n in names if names.count(n) > 1}):
         yield ("sites",), f"the name {name!r} is used {names.count(name)} times; give each site its own"
     role = spec.get("role", SteeringSpec.role)
-    if "correction" in spec and role != "behaviour":
-        yield ("correction",), f"only role behaviour has one; remove it, or set role: behaviour (found {role!r})"
+    if "correction" in spec and role not in CORRECTED:
+        wish = " and ".join(CORRECTED)
+        yield ("correction",), f"only roles {wish} have one; remove it, or set role: {CORRECTED[0]} (found {role!r})"
 
 
 def _site(site: Section) -> Faults:

@@ -8,16 +8,42 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from steerl.rollout.common.settings_reader import MISSING, Path, Reader, key_of, whole_numbers, within
 from steerl.rollout.steering.core.places import At, Ramp
 from steerl.rollout.steering.core.table import ACTIVATIONS, TABLE
 from steerl.rollout.steering.spec import reading
 
-CorrectionType = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+CorrectionType = Literal[
+    "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"
+]
 CORRECTIONS: tuple[str, ...] = get_args(CorrectionType)
-ROLES = ("policy", "trainable", "behaviour", "data")
+
+
+class Role(NamedTuple):
+    """On which sides the model is the steered one."""
+
+    draws: bool
+    """Rows are drawn from it."""
+    learns: bool
+    """The policy's log-probs, old and new, are its, and its gradient is what weights learn by."""
+    stays: bool
+    """It is what a run leaves, unless `on_deploy` strips it."""
+
+    @property
+    def one_law(self) -> bool:
+        """Rows are drawn from the policy that learns; else pi / mu weighs them."""
+        return self.draws == self.learns
+
+
+ROLES = {
+    "policy": Role(draws=True, learns=True, stays=True),
+    "trainable": Role(draws=True, learns=True, stays=True),
+    "behaviour": Role(draws=True, learns=False, stays=False),
+    "preventative": Role(draws=False, learns=True, stays=False),
+    "data": Role(draws=True, learns=False, stays=False),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +72,8 @@ class Op:
 
 @dataclass(frozen=True)
 class Strength:
-    """How much: a number, a column of the data, a distribution, or a share of the activation's own norm."""
+    """How much: a number, a column of the data, one of a list for each sample, a distribution, or a share of the activation's
+    own norm."""
 
     value: float = 1.0
     column: str = ""
@@ -57,6 +84,8 @@ class Strength:
     std: float = 0.0
     per: str = "sample"
     norm_match: bool = False
+    samples: tuple[float, ...] = ()
+    """Of the samples of a prompt in turn: sample i has entry i modulo their number."""
 
 
 # The forms that a strength may be written in besides a number.
@@ -71,6 +100,11 @@ class ByColumn:
 @dataclass(frozen=True)
 class NormMatch:
     norm_match: float
+
+
+@dataclass(frozen=True)
+class BySample:
+    samples: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -93,16 +127,19 @@ def read_strength(reader: Reader, path: Path, value: object) -> object:
     if not isinstance(value, Mapping):
         number = reader.value(float, path, value)
         return MISSING if number is MISSING else Strength(number)
-    forms: list[type] = [form for form, key in ((ByColumn, "column"), (NormMatch, "norm_match")) if value.get(key) is not None]
+    keys = ((ByColumn, "column"), (NormMatch, "norm_match"), (BySample, "samples"))
+    forms: list[type] = [form for form, key in keys if value.get(key) is not None]
     if value.get("dist") is not None:
         forms.append(Normal if value["dist"] == "normal" else Uniform)
     if len(forms) != 1:
-        wish = "a number, {column: c}, {dist: uniform, ...} or {norm_match: x}"
+        wish = "a number, {column: c}, {samples: [a, b, ...]}, {dist: uniform, ...} or {norm_match: x}"
         reader.tell(path, f"expected {wish}, found {dict(value)!r}")
         return MISSING
     form = reader.read(forms[0], value, path)
     if isinstance(form, Uniform) and form.high <= form.low:
         reader.tell((*path, "high"), f"must be above low = {form.low:g}, found {form.high:g}")
+    if isinstance(form, BySample) and not any(form.samples):
+        reader.tell((*path, "samples"), f"expected numbers of which one is not 0, found {list(form.samples)}")
     if form is None:
         return MISSING
     return Strength(norm_match=True, value=form.norm_match) if isinstance(form, NormMatch) else Strength(**vars(form))
@@ -161,7 +198,7 @@ class Site:
 @dataclass(frozen=True)
 class Correction:
     """How rollouts are weighed whose sampling distribution was not the policy's (training/algorithm/importance.py): in a
-    steering of role behaviour, and as ppo.correction."""
+    steering of role behaviour or preventative, and as ppo.correction."""
 
     type: CorrectionType = "token_truncate"
     """`none` says that the bias is accepted: every weight is 1 and the mismatch is only logged."""
@@ -223,6 +260,8 @@ def _strength(strength: Strength) -> object:
         return {"norm_match": strength.value}
     if strength.column:
         return {"column": strength.column} | ({"value": strength.value} if strength.value != 1.0 else {})
+    if strength.samples:
+        return {"samples": list(strength.samples)}
     if strength.dist == "uniform":
         return {"dist": "uniform", "low": strength.low, "high": strength.high, "per": strength.per}
     if strength.dist:

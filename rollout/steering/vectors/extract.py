@@ -26,6 +26,7 @@ from steerl.rollout.model.hooks import Frame
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.steering.core.structure import Point
+from steerl.rollout.steering.vectors.probes import fit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -182,6 +183,8 @@ def _pass(
 
 def direction(positive_ND: Tensor, negative_ND: Tensor, method: str) -> Tensor:
     """The direction from negative to positive at one layer."""
+    if method == "probe" and len(positive_ND) < 2:
+        raise UserError(f"method: probe needs at least 2 pairs, found {len(positive_ND)}; use mean_diff")
     positive, negative = positive_ND.double(), negative_ND.double()
     mean = (positive - negative).mean(0)
     if method == "mean_diff":
@@ -192,30 +195,26 @@ def direction(positive_ND: Tensor, negative_ND: Tensor, method: str) -> Tensor:
         axis = axes[0] * torch.where((axes[0] @ mean) < 0, -1.0, 1.0)
         return (axis * sizes[0] / len(positive) ** 0.5).float()
     if method == "probe":
-        return _probe(positive, negative).float()
+        return along_means(fit(positive, negative)[0], positive, negative)
     raise UserError(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
 
 
-def _probe(positive: Tensor, negative: Tensor, penalty: float = 1e-2, rounds: int = 100) -> Tensor:
-    """The weight of a logistic regression (ridge, Newton's method), scaled to the distance of the means along it."""
-    x = torch.cat([positive, negative])
-    y = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).double()
-    centre, spread = x.mean(0), x.std(0).clamp_min(1e-8)
-    z = torch.cat([(x - centre) / spread, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
-    ridge = penalty * len(x) * torch.eye(z.shape[1], dtype=x.dtype)
-    ridge[-1, -1] = 1e-9
-    weight = torch.zeros(z.shape[1], dtype=x.dtype)
-    for _ in range(rounds):
-        probability = torch.sigmoid(z @ weight)
-        gradient = z.T @ (probability - y) + ridge @ weight
-        hessian = (z * (probability * (1 - probability))[:, None]).T @ z + ridge
-        step = torch.linalg.solve(hessian, gradient)
-        weight = weight - step
-        if float(step.norm()) < 1e-9 * (1.0 + float(weight.norm())):
-            break
-    along = weight[:-1] / spread
-    unit = along / along.norm().clamp_min(1e-30)
-    return unit * ((positive.mean(0) - negative.mean(0)) @ unit)
+def along_means(weight_D: Tensor, positive_ND: Tensor, negative_ND: Tensor) -> Tensor:
+    """The direction of a regression's weight, scaled to the distance of the means along it."""
+    unit_D = weight_D / weight_D.norm().clamp_min(1e-30)
+    return (unit_D * ((positive_ND.double().mean(0) - negative_ND.double().mean(0)) @ unit_D)).float()
+
+
+def contrast(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    pairs: Sequence[Pair],
+    points: Sequence[Point],
+    position: str,
+) -> tuple[Tensor, Tensor]:
+    """(pairs, points, D) twice: what the positive texts give, and the negative ones."""
+    positive = activations(model, tokenizer, [(p.prompt, p.positive) for p in pairs], points, position)
+    return positive, activations(model, tokenizer, [(p.prompt, p.negative) for p in pairs], points, position)
 
 
 def directions(
@@ -227,10 +226,7 @@ def directions(
     position: str,
 ) -> list[Tensor]:
     """One vector per point."""
-    if method == "probe" and len(pairs) < 2:
-        raise UserError(f"method: probe needs at least 2 pairs, found {len(pairs)}; use mean_diff")
-    positive = activations(model, tokenizer, [(p.prompt, p.positive) for p in pairs], points, position)
-    negative = activations(model, tokenizer, [(p.prompt, p.negative) for p in pairs], points, position)
+    positive, negative = contrast(model, tokenizer, pairs, points, position)
     return [direction(positive[:, i], negative[:, i], method) for i in range(len(points))]
 
 

@@ -14,6 +14,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines import sampler
 from steerl.rollout.engines.sampler import Sampler
+from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.rollout.steering import Steering
@@ -177,6 +178,39 @@ def test_samples_keep_their_own_strengths() -> None:
         assert float((forced.logprobs_BR - alone.behaviour_logprobs_BR).abs().max()) < 1e-5
     again = sampled("gpt2", spec, dataclasses.replace(settings, batch_size=12))[1]
     assert torch.equal(again.strength_B, rollout.strength_B) and torch.equal(again.response_BR, rollout.response_BR)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("more", [{}, {"fraction": 0.5}], ids=["all", "half"])
+def test_a_list_of_strengths_goes_round_the_samples(family: str, more: dict[str, Any]) -> None:
+    """Sample i has entry i modulo the list's length, whatever the batch: in rows that leave early and go on alone, in prompts
+    that come twice, in both engines, and each row is what it is when it is steered alone with that number."""
+    listed, here = [0.0, 1.5, -2.5], {"at": {"layers": [0]}, "vector": vector()}
+    spec = {"sites": [{**here, "strength": {"samples": listed}, "schedule": {"from": 1.0, "to": 0.5}}], **more}
+    settings = dataclasses.replace(SETTINGS, n=6, max_new_tokens=7, stop_ids=(3, 8, 11, 40), temperature=2.0)
+    steering = Steering(policy(family).model, spec)
+    ids = prompts()
+    batch = dataclasses.replace(PromptBatch.of_ids([*ids, ids[1]], [0, 1, 2, 1]), occurrences=[0, 0, 0, 1])
+
+    def drawn(size: int, kind: str = "stream"):
+        how = dataclasses.replace(settings, batch_size=size)
+        return Sampler(policy(family), how, steering, EngineSettings(kind=kind)).sample(batch, progress=1.0).rollout
+
+    rollout = drawn(24)
+    assert len(set(rollout.lengths_B.tolist())) > 2
+    assert rollout.sample_B.tolist() == [*range(6)] * 3 + [*range(6, 12)]
+    expected = [0.5 * listed[sample % 3] for sample in rollout.sample_B.tolist()]
+    steered_B = rollout.strength_B != 0
+    assert [s or e * bool(more) for s, e in zip(rollout.strength_B.tolist(), expected, strict=True)] == expected
+    assert not more or 0 < int(steered_B.sum()) < 16
+    for other in (drawn(1), drawn(5), drawn(24, "generate")):
+        assert torch.equal(other.strength_BK, rollout.strength_BK) and other.prompt_ids == rollout.prompt_ids
+        assert other.response_ids == rollout.response_ids
+    for row in range(24):
+        own = {"sites": [{**here, "strength": float(rollout.strength_B[row])}]}
+        alone = rollout.select([row]).trim()
+        forced = teacher_forced(policy(family), alone, steering=Steering(policy(family).model, own))
+        assert float((forced.logprobs_BR - alone.behaviour_logprobs_BR).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])

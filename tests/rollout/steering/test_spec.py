@@ -46,6 +46,10 @@ steering:
       vector: {init: normal, std: 0.1}
       strength: {column: much}
       where: {prompt: {window: [1, -1]}}
+    - name: ladder
+      at: {layers: [2]}
+      vector: [1.0]
+      strength: {samples: [0, 0.5, -1.5]}
   fraction: 0.5
   correction: {type: token_truncate, high: 2.0}
   kl_budget: {nats_per_sequence: 0.5, action: rescale}
@@ -59,12 +63,12 @@ def test_yaml_and_objects_are_one_to_one(tmp_path: Path) -> None:
     file.write_text(FULL)
     spec = load_spec(file)
     assert load_spec(spec) == spec and load_spec(spec.mapping()) == spec and load_spec(str(file)) == spec
-    cheer, heads, path, front = spec.sites
+    cheer, heads, path, front, ladder = spec.sites
     assert cheer.at.layers == (8, 9) and cheer.strength == Strength(4.0) and cheer.where.steps == {"window": (0, 64)}
     assert cheer.where.exclude_tokens == ("eos",) and cheer.gate.on == "prompt_mean" and cheer.schedule.until == 0.5
     assert heads.at.layers == "all" and heads.strength.high == 6.0 and heads.where.prompt == {"column": "spots"}
     assert path.vector == {"values": [0.5, 1e-3, 2]} and path.where == Where((0, -1), "generated_positions")
-    assert front.where == Where({"window": (1, -1)}, "none")
+    assert front.where == Where({"window": (1, -1)}, "none") and ladder.strength == Strength(samples=(0.0, 0.5, -1.5))
     assert (spec.fraction, spec.role, spec.kl_budget.nats_per_sequence) == (0.5, "behaviour", 0.5)
     by_hand = SteeringSpec(sites=(Site(name="a", at=At(layers=(1,)), vector={"values": [1.0]}, strength=Strength(2.0)),))
     assert load_spec({"sites": [{"name": "a", "at": {"layers": [1]}, "vector": [1.0], "strength": 2}]}) == by_hand
@@ -97,6 +101,10 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"strenght": 2.0}, {}, "sites[0].strenght: unknown key; did you mean 'strength'?"),
     ({"strength": "much"}, {}, "sites[0].strength: expected a number, found 'much'"),
     ({"strength": {"dist": "uniform", "low": 2, "high": 1}}, {}, "sites[0].strength.high: must be above low"),
+    ({"strength": {"samples": 2.0}}, {}, "sites[0].strength.samples: expected a list (each a number), found 2.0"),
+    ({"strength": {"samples": []}}, {}, "sites[0].strength.samples: expected numbers of which one is not 0, found []"),
+    ({"strength": {"samples": [1.0, "x"]}}, {}, "sites[0].strength.samples[1]: expected a number, found 'x'"),
+    ({"strength": {"samples": [1.0], "column": "c"}}, {}, "sites[0].strength: expected a number, {column: c}, {samples: "),
     ({"strength": float("nan")}, {}, "sites[0].strength: expected a number"),
     ({"op": {"type": "ad"}}, {}, "sites[0].op.type: expected one of set, vanilla, add"),
     ({"op": {"type": "add", "value": 2}}, {}, "sites[0].op.value: has no effect with op add"),

@@ -146,6 +146,19 @@ def test_a_resumed_run_goes_on_where_the_prompts_were(tmp_path):
     assert [m["step"] for m in metrics] == [1, 2, 3]
 
 
+def test_rows_that_are_screened_out_make_no_group_differ(tmp_path):
+    """Only the samples that score apart are screened: what is left of every group is alike."""
+
+    def screening(rollout, texts):
+        total_B = scored(rollout, texts).total_B
+        return Scores(total_B, screened_B=(rollout.row_B % 3 == 0) & (rollout.sample_B % N > 0))
+
+    learned, metrics = played(tmp_path, reward=screening, steps=1)
+    assert (metrics[0]["groups/equal"], metrics[0]["groups/filled"]) == (metrics[0]["groups/drawn"], 4)
+    assert len(learned[0]) == 12
+    assert metrics[0]["reward/screened"] == sum(row % 3 == 0 and s % N > 0 for row, s, *_ in learned[0]) / 12
+
+
 def test_penalties_are_part_of_a_score(tmp_path):
     """All wrong, but some ran to the limit: they are not alike."""
     learned, metrics = played(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from steerl.rollout.steering import load_spec
+from steerl.rollout.steering.spec.spec import CORRECTIONS
 from steerl.scripts.train_ppo import PPOJob
 from steerl.training.algorithm import advantages, kl
 from steerl.training.algorithm.importance import Correction, importance_weights
@@ -67,7 +68,7 @@ def test_a_kl_in_the_reward_needs_no_weights_but_those_of_the_policy_loss():
     assert torch.allclose(found, true, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize("kind", CORRECTIONS)
 def test_each_type_by_hand(kind):
     draw = torch.Generator().manual_seed(3)
     lengths = [4, 1, 3, 2]
@@ -75,17 +76,17 @@ def test_each_type_by_hand(kind):
     policy = torch.where(mask, torch.randn(4, 4, generator=draw), math.nan)
     behaviour = torch.where(mask, torch.randn(4, 4, generator=draw), math.nan)
     weights, metrics = importance_weights(policy, behaviour, mask, Correction(kind, high=1.5, low=0.4))
-    outside, largest, used = 0, 0.0, []
+    family, outside, largest, used = kind.split("_")[0], 0, 0.0, []
     for i, n in enumerate(lengths):
         log = [float(policy[i, t]) - float(behaviour[i, t]) for t in range(n)]
         for t in range(n):
-            plain = math.exp(sum(log)) if kind.startswith("sequence") else math.exp(log[t])
+            plain = {"sequence": math.exp(sum(log)), "geometric": math.exp(sum(log) / n)}.get(family, math.exp(log[t]))
             largest = max(largest, plain)
             out = kind != "none" and not 0.4 <= plain <= 1.5
             outside += out
             expected = {"truncate": min(max(plain, 0.4), 1.5), "mask": 0.0 if out else plain, "none": 1.0}[kind.split("_")[-1]]
             assert float(weights[i, t]) == pytest.approx(expected, rel=1e-5)
-            if t == 0 or not kind.startswith("sequence"):
+            if t == 0 or family not in ("sequence", "geometric"):
                 used.append(expected)
         assert weights[i, n:].eq(0).all()
     rows = [math.exp(sum(float(policy[i, t]) - float(behaviour[i, t]) for t in range(n))) for i, n in enumerate(lengths)]
@@ -118,3 +119,25 @@ def test_a_huge_mismatch_overflows_nothing():
     )
     assert weights.tolist() == [[2.0] * 3, [0.0] * 3]
     assert metrics["correction/ess"] == pytest.approx(1.0)
+
+
+def test_masked_on_both_sides_is_icepop():
+    """Its M(k): k within [alpha, beta], ends included, else 0; here 0.5 and 2, on tokens; and rows alike by their geometric mean."""
+    ratios = [[0.25, 0.5, 1.0, 2.0, 4.0], [2.0, 0.5, 8.0, 1.0, math.nan]]
+    mask = torch.tensor([[True] * 5, [True] * 4 + [False]])
+    log = torch.tensor(ratios, dtype=torch.float64).log()
+    bounds = {"low": 0.5, "high": 2.0}
+    weights, said = importance_weights(log, torch.zeros_like(log), mask, Correction("token_mask", **bounds))
+    assert torch.allclose(weights, torch.tensor([[0.0, 0.5, 1.0, 2.0, 0.0], [2.0, 0.5, 0.0, 1.0, 0.0]]), atol=1e-6)
+    assert said["correction/share_outside"] == pytest.approx(3 / 9)
+    rows, _ = importance_weights(log, torch.zeros_like(log), mask, Correction("geometric_mask", **bounds))
+    assert torch.allclose(rows, mask * torch.tensor([[1.0], [8.0**0.25]]), atol=1e-6)
+
+
+def test_where_nothing_is_off_every_type_weighs_one():
+    draw = torch.Generator().manual_seed(3)
+    log = torch.randn(4, 5, generator=draw)
+    mask = torch.rand(4, 5, generator=draw) < 0.7
+    for kind in CORRECTIONS:
+        weights, _ = importance_weights(log, log, mask, Correction(kind, low=0.5))
+        assert torch.equal(weights, mask.float())

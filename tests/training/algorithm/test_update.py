@@ -48,6 +48,19 @@ def entropy_of(policy, rollout, i):
     return -(log.exp() * log).sum(-1)
 
 
+def objective_by_hand(ratio, new, old, advantage, row, ppo):
+    """Of one action, whose row's ratio is `row`."""
+    move = abs(math.exp(float(new.detach())) - math.exp(old))
+    if ppo.loss == "dppo":
+        on = (float(ratio.detach()) - 1) * advantage > 0
+        return 0 * ratio if move > ppo.dppo_threshold and on else ratio * advantage
+    if ppo.loss == "cispo":
+        return ratio.detach().clamp(1 - ppo.clip, 1 + ppo.clip) * advantage * new
+    if ppo.loss == "gspo":
+        ratio = row * torch.exp(new - new.detach())
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - ppo.clip, 1 + ppo.clip) * advantage)
+
+
 def loss_by_hand(parts, experience, rows, ppo) -> torch.Tensor:
     """PPO's whole loss of one minibatch, action by action, in float64 from unpadded rows."""
     rollout = experience.rollout
@@ -56,13 +69,18 @@ def loss_by_hand(parts, experience, rows, ppo) -> torch.Tensor:
     tokens = sum(len(places[i]) for i in rows)
     total = torch.zeros((), dtype=torch.float64)
     for i in rows:
-        weight = 1 / tokens if ppo.loss_reduction == "token" else 1 / (len(places[i]) * len(rows))
+        weight = {
+            "token": 1 / tokens,
+            "sequence": 1 / (len(places[i]) * len(rows)),
+            "constant": 1 / ((ppo.response_limit or 1) * len(rows)),
+        }[ppo.loss_reduction]
         new, values = lone_logprobs(parts.policy, rollout, i), lone_values(parts.actor_critic, rollout, i)
         entropy = entropy_of(parts.policy, rollout, i) if ppo.entropy_coef else None
+        row = math.exp(sum(float(new[t].detach() - experience.old_logprobs_BR[i, t]) for t in places[i]) / len(places[i]))
         for t in places[i]:
             advantage, old = float(experience.advantages_BR[i, t]), float(experience.old_logprobs_BR[i, t])
             ratio = torch.exp(new[t] - old)
-            objective = torch.minimum(ratio * advantage, ratio.clamp(1 - ppo.clip, 1 + ppo.clip) * advantage)
+            objective = objective_by_hand(ratio, new[t], old, advantage, row, ppo)
             before, wanted = float(experience.values_BR[i, t]), float(experience.returns_BR[i, t])
             held = before + (values[t] - before).clamp(-ppo.value_clip, ppo.value_clip)
             error = torch.maximum((values[t] - wanted) ** 2, (held - wanted) ** 2) / 2
@@ -85,6 +103,9 @@ CASES = [
     ("bloom", {"sampling": {"temperature": 0.7}, "entropy_coef": -0.01}),
     ("llama", {"packing": True, "entropy_coef": 0.02, "sampling": {"temperature": 0.7}}),
     ("gpt2", {"packing": True, "value": "shared", "checkpointing": True, "micro_batch_tokens": 20, "peft": LORA}),
+    ("llama", {"packing": True, "loss": "gspo", "clip": 0.01, "loss_reduction": "sequence", "value": "shared"}),
+    ("t5", {"loss": "cispo", "clip": 0.05, "kl_as": "loss", "kl_estimator": "k3"}),
+    ("gpt2", {"loss": "dppo", "dppo_threshold": 0.002, "peft": LORA, "loss_reduction": "constant", "response_limit": 12}),
 ]
 
 

@@ -16,19 +16,22 @@ import torch
 
 from steerl.reward.build import build_reward
 from steerl.reward.types import Scores
+from steerl.reward.weighted_sum import WeightedSum
 from steerl.rollout.common import processes
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.environments.settings import EnvironmentSettings
+from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering import load_spec
+from steerl.rollout.steering.vectors.files import save_vector
 from steerl.rollout.types import Rollout, Samples, Texts
 from steerl.training.algorithm.importance import Correction
 from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 from tests.models import tiny_policy
-from tests.ppo_runs import LORA, prompts_of, share_of_threes, with_gaps
+from tests.ppo_runs import LORA, prompts_of, share_of_threes, two_parts, with_gaps
 
 TABLE = runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples" / "toy_engine.py"))["Table"]
 JOBS = {
@@ -41,12 +44,27 @@ JOBS = {
         {"top_p": 0.8, "top_k": 20},
         {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0, "bootstrap_cut": True},
     ),
-    "group": ("llama", None, {"n": 4}, {"credit": "group", "loss_reduction": "sequence"}),
+    "group": ("llama", None, {"n": 4}, {"credit": "group", "loss_reduction": "sequence", "loss": "gspo", "clip": 0.005}),
+    # three prompts on two ranks, several parts, tokens of all ranks whitened together
+    "parts": (
+        "gpt2",
+        None,
+        {"n": 4},
+        {
+            "credit": "reinforce_baseline",
+            "group_parts": True,
+            "rollouts_per_step": 12,
+            "kl_as": "loss",
+            "overlong_buffer": 4,
+            "missing_stop_penalty": 0.5,
+            "correction": Correction("geometric_truncate"),
+        },
+    ),
     "corrected": (
         "bloom",
         None,
         {"top_p": 0.8, "replay_mask": False},
-        {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1},
+        {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1, "loss": "dppo", "dppo_threshold": 0.001},
     ),
     # groups that score alike are drawn again, one prompt or two at a time
     "dropped": (
@@ -65,14 +83,17 @@ JOBS = {
         {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1, "correction": Correction("token_truncate")},
     ),
     "steered": ("llama", None, {"n": 2}, {"value": "shared"}),
+    # a probe and a bonus, of the policy as it started; some rows are screened out
+    "screened": ("llama", LORA, {"n": 2}, {"value": "shared"}),
     "vectors": ("gpt2", None, {}, {}),
     "explored": ("llama", None, {"n": 2}, {}),
+    "prevented": ("gpt2", None, {"n": 2}, {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0}),
     # as if some of the tokens had been fed: a rank's rows may have no action at all
     "gaps": (
         "gpt2",
         None,
         {},
-        {"rollouts_per_step": 15, "minibatches": 5, "bootstrap_cut": True, "loss_reduction": "sequence"},
+        {"rollouts_per_step": 15, "minibatches": 5, "bootstrap_cut": True, "loss_reduction": "constant", "loss": "cispo"},
     ),
     # episodes of two to four turns; the second rank has rows of its own
     "episodes": ("gpt2", None, {"n": 3, "batch_size": 4}, {"rollouts_per_step": 15, "minibatches": 5, "bootstrap_cut": True}),
@@ -87,7 +108,13 @@ STEERING = {
         "role": "behaviour",
         "correction": {"type": "token_mask"},
         "fraction": 0.5,
-        "sites": [{**SITE, "schedule": {}}],
+        "sites": [{**SITE, "strength": {"samples": [2.0, 1.0]}, "schedule": {}}],
+    },
+    "prevented": {
+        "role": "preventative",
+        "correction": {"type": "sequence_truncate"},
+        "kl_budget": {"nats_per_sequence": 0.05},
+        "sites": [{**SITE, "strength": {"samples": [2.0, 1.0]}}],
     },
 }
 SETTINGS = {
@@ -119,6 +146,16 @@ class Counted:
         return Scores(share_of_threes(rollout, texts).total_B.cpu() * count)
 
 
+def screened_reward(folder: Path, policy: Policy) -> WeightedSum:
+    reading = {"1": {"slope": 1.0, "bias": 0.0, "threshold": 1.0}}
+    notes = {"probe": reading, "component": "block_output", "stack": "decoder", "position": "mean"}
+    vector = torch.tensor([0.5 - i % 3 for i in range(32)])
+    file = save_vector(folder / f"probe-{processes.start().rank}.safetensors", {1: vector}, notes)
+    length = {"kind": "length", "min": 2, "max": 5, "unit": "tokens"}
+    novel = {"kind": "novelty", "history": "run", "dimensions": 4, "weight": 0.3}
+    return build_reward([length, novel, {"kind": "probe", "probe": str(file), "screen": True}], policy)
+
+
 _sample = Sampler.sample
 
 
@@ -139,6 +176,10 @@ def main(folder: Path) -> None:
                 prompts_of(policy, most=3 if name == "ragged" else 0),
                 build_reward([{"kind": "environment"}])
                 if name in ENVIRONMENT
+                else two_parts()
+                if name == "parts"
+                else screened_reward(folder, policy)
+                if name == "screened"
                 else logging_reward
                 if table is None
                 else Counted(),

@@ -59,6 +59,7 @@ def test_two_processes_equal_one(folders, name):
     # Not weight by weight: a key's bias has no gradient but rounding, which Adam blows up to whole steps that change nothing.
     laws = [logits_of(JOBS[name][0], folder / "model") for folder in (one, two)]
     assert torch.allclose(laws[0], laws[1], atol=1e-5)
+    assert name != "screened" or any(0 < step["reward/screened"] < 1 for step in rows[0])
     assert summaries[1]["reward_after"] == pytest.approx(summaries[0]["reward_after"], abs=1e-5)
     assert all(
         ('"action_mask": [' in (folder / "samples.jsonl").read_text()) == (name in ("gaps", "episodes"))

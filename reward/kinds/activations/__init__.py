@@ -1,0 +1,1 @@
+"""What a frozen model makes of rows, read off its activations."""

@@ -1,0 +1,127 @@
+"""`kind: probe`: a linear probe on activations, of a frozen model that reads the rows' own ids.
+
+    ids as sampled -> frozen model, as far as the layer -> h at each action -> slope x (h . direction) + bias -> a number a row
+
+The number is a penalty (a negative weight), or with `screen` the mark of rows that nothing is to be learned from. The model
+that is read is not the one that learns: a policy that is trained against a probe of itself can learn to hide from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from steerl.reward.kinds.activations.frozen import check_ids, check_vocabulary, frozen, read_places
+from steerl.reward.kinds.model_inputs import vocabulary_of
+from steerl.reward.types import Scores
+from steerl.reward.weighted_sum import RewardTerm
+from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.fingerprint import model_fingerprint, sha256_file, values_fingerprint
+from steerl.rollout.common.settings_reader import Checked, within
+from steerl.rollout.model.policy import Policy
+from steerl.rollout.steering.core.structure import Point
+from steerl.rollout.steering.vectors.probes import Probe, hidden_states, place_of, read_probe
+from steerl.rollout.types import Rollout, Texts, row_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings(Checked):
+    """A probe's file, and which model it is read in."""
+
+    probe: str
+    """What `steerl extract --extract.method probe` made: a vector file with a bias and a threshold."""
+    model: str | None = None
+    """A folder or hub name of the policy's vocabulary; null = a copy of the policy as it starts."""
+    layer: int | None = within(None, low=0)
+    """Which of the file's; not needed where there is one."""
+    position: Literal["mean", "last", "max"] | None = None
+    """Over a row's actions, its stop token left out: the logit of the mean activation, that of the last action, or the highest.
+    null = mean or last, as the file was made."""
+    output: Literal["logit", "probability"] = "logit"
+    above: float | Literal["file"] | None = None
+    """Values that are not above it count 0; file = the threshold that the file holds. null = every value counts."""
+    screen: bool = False
+    """Nothing is learned from rows above the threshold (the file's, or `above`), and the part adds nothing to the reward."""
+    batch_size: int = within(64, low=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    revision: str = ""
+    """Branch, tag or commit of the hub; empty = the newest."""
+    trust_remote_code: bool = False
+    """Run Python code that lies beside the model, with all your rights; read it first."""
+
+    def problems(self) -> list[str]:
+        unused = [name for name in ("revision", "trust_remote_code") if getattr(self, name) and self.model is None]
+        return [f"{name}: without effect where model is not given; leave it out" for name in unused]
+
+    def build(self, where: str, around: Any) -> RewardTerm:
+        probe = read_probe(Path(self.probe), self.layer, where.split(" ")[0])
+        policy = frozen(self, where, around)
+        reward = ProbeReward(self, probe, policy, self.place(policy, probe, where), vocabulary_of(policy.tokenizer), where)
+        return RewardTerm("", where, 0.0 if self.screen else 1.0, reward.score, content=reward.content)
+
+    def place(self, policy: Policy, probe: Probe, where: str) -> Point:
+        """The probe's point in a model."""
+        return place_of(policy, probe.at, len(probe.direction_D), f"{where.split(' ')[0]}.probe: {self.probe}")
+
+
+@dataclass(frozen=True)
+class ProbeReward:
+    settings: ProbeSettings
+    probe: Probe
+    policy: Policy
+    point: Point
+    vocabulary: str
+    where: str
+
+    def content(self) -> str:
+        return values_fingerprint([[model_fingerprint(self.policy.model), sha256_file(Path(self.settings.probe))]])
+
+    @property
+    def threshold(self) -> float | None:
+        """In the unit of the output; None where there is none."""
+        given = "file" if self.settings.screen and self.settings.above is None else self.settings.above
+        return self.output(torch.tensor(self.probe.reading.threshold)).item() if given == "file" else given
+
+    def output(self, logits: Tensor) -> Tensor:
+        return logits if self.settings.output == "logit" else logits.sigmoid()
+
+    def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
+        if not len(rollout):
+            return Scores(torch.zeros(0))
+        check_ids(rollout, self.where)
+        check_vocabulary(self.vocabulary, vocabulary, self.where)
+        read_BR = read_places(rollout, self.policy.eos_ids)
+        logits_B = torch.full((len(rollout),), torch.nan)
+        for rows, hidden_BRD in hidden_states(self.policy, rollout, self.point, self.settings.batch_size, self.where):
+            mask_BR = read_BR[rows, : hidden_BRD.shape[1]].to(hidden_BRD.device)
+            logits_B[rows.cpu()] = self.pooled(self.probe.logits(hidden_BRD), mask_BR).cpu()
+        values_B, acts_B = self.output(logits_B), rollout.actions_B.cpu() > 0
+        bad = (~values_B.isfinite() & acts_B).nonzero().flatten().tolist()
+        if bad:
+            raise UserError(f"{self.where}: {row_name(rollout, bad[0])} has a value that is not finite; try dtype: float32")
+        return self.scores(values_B)
+
+    def pooled(self, logits_BR: Tensor, mask_BR: Tensor) -> Tensor:
+        """(B,): one logit of each row; NaN where it has no action."""
+        position = self.settings.position or self.probe.position
+        if position == "max":
+            highest_B = logits_BR.masked_fill(~mask_BR, -torch.inf).amax(1)
+            return highest_B.masked_fill(~mask_BR.any(1), torch.nan)
+        if position == "last":
+            mask_BR = mask_BR & (mask_BR.flip(1).cumsum(1).flip(1) == 1)
+        return torch.where(mask_BR, logits_BR, 0.0).sum(1) / mask_BR.sum(1)
+
+    def scores(self, values_B: Tensor) -> Scores:
+        """A row without actions has no value. `above`: whether a value is above the threshold."""
+        if self.threshold is None:
+            return Scores(values_B)
+        above_B = values_B > self.threshold
+        parts = {"above": above_B.float().masked_fill(values_B.isnan(), torch.nan)}
+        if self.settings.screen:
+            return Scores(values_B, parts, screened_B=above_B)
+        return Scores(values_B.where(above_B | values_B.isnan(), 0.0), parts)
