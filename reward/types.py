@@ -132,9 +132,12 @@ class Reward(Protocol):
 
 def on_last_action(values_B: Tensor, rollout: Rollout) -> Tensor:
     """(B, R) with `values_B` on each row's last action (the stop token, or the last token of a cut row), 0 elsewhere."""
-    mask_BR = rollout.action_mask_BR
-    left_BR = mask_BR.flip(1).cumsum(1).flip(1)
-    return torch.where(mask_BR & (left_BR == 1), values_B.to(rollout.device)[:, None], 0.0)
+    return torch.where(last_of(rollout.action_mask_BR), values_B.to(rollout.device)[:, None], 0.0)
+
+
+def last_of(mask_BR: Tensor) -> Tensor:
+    """The last place of each row under the mask."""
+    return mask_BR & (mask_BR.flip(1).cumsum(1).flip(1) == 1)
 
 
 @dataclass(frozen=True)

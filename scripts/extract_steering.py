@@ -29,7 +29,7 @@ from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import Point, locate, unwrap
 from steerl.rollout.steering.spec.spec import Op, Site, Where
-from steerl.rollout.steering.vectors.extract import contrast, direction, read_pairs, separation
+from steerl.rollout.steering.vectors.extract import along_means, contrast, direction, read_pairs, separation
 from steerl.rollout.steering.vectors.files import save_vector
 from steerl.rollout.steering.vectors.probes import Probe, fit, judge, notes_of, reading_of
 
@@ -103,7 +103,12 @@ def main(job: ExtractJob) -> None:
     except UserError as problem:
         raise UserError(*(line.replace("at.", "extract.", 1) for line in problem.lines)) from problem
     positive, negative = contrast(model, policy.tokenizer, used, points, job.extract.position)
-    vectors = [direction(positive[:, i], negative[:, i], job.extract.method) for i in range(len(points))]
+    each = [(positive[:, i], negative[:, i]) for i in range(len(points))]
+    fits = [fit(*texts) for texts in each] if job.extract.method == "probe" else []
+    if fits:
+        vectors = [along_means(weight_D, *texts) for (weight_D, _), texts in zip(fits, each, strict=True)]
+    else:
+        vectors = [direction(*texts, job.extract.method) for texts in each]
     for point, vector in zip(points, vectors, strict=True):
         if not bool(vector.any()):
             raise UserError(
@@ -116,9 +121,7 @@ def main(job: ExtractJob) -> None:
     layers = [point.layer for point in points]
     out = Path(job.extract.out)
     notes = {**asdict(job.extract), "made_from_pairs": len(used), "held_out_separation": shares, "versions": versions()}
-    probes: list[Probe] = []
-    if job.extract.method == "probe":
-        probes = made_probes(job.extract, points, vectors, (positive, negative), apart)
+    if probes := made_probes(job.extract, points, vectors, fits, (positive, negative), apart):
         notes["probe"] = notes_of(probes)
     save_vector(out, {int(layer or 0): vector for layer, vector in zip(layers, vectors, strict=True)}, notes, model)
     print(f"{out}: {job.extract.method} of {len(used)} pairs at {job.extract.component}")
@@ -159,16 +162,16 @@ def made_probes(
     settings: ExtractSettings,
     points: Sequence[Point],
     vectors: Sequence[Tensor],
+    fits: Sequence[tuple[Tensor, float]],
     used: tuple[Tensor, Tensor],
     held: tuple[Tensor, Tensor] | None,
 ) -> list[Probe]:
-    """Each layer's vector as a probe, with its threshold: of the held-out pairs where there are any."""
+    """Each vector that has a regression as a probe, with its threshold: of the held-out pairs where there are any."""
     probes = []
-    for i, (point, vector) in enumerate(zip(points, vectors, strict=True)):
-        at = At(layers=(int(point.layer or 0),), component=settings.component, stack=settings.stack)
-        read = reading_of(vector, *fit(used[0][:, i], used[1][:, i]))
-        positive, negative = used if held is None else held
-        probe = Probe(vector, read, at, settings.position)
+    positive, negative = used if held is None else held
+    for i, fitted in enumerate(fits):
+        at = At(layers=(int(points[i].layer or 0),), component=settings.component, stack=settings.stack)
+        probe = Probe(vectors[i], reading_of(vectors[i], *fitted), at, settings.position)
         probes.append(judge(probe, positive[:, i], negative[:, i], settings.false_positives, held is not None))
     return probes
 

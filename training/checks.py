@@ -60,7 +60,6 @@ def check_job(
         problems += float16_problems(policy.model) + quantization_problems(policy.model)
     problems += sampling_problems(sampling, ppo, steering)
     problems += length_problems(sampling, ppo, environment or EnvironmentSettings())
-
     if steering is not None and not ppo.replay:  # whose rows say how strongly they were steered
         problems += samples_problems(steering, sampling.n)
     problems += engine_problems(engine or EngineSettings(), ppo, steering)

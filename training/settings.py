@@ -239,13 +239,6 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
             if getattr(ppo, name) != default
         ]
     problems += limit_problems(ppo) + group_problems(ppo) + loss_problems(ppo)
-    if ppo.drop_equal_groups and ppo.credit == "gae":
-        problems.append(
-            "ppo.drop_equal_groups: true, but ppo.credit gae learns from such groups, too; leave it out, or compare samples "
-            "(rloo, group, reinforce_baseline)"
-        )
-    if ppo.resample_tries != PPOSettings.resample_tries and not ppo.drop_equal_groups:
-        problems.append(f"ppo.resample_tries: {ppo.resample_tries} has no effect without ppo.drop_equal_groups; leave it out")
     correction = ppo.correction
     if correction is not None and not (correction.high > 0 and 0 <= correction.low <= correction.high):
         problems.append(f"ppo.correction: low {correction.low} and high {correction.high}, but 0 <= low <= high and high > 0")
@@ -255,6 +248,13 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
 def group_problems(ppo: PPOSettings) -> list[str]:
     """What is done within the samples of a prompt."""
     problems = []
+    if ppo.drop_equal_groups and ppo.credit == "gae":
+        problems.append(
+            "ppo.drop_equal_groups: true, but ppo.credit gae learns from such groups, too; leave it out, or compare samples "
+            "(rloo, group, reinforce_baseline)"
+        )
+    if ppo.resample_tries != PPOSettings.resample_tries and not ppo.drop_equal_groups:
+        problems.append(f"ppo.resample_tries: {ppo.resample_tries} has no effect without ppo.drop_equal_groups; leave it out")
     if not ppo.group_std and ppo.credit != "group":
         told = f"false has no effect with ppo.credit {ppo.credit}, which has no deviation of a group; leave it out"
         problems.append(f"ppo.group_std: {told}")

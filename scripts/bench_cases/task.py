@@ -77,3 +77,14 @@ def evaluate(world: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedM
     torch.random.set_rng_state(state)
     scores = rewards_of(world, tokenizer, sequences)
     return sum(scores) / len(scores)
+
+
+def evaluate_kept(
+    world: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, kept: dict[int, dict[str, torch.Tensor]], seed: int
+) -> dict[int, float]:
+    """The same of the weights that were kept after some steps."""
+    evaluated = {}
+    for step, weights in kept.items():
+        model.load_state_dict(weights)
+        evaluated[step] = evaluate(world, tokenizer, model, seed)
+    return evaluated

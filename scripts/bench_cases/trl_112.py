@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from steerl.scripts.bench_cases.task import RESPONSE, ROLLOUTS, SEEN, Ledger, evaluate, rewards_of, starts
+from steerl.scripts.bench_cases.task import RESPONSE, ROLLOUTS, SEEN, Ledger, evaluate_kept, rewards_of, starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
@@ -105,11 +105,7 @@ def main(world: Path, run: Path, seed: int, steps: int, setting: str, stop: int 
     )  # fmt: skip
     with contextlib.suppress(Enough):
         trainer.train()
-    evaluated = {}
-    for step, weights in kept.items():
-        policy.load_state_dict(weights)
-        evaluated[step] = evaluate(world, tokenizer, policy, seed)
-    print(ledger.to_json(evaluated))
+    print(ledger.to_json(evaluate_kept(world, tokenizer, policy, kept, seed)))
 
 
 if __name__ == "__main__":

@@ -188,22 +188,21 @@ def of_arms(plan: Plan) -> Iterator[str]:
     """Lines that all arms share stand once; others have their arm's name."""
     found: dict[str, list[str]] = {}
     for arm in plan.arms:
-        settings = plan.grid(arm) or [{}]
-        lines = [line for setting in settings for line in of_arm(plan, arm, setting)]
-        for line in dict.fromkeys(lines):
+        for line in dict.fromkeys(of_arm(plan, arm)):
             found.setdefault(line, []).append(arm)
     for line, arms in found.items():
         yield line if arms == plan.arms and len(arms) > 1 else f"{', '.join(arms)}: {line}"
 
 
-def of_arm(plan: Plan, arm: str, setting: Changes) -> list[str]:
+def of_arm(plan: Plan, arm: str) -> list[str]:
     try:
-        if not plan.grid(arm):
-            runs = plan.reported(arm, setting)
-        else:
-            runs = next(runs for runs, choice in zip(plan.searched(arm), plan.grid(arm), strict=True) if choice == setting)
+        settings = plan.searched(arm) or [plan.reported(arm, {})]
     except UserError as problem:
         return list(problem.lines)
+    return [line for runs in settings for line in of_setting(plan, runs)]
+
+
+def of_setting(plan: Plan, runs: list[Run]) -> list[str]:
     job = replace(runs[0].job, run=RunSettings(dir=str(plan.folder / ".held" / "none")))
     lines = dry_run(job, learnable(job.model), to_mapping(job)).problems
     for name, terms in plan.study.final.measures.items() if not lines else ():

@@ -59,9 +59,9 @@ def build(folder: Path, seed: int) -> None:
 
     from steerl.rollout.steering.core.places import At
     from steerl.rollout.steering.core.structure import locate
-    from steerl.rollout.steering.vectors.extract import Pair, contrast, direction, directions
+    from steerl.rollout.steering.vectors.extract import Pair, along_means, contrast
     from steerl.rollout.steering.vectors.files import save_vector
-    from steerl.rollout.steering.vectors.probes import notes_of
+    from steerl.rollout.steering.vectors.probes import fit, notes_of
     from steerl.scripts.extract_steering import ExtractSettings, made_probes
     from steerl.scripts.toy_tasks import making
 
@@ -98,17 +98,14 @@ def build(folder: Path, seed: int) -> None:
     making.save(folder / "tokenizer", tokenizer)
     making.save(folder / "base", tokenizer, model)
 
-    points = locate(model, At(layers="all"))
-    vectors = directions(model, tokenizer, pairs, points, "mean_diff", "last")
-    notes = {"method": "mean_diff", "position": "last", "component": "block_output", "pairs": len(pairs)}
-    save_vector(
-        folder / "trait.safetensors", {int(p.layer or 0): v for p, v in zip(points, vectors, strict=True)}, notes, model
-    )
+    making.save_trait(folder / "trait.safetensors", model, tokenizer, pairs)
+    points = locate(model, At(layers=(1,)))
     made = ExtractSettings(pairs="answers.jsonl", out="probe.safetensors", layers=[1], method="probe", position="mean")
     count = round(len(answers) * (1 - made.held_out))
-    used, held = (contrast(model, tokenizer, part, points[1:], "mean") for part in (answers[:count], answers[count:]))
-    vector = direction(used[0][:, 0], used[1][:, 0], "probe")
-    probes = made_probes(made, points[1:], [vector], used, held)
+    used, held = (contrast(model, tokenizer, part, points, "mean") for part in (answers[:count], answers[count:]))
+    fitted = fit(used[0][:, 0], used[1][:, 0])
+    vector = along_means(fitted[0], used[0][:, 0], used[1][:, 0])
+    probes = made_probes(made, points, [vector], [fitted], used, held)
     save_vector(folder / made.out, {1: vector}, {**asdict(made), "probe": notes_of(probes)}, model)
     facts = {"word": WORD, "fools": FOOLS, "length": LENGTH, "probe": notes_of(probes)}
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -14,6 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from steerl.rollout.steering.core.places import At
+from steerl.rollout.steering.core.structure import locate
+from steerl.rollout.steering.vectors.extract import Pair, directions
+from steerl.rollout.steering.vectors.files import save_vector
+
 PAD, END = "<pad>", "</s>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -151,6 +156,14 @@ def save(folder: Path, tokenizer: PreTrainedTokenizerFast, model: torch.nn.Modul
     tokenizer.save_pretrained(folder)
     if model is not None:
         model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def save_trait(file: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]) -> None:
+    """The mean difference of pairs at every block, at their last token, as a vector file."""
+    points = locate(model, At(layers="all"))
+    vectors = directions(model, tokenizer, pairs, points, "mean_diff", "last")
+    notes = {"method": "mean_diff", "position": "last", "component": "block_output", "pairs": len(pairs)}
+    save_vector(file, {int(p.layer or 0): v for p, v in zip(points, vectors, strict=True)}, notes, model)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

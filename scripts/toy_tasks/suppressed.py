@@ -48,11 +48,7 @@ def report(draw: random.Random, is_glad: bool) -> str:
 
 
 def build(folder: Path, seed: int) -> None:
-
-    from steerl.rollout.steering.core.places import At
-    from steerl.rollout.steering.core.structure import locate
-    from steerl.rollout.steering.vectors.extract import Pair, directions
-    from steerl.rollout.steering.vectors.files import save_vector
+    from steerl.rollout.steering.vectors.extract import Pair
     from steerl.scripts.toy_tasks import making
 
     draw = random.Random(f"suppressed {seed}")
@@ -88,12 +84,7 @@ def build(folder: Path, seed: int) -> None:
     making.save(folder / "tokenizer", tokenizer)
     making.save(folder / "base", tokenizer, model)
 
-    points = locate(model, At(layers="all"))
-    vectors = directions(model, tokenizer, pairs, points, "mean_diff", "last")
-    notes = {"method": "mean_diff", "position": "last", "component": "block_output", "pairs": len(pairs)}
-    save_vector(
-        folder / "cheer.safetensors", {int(p.layer or 0): v for p, v in zip(points, vectors, strict=True)}, notes, model
-    )
+    making.save_trait(folder / "cheer.safetensors", model, tokenizer, pairs)
     (folder / "facts.json").write_text(
         json.dumps({"glad_words": GLAD, "enough": ENOUGH, "words": WORDS}, indent=2) + "\n", encoding="utf-8"
     )

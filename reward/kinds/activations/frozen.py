@@ -3,20 +3,75 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from steerl.reward.kinds.model import usable_device
 from steerl.reward.kinds.model_inputs import vocabulary_of
-from steerl.reward.types import has_ids
+from steerl.reward.types import has_ids, last_of
 from steerl.rollout.common.errors import DataError, UserError
+from steerl.rollout.common.fingerprint import model_fingerprint
+from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.model import unread
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
+from steerl.rollout.steering.core.structure import Point
+from steerl.rollout.steering.vectors.probes import hidden_states
 from steerl.rollout.types import Rollout
 
 
-def frozen(settings: Any, where: str, around: Any) -> Policy:
+@dataclass(frozen=True, kw_only=True)
+class FrozenSettings(Checked):
+    """Which model reads."""
+
+    model: str | None = None
+    """A folder or hub name of the policy's vocabulary; null = a copy of the policy as it starts."""
+    batch_size: int = within(64, low=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    revision: str = ""
+    """Branch, tag or commit of the hub; empty = the newest."""
+    trust_remote_code: bool = False
+    """Run Python code that lies beside the model, with all your rights; read it first."""
+
+    def problems(self) -> list[str]:
+        unused = [name for name in ("revision", "trust_remote_code") if getattr(self, name) and self.model is None]
+        return [f"{name}: without effect where model is not given; leave it out" for name in unused]
+
+
+@dataclass(frozen=True)
+class FrozenReader:
+    """What such a model gives at one of its places."""
+
+    settings: FrozenSettings
+    policy: Policy
+    point: Point
+    vocabulary: str
+    where: str
+
+    @staticmethod
+    def of(settings: FrozenSettings, policy: Policy, point: Point, where: str) -> FrozenReader:
+        return FrozenReader(settings, policy, point, vocabulary_of(policy.tokenizer), where)
+
+    def content(self) -> str:
+        """A hash of the weights. Those of the policy as it starts are the run's own to tell."""
+        return "" if self.settings.model is None else model_fingerprint(self.policy.model)
+
+    def read(self, rollout: Rollout, vocabulary: str | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(rows, hidden_BRD, which of it counts) of some rows at a time."""
+        if not has_ids(rollout):
+            told = "reads ids as they were sampled, and these texts have none; score a dump, or train with it"
+            raise DataError(f"{self.where}: {told}")
+        check_vocabulary(self.vocabulary, vocabulary, self.where)
+        read_BR = read_places(rollout, self.policy.eos_ids)
+        for rows, hidden_BRD in hidden_states(self.policy, rollout, self.point, self.settings.batch_size, self.where):
+            yield rows.cpu(), hidden_BRD, read_BR[rows, : hidden_BRD.shape[1]].to(hidden_BRD.device)
+
+
+def frozen(settings: FrozenSettings, where: str, around: Any) -> Policy:
     """`settings.model`, or a copy of the policy as it is now, which is before it learns; nothing trains or steers it."""
     field = where.split(" ")[0]
     device = usable_device(settings.device or around.device or ("cuda" if torch.cuda.is_available() else "cpu"), field)
@@ -34,9 +89,9 @@ def frozen(settings: Any, where: str, around: Any) -> Policy:
     return policy
 
 
-def named(settings: Any) -> ModelSettings:
+def named(settings: FrozenSettings) -> ModelSettings:
     return ModelSettings(
-        path=settings.model,
+        path=str(settings.model),
         dtype=settings.dtype,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
@@ -50,16 +105,9 @@ def check_vocabulary(own: str, other: str | None, where: str) -> None:
         )
 
 
-def check_ids(rollout: Rollout, where: str) -> None:
-    if not has_ids(rollout):
-        raise DataError(f"{where}: reads ids as they were sampled, and these texts have none; score a dump, or train with it")
-
-
-def read_places(rollout: Rollout, eos_ids: tuple[int, ...]) -> torch.Tensor:
+def read_places(rollout: Rollout, eos_ids: tuple[int, ...]) -> Tensor:
     """(B, R): the actions, but for the stop token of a row that has others: texts that a probe is made from have none."""
     mask_BR = rollout.action_mask_BR
-    last_BR = mask_BR & (mask_BR.flip(1).cumsum(1).flip(1) == 1)
-    stops_BR = (
-        last_BR & torch.isin(rollout.response_BR, torch.tensor(eos_ids, device=rollout.device)) & rollout.ended_B[:, None]
-    )
+    is_eos_BR = torch.isin(rollout.response_BR, torch.tensor(eos_ids, device=rollout.device))
+    stops_BR = last_of(mask_BR) & is_eos_BR & rollout.ended_B[:, None]
     return mask_BR & ~(stops_BR & (mask_BR.sum(1, keepdim=True) > 1))

@@ -14,26 +14,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from steerl.reward.kinds.activations.frozen import check_ids, check_vocabulary, frozen, read_places
-from steerl.reward.kinds.model_inputs import vocabulary_of
-from steerl.reward.types import Scores
+from steerl.reward.kinds.activations.frozen import FrozenReader, FrozenSettings, frozen
+from steerl.reward.types import Scores, last_of
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common import processes
-from steerl.rollout.common.fingerprint import model_fingerprint
-from steerl.rollout.common.settings_reader import Checked, within
+from steerl.rollout.common.settings_reader import within
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import Point
-from steerl.rollout.steering.vectors.probes import hidden_states, place_of
+from steerl.rollout.steering.vectors.probes import place_of
 from steerl.rollout.types import Rollout, Texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoveltySettings(Checked):
+class NoveltySettings(FrozenSettings):
     """An elliptical bonus on the hidden states of a frozen model."""
 
-    model: str | None = None
-    """A folder or hub name of the policy's vocabulary; null = a copy of the policy as it starts."""
     layer: int | None = None
     """The block whose output is read, negative from the end; null = the last."""
     position: Literal["mean", "last"] = "mean"
@@ -45,23 +41,11 @@ class NoveltySettings(Checked):
     """What a row is compared with: the step's rows, or all that the run has drawn to learn from."""
     seed: int = 0
     """Of the projection's numbers."""
-    batch_size: int = within(64, low=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = None
-    revision: str = ""
-    """Branch, tag or commit of the hub; empty = the newest."""
-    trust_remote_code: bool = False
-    """Run Python code that lies beside the model, with all your rights; read it first."""
-
-    def problems(self) -> list[str]:
-        unused = [name for name in ("revision", "trust_remote_code") if getattr(self, name) and self.model is None]
-        return [f"{name}: without effect where model is not given; leave it out" for name in unused]
 
     def build(self, where: str, around: Any) -> RewardTerm:
         policy = frozen(self, where, around)
-        reward = NoveltyReward(self, policy, self.place(policy, where), vocabulary_of(policy.tokenizer), where)
-        content = lambda: str(model_fingerprint(policy.model))  # noqa: E731
-        return RewardTerm("", where, 1.0, reward.score, content=content, memory=reward.memory)
+        reward = NoveltyReward(self, FrozenReader.of(self, policy, self.place(policy, where), where))
+        return RewardTerm("", where, 1.0, reward.score, content=reward.model.content, memory=reward.memory)
 
     def place(self, policy: Policy, where: str) -> Point:
         """Where a model is read."""
@@ -85,10 +69,7 @@ class Memory:
 @dataclass(frozen=True)
 class NoveltyReward:
     settings: NoveltySettings
-    policy: Policy
-    point: Point
-    vocabulary: str
-    where: str
+    model: FrozenReader
     memory: Memory = field(default_factory=Memory)
 
     def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None, still: bool = False) -> Scores:
@@ -104,20 +85,17 @@ class NoveltyReward:
 
     def features(self, rollout: Rollout, vocabulary: str | None) -> Tensor:
         """(B, dimensions) float64 of length 1; zeros for a row without actions."""
-        features_BD = torch.zeros(len(rollout), self.settings.dimensions, dtype=torch.float64)
-        if not len(rollout):
-            return features_BD
-        check_ids(rollout, self.where)
-        check_vocabulary(self.vocabulary, vocabulary, self.where)
-        read_BR = read_places(rollout, self.policy.eos_ids)
-        for rows, hidden_BRD in hidden_states(self.policy, rollout, self.point, self.settings.batch_size, self.where):
-            mask_BR = read_BR[rows, : hidden_BRD.shape[1]].to(hidden_BRD.device)
-            if self.settings.position == "last":
-                mask_BR = mask_BR & (mask_BR.flip(1).cumsum(1).flip(1) == 1)
+        order, means = [], []
+        for rows, hidden_BRD, mask_BR in self.model.read(rollout, vocabulary) if len(rollout) else ():
+            mask_BR = last_of(mask_BR) if self.settings.position == "last" else mask_BR
             mean_BD = torch.where(mask_BR[..., None], hidden_BRD, 0.0).sum(1) / mask_BR.sum(1, keepdim=True).clamp(min=1)
-            projected_BD = mean_BD.cpu().double() @ projection(mean_BD.shape[1], self.settings.dimensions, self.settings.seed)
-            features_BD[rows.cpu()] = torch.nn.functional.normalize(projected_BD, dim=1)
-        return features_BD
+            order.append(rows)
+            means.append(mean_BD.cpu())
+        if not means:
+            return torch.zeros(0, self.settings.dimensions, dtype=torch.float64)
+        mean_BD = torch.cat(means)[torch.cat(order).argsort()].double()
+        projected_BD = mean_BD @ projection(mean_BD.shape[1], self.settings.dimensions, self.settings.seed)
+        return torch.nn.functional.normalize(projected_BD, dim=1)
 
 
 def projection(width: int, dimensions: int, seed: int) -> Tensor:

@@ -15,27 +15,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from steerl.reward.kinds.activations.frozen import check_ids, check_vocabulary, frozen, read_places
-from steerl.reward.kinds.model_inputs import vocabulary_of
-from steerl.reward.types import Scores
+from steerl.reward.kinds.activations.frozen import FrozenReader, FrozenSettings, frozen
+from steerl.reward.types import Scores, last_of
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.common.fingerprint import model_fingerprint, sha256_file, values_fingerprint
-from steerl.rollout.common.settings_reader import Checked, within
+from steerl.rollout.common.fingerprint import sha256_file, values_fingerprint
+from steerl.rollout.common.settings_reader import within
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering.core.structure import Point
-from steerl.rollout.steering.vectors.probes import Probe, hidden_states, place_of, read_probe
+from steerl.rollout.steering.vectors.probes import Probe, place_of, read_probe
 from steerl.rollout.types import Rollout, Texts, row_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeSettings(Checked):
+class ProbeSettings(FrozenSettings):
     """A probe's file, and which model it is read in."""
 
     probe: str
     """What `steerl extract --extract.method probe` made: a vector file with a bias and a threshold."""
-    model: str | None = None
-    """A folder or hub name of the policy's vocabulary; null = a copy of the policy as it starts."""
     layer: int | None = within(None, low=0)
     """Which of the file's; not needed where there is one."""
     position: Literal["mean", "last", "max"] | None = None
@@ -46,22 +43,11 @@ class ProbeSettings(Checked):
     """Values that are not above it count 0; file = the threshold that the file holds. null = every value counts."""
     screen: bool = False
     """Nothing is learned from rows above the threshold (the file's, or `above`), and the part adds nothing to the reward."""
-    batch_size: int = within(64, low=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = None
-    revision: str = ""
-    """Branch, tag or commit of the hub; empty = the newest."""
-    trust_remote_code: bool = False
-    """Run Python code that lies beside the model, with all your rights; read it first."""
-
-    def problems(self) -> list[str]:
-        unused = [name for name in ("revision", "trust_remote_code") if getattr(self, name) and self.model is None]
-        return [f"{name}: without effect where model is not given; leave it out" for name in unused]
 
     def build(self, where: str, around: Any) -> RewardTerm:
         probe = read_probe(Path(self.probe), self.layer, where.split(" ")[0])
         policy = frozen(self, where, around)
-        reward = ProbeReward(self, probe, policy, self.place(policy, probe, where), vocabulary_of(policy.tokenizer), where)
+        reward = ProbeReward(self, probe, FrozenReader.of(self, policy, self.place(policy, probe, where), where))
         return RewardTerm("", where, 0.0 if self.screen else 1.0, reward.score, content=reward.content)
 
     def place(self, policy: Policy, probe: Probe, where: str) -> Point:
@@ -73,13 +59,10 @@ class ProbeSettings(Checked):
 class ProbeReward:
     settings: ProbeSettings
     probe: Probe
-    policy: Policy
-    point: Point
-    vocabulary: str
-    where: str
+    model: FrozenReader
 
     def content(self) -> str:
-        return values_fingerprint([[model_fingerprint(self.policy.model), sha256_file(Path(self.settings.probe))]])
+        return values_fingerprint([[self.model.content(), sha256_file(Path(self.settings.probe))]])
 
     @property
     def threshold(self) -> float | None:
@@ -93,17 +76,15 @@ class ProbeReward:
     def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
         if not len(rollout):
             return Scores(torch.zeros(0))
-        check_ids(rollout, self.where)
-        check_vocabulary(self.vocabulary, vocabulary, self.where)
-        read_BR = read_places(rollout, self.policy.eos_ids)
         logits_B = torch.full((len(rollout),), torch.nan)
-        for rows, hidden_BRD in hidden_states(self.policy, rollout, self.point, self.settings.batch_size, self.where):
-            mask_BR = read_BR[rows, : hidden_BRD.shape[1]].to(hidden_BRD.device)
-            logits_B[rows.cpu()] = self.pooled(self.probe.logits(hidden_BRD), mask_BR).cpu()
+        for rows, hidden_BRD, mask_BR in self.model.read(rollout, vocabulary):
+            logits_B[rows] = self.pooled(self.probe.logits(hidden_BRD), mask_BR).cpu()
         values_B, acts_B = self.output(logits_B), rollout.actions_B.cpu() > 0
         bad = (~values_B.isfinite() & acts_B).nonzero().flatten().tolist()
         if bad:
-            raise UserError(f"{self.where}: {row_name(rollout, bad[0])} has a value that is not finite; try dtype: float32")
+            raise UserError(
+                f"{self.model.where}: {row_name(rollout, bad[0])} has a value that is not finite; try dtype: float32"
+            )
         return self.scores(values_B)
 
     def pooled(self, logits_BR: Tensor, mask_BR: Tensor) -> Tensor:
@@ -113,7 +94,7 @@ class ProbeReward:
             highest_B = logits_BR.masked_fill(~mask_BR, -torch.inf).amax(1)
             return highest_B.masked_fill(~mask_BR.any(1), torch.nan)
         if position == "last":
-            mask_BR = mask_BR & (mask_BR.flip(1).cumsum(1).flip(1) == 1)
+            mask_BR = last_of(mask_BR)
         return torch.where(mask_BR, logits_BR, 0.0).sum(1) / mask_BR.sum(1)
 
     def scores(self, values_B: Tensor) -> Scores:

@@ -183,8 +183,6 @@ def _pass(
 
 def direction(positive_ND: Tensor, negative_ND: Tensor, method: str) -> Tensor:
     """The direction from negative to positive at one layer."""
-    if method == "probe" and len(positive_ND) < 2:
-        raise UserError(f"method: probe needs at least 2 pairs, found {len(positive_ND)}; use mean_diff")
     positive, negative = positive_ND.double(), negative_ND.double()
     mean = (positive - negative).mean(0)
     if method == "mean_diff":

@@ -69,6 +69,8 @@ class Probe:
 
 def fit(positive: Tensor, negative: Tensor, penalty: float = 1e-2, rounds: int = 100) -> tuple[Tensor, float]:
     """(weight, bias) of a logistic regression (ridge, Newton's method), of activations as they are."""
+    if len(positive) < 2:
+        raise UserError(f"method: probe needs at least 2 pairs, found {len(positive)}; use mean_diff")
     positive, negative = positive.double(), negative.double()
     x = torch.cat([positive, negative])
     y = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).double()

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from steerl.scripts.bench_cases.task import RESPONSE, ROLLOUTS, SEEN, Ledger, evaluate, starts
+from steerl.scripts.bench_cases.task import RESPONSE, ROLLOUTS, SEEN, Ledger, evaluate_kept, starts
 from steerl.scripts.toy_tasks.randomwalks import optimality
 
 
@@ -49,11 +49,7 @@ def main(world: Path, run: Path, seed: int, steps: int, method: str, settings: d
         reward_funcs=reward, callbacks=[Keep()],
     )  # fmt: skip
     trainer.train()
-    evaluated = {}
-    for step, weights in kept.items():
-        policy.load_state_dict(weights)
-        evaluated[step] = evaluate(world, tokenizer, policy, seed)
-    print(ledger.to_json(evaluated))
+    print(ledger.to_json(evaluate_kept(world, tokenizer, policy, kept, seed)))
 
 
 if __name__ == "__main__":
