@@ -246,8 +246,8 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
         problems.append("ppo.kl_target: there is no reference to measure the KL to; set ppo.reference to auto")
     for name, choices in {"loss": LOSSES, "credit": CREDITS}.items():
         if (given := getattr(ppo, name)) not in choices and not is_custom(given):
-            near = near_name(given, choices)
-            hint = f"did you mean {near}?" if near else "or a function of yours, file.py:name"
+            meant = near_name(given, choices)
+            hint = f"did you mean {meant}?" if meant else "or a function of yours, file.py:name"
             problems.append(f"ppo.{name}: expected one of {', '.join(choices)}, found {given!r}; {hint}")
     if ppo.credit != "gae" and not is_custom(ppo.credit):
         unused = {"value": "separate", "value_warmup_steps": 0, "bootstrap_cut": False}

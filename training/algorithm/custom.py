@@ -3,9 +3,9 @@
     ppo.loss     as those of loss.py:       (new_BR, old_BR, advantages_BR, mask_BR, weights_BR, ...) -> (loss, metrics)
     ppo.credit   as those of advantages.py: (rewards_BR, values_BR, mask_BR, ...) -> (advantages_BR, returns_BR)
 
-A function gets, by name, those of the inputs that it names. A credit that names `values_BR` has a value model beside the policy,
-one that names `group_B` compares the samples of a prompt. `check` tries both before a run begins, on rows with gaps and without
-actions: what would differ from one micro-batch size to the next is refused there.
+A function gets, by name, those of the inputs that it names. A credit that names `values_BR` has a value model beside the
+policy, one that names `group_B` compares the samples of a prompt. `check` tries both before a run begins, on rows with gaps and
+without actions: what would differ from one micro-batch size to the next is refused there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Custom:
         needs = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         if odd := [need for need in needs if need not in given]:
             raise ConfigError(
-                f"{self.where}: {self.spec} takes {odd[0]!r}, which it is not given; it may take {_listed(given)}"
+                f"{self.where}: {self.spec} takes {odd[0]!r}, which it is not given; it may take {', '.join(sorted(given))}"
             )
 
     def __call__(self, **inputs: Any) -> Any:
@@ -60,10 +60,6 @@ class Custom:
 
     def wrong(self, told: str) -> UserError:
         return UserError(f"{self.where}: {self.spec} {told}")
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names))
 
 
 # -- what it is ------------------------------------------------------------------------------------------------------
@@ -89,7 +85,7 @@ def whitens(settings: PPOSettings) -> bool:
 
 
 def custom_loss(settings: PPOSettings) -> Callable[..., tuple[Tensor, loss.Metrics]]:
-    """The function of `ppo.loss` in the form of ours. Its metrics stand beside those of every loss, under names of their own."""
+    """The function of `ppo.loss` in the form of ours. Its metrics get names of their own beside those of every loss."""
     custom = Custom(settings, "loss")
     high = settings.clip if settings.clip_high is None else settings.clip_high
     bounds = {
@@ -177,7 +173,7 @@ def check(settings: PPOSettings) -> list[str]:
         except UserError as problem:
             problems += problem.lines
         except Exception as error:  # noqa: BLE001 - code of the user's
-            problems.append(f"ppo.{name}: {getattr(settings, name)} failed on a few rows to try it: {said(error)}")
+            problems.append(f"ppo.{name}: {getattr(settings, name)} failed on a trial of a few rows: {said(error)}")
     return problems
 
 
@@ -225,7 +221,7 @@ def _try_loss(settings: PPOSettings, custom: Custom) -> None:
         (gradient_BR,) = torch.autograd.grad(total, new_BR, allow_unused=True)
         if gradient_BR is None or not bool(gradient_BR.isfinite().all()):
             raise custom.wrong(
-                "has no finite gradient to new_BR on a few rows to try it; mask with torch.where, not by a product"
+                "has no finite gradient to new_BR on a trial of three rows; mask with torch.where, not by a product"
             )
         return {"its loss": float(total), **{name: float(value) for name, value in metrics.items()}}
 
@@ -237,8 +233,8 @@ def _try_loss(settings: PPOSettings, custom: Custom) -> None:
         if not abs(value - apart) <= near or not abs(value - 2 * halved[name]) <= near:
             which = name if name == "its loss" else f"metric {name.removeprefix(OWN)!r}"
             raise custom.wrong(
-                f"is no sum over actions by weights_BR: {which} of three rows is {value:.6g}, of each alone {apart:.6g} in all, by "
-                f"half the weights {halved[name]:.6g}; micro-batches would not add up: take the sum of weights_BR x ..."
+                f"is no sum over actions by weights_BR: {which} of three rows is {value:.6g}, of each alone {apart:.6g} in "
+                f"all, by half the weights {halved[name]:.6g}; micro-batches would not add up: take the sum of weights_BR x ..."
             )
 
 

@@ -74,7 +74,7 @@ def _shares(name: str, arguments: str, steps: int, warmup: int) -> tuple[float, 
 
 def _made(name: str, given: dict[str, Any], steps: int, warmup: int) -> list[float]:
     if is_custom(name):
-        own = load_function(name, "ppo.schedule")
+        own: Any = load_function(name, "ppo.schedule")
         if not inspect.isclass(own):
             return [own(step, steps, **given) for step in range(steps)]
         return [1.0] * warmup + _followed(lambda optimizer: own(optimizer, **given), steps - warmup)
