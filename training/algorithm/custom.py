@@ -223,7 +223,7 @@ def _try_loss(settings: PPOSettings, custom: Custom) -> None:
             raise custom.wrong(
                 "has no finite gradient to new_BR on a trial of three rows; mask with torch.where, not by a product"
             )
-        return {"its loss": float(total), **{name: float(value) for name, value in metrics.items()}}
+        return {"its loss": float(total.detach()), **{name: float(value) for name, value in metrics.items()}}
 
     whole, halved = told([0, 1, 2]), told([0, 1, 2], 0.5)
     alone = [told([row]) for row in range(3)]

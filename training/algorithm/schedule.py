@@ -74,8 +74,8 @@ def _shares(name: str, arguments: str, steps: int, warmup: int) -> tuple[float, 
 
 def _made(name: str, given: dict[str, Any], steps: int, warmup: int) -> list[float]:
     if is_custom(name):
-        own: Any = load_function(name, "ppo.schedule")
-        if not inspect.isclass(own):
+        own: Callable[..., Any] = load_function(name, "ppo.schedule")
+        if not isinstance(own, type):
             return [own(step, steps, **given) for step in range(steps)]
         return [1.0] * warmup + _followed(lambda optimizer: own(optimizer, **given), steps - warmup)
     from transformers import SchedulerType, get_scheduler

@@ -67,7 +67,7 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
             with offloaded() if settings.offload_activations else contextlib.nullcontext():
                 total, parts, error = micro_batch_loss(state, experience, micro_batch, counts, settings)
             backward(state, total * factor)
-        sums = {name: sums.get(name, 0.0) + value for name, value in parts.items()}
+        sums |= {name: sums.get(name, 0.0) + value for name, value in parts.items()}
         worst = torch.maximum(worst, error)
     # What a loss of the user's own tells may hang on the rows.
     names = sorted(set(processes.gather_objects(list(sums))) if is_custom(settings.loss) else sums)
