@@ -120,7 +120,8 @@ def finished(folder: Path, steps: int, config: Mapping[str, object], run: RunSet
     that a run writes."""
     folder = Path(folder)
     try:
-        if int(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"]) < steps:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if max(int(summary["steps"]), int(summary.get("ended_of", 0))) < steps:
             return False
     except (OSError, ValueError, KeyError, TypeError):
         return False

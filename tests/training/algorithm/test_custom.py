@@ -76,7 +76,7 @@ def test_a_custom_loss_and_what_it_tells_do_not_hang_on_micro_batches(gaps):
     for other, own in zip(found[1:], told[1:], strict=True):
         assert all(torch.allclose(other[name], gradient, atol=1e-6) for name, gradient in found[0].items())
         assert own["own"] == pytest.approx(told[0]["own"], abs=1e-6)
-    assert told[0]["own"]["loss/all"] == pytest.approx(1.0) and 0 < told[0]["own"]["loss/even"] < 1
+    assert told[0]["own"]["loss/all"] == pytest.approx(1.0) and 0 < told[0]["own"]["loss/thirds"] < 1
 
 
 REFUSED = {

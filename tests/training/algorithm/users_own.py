@@ -21,12 +21,12 @@ def gspo(new_BR, old_BR, advantages_BR, mask_BR, weights_BR, *, clip_low, clip_h
 
 
 def told_by_rows(new_BR, old_BR, advantages_BR, mask_BR, weights_BR):
-    """What it tells hangs on the rows that it sees: another metric for rows of even length."""
+    """What it tells hangs on the rows that it sees: another metric for rows of 3, 6, 9 tokens."""
     loss = -(torch.where(mask_BR, (new_BR - old_BR).exp() * advantages_BR, 0.0) * weights_BR).sum()
     lengths = mask_BR.sum(1)[:, None].expand_as(mask_BR)
     told = {"all": weights_BR.sum()}
-    if bool((lengths % 2 == 0).any() & mask_BR.any()):
-        told["even"] = (weights_BR * (lengths % 2 == 0)).sum()
+    if bool((lengths % 3 == 0).any() & mask_BR.any()):
+        told["thirds"] = (weights_BR * (lengths % 3 == 0)).sum()
     return loss, told
 
 

@@ -80,6 +80,8 @@ JOBS = {
             "learning_rate": 1e-4,
         },
     ),
+    # the main process alone decides to end it
+    "hooked": ("gpt2", None, {}, {}),
     # groups that score alike are drawn again, one prompt or two at a time
     "dropped": (
         "gpt2",
@@ -203,6 +205,7 @@ def main(folder: Path) -> None:
                 steering=load_spec(STEERING[name]) if name in STEERING else None,
                 source=table,
                 environment=ENVIRONMENT.get(name),
+                on_step=(lambda step, metrics, samples: step == 2 and len(samples) > 0) if name == "hooked" else None,
             )
     if processes.close():
         processes.end()
