@@ -25,6 +25,7 @@ COMMANDS = {
     "score": "score_rollouts",
     "select": "select_rollouts",
     "report": "report",
+    "watch": "watch",
     "complete": "complete",
     "extract": "extract_steering",
     "serve": "serve_reward",
