@@ -27,6 +27,7 @@ COMMANDS = {
     "export": "export",
     "report": "report",
     "watch": "watch",
+    "push": "push",
     "complete": "complete",
     "extract": "extract_steering",
     "serve": "serve_reward",
