@@ -84,8 +84,8 @@ def train(
         if source is not None:
             check_source(source, settings, engine, ending)
         processes.on_main(lambda: hub.check(run))
-        if hasattr(policy.model, "peft_config") and not settings.export_merged:
-            hub.check_base(run, str(policy.model.active_peft_config.base_model_name_or_path or ""))
+        if (adapter := getattr(policy.model, "active_peft_config", None)) is not None and not settings.export_merged:
+            hub.check_base(run, str(adapter.base_model_name_or_path or ""))
         check_job(policy, prompts, sampling, settings, steering, engine, environment)
         settings = with_response_limit(settings, sampling)
         settings = with_correction(settings, steering, engine.ahead if engine is not None else 0)

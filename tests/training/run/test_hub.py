@@ -231,15 +231,15 @@ def test_what_others_named_breaks_neither_the_card_nor_a_browser(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
     config = {
-        "model": {"path": f"/home/someone/secret/{BAD}"},
-        "prompts": {"path": ["/home/someone/private.jsonl", {"path": BAD, "weight": 2}]},
-        "reward": [{"name": BAD, "kind": "function", "function": "/home/someone/reward.py:f", "weight": 2.0}],
+        "model": {"path": f"/place/someone/secret/{BAD}"},
+        "prompts": {"path": ["/place/someone/private.jsonl", {"path": BAD, "weight": 2}]},
+        "reward": [{"name": BAD, "kind": "function", "function": "/place/someone/reward.py:f", "weight": 2.0}],
         "ppo": {"steps": 3, "loss": BAD},
     }
     text = card.card(tmp_path, {"reward_after": 0.5, "reward_before": None, "kl_after": float("nan")}, config)
     found = ModelCard(text)
     assert found.data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"} and "\x1b" not in text
-    assert "/home" not in text and "secret" not in text and "`reward.py:f`" in text and "`private.jsonl`" in text
+    assert "/place" not in text and "secret" not in text and "`reward.py:f`" in text and "`private.jsonl`" in text
     page = markdown.markdown(found.text, extensions=["tables", "fenced_code"])
     assert "<script" not in page and "&lt;script&gt;" in page
 
