@@ -26,6 +26,7 @@ COMMANDS = {
     "select": "select_rollouts",
     "export": "export",
     "report": "report",
+    "watch": "watch",
     "complete": "complete",
     "extract": "extract_steering",
     "serve": "serve_reward",

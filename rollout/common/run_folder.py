@@ -48,7 +48,7 @@ class RunSettings:
     """Steps between checkpoints (training) or rows per shard (dumps); 0 = the job's own default."""
     keep: int = 2
     """Checkpoints kept, the newest first."""
-    trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
+    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl."""
     seed: int = 0
     """Seed of initialization, order and minibatches. Sampling has its own: sampling.seed."""
@@ -217,6 +217,24 @@ def _lock(folder: Path, flags: int = 0) -> int:
             ) from error
         # A file system without locks: who is alive on this host is all that can be told.
     return handle
+
+
+def holder(folder: Path) -> tuple[str, bool | None]:
+    """(who holds the folder, whether he is alive; None: not known, he is on another host). ("", False): nobody does.
+
+    Nothing is locked meanwhile, so that a job that begins now is not told that another is writing."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return "", False
+    try:
+        told = os.pread(handle, 300, 0).decode("utf-8", "replace")
+    finally:
+        os.close(handle)
+    number = re.fullmatch(r"process (\d{1,9}) on (.*)", told)
+    if number is None:
+        return told, None
+    return told, _is_alive(int(number[1])) if number[2] == socket.gethostname() else None
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
