@@ -26,6 +26,7 @@ COMMANDS = {
     "select": "select_rollouts",
     "report": "report",
     "complete": "complete",
+    "eval": "eval",
     "extract": "extract_steering",
     "serve": "serve_reward",
     "plan": "plan",
