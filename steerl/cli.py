@@ -29,6 +29,7 @@ COMMANDS = {
     "watch": "watch",
     "push": "push",
     "complete": "complete",
+    "eval": "eval",
     "extract": "extract_steering",
     "serve": "serve_reward",
     "plan": "plan",
