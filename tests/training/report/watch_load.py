@@ -23,9 +23,26 @@ TOKENS = 60
 def lines(step: int) -> tuple[str, str]:
     values = {"reward/mean": random.random(), "kl/ref": random.random(), "gap/max": random.random()}
     values |= {key: random.random() for key in KEYS}
-    numbers = {name: [round(-random.random(), 6) for _ in range(TOKENS)] for name in ("policy_logprobs", "reference_logprobs", "values")}
-    sample = {"step": step, "row": step, "sample": 0, "kind": "random", "reward": 0.5, "prompt_text": "a " * 20, "completion": "b " * TOKENS}
-    sample |= {"response_ids": [7] * TOKENS, "response_tokens": ["b "] * TOKENS, "prompt_ids": [1], "prompt_tokens": ["a"], **numbers}
+    numbers = {
+        name: [round(-random.random(), 6) for _ in range(TOKENS)]
+        for name in ("policy_logprobs", "reference_logprobs", "values")
+    }
+    sample = {
+        "step": step,
+        "row": step,
+        "sample": 0,
+        "kind": "random",
+        "reward": 0.5,
+        "prompt_text": "a " * 20,
+        "completion": "b " * TOKENS,
+    }
+    sample |= {
+        "response_ids": [7] * TOKENS,
+        "response_tokens": ["b "] * TOKENS,
+        "prompt_ids": [1],
+        "prompt_tokens": ["a"],
+        **numbers,
+    }
     return json.dumps({"step": step, **values}) + "\n", json.dumps(sample) + "\n"
 
 
