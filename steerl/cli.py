@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "inspect_rollouts",
     "score": "score_rollouts",
     "select": "select_rollouts",
+    "export": "export",
     "report": "report",
     "watch": "watch",
     "complete": "complete",

@@ -37,7 +37,7 @@ FLOORS = {
     "rollout": "common ragged applied episodes types model weights prompts scoring steering decoding engines environments dumps analysis chat",
     "rollout/steering": "core spec vectors . interventions",
     "reward": "types texts normalize weighted_sum kinds build jobs",
-    "training": "settings types model engine algorithm run report checks steering replay ahead setup ppo stages planning",
+    "training": "settings types model engine algorithm run report formats checks steering replay ahead setup ppo stages planning",
 }
 """Folder -> its rooms and files, the lowest first: each imports only what stands before it. A dot: the folder's own files."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -158,7 +158,7 @@ def test_files_and_folders_are_small():
         assert len([file for file in folder.glob("*.py") if file.name != "__init__.py"]) <= 13, folder.relative_to(ROOT)
 
 
-@pytest.mark.parametrize(("package", "files"), [("trl", 4), ("deepspeed", 3), ("peft", 6), ("wandb", 3), ("datasets", 5)])
+@pytest.mark.parametrize(("package", "files"), [("trl", 4), ("deepspeed", 3), ("peft", 6), ("wandb", 3), ("datasets", 6)])
 def test_volatile_packages_come_in_by_few_files_and_late(package, files):
     # The benchmark's child that runs another framework is no part of the product.
     files_of_ours = [path for path in sources(*ROOMS) if path.parent.name != "bench_cases"]
@@ -178,6 +178,8 @@ def test_what_is_imported_is_declared():
     for path in [*sources(*ROOMS), *sources("tests")]:
         if path.parent.name == "golden":
             continue  # makes stored numbers, by hand, with a package that is installed for the purpose
+        if path.name == "readers.py":
+            continue  # other projects' own, run in .venv-tools
         for module, _ in imports(path):
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top in ("steerl", "tests"):

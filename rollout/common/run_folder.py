@@ -48,7 +48,7 @@ class RunSettings:
     """Steps between checkpoints (training) or rows per shard (dumps); 0 = the job's own default."""
     keep: int = 2
     """Checkpoints kept, the newest first."""
-    trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
+    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl."""
     seed: int = 0
     """Seed of initialization, order and minibatches. Sampling has its own: sampling.seed."""

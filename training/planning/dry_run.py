@@ -80,7 +80,7 @@ def dry_run(job: Any, model: ModelSettings, config: dict[str, object]) -> Findin
     if job.run.resume:
         found.unchecked.append("run.resume: whether the folder's checkpoint is of this job")
     policy = found.look(f"model.path {model.path}", lambda: policy_of(model, found))
-    if job.ppo.credit == "gae" and job.ppo.value not in ("separate", "shared"):
+    if job.ppo.value not in ("separate", "shared"):
         found.look(f"ppo.value {job.ppo.value}", lambda: _config(job.ppo.value, "ppo.value", "value", job.model.hub.code))
     new = job.environment.response(job.sampling.max_new_tokens)
     prompts = None if job.ppo.replay else found.look(*_table("prompts", job.prompts, policy, new))
