@@ -30,6 +30,8 @@ from steerl.training.run.log import METRICS, SAMPLES
 
 CHUNK = 2 << 20
 """Bytes of a file that an answer reads, more where a line is longer."""
+FIRST = 1 << 18
+"""Bytes of metrics after which the samples wait for the next answer: the curves come first."""
 TAIL = 1 << 20
 """Bytes of samples that a page begins with: the newest ones."""
 BEFORE = 256
@@ -68,10 +70,10 @@ class FollowedRun:
         told = self._told()
         about = zlib.crc32(json.dumps(told).encode())
         found: dict[str, Any] = {} if about == place.about else {"about": told}
-        metrics, samples = self._part(METRICS, place.metrics, 0), self._part(SAMPLES, place.samples, TAIL)
+        metrics, samples = self._parts(place)
         if metrics.again or samples.again:
             found["again"] = True
-            metrics, samples = self._part(METRICS, (0, 0), 0), self._part(SAMPLES, (0, 0), TAIL)
+            metrics, samples = self._parts(Place())
         if metrics.lines:
             lines = list(_good(metrics.lines))
             steps, values = columns([line for _, line in lines])
@@ -138,6 +140,12 @@ class FollowedRun:
         if _mark(self.folder / "summary.json")[1]:
             return "finished"
         return "stopped" if _mark(self.folder / METRICS)[1] else "not begun"
+
+    def _parts(self, place: Place) -> tuple[Part, Part]:
+        metrics = self._part(METRICS, place.metrics, 0)
+        if sum(len(line) for _, line in metrics.lines) > FIRST:
+            return metrics, Part(place=place.samples, more=True)
+        return metrics, self._part(SAMPLES, place.samples, TAIL)
 
     def _part(self, name: str, at: tuple[int, int], tail: int) -> Part:
         path, (position, check) = self.folder / name, at
