@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 
+from steerl.configs.reader import again
+
 import pytest
 
-from steerl.configs.reader import again
 from steerl.rollout.common import progress
 from steerl.rollout.common.progress import Watch, doing
 
@@ -67,7 +68,7 @@ def test_on_a_terminal_a_line_rewrites_itself_and_is_gone_in_the_end():
 def test_in_a_file_it_is_a_line_at_ten_seconds_a_minute_two_four_and_the_end():
     made, at, screen = watch(False)
     made.begin("reading the weights")
-    told = [(second, text) for second in range(0, 500) if (text := at(float(second)))]
+    told = [(second, text) for second in range(500) if (text := at(float(second)))]
     assert told == [
         (10, "reading the weights, 10 s so far\n"),
         (60, "reading the weights, 1 min 00 s so far\n"),
