@@ -97,9 +97,8 @@ def main(job: SelectJob) -> None:
     count = write(path, itertools.chain([first], records))
     pairs = job.select.mode == "pairs"
     print(f"{path}: {count:,} {'pairs' if pairs else 'rows'}")
-    print(
-        f"next: steerl {'reward' if pairs else 'sft'} --model.path MODEL --prompts.path {shlex.quote(str(path))} --run.dir RUN"
-    )
+    stage = "reward" if pairs else "sft"
+    print(f"next: steerl {stage} --model.path MODEL --prompts.path {shlex.quote(str(path))} --run.dir RUN")
 
 
 def cli() -> None:

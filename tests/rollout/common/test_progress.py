@@ -62,6 +62,7 @@ def test_on_a_terminal_a_line_rewrites_itself_and_is_gone_in_the_end():
     made.end()
     shown = screen.getvalue()
     assert shown.strip("\r ") == "" and shown.endswith("\r")
+    screen.seek(0), screen.truncate()
     assert at(99.0) == ""
 
 
