@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from steerl.rollout.common.errors import ConfigError, DataError
 from steerl.rollout.model.policy import Policy
@@ -325,6 +326,21 @@ def test_an_adapter(tmp_path):
     found, wanted, other = ([v for v, _ in lm.loglikelihood(requests(*TEXTS), True)] for lm in (ours, theirs, plain))
     near(found, wanted)
     assert max(abs(a - b) for a, b in zip(found, other, strict=True)) > 1e-2
+
+
+def test_a_tokenizer_that_begins_with_bos():
+    """It is not put there twice where a template has it already."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    ours = SteerlLM(Policy.of(tiny("llama"), tokenizer), batch_size=4)
+    theirs = HFLM(tiny("llama"), tokenizer=tokenizer, batch_size=4, device="cpu")
+    assert ours.tok_encode("<s>a") == theirs.tok_encode("<s>a") == ours.tok_encode("a") == [1, 4]
+    asked = requests(*TEXTS, ("<s>user:hi</s>assistant:", "hello"))
+    near(*([v for v, _ in lm.loglikelihood(asked, True)] for lm in (ours, theirs)))
+    rolling = requests(("the end. " * 30,))
+    near(*(lm.loglikelihood_rolling(rolling, True) for lm in (ours, theirs)))
+    asked = requests(*((text, {"until": [], "max_gen_toks": 8}) for text in ("the film", "<s>user:hi</s>assistant:")))
+    assert [ours.generate_until([one], True) for one in asked] == [theirs.generate_until([one], True) for one in asked]
 
 
 def test_what_the_model_is_given_by_name():
