@@ -24,6 +24,7 @@ from steerl.rollout.common.errors import UserError, reading
 from steerl.rollout.model.adapters import adapter_config
 from steerl.rollout.model.policy import ModelSettings
 from steerl.scripts.train_ppo import PPOJob, learnable
+from steerl.training.algorithm.custom import uses_value
 from steerl.training.planning.hardware import GIGA, TERA, Machines, measure_device, named
 from steerl.training.planning.memory import Buffers, PlannedStep
 from steerl.training.planning.passes import Blueprint, count
@@ -142,7 +143,7 @@ def work_of(job: PlanJob, peft: dict[str, object] | None) -> PlannedStep:
     model = dataclasses.replace(job.model, peft=peft)
     policy = Blueprint.of(learnable(model))
     value: Blueprint | None = None
-    if job.ppo.credit == "gae" and job.ppo.value != "shared":
+    if uses_value(job.ppo) and job.ppo.value != "shared":
         value = policy
         if job.ppo.value != "separate":
             value = Blueprint.of(ModelSettings(path=job.ppo.value, dtype="float32"), "ppo.value", like=policy)
@@ -171,7 +172,7 @@ def heading(job: PlanJob, work: PlannedStep, machines: Machines) -> list[str]:
         f"{job.model.path}: {counts.all / 1e9:.3f} billion weights, {counts.trained / 1e9:.3f} trained; vocabulary "
         f"{counts.vocabulary:,}",
         f"{job.ppo.rollouts_per_step} rollouts of {work.prompt} + {work.response} tokens, {job.ppo.epochs} epochs, value "
-        f"{job.ppo.value if job.ppo.credit == 'gae' else 'none'}, mixed_precision {job.mixed_precision}",
+        f"{job.ppo.value if uses_value(job.ppo) else 'none'}, mixed_precision {job.mixed_precision}",
         f"{machines.nodes} x {machines.gpus} GPUs of {machines.memory / GIGA:.0f} GB ({1 - job.headroom:.0%} planned with), "
         f"{machines.operations / TERA:.4g} TFLOP/s, {machines.bandwidth / GIGA:,.4g} GB/s, links {machines.link / GIGA:,.4g} "
         f"and {machines.network / GIGA:,.4g} GB/s" + (" (measured here)" if job.measure else ""),

@@ -118,8 +118,9 @@ class Browser:
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self._call(method, self._session, **parameters)
 
-    def open(self, path: Path) -> None:
-        self.call("Page.navigate", url=Path(path).absolute().as_uri())
+    def open(self, page: Path | str) -> None:
+        """A file, or an address."""
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
         self.run(_READY)
 
     def run(self, expression: str) -> Any:

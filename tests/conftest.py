@@ -35,6 +35,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WEEK = 7 * 86400
 VLLM = Path(__file__).resolve().parent.parent / ".venv-vllm/bin/python"
+TOOLS = VLLM.parents[2] / ".venv-tools/bin/python"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -55,6 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
     lacking = {
         "browser": None if any(shutil.which(name) for name in BROWSERS) else "no chromium on the path",
+        "tools": None if TOOLS.exists() else "no .venv-tools: make tools",
         "vllm": None if VLLM.exists() else "no .venv-vllm: make vllm",
     }
     for item in items:

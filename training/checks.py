@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from steerl.rollout.common.errors import ConfigError
+from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import warn_endless
 from steerl.rollout.engines.settings import EngineSettings
@@ -21,6 +21,10 @@ from steerl.rollout.steering import SteeringSpec
 from steerl.rollout.steering.core.table import TABLE
 from steerl.rollout.steering.spec.spec import ROLES
 from steerl.rollout.steering.strengths import samples_problems
+from steerl.training.algorithm import custom
+from steerl.training.algorithm.custom import compares_samples, uses_value
+from steerl.training.algorithm.schedule import check_schedule
+from steerl.training.engine.optimizer import try_optimizer
 from steerl.training.settings import PPOSettings
 
 if TYPE_CHECKING:
@@ -39,13 +43,14 @@ def check_job(
     environment: EnvironmentSettings | None = None,
 ) -> None:
     """Raise a UserError with a line for everything in the job that does not fit together, as far as it is known."""
-    problems: list[str] = []
+    if problems := functions_problems(ppo):
+        raise ConfigError(*problems)  # what they use decides on the rest
     if ppo.rollouts_per_step % sampling.n:
         problems.append(
             f"ppo.rollouts_per_step: {ppo.rollouts_per_step} cannot be split into groups of sampling.n = {sampling.n} samples "
             f"per prompt; {ppo.rollouts_per_step // sampling.n * sampling.n or sampling.n} would do"
         )
-    if ppo.credit != "gae" and sampling.n < 2:
+    if compares_samples(ppo) and sampling.n < 2:
         problems.append(f"sampling.n: {sampling.n}, but ppo.credit {ppo.credit} compares samples of one prompt; set 2 or more")
     if policy is not None and ppo.reference == "adapter" and not hasattr(policy.model, "peft_config"):
         problems.append("ppo.reference: adapter, but the policy has none; set model.peft, or ppo.reference to copy")
@@ -55,7 +60,7 @@ def check_job(
         )
     if prompts is not None and len(prompts) == 0:
         problems.append("prompts: there are none; check prompts.path and prompts.limit")
-    copies_value = ppo.credit == "gae" and ppo.value == "separate"
+    copies_value = uses_value(ppo) and ppo.value == "separate"
     if policy is not None and (copies_value or getattr(steering, "role", "") != "trainable"):
         problems += float16_problems(policy.model) + quantization_problems(policy.model)
     problems += sampling_problems(sampling, ppo, steering)
@@ -94,6 +99,17 @@ def check_job(
             "k1, or ppo.kl_as loss, has the right one",
             ppo.kl_estimator,
         )
+
+
+def functions_problems(ppo: PPOSettings) -> list[str]:
+    """What is named by the user: functions, optimizers, schedules. All of them are tried here."""
+    problems = custom.check(ppo)
+    for check in (try_optimizer, check_schedule):
+        try:
+            check(ppo)
+        except UserError as problem:
+            problems += problem.lines
+    return problems
 
 
 def length_problems(sampling: Sampling, ppo: PPOSettings, environment: EnvironmentSettings) -> list[str]:

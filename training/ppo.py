@@ -28,7 +28,8 @@ gathering in 2 on every rank holds all rows, so every statistic is global; metri
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from steerl.reward.types import Reward
@@ -48,7 +49,7 @@ from steerl.training.algorithm.groups import Groups
 from steerl.training.algorithm.update import learn
 from steerl.training.checks import check_job
 from steerl.training.report.page import report
-from steerl.training.run import checkpoint, metrics, resume
+from steerl.training.run import checkpoint, hub, metrics, resume
 from steerl.training.run.evaluate import Evaluation, evaluate
 from steerl.training.run.export import save_model, summarize
 from steerl.training.run.timer import Timer
@@ -71,14 +72,20 @@ def train(
     source: RolloutSource | None = None,
     heldout: Prompts | None = None,
     config: Mapping[str, Any] | None = None,
+    on_step: Callable[[int, dict[str, Any], list[dict[str, Any]]], object] | None = None,
 ) -> dict[str, Any]:
     """Train `policy` in place; returns what summary.json holds. Stopped where SIGTERM or Ctrl-C ended the run early.
 
+    `on_step(step, metrics, samples)` is called on the main process after each step with what metrics.jsonl and samples.jsonl
+    got; where it returns true, the run ends there as after its last step.
     `source` draws the training's rows in place of the policy, which draws the evaluation's, and is closed whatever happens.
     `config` is the resolved job, for the run's folder; `heldout` are the evaluation's prompts (default: the training's)."""
     with contextlib.ExitStack() as ending:
         if source is not None:
             check_source(source, settings, engine, ending)
+        processes.on_main(lambda: hub.check(run))
+        if (adapter := getattr(policy.model, "active_peft_config", None)) is not None and not settings.export_merged:
+            hub.check_base(run, str(adapter.base_model_name_or_path or ""))
         check_job(policy, prompts, sampling, settings, steering, engine, environment)
         settings = with_response_limit(settings, sampling)
         settings = with_correction(settings, steering, engine.ahead if engine is not None else 0)
@@ -111,8 +118,8 @@ def train(
             state.reward_before = before.reward
         if state.step:
             origin.source.weights_changed(state.step)
-        stopped = stop.anywhere()
-        while state.step < settings.steps and not stopped:
+        stopped, ended = stop.anywhere(), False
+        while state.step < settings.steps and not stopped and not ended:
             timer = Timer()
 
             # 1 sample: this rank's prompts, n rows each; their rewards, from which on all rows are on every rank. Once, unless
@@ -151,19 +158,28 @@ def train(
             if settings.eval_every and state.step % settings.eval_every == 0 and (found := evaluation()):
                 told |= found.metrics()
                 timer.lap("evaluate")
-            log.metrics(state.step, told | timer.metrics(stats.tokens))
+            line = log.metrics(state.step, told | timer.metrics(stats.tokens))
             shown = metrics.sample_rows(scored, experience, model, each=settings.samples, seed=run.seed, step=state.step)
-            log.samples(state.step, shown)
+            shown = log.samples(state.step, shown)
+            ended = ended_by(on_step, state.step, line, shown)
             log.progress(state.step, settings.steps, reward=stats.reward, kl=stats.kl_per_response, tokens=stats.tokens)
             stopped = stop.anywhere()
-            if stopped or state.step == settings.steps or state.step % (run.save_every or checkpoint.SAVE_EVERY) == 0:
+            if stopped or ended or state.step == settings.steps or state.step % (run.save_every or checkpoint.SAVE_EVERY) == 0:
                 kept = {"config": config, "log": log.position(), "made_from": made_from}
                 checkpoint.save(folder, state.step, state, keep=run.keep, **kept)
 
         log.close()
-        if state.step < settings.steps:
+        if state.step < settings.steps and not ended:
             raise Stopped(f"stopped after step {state.step} of {settings.steps} and saved; --run.resume true goes on")
         save_model(folder, model, settings)
-        summary = summarize(folder, state, evaluation())
+        summary = summarize(folder, state, evaluation(), ended_of=settings.steps if ended else None)
         processes.on_main(lambda: report([folder]))
+        hub.push_run(folder, run)
     return summary
+
+
+def ended_by(on_step: Any, step: int, line: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Whether the program's hook ends the run here: asked on the main process, with copies, known to all."""
+    if on_step is None:
+        return False
+    return bool(processes.on_main(lambda: bool(on_step(step, copy.deepcopy(line), copy.deepcopy(rows)))))

@@ -26,6 +26,7 @@ from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.steering import Steering
 from steerl.rollout.steering.spec.spec import ROLES
 from steerl.rollout.types import Rollout, Samples, Texts
+from steerl.training.algorithm.custom import compares_samples
 from steerl.training.settings import PPOSettings
 
 _HELD = 4
@@ -55,7 +56,7 @@ class Replay:
         self._held = _HELD + settings.rollouts_per_step // (self.samples * self.plan.shard_prompts)
         self._shards: OrderedDict[int, Samples] = OrderedDict()
         self._check_source(manifest.get("fingerprints", {}), policy, steering.label if steering is not None else "")
-        if settings.credit != "gae" and self.samples < 2:
+        if compares_samples(settings) and self.samples < 2:
             raise DataError(f"ppo.replay: {folder} has one sample per prompt; ppo.credit {settings.credit} compares several")
         if settings.kl_target is not None:
             told = "the KL of stored rows is not that of the policy, which draws others"

@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from steerl.rollout.common.errors import ConfigError
+from steerl.rollout.common.settings_reader import near_name
 from steerl.rollout.decoding.settings import MOST_ROWS, Sampling
 from steerl.rollout.steering.spec.spec import Correction
+
+LOSSES = ("ppo", "gspo", "cispo", "dppo")
+CREDITS = ("gae", "rloo", "group", "reinforce_baseline")
+
+
+def is_custom(name: str) -> bool:
+    """Whether a setting names a function of the user's own: file.py:name or module:name."""
+    return ":" in name
 
 
 @dataclass(frozen=True)
@@ -45,21 +54,28 @@ class PPOSettings:
     """Of the policy; 0 is legal and leaves it as it is."""
     value_learning_rate: float | None = None
     """Of the value model or head; unset = learning_rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rates over the steps: as they are, or falling to 0 at the end."""
+    schedule: str = "constant"
+    """Learning rates over the steps: constant, or falling to 0 at the end (linear, cosine); a schedule of transformers
+    (cosine_with_min_lr, warmup_stable_decay, ...) or of torch.optim.lr_scheduler (StepLR, ...); or file.py:name, a function
+    of (step, steps) that gives the share of the learning rates."""
+    schedule_arguments: dict[str, object] | None = None
+    """Further arguments of a schedule of transformers, of torch or of yours."""
     warmup_steps: int = 0
     """Steps over which the learning rates rise from 0."""
     weight_decay: float = 0.0
-    """AdamW's."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit keeps AdamW's two moments of a weight in 8 bits each, blocks of them scaled together (bitsandbytes): a quarter
-    of their memory, other numbers. Of weights of fewer than 4,096 numbers they stay in float32. GPUs only, one process or
-    DDP."""
+    """The optimizer's."""
+    optimizer: str = "adamw"
+    """adamw; another of torch.optim (SGD, Adafactor, ...); or module:name, such as transformers:Adafactor, or file.py:name. All
+    but adamw: one process or DDP. adamw8bit keeps AdamW's two moments of a weight in 8 bits each, blocks of them scaled
+    together (bitsandbytes): a quarter of their memory, other numbers. Of weights of fewer than 4,096 numbers they stay in
+    float32. GPUs only."""
+    optimizer_arguments: dict[str, object] | None = None
+    """Further arguments of the optimizer, such as {betas: [0.9, 0.95]}."""
     max_grad_norm: float = 1.0
     """Bound of the gradient's norm, applied once before each optimizer step; 0 = no bound."""
-    loss: Literal["ppo", "gspo", "cispo", "dppo"] = "ppo"
+    loss: str = "ppo"
     """Of the policy. ppo clips the ratio of each token, gspo that of the whole row; cispo bounds it as a weight and takes no
-    gradient away; dppo masks tokens whose probability has moved too far."""
+    gradient away; dppo masks tokens whose probability has moved too far. file.py:name is a function of yours."""
     clip: float = 0.2
     """The ratio new / old counts between 1 - clip and 1 + clip. With gspo it is a row's, which moves far less than a token's:
     3e-4 is usual for long rows. With cispo 1 opens the lower end, as its paper does."""
@@ -84,9 +100,10 @@ class PPOSettings:
     """Discount per token."""
     lam: float = 0.95
     """GAE's lambda."""
-    credit: Literal["gae", "rloo", "group", "reinforce_baseline"] = "gae"
+    credit: str = "gae"
     """gae uses a value; the others compare the samples of one prompt (sampling.n of 2 or more) and use none: less the mean of
-    the other samples (rloo), standardized among all (group), or less their mean and whitened over the step."""
+    the other samples (rloo), standardized among all (group), or less their mean and whitened over the step
+    (reinforce_baseline). file.py:name is a function of yours, which uses what it names."""
     group_std: bool = True
     """credit group: divide by the deviation of the group's returns, or (false) take off their mean alone."""
     group_parts: bool = False
@@ -100,7 +117,8 @@ class PPOSettings:
     whiten_rewards: bool = False
     """Scale per-token rewards to variance one, keeping their mean."""
     whiten_advantages: bool | None = None
-    """Standardize the advantages of a step; unset = only with gae and reinforce_baseline."""
+    """Standardize the advantages of a step; unset = only with gae, reinforce_baseline and a function of yours that uses
+    values."""
     bootstrap_cut: bool = False
     """Rows cut at the limit go on with the value of the state they were cut at, instead of 0."""
     missing_stop_penalty: float = 0.0
@@ -153,11 +171,6 @@ class PPOSettings:
     def __post_init__(self) -> None:
         if problems := out_of_range(self):
             raise ConfigError(*problems)
-
-    @property
-    def whitens_advantages(self) -> bool:
-        unset = self.whiten_advantages is None
-        return self.credit in ("gae", "reinforce_baseline") if unset else bool(self.whiten_advantages)
 
     @property
     def counts_to_limit(self) -> bool:
@@ -231,7 +244,12 @@ def out_of_range(ppo: PPOSettings) -> list[str]:
         )
     if ppo.kl_target is not None and ppo.reference == "none":
         problems.append("ppo.kl_target: there is no reference to measure the KL to; set ppo.reference to auto")
-    if ppo.credit != "gae":
+    for name, choices in {"loss": LOSSES, "credit": CREDITS}.items():
+        if (given := getattr(ppo, name)) not in choices and not is_custom(given):
+            meant = near_name(given, choices)
+            hint = f"did you mean {meant}?" if meant else "or a function of yours, file.py:name"
+            problems.append(f"ppo.{name}: expected one of {', '.join(choices)}, found {given!r}; {hint}")
+    if ppo.credit != "gae" and not is_custom(ppo.credit):
         unused = {"value": "separate", "value_warmup_steps": 0, "bootstrap_cut": False}
         problems += [
             f"ppo.{name}: {getattr(ppo, name)!r} has no effect with ppo.credit {ppo.credit}, which has no value; leave it out"
@@ -300,7 +318,7 @@ def loss_problems(ppo: PPOSettings) -> list[str]:
         "gspo": ("dppo_divergence", "dppo_threshold"),
         "cispo": ("dppo_divergence", "dppo_threshold", "dual_clip"),
         "dppo": ("clip", "clip_high", "dual_clip"),
-    }[ppo.loss]
+    }.get(ppo.loss, ())
     return [
         f"ppo.{name}: {getattr(ppo, name)!r} has no effect with ppo.loss {ppo.loss}; leave it out"
         for name in unused

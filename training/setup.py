@@ -27,6 +27,7 @@ from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.rollout.steering import Steering, SteeringSpec
 from steerl.training.ahead import Ahead
+from steerl.training.algorithm.custom import uses_value
 from steerl.training.algorithm.kl import AdaptiveKL, FixedKL
 from steerl.training.checks import check_precision, check_quantization
 from steerl.training.engine import engine
@@ -218,7 +219,7 @@ def build_models(
     """Actor and critic with the steering, and the reference. Copies are taken first, so that they are of the plain model."""
     trains_vectors = spec is not None and spec.role == "trainable"
     reference = build_reference(policy, settings.reference, trains_vectors=trains_vectors)
-    value_model, head = build_value_model(policy, settings.value) if settings.credit == "gae" else (None, None)
+    value_model, head = build_value_model(policy, settings.value) if uses_value(settings) else (None, None)
     if trains_vectors:
         for parameter in policy.model.parameters():
             parameter.requires_grad_(False)

@@ -83,13 +83,15 @@ class LossStats:
     """Means over actions of a minibatch, or over the minibatches of a step; None where there is no such loss."""
 
     policy_loss: float
-    clip_fraction: float
     approx_kl: float
     ratio_mean: float
     grad_norm: float
+    clip_fraction: float | None = None
     value_loss: float | None = None
     value_clip_fraction: float | None = None
     kl_loss: float | None = None
+    own: dict[str, float] = field(default_factory=dict)
+    """What a loss of the user's own tells, by its names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +111,28 @@ class UpdateStats(LossStats):
     """Mean ratio of the first minibatch, whose weights are those of the old log-probs."""
     ratio_first_error: float
     """Largest |ratio - 1| of the first minibatch, on all ranks."""
+    learning_rate: float
+    """Of the policy."""
 
     @staticmethod
-    def of(minibatches: Sequence[MinibatchStats], ratio_first_error: float) -> UpdateStats:
+    def of(minibatches: Sequence[MinibatchStats], ratio_first_error: float, learning_rate: float) -> UpdateStats:
+        rest: dict[str, Any] = {"ratio_first_error": ratio_first_error, "learning_rate": learning_rate}
         if not minibatches:  # nothing to learn from
-            none = dict.fromkeys(("policy_loss", "clip_fraction", "approx_kl", "grad_norm"), 0.0)
-            return UpdateStats(optimizer_steps=0, ratio_first=1.0, ratio_first_error=0.0, ratio_mean=1.0, **none)
+            none: dict[str, Any] = dict.fromkeys(("policy_loss", "clip_fraction", "approx_kl", "grad_norm"), 0.0)
+            return UpdateStats(optimizer_steps=0, ratio_first=1.0, ratio_mean=1.0, **none, **rest)
 
         def mean(name: str) -> float | None:
             values = [getattr(one, name) for one in minibatches]
             return None if values[0] is None else sum(values) / len(values)
 
-        means: dict[str, Any] = {one.name: mean(one.name) for one in fields(LossStats)}
+        means: dict[str, Any] = {one.name: mean(one.name) for one in fields(LossStats) if one.name != "own"}
+        told: dict[str, list[float]] = {}
+        for one in minibatches:
+            for name, value in one.own.items():
+                told.setdefault(name, []).append(value)
+        means["own"] = {name: sum(values) / len(values) for name, values in told.items()}
         first = minibatches[0].ratio_mean
-        return UpdateStats(optimizer_steps=len(minibatches), ratio_first=first, ratio_first_error=ratio_first_error, **means)
+        return UpdateStats(optimizer_steps=len(minibatches), ratio_first=first, **means, **rest)
 
     def metrics(self) -> dict[str, float]:
         named = {
@@ -137,6 +147,8 @@ class UpdateStats(LossStats):
             "ppo/ratio_first": self.ratio_first,
             "ppo/ratio_first_error": self.ratio_first_error,
             "ppo/optimizer_steps": float(self.optimizer_steps),
+            "ppo/learning_rate": self.learning_rate,
+            **self.own,
         }
         return {name: value for name, value in named.items() if value is not None}
 

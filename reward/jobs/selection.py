@@ -93,6 +93,22 @@ def read_scores(folder: Path, plan: Plan) -> dict[str, np.ndarray]:
     return found
 
 
+def read_whole_scores(folder: Path, plan: Plan, name: str) -> dict[str, np.ndarray]:
+    """read_scores, where every row has a score in the column `name`."""
+    columns = read_scores(folder, plan)
+    if not columns:
+        raise DataError(
+            f"{folder}: no scores-*.parquet; score the dump with score_rollouts.py, or name its scores with --scores DIR"
+        )
+    if name not in columns:
+        raise DataError(f"select.score: {name!r} is no column of the scores; there are {', '.join(columns)}")
+    if (missing := np.isnan(columns[name])).any():
+        prompt, sample = divmod(int(missing.argmax()), plan.samples)
+        told = f"{int(missing.sum())} of {plan.rows} rows have no score, the first prompt {prompt} sample {sample}"
+        raise DataError(f"{folder}: {told}; score the whole dump first")
+    return columns
+
+
 def choose(score_PN: np.ndarray, keep_PN: np.ndarray, selection: SelectionSettings) -> tuple[np.ndarray, np.ndarray]:
     """(kept_PN, second_PN) of P prompts with N samples each: the rows kept (pairs: the best), and the worst of pairs.
 
@@ -123,19 +139,8 @@ def _top(score_PN: np.ndarray, keep_PN: np.ndarray, count: int) -> np.ndarray:
 def selected(folder: Path, scores: Path, selection: SelectionSettings) -> Iterator[dict[str, object]]:
     """The records, in the order of the prompts. Memory: one number per row, and the texts of one prompt."""
     plan = plan_of(load_manifest(folder))
-    columns = read_scores(scores, plan)
-    if not columns:
-        raise DataError(
-            f"{scores}: no scores-*.parquet; score the dump with score_rollouts.py, or name its scores with --scores DIR"
-        )
-    if selection.score not in columns:
-        raise DataError(f"select.score: {selection.score!r} is no column of the scores; there are {', '.join(columns)}")
+    columns = read_whole_scores(scores, plan, selection.score)
     score_PN = columns[selection.score].reshape(plan.prompts, plan.samples)
-    if np.isnan(score_PN).any():
-        prompt, sample = np.argwhere(np.isnan(score_PN))[0]
-        count, total = int(np.isnan(score_PN).sum()), plan.rows
-        first = f"the first prompt {prompt} sample {sample}"
-        raise DataError(f"{scores}: {count} of {total} rows have no score, {first}; score the whole dump first")
     for prompt, rows in _by_prompt(folder):
         yield from _of_prompt(prompt, rows, score_PN[prompt], selection)
 

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,7 +46,7 @@ from steerl.reward.types import (
 )
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError, said
-from steerl.rollout.common.fingerprint import SHORT, sha256_file
+from steerl.rollout.common.fingerprint import source_fingerprint
 from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.common.worker import Overdue
 from steerl.rollout.prompts.chat import is_conversation
@@ -131,11 +130,7 @@ class FunctionReward:
 
     def content(self) -> str:
         """Of the file that the function is written in."""
-        try:
-            file = inspect.getsourcefile(inspect.unwrap(self.function.func))
-        except TypeError:  # an object, a builtin
-            file = inspect.getsourcefile(type(self.function.func))
-        return sha256_file(Path(file))[:SHORT] if file and Path(file).is_file() else ""
+        return source_fingerprint(self.function.func)
 
     # -- synchronous -----------------------------------------------------------------------------------------------
 

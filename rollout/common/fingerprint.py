@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,18 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {total}".encode())
         digest.update(whole[:: max(len(whole) // 1000, 1)].cpu().numpy().tobytes())
     return digest.hexdigest()[:SHORT]
+
+
+def source_fingerprint(function: Callable[..., object]) -> str:
+    """Of the file that a function, a class or an object's class is written in; empty where there is none."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # an object, a builtin
+        try:
+            file = inspect.getsourcefile(type(function))
+        except TypeError:
+            file = None
+    return sha256_file(Path(file))[:SHORT] if file and Path(file).is_file() else ""
 
 
 def folder_fingerprint(folder: Path) -> str:

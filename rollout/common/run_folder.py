@@ -48,8 +48,12 @@ class RunSettings:
     """Steps between checkpoints (training) or rows per shard (dumps); 0 = the job's own default."""
     keep: int = 2
     """Checkpoints kept, the newest first."""
-    trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
+    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl."""
+    push_to_hub: str = ""
+    """OWNER/NAME on the hub, where a training run's model goes when all is written; unset = nowhere."""
+    hub_private: bool = True
+    """Whether push_to_hub makes a new repository private."""
     seed: int = 0
     """Seed of initialization, order and minibatches. Sampling has its own: sampling.seed."""
 
@@ -60,6 +64,8 @@ class RunSettings:
             for name, (low, high) in ranges.items()
             if not low <= getattr(self, name) <= (high or math.inf)
         ]
+        if not self.hub_private and not self.push_to_hub:
+            problems.append("run.hub_private: false has no effect without run.push_to_hub; leave it out")
         if problems:
             raise ConfigError(*problems)
 
@@ -217,6 +223,24 @@ def _lock(folder: Path, flags: int = 0) -> int:
             ) from error
         # A file system without locks: who is alive on this host is all that can be told.
     return handle
+
+
+def holder(folder: Path) -> tuple[str, bool | None]:
+    """(who holds the folder, whether he is alive; None: not known, he is on another host). ("", False): nobody does.
+
+    Nothing is locked meanwhile, so that a job that begins now is not told that another is writing."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return "", False
+    try:
+        told = os.pread(handle, 300, 0).decode("utf-8", "replace")
+    finally:
+        os.close(handle)
+    number = re.fullmatch(r"process (\d{1,9}) on (.*)", told)
+    if number is None:
+        return told, None
+    return told, _is_alive(int(number[1])) if number[2] == socket.gethostname() else None
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

@@ -29,11 +29,12 @@ from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.ragged import Kept
 from steerl.rollout.types import Rollout, Samples, Texts, row_name
 from steerl.training.algorithm import advantages, kl
+from steerl.training.algorithm.custom import custom_credit, whitens
 from steerl.training.algorithm.importance import importance_weights
 from steerl.training.algorithm.minibatch import occurrences, passes, select, share
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.model.reference import Reference
-from steerl.training.settings import PPOSettings
+from steerl.training.settings import PPOSettings, is_custom
 from steerl.training.types import Experience, Scored
 
 # -- 1 sample --------------------------------------------------------------------------------------------------------
@@ -265,7 +266,15 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
     rewards_BR = advantages.token_rewards(task_BR, mask_BR, kl_BR, kl_coef)
     if settings.whiten_rewards:
         rewards_BR = advantages.whiten(rewards_BR, mask_BR, keep_mean=True)
-    if settings.credit == "gae":
+    if is_custom(settings.credit):
+        advantages_BR, returns_BR = custom_credit(settings)(
+            rewards_BR=rewards_BR,
+            values_BR=scored.values_BR,
+            mask_BR=mask_BR,
+            group_B=rollout.row_B,
+            bootstrap_B=scored.after_B,
+        )
+    elif settings.credit == "gae":
         advantages_BR, returns_BR = advantages.gae(
             rewards_BR, scored.values_BR, mask_BR, gamma=settings.gamma, lam=settings.lam, bootstrap_B=scored.after_B
         )
@@ -277,7 +286,7 @@ def credit(scored: Scored, settings: PPOSettings, kl_coef: float) -> tuple[Exper
     else:
         std = settings.credit == "group" and settings.group_std
         advantages_BR, returns_BR = advantages.group(rewards_BR, mask_BR, rollout.row_B, gamma=settings.gamma, std=std)
-    if settings.whitens_advantages:
+    if whitens(settings):
         advantages_BR = advantages.whiten(advantages_BR, mask_BR)
     importance_BR, corrected = importance(scored, settings)
     metrics = corrected | overlong_metrics(rollout, settings)

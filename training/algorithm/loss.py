@@ -1,4 +1,5 @@
-"""The losses: tensors in, (loss, metrics) out. `ppo.loss` says which of `policy_loss`, `gspo`, `cispo` and `dppo` it is.
+"""The losses: tensors in, (loss, metrics) out. `ppo.loss` says which of `policy_loss`, `gspo`, `cispo` and `dppo` it is,
+or names a function of the same form (custom.py).
 
 Every loss is a weighted sum over actions, never a mean. The weights come from `token_weights`, which divides by counts of
 the whole minibatch on all ranks; so losses, metrics and gradients of micro-batches simply add up, however the rows are
@@ -158,16 +159,20 @@ def _told(
     if importance_BR is not None:
         objective_BR = importance_BR * objective_BR
     loss = -weighted_sum(objective_BR, mask_BR, weights_BR)
+    clipped = weighted_sum(clipped_BR.to(log_ratio_BR), mask_BR, weights_BR).detach()
+    return loss, {"clip_fraction": clipped, **moved(loss, log_ratio_BR, mask_BR, weights_BR)}
+
+
+def moved(loss: Tensor, log_ratio_BR: Tensor, mask_BR: Tensor, weights_BR: Tensor) -> Metrics:
+    """How far the policy is from the old one, beside its loss."""
     with torch.no_grad():
-        metrics = {
+        return {
             "policy_loss": loss.detach(),
-            "clip_fraction": weighted_sum(clipped_BR.to(log_ratio_BR), mask_BR, weights_BR),
             # k3 of KL(old || new), from tokens of the old policy
             "approx_kl": weighted_sum(torch.expm1(log_ratio_BR) - log_ratio_BR, mask_BR, weights_BR),
             # mean of ratio - 1: exactly 0 where every ratio is 1, which a sum of weights would miss by a rounding
             "ratio_excess": weighted_sum(torch.expm1(log_ratio_BR), mask_BR, weights_BR),
         }
-    return loss, metrics
 
 
 def value_loss(

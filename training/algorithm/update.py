@@ -18,10 +18,12 @@ from torch.optim import Optimizer
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import Broken
 from steerl.training.algorithm import kl, loss
+from steerl.training.algorithm.custom import OWN, custom_loss
 from steerl.training.algorithm.minibatch import minibatches, passes, select
+from steerl.training.algorithm.schedule import share_of_rate
 from steerl.training.engine.gradients import accumulating, backward, finish
 from steerl.training.model.offload import offloaded
-from steerl.training.settings import PPOSettings
+from steerl.training.settings import PPOSettings, is_custom
 from steerl.training.types import Experience, MinibatchStats, PolicyOutput, TrainState, UpdateStats
 
 
@@ -45,7 +47,8 @@ def learn(state: TrainState, experience: Experience, settings: PPOSettings, *, s
         else:
             continue
         break
-    return UpdateStats.of(done, max(processes.gather_objects([one.ratio_error for one in done[:1]]), default=0.0))
+    worst = max(processes.gather_objects([one.ratio_error for one in done[:1]]), default=0.0)
+    return UpdateStats.of(done, worst, state.optimizer.param_groups[0]["lr"])
 
 
 def update(state: TrainState, experience: Experience, rows: list[int], settings: PPOSettings) -> MinibatchStats:
@@ -64,10 +67,11 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
             with offloaded() if settings.offload_activations else contextlib.nullcontext():
                 total, parts, error = micro_batch_loss(state, experience, micro_batch, counts, settings)
             backward(state, total * factor)
-        sums = {name: sums.get(name, 0.0) + value for name, value in parts.items()}
+        sums |= {name: sums.get(name, 0.0) + value for name, value in parts.items()}
         worst = torch.maximum(worst, error)
-    names = sorted(sums)
-    summed = processes.sum_(torch.stack([sums[name].float() for name in names]))
+    # What a loss of the user's own tells may hang on the rows.
+    names = sorted(set(processes.gather_objects(list(sums))) if is_custom(settings.loss) else sums)
+    summed = processes.sum_(torch.stack([sums.get(name, torch.zeros_like(worst)).float() for name in names]))
     means = dict(zip(names, summed.tolist(), strict=True))
     watched = {"ppo/policy_loss": "policy_loss", "ppo/approx_kl": "approx_kl", "value/loss": "value_loss"}
     check_finite({told: means[name] for told, name in watched.items() if name in means}, state.step)
@@ -75,8 +79,8 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
     check_finite({"ppo/grad_norm": grad_norm}, state.step)
     state.optimizer.step()  # DeepSpeed has taken it
     state.optimizer.zero_grad()
-    ratio_mean = 1.0 + means.pop("ratio_excess")
-    return MinibatchStats(ratio_mean=ratio_mean, ratio_error=float(worst), grad_norm=grad_norm, **means)
+    ratio_mean, own = 1.0 + means.pop("ratio_excess"), {name: means.pop(name) for name in names if name.startswith(OWN)}
+    return MinibatchStats(ratio_mean=ratio_mean, ratio_error=float(worst), grad_norm=grad_norm, own=own, **means)
 
 
 def micro_batch_loss(
@@ -142,6 +146,8 @@ def micro_batch_loss(
 
 def chosen_loss(settings: PPOSettings) -> Callable[..., tuple[Tensor, loss.Metrics]]:
     """The policy loss of `ppo.loss`, with the settings that it has."""
+    if is_custom(settings.loss):
+        return custom_loss(settings)
     if settings.loss == "dppo":
         return partial(loss.dppo, divergence=settings.dppo_divergence, threshold=settings.dppo_bound)
     high = settings.clip if settings.clip_high is None else settings.clip_high
@@ -153,20 +159,10 @@ def chosen_loss(settings: PPOSettings) -> Callable[..., tuple[Tensor, loss.Metri
 
 def set_learning_rates(optimizer: Optimizer, settings: PPOSettings, step: int) -> None:
     """Learning-rate annealing, and the value warm-up. A function of the step, so that a resumed run has nothing to restore."""
-    factor = schedule(settings, step)
+    factor = share_of_rate(settings, step)
     for group in optimizer.param_groups:
         warming = group["name"] == "policy" and step < settings.value_warmup_steps
         group["lr"] = 0.0 if warming else group["base_lr"] * factor
-
-
-def schedule(settings: PPOSettings, step: int) -> float:
-    """Share of the learning rates at a step: rising over the warm-up, then constant or falling to 0 at the end."""
-    if step < settings.warmup_steps:
-        return (step + 1) / (settings.warmup_steps + 1)
-    done = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
-    if settings.schedule == "linear":
-        return 1.0 - done
-    return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1.0
 
 
 def check_finite(watched: Mapping[str, float], step: int) -> None:

@@ -22,6 +22,8 @@ import torch
 
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.scoring.chunked_head import CHUNK
+from steerl.training.algorithm.custom import uses_value
+from steerl.training.engine.optimizer import state_bytes
 from steerl.training.planning.passes import (
     Blueprint,
     Counts,
@@ -243,14 +245,15 @@ def _sizes(work: PlannedStep, engine: Engine, ranks: int, counts: list[Counts], 
     """What stands for every weight. DeepSpeed in bf16 keeps bfloat16 weights; the others what is stored."""
     groups = [counts[0].trained, *(c.trained - c.head_trained for c in counts[1:])]
     trained = sum(groups)
-    head = counts[0].width * (work.ppo.credit == "gae")  # the value's, one number out
+    head = counts[0].width * uses_value(work.ppo)  # the value's, one number out
     zero = engine.startswith("zero")
     halved = zero and work.precision == "bf16"
     trained_bytes = counts[0].trained_bytes + sum(_without_head(c) for c in counts[1:]) + 4.0 * head
     width = 2.0 if halved else trained_bytes / max(trained + head, 1)
     gradients = width * (trained + head)
-    eighth = work.ppo.optimizer == "adamw8bit"
-    moments = 2 * (trained if eighth else 4.0 * trained if zero else trained_bytes)  # two per number
+    state = state_bytes(work.ppo)
+    # in float32 under ZeRO, in 8 bits whatever the weights are in, else as wide as the weights
+    moments = state * (trained if zero or work.ppo.optimizer == "adamw8bit" else trained_bytes / 4)
     return _Sizes(
         weights=2.0 * counts[0].all if halved else counts[0].bytes,
         value=sum((2.0 * (c.all - c.head) if halved else c.value_bytes) for c in counts[1:]),

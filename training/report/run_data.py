@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,16 @@ class ReportRun:
     summary: dict[str, object] = field(default_factory=dict)
     bars: list[dict[str, object]] = field(default_factory=list)
     """Histograms of a dump."""
+    ends: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """Metric -> (step, value) of the evaluations before the first step and after the last, which stand in the summary."""
 
     def heads(self) -> dict[str, list[object]]:
         """What samples are found and sorted by, as columns."""
-        return {name: [row.facts.get(name) for row in self.rows] for name in _HEADS}
+        kept: dict[str, list[object]] = {name: [row.facts.get(name) for row in self.rows] for name in _HEADS}
+        for name, values in kept.items():
+            kind: Callable[[object], bool] = _is_number if name != "kind" else lambda value: isinstance(value, str)
+            kept[name] = [value if kind(value) else None for value in values]
+        return kept
 
     def examples(self, each: int = 3) -> list[list[object]]:
         """Responses at the first and at the last step that has samples: random ones where they are marked."""
@@ -100,26 +106,45 @@ class ReportRun:
 
 def read_run(path: Path, name: str) -> ReportRun:
     lines = read_lines(path / METRICS)
-    steps = [int(line["step"]) for line in lines]
-    keys = dict.fromkeys(key for line in lines for key, value in line.items() if key != "step" and _is_number(value))
-    config = _text(path / "config.yaml")
-    summary = read_json(path / "summary.json")
-    # The evaluations before the first step and after the last stand in the summary.
-    if _is_number(before := summary.get("reward_before")) and steps and steps[0] == 1:
-        steps, lines = [0, *steps], [{"eval/reward": before, "eval/kl": 0.0}, *lines]
-        after = {"eval/reward": summary.get("reward_after"), "eval/kl": summary.get("kl_after")}
-        lines[-1] = after | lines[-1]
-        keys |= dict.fromkeys(after)
+    steps, metrics = columns(lines)
+    rows = [view_of(line) for line in (read_lines(path / SAMPLES) if (path / SAMPLES).is_file() else [])]
+    summary = {"steps": max(steps, default=0)} | read_json(path / "summary.json") if (path / "summary.json").is_file() else {}
+    about = run_of(name, _text(path / "config.yaml"), summary, read_json(path / "versions.json"))
+    return replace(about, steps=steps, metrics=metrics, rows=rows)
+
+
+def run_of(name: str, config: str, summary: Mapping[str, Any], versions: Mapping[str, Any]) -> ReportRun:
+    """What lies beside a run's metrics and samples."""
     return ReportRun(
         name=name,
-        steps=steps,
-        metrics={key: [value if _is_number(value := line.get(key)) else None for line in lines] for key in keys},
-        rows=[_row(line) for line in (read_lines(path / SAMPLES) if (path / SAMPLES).is_file() else [])],
         config=config,
-        kl_target=_kl_target(config),
-        versions=read_json(path / "versions.json"),
+        kl_target=setting(config, "ppo", "kl_target"),
+        versions={str(key): str(value) for key, value in versions.items()},
         summary={key: value for key, value in summary.items() if not isinstance(value, dict | list)},
+        ends=_ends(summary),
     )
+
+
+def columns(lines: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[float | None]]]:
+    """Lines of metrics.jsonl, by parse_line, as (steps, metric -> values)."""
+    plain = (int, float)  # not bool; parse_line leaves no infinity
+    keys = dict.fromkeys(key for line in lines for key, value in line.items() if type(value) in plain)
+    keys.pop("step", None)
+    values = {key: [value if type(value := line.get(key)) in plain else None for line in lines] for key in keys}
+    return [int(line["step"]) for line in lines], values
+
+
+def _ends(summary: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """NAME_before and NAME_after of the summary are points of eval/NAME; the KL of a policy to itself, before, is 0."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    if not _is_number(steps := summary.get("steps")):
+        return found
+    before = {"kl_before": 0.0} if _is_number(summary.get("reward_before")) else {}
+    for key, value in (before | dict(summary)).items():
+        name, _, when = key.rpartition("_")
+        if _is_number(value) and when in ("before", "after"):
+            found.setdefault(f"eval/{name}", []).append((0 if when == "before" else int(steps or 0), float(value)))
+    return {key: sorted(points) for key, points in found.items()}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -131,19 +156,35 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line, parse_float=_finite, parse_constant=_finite)
-            if not isinstance(value, dict) or not _is_number(value.get("step")):
-                raise ValueError("no object with a step")
+            values.append(parse_line(line))
         except ValueError as error:
             if number == len(lines):
                 log_line(f"{path}: its last line was cut short, by a kill or a full disk, and is left out")
                 break
             raise DataError(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
-        values.append(value)
     return values
 
 
-def _row(line: Mapping[str, Any]) -> SampleView:
+def parse_line(line: str) -> dict[str, Any]:
+    """The object of a line that a run wrote, with None for NaN and infinities; ValueError where it is none."""
+    try:
+        value = json.loads(line, parse_float=_finite, parse_constant=_finite)
+    except RecursionError as error:
+        raise ValueError("lists in lists without end") from error
+    if not isinstance(value, dict) or not _is_number(value.get("step")):
+        raise ValueError("no object with a step")
+    return value
+
+
+def view_of(line: Mapping[str, Any]) -> SampleView:
+    """The sample that a line of samples.jsonl holds; ValueError where it is none."""
+    try:
+        return _view(line)
+    except (TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"no sample of a run: {error}") from error
+
+
+def _view(line: Mapping[str, Any]) -> SampleView:
     ids = list(line.get("response_ids") or [])
     texts = list(line.get("response_tokens") or map(str, ids))
     quantities = {
@@ -207,7 +248,7 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return (type(value) is int and abs(value) < 2**1023) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _finite(digits: str) -> float | None:
@@ -229,8 +270,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _kl_target(config: str) -> float | None:
-    target = load_text(config, "config.yaml", [])
-    for name in ("ppo", "kl_target"):
-        target = target.get(name) if isinstance(target, dict) else None
-    return float(target) if _is_number(target) else None
+def setting(config: str, *names: str) -> float | None:
+    """A number of the run's settings."""
+    value: object = load_text(config, "config.yaml", [])
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return float(value) if _is_number(value) else None  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from steerl.rollout.steering.spec.spec import ROLES
 from steerl.rollout.weights import blocks, files
 from steerl.rollout.weights.files import Announced
 from steerl.training.model.actor_critic import ActorCritic
+from steerl.training.run.card import write_card
 from steerl.training.run.evaluate import Evaluation
 from steerl.training.settings import PPOSettings
 from steerl.training.types import TrainState
@@ -176,8 +177,8 @@ def _shards(entries: Sequence[Announced]) -> dict[str, list[Announced]]:
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def summarize(folder: Path, state: TrainState, after: Evaluation | None) -> dict[str, Any]:
-    """Write summary.json, the last file of a run, and return what it holds."""
+def summarize(folder: Path, state: TrainState, after: Evaluation | None, ended_of: int | None = None) -> dict[str, Any]:
+    """Write summary.json, the last file of a run, and return what it holds. `ended_of`: steps of a run that a hook ended."""
     summary = {
         "reward_before": state.reward_before,
         "reward_after": after and after.reward,
@@ -189,8 +190,14 @@ def summarize(folder: Path, state: TrainState, after: Evaluation | None) -> dict
         "tokens": int(state.totals.get("tokens", 0)),
         "seconds": state.totals.get("seconds", 0.0),
         "world_size": processes.start().world_size,
+        **({} if ended_of is None else {"ended_of": ended_of}),
     }
-    processes.on_main(lambda: write_json(folder / "summary.json", summary))
+
+    def write() -> None:
+        write_card(folder, summary)
+        write_json(folder / "summary.json", summary)
+
+    processes.on_main(write)
     return summary
 
 

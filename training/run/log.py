@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, samples.jsonl, trackers (wandb, tensorboard) and one live line.
+"""What a run tells while it runs: metrics.jsonl, samples.jsonl, trackers and one live line.
 
     log = RunLog(folder, trackers=["tensorboard"], config=resolved)     every rank; only the main process writes
     log.rewind(saved)                       first: the files end where the checkpoint was taken ({}: a fresh start)
@@ -14,28 +14,22 @@ those of an undisturbed run, but for the seconds in them.
 
 from __future__ import annotations
 
-import html
 import json
 import logging
 import math
 import os
 import sys
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError, visible
 from steerl.rollout.common.progress import duration
-
-if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
+from steerl.training.run.trackers import Trackers
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-PROJECT = "steerl"
-_TABLE_ROWS = 32
 _logger = logging.getLogger(__name__)
 
 
@@ -48,8 +42,7 @@ class RunLog:
         self._names = tuple(dict.fromkeys(trackers))
         self._config = dict(config or {})
         self._files: dict[str, IO[bytes]] = {}
-        self._trackers: dict[str, GeneralTracker] | None = None
-        self._wandb_id: str | None = None
+        self._trackers: Trackers | None = None
         self._step = 0
         self._clock: tuple[float, int] | None = None
         self._drawn: float | None = None
@@ -58,31 +51,23 @@ class RunLog:
 
     # -- writing --------------------------------------------------------------------------------------------------
 
-    def metrics(self, step: int, values: Mapping[str, object]) -> None:
-        """One line of metrics.jsonl, and the same keys to every tracker."""
+    def metrics(self, step: int, values: Mapping[str, object]) -> dict[str, object]:
+        """One line of metrics.jsonl, which is returned, and the same keys to every tracker."""
         if not self.is_main:
-            return
+            return {}
         row = {"step": step} | {name: _plain(value) for name, value in values.items() if name != "step"}
         self._append(METRICS, step, [row])
-        scalars = {name: value for name, value in row.items() if isinstance(value, int | float)}
-        for tracker in self._started().values():
-            tracker.log(scalars, step=step)
+        self._started().metrics(step, row)
+        return row
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
-        """Rows of samples.jsonl; in the trackers a table of what fits into cells (no lists)."""
+    def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+        """Rows of samples.jsonl, which are returned; trackers show them in their way."""
         if not self.is_main or not rows:
-            return
+            return []
         plain = [{"step": step} | {name: _plain(value) for name, value in row.items()} for row in rows]
         self._append(SAMPLES, step, plain)
-        shown = plain[:_TABLE_ROWS]
-        names = dict.fromkeys(name for row in shown for name in row)
-        columns = [name for name in names if not any(isinstance(row.get(name), list | dict) for row in shown)]
-        cells = [[row.get(name) for name in columns] for row in shown]
-        for name, tracker in self._started().items():
-            if name == "wandb":
-                tracker.log_table("samples", columns=columns, data=cells, step=step)  # type: ignore[attr-defined]
-            else:
-                tracker.log({"samples": _markdown(columns, cells)}, step=step)
+        self._started().samples(step, plain)
+        return plain
 
     def progress(self, step: int, steps: int, *, reward: float, kl: float, tokens: int) -> None:
         """The live line: rewritten in place on a terminal, elsewhere a line at most every ten seconds (and the last)."""
@@ -104,11 +89,11 @@ class RunLog:
         sys.stderr.flush()
 
     def close(self) -> None:
-        for tracker in (self._trackers or {}).values():
-            tracker.finish()
+        if self._trackers is not None:
+            self._trackers.finish()
         for file in self._files.values():
             file.close()
-        self._files, self._trackers = {}, {}
+        self._files = {}
 
     # -- resume -----------------------------------------------------------------------------------------------------
 
@@ -119,13 +104,13 @@ class RunLog:
             file.flush()
             os.fsync(file.fileno())
             sizes[name] = file.tell()
-        return {"bytes": sizes, "wandb_id": self._wandb_id, "step": self._step}
+        return {"bytes": sizes, **(self._trackers.ids() if self._trackers is not None else {}), "step": self._step}
 
     def rewind(self, saved: Mapping[str, Any]) -> None:
         """Cut the files to where `saved` (a `position()`; empty for the start) was taken. Before the first line is written."""
         if not self.is_main:
             return
-        self._wandb_id, self._step = saved.get("wandb_id"), int(saved.get("step", 0))
+        self._step = int(saved.get("step", 0))
         for name, file in self._files.items():
             size, wanted = file.seek(0, os.SEEK_END), int(saved.get("bytes", {}).get(name, 0))
             if size < wanted:
@@ -134,7 +119,13 @@ class RunLog:
                 wanted = (self.folder / name).read_bytes().rfind(b"\n") + 1  # a line that was cut in two goes
             file.truncate(min(size, wanted))
             file.seek(0, os.SEEK_END)
-        self._started()  # now, so that a tracker that cannot start is told before the first step is paid for
+        self._started(saved)  # now, so that a tracker that cannot start is told before the first step is paid for
+
+    def _started(self, saved: Mapping[str, Any] | None = None) -> Trackers:
+        """Trackers start late, when it is known whether the run goes on from another."""
+        if self._trackers is None:
+            self._trackers = Trackers(self._names, self.folder, self._config, saved or {}, self._step)
+        return self._trackers
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -148,59 +139,11 @@ class RunLog:
             told = f"{self.folder / name}: cannot be written: {error.strerror}"
             raise UserError(f"{told}; free some space, then --run.resume true") from error
 
-    def _started(self) -> dict[str, GeneralTracker]:
-        """Trackers start late, when it is known whether the run goes on from another."""
-        if self._trackers is None:
-            self._trackers = {}
-            for name in self._names:
-                self._trackers[name] = self._wandb() if name == "wandb" else self._tensorboard()
-        return self._trackers
-
-    def _tensorboard(self) -> GeneralTracker:
-        from accelerate.tracking import TensorBoardTracker
-
-        _need("tensorboard")
-        # Steps after the checkpoint, written by the run that was killed, are hidden by purge_step.
-        tracker = TensorBoardTracker("tensorboard", self.folder, purge_step=self._step + 1)
-        tracker.start()
-        if not self._step:
-            tracker.log({"config": "```\n" + json.dumps(self._config, indent=2, default=str) + "\n```"}, step=0)
-        return tracker
-
-    def _wandb(self) -> GeneralTracker:
-        from accelerate.tracking import WandBTracker
-
-        _need("wandb")
-        import wandb
-
-        self._wandb_id = self._wandb_id or uuid.uuid4().hex[:8]
-        tracker = WandBTracker(
-            os.environ.get("WANDB_PROJECT", PROJECT),
-            id=self._wandb_id,
-            resume="allow",
-            dir=str(self.folder),
-            name=self.folder.name,
-            config=self._config,
-        )
-        try:
-            tracker.start()
-        except wandb.errors.Error as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"run.trackers: wandb does not start: {first}; WANDB_MODE=offline needs no account") from error
-        return tracker
-
 
 def log_line(line: str) -> None:
     """A line for the person at the terminal, from the main process."""
     if processes.start().is_main:
         sys.stderr.write(visible(line) + "\n")
-
-
-def _need(package: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"run.trackers: {package} is not installed; pip install {package}, or leave it out of the list")
 
 
 def _plain(value: object) -> object:
@@ -214,14 +157,3 @@ def _plain(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _markdown(columns: Sequence[str], cells: Sequence[Sequence[object]]) -> str:
-    """A table for tensorboard, which renders markdown and HTML: what a model wrote is escaped."""
-
-    def cell(value: object) -> str:
-        text = value if isinstance(value, str) else json.dumps(value)
-        return html.escape(text).replace("|", "&#124;").replace("\n", "<br>")
-
-    lines = [columns, ["---"] * len(columns), *cells]
-    return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)

@@ -21,7 +21,14 @@ import yaml
 from steerl.reward.types import Reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import CheckpointError
-from steerl.rollout.common.fingerprint import folder_fingerprint, tokenizer_fingerprint, values_fingerprint, weights_fingerprint
+from steerl.rollout.common.fingerprint import (
+    folder_fingerprint,
+    source_fingerprint,
+    tokenizer_fingerprint,
+    values_fingerprint,
+    weights_fingerprint,
+)
+from steerl.rollout.common.loading import load_function
 from steerl.rollout.common.run_folder import RunSettings, versions, write_text
 from steerl.rollout.common.yaml_files import Dumper
 from steerl.rollout.dumps.manifest import finished_shards
@@ -33,11 +40,12 @@ from steerl.rollout.prompts.prompts import Prompts
 from steerl.training.run import checkpoint
 from steerl.training.run.export import read_summary
 from steerl.training.run.log import RunLog, log_line
-from steerl.training.settings import PPOSettings
+from steerl.training.settings import PPOSettings, is_custom
 from steerl.training.types import TrainState
 
 FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
+    *("run.push_to_hub", "run.hub_private"),
     *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather", "ppo.eval_every", "ppo.eval_prompts"),
     "ppo.offload_activations",
     *(f"engine.{name}" for name in ("kind", "url", "python", "model_impl", "sync", "check_rows", "start_timeout", "arguments")),
@@ -51,6 +59,8 @@ SINCE: dict[str, object] = {
     "ppo.packing": False,
     "ppo.offload_activations": False,
     "ppo.optimizer": "adamw",
+    "ppo.optimizer_arguments": None,
+    "ppo.schedule_arguments": None,
     "ppo.loss": "ppo",
     "ppo.dppo_divergence": "tv",
     "ppo.dppo_threshold": None,
@@ -86,6 +96,9 @@ def made_from(
         hashes["ppo.replay"] = values_fingerprint(record.sha256 for record in finished_shards(Path(settings.replay)))
     if settings.value not in ("separate", "shared") and Path(settings.value).is_dir():
         hashes["ppo.value"] = folder_fingerprint(Path(settings.value))
+    for name in ("loss", "credit", "optimizer", "schedule"):
+        if is_custom(spec := getattr(settings, name)):
+            hashes[f"ppo.{name}"] = source_fingerprint(load_function(spec, f"ppo.{name}"))
     return hashes
 
 
@@ -108,7 +121,8 @@ def finished(folder: Path, steps: int, config: Mapping[str, object], run: RunSet
     that a run writes."""
     folder = Path(folder)
     try:
-        if int(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"]) < steps:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if max(int(summary["steps"]), int(summary.get("ended_of", 0))) < steps:
             return False
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -13,7 +13,8 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.types import Samples
 from steerl.training.algorithm import update as learning
 from steerl.training.algorithm.experience import credit, score
-from steerl.training.algorithm.update import learn, schedule, update
+from steerl.training.algorithm.schedule import share_of_rate as schedule
+from steerl.training.algorithm.update import learn, update
 from steerl.training.run.metrics import check_gap
 from steerl.training.settings import PPOSettings
 from tests.ppo_runs import LORA, first_experience, first_scored, job, lone_logprobs, lone_row, lone_values, warm_head

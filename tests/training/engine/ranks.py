@@ -34,6 +34,7 @@ from tests.models import tiny_policy
 from tests.ppo_runs import LORA, prompts_of, share_of_threes, two_parts, with_gaps
 
 TABLE = runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples" / "toy_engine.py"))["Table"]
+OWN = str(Path(__file__).resolve().parents[1] / "algorithm" / "users_own.py")
 JOBS = {
     # 21 rows on 2 ranks, 3 minibatches of 7, micro-batches of 2: nothing divides evenly
     "ragged": ("gpt2", None, {}, {"rollouts_per_step": 21, "minibatches": 3, "micro_batch_size": 2}),
@@ -66,6 +67,21 @@ JOBS = {
         {"top_p": 0.8, "replay_mask": False},
         {"correction": Correction("sequence_truncate"), "value_warmup_steps": 1, "loss": "dppo", "dppo_threshold": 0.001},
     ),
+    # everything of the user's own; what the loss tells hangs on the rows that a rank has
+    "own": (
+        "gpt2",
+        None,
+        {"n": 2},
+        {
+            "loss": f"{OWN}:told_by_rows",
+            "credit": f"{OWN}:centred",
+            "optimizer": f"{OWN}:Signs",
+            "schedule": f"{OWN}:steps_down",
+            "learning_rate": 1e-4,
+        },
+    ),
+    # the main process alone decides to end it
+    "hooked": ("gpt2", None, {}, {}),
     # groups that score alike are drawn again, one prompt or two at a time
     "dropped": (
         "gpt2",
@@ -189,6 +205,7 @@ def main(folder: Path) -> None:
                 steering=load_spec(STEERING[name]) if name in STEERING else None,
                 source=table,
                 environment=ENVIRONMENT.get(name),
+                on_step=(lambda step, metrics, samples: step == 2 and len(samples) > 0) if name == "hooked" else None,
             )
     if processes.close():
         processes.end()

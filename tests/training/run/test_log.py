@@ -6,8 +6,10 @@ import glob
 import json
 import os
 import struct
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,3 +241,81 @@ def test_the_live_line_has_the_figures_and_the_time_left(tmp_path, capsys, monke
     # 20 seconds for two steps: 10 a step, 100 tokens/s, one step left
     assert shown[-2] == "step 3/4  reward 0.500  kl 0.250  100 tokens/s  10 s left"
     assert shown[-1].startswith("step 4/4") and len(shown) == 3
+
+
+TRACKIO = """
+import json, os, sys, time
+from pathlib import Path
+from steerl.training.run.log import RunLog
+
+folder, steps, saved, killed = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4] == "killed"
+turn = {"first": 0, "end": 2, "text": "", "answer": [{"role": "tool", "name": "add", "content": "3"}], "calls": 1, "errors": []}
+turn |= {"message": {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}}
+turn |= {"cut": False, "reward": None}
+episode = {"turns": [turn], "ended_by": "policy", "reward": 1.0, "failure": "", "state": {}}
+log = RunLog(folder, trackers=["trackio"], config={"ppo": {"clip": 0.2}})
+log.rewind(saved)
+for step in steps:
+    log.metrics(step, {"reward/mean": step / 4, "value/loss": float("nan")})
+    plain = {"prompt": "<b>", "prompt_text": "<s><b>", "completion": "half \\ud800", "reward": 0.5, "parts": {"a": 1.0}, "ids": [1]}
+    log.samples(step, [plain, {"prompt": [{"role": "user", "content": "1 + 2"}], "episode": episode, "reward": 1.0}])
+    if step == 2:
+        kept = json.dumps(log.position())
+if killed:
+    time.sleep(1.5)  # it sends in batches
+    os.write(1, kept.encode())
+    os._exit(9)
+log.close()
+"""
+
+
+@pytest.mark.slow
+def test_trackio_has_each_step_once_and_the_conversations_also_of_a_run_that_was_killed(tmp_path):
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
+
+    def write(steps, saved, how):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        words = [str(tmp_path / "run"), json.dumps(steps), json.dumps(saved), how]
+        return subprocess.run([sys.executable, "-c", TRACKIO, *words], capture_output=True, text=True, env=environment)
+
+    def ask(*words):
+        trackio = Path(sys.executable).with_name("trackio")
+        done = subprocess.run([trackio, *words, "--json"], capture_output=True, text=True, env=environment)
+        return json.loads(done.stdout)
+
+    killed = write([1, 2, 3], {}, "killed")
+    assert killed.returncode == 9, killed.stderr
+    # and the sender of step 3 was killed before that of another run had a turn: as if trackio lacked nothing but steps 4, 5
+    again = write([3, 4, 5], json.loads(killed.stdout), "whole")
+    assert again.returncode == 0 and again.stdout == "", (again.stdout, again.stderr)
+    (run,) = ask("list", "runs", "--project", "steerl")["runs"]
+    assert run.startswith("run-") and run == json.loads(killed.stdout)["trackio_name"]
+    values = ask("get", "metric", "--project", "steerl", "--run", run, "--metric", "reward/mean")["values"]
+    assert [(one["step"], one["value"]) for one in values] == [(step, step / 4) for step in range(1, 6)]
+    traces = ask("list", "traces", "--project", "steerl")["traces"]
+    assert sorted((one["step"], one["index"]) for one in traces) == [(step, i) for step in range(1, 6) for i in (0, 1)]
+    plain, played = (next(one for one in traces if (one["step"], one["index"]) == (4, i)) for i in (0, 1))
+    assert plain["messages"] == [{"role": "user", "content": "<s><b>"}, {"role": "assistant", "content": "half ?"}]
+    assert plain["metadata"]["reward"] == 0.5 and plain["metadata"]["parts"] == {"a": 1.0}
+    assert [message["role"] for message in played["messages"]] == ["user", "assistant", "tool"]
+    assert played["messages"][1]["tool_calls"][0]["function"]["name"] == "add"
+
+
+def test_trackio_gets_the_steps_that_it_was_killed_with(tmp_path, monkeypatch):
+    from steerl.training.run import trackers
+
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "a": step}) + "\n" for step in range(1, 5)))
+    assert [row["a"] for row in trackers._lines_after(tmp_path / "metrics.jsonl", 2, 4)] == [3, 4]
+    assert list(trackers._lines_after(tmp_path / "nowhere", 4, 4)) == []
+
+
+def test_a_tracker_that_breaks_is_left_and_the_run_goes_on(tmp_path, caplog):
+    log = RunLog(tmp_path, trackers=["tensorboard"])
+    log.rewind({})
+    write(log, [1])
+    log._trackers._running["tensorboard"].writer.close()
+    log._trackers._running["tensorboard"].log = lambda *_, **__: 1 / 0  # its disk, its network
+    write(log, [2, 3])
+    log.close()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert caplog.text.count("tensorboard failed (raised ZeroDivisionError: division by zero") == 1

@@ -32,12 +32,12 @@ function visible(text) {
   return {shown: shown || "\u2205", odd};
 }
 
+const NEWEST = "newest";
+
 class Viewer {
-  constructor(page, unpack) {
+  constructor(page, source) {
     this.page = page;
-    this.unpack = unpack;
-    this.loaded = new Map();
-    this.texts = new Map();
+    this.source = source;
     this.order = [];
     this.at = 0;
     this.token = -1;
@@ -45,19 +45,21 @@ class Viewer {
     const of = id => document.getElementById(id);
     [this.run, this.step, this.sort, this.search, this.quantity, this.list, this.sample, this.tip, this.count] =
       ["run", "step", "sort", "search", "quantity", "list", "sample", "tip", "count"].map(of);
-    this.runs = page.runs.map((one, i) => i).filter(i => page.runs[i].heads.step.length);
-    this.run.replaceChildren(...this.runs.map(i => new Option(page.runs[i].name, i)));
-    of("run-label").hidden = this.runs.length < 2;
     this.sort.replaceChildren(...Object.keys(ORDERS).map(name => new Option(name)));
     this.run.onchange = () => this.chooseRun();
     this.step.onchange = this.sort.onchange = () => this.choose();
     this.search.oninput = () => this.choose();
     this.quantity.onchange = () => this.paint();
     of("controls").onsubmit = event => event.preventDefault();
-    document.addEventListener("keydown", event => this.key(event));
     this.list.onclick = event => {
       const item = event.target.closest("li");
-      if (item) this.go(Number(item.dataset.place));
+      if (item) this.move(Number(item.dataset.place));
+    };
+    this.list.onkeydown = this.sample.onkeydown = event => {
+      const to = {ArrowDown: this.at + 1, ArrowUp: this.at - 1, ...(event.currentTarget === this.list ? {Home: 0, End: this.order.length - 1} : {})}[event.key];
+      if (to === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
+      event.preventDefault();
+      this.move(to);
     };
     // Not pointerover: that also comes when the text moves under a pointer that lies still, and would undo the keyboard.
     this.sample.onpointermove = event => { const token = event.target.closest(".token"); token ? this.hover(token) : this.hide(); };
@@ -65,27 +67,54 @@ class Viewer {
     this.sample.onclick = event => { const token = event.target.closest(".token"); if (token) this.hover(token); };
   }
 
+  // Runs and samples may have come; what is looked at stays. Where the newest step is followed, its samples are shown.
+  async update() {
+    const runs = this.page.runs.map((one, i) => i).filter(i => this.page.runs[i].heads.step.length);
+    if (!runs.length) return;
+    const before = this.run.value, shown = this.shown;
+    if (runs.join() !== [...this.run.options].map(option => option.value).join()) {
+      this.run.replaceChildren(...runs.map(i => new Option(visible(this.page.runs[i].name).shown, i)));
+      document.getElementById("run-label").hidden = runs.length < 2;
+    }
+    if (before === "" || !runs.includes(Number(before))) return this.chooseRun();
+    this.run.value = before;
+    const step = this.step.value;
+    this.steps();
+    this.step.value = step;
+    if (this.step.selectedIndex < 0) return this.chooseRun();
+    const place = this.heads.at ? this.heads.at.indexOf(shown) : -1;
+    if (step !== NEWEST) return this.choose(place);
+    if (this.newest !== this.heads.step.reduce((a, b) => Math.max(a, b), 0)) return this.choose();
+  }
+
   get heads() { return this.page.runs[this.run.value].heads; }
 
-  async chooseRun() {
+  steps() {
     const steps = [...new Set(this.heads.step)].sort((a, b) => a - b);
-    this.step.replaceChildren(new Option("all", ""), ...steps.map(step => new Option(step)));
-    if (steps.length > 1) this.step.value = steps[steps.length - 1];
-    const known = this.page.runs[this.run.value];
+    this.step.replaceChildren(...(this.source.live ? [new Option(NEWEST)] : []), new Option("all", ""), ...steps.map(step => new Option(step)));
     for (const option of this.sort.options) {
       const by = ORDERS[option.value];
-      option.hidden = option.disabled = Boolean(by) && known.heads[by[0]].every(value => value === null);
+      option.hidden = option.disabled = Boolean(by) && this.heads[by[0]].every(value => value === null);
     }
+    return steps;
+  }
+
+  async chooseRun() {
+    const steps = this.steps();
+    if (this.source.live) this.step.value = NEWEST;
+    else if (steps.length > 1) this.step.value = steps[steps.length - 1];
     await this.choose();
   }
 
-  async choose() {
+  // `index`: the sample that is looked at, and stays where it is still among them.
+  async choose(index = -1) {
     const run = this.run.value, heads = this.heads, step = this.step.value;
     let rows = heads.step.map((_, i) => i);
-    if (step !== "") rows = rows.filter(i => heads.step[i] === Number(step));
-    const words = this.search.value.trim().toLowerCase(), asked = [run, step, this.sort.value, words].join("\n");
+    this.newest = heads.step.reduce((a, b) => Math.max(a, b), 0);
+    if (step !== "") rows = rows.filter(i => heads.step[i] === (step === NEWEST ? this.newest : Number(step)));
+    const words = this.search.value.trim().toLowerCase(), asked = {};
     this.wanted = asked;
-    const texts = await this.textsOf(run);
+    const texts = await this.source.texts(run);
     if (this.wanted !== asked) return;
     if (words) rows = rows.filter(i => (texts[i][0] + "\n" + texts[i][1]).toLowerCase().includes(words));
     const by = ORDERS[this.sort.value];
@@ -94,44 +123,43 @@ class Viewer {
       rows.sort((a, b) => value(a) - value(b) || a - b);
     }
     this.order = rows;
-    await this.go(0);
+    const place = rows.indexOf(index);
+    if (index < 0 || place < 0) return this.go(0);
+    this.at = place;
+    this.showList(texts);
   }
 
-  async textsOf(run) {
-    if (!this.texts.has(run)) this.texts.set(run, this.unpack(`texts-${run}`));
-    return this.texts.get(run);
-  }
-
-  async rowOf(run, index) {
-    const chunk = Math.floor(index / this.page.chunk), name = `rows-${run}-${chunk}`;
-    if (!this.loaded.has(name)) {
-      if (this.loaded.size > 16) this.loaded.delete(this.loaded.keys().next().value);
-      this.loaded.set(name, this.unpack(name));
-    }
-    return (await this.loaded.get(name))[index % this.page.chunk];
+  // A person moves: the step that was followed is held from then on.
+  move(place) {
+    if (this.step.value === NEWEST) this.step.value = this.newest;
+    return this.go(place);
   }
 
   async go(place) {
     this.at = Math.min(Math.max(place, 0), Math.max(this.order.length - 1, 0));
     this.token = -1;
     this.hide();
-    const run = this.run.value, index = this.order[this.at], texts = await this.textsOf(run);
+    const run = this.run.value, index = this.order[this.at], texts = await this.source.texts(run), at = this.heads.at;
+    this.shown = at && index !== undefined ? at[index] : null;
+    const shown = this.shown;
     this.showList(texts);
     if (index === undefined) { this.current = null; this.sample.replaceChildren(element("p", {class: "hint", text: "no sample"})); return; }
-    const row = await this.rowOf(run, index);
-    if (this.order[this.at] !== index || this.run.value !== run) return;
-    this.current = {...row, prompt_text: texts[index][0], completion: texts[index][1]};
+    const [prompt_text, completion] = texts[index], row = await this.source.row(run, index).catch(() => null);
+    if (this.run.value !== run || (at ? this.shown !== shown : this.order[this.at] !== index)) return;
+    if (!row) { this.current = null; this.sample.replaceChildren(element("p", {class: "hint", text: "this sample is no longer there"})); return; }
+    this.current = {prompt_text, completion, ...row};
     this.showSample();
   }
 
   showList(texts) {
     const heads = this.heads, from = Math.max(0, Math.min(this.at - 30, this.order.length - 60)), shown = this.order.slice(from, from + 60);
-    this.count.textContent = `${this.order.length ? this.at + 1 : 0} of ${this.order.length} samples`;
+    this.count.textContent = `${this.order.length ? this.at + 1 : 0} of ${this.order.length} samples`
+      + (this.page.runs[this.run.value].missed ? "; older ones are left out here, steerl report has them all" : "");
     this.list.replaceChildren(...shown.map((index, i) => {
       const figures = [`step ${heads.step[index]}`, `row ${heads.row[index]}.${heads.sample[index]}`];
-      if (heads.kind[index]) figures.push(heads.kind[index]);
+      if (heads.kind[index]) figures.push(visible(heads.kind[index]).shown);
       for (const name of ["reward", "kl", "gap"]) if (heads[name][index] !== null) figures.push(`${name} ${short(heads[name][index])}`);
-      const item = element("li", {"data-place": from + i, "aria-selected": String(from + i === this.at)});
+      const item = element("li", {role: "option", "data-place": from + i, "aria-selected": String(from + i === this.at)});
       item.append(element("span", {text: figures.join("  ")}), element("span", {class: "text", dir: "auto", text: visible(texts[index][1].slice(0, 120)).shown.replaceAll("\n", " ")}));
       return item;
     }));
@@ -142,11 +170,12 @@ class Viewer {
   showSample() {
     const row = this.current, facts = element("div", {class: "facts"});
     for (const [name, value] of Object.entries(row.facts)) {
-      const text = value && typeof value === "object" ? Object.entries(value).map(([k, v]) => `${k} ${exact(v)}`).join(", ") : exact(value);
-      if (text !== "") facts.append(element("span", {}, name + " ", element("b", {dir: "auto", text: visible(text).shown})));
+      const said = one => typeof one === "number" ? short(one) : exact(one), all = value && typeof value === "object" ? Object.entries(value) : [];
+      const [text, whole] = [said, exact].map(as => all.length ? all.map(([k, v]) => `${k} ${as(v)}`).join(", ") : as(value));
+      if (text !== "") facts.append(element("span", {}, visible(name).shown + " ", element("b", {dir: "auto", title: visible(whole).shown, text: visible(text).shown})));
     }
     const names = Object.keys(row.quantities), before = this.quantity.value;
-    this.quantity.replaceChildren(...names.map(name => new Option(name)));
+    this.quantity.replaceChildren(...names.map(name => new Option(visible(name).shown, name)));
     if (names.includes(before)) this.quantity.value = before;
     const response = row.turns.length ? row.turns.flatMap((turn, i) => this.turn(turn, i)) : [
       element("h3", {text: row.action_mask.length ? "response (underlined: what the row was fed)" : "response"}),
@@ -190,7 +219,7 @@ class Viewer {
     const scale = this.sample.querySelector(".scale"), bar = element("i"), both = signed(values), below = !both && values.some(v => v < 0);
     const [left, right] = both ? [-largest, largest] : below ? [-largest, 0] : [0, largest];
     bar.style.background = `linear-gradient(to right, ${colorOf(left, largest)}, ${both ? "transparent," : ""} ${colorOf(right, largest)})`;
-    scale.replaceChildren(this.quantity.value + " ", exact(left), bar, exact(right));
+    scale.replaceChildren(visible(this.quantity.value).shown + " ", exact(left), bar, exact(right));
   }
 
   hover(token) {
@@ -198,7 +227,7 @@ class Viewer {
     const lines = [["token", JSON.stringify((response ? row.tokens : row.prompt_tokens)[i])], ["id", token.dataset.id], ["position", i]];
     if (response) for (const [name, values] of Object.entries(row.quantities)) lines.push([name, exact(values[i])]);
     const table = element("table");
-    for (const [name, value] of lines) table.append(element("tr", {}, element("td", {text: name}), element("td", {"data-name": name, text: visible(String(value)).shown})));
+    for (const [name, value] of lines) table.append(element("tr", {}, element("td", {text: visible(name).shown}), element("td", {"data-name": name, text: visible(String(value)).shown})));
     this.tip.replaceChildren(table);
     this.tip.hidden = false;
     for (const other of this.sample.querySelectorAll(".at")) other.classList.remove("at");
@@ -216,6 +245,7 @@ class Viewer {
   }
 
   moveStep(by) {
+    if (this.step.value === NEWEST) this.step.value = this.newest;
     const options = [...this.step.options], place = options.findIndex(option => option.selected) + by;
     if (place < 0 || place >= options.length) return;
     this.step.selectedIndex = place;
@@ -224,28 +254,16 @@ class Viewer {
 
   moveToken(by) {
     const tokens = this.sample.querySelectorAll(".token");
-    if (!tokens.length) return;
+    if (!tokens.length || !this.current) return;
     const first = this.current.prompt_tokens.length, from = this.token < 0 ? first - (by > 0 ? 1 : 0) : this.token;
     const token = tokens[Math.min(Math.max(from + by, 0), tokens.length - 1)];
     token.scrollIntoView({block: "nearest"});
     this.hover(token);
   }
 
-  key(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const typing = event.target.closest("input, select, textarea");
-    if (typing) { if (event.key === "Escape") typing.blur(); return; }
-    const act = {
-      j: () => this.go(this.at + 1), k: () => this.go(this.at - 1),
-      ArrowDown: this.list === event.target || this.sample === event.target ? () => this.go(this.at + 1) : null,
-      ArrowUp: this.list === event.target || this.sample === event.target ? () => this.go(this.at - 1) : null,
-      Home: this.list === event.target ? () => this.go(0) : null, End: this.list === event.target ? () => this.go(this.order.length - 1) : null,
-      "[": () => this.moveStep(-1), "]": () => this.moveStep(1), ArrowRight: () => this.moveToken(1), ArrowLeft: () => this.moveToken(-1),
-      c: () => { this.quantity.selectedIndex = (this.quantity.selectedIndex + 1) % this.quantity.options.length; this.paint(); },
-      "/": () => this.search.focus(), Escape: () => this.hide(),
-    }[event.key];
-    if (!act) return;
-    event.preventDefault();
-    act();
+  nextColor() {
+    if (!this.quantity.options.length) return;
+    this.quantity.selectedIndex = (this.quantity.selectedIndex + 1) % this.quantity.options.length;
+    this.paint();
   }
 }
