@@ -182,6 +182,22 @@ def test_a_task_that_cannot_be_had(place, tmp_path, capsys, monkeypatch):
     assert len([line for line in err.splitlines() if "eval.tasks" in line]) == 1
 
 
+def test_results_that_cannot_be_written(place, tmp_path, capsys, monkeypatch):
+    """The harness's writer swallows what goes wrong; nothing is left that looks like a result."""
+
+    def full(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("lm_eval.loggers.evaluation_tracker.Path.write_text", full)
+        from steerl.rollout.common import run_folder
+
+        disk.setattr(run_folder, "write_text", lambda path, text: path.write_bytes(text.encode()))
+        code, _, err = run(capsys, *flags(place, "--eval.tasks", "tiny_read", "--run.dir", str(tmp_path / "out")))
+    assert code == 2 and "out: the results could not be written" in err
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name[0] != "."] == []
+
+
 def test_without_the_package(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = run(capsys, *flags(place, "--run.dir", str(tmp_path / "out")))
