@@ -24,8 +24,9 @@ MOST = 1024
 
 
 def write(path: Path, source: Source, records: Iterable[Record]) -> int:
-    """How many there were. Memory: that of one record, of the sums of the scores, and the zip's own index."""
+    """How many there were. Memory: that of one record, of the sums of the scores, the ids, and the zip's own index."""
     sums: dict[str, list[float]] = {}
+    ids: dict[int | str, None] = {}
     count, epochs = 0, 1
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, tempfile.TemporaryFile(dir=path.parent) as summaries:
         for record in records:
@@ -36,11 +37,12 @@ def write(path: Path, source: Source, records: Iterable[Record]) -> int:
                 total = sums.setdefault(name, [0, 0.0, 0.0])
                 total[:] = total[0] + 1, total[1] + score["value"], total[2] + score["value"] ** 2
             count, epochs = count + 1, max(epochs, one["epoch"])
+            ids[one["id"]] = None
         summaries.write(b"]" if count else b"[]")
         summaries.seek(0)
         with file.open("summaries.json", "w") as out:
             shutil.copyfileobj(summaries, out)
-        log = header(source, count, epochs, sums)
+        log = header(source, count, list(ids), epochs, sums)
         start = {name: log[name] for name in ("version", "eval", "plan")}
         file.writestr("_journal/start.json", json.dumps(start))
         file.writestr("header.json", json.dumps(log))
@@ -123,7 +125,7 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
     return {**kept, **error, "completed": True, "message_count": len(one["messages"])}
 
 
-def header(source: Source, count: int, epochs: int, sums: dict[str, list[float]]) -> dict[str, Any]:
+def header(source: Source, count: int, ids: list[int | str], epochs: int, sums: dict[str, list[float]]) -> dict[str, Any]:
     when, name = _when(source), source.folder.resolve().name
     made = {"steerl": steerl.__version__, **{n: v for n, v in source.versions.items() if isinstance(v, str)}}
     return {
@@ -135,7 +137,7 @@ def header(source: Source, count: int, epochs: int, sums: dict[str, list[float]]
             "created": when,
             "task": name,
             "task_id": source.key,
-            "dataset": {"name": source.data or None, "samples": count},
+            "dataset": {"name": source.data or None, "samples": len(ids), "sample_ids": ids, "shuffled": False},
             "model": _model(source),
             "config": {"epochs": epochs},
             "packages": made,
