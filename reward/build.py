@@ -10,6 +10,7 @@ An entry has `kind`, the fields of that kind (the dataclass beside the code that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -141,9 +142,11 @@ def read_terms(terms: Sequence[object], field: str = "reward") -> Entries:
     read = [_read_entry(term, f"{field}[{index}]", problems) for index, term in enumerate(terms)]
     entries = [entry for entry in read if entry is not None]
     names: dict[str, str] = {}
-    for entry in entries:
+    for place, entry in enumerate(entries):
         name = entry.common.name
-        if name in names:
+        if name in names and callable(terms[int(entry.where[len(field) + 1 : -1])]):  # two partials of one function
+            entries[place] = Entry(dataclasses.replace(entry.common, name=None), entry.own, entry.where)
+        elif name in names:
             problems.append(f"{entry.where.split(' ')[0]}.name: {name!r} is the name of {names[name]} already; choose another")
         elif name is not None:
             names[name] = entry.where.split(" ")[0]
@@ -222,5 +225,7 @@ def _name_faults(name: str | None) -> list[str]:
 
 
 def _name_of(function: object) -> dict[str, str]:
+    while isinstance(function, functools.partial):
+        function = function.func
     name = getattr(function, "__name__", type(function).__name__)
     return {"name": name} if name.isidentifier() and name not in TAKEN else {}

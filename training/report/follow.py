@@ -91,8 +91,6 @@ class FollowedRun:
     def row(self, position: int) -> dict[str, object] | None:
         """The sample whose line begins there, whole."""
         with contextlib.suppress(OSError, ValueError), _opened(self.folder / SAMPLES) as file:
-            if position and not (file.seek(position - 1) and file.read(1) == b"\n"):
-                return None
             file.seek(position)
             shown = view_of(parse_line(file.readline().decode("utf-8", "replace")))
             return {"prompt_text": shown.prompt_text, "completion": shown.completion, **shown.tokens()}
@@ -188,12 +186,11 @@ def _read_on(file: IO[bytes], position: int, check: int, tail: int) -> Part:
     text, size = file.read(CHUNK), CHUNK
     while b"\n" not in text and len(text) == size:
         text, size = text + file.read(size), 2 * size
-    end = text.rfind(b"\n") + 1  # what stands after it is being written
     lines, at = [], position
-    for line in re.findall(rb"[^\n]*\n", text[:end]):
+    for line in re.findall(rb"[^\n]*\n", text):  # what stands after the last one is being written
         lines.append((at, line))
         at += len(line)
-    more = end > 0 and position + len(text) < about.st_size
+    more = bool(lines) and position + len(text) < about.st_size
     return Part(tuple(lines), (at, _checked(file, at)), about.st_mtime, more=more, passed=position > start)
 
 
