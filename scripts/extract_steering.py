@@ -200,7 +200,7 @@ def measure_effect(job: ExtractJob, policy: Policy, out: Path, layers: tuple[int
     from steerl.reward.build import build_reward
 
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
-    batch = prompts.batch(list(range(min(job.effect.samples, len(prompts)))))
+    batch = prompts.batch(prompts.first(job.effect.samples))
     reward = build_reward(job.reward, policy, policy.device)
     site = Site(
         name=out.stem,

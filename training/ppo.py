@@ -155,7 +155,7 @@ def train(
 
             # 5 record: metrics, samples, evaluation, checkpoint
             state.advance(len(groups.prompts), stats, timer.seconds())
-            told = metrics.step_metrics(stats, scored, credited) | groups.metrics()
+            told = metrics.step_metrics(stats, scored, credited) | groups.metrics() | metrics.of_sources(origin.prompts, scored)
             told |= parts.server.metrics() if parts.server is not None else {}
             if settings.eval_every and state.step % settings.eval_every == 0 and (found := evaluation()):
                 told |= found.metrics()
