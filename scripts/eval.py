@@ -21,7 +21,7 @@ from typing import Any
 from steerl.configs.reader import run_command
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import ConfigError, UserError
+from steerl.rollout.common.errors import ConfigError, UserError, visible
 from steerl.rollout.common.run_folder import RunSettings, begin, opened
 from steerl.rollout.common.settings_reader import within
 from steerl.rollout.decoding.settings import Sampling
@@ -188,8 +188,8 @@ def write(folder: Path, evaluated: tuple[dict[str, Any], Any], log_samples: bool
         date = getattr(tracker, "date_id", "")
         wanted = ["results.json", *(f"samples_{name}.jsonl" for name in samples or {})]
         written = [aside / f"{Path(name).stem}_{date}{Path(name).suffix}" for name in wanted]
-        if missing := [file.name for file in written if not file.is_file()]:
-            raise UserError(f"run.dir: {folder}: {', '.join(missing)} could not be written; see whether there is room")
+        if not all(file.is_file() for file in written):  # the harness logs what went wrong, and goes on
+            raise UserError(f"run.dir: {folder}: the results could not be written; is there room?")
         for file, name in zip(written, wanted, strict=True):
             os.replace(file, folder / name)
     finally:
@@ -213,7 +213,7 @@ def show(folder: Path, results: dict[str, Any]) -> None:
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     print(f"{folder}/results.json")
     for row in rows:
-        print("  ".join(["", *(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]]))
+        print(visible("  ".join(["", *(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]])))
 
 
 def cli() -> None:

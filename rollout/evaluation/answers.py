@@ -1,7 +1,7 @@
 """What a policy says to given texts: log-likelihoods of responses, and generations, steered or not.
 
-    pairs ── one-token responses of one prompt share a pass ──┐
-          └─ others, rows of like length ── teacher_forced ───┴─ (log-likelihood, whether each token is the likeliest)
+    pairs ── responses that differ in their last token: one row ┐
+          └─ others, rows of like length ── teacher_forced ──┴─ (log-likelihood, whether each token is the likeliest)
     prompts ── rows of like length ── a sampler ── ids
 
 Batches change nothing: rows are scored without padding or behind their mask, and what is random in a row (the noise of a
@@ -27,6 +27,8 @@ from steerl.rollout.scoring.steered import Steers
 from steerl.rollout.types import Rollout
 
 Answer = tuple[float, bool]
+SHARED = 8
+"""Longest response that is scored together with others which differ in their last token: all log-probs of its row are held."""
 
 
 @dataclass(frozen=True)
@@ -65,44 +67,47 @@ def likelihoods(
         if not pair.response:
             yield [(at, (0.0, True))]
             continue
-        # Choices of one letter have their context in common: one pass for all of them.
-        key = ("next", pair.row, *pair.prompt) if len(pair.response) == 1 else ("own", at)
-        alike.setdefault(key, []).append(at)
+        # Choices of one letter have all but their last token in common: one row for all of them.
+        shared = ("but the last", pair.row, *pair.prompt, -1, *pair.response[:-1])
+        alike.setdefault(shared if len(pair.response) <= SHARED else (at,), []).append(at)
     for several in (False, True):
-        groups = [places for (kind, *_), places in alike.items() if (kind == "next") == several]
+        groups = [places for places in alike.values() if (len(places) > 1) == several]
         lengths = [len(pairs[places[0]].prompt) + len(pairs[places[0]].response) for places in groups]
         for batch in batches(lengths, rows, tokens):
-            part = [groups[i] for i in batch]
-            yield list((_next_tokens if several else _responses)(policy, pairs, part, steering))
+            yield list((_choices if several else _responses)(policy, pairs, [groups[i] for i in batch], steering))
 
 
 def _responses(
     policy: Policy, pairs: Sequence[Pair], part: list[list[int]], steering: Steers | None
 ) -> Iterator[tuple[int, Answer]]:
-    own = [pairs[places[0]] for places in part]
+    """One pair a row."""
+    own = [pairs[at] for (at,) in part]
+    wanted: dict[str, Any] = {"temperature": 1.0, "want_entropy": False, "want_likeliest": True, "steering": steering}
     with torch.no_grad():
-        forced = teacher_forced(
-            policy, _given(policy, own, steering), temperature=1.0, want_entropy=False, want_likeliest=True, steering=steering
-        )
+        forced = teacher_forced(policy, _given(policy, own, steering), **wanted)
     assert forced.likeliest_BR is not None
-    for i, ((at,), pair) in enumerate(zip(part, own, strict=True)):
-        scored = slice(len(pair.response) - pair.scored, len(pair.response))
-        total = float(forced.logprobs_BR[i, scored].double().sum())
-        yield at, (total, bool(forced.likeliest_BR[i, scored].all()))
+    for (at,), pair, logprobs_R, likeliest_R in zip(part, own, forced.logprobs_BR, forced.likeliest_BR, strict=True):
+        yield at, _answer(pair, logprobs_R, likeliest_R)
 
 
-def _next_tokens(
+def _choices(
     policy: Policy, pairs: Sequence[Pair], part: list[list[int]], steering: Steers | None
 ) -> Iterator[tuple[int, Answer]]:
+    """Several pairs a row, which differ in their last token."""
     rollout = _given(policy, [pairs[places[0]] for places in part], steering)
     with torch.no_grad():
         forced = teacher_forced(policy, rollout, temperature=1.0, want_entropy=False, want_all=True, steering=steering)
     assert forced.all_logprobs_BRV is not None
-    for places, logprobs_V in zip(part, forced.all_logprobs_BRV[:, 0], strict=True):
-        likeliest = int(logprobs_V.argmax())
+    for places, logprobs_RV in zip(part, forced.all_logprobs_BRV, strict=True):
         for at in places:
-            token = pairs[at].response[0]
-            yield at, (float(logprobs_V[token]), token == likeliest)
+            ids_R = torch.tensor(pairs[at].response, device=logprobs_RV.device)
+            own_RV = logprobs_RV[: len(ids_R)]
+            yield at, _answer(pairs[at], own_RV.gather(1, ids_R[:, None])[:, 0], own_RV.argmax(-1) == ids_R)
+
+
+def _answer(pair: Pair, logprobs_R: torch.Tensor, likeliest_R: torch.Tensor) -> Answer:
+    scored = slice(len(pair.response) - pair.scored, len(pair.response))
+    return float(logprobs_R[scored].double().sum()), bool(likeliest_R[scored].all())
 
 
 def _given(policy: Policy, pairs: Sequence[Pair], steering: Steers | None) -> Rollout:

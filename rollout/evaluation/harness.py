@@ -70,7 +70,9 @@ class SteerlLM(TemplateLM):
         else:
             self.answers = read = read_arguments({**arguments, **({"path": path} if path else {})})
             assert isinstance(read, Arguments)
-            self.policy = load_policy(read, device or me.device)
+            # The harness's command line says cuda where nobody says anything.
+            elsewhere = me.world_size > 1 or (str(device).startswith("cuda") and not torch.cuda.is_available())
+            self.policy = load_policy(read, me.device if device is None or elsewhere else device)
         made = steering is None or isinstance(steering, Steering)
         self.steering: Any = steering if made else steering_of(self.policy, steering, self.answers.seed)  # type: ignore[arg-type]
         self.draws = draws or (lambda sampling, steering: Sampler(self.policy, sampling, steering))

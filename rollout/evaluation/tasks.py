@@ -45,11 +45,13 @@ class Tasks(TaskManager):
             try:
                 self.loaded = super().load(task_list)
             except Exception as error:
-                if not self.whole:  # a group of one's own may name tasks of the harness
+                if not self.whole and isinstance(error, TypeError | KeyError):  # a group that names tasks of the harness
                     self._look(whole=True)
                     return self.load(self.names)
                 offline = any(os.environ.get(name, "") not in ("", "0") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
                 hint = "; HF_HUB_OFFLINE is set, and what is not here cannot be fetched" if offline else ""
+                if isinstance(error, ConnectionError) and not offline:
+                    hint = "; load it once where there is a network: from then on it is read from the cache"
                 raise ConfigError(f"eval.tasks: {', '.join(task_list)}: {one_line(error)}{hint}") from error
         return self.loaded
 

@@ -20,7 +20,7 @@ from steerl.training.formats.records import Record, Source
 _STOPS = {"length": "max_tokens", "eos": "stop", "stop": "stop"}
 _SUMMARY = ("id", "epoch", "input", "target", "metadata", "scores", "model_usage", "uuid", "limit")
 MOST = 1024
-"""Characters of a text in a summary; the sample has all of it."""
+"""Characters of a text in a summary, and of a score's answer; the messages have all of it."""
 
 
 def write(path: Path, source: Source, records: Iterable[Record]) -> int:
@@ -59,6 +59,7 @@ def sample(source: Source, record: Record) -> dict[str, Any]:
     drawn = sum(record.action_mask)
     fed = len(record.prompt_ids) + len(record.ids) - drawn
     usage = {model: {"input_tokens": fed, "output_tokens": drawn, "total_tokens": fed + drawn}}
+    answer = text_of(events[-1]["output"]["choices"][0]["message"]["content"])[:MOST]
     scores = {} if record.reward is None else {"reward": record.reward}
     scores |= {name if name != "reward" else "rewards/reward": value for name, value in record.parts.items()}
     failure = "" if record.episode is None else record.episode.failure
@@ -67,10 +68,10 @@ def sample(source: Source, record: Record) -> dict[str, Any]:
         "id": record.row if dump else record.id,
         "epoch": record.sample + 1 if dump else 1,
         "input": record.prompt if isinstance(record.prompt, str) else messages[: len(prompt)],
-        "target": "",
+        "target": str(record.columns.get("answer") or ""),
         "messages": messages,
         "output": {**events[-1]["output"], "usage": usage[model]},
-        "scores": {name: {"value": value} for name, value in scores.items()},
+        "scores": {name: {"value": value, "answer": answer} for name, value in scores.items()},
         "metadata": record.about | ({} if record.episode is None else _of_episode(record)),
         "store": {},
         "events": events,

@@ -30,6 +30,7 @@ from steerl.rollout.model.auto_classes import Hub, choose_head, load_config
 from steerl.rollout.model.capabilities import Capabilities
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy, tokenizer_of
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings, load_prompts
+from steerl.rollout.prompts.sources import Source
 from steerl.rollout.prompts.tables import may_be_of_hub, read_table
 from steerl.rollout.steering import SteeringSpec, load_spec
 from steerl.rollout.steering.bind import Binding, bind
@@ -151,14 +152,17 @@ def policy_of(model: ModelSettings, found: Findings) -> Policy:
 
 def _table(section: str, settings: PromptSettings, policy: Policy | None, new: int) -> tuple[str, Callable[[], Prompts | None]]:
     def read() -> Prompts | None:
-        if may_be_of_hub(settings.path):
+        given = [settings.path] if isinstance(settings.path, str) else settings.path
+        paths = [each.path if isinstance(each, Source) else each for each in given]
+        if any(may_be_of_hub(path) for path in paths):
             raise OutOfReach("a data set of the hub")
         if policy is not None or not settings.path:
             return load_prompts(settings, policy, new)  # type: ignore[arg-type]
-        read_table(settings.path, settings.split, settings.name, section)
+        for path in paths:
+            read_table(path, settings.split, settings.name, section)
         raise OutOfReach("its rows can be read; whether they fit the model is open")
 
-    return f"{section}.path {settings.path}", read
+    return f"{section}.path {settings.path if isinstance(settings.path, str) else 'of several sources'}", read
 
 
 def _term(entry: Entry, policy: Policy | None, found: Findings) -> None:

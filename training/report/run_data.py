@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -149,21 +149,22 @@ def _ends(summary: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a jsonl file. A last line without an end was being written when the run was killed."""
-    values = []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.rstrip("\n").split("\n")  # not splitlines: a text may hold other line ends, which JSON does not escape
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values.append(parse_line(line))
-        except ValueError as error:
-            if number == len(lines):
-                log_line(f"{path}: its last line was cut short, by a kill or a full disk, and is left out")
-                break
-            raise DataError(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
-    return values
+    return list(lines_of(path))
+
+
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a jsonl file, one at a time. A last line without an end was being written when the run was killed."""
+    with path.open("rb") as file:  # a text's other line ends, which JSON does not escape, end no line
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield parse_line(line.decode("utf-8", "replace"))
+            except ValueError as error:
+                if not file.read().strip():
+                    log_line(f"{path}: its last line was cut short, by a kill or a full disk, and is left out")
+                    break
+                raise DataError(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
 
 
 def parse_line(line: str) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from steerl.rollout.common.errors import ConfigError, DataError
 from steerl.rollout.model.policy import Policy
@@ -46,6 +48,8 @@ TEXTS = [
     ("one", "t"),
     ("one", "e"),
     ("one", "a"),
+    ("two", "xya"),
+    ("two", "xyb"),
 ]
 
 
@@ -99,6 +103,18 @@ def test_generations_are_the_harness_s_own(family):
         wanted = [text[: len(one)] for text, one in zip(wanted, found, strict=True)]
     assert found == wanted
     assert len({text[:8] for text in found}) > (0 if family == "t5" else 3)
+
+
+def test_choices_that_differ_in_their_last_token_share_a_row():
+    """Letters of one context, and longer ones; the likeliest of them is known as such."""
+    ours, theirs = both("llama")
+    ((text,), rows) = ours.generate_until(requests(("pick: ", {"until": [], "max_gen_toks": 3})), True), []
+    asked = requests(*(("pick:", f" {text[:2]}{end}") for end in (text[2], "a", "b", "c")), *(("pick:", end) for end in "xyz"))
+    ours.policy.model.register_forward_hook(lambda module, inputs, output: rows.append(len(output.logits)))
+    found, wanted = ours.loglikelihood(asked, True), theirs.loglikelihood(asked, True)
+    assert sum(rows) == 2
+    near([value for value, _ in found], [value for value, _ in wanted])
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
 
 
 def test_a_greedy_continuation_is_said_to_be_one():
@@ -294,6 +310,56 @@ def test_steering_that_evaluates_nothing(change, said):
     (given if "role" in change else given["sites"][0]).update(change)
     with pytest.raises(ConfigError, match=said):
         SteerlLM(Policy.of(tiny("llama"), tiny_tokenizer()), steering=given)
+
+
+def test_an_adapter(tmp_path):
+    """By its folder, beside the harness's own model with peft."""
+    tokenizer = tiny_tokenizer()
+    tiny("llama").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    ours = SteerlLM(str(tmp_path / "adapter"), batch_size="4", device="cpu", dtype="float32")
+    theirs = HFLM(str(tmp_path / "base"), peft=str(tmp_path / "adapter"), device="cpu", batch_size=4, dtype="float32")
+    plain = SteerlLM(str(tmp_path / "base"))
+    found, wanted, other = ([v for v, _ in lm.loglikelihood(requests(*TEXTS), True)] for lm in (ours, theirs, plain))
+    near(found, wanted)
+    assert max(abs(a - b) for a, b in zip(found, other, strict=True)) > 1e-2
+
+
+def test_a_tokenizer_that_begins_with_bos():
+    """It is not put there twice where a template has it already."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    ours = SteerlLM(Policy.of(tiny("llama"), tokenizer), batch_size=4)
+    theirs = HFLM(tiny("llama"), tokenizer=tokenizer, batch_size=4, device="cpu")
+    assert ours.tok_encode("<s>a") == theirs.tok_encode("<s>a") == ours.tok_encode("a") == [1, 4]
+    asked = requests(*TEXTS, ("<s>user:hi</s>assistant:", "hello"))
+    near(*([v for v, _ in lm.loglikelihood(asked, True)] for lm in (ours, theirs)))
+    rolling = requests(("the end. " * 30,))
+    near(*(lm.loglikelihood_rolling(rolling, True) for lm in (ours, theirs)))
+    asked = requests(*((text, {"until": [], "max_gen_toks": 8}) for text in ("the film", "<s>user:hi</s>assistant:")))
+    assert [ours.generate_until([one], True) for one in asked] == [theirs.generate_until([one], True) for one in asked]
+
+
+def test_what_the_model_is_given_by_name():
+    with pytest.raises(ConfigError, match="paht: unknown .*did you mean path"):
+        SteerlLM(paht="x")
+    with pytest.raises(ConfigError, match="batch_size: 'auto'; sizes are not searched for"):
+        SteerlLM("x", batch_size="auto")
+
+
+def test_thinking_is_left_out():
+    """Of a generation only what follows the mark; and the template is told."""
+    tokenizer = tiny_tokenizer(chat="{{ enable_thinking }}{% for message in messages %}{{ message.content }}{% endfor %}")
+    policy = Policy.of(tiny("llama"), tokenizer)
+    asked = requests(("the film", {"until": [], "max_gen_toks": 12}))
+    (whole,) = SteerlLM(policy).generate_until(asked, True)
+    (rest,) = SteerlLM(policy, think_end_token=whole[3:5]).generate_until(asked, True)
+    assert rest == whole.split(whole[3:5])[-1].lstrip() != whole
+    told = SteerlLM(policy, enable_thinking=False).apply_chat_template([{"role": "user", "content": "hi"}])
+    assert told == "Falsehi"
 
 
 # -- whole tasks -----------------------------------------------------------------------------------------------------------

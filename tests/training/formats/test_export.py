@@ -454,6 +454,9 @@ def test_inspect_reads_its_log(dump: Path, talks: Path, chats: Path, run: Path) 
     assert found["means"] == {"reward": pytest.approx(mean), "short": -1.0}
     spread = math.sqrt(sum((value - mean) ** 2 for value in found["rewards"]) / 5 / 6)
     assert found["stderrs"]["reward"] == pytest.approx(spread)
+    assert [(one["target"], one["scores"]["reward"]["answer"]) for one in found["samples"][1:3]] == [
+        ("2", "answer 1.0 🙂"), ("4", "answer 2.0 🙂"),
+    ]  # fmt: skip
     assert found["said"][:2] == ["frage 0 – 質問", "answer 0.0 🙂"]
 
     shown = subprocess.run([str(TOOLS.with_name("inspect")), "log", "dump", str(paths[1])], capture_output=True, check=True)
