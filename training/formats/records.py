@@ -69,16 +69,17 @@ class Record:
     @cached_property
     def said(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """(the prompt, what follows it) as messages; a text is the user's, its completion the assistant's."""
+        nothing = [{"role": "assistant", "content": ""}]  # an environment that was gone before the first turn
         if isinstance(self.prompt, str):
             after = [{"role": "assistant", "content": self.completion}] if self.episode is None else self.episode.messages
-            return [{"role": "user", "content": self.prompt}], plain(after)
+            return [{"role": "user", "content": self.prompt}], plain(after or nothing)
         extra = self.columns.get("chat_template_kwargs")
         if self.episode is None:
             whole = answered(self.prompt, self.completion, extra, self.prompt_text)
         else:
             whole = continued(self.prompt, self.episode.messages, extra, self.prompt_text)
         before = len(self.prompt) - continues(self.prompt, extra)
-        return plain(whole[:before]), plain(whole[before:])
+        return plain(whole[:before]), plain(whole[before:] or nothing)
 
     @property
     def tools(self) -> list[Any]:
