@@ -10,6 +10,7 @@ An entry has `kind`, the fields of that kind (the dataclass beside the code that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from steerl.reward.kinds.model_inputs import vocabulary_of
 from steerl.reward.normalize import Shape, check_shape
 from steerl.reward.weighted_sum import RewardTerm, WeightedSum
 from steerl.rollout.common.errors import ConfigError, UserError
+from steerl.rollout.common.progress import doing
 from steerl.rollout.common.settings_reader import Checked, Path, Reader, brief, choices_of, dotted, fields_of, near_name
 from steerl.rollout.model.policy import Policy
 
@@ -96,7 +98,8 @@ class Entries:
         problems: list[str] = []
         for entry in self.entries:
             try:
-                term: RewardTerm = entry.own.build(entry.where, around)
+                with doing(f"loading {entry.where} ({entry.common.name})"):
+                    term: RewardTerm = entry.own.build(entry.where, around)
                 term = dataclasses.replace(term, name=str(entry.common.name), weight=term.weight * entry.common.weight)
                 if entry.common.normalise is not None or entry.common.clip is not None:
                     shape = Shape.of(entry.common.normalise, entry.common.clip, term.score_now, entry.where)
@@ -139,9 +142,11 @@ def read_terms(terms: Sequence[object], field: str = "reward") -> Entries:
     read = [_read_entry(term, f"{field}[{index}]", problems) for index, term in enumerate(terms)]
     entries = [entry for entry in read if entry is not None]
     names: dict[str, str] = {}
-    for entry in entries:
+    for place, entry in enumerate(entries):
         name = entry.common.name
-        if name in names:
+        if name in names and callable(terms[int(entry.where[len(field) + 1 : -1])]):  # two partials of one function
+            entries[place] = Entry(dataclasses.replace(entry.common, name=None), entry.own, entry.where)
+        elif name in names:
             problems.append(f"{entry.where.split(' ')[0]}.name: {name!r} is the name of {names[name]} already; choose another")
         elif name is not None:
             names[name] = entry.where.split(" ")[0]
@@ -220,5 +225,7 @@ def _name_faults(name: str | None) -> list[str]:
 
 
 def _name_of(function: object) -> dict[str, str]:
+    while isinstance(function, functools.partial):
+        function = function.func
     name = getattr(function, "__name__", type(function).__name__)
     return {"name": name} if name.isidentifier() and name not in TAKEN else {}

@@ -324,13 +324,13 @@ def read_prompts(job: CompleteJob, policy: Policy) -> list[Asked]:
     """What the job asks for in one go; nothing where it is a chat."""
     texts: list[object] = list(job.prompt)
     rows: list[dict[str, Any]] = []
-    if job.prompts.path.endswith(".txt"):
+    if isinstance(job.prompts.path, str) and job.prompts.path.endswith(".txt"):
         path = Path(job.prompts.path)
         if not path.is_file():
             raise UserError(f"prompts.path: {path} does not exist; check the path")
         texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     elif job.prompts.path:
-        prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
+        prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens, once="steerl complete")
         batch = prompts.batch(range(len(prompts)))
         columns = batch.columns | {batch.column: batch.prompts}
         rows = [{name: column[i] for name, column in columns.items()} for i in range(len(batch))]

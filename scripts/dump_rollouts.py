@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from steerl.configs.reader import run_command
 from steerl.rollout.analysis.verify import Report, verify
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
-from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
+from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
 from steerl.rollout.common.run_folder import RunSettings, begin, opened, versions, written_aside
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.decoding.stops import warn_endless
@@ -59,7 +60,7 @@ class DumpJob:
 def main(job: DumpJob) -> None:
     me = processes.start()
     if me.is_main:
-        for name in ("seed", "keep", "trackers", "allow_changes"):
+        for name in ("seed", "keep", "trackers", "push_to_hub", "allow_changes"):
             if getattr(job.run, name) != getattr(RunSettings(), name):
                 print(f"run.{name}: has no effect on a dump{', sampling.seed has' if name == 'seed' else ''}", file=sys.stderr)
     with opened(job.run, dataclasses.asdict(job)) as folder, contextlib.ExitStack() as ending:
@@ -70,7 +71,7 @@ def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
     me = processes.start()
     policy = load_policy(job.model, me.device)
     environment = ending.enter_context(environment_of(job.environment, policy))
-    prompts = load_prompts(job.prompts, policy, job.environment.response(job.sampling.max_new_tokens))
+    prompts = load_prompts(job.prompts, policy, job.environment.response(job.sampling.max_new_tokens), once="a dump")
     if environment is not None:
         environment.check(prompts)
     steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer, job.sampling.seed) if job.steering else None
@@ -87,7 +88,7 @@ def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
         made_from = {
             "model.path": model_fingerprint(policy.model),
             "model.tokenizer": tokenizer_fingerprint(policy.tokenizer),
-            "prompts.path": values_fingerprint(prompts.table[row] for row in range(len(prompts))),
+            **prompts.fingerprints("prompts.path"),
             "steering": steering.label if steering else "",
             **({} if environment is None else {"environment": job.environment.content()}),
         }
@@ -127,6 +128,7 @@ def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
         cut = load_manifest(folder)["counts"].get("cut_prompts", 0)
         told = f"; {cut:,} of {plan.prompts:,} prompts were cut to {prompts.most:,} tokens" if cut else ""
         print(f"{folder}: {'finished already, ' if done else ''}{plan.rows:,} rows in {len(plan)} shards{told}")
+        print(f"next: steerl inspect {shlex.quote(str(folder))}")
 
 
 def together(reports: list[Report]) -> Report:

@@ -10,6 +10,7 @@ number of processes, and leaves the same table.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,8 @@ class ScoreJob:
 
 
 def main(job: ScoreJob) -> None:
+    if job.run.push_to_hub:
+        raise UserError("run.push_to_hub: has no effect on scores; leave it out")
     dump = Path(job.dump.dir) if job.dump.dir else None
     source, tokenizer = open_source(job, dump)
     with opened_for_scores(job.run, dump, dataclasses.asdict(job)) as folder:
@@ -85,6 +88,9 @@ def write(job: ScoreJob, folder: Path, name: str, source: Source, tokenizer: Pre
             score_source(source, reward, folder, begun, todo, sys.stderr, stop.here)
         if me.is_main:
             show(folder, finish(folder, name, {**begun, **described}))
+            if job.dump.dir:
+                best = shlex.join([job.dump.dir, f"{folder}-best.jsonl", "--scores", str(folder)])
+                print(f"next: steerl select {best} --select.mode best")
     finally:
         reward.close()
 

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "steerl": {"rollout", "reward", "training", "scripts"},
 }
 FLOORS = {
-    "rollout": "common ragged applied episodes types model weights prompts scoring steering decoding engines environments dumps analysis chat",
+    "rollout": "common ragged applied episodes types model weights prompts scoring steering decoding engines environments dumps analysis chat evaluation",
     "rollout/steering": "core spec vectors . interventions",
     "reward": "types texts normalize weighted_sum kinds build jobs",
     "training": "settings types model engine algorithm run report formats checks steering replay ahead setup ppo stages planning",

@@ -35,6 +35,7 @@ from typing import Any
 from steerl.reward.types import Reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import Stopped
+from steerl.rollout.common.progress import doing
 from steerl.rollout.common.run_folder import RunSettings, begin, opened
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
@@ -49,7 +50,7 @@ from steerl.training.algorithm.groups import Groups
 from steerl.training.algorithm.update import learn
 from steerl.training.checks import check_job
 from steerl.training.report.page import report
-from steerl.training.run import checkpoint, metrics, resume
+from steerl.training.run import checkpoint, hub, metrics, resume
 from steerl.training.run.evaluate import Evaluation, evaluate
 from steerl.training.run.export import save_model, summarize
 from steerl.training.run.timer import Timer
@@ -83,6 +84,9 @@ def train(
     with contextlib.ExitStack() as ending:
         if source is not None:
             check_source(source, settings, engine, ending)
+        processes.on_main(lambda: hub.check(run))
+        if (adapter := getattr(policy.model, "active_peft_config", None)) is not None and not settings.export_merged:
+            hub.check_base(run, str(adapter.base_model_name_or_path or ""))
         check_job(policy, prompts, sampling, settings, steering, engine, environment)
         settings = with_response_limit(settings, sampling)
         settings = with_correction(settings, steering, engine.ahead if engine is not None else 0)
@@ -109,7 +113,8 @@ def train(
 
         def evaluation() -> Evaluation | None:
             asked = prompts if heldout is None else heldout
-            return evaluate(asked, parts.evaluation_sampler, reward, model, reference, settings, step=state.step)
+            with doing(f"evaluating {min(settings.eval_prompts, len(asked))} prompts"):
+                return evaluate(asked, parts.evaluation_sampler, reward, model, reference, settings, step=state.step)
 
         if state.reward_before is None and (before := evaluation()):
             state.reward_before = before.reward
@@ -150,7 +155,7 @@ def train(
 
             # 5 record: metrics, samples, evaluation, checkpoint
             state.advance(len(groups.prompts), stats, timer.seconds())
-            told = metrics.step_metrics(stats, scored, credited) | groups.metrics()
+            told = metrics.step_metrics(stats, scored, credited) | groups.metrics() | metrics.of_sources(origin.prompts, scored)
             told |= parts.server.metrics() if parts.server is not None else {}
             if settings.eval_every and state.step % settings.eval_every == 0 and (found := evaluation()):
                 told |= found.metrics()
@@ -163,14 +168,19 @@ def train(
             stopped = stop.anywhere()
             if stopped or ended or state.step == settings.steps or state.step % (run.save_every or checkpoint.SAVE_EVERY) == 0:
                 kept = {"config": config, "log": log.position(), "made_from": made_from}
-                checkpoint.save(folder, state.step, state, keep=run.keep, **kept)
+                with doing(f"saving step {state.step}"):
+                    checkpoint.save(folder, state.step, state, keep=run.keep, **kept)
 
         log.close()
         if state.step < settings.steps and not ended:
             raise Stopped(f"stopped after step {state.step} of {settings.steps} and saved; --run.resume true goes on")
-        save_model(folder, model, settings)
+        with doing(f"writing {folder / 'model'}"):
+            save_model(folder, model, settings)
         summary = summarize(folder, state, evaluation(), ended_of=settings.steps if ended else None)
-        processes.on_main(lambda: report([folder]))
+        with doing("writing the report"):
+            processes.on_main(lambda: report([folder]))
+        with doing("sending the model"):
+            hub.push_run(folder, run)
     return summary
 
 

@@ -16,7 +16,6 @@ it names, and everything if it takes **kwargs. Where the prompts are conversatio
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import logging
 import threading
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 
-from steerl.reward.kinds.loading import LOGS, CallResult, load_function
+from steerl.reward.kinds.loading import LOGS, CallResult, load_function, with_arguments
 from steerl.reward.kinds.worker import Worker, WorkerFailed
 from steerl.reward.types import (
     SECONDS,
@@ -62,7 +61,7 @@ class FunctionSettings(Checked):
     """A reward function of the user's own."""
 
     function: str | Callable[..., object]
-    """`file.py:name` or `module:name`."""
+    """`file.py:name` or `module:name`; a class, or a function that says `-> Callable`, makes the function of its arguments."""
     arguments: dict[str, object] | None = None
     """Further keyword arguments, the same in every call."""
     timeout: float | None = within(None, **SECONDS)
@@ -76,8 +75,6 @@ class FunctionSettings(Checked):
 
     def build(self, where: str, around: object) -> RewardTerm:
         function = load_function(self.function, where) if isinstance(self.function, str) else self.function
-        if inspect.isclass(function):
-            raise UserError(f"{where}.function: {self.function!r} is a class; name a function, or an instance of the class")
         reward = FunctionReward(function, self, where)
         return RewardTerm(
             "",
@@ -95,10 +92,11 @@ class FunctionReward:
 
     def __init__(self, function: Callable[..., Any], settings: FunctionSettings, where: str):
         self.where, self.settings = where, settings
+        self.function = with_arguments(function, settings.arguments or {}, where)
+        function = self.function.func
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
         self.signature = Signature.of(function)
         self._check_arguments()
-        self.function = functools.partial(function, **(settings.arguments or {}))
         self.worker: Worker | None = None
         if settings.timeout is not None and not self.is_async:
             if not isinstance(settings.function, str):
@@ -113,7 +111,7 @@ class FunctionReward:
         return function if isinstance(function, str) else getattr(function, "__name__", type(function).__name__)
 
     def _check_arguments(self) -> None:
-        given, signature = self.settings.arguments or {}, self.signature
+        given, signature = self.function.keywords, self.signature
         field = f"{self.where}.arguments"
         unknown = [name for name in given if signature.takes is not None and name not in signature.takes]
         if unknown:
@@ -201,13 +199,13 @@ class FunctionReward:
     @property
     def logs(self) -> list[str]:
         """Which of TRL's two logging functions the function is given."""
-        given = self.settings.arguments or {}
+        given = self.function.keywords
         return [name for name in LOGS if (self.signature.takes is None or name in self.signature.takes) and name not in given]
 
     def _arguments(self, rollout: Rollout, texts: Texts) -> dict[str, object]:
         if self.signature.is_native:
             return {"rollout": rollout, "texts": texts}
-        given = {*LOGS, *(self.settings.arguments or {})}
+        given = {*LOGS, *self.function.keywords}
         offered = {name: value for name, value in trl_arguments(rollout, texts).items() if name not in given}
         absent = [name for name in self.signature.needs if name not in offered and name not in given]
         if absent:
@@ -279,7 +277,7 @@ def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, object]:
     rows with an environment `episodes` too.
 
     As in TRL, completion_ids hold a tool's result too; action_mask, as long, says which of them the policy drew. `environments`
-    have what the environments left as attributes."""
+    have what the environments left as attributes; `trainer_state.global_step` are the updates of the weights that drew."""
     completion_ids, episodes = rollout.response_ids, texts.episodes
     completions: list[object] = list(texts.completions)
     for row, prompt in enumerate(texts.prompts):
@@ -294,8 +292,9 @@ def trl_arguments(rollout: Rollout, texts: Texts) -> dict[str, object]:
         "ended": rollout.ended_B.tolist(),
         "action_mask": [row[: len(ids)] for row, ids in zip(rollout.action_mask_BR.tolist(), completion_ids, strict=True)],
         "turns": turns_of(rollout, texts),
-        **{name: column for name, column in texts.columns.items() if name.isidentifier()},
+        **texts.columns,
         **outside,
+        "trainer_state": SimpleNamespace(global_step=max([0, *rollout.policy_step_B.tolist()])),
         "prompts": texts.prompts,
         "completions": completions,
         "completion_ids": completion_ids,

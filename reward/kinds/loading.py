@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from steerl.rollout.common import loading
-from steerl.rollout.common.errors import visible
+from steerl.rollout.common.errors import UserError, said, visible
 
 LOGS = ("log_metric", "log_extra")
 """What TRL hands to functions that want to log."""
@@ -18,6 +20,26 @@ MOVED = {"reward.rouge": "steerl.reward.kinds.rouge"}
 
 def load_function(spec: str, where: str) -> Any:
     return loading.load_function(spec, f"{where}.function", MOVED)
+
+
+def with_arguments(function: Callable[..., Any], arguments: Mapping[str, object], where: str) -> functools.partial[Any]:
+    """The reward function with its further arguments. What makes one, a class or, as TRL's get_soft_overlong_punishment, a
+    function that says `-> Callable`, is called with them here."""
+    try:
+        makes = inspect.isclass(function) or "Callable" in str(inspect.signature(function).return_annotation)
+    except (TypeError, ValueError):
+        makes = False
+    if not makes:
+        return functools.partial(function, **arguments)
+    try:
+        made = function(**arguments)
+    except Exception as error:  # the user's own code may raise anything; told with the term
+        raise UserError(f"{where}.arguments: {function.__name__} makes no reward function of them: {said(error)}") from error
+    if not callable(made):
+        raise UserError(
+            f"{where}.function: {function.__name__} makes a {type(made).__name__}, which cannot be called with rows"
+        )
+    return functools.partial(made)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-from steerl.reward.kinds.loading import CallResult, load_function
+from steerl.reward.kinds.loading import CallResult, load_function, with_arguments
 from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.common.worker import Ended, WorkerProcess
 
@@ -33,9 +33,9 @@ class Worker:
         with self.turn:
             if self.process is None or not self.process.alive:
                 self.close()
-                self.process = WorkerProcess(__name__, self.function, self.where, self.function, self.where)
+                self.process = WorkerProcess(__name__, self.function, self.where, self.function, self.arguments, self.where)
             try:
-                self.process.send({**arguments, **self.arguments}, told, logs)
+                self.process.send(arguments, told, logs)
                 kind, value = self.process.receive(timeout, f"not done after {timeout} s")
             except Ended as error:
                 raise WorkerFailed(f"its process ended ({error})") from error
@@ -53,10 +53,10 @@ class Worker:
         self.close()
 
 
-def serve(pipe: Connection, spec: str, where: str) -> None:
+def serve(pipe: Connection, spec: str, arguments: dict[str, object], where: str) -> None:
     """The other process: load, say so, then answer call by call until the pipe closes."""
     try:
-        function = load_function(spec, where)
+        function = with_arguments(load_function(spec, where), arguments, where)
     except UserError as problem:
         pipe.send_bytes(pickle.dumps(("raised", problem.lines)))
         return

@@ -12,15 +12,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
-
-import torch
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import DataError, UserError
+from steerl.rollout.common.fingerprint import values_fingerprint
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import check_messages, conversation_ids, text_ids
+from steerl.rollout.prompts.sources import Mixed, Source, epoch_order, prompt_column, read_prompts, refuse_weights
 from steerl.rollout.prompts.tables import columns_of, read_table
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ logger = logging.getLogger(__name__)
 class PromptSettings:
     """Where prompts come from, and how long they may be."""
 
-    path: str = ""
-    """jsonl, json, parquet or csv file, a saved dataset's folder, or a hub name."""
+    path: str | list[str | Source] = ""
+    """jsonl, json, parquet or csv file, a saved dataset's folder, or a hub name; or a list of such, [a.jsonl, {path: b.jsonl,
+    weight: 2}], each with its weight, split, name, column and, for the column `source`, what it is called."""
     split: str = ""
     """Split of a dataset with several; train where it is not given."""
     name: str = ""
@@ -50,7 +51,7 @@ class PromptSettings:
     too_long: Literal["cut", "refuse"] = "cut"
     """cut keeps a longer prompt's last tokens, and the bos before them where the tokenizer puts one; refuse ends the job."""
     limit: int = 0
-    """Only the first rows; 0 = all."""
+    """Only the first rows, of several sources each one's; 0 = all."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -120,13 +121,16 @@ class Prompts:
         self.table, self.column, self.policy, self.settings = table, column, policy, settings
         limits = [limit for limit in (settings.max_tokens, room) if limit]
         self.most = min(limits) if limits else None
-        self.others = [name for name in columns_of(table) if name != column]
+        names = table.columns if isinstance(table, Mixed) else columns_of(table)
+        self.others = [name for name in names if name != column]
         """The data set's other columns: every batch has them all, with None where a row lacks one."""
         self.cut: dict[int, int] = {}
         """Dataset row -> its tokens before it was cut, of every row that this process has cut so far."""
 
     def __len__(self) -> int:
-        return min(len(self.table), self.settings.limit) if self.settings.limit else len(self.table)
+        if isinstance(self.table, Mixed) or not self.settings.limit:  # each source's limit is kept already
+            return len(self.table)
+        return min(len(self.table), self.settings.limit)
 
     def batch(self, rows: Sequence[int], occurrences: Sequence[int] | None = None) -> PromptBatch:
         """The prompts of these dataset rows, in this order."""
@@ -147,13 +151,39 @@ class Prompts:
 
     def take(self, seed: int, position: int, count: int) -> list[int]:
         """Dataset rows at positions [position, position + count) of the endless order of `seed`."""
-        return [_epoch(seed, at // len(self), len(self))[at % len(self)] for at in range(position, position + count)]
+        if isinstance(self.table, Mixed) and self.table.is_weighted:
+            return self.table.weighted(seed, position, count)
+        return [epoch_order(seed, at // len(self), len(self))[at % len(self)] for at in range(position, position + count)]
 
     def order(self, seed: int, position: int = 0) -> Iterator[int]:
         """The endless order itself, from a position on."""
         while True:
             yield self.take(seed, position, 1)[0]
             position += 1
+
+    def first(self, count: int) -> list[int]:
+        """The first `count` rows, or all; of several sources their first ones in turn."""
+        count = min(count, len(self))
+        return self.table.first(count) if isinstance(self.table, Mixed) else list(range(count))
+
+    def fingerprints(self, setting: str) -> dict[str, str]:
+        """What the rows are, as a hash; of several sources one each."""
+        if isinstance(self.table, Mixed):
+            parts = {f"{setting} {part.name}": range(part.begins, part.begins + part.rows) for part in self.table.parts}
+        else:
+            parts = {setting: range(len(self))}
+        return {name: values_fingerprint(self.table[row] for row in rows) for name, rows in parts.items()}
+
+    @property
+    def called(self) -> str:
+        return self.settings.path if isinstance(self.settings.path, str) else ", ".join(p.name for p in self.table.parts)  # type: ignore[attr-defined]
+
+    def _where(self, row: int) -> str:
+        """A row as its file counts it."""
+        if isinstance(self.table, Mixed):
+            part = self.table.parts[self.table.part_of(row)]
+            return f"prompts.path: row {row - part.begins} of {part.name}"
+        return f"prompts.path: row {row} of {self.called or 'the prompts'}"
 
     def check(self) -> Prompts:
         """Read every prompt once, so that an empty or refused one is found before any work is done."""
@@ -182,18 +212,18 @@ class Prompts:
             logger.warning(
                 "prompts: %s of %s have more than the %s tokens that prompts.max_tokens or the model's context leave (up to "
                 "%s); they are cut to their last ones (prompts.too_long refuse ends the job instead)",
-                *(which, self.settings.path or "the job", f"{self.most:,}", f"{longest:,}"),
+                *(which, self.called or "the job", f"{self.most:,}", f"{longest:,}"),
             )
 
     def _check_value(self, row: int, value: object) -> None:
-        where = f"prompts.path: row {row} of {self.settings.path or 'the prompts'}"
+        where = self._where(row)
         if value is None or (isinstance(value, (str, list)) and not len(value)):
             raise DataError(f"{where}: the column {self.column!r} is empty; give every row a prompt, or leave the row out")
         if isinstance(value, list):
             check_messages(value, where)
             if not getattr(self.policy.tokenizer, "chat_template", None):
                 raise DataError(
-                    f"prompts.path: {self.settings.path or 'the prompts'} holds conversations, but the tokenizer has no chat "
+                    f"prompts.path: {self.called or 'the prompts'} holds conversations, but the tokenizer has no chat "
                     "template; add one to it, or give texts"
                 )
         elif not isinstance(value, str):
@@ -205,8 +235,8 @@ class Prompts:
         value, tokenizer = record.get(self.column), self.policy.tokenizer
         self._check_value(row, value)
         if isinstance(value, list):
-            where = f"prompts.path: row {row} of {self.settings.path or 'the prompts'}"
-            return conversation_ids(tokenizer, value, record.get("tools"), record.get("chat_template_kwargs"), where=where)
+            given = (record.get("tools"), record.get("chat_template_kwargs"))
+            return conversation_ids(tokenizer, value, *given, where=self._where(row))
         return text_ids(self.policy, str(value))
 
     def _fit(self, row: int, ids: list[int], told: bool = False) -> list[int]:
@@ -233,31 +263,24 @@ class Prompts:
         return [int(i) for i in ids[:at]]
 
 
-def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int = 0) -> Prompts:
-    """The prompts of `settings`. With `max_new_tokens` a prompt may only be as long as the context leaves beside them."""
+def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int = 0, once: str = "") -> Prompts:
+    """The prompts of `settings`. With `max_new_tokens` a prompt may only be as long as the context leaves beside them; `once`
+    names who has every row once, and so no use for the sources' weights."""
+    if once:
+        refuse_weights(settings.path, once)
     if not settings.path:
         raise DataError("prompts.path: missing; name a file, a dataset folder or a hub name, --prompts.path FILE")
-    table = read_table(settings.path, settings.split, settings.name)
-    if not len(table):
-        raise DataError(f"prompts.path: {settings.path} has no rows")
-    names = columns_of(table)
-    column = settings.column or next((name for name in _COLUMNS if name in names), "")
-    if column not in names:
-        what = f"{settings.column!r} is not a column" if settings.column else "none of the usual columns is there"
-        raise DataError(f"prompts.column: {what}; {settings.path} has: {', '.join(names)}")
+    table: Sequence[dict[str, Any]]
+    if isinstance(settings.path, str):
+        table = read_table(settings.path, settings.split, settings.name)
+        if not len(table):
+            raise DataError(f"prompts.path: {settings.path} has no rows")
+        column = prompt_column(table, settings.path, settings.column)
+    else:
+        table, column = read_prompts(settings.path, settings.split, settings.name, settings.column, settings.limit)
     room = None
     if (context := policy.token_budget) is not None:
         room = context if policy.is_seq2seq else context - max_new_tokens
         if room < 1:
             raise DataError(f"sampling.max_new_tokens: {max_new_tokens} leaves no room for a prompt in a context of {context}")
     return Prompts(table, column, policy, settings, room).check()
-
-
-_COLUMNS = ("prompt", "messages", "conversations", "question", "query", "instruction", "text")
-
-
-@lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, rows: int) -> list[int]:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
-    order: list[int] = torch.randperm(rows, generator=generator).tolist()
-    return order

@@ -126,9 +126,11 @@ def run_of(name: str, config: str, summary: Mapping[str, Any], versions: Mapping
 
 
 def columns(lines: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[float | None]]]:
-    """Lines of metrics.jsonl as (steps, metric -> values)."""
-    keys = dict.fromkeys(key for line in lines for key, value in line.items() if key != "step" and _is_number(value))
-    values = {key: [value if _is_number(value := line.get(key)) else None for line in lines] for key in keys}
+    """Lines of metrics.jsonl, by parse_line, as (steps, metric -> values)."""
+    plain = (int, float)  # not bool; parse_line leaves no infinity
+    keys = dict.fromkeys(key for line in lines for key, value in line.items() if type(value) in plain)
+    keys.pop("step", None)
+    values = {key: [value if type(value := line.get(key)) in plain else None for line in lines] for key in keys}
     return [int(line["step"]) for line in lines], values
 
 
@@ -165,7 +167,7 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_line(line: str) -> dict[str, Any]:
-    """The object of a line that a run wrote; ValueError where it is none."""
+    """The object of a line that a run wrote, with None for NaN and infinities; ValueError where it is none."""
     try:
         value = json.loads(line, parse_float=_finite, parse_constant=_finite)
     except RecursionError as error:
@@ -247,7 +249,7 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return (type(value) is int and abs(value) < 2**1023) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _finite(digits: str) -> float | None:

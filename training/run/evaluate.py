@@ -42,7 +42,7 @@ def evaluate(
     step: int,
 ) -> Evaluation | None:
     """Of the first `eval_prompts` prompts; None where there is no evaluation."""
-    rows = list(range(min(settings.eval_prompts, len(prompts))))
+    rows = prompts.first(settings.eval_prompts)
     if not rows:
         return None
     samples = sample(prompts, source, rows, step=step, progress=step / settings.steps)

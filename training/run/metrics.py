@@ -17,6 +17,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.engines.source import PromptSource
 from steerl.rollout.environments.outcomes import environment_metrics
 from steerl.rollout.prompts.chat import Speller
+from steerl.rollout.prompts.sources import source_metrics
 from steerl.rollout.types import STOP_REASONS, Rollout, row_name
 from steerl.training.algorithm import kl
 from steerl.training.algorithm.minibatch import select, share
@@ -81,6 +82,12 @@ def rollout_metrics(stats: StepStats, scored: Scored) -> dict[str, float]:
         metrics |= environment_metrics(scored.texts.episodes)
     metrics |= reward_metrics([scored.scores])
     return metrics | {f"time/{name}_pass_s": value for name, value in scored.seconds.items()}
+
+
+def of_sources(prompts: PromptSource, scored: Scored) -> dict[str, float]:
+    """Of prompts from several sources: what each one's rows earned, and their share."""
+    table = getattr(prompts, "table", None)  # a dump's rows are of another
+    return source_metrics(table, scored.rollout.row_B.tolist(), scored.scores.total_B.tolist())
 
 
 def kl_to_reference(scored: Scored, importance_BR: Tensor | None = None) -> KLStats | None:

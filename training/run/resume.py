@@ -45,6 +45,7 @@ from steerl.training.types import TrainState
 
 FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
+    *("run.push_to_hub", "run.hub_private"),
     *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather", "ppo.eval_every", "ppo.eval_prompts"),
     "ppo.offload_activations",
     *(f"engine.{name}" for name in ("kind", "url", "python", "model_impl", "sync", "check_rows", "start_timeout", "arguments")),
@@ -82,13 +83,13 @@ def made_from(
     policy: Policy, prompts: Prompts, heldout: Prompts | None, reward: Reward, settings: PPOSettings
 ) -> dict[str, str]:
     """What a run learns from, as hashes: the same paths may lead to other data. Before the policy is trained or spread."""
-    hashes = {"model.path": weights_fingerprint(policy.model), "prompts.path": rows_fingerprint(prompts)}
+    hashes = {"model.path": weights_fingerprint(policy.model), **prompts.fingerprints("prompts.path")}
     if policy.hub.revision and (commit := compat.commit(policy.core.config)):
         hashes["model.revision"] = commit
     if policy.tokenizer is not None:
         hashes["model.tokenizer"] = tokenizer_fingerprint(policy.tokenizer)
     if heldout is not None:
-        hashes["heldout.path"] = rows_fingerprint(heldout)
+        hashes |= heldout.fingerprints("heldout.path")
     for term in getattr(reward, "terms", ()):
         hashes[f"reward {term.name}"] = term.content()
     if settings.replay and Path(settings.replay).is_dir():
@@ -99,10 +100,6 @@ def made_from(
         if is_custom(spec := getattr(settings, name)):
             hashes[f"ppo.{name}"] = source_fingerprint(load_function(spec, f"ppo.{name}"))
     return hashes
-
-
-def rows_fingerprint(prompts: Prompts) -> str:
-    return values_fingerprint(prompts.table[row] for row in range(len(prompts)))
 
 
 def finished_summary(

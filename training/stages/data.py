@@ -21,6 +21,7 @@ from steerl.rollout.prompts.chat import (
     template_arguments,
     template_tools,
 )
+from steerl.rollout.prompts.sources import Source, mixed, read_sources, refuse_weights
 from steerl.rollout.prompts.tables import columns_of, read_table
 from steerl.training.stages.settings import TableSettings
 
@@ -41,12 +42,20 @@ def read_rows(
             continue
         if not path:
             raise DataError(f"{where}: missing; name a jsonl, parquet or csv file, a dataset folder or a hub name")
-        rows = list(read_table(path, settings.split, settings.name))
+        rows = list(read_table(path, settings.split, settings.name)) if isinstance(path, str) else _of_several(path, settings)
         if not rows:
             raise DataError(f"{where}: {path} has no rows")
         columns = {**settings.columns, **({"text": settings.column} if settings.column else {})}
         parts.append(check(rename(rows, columns), where))
     return parts[0][: settings.limit] if settings.limit else parts[0], parts[1]
+
+
+def _of_several(paths: Sequence[str | Source], settings: TableSettings) -> list[TableRow]:
+    refuse_weights(paths, "an epoch")
+    sources, tables = read_sources(paths, settings.split, settings.name)
+    if own := [source.column for source in sources if source.column]:
+        raise DataError(f"prompts.path: column {own[0]!r} of one source; the columns here are those of prompts.columns")
+    return list(mixed(sources, tables))
 
 
 def rename(rows: Sequence[TableRow], columns: Mapping[str, str], where: str = "prompts.columns") -> list[TableRow]:

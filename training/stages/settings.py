@@ -9,14 +9,15 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.model.policy import ModelSettings
+from steerl.rollout.prompts.sources import Source
 
 
 @dataclass(frozen=True)
 class TableSettings:
     """The rows to learn from, and those held out to measure by."""
 
-    path: str = ""
-    """A jsonl, json, parquet or csv file, a dataset folder, or a hub name."""
+    path: str | list[str | Source] = ""
+    """A jsonl, json, parquet or csv file, a dataset folder, or a hub name; or a list of such, each with its split and name."""
     split: str = ""
     """Split of a dataset with several; train where it is not given."""
     name: str = ""
