@@ -18,7 +18,9 @@ import torch
 
 from steerl.rollout.dumps.store import read_dump
 from steerl.rollout.types import Samples
+from steerl.scripts import dump_rollouts
 from steerl.scripts import export as command
+from steerl.scripts.dump_rollouts import DumpJob
 from steerl.scripts.export import ExportJob
 from steerl.training.formats.messages import linked
 from tests.conftest import TOOLS
@@ -28,6 +30,7 @@ from tests.episodes import samples_of, talk
 OUT = {"trl": "rows.parquet", "verifiers": "traces.jsonl", "sts": "sessions", "inspect": "log.eval", "openai": "messages.jsonl"}
 HOSTILE = "</script>\x00\x1b[31m\u2028 שלום 👩‍🚀"
 HALF = "\ud83d"
+ADD = {"type": "function", "function": {"name": "add", "description": "The sum.", "parameters": {"type": "object"}}}
 
 
 def export(source: Path, to: str, *argv: str, out: str = "") -> Path:
@@ -70,9 +73,7 @@ def hostile(call: range, samples: int) -> Samples:
         prompt[:0] = [{"role": "system", "content": HOSTILE}, {"role": "assistant", "content": "earlier"}]
         prompt.append({"role": "assistant", "content": "So "})
         texts.completions[i] = ["", HOSTILE, "x" * 100_000][i % 3]
-    texts.columns["tools"] = [[{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]] * len(
-        texts
-    )
+    texts.columns["tools"] = [[ADD]] * len(texts)
     texts.columns["reward"] = ["42", 'a "name" of ours'] * (len(texts) // 2)
     texts.columns["mixed"] = ["42", 7, None, {"a": [1.5]}, "[1]", True][: len(texts)]
     return Samples(rollout, texts)
@@ -90,6 +91,8 @@ def dump(tmp_path: Path) -> Path:
 @pytest.fixture
 def talks(tmp_path: Path) -> Path:
     made_dump(tmp_path / "talks", 2, 2, make=asked_twice)
+    manifest = tmp_path / "talks" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"tools": [ADD]}))
     return tmp_path / "talks"
 
 
@@ -155,7 +158,8 @@ def test_an_episode_as_openais_messages(talks: Path) -> None:
             {"role": "assistant", "content": "{hm"},
             {"role": "user", "content": "no call"},
             {"role": "assistant", "content": "it is 0"},
-        ]
+        ],
+        "tools": [ADD],
     }
 
 
@@ -169,7 +173,7 @@ def test_a_begun_turn_goes_on_and_the_prompts_turns_weigh_nothing(chats: Path) -
         {"role": "assistant", "content": "earlier", "weight": 0},
         {"role": "user", "content": "frage 0 – 質問"},
     ]
-    assert found[0]["tools"] == [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    assert found[0]["tools"] == [ADD]
 
 
 def test_each_result_is_linked_to_its_own_call() -> None:
@@ -291,13 +295,14 @@ def test_conversations_and_columns_are_what_they_were(chats: Path, talks: Path) 
     assert rows[1]["completion"] == [{"role": "assistant", "content": f"So {HOSTILE}"}]
     assert rows[0]["prompt"][0] == {"role": "system", "content": HOSTILE} and len(rows[0]["prompt"]) == 3
     assert rows["columns/reward"] == ["42", 'a "name" of ours'] * 3 and rows["reward"] == [0.0, -1.0, 1.0, 0.0, 2.0, 1.0]
-    assert rows[0]["tools"][0]["function"]["name"] == "add"
+    assert rows[0]["tools"] == [ADD]
     assert rows["mixed"] == ["42", 7, None, {"a": [1.5]}, "[1]", True]
     rows = table(export(talks, "trl"))
     assert rows[2]["completion"][0]["tool_calls"] == [
         {"type": "function", "function": {"name": "add", "arguments": {"of": ["2", "3"]}}}
     ]
     assert [message["role"] for message in rows[2]["completion"]] == ["assistant", "tool"] * 3 + ["assistant"]
+    assert rows[2]["tools"] == [ADD]
     assert rows[2]["reward"] == 2.5 and rows[2]["episode"]["state"]["said"] == "\ufffd" + HOSTILE
 
 
@@ -332,6 +337,19 @@ def test_trl_trains_on_it(tmp_path: Path, dump: Path, tiny_world: Any) -> None:
     learned = trainer.processing_class.decode([token for token in row["labels"] if token != -100])
     whole = trainer.processing_class.decode(row["input_ids"])
     assert "it is 0" in learned and "0+0?" in whole and "0+0?" not in learned
+
+
+def test_a_dump_with_tools_keeps_their_schemas(tmp_path: Path, tiny_world: Any) -> None:
+    """A real one, of a policy that was taught to call them."""
+    world = tiny_world("calculator")
+    flags = {
+        "model.path": world / "base", "prompts.path": world / "prompts.jsonl", "prompts.limit": 4, "run.dir": tmp_path / "dump",
+        "environment.tools": f"[{world / 'tools.py'}:add, {world / 'tools.py'}:multiply]", "sampling.max_new_tokens": 32,
+    }  # fmt: skip
+    run_command(dump_rollouts.main, DumpJob, [word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    for row in lines(export(tmp_path / "dump", "openai")):
+        assert [tool["function"]["name"] for tool in row["tools"]] == ["add", "multiply"]
+        assert row["tools"][0]["function"]["parameters"]["properties"].keys() == {"a", "b"}
 
 
 # -- what is refused, and what is left then --------------------------------------------------------------------------------
@@ -474,6 +492,7 @@ def test_verifiers_reads_its_traces(tmp_path: Path, talks: Path, chats: Path, go
         "",
         None,
     ]
+    assert first["tools"] == ["add"]
     assert first["info"]["turn_rewards"] == [0.5, None, None, 1.0] and first["info"]["tool_errors"][1] == ["add: one number"]
 
 
