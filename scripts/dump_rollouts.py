@@ -93,7 +93,8 @@ def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
             **({} if environment is None else {"environment": job.environment.content()}),
         }
         begin(folder, job.run)
-        begun = start(folder, plan, dataclasses.asdict(job), made_from, versions=versions(), world_size=me.world_size)
+        tools = {} if environment is None else {"tools": environment.conversation.tools}
+        begun = start(folder, plan, dataclasses.asdict(job), made_from, versions=versions(), world_size=me.world_size, **tools)
         save_tokenizer(folder, policy)
         return begun
 

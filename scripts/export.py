@@ -6,6 +6,7 @@ steerl export runs/dump rows.parquet --to trl --scores runs/scores
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from steerl.training.formats.records import NO_SCORES, Record, Source, source_of
 
 ENDS = {"trl": (".parquet",), "verifiers": (".jsonl", ""), "sts": ("",), "inspect": (".eval",), "openai": (".jsonl",)}
 """What a format's file ends in; "": a folder."""
+OURS = re.compile(r"(traces|\d+-\d+|step\d+-\d+)\.jsonl")
+"""Names in the folders that an export is."""
 REWARDED = ("trl", "verifiers", "inspect")
 
 
@@ -49,7 +52,9 @@ def out_of(job: ExportJob) -> Path:
         raise UserError(f"out: {job.out or 'missing'}; {job.to} is {names}, steerl export SOURCE OUT --to {job.to}")
     if path.exists() and not job.overwrite:
         raise UserError(f"out: {path} is there already; add --overwrite true or name another")
-    if path.is_dir() and (other := next((entry for entry in path.iterdir() if entry.suffix != ".jsonl"), None)):
+    if path.exists() and path.resolve().parent == Path(job.dir).resolve():
+        raise UserError(f"out: {path} lies in {job.dir}, where nothing is replaced; name another place")
+    if path.is_dir() and (other := next((entry for entry in path.iterdir() if not OURS.fullmatch(entry.name)), None)):
         raise UserError(f"out: {path} is a folder that holds more than an export ({other.name}); name another")
     if path.is_dir() and path.suffix in ends and path.suffix:
         raise UserError(f"out: {path} is a folder, and {job.to} is FILE{path.suffix} there; name another")
