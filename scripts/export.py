@@ -69,7 +69,7 @@ def checked(source: Source, job: ExportJob) -> Source:
             f"or go without, --scores {NO_SCORES}"
         )
     passes = 2 if job.to == "trl" else 1
-    progress = Progress("rows read", (source.rows or 0) * passes, sys.stderr)
+    progress = Progress("rows read", source.rows * passes, sys.stderr)
 
     def read() -> Iterator[Record]:
         for record in source.read():

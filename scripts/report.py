@@ -13,7 +13,7 @@ from pathlib import Path
 from steerl.configs.reader import run_command
 
 from steerl.rollout.common import processes
-from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.errors import UserError, visible
 from steerl.training.report.page import figure, report
 
 
@@ -39,9 +39,9 @@ def main(job: ReportJob) -> None:
     if not processes.start().is_main:
         return
     folders = [Path(run) for run in job.runs]
-    print(report(folders, Path(job.out) if job.out else None, rows=job.rows))
+    print(visible(str(report(folders, Path(job.out) if job.out else None, rows=job.rows))))
     if job.png:
-        print(figure(folders, Path(job.png)))
+        print(visible(str(figure(folders, Path(job.png)))))
 
 
 def cli() -> None:

@@ -62,6 +62,8 @@ class ScoreJob:
 
 
 def main(job: ScoreJob) -> None:
+    if job.run.push_to_hub:
+        raise UserError("run.push_to_hub: has no effect on scores; leave it out")
     dump = Path(job.dump.dir) if job.dump.dir else None
     source, tokenizer = open_source(job, dump)
     with opened_for_scores(job.run, dump, dataclasses.asdict(job)) as folder:

@@ -38,8 +38,9 @@ ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
 os.dup2(ends[0], 3), os.dup2(ends[1], 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-_READY = """new Promise(done => {
-    const look = () => document.body && document.body.dataset.ready ? done(true) : setTimeout(look, 5);
+_READY = """new Promise((done, fail) => {
+    const late = setTimeout(() => fail(new Error("the page does not get ready")), 60000);
+    const look = () => document.body && document.body.dataset.ready ? (clearTimeout(late), done(true)) : setTimeout(look, 5);
     look();
 })"""
 

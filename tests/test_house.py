@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "steerl": {"rollout", "reward", "training", "scripts"},
 }
 FLOORS = {
-    "rollout": "common ragged applied episodes types model weights prompts scoring steering decoding engines environments dumps analysis chat",
+    "rollout": "common ragged applied episodes types model weights prompts scoring steering decoding engines environments dumps analysis chat evaluation",
     "rollout/steering": "core spec vectors . interventions",
     "reward": "types texts normalize weighted_sum kinds build jobs",
     "training": "settings types model engine algorithm run report formats checks steering replay ahead setup ppo stages planning",
@@ -229,14 +229,20 @@ def test_the_vllm_environment_is_pinned_beside_it():
 def test_make_test_runs_what_needs_a_server_last_or_says_what_was_left_out(there):
     """pytest's command lines instead of pytest: an environment that is there, and one that is not."""
     python = sys.executable if there else "/nowhere/python"
-    command = ["make", "--no-print-directory", "-s", "test", "STAMP=", "RUN=echo", f"VLLM_RUN={python}"]
+    command = ["make", "--no-print-directory", "-s", "test", "STAMP=", "RUN=echo", f"VLLM_RUN={python}", f"TOOLS_RUN={python}"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(said) == 2, said
+    assert len(said) == (2 if there else 3), said
     assert "-n 2" in said[0] and "-m" not in said[0].split()[2:]
     if there:
         assert "-n" not in said[1].split() and "vllm and not proofs" in said[1]
     else:
-        assert said[1].startswith("make test: ") and "make vllm" in said[1]
+        assert all(line.startswith("make test: ") for line in said[1:])
+        assert "make vllm" in said[1] and "make tools" in said[2]
+
+
+def test_the_other_projects_tools_are_pinned_and_leave_torch_out():
+    pinned = pins("constraints-tools.txt")
+    assert {"inspect-ai", "verifiers", "openai", "pandas"} <= set(pinned) and "torch" not in pinned
 
 
 def needed(*names: str) -> set[str]:
@@ -475,7 +481,7 @@ def test_the_commands_of_the_readme_run(tiny_world, readme_folder, monkeypatch, 
     for folder, world in (("runs/tiny", "reviews"), ("tiny", "suppressed")):
         (readme_folder / folder).mkdir(parents=True)
         (readme_folder / folder / world).symlink_to(tiny_world(world))
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "constraints-vllm.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "constraints-vllm.txt", "constraints-tools.txt"):
         (readme_folder / name).symlink_to(ROOT / name)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     for command in readme_commands():

@@ -49,7 +49,7 @@ from steerl.training.algorithm.groups import Groups
 from steerl.training.algorithm.update import learn
 from steerl.training.checks import check_job
 from steerl.training.report.page import report
-from steerl.training.run import checkpoint, metrics, resume
+from steerl.training.run import checkpoint, hub, metrics, resume
 from steerl.training.run.evaluate import Evaluation, evaluate
 from steerl.training.run.export import save_model, summarize
 from steerl.training.run.timer import Timer
@@ -83,6 +83,9 @@ def train(
     with contextlib.ExitStack() as ending:
         if source is not None:
             check_source(source, settings, engine, ending)
+        processes.on_main(lambda: hub.check(run))
+        if (adapter := getattr(policy.model, "active_peft_config", None)) is not None and not settings.export_merged:
+            hub.check_base(run, str(adapter.base_model_name_or_path or ""))
         check_job(policy, prompts, sampling, settings, steering, engine, environment)
         settings = with_response_limit(settings, sampling)
         settings = with_correction(settings, steering, engine.ahead if engine is not None else 0)
@@ -171,6 +174,7 @@ def train(
         save_model(folder, model, settings)
         summary = summarize(folder, state, evaluation(), ended_of=settings.steps if ended else None)
         processes.on_main(lambda: report([folder]))
+        hub.push_run(folder, run)
     return summary
 
 

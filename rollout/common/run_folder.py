@@ -50,6 +50,10 @@ class RunSettings:
     """Checkpoints kept, the newest first."""
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl."""
+    push_to_hub: str = ""
+    """OWNER/NAME on the hub, where a training run's model goes when all is written; unset = nowhere."""
+    hub_private: bool = True
+    """Whether push_to_hub makes a new repository private."""
     seed: int = 0
     """Seed of initialization, order and minibatches. Sampling has its own: sampling.seed."""
 
@@ -60,6 +64,8 @@ class RunSettings:
             for name, (low, high) in ranges.items()
             if not low <= getattr(self, name) <= (high or math.inf)
         ]
+        if not self.hub_private and not self.push_to_hub:
+            problems.append("run.hub_private: false has no effect without run.push_to_hub; leave it out")
         if problems:
             raise ConfigError(*problems)
 

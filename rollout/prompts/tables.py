@@ -43,6 +43,12 @@ def is_file_name(path: str) -> bool:
     return path.startswith((".", "/", "~")) or Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
+def may_be_of_hub(path: str) -> bool:
+    """A path that is not here and has the form of a hub name: NAME or OWNER/NAME."""
+    is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
+    return is_name and not is_file_name(path) and not Path(path).exists()
+
+
 def columns_of(rows: Sequence[dict[str, object]]) -> list[str]:
     """The columns of a table: every row's, for a row of a jsonl file may lack some."""
     if isinstance(rows, _ArrowRows):

@@ -56,9 +56,11 @@ class ChunkedHead:
         want_entropy: bool,
         device: str,
         kept: tuple[Kept, Tensor] | None = None,
+        want_likeliest: bool = False,
     ):
-        """`kept`: what could be drawn, and which of its places each of the rows to come is."""
-        self.kept = kept
+        """`kept`: what could be drawn, and which of its places each of the rows to come is. `want_likeliest`: whether the
+        token is the likeliest one, in the entropy's place."""
+        self.kept, self.want_likeliest = kept, want_likeliest
         self.core, self.head, self.forward, self.postprocessing = core, head, forward, postprocessing
         self.temperature, self.want_entropy, self.device = temperature, want_entropy, device
         self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -122,6 +124,8 @@ class ChunkedHead:
                 # Tokens of probability 0 add nothing; their score of -inf must not meet their 0.
                 scores_nV.clamp_(min=torch.finfo(scores_nV.dtype).min)
                 numbers_N2[part, 1] = log_sum_n - torch.linalg.vecdot(probs_nV, scores_nV)
+            elif self.want_likeliest:
+                numbers_N2[part, 1] = (scores_nV.argmax(-1) == tokens_N[part]).float()
             del scores_nV
         return numbers_N2, probs_nV if keep and self.is_matrix else None
 
@@ -260,10 +264,11 @@ class HeadPass:
         first_B: Tensor | None,
         temperature: float,
         want_entropy: bool,
+        want_likeliest: bool = False,
     ):
         self.core, self.head, self.postprocessing = core, core.get_output_embeddings(), postprocessing
         self.rollout, self.first_B = rollout, first_B
-        self.temperature, self.want_entropy = temperature, want_entropy
+        self.temperature, self.want_entropy, self.want_likeliest = temperature, want_entropy, want_likeliest
         self.hidden_BTD: Tensor | None = None
         self.numbers_BR2: Tensor | None = None
         """Log-prob and entropy (0 where it is not wanted) of every action; masked entries hold 0."""
@@ -277,9 +282,8 @@ class HeadPass:
         hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, place_N)
         tokens_N = self.rollout.response_BR.flatten().to(device)[real_N]
         kept = None if self.rollout.kept is None else (self.rollout.kept.to(device), real_N)
-        head = ChunkedHead(
-            self.core, self.head, forward, self.postprocessing, self.temperature, self.want_entropy, device.type, kept
-        )
+        wanted = (self.temperature, self.want_entropy, device.type, kept, self.want_likeliest)
+        head = ChunkedHead(self.core, self.head, forward, self.postprocessing, *wanted)
         numbers_N2 = head(hidden_ND, tokens_N)
         numbers = numbers_N2.new_zeros(rows * width, 2).index_copy(0, real_N, numbers_N2)
         self.numbers_BR2 = numbers.view(rows, width, 2)

@@ -45,6 +45,8 @@ class TeacherForced:
     """The head's input at the positions that predict the response: what V(s_t) reads."""
     all_logprobs_BRV: Tensor | None = None
     """Log-probs of every token of the vocabulary, where they were asked for."""
+    likeliest_BR: Tensor | None = None
+    """Whether each action is the likeliest token, where that was asked for; False where masked."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class _Wanted:
     entropy: bool
     logprobs: bool
     all: bool
+    likeliest: bool
     from_first: bool
     """Each row begins at column 0, with its first token."""
 
@@ -96,6 +99,7 @@ def teacher_forced(
     want_entropy: bool = True,
     want_logprobs: bool = True,
     want_all: bool = False,
+    want_likeliest: bool = False,
     max_rows: int | None = None,
     steering: Steers | None = None,
     packed: bool = False,
@@ -103,7 +107,8 @@ def teacher_forced(
     """Score a rollout's responses in one forward pass, without dropout; gradients as the caller has them.
 
     `want_logprobs` False leaves the logits alone: a value's trunk has hidden states and no vocabulary; `want_all` keeps the
-    log-probs of all tokens, -inf for those that the rollout's `kept` leaves out. `max_rows` splits the pass by rows. A model
+    log-probs of all tokens, -inf for those that the rollout's `kept` leaves out; `want_likeliest`, without gradients, takes the
+    place of the entropy. `max_rows` splits the pass by rows. A model
     that cannot be left-padded gets rows of one prompt length at a time, and as many passes as on the rank that has most, where
     each is a collective call.
     `steering` steers each of those passes; without it an `active` block around the call does, where there is one pass.
@@ -112,6 +117,7 @@ def teacher_forced(
     """
     if not len(rollout) or not rollout.response_width:
         return TeacherForced(rollout.policy_logprobs_BR, rollout.policy_logprobs_BR)
+    assert not (want_likeliest and want_entropy), "one second number for each action"
     with no_dropout(policy.core):
         # The caller's columns stay where they can: a steering block around this call knows rows and columns by them.
         wanted = _Wanted(
@@ -120,6 +126,7 @@ def teacher_forced(
             want_entropy,
             want_logprobs,
             want_all,
+            want_likeliest,
             from_first=not packed and steering is None and not want_all and may_begin_at_first(policy, want_logprobs),
         )
         padded = packed or wanted.from_first or bool(rollout.prompt_mask_BP.all()) or policy.capabilities.padding
@@ -149,6 +156,7 @@ def teacher_forced(
         joined("entropy_BR"),
         joined("hidden_BRD") if want_hidden else None,
         joined("all_logprobs_BRV") if want_all else None,
+        joined("likeliest_BR").bool() if want_likeliest else None,
     )
 
 
@@ -188,7 +196,7 @@ def _one_pass(policy: Policy, rollout: Rollout, wanted: _Wanted, packing: Packin
     postprocessing = readable(policy) if wanted.logprobs and not wanted.all else None
     if postprocessing is None:
         return _all_at_once(policy, rollout, given, first_B, wanted)
-    head_pass = HeadPass(policy.core, postprocessing, rollout, first_B, wanted.temperature, wanted.entropy)
+    head_pass = HeadPass(policy.core, postprocessing, rollout, first_B, wanted.temperature, wanted.entropy, wanted.likeliest)
     with swapped_in(head_pass):
         output = _forward(policy, given)
     numbers_BR2, hidden_BTD = head_pass.numbers_BR2, head_pass.hidden_BTD
@@ -197,7 +205,10 @@ def _one_pass(policy: Policy, rollout: Rollout, wanted: _Wanted, packing: Packin
     # The head's own output where the model passes it on: engines follow the graph through it.
     numbers_BR2 = (output if output.shape == numbers_BR2.shape else numbers_BR2).to(rollout.device)
     hidden_BRD = predicting(hidden_BTD, first_B, rollout.response_width) if wanted.hidden else None
-    return TeacherForced(numbers_BR2[..., 0], numbers_BR2[..., 1], hidden_BRD)
+    logprobs_BR, second_BR = numbers_BR2.unbind(-1)
+    if wanted.likeliest:
+        return TeacherForced(logprobs_BR, torch.zeros_like(logprobs_BR), hidden_BRD, likeliest_BR=second_BR.bool())
+    return TeacherForced(logprobs_BR, second_BR, hidden_BRD)
 
 
 def _all_at_once(
@@ -226,7 +237,8 @@ def _all_at_once(
     logprobs_BRV = _logprobs(predicting(logits, first_B, width).to(rollout.device), wanted.temperature, rollout.kept)
     logprobs_BR = torch.where(rollout.action_mask_BR, _of_tokens(logprobs_BRV, rollout.response_BR), 0.0)
     entropy_BR = torch.where(rollout.action_mask_BR, _entropy(logprobs_BRV), 0.0) if wanted.entropy else zeros_BR
-    return TeacherForced(logprobs_BR, entropy_BR, hidden_BRD, logprobs_BRV if wanted.all else None)
+    likeliest_BR = (logprobs_BRV.argmax(-1) == rollout.response_BR) & rollout.action_mask_BR if wanted.likeliest else None
+    return TeacherForced(logprobs_BR, entropy_BR, hidden_BRD, logprobs_BRV if wanted.all else None, likeliest_BR)
 
 
 def _forward(policy: Policy, given: dict[str, Any]) -> Any:

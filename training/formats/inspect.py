@@ -20,12 +20,13 @@ from steerl.training.formats.records import Record, Source
 _STOPS = {"length": "max_tokens", "eos": "stop", "stop": "stop"}
 _SUMMARY = ("id", "epoch", "input", "target", "metadata", "scores", "model_usage", "uuid", "limit")
 MOST = 1024
-"""Characters of a text in a summary; the sample has all of it."""
+"""Characters of a text in a summary, and of a score's answer; the messages have all of it."""
 
 
 def write(path: Path, source: Source, records: Iterable[Record]) -> int:
-    """How many there were. Memory: that of one record, of the sums of the scores, and the zip's own index."""
+    """How many there were. Memory: that of one record, of the sums of the scores, the ids, and the zip's own index."""
     sums: dict[str, list[float]] = {}
+    ids: dict[int | str, None] = {}
     count, epochs = 0, 1
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, tempfile.TemporaryFile(dir=path.parent) as summaries:
         for record in records:
@@ -36,11 +37,12 @@ def write(path: Path, source: Source, records: Iterable[Record]) -> int:
                 total = sums.setdefault(name, [0, 0.0, 0.0])
                 total[:] = total[0] + 1, total[1] + score["value"], total[2] + score["value"] ** 2
             count, epochs = count + 1, max(epochs, one["epoch"])
+            ids[one["id"]] = None
         summaries.write(b"]" if count else b"[]")
         summaries.seek(0)
         with file.open("summaries.json", "w") as out:
             shutil.copyfileobj(summaries, out)
-        log = header(source, count, epochs, sums)
+        log = header(source, count, list(ids), epochs, sums)
         start = {name: log[name] for name in ("version", "eval", "plan")}
         file.writestr("_journal/start.json", json.dumps(start))
         file.writestr("header.json", json.dumps(log))
@@ -57,6 +59,7 @@ def sample(source: Source, record: Record) -> dict[str, Any]:
     drawn = sum(record.action_mask)
     fed = len(record.prompt_ids) + len(record.ids) - drawn
     usage = {model: {"input_tokens": fed, "output_tokens": drawn, "total_tokens": fed + drawn}}
+    answer = text_of(events[-1]["output"]["choices"][0]["message"]["content"])[:MOST]
     scores = {} if record.reward is None else {"reward": record.reward}
     scores |= {name if name != "reward" else "rewards/reward": value for name, value in record.parts.items()}
     failure = "" if record.episode is None else record.episode.failure
@@ -65,10 +68,10 @@ def sample(source: Source, record: Record) -> dict[str, Any]:
         "id": record.row if dump else record.id,
         "epoch": record.sample + 1 if dump else 1,
         "input": record.prompt if isinstance(record.prompt, str) else messages[: len(prompt)],
-        "target": "",
+        "target": str(record.columns.get("answer") or ""),
         "messages": messages,
         "output": {**events[-1]["output"], "usage": usage[model]},
-        "scores": {name: {"value": value} for name, value in scores.items()},
+        "scores": {name: {"value": value, "answer": answer} for name, value in scores.items()},
         "metadata": record.about | ({} if record.episode is None else _of_episode(record)),
         "store": {},
         "events": events,
@@ -123,7 +126,7 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
     return {**kept, **error, "completed": True, "message_count": len(one["messages"])}
 
 
-def header(source: Source, count: int, epochs: int, sums: dict[str, list[float]]) -> dict[str, Any]:
+def header(source: Source, count: int, ids: list[int | str], epochs: int, sums: dict[str, list[float]]) -> dict[str, Any]:
     when, name = _when(source), source.folder.resolve().name
     made = {"steerl": steerl.__version__, **{n: v for n, v in source.versions.items() if isinstance(v, str)}}
     return {
@@ -135,7 +138,7 @@ def header(source: Source, count: int, epochs: int, sums: dict[str, list[float]]
             "created": when,
             "task": name,
             "task_id": source.key,
-            "dataset": {"name": source.data or None, "samples": count},
+            "dataset": {"name": source.data or None, "samples": len(ids), "sample_ids": ids, "shuffled": False},
             "model": _model(source),
             "config": {"epochs": epochs},
             "packages": made,

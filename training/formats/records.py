@@ -28,7 +28,7 @@ from steerl.rollout.episodes import Episode
 from steerl.rollout.prompts.chat import answered, continued, continues, template_tools
 from steerl.rollout.types import STOP_REASONS, Rollout, Texts
 from steerl.training.formats.messages import plain
-from steerl.training.report.run_data import read_lines
+from steerl.training.report.run_data import lines_of
 from steerl.training.run.log import METRICS, SAMPLES
 
 NO_SCORES = "none"
@@ -109,8 +109,7 @@ class Source:
     versions: dict[str, str]
     changed: float
     """When it was written last, in seconds since 1970."""
-    rows: int | None
-    """None: not known before they are read."""
+    rows: int
     read: Callable[[], Iterator[Record]]
 
     @property
@@ -215,16 +214,19 @@ def _dumped(rollout: Rollout, texts: Texts, i: int, scores: Mapping[str, float])
 
 def _run(folder: Path) -> Source:
     path = folder / SAMPLES
-    lines = read_lines(path) if path.is_file() else []
-    if not lines:
+    rows = 0
+    if path.is_file():
+        with path.open("rb") as file:
+            rows = sum(bool(line.strip()) for line in file)
+    if not rows:
         raise DataError(f"{path}: no sample in it; a run records some of its rows with ppo.samples 1 or more")
     config = (folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").is_file() else ""
     return _source(
         *("run", folder, load_text(config, "config.yaml", [])),
         versions={},
         changed=path.stat().st_mtime,
-        rows=len(lines),
-        read=lambda: (_sampled(path, number, line) for number, line in enumerate(lines, 1)),
+        rows=rows,
+        read=lambda: (_sampled(path, number, line) for number, line in enumerate(lines_of(path), 1)),
     )
 
 

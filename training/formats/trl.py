@@ -59,7 +59,7 @@ def write(path: Path, source: Source) -> int:
     schema = Dataset.from_dict({name: [] for name in features}, features=features).data.schema
     rows = ({name: _value(found.get(name), kind) for name, kind in features.items()} for found in map(row, source.read()))
     count = 0
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while chunk := list(itertools.islice(rows, CHUNK)):
             writer.write_table(Dataset.from_list(chunk, features=features).data.table)
             count += len(chunk)

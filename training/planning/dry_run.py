@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +31,7 @@ from steerl.rollout.model.capabilities import Capabilities
 from steerl.rollout.model.policy import ModelSettings, Policy, load_policy, tokenizer_of
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings, load_prompts
 from steerl.rollout.prompts.sources import Source
-from steerl.rollout.prompts.tables import is_file_name, read_table
+from steerl.rollout.prompts.tables import may_be_of_hub, read_table
 from steerl.rollout.steering import SteeringSpec, load_spec
 from steerl.rollout.steering.bind import Binding, bind
 from steerl.rollout.steering.core.structure import stacks
@@ -42,6 +41,7 @@ from steerl.training.engine.optimizer import check_optimizer
 from steerl.training.engine.zero import check_dtypes
 from steerl.training.planning.passes import Blueprint
 from steerl.training.run.export import check_export
+from steerl.training.run.hub import check as check_hub
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
 
@@ -80,6 +80,8 @@ def dry_run(job: Any, model: ModelSettings, config: dict[str, object]) -> Findin
     found.look(f"run.dir {job.run.dir}", lambda: check_folder(job.run, config))
     if job.run.resume:
         found.unchecked.append("run.resume: whether the folder's checkpoint is of this job")
+    if job.run.push_to_hub:
+        found.look(f"run.push_to_hub {job.run.push_to_hub}", lambda: check_hub(job.run))
     policy = found.look(f"model.path {model.path}", lambda: policy_of(model, found))
     if job.ppo.value not in ("separate", "shared"):
         found.look(f"ppo.value {job.ppo.value}", lambda: _config(job.ppo.value, "ppo.value", "value", job.model.hub.code))
@@ -106,12 +108,6 @@ def dry_run(job: Any, model: ModelSettings, config: dict[str, object]) -> Findin
 
 
 # -- models ----------------------------------------------------------------------------------------------------------
-
-
-def may_be_of_hub(path: str) -> bool:
-    """A path that is not here and has the form of a hub name: NAME or OWNER/NAME."""
-    is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
-    return is_name and not is_file_name(path) and not Path(path).exists()
 
 
 def _of_hub(path: str, call: Callable[[], Value]) -> Value:

@@ -30,6 +30,8 @@ from steerl.training.run.log import METRICS, SAMPLES
 
 CHUNK = 2 << 20
 """Bytes of a file that an answer reads, more where a line is longer."""
+FIRST = 1 << 18
+"""Bytes of metrics after which the samples wait for the next answer: the curves come first."""
 TAIL = 1 << 20
 """Bytes of samples that a page begins with: the newest ones."""
 BEFORE = 256
@@ -68,10 +70,10 @@ class FollowedRun:
         told = self._told()
         about = zlib.crc32(json.dumps(told).encode())
         found: dict[str, Any] = {} if about == place.about else {"about": told}
-        metrics, samples = self._part(METRICS, place.metrics, 0), self._part(SAMPLES, place.samples, TAIL)
+        metrics, samples = self._parts(place)
         if metrics.again or samples.again:
             found["again"] = True
-            metrics, samples = self._part(METRICS, (0, 0), 0), self._part(SAMPLES, (0, 0), TAIL)
+            metrics, samples = self._parts(Place())
         if metrics.lines:
             lines = list(_good(metrics.lines))
             steps, values = columns([line for _, line in lines])
@@ -89,8 +91,6 @@ class FollowedRun:
     def row(self, position: int) -> dict[str, object] | None:
         """The sample whose line begins there, whole."""
         with contextlib.suppress(OSError, ValueError), _opened(self.folder / SAMPLES) as file:
-            if position and not (file.seek(position - 1) and file.read(1) == b"\n"):
-                return None
             file.seek(position)
             shown = view_of(parse_line(file.readline().decode("utf-8", "replace")))
             return {"prompt_text": shown.prompt_text, "completion": shown.completion, **shown.tokens()}
@@ -139,6 +139,12 @@ class FollowedRun:
             return "finished"
         return "stopped" if _mark(self.folder / METRICS)[1] else "not begun"
 
+    def _parts(self, place: Place) -> tuple[Part, Part]:
+        metrics = self._part(METRICS, place.metrics, 0)
+        if sum(len(line) for _, line in metrics.lines) > FIRST:
+            return metrics, Part(place=place.samples, more=True)
+        return metrics, self._part(SAMPLES, place.samples, TAIL)
+
     def _part(self, name: str, at: tuple[int, int], tail: int) -> Part:
         path, (position, check) = self.folder / name, at
         if position and _mark(path)[1] == position:
@@ -180,12 +186,11 @@ def _read_on(file: IO[bytes], position: int, check: int, tail: int) -> Part:
     text, size = file.read(CHUNK), CHUNK
     while b"\n" not in text and len(text) == size:
         text, size = text + file.read(size), 2 * size
-    end = text.rfind(b"\n") + 1  # what stands after it is being written
     lines, at = [], position
-    for line in re.findall(rb"[^\n]*\n", text[:end]):
+    for line in re.findall(rb"[^\n]*\n", text):  # what stands after the last one is being written
         lines.append((at, line))
         at += len(line)
-    more = end > 0 and position + len(text) < about.st_size
+    more = bool(lines) and position + len(text) < about.st_size
     return Part(tuple(lines), (at, _checked(file, at)), about.st_mtime, more=more, passed=position > start)
 
 

@@ -44,6 +44,7 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("reward", "reward: spread", ("reward/std",)),
     ("reward", "reward: parts", ("reward/*",)),
     ("reward", "reward of the environment", ("environment/reward",)),
+    ("rollouts", "rows of an evaluation", ("eval/rows",)),
     ("reward", "evaluation: parts", ("eval/*", "evaluation/*")),
     ("learning", "KL weight", ("kl/coef",)),
     ("learning", "entropy", ("policy/entropy",)),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,11 @@ def run_of(name: str, config: str, summary: Mapping[str, Any], versions: Mapping
 
 
 def columns(lines: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[float | None]]]:
-    """Lines of metrics.jsonl as (steps, metric -> values)."""
-    keys = dict.fromkeys(key for line in lines for key, value in line.items() if key != "step" and _is_number(value))
-    values = {key: [value if _is_number(value := line.get(key)) else None for line in lines] for key in keys}
+    """Lines of metrics.jsonl, by parse_line, as (steps, metric -> values)."""
+    plain = (int, float)  # not bool; parse_line leaves no infinity
+    keys = dict.fromkeys(key for line in lines for key, value in line.items() if type(value) in plain)
+    keys.pop("step", None)
+    values = {key: [value if type(value := line.get(key)) in plain else None for line in lines] for key in keys}
     return [int(line["step"]) for line in lines], values
 
 
@@ -146,25 +148,26 @@ def _ends(summary: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a jsonl file. A last line without an end was being written when the run was killed."""
-    values = []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.rstrip("\n").split("\n")  # not splitlines: a text may hold other line ends, which JSON does not escape
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values.append(parse_line(line))
-        except ValueError as error:
-            if number == len(lines):
-                log_line(f"{path}: its last line was cut short, by a kill or a full disk, and is left out")
-                break
-            raise DataError(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
-    return values
+    return list(lines_of(path))
+
+
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a jsonl file, one at a time. A last line without an end was being written when the run was killed."""
+    with path.open("rb") as file:  # a text's other line ends, which JSON does not escape, end no line
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield parse_line(line.decode("utf-8", "replace"))
+            except ValueError as error:
+                if not file.read().strip():
+                    log_line(f"{path}: its last line was cut short, by a kill or a full disk, and is left out")
+                    break
+                raise DataError(f"{path}: line {number} is not one that a run writes ({error}); take it out") from error
 
 
 def parse_line(line: str) -> dict[str, Any]:
-    """The object of a line that a run wrote; ValueError where it is none."""
+    """The object of a line that a run wrote, with None for NaN and infinities; ValueError where it is none."""
     try:
         value = json.loads(line, parse_float=_finite, parse_constant=_finite)
     except RecursionError as error:
@@ -246,7 +249,7 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return (type(value) is int and abs(value) < 2**1023) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _finite(digits: str) -> float | None:

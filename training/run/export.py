@@ -29,6 +29,7 @@ from steerl.rollout.steering.spec.spec import ROLES
 from steerl.rollout.weights import blocks, files
 from steerl.rollout.weights.files import Announced
 from steerl.training.model.actor_critic import ActorCritic
+from steerl.training.run.card import write_card
 from steerl.training.run.evaluate import Evaluation
 from steerl.training.settings import PPOSettings
 from steerl.training.types import TrainState
@@ -191,7 +192,12 @@ def summarize(folder: Path, state: TrainState, after: Evaluation | None, ended_o
         "world_size": processes.start().world_size,
         **({} if ended_of is None else {"ended_of": ended_of}),
     }
-    processes.on_main(lambda: write_json(folder / "summary.json", summary))
+
+    def write() -> None:
+        write_card(folder, summary)
+        write_json(folder / "summary.json", summary)
+
+    processes.on_main(write)
     return summary
 
 

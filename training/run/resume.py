@@ -45,6 +45,7 @@ from steerl.training.types import TrainState
 
 FREE = (
     *("run.dir", "run.resume", "run.overwrite", "run.allow_changes", "run.save_every", "run.keep", "run.trackers"),
+    *("run.push_to_hub", "run.hub_private"),
     *("ppo.gap_tolerance", "ppo.samples", "ppo.export_merged", "ppo.gather", "ppo.eval_every", "ppo.eval_prompts"),
     "ppo.offload_activations",
     *(f"engine.{name}" for name in ("kind", "url", "python", "model_impl", "sync", "check_rows", "start_timeout", "arguments")),

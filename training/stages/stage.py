@@ -33,7 +33,8 @@ from steerl.rollout.common.run_folder import RunSettings, begin, disk_trouble, o
 from steerl.rollout.model.auto_classes import savable
 from steerl.training.checks import check_precision
 from steerl.training.engine import zero
-from steerl.training.run import resume
+from steerl.training.run import hub, resume
+from steerl.training.run.card import write_card
 from steerl.training.run.log import SAMPLES, RunLog, log_line
 from steerl.training.stages import models
 from steerl.training.stages.data import TableRow
@@ -129,8 +130,10 @@ def opened_run(job: Any, resolved: str, rows: Sequence[TableRow], held: Sequence
     """The run's folder, held by this job. Nothing in it changes before `train`."""
     content = {"prompts.path": values_fingerprint(rows), "prompts.heldout": values_fingerprint(held)}
     config, run = dataclasses.asdict(job), job.run
+    processes.on_main(lambda: hub.check(run))
     with opened(run, config) as folder, processes.stop_signal() as stop:
         yield StageRun(folder, run, resolved, config, content, stop)
+        hub.push_run(folder, run)
 
 
 def on_every_process(read: Callable[[], Read]) -> Read:
@@ -300,6 +303,7 @@ def finish(
     world = processes.start().world_size
     if trainer.accelerator.is_main_process:
         models.save_model(model, tokenizer, base, folder, state)
+        write_card(folder, metrics)
         write_json(folder / "summary.json", {**metrics, "steps": trainer.state.global_step, "world_size": world})
         if not (folder / SAMPLES).stat().st_size:
             (folder / SAMPLES).unlink()

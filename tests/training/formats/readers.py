@@ -1,12 +1,11 @@
 """Run by .venv-tools' Python: other projects' own readers open our exports, and say on the last line what they found, as JSON.
 
-readers.py verifiers traces.jsonl FOLDER    readers.py inspect log.eval    readers.py openai messages.jsonl
+readers.py verifiers traces.jsonl FOLDER ...    readers.py inspect log.eval ...    readers.py openai messages.jsonl ...
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,23 +53,19 @@ def verifiers(traces: Path, folder: Path) -> dict[str, Any]:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """By its functions, its data frames and its command."""
+    """By its functions and its data frames."""
     from inspect_ai.analysis import evals_df, messages_df, samples_df
     from inspect_ai.log import list_eval_logs, read_eval_log, read_eval_log_sample_summaries, read_eval_log_samples
 
     log = read_eval_log(str(path), resolve_attachments=True)
     one_by_one = list(read_eval_log_samples(str(path), all_samples_required=True))
-    assert [sample.id for sample in one_by_one] == [sample.id for sample in log.samples or []]
+    assert {sample.uuid: sample for sample in one_by_one} == {sample.uuid: sample for sample in log.samples or []}
     assert path.name in [Path(found.name).name for found in list_eval_logs(str(path.parent))]
     evals, samples, messages = evals_df(str(path)), samples_df(str(path)), messages_df(str(path))
-    dumped = subprocess.run(
-        [str(Path(sys.executable).with_name("inspect")), "log", "dump", str(path)], capture_output=True, text=True, check=True
-    )
-    assert len(json.loads(dumped.stdout)["samples"]) == len(one_by_one)
     return {
         "status": log.status,
         "model": log.eval.model,
-        "samples": [sample.model_dump(mode="json", exclude_none=True) for sample in one_by_one],
+        "samples": [sample.model_dump(mode="json", exclude_none=True) for sample in log.samples or []],
         "summaries": [one.model_dump(mode="json", exclude_none=True) for one in read_eval_log_sample_summaries(str(path))],
         "means": {score.name: score.metrics["mean"].value for score in (log.results and log.results.scores) or []},
         "stderrs": {score.name: score.metrics["stderr"].value for score in (log.results and log.results.scores) or []},
@@ -99,4 +94,6 @@ def openai(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]](*map(Path, sys.argv[2:]))))
+    reader, paths = globals()[sys.argv[1]], list(map(Path, sys.argv[2:]))
+    each = reader.__code__.co_argcount
+    print(json.dumps([reader(*paths[i : i + each]) for i in range(0, len(paths), each)]))

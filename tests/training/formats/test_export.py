@@ -367,12 +367,126 @@ def test_an_interrupt_and_a_full_disk_leave_nothing(
 # -- other projects' readers -----------------------------------------------------------------------------------------------
 
 
-def read_by(tool: str, *paths: Path) -> Any:
-    """What readers.py says of the files."""
+def read_by(tool: str, *paths: Path) -> list[Any]:
+    """What readers.py says of each of the files (verifiers: of a file and a folder each)."""
     script = Path(__file__).with_name("readers.py")
     quiet = {**os.environ, "INSPECT_LOG_LEVEL": "error", "HOME": str(paths[0].parent)}
     done = subprocess.run(
         [str(TOOLS), str(script), tool, *map(str, paths)], capture_output=True, text=True, env=quiet, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.tools
+def test_verifiers_reads_its_traces(tmp_path: Path, talks: Path, chats: Path, run: Path) -> None:
+    """The ids, masks and log-probs of a branch are the dump's, bit by bit; what was said, by whom, and why it ended."""
+    made_dump(tmp_path / "steered", 4, 2, make=episodes)
+    sources = (talks, chats, tmp_path / "steered", run)
+    files = []
+    for source in sources:
+        scores = ("--scores", "none") if source.name == "steered" else ()
+        files += [export(source, "verifiers", *scores, out=f"{source.name}{end}") for end in (".jsonl", "-traces")]
+    talked, chatted, steered, ran = (one["rows"] for one in read_by("verifiers", *files))
+    check_credit(ran)
+    for source, found in zip(sources[:3], (talked, chatted, steered), strict=True):
+        rows = iter(found)
+        for rollout, _ in read_dump(source):
+            for i in range(len(rollout)):
+                row, prompt, length = next(rows), rollout.prompt_ids[i], int(rollout.lengths_B[i])
+                assert row["ids"] == prompt + rollout.response_ids[i]
+                assert row["mask"] == [False] * len(prompt) + rollout.action_mask_BR[i, :length].tolist()
+                for name, values_BR in (
+                    ("logprobs", rollout.behaviour_logprobs_BR),
+                    ("trainer_logprobs", rollout.policy_logprobs_BR),
+                ):
+                    assert row[name] == [0.0] * len(prompt) + values_BR[i, :length].tolist()
+                assert row["output_tokens"] == int(rollout.actions_B[i])
+        assert next(rows, None) is None
+    assert steered[0]["info"]["steering"] == "cheer#1f" and len(steered[0]["info"]["strengths"]) == 2
+    first = talked[0]
+    turns = talk(
+        "0+0?", ("<add 2 3>", "5"), ("<add 1>", "Error: one number"), ("{hm", "no call"), ("it is 0", "")
+    ).episode.turns
+    fed = [len("[5]"), len("[Error: one number]"), len("[no call]")]
+    drawn = [turn.end - turn.first for turn in turns]
+    assert first["tokens"] == [len("0+0?"), *(n for pair in zip(drawn, [*fed, 0], strict=True) for n in pair)][:8]
+    assert first["sampled"] == [False, True, False, True, False, True, False, True]
+    assert (first["reward"], first["stop"], first["reply"]) == (1.5, "agent_completed", "it is 0")
+    assert first["messages"][1]["tool_calls"][0] | {"type": "function"} == {
+        "id": "call_1", "type": "function", "name": "add", "arguments": '{"of": ["2", "3"]}',
+    }  # fmt: skip
+    assert [message.get("tool_call_id") for message in first["messages"]] == [
+        None,
+        None,
+        "call_1",
+        None,
+        "call_2",
+        None,
+        "",
+        None,
+    ]
+    assert first["info"]["turn_rewards"] == [0.5, None, None, 1.0] and first["info"]["tool_errors"][1] == ["add: one number"]
+
+
+def check_credit(rows: list[dict[str, Any]]) -> None:
+    """What a run recorded, token by token."""
+    first, _, last = rows
+    assert first["mask"] == [False, False, True, False, True] and first["ids"] == [1, 5, 9, 8, 2]
+    for name, ours in (
+        *(("logprobs", "behaviour_logprobs"), ("trainer_logprobs", "policy_logprobs"), ("entropies", "entropy")),
+        *(("reference_logprobs", "reference_logprobs"), ("advantages", "advantages")),
+    ):
+        assert first[name] == [0.0, 0.0, *(value or 0.0 for value in SAMPLE[ours])], name
+    assert first["reward"] == 0.75 and first["metrics"] == {"kind": 0.5} and last["reward"] == -1.0
+    assert first["info"]["step"] == 4 and first["info"]["strength"] == 2.5 and first["info"]["extra/kind/note"] == "a note"
+
+
+@pytest.mark.tools
+def test_inspect_reads_its_log(dump: Path, talks: Path, chats: Path, run: Path) -> None:
+    paths = [export(source, "inspect") for source in (dump, talks, chats, run)]
+    found, talked, chatted, ran = read_by("inspect", *paths)
+    assert found["status"] == "success" and found["evals"] == 1
+    assert [(one["id"], one["epoch"]) for one in found["samples"]] == [(p, s + 1) for s in range(2) for p in range(3)]
+    assert found["rewards"] == [pytest.approx(p + s / 3) for p in range(3) for s in range(2)]
+    mean = sum(found["rewards"]) / 6
+    assert found["means"] == {"reward": pytest.approx(mean), "short": -1.0}
+    spread = math.sqrt(sum((value - mean) ** 2 for value in found["rewards"]) / 5 / 6)
+    assert found["stderrs"]["reward"] == pytest.approx(spread)
+    assert [(one["target"], one["scores"]["reward"]["answer"]) for one in found["samples"][1:3]] == [
+        ("2", "answer 1.0 🙂"), ("4", "answer 2.0 🙂"),
+    ]  # fmt: skip
+    assert found["said"][:2] == ["frage 0 – 質問", "answer 0.0 🙂"]
+
+    shown = subprocess.run([str(TOOLS.with_name("inspect")), "log", "dump", str(paths[1])], capture_output=True, check=True)
+    assert json.loads(shown.stdout)["samples"] == talked["samples"]
+    one = talked["samples"][1]
+    assert (one["id"], one["epoch"]) == (1, 1)
+    assert [message["role"] for message in one["messages"]] == ["user", *["assistant", "tool"] * 3, "assistant"]
+    made = one["messages"][1]["tool_calls"][0]
+    assert (made["function"], made["arguments"]) == ("add", {"of": ["2", "3"]})
+    assert one["messages"][2]["tool_call_id"] == made["id"] and "tool_call_id" not in one["messages"][6]
+    assert len([event for event in one["events"] if event["event"] == "model"]) == 4
+    assert one["scores"]["reward"]["value"] == 2.5 and one["output"]["completion"] == "it is 1"
+    assert len(talked["said"]) == 4 * 8  # each message once, in the data frame
+
+    said = [one["output"]["completion"] for one in chatted["samples"][:3]]
+    assert said == [f"So {text}" for text in ("", "x" * 100_000, HOSTILE)]
+    assert chatted["samples"][0]["metadata"]["columns"]["reward"] == "42"
+    assert ran["model"] == "steerl/someone/small-model" and len(ran["samples"]) == 3
+    assert ran["samples"][0]["metadata"]["steering"] == "cheer#1f"
+
+
+@pytest.mark.tools
+def test_openai_and_datasets_take_the_messages(talks: Path, chats: Path, dump: Path) -> None:
+    from datasets import load_dataset
+
+    paths = [export(source, "openai") for source in (talks, chats, dump)]
+    for path, found in zip(paths, read_by("openai", *paths), strict=True):
+        written = [row["messages"] for row in lines(path)]
+        unweighted = [[{n: v for n, v in message.items() if n != "weight"} for message in row] for row in written]
+        assert found["rows"] == unweighted
+        loaded = load_dataset("json", data_files=str(path), split="train", cache_dir=str(path.parent / "cache"))
+        again = [[{n: v for n, v in message.items() if v is not None} for message in row] for row in loaded["messages"]]
+        assert again == written

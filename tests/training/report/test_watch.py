@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -59,12 +60,13 @@ class Reader:
 
     def __init__(self, folder):
         self.runs, self.place = Runs([folder]), Place()
-        self.steps, self.rows = [], []
+        self.steps, self.rows, self.rewards = [], [], []
 
     def read(self):
         while news := self.runs.now()[0].news(self.place):
             if news.get("again"):
-                self.steps, self.rows = [], []
+                self.steps, self.rows, self.rewards = [], [], []
+            self.rewards += news.get("metrics", {}).get("columns", {}).get("reward/mean", [])
             self.steps += news.get("metrics", {}).get("step", [])
             self.rows += news.get("heads", {}).get("row", [])
             self.place = Place.of(news["place"])
@@ -95,8 +97,11 @@ def test_a_run_that_goes_on_from_a_checkpoint_begins_anew(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(text[:2]))
     assert reader.read()[0] == [1, 2]
     (folder / "metrics.jsonl").write_text("".join(text[:1]))
-    add(folder, "metrics.jsonl", *(metric_line(step, more=1.0) for step in (2, 3, 4, 5, 6, 7, 8)))
+    add(
+        folder, "metrics.jsonl", *(metric_line(step, more=1.0, **{"reward/mean": step / 100}) for step in (2, 3, 4, 5, 6, 7, 8))
+    )
     assert reader.read()[0] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert reader.rewards == [0.1, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08]
     (folder / "metrics.jsonl").write_text("")
     (folder / "samples.jsonl").write_text("")
     assert reader.read() == ([], [])
@@ -342,12 +347,17 @@ def test_the_page_follows_a_run_that_is_stopped_goes_on_and_ends(tmp_path):
         add(folder, "metrics.jsonl", metric_line(4), metric_line(5))
         add(folder, "samples.jsonl", sample_line(5, 50))
         until(browser, f"{CURVE} === 5 && document.querySelector('.facts').innerText.includes('row 50')")
+        browser.key("n")  # whoever moves holds the step
+        add(folder, "samples.jsonl", sample_line(5, 51), sample_line(6, 61))
+        until(browser, f"{OPTIONS}.endsWith('5,6')")
+        assert browser.run("document.getElementById('count').textContent") == "1 of 2 samples"
+        assert browser.run("document.querySelector('.facts').innerText").startswith("step 5")
         browser.run("document.getElementById('step').value = '2'; document.getElementById('step').onchange()")
         until(browser, "document.querySelector('.facts').innerText.includes('row 20')")
         browser.key("j")
         until(browser, "document.querySelector('.facts').innerText.includes('row 21')")
-        add(folder, "samples.jsonl", sample_line(6, 60))  # what is looked at stays
-        until(browser, f"{OPTIONS} === 'newest,,1,2,3,5,6'")
+        add(folder, "samples.jsonl", sample_line(7, 60))  # what is looked at stays
+        until(browser, f"{OPTIONS} === 'newest,,1,2,3,5,6,7'")
         assert "row 21" in browser.run("document.querySelector('.facts').innerText")
         assert browser.run("document.getElementById('count').textContent") == "2 of 2 samples"
         kept = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]
@@ -434,3 +444,32 @@ def test_nothing_of_a_run_is_markup(tmp_path, live):
         assert browser.run("typeof window.hacked") == "undefined" and browser.run("typeof ({}).x") == "undefined"
         assert [text[max(0, i - 60) : i] for i, character in enumerate(text) if character in "\x1b\x00\u202e\u2028"] == []
         assert [problem for problem in browser.problems if "favicon" not in problem] == []
+
+
+@pytest.mark.browser
+def test_a_long_run_is_thinned_without_losing_its_spikes(tmp_path):
+    """30,000 steps of noise with a few spikes: the page holds some thousand points, each as it was written, all spikes among them."""
+    draw = random.Random(0)
+    values = [draw.random() for _ in range(30_000)]
+    spikes = {7: 50.0, 4_321: -40.0, 17_001: 60.0, 29_998: 70.0}
+    for step, value in spikes.items():
+        values[step - 1] = value
+    lines = [
+        {"step": step, "reward/mean": value, "kl/ref": value if step % 50 else None} for step, value in enumerate(values, 1)
+    ]
+    add(tmp_path / "run", "metrics.jsonl", *map(json.dumps, lines))
+    with serving(tmp_path / "run") as server, Browser() as browser:
+        browser.open(address(server))
+        until(browser, "page.runs[0].last === 30000")
+        for key in ("reward/mean", "kl/ref"):
+            steps, held = browser.run(f"(s => [s.steps, s.values])(page.runs[0].series.get({key!r}))")
+            assert 1000 < len(steps) <= 4000 and steps == sorted(steps)
+            kept = {step: value for step, value in zip(steps, held, strict=True) if value is not None}
+            assert all(values[step - 1] == value for step, value in kept.items())
+            assert {step: kept.get(step) for step in spikes} == spikes
+        path = browser.run("document.querySelector('path[data-label=\"reward/mean\"]').getAttribute('d')")
+        heights = [float(y) for y in re.findall(r"[ML][-.0-9]+ ([-.0-9]+)", path)]
+        assert len(heights) < 2500
+        top, bottom, middle = min(heights), max(heights), sum(heights) / len(heights)
+        assert [top, bottom] == [pytest.approx(8, abs=0.1), pytest.approx(168, abs=0.1)] and abs(middle - 110) < 20
+        assert sum(height < middle - 40 for height in heights) == 3 and sum(height > middle + 40 for height in heights) == 1

@@ -46,7 +46,7 @@ class Page {
     const now = live ? ["reward/mean", "kl/ref"].filter(key => this.runs.some(run => run.series.has(key))) : [];
     const cells = this.runs.map((run, i) => [
       this.link(run, i), ...(live ? [element("span", {class: "state", "data-run": i})] : []),
-      ...now.map(key => run.value(key)), ...columns.map(name => run.summary[name] ?? null).map(value => live && value === null ? "" : value),
+      ...[...now.map(key => run.value(key)), ...columns.map(name => run.summary[name] ?? null)].map(value => live && value === null ? new Text("") : value),
     ]);
     const open = new Set([...body.querySelectorAll("details[open]")].map(one => one.dataset.name));
     body.replaceChildren(table(["run", ...(live ? ["state"] : []), ...now, ...columns.map(plain)], cells));
@@ -62,7 +62,7 @@ class Page {
 
   // The run's name, in its color where there are several.
   link(run, i) {
-    const made = element("span", {dir: "auto"}, named(run.name));
+    const made = element("span", {class: "run", dir: "auto"}, named(run.name));
     if (this.runs.length > 1) made.prepend(this.swatch(i));
     return made;
   }
@@ -103,6 +103,7 @@ class Page {
       });
     }
     this.bars.forEach((bars, i) => this.place(TOP, bars.title, [], i, holder => drawBars(holder, bars.title, bars.labels, bars.counts)));
+    this.width = of("panels").clientWidth;
     this.find();
   }
 
@@ -230,7 +231,7 @@ class Page {
     new ResizeObserver(() => {
       if (of("panels").clientWidth === this.width) return;
       this.width = of("panels").clientWidth;
-      this.draw();
+      requestAnimationFrame(() => this.draw());
     }).observe(of("panels"));
     await this.source.begin(this);
     await this.update();
@@ -247,4 +248,5 @@ class Page {
   }
 }
 
-new Page(of("index") ? new Stored() : new Followed()).begin();
+const page = new Page(of("index") ? new Stored() : new Followed());
+page.begin();
