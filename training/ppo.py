@@ -179,8 +179,8 @@ def train(
         summary = summarize(folder, state, evaluation(), ended_of=settings.steps if ended else None)
         with doing("writing the report"):
             processes.on_main(lambda: report([folder]))
-        with doing("sending the model"):
-            hub.push_run(folder, run)
+    with doing("sending the model"):  # another process may have the folder meanwhile
+        hub.push_run(folder, run)
     return summary
 
 

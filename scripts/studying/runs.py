@@ -113,7 +113,7 @@ def measure(run: Run, final: FinalSettings) -> dict[str, Any]:
         held = job.heldout if job.heldout.path else job.prompts
         new = job.environment.response(job.sampling.max_new_tokens)
         prompts = load_prompts(replace(held, path=final.prompts or held.path), policy, new)
-        rows = list(range(min(len(prompts), final.samples)))
+        rows = prompts.first(final.samples)
         sampling = replace(job.sampling, n=-(-final.samples // len(rows)), seed=FINAL_SEED + run.seed)
         sampler = Sampler(policy, sampling, steering)
         samples = (sampler if played is None else EpisodeSampler(sampler, played)).sample(prompts.batch(rows))

@@ -134,7 +134,7 @@ def opened_run(job: Any, resolved: str, rows: Sequence[TableRow], held: Sequence
     processes.on_main(lambda: hub.check(run))
     with opened(run, config) as folder, processes.stop_signal() as stop:
         yield StageRun(folder, run, resolved, config, content, stop)
-        hub.push_run(folder, run)
+    hub.push_run(folder, run)
 
 
 def on_every_process(read: Callable[[], Read]) -> Read:
