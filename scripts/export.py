@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,10 @@ ENDS = {"trl": (".parquet",), "verifiers": (".jsonl", ""), "sts": ("",), "inspec
 """What a format's file ends in; "": a folder."""
 OURS = re.compile(r"(traces|\d+-\d+|step\d+-\d+)\.jsonl")
 """Names in the folders that an export is."""
+NEXT = {
+    "sts": "hf upload REPO {0} --repo-type dataset",
+    "inspect": "inspect view --log-dir {1}",
+}
 REWARDED = ("trl", "verifiers", "inspect")
 
 
@@ -47,7 +52,7 @@ class ExportJob:
 
 def out_of(job: ExportJob) -> Path:
     path, ends = Path(job.out), ENDS[job.to]
-    if not job.out or path.suffix not in ends and "" not in ends:
+    if not path.name or path.name == ".." or path.suffix not in ends and "" not in ends:
         names = " or ".join(f"FILE{end}" if end else "a folder" for end in ends)
         raise UserError(f"out: {job.out or 'missing'}; {job.to} is {names}, steerl export SOURCE OUT --to {job.to}")
     if path.exists() and not job.overwrite:
@@ -123,6 +128,8 @@ def main(job: ExportJob) -> None:
     with written_aside(path) as aside:
         count = write(aside, source, job)
     print(f"{path}: {count:,} rows")
+    if job.to in NEXT:
+        print("next: " + NEXT[job.to].format(shlex.quote(str(path)), shlex.quote(str(path.parent))))
 
 
 def cli() -> None:

@@ -379,6 +379,7 @@ def test_refusals_are_one_line(tmp_path: Path, dump: Path, run: Path, capsys: py
     own = refused(capsys, run, run / "samples.jsonl", *to, "--overwrite", "true")
     assert "lies in" in own and "nothing is replaced" in own
     assert "openai is FILE.jsonl" in refused(capsys, dump, tmp_path / "x.csv", *to)
+    assert "..; sts is a folder" in refused(capsys, dump, "..", "--to", "sts", "--overwrite", "true")
     assert "missing; trl is FILE.parquet" in refused(capsys, dump, "--to", "trl")
     assert "does not exist" in refused(capsys, dump, tmp_path / "no" / "x.jsonl", *to)
     assert "'csv'" in refused(capsys, dump, new, "--to", "csv")
