@@ -22,6 +22,8 @@ LINES = 20
 """Lines in all where the output is no terminal."""
 EVERY_S = 0.2
 """Least time between two rewrites on a terminal."""
+QUIET_S = 1.0
+"""Least time between two lines elsewhere."""
 SHOWN_S, TOLD_S = 2.0, 10.0
 """From when on it is said what is being done: on a terminal, and in a file (then after a minute, two, four, ...)."""
 
@@ -72,7 +74,8 @@ class Progress:
             if now - self._shown >= EVERY_S or at >= self.rows:
                 self._shown = now
                 self._rewrite(self.line())
-        elif at * LINES >= self.rows * (self._lines + 1) or at >= self.rows:
+        elif (at * LINES >= self.rows * (self._lines + 1) and now - self._shown >= QUIET_S) or at >= self.rows:
+            self._shown = now
             self._lines = at * LINES // max(self.rows, 1)
             self.stream.write(self.line() + "\n")
             self.stream.flush()
