@@ -1,7 +1,7 @@
 """Evaluation by the tasks of lm-evaluation-harness, steered too.
 
     steerl eval --model.path DIR --eval.tasks arc_easy,gsm8k --run.dir OUT
-    steerl eval RUN --eval.tasks arc_easy               a run's model; leaves RUN/eval
+    steerl eval RUN --eval.tasks arc_easy               a run's model; leaves RUN-eval
 
 Leaves OUT/results.json, as the harness writes it, and with --eval.log_samples true OUT/samples_TASK.jsonl. Needs the package
 lm-eval: pip install 'steerl[eval]'. The harness's own command line takes the model, too (docs/evaluation.md).
@@ -72,7 +72,7 @@ class OutSettings:
     """Where the results go."""
 
     dir: str = ""
-    """A folder of their own; RUN/eval where a run is evaluated."""
+    """A folder of their own; RUN-eval where a run is evaluated."""
     overwrite: bool = False
     """Empty it first, if a job wrote it."""
 
@@ -130,7 +130,12 @@ def of_run(job: EvalJob) -> EvalJob:
     found = next((path for name in ("model", "adapter") if (path := Path(job.of) / name).is_dir()), None)
     if found is None:
         raise ConfigError(f"of: {job.of} holds no model or adapter; name a run that is finished, or a model by --model.path")
-    out = job.run if job.run.dir else replace(job.run, dir=str(Path(job.of) / "eval"))
+    # Beside the run, not in it: a folder of another job in a run's keeps run.overwrite from emptying it.
+    out = (
+        job.run
+        if job.run.dir
+        else replace(job.run, dir=f"{Path(job.of).resolve() if job.of in ('.', '..') else Path(job.of)}-eval")
+    )
     return replace(job, model=replace(job.model, path=str(found)), run=out)
 
 

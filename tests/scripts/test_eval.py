@@ -123,14 +123,14 @@ def test_a_run_by_its_folder(place, capsys):
     argv = [str(place / "run"), "--eval.tasks", "tiny_choice,tiny_read", "--eval.include_path", str(place / "tasks")]
     code, _, err = run(capsys, *argv, "--eval.limit", "2")
     assert code == 0 and "steering.yaml lies beside the model and is not applied; --steering" in err
-    plain = json.loads((place / "run/eval/results.json").read_text())
+    plain = json.loads((place / "run-eval/results.json").read_text())
     assert set(plain["results"]) == {"tiny_choice", "tiny_read"} and plain["n-samples"]["tiny_choice"]["effective"] == 2
     code, _, err = run(capsys, *argv)
-    assert code == 2 and "run/eval is not empty; add" in err
+    assert code == 2 and "run-eval is not empty; add" in err
     code, _, _ = run(
         capsys, *argv, "--steering", str(place / "run/model/steering.yaml"), "--eval.limit", "2", "--run.overwrite", "true"
     )
-    steered = json.loads((place / "run/eval/results.json").read_text())
+    steered = json.loads((place / "run-eval/results.json").read_text())
     key = "byte_perplexity,none"
     assert code == 0 and steered["results"]["tiny_read"][key] != plain["results"]["tiny_read"][key]
 
