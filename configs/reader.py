@@ -23,6 +23,7 @@ import difflib
 import errno
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ def run_command(main: Callable[[Job], None], job_type: type[Job], argv: Sequence
         failed = Stopped.status
         if not rank:
             print(stopped, file=sys.stderr)
+            if "--run.resume" in str(stopped):
+                print(f"next: {again(sys.argv if argv is None else [sys.argv[0], *argv])}", file=sys.stderr)
     except KeyboardInterrupt:
         failed = 130
         if not rank:
@@ -92,6 +95,21 @@ def run_command(main: Callable[[Job], None], job_type: type[Job], argv: Sequence
         processes.end(failed)
     if failed:
         raise SystemExit(failed)
+
+
+def again(argv: Sequence[str]) -> str:
+    """The command that goes on with a run that was stopped, to be pasted."""
+    words: list[str] = []
+    dropped = False
+    for word in argv[1:]:
+        name = word.partition("=")[0]
+        if not dropped and name not in ("--run.resume", "--run.overwrite"):
+            words.append(word)
+        dropped = name == word and name in ("--run.resume", "--run.overwrite")
+    program = argv[0].split() if argv[0].startswith("steerl ") else [argv[0] if argv[0].endswith(".py") else "steerl"]
+    launch = ["accelerate", "launch", "..."] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else []
+    start = [] if program[0] == "steerl" or launch else ["python"]
+    return shlex.join([*launch, *start, *program, *words, "--run.resume", "true"]).replace("'...'", "...")
 
 
 class _Record(logging.LogRecord):

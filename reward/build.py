@@ -22,6 +22,7 @@ from steerl.reward.kinds.model_inputs import vocabulary_of
 from steerl.reward.normalize import Shape, check_shape
 from steerl.reward.weighted_sum import RewardTerm, WeightedSum
 from steerl.rollout.common.errors import ConfigError, UserError
+from steerl.rollout.common.progress import doing
 from steerl.rollout.common.settings_reader import Checked, Path, Reader, brief, choices_of, dotted, fields_of, near_name
 from steerl.rollout.model.policy import Policy
 
@@ -97,7 +98,8 @@ class Entries:
         problems: list[str] = []
         for entry in self.entries:
             try:
-                term: RewardTerm = entry.own.build(entry.where, around)
+                with doing(f"loading {entry.where} ({entry.common.name})"):
+                    term: RewardTerm = entry.own.build(entry.where, around)
                 term = dataclasses.replace(term, name=str(entry.common.name), weight=term.weight * entry.common.weight)
                 if entry.common.normalise is not None or entry.common.clip is not None:
                     shape = Shape.of(entry.common.normalise, entry.common.clip, term.score_now, entry.where)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,8 @@ def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
             **({} if environment is None else {"environment": job.environment.content()}),
         }
         begin(folder, job.run)
-        begun = start(folder, plan, dataclasses.asdict(job), made_from, versions=versions(), world_size=me.world_size)
+        tools = {} if environment is None else {"tools": environment.conversation.tools}
+        begun = start(folder, plan, dataclasses.asdict(job), made_from, versions=versions(), world_size=me.world_size, **tools)
         save_tokenizer(folder, policy)
         return begun
 
@@ -127,6 +129,7 @@ def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
         cut = load_manifest(folder)["counts"].get("cut_prompts", 0)
         told = f"; {cut:,} of {plan.prompts:,} prompts were cut to {prompts.most:,} tokens" if cut else ""
         print(f"{folder}: {'finished already, ' if done else ''}{plan.rows:,} rows in {len(plan)} shards{told}")
+        print(f"next: steerl inspect {shlex.quote(str(folder))}")
 
 
 def together(reports: list[Report]) -> Report:

@@ -6,6 +6,8 @@ steerl export runs/dump rows.parquet --to trl --scores runs/scores
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +24,12 @@ from steerl.training.formats.records import NO_SCORES, Record, Source, source_of
 
 ENDS = {"trl": (".parquet",), "verifiers": (".jsonl", ""), "sts": ("",), "inspect": (".eval",), "openai": (".jsonl",)}
 """What a format's file ends in; "": a folder."""
+OURS = re.compile(r"(traces|\d+-\d+|step\d+-\d+)\.jsonl")
+"""Names in the folders that an export is."""
+NEXT = {
+    "sts": "hf upload REPO {0} --repo-type dataset",
+    "inspect": "inspect view --log-dir {1}",
+}
 REWARDED = ("trl", "verifiers", "inspect")
 
 
@@ -44,12 +52,14 @@ class ExportJob:
 
 def out_of(job: ExportJob) -> Path:
     path, ends = Path(job.out), ENDS[job.to]
-    if not job.out or path.suffix not in ends and "" not in ends:
+    if not path.name or path.name == ".." or path.suffix not in ends and "" not in ends:
         names = " or ".join(f"FILE{end}" if end else "a folder" for end in ends)
         raise UserError(f"out: {job.out or 'missing'}; {job.to} is {names}, steerl export SOURCE OUT --to {job.to}")
     if path.exists() and not job.overwrite:
         raise UserError(f"out: {path} is there already; add --overwrite true or name another")
-    if path.is_dir() and (other := next((entry for entry in path.iterdir() if entry.suffix != ".jsonl"), None)):
+    if path.exists() and path.resolve().parent == Path(job.dir).resolve():
+        raise UserError(f"out: {path} lies in {job.dir}, where nothing is replaced; name another place")
+    if path.is_dir() and (other := next((entry for entry in path.iterdir() if not OURS.fullmatch(entry.name)), None)):
         raise UserError(f"out: {path} is a folder that holds more than an export ({other.name}); name another")
     if path.is_dir() and path.suffix in ends and path.suffix:
         raise UserError(f"out: {path} is a folder, and {job.to} is FILE{path.suffix} there; name another")
@@ -118,6 +128,8 @@ def main(job: ExportJob) -> None:
     with written_aside(path) as aside:
         count = write(aside, source, job)
     print(f"{path}: {count:,} rows")
+    if job.to in NEXT:
+        print("next: " + NEXT[job.to].format(shlex.quote(str(path)), shlex.quote(str(path.parent))))
 
 
 def cli() -> None:

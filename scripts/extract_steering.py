@@ -10,6 +10,8 @@ the measure moves per unit of strength and the KL per response that it costs, as
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -130,6 +132,11 @@ def main(job: ExtractJob) -> None:
         print(f"{layer:>6}{float(vector.norm()):>10.3f}" + (f"{shares[number]:>22.3f}" if shares else ""))
     for line in probe_table(probes):
         print(line)
+    best = layers[max(range(len(layers)), key=lambda i: shares[i])] if shares else layers[len(layers) // 2]
+    spec = {"sites": [{"at": {"layers": [int(best or 0)]}, "vector": {"file": str(out)}, "strength": 1.0}]}
+    if job.extract.component == "block_output" and not job.extract.stack and not probes:
+        shown = shlex.join(["--model.path", job.model.path, "--steering", json.dumps(spec)])
+        print(f"next: steerl complete {shown} PROMPT")
     if job.prompts.path:
         best = layers[max(range(len(layers)), key=lambda i: shares[i])] if shares else layers[len(layers) // 2]
         chosen = tuple(job.effect.layers) or (int(best or 0),)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -34,6 +35,16 @@ from steerl.scripts import toy_tasks as worlds
 
 SPACE = 12 * 2**20
 """Bytes that a world may take; asked for before the work begins."""
+
+
+_PPO = "steerl ppo --config steerl:{0} --model.path {{0}}/{1} --prompts.path {{0}}/prompts.jsonl --run.dir runs/{0}"
+NEXT = {
+    "reviews": "steerl complete --model.path {0}/sft 'review of a comedy about a sailor :'",
+    "randomwalks": _PPO.format("randomwalks", "base"),
+    "summaries": _PPO.format("summaries", "sft") + " --heldout.path {0}/heldout.jsonl",
+    "maze": _PPO.format("maze", "base") + " --heldout.path {0}/heldout.jsonl --environment.factory {0}/environment.py:Maze",
+}
+"""What a toy task is for: its first command."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,8 @@ def main(job: TinyJob) -> None:
         same = ([value] * len(missing) for value in (out, *kind))
         for name, _ in zip(missing, spread(make, missing, *same), strict=True):
             print(f"{out / name}: made ({time.monotonic() - began:.0f} s)", flush=True)
+    if first := next((name for name in names if name in NEXT), None):
+        print("next: " + NEXT[first].format(shlex.quote(str(out / first))))
 
 
 def open_out(name: str) -> Path:

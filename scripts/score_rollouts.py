@@ -10,6 +10,7 @@ number of processes, and leaves the same table.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,9 @@ def write(job: ScoreJob, folder: Path, name: str, source: Source, tokenizer: Pre
             score_source(source, reward, folder, begun, todo, sys.stderr, stop.here)
         if me.is_main:
             show(folder, finish(folder, name, {**begun, **described}))
+            if job.dump.dir:
+                best = shlex.join([job.dump.dir, f"{folder}-best.jsonl", "--scores", str(folder)])
+                print(f"next: steerl select {best} --select.mode best")
     finally:
         reward.close()
 

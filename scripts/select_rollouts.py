@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,10 @@ def main(job: SelectJob) -> None:
     if first is None:
         raise UserError(f"select: no row of {job.dir} is kept by mode {job.select.mode}; loosen threshold, min_gap or ended")
     count = write(path, itertools.chain([first], records))
-    print(f"{path}: {count:,} {'pairs' if job.select.mode == 'pairs' else 'rows'}")
+    pairs = job.select.mode == "pairs"
+    print(f"{path}: {count:,} {'pairs' if pairs else 'rows'}")
+    stage = "reward" if pairs else "sft"
+    print(f"next: steerl {stage} --model.path MODEL --prompts.path {shlex.quote(str(path))} --run.dir RUN")
 
 
 def cli() -> None:

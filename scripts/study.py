@@ -102,6 +102,7 @@ def report(plan: Plan, runs: dict[str, list[Run]], job: StudyJob) -> None:
     write_json(plan.folder / "results.json", {"results": results, "study": to_mapping(job), "versions": versions()})
     write_text(plan.folder / "table.md", text := table(results, plan.study))
     print(text)
+    print(f"{plan.folder}: table.md, results.json, curves.png; a folder for each run")
     plot(results, plan.folder / "curves.png")
 
 

@@ -24,6 +24,7 @@ import torch
 from steerl.reward.build import build_reward, read_terms
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.progress import doing
 from steerl.rollout.common.run_folder import RunSettings, check_folder
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
@@ -84,11 +85,13 @@ def run(job: PPOJob, config: dict[str, object]) -> dict[str, Any]:
     torch.manual_seed(job.run.seed)  # fresh adapters
     policy = with_peft(load_policy(learnable(job.model), processes.start().device, read=False), job.model.peft)
     new = job.environment.response(job.sampling.max_new_tokens)
-    heldout = load_prompts(job.heldout, policy, new) if job.heldout.path else None
+    with doing(f"reading {job.prompts.path}"):
+        prompts = load_prompts(job.prompts, policy, new)
+        heldout = load_prompts(job.heldout, policy, new) if job.heldout.path else None
     with contextlib.closing(build_reward(job.reward, policy=policy, device=policy.device)) as reward:
         return train(
             policy,
-            load_prompts(job.prompts, policy, new),
+            prompts,
             reward,
             job.sampling,
             job.ppo,

@@ -5,6 +5,9 @@ steerl reward --config steerl:reward --model.path DIR --prompts.path FILE --run.
 
 from __future__ import annotations
 
+import json
+import shlex
+
 from steerl.configs.reader import run_command, to_yaml
 
 from steerl.rollout.common import processes
@@ -16,6 +19,8 @@ def main(job: RewardJob) -> None:
     model = run_reward(job, to_yaml(job)).model
     if processes.start().is_main:
         print(f"{model}: the model, which from_pretrained loads; {model.parent / 'summary.json'}: what was measured")
+        term = shlex.quote(json.dumps([{"name": "preference", "kind": "model", "path": str(model)}]))
+        print(f"next: steerl ppo --config steerl:ppo --model.path MODEL --prompts.path FILE --run.dir RUN --reward {term}")
 
 
 def cli() -> None:

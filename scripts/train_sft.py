@@ -5,6 +5,8 @@ steerl sft --config steerl:sft --model.path DIR --prompts.path FILE --run.dir RU
 
 from __future__ import annotations
 
+import shlex
+
 from steerl.configs.reader import run_command, to_yaml
 
 from steerl.rollout.common import processes
@@ -16,6 +18,7 @@ def main(job: SFTJob) -> None:
     model = run_sft(job, to_yaml(job)).model
     if processes.start().is_main:
         print(f"{model}: the model, which from_pretrained loads; {model.parent / 'summary.json'}: what was measured")
+        print(f"next: steerl complete --model.path {shlex.quote(str(model))} PROMPT")
 
 
 def cli() -> None:

@@ -1,7 +1,7 @@
 """The report of running jobs, which follows them, on this machine's own address.
 
 steerl watch RUN [RUN ...]          or a folder of runs: those that begin later join
-ssh -N -L 8765:127.0.0.1:8765 HOST  where HOST is the machine it runs on; then the same address here
+ssh -C -N -L 8765:127.0.0.1:8765 HOST  where HOST is the machine it runs on; then the same address here
 """
 
 from __future__ import annotations

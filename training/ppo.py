@@ -35,6 +35,7 @@ from typing import Any
 from steerl.reward.types import Reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import Stopped
+from steerl.rollout.common.progress import doing
 from steerl.rollout.common.run_folder import RunSettings, begin, opened
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
@@ -113,7 +114,8 @@ def train(
 
         def evaluation() -> Evaluation | None:
             asked = prompts if heldout is None else heldout
-            return evaluate(asked, parts.evaluation_sampler, reward, model, reference, settings, step=state.step)
+            with doing(f"evaluating {min(settings.eval_prompts, len(asked))} prompts"):
+                return evaluate(asked, parts.evaluation_sampler, reward, model, reference, settings, step=state.step)
 
         if state.reward_before is None and (before := evaluation()):
             state.reward_before = before.reward
@@ -167,14 +169,18 @@ def train(
             stopped = stop.anywhere()
             if stopped or ended or state.step == settings.steps or state.step % (run.save_every or checkpoint.SAVE_EVERY) == 0:
                 kept = {"config": config, "log": log.position(), "made_from": made_from}
-                checkpoint.save(folder, state.step, state, keep=run.keep, **kept)
+                with doing(f"saving step {state.step}"):
+                    checkpoint.save(folder, state.step, state, keep=run.keep, **kept)
 
         log.close()
         if state.step < settings.steps and not ended:
             raise Stopped(f"stopped after step {state.step} of {settings.steps} and saved; --run.resume true goes on")
-        save_model(folder, model, settings)
+        with doing(f"writing {folder / 'model'}"):
+            save_model(folder, model, settings)
         summary = summarize(folder, state, evaluation(), ended_of=settings.steps if ended else None)
-        processes.on_main(lambda: report([folder]))
+        with doing("writing the report"):
+            processes.on_main(lambda: report([folder]))
+    with doing("sending the model"):  # another process may have the folder meanwhile
         hub.push_run(folder, run)
     return summary
 

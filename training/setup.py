@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from steerl.reward.types import Reward
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
+from steerl.rollout.common.progress import doing
 from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler, drawing
@@ -91,16 +92,19 @@ def prepare(
     check_optimizer(accelerator, settings)
     if settings.offload_activations:
         offload.check(accelerator.device)
-    actor_critic, reference = build_models(policy, settings, steering_spec, seed=run.seed)
+    with doing("making the value and the reference"):
+        actor_critic, reference = build_models(policy, settings, steering_spec, seed=run.seed)
     steering = actor_critic.steering
     check_export(actor_critic, accelerator, settings)
     if settings.checkpointing:
         checkpoint_activations(actor_critic)
-    engine.place(accelerator, actor_critic, reference, settings)
+    with doing("reading the weights"):
+        engine.place(accelerator, actor_critic, reference, settings)
     grouped = groups(actor_critic, settings)
     optimizer = build_optimizer(accelerator, grouped, settings)
-    model, optimizer = engine.wrap(accelerator, actor_critic, optimizer)
-    engine.observe(actor_critic, reference, settings)
+    with doing("wrapping the models"):
+        model, optimizer = engine.wrap(accelerator, actor_critic, optimizer)
+        engine.observe(actor_critic, reference, settings)
 
     server = None
     if engine_settings is not None and engine_settings.kind == "vllm":

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.common.progress import doing
 from steerl.rollout.model import capabilities, compat, hooks, language_model
 from steerl.rollout.model.generation_config import ClosedGenerationConfig
 from steerl.rollout.model.generation_state import step_forward
@@ -251,6 +252,7 @@ class _StepParts:
     static: _StaticInputs
     graph: Callable[..., Tensor]
     edits: FixedSteering | None = None
+    ran: bool = False
 
 
 class CompiledSteps:
@@ -280,7 +282,9 @@ class CompiledSteps:
             edits = parts.edits.edits
         torch.compiler.cudagraph_mark_step_begin()
         try:
-            with hooks.fixed(self.hooked, edits):
+            first, parts.ran = not parts.ran, True
+            compiling = doing(f"compiling the decode step for {parts.static.rows} rows") if first else contextlib.nullcontext()
+            with hooks.fixed(self.hooked, edits), compiling:
                 return parts.graph(core, self.inputs)
         except compat.compile_errors() as error:
             # Nothing of the step has run. The same step goes on uncompiled, over the same cache.

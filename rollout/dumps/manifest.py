@@ -51,6 +51,8 @@ class Manifest(TypedDict):
     """Fields of Records."""
     versions: NotRequired[dict[str, str]]
     world_size: NotRequired[int]
+    tools: NotRequired[list[dict[str, Any]]]
+    """Schemas of the environment's tools."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -293,6 +293,7 @@ def save(model: PeftModel, folder: str | Path, state: Mapping[str, torch.Tensor]
         for entry in nested.iterdir():
             shutil.move(str(entry), str(Path(folder) / entry.name))
         nested.rmdir()
+    (Path(folder) / "README.md").unlink(missing_ok=True)  # peft's empty card, which names folders of this machine
     # What ends a response: a stage may have taught another token than the base's.
     if (generation := getattr(model.get_base_model(), "generation_config", None)) is not None:
         GenerationConfig(eos_token_id=generation.eos_token_id).save_pretrained(str(folder))

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from steerl.rollout.common.errors import CheckpointError
+from steerl.rollout.common.progress import doing
 from steerl.rollout.model import adapters, compat, unread, virtual_tokens
 from steerl.rollout.model.auto_classes import Hub, is_quantized, load_head, load_tokenizer
 from steerl.rollout.model.capabilities import Capabilities, observe, packing_problem, position_offset
@@ -131,7 +132,10 @@ class Policy(LanguageModel):
     @cached_property
     def capabilities(self) -> Capabilities:
         """How the model takes padding and caching, observed on it once (every rank of a run asks at the same place)."""
-        return self.like.capabilities if self.like is not None else self._plain(lambda: observe(self, self.position_offset))
+        if self.like is not None:
+            return self.like.capabilities
+        with doing("looking at how the model takes padding and caching"):
+            return self._plain(lambda: observe(self, self.position_offset))
 
     @cached_property
     def position_offset(self) -> int:
@@ -166,6 +170,11 @@ class Policy(LanguageModel):
 def load_policy(settings: ModelSettings, device: torch.device | str | None = None, *, read: bool = True) -> Policy:
     """The model of `settings` with its adapter and tokenizer, in eval mode on `device`. Without `read` its weights stay in
     their files (unread.py) until an engine takes them."""
+    with doing(f"loading {settings.path}"):
+        return _load_policy(settings, device, read)
+
+
+def _load_policy(settings: ModelSettings, device: torch.device | str | None, read: bool) -> Policy:
     path, adapter, hub = settings.base()
     attn = None if settings.attn in ("", "auto") else settings.attn
     loading: dict[str, Any] = {"dtype": settings.dtype, "attn": attn, "read": read, "hub": hub}

@@ -266,7 +266,9 @@ def test_a_signal_finishes_the_shard_and_leaves_with_75(
 
     monkeypatch.setattr(Sampler, "sample", signalled)
     assert dump(flags(given, tmp_path / "run", *listed)) == 75
-    assert capsys.readouterr().err.splitlines()[-1].endswith("--run.resume true goes on")
+    told, following = capsys.readouterr().err.splitlines()[-2:]
+    assert told.endswith("--run.resume true goes on")
+    assert following.startswith("next: ") and following.endswith("--run.resume true")
     assert len(list((tmp_path / "run").glob("rollouts-*.parquet"))) == 2
     assert dump(flags(given, tmp_path / "run", *listed, "--run.resume", "true")) == 0
     assert files_of(tmp_path / "run") == files_of(tmp_path / "whole")
@@ -455,7 +457,7 @@ def test_prompts_that_are_cut_are_counted_over_a_resume(
     texts = [json.loads(line)["prompt"] for line in (given / "prompts.jsonl").read_text().splitlines()][:12]
     cut = sum(len(text) > 13 for text in texts)
     said = capsys.readouterr()
-    assert said.out.splitlines()[-1] == f"{run}: 36 rows in 4 shards; {cut} of 12 prompts were cut to 13 tokens"
+    assert said.out.splitlines()[-2] == f"{run}: 36 rows in 4 shards; {cut} of 12 prompts were cut to 13 tokens"
     assert f"{cut} of the 12 prompts" in caplog.text and 0 < cut < 12
     (run / "rollouts-00002.parquet").unlink()
     assert dump([*argv, "--run.resume", "true"]) == 0

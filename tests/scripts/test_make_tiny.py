@@ -49,7 +49,7 @@ def test_what_takes_long_is_told_before_it_begins(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(make_tiny, "make", lambda name, out, *kind: print(f"making {name}"))
     make_tiny.main(TinyJob(out=str(tmp_path), worlds="reviews"))
     said = capsys.readouterr()
-    assert said.err.startswith(f"{tmp_path}: making reviews") and said.out.splitlines()[-1].startswith(
+    assert said.err.startswith(f"{tmp_path}: making reviews") and said.out.splitlines()[-2].startswith(
         f"{tmp_path / 'reviews'}: made"
     )
 

@@ -171,7 +171,9 @@ def test_ctrl_c_finishes_the_shard_and_leaves_with_75(given, whole, tmp_path, ca
     (given / "ask").touch()
     run = tmp_path / "run"
     assert score(flags(given, run)) == 75
-    assert capsys.readouterr().err.splitlines()[-1].endswith("--run.resume true goes on")
+    told, following = capsys.readouterr().err.splitlines()[-2:]
+    assert told.endswith("--run.resume true goes on")
+    assert following.startswith("next: ") and following.endswith("--run.resume true")
     assert len(files(run)) == 1
     assert score(flags(given, run, "--run.resume", "true")) == 0
     assert files(run) == files(whole)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -65,24 +65,23 @@ class Record:
     facts: dict[str, Any] = field(default_factory=dict)
     """One value for the row: step, ended, stop_reason, temperature, steering, strength, ..."""
     episode: Episode | None = None
+    tools: list[Any] = field(default_factory=list)
+    """Schemas: the data's, then the environment's."""
 
     @cached_property
     def said(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """(the prompt, what follows it) as messages; a text is the user's, its completion the assistant's."""
+        nothing = [{"role": "assistant", "content": ""}]  # an environment that was gone before the first turn
         if isinstance(self.prompt, str):
             after = [{"role": "assistant", "content": self.completion}] if self.episode is None else self.episode.messages
-            return [{"role": "user", "content": self.prompt}], plain(after)
+            return [{"role": "user", "content": self.prompt}], plain(after or nothing)
         extra = self.columns.get("chat_template_kwargs")
         if self.episode is None:
             whole = answered(self.prompt, self.completion, extra, self.prompt_text)
         else:
             whole = continued(self.prompt, self.episode.messages, extra, self.prompt_text)
         before = len(self.prompt) - continues(self.prompt, extra)
-        return plain(whole[:before]), plain(whole[before:])
-
-    @property
-    def tools(self) -> list[Any]:
-        return template_tools(self.columns.get("tools"))
+        return plain(whole[:before]), plain(whole[before:] or nothing)
 
     def drawn(self, name: str) -> list[float] | None:
         """A number of every action; None where they are not all known."""
@@ -148,6 +147,7 @@ def _source(kind: str, folder: Path, config: object, **others: Any) -> Source:
 def _dump(folder: Path, scores: str | None) -> Source:
     manifest = load_manifest(folder)
     plan = plan_of(manifest)
+    environment = plain(manifest.get("tools") or [])
     columns: dict[str, np.ndarray] = {}
     if scores != NO_SCORES and (scores is not None or score_files(folder)):
         columns = read_whole_scores(Path(scores or folder), plan, "total")
@@ -157,7 +157,7 @@ def _dump(folder: Path, scores: str | None) -> Source:
             for i in range(len(rollout)):
                 key = int(rollout.row_B[i]) * plan.samples + int(rollout.sample_B[i])
                 of_row = {name: float(values[key]) for name, values in columns.items()}
-                yield _dumped(rollout, texts, i, of_row)
+                yield _dumped(rollout, texts, i, of_row, environment)
 
     return _source(
         *("dump", folder, manifest["config"]),
@@ -168,7 +168,7 @@ def _dump(folder: Path, scores: str | None) -> Source:
     )
 
 
-def _dumped(rollout: Rollout, texts: Texts, i: int, scores: Mapping[str, float]) -> Record:
+def _dumped(rollout: Rollout, texts: Texts, i: int, scores: Mapping[str, float], environment: Sequence[Any]) -> Record:
     length = int(rollout.lengths_B[i])
     mask = rollout.action_mask_BR[i, :length].tolist()
 
@@ -179,6 +179,8 @@ def _dumped(rollout: Rollout, texts: Texts, i: int, scores: Mapping[str, float])
     given = None if episode is None or episode.rewards is None else sum(episode.rewards)
     strengths = rollout.strength_BK[i].tolist()
     row, sample = int(rollout.row_B[i]), int(rollout.sample_B[i])
+    columns = plain({name: values[i] for name, values in texts.columns.items()})
+    tools = template_tools(columns.pop("tools", None)) if isinstance(texts.prompts[i], list) else []
     return Record(
         id=f"{row}-{sample}",
         row=row,
@@ -195,7 +197,7 @@ def _dumped(rollout: Rollout, texts: Texts, i: int, scores: Mapping[str, float])
         },
         reward=scores.get("total", given),
         parts={plain(name): value for name, value in scores.items() if name != "total" and value == value},
-        columns=plain({name: values[i] for name, values in texts.columns.items()}),
+        columns=columns,
         facts={
             "step": int(rollout.policy_step_B[i]),
             "ended": bool(rollout.ended_B[i]),
@@ -206,6 +208,7 @@ def _dumped(rollout: Rollout, texts: Texts, i: int, scores: Mapping[str, float])
             **({"strengths": strengths} if len(strengths) > 1 else {}),
         },
         episode=None if episode is None else Episode.of_json(plain(dataclasses.asdict(episode))),
+        tools=[*tools, *environment],
     )
 
 

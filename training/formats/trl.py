@@ -42,6 +42,7 @@ def row(record: Record) -> dict[str, Any]:
     others = [
         *(("", name, value) for name, value in record.facts.items()),
         ("", "episode", None if record.episode is None else record.episode.as_json()),
+        ("", "tools", record.tools or None),
         *(("rewards/", name, float(value)) for name, value in record.parts.items()),
         *(("columns/", name, value) for name, value in record.columns.items()),
     ]

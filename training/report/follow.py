@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import stat
 import time
 import zlib
@@ -187,9 +186,9 @@ def _read_on(file: IO[bytes], position: int, check: int, tail: int) -> Part:
     while b"\n" not in text and len(text) == size:
         text, size = text + file.read(size), 2 * size
     lines, at = [], position
-    for line in re.findall(rb"[^\n]*\n", text):  # what stands after the last one is being written
+    for line in text.split(b"\n")[:-1]:  # what stands after the last end of a line is being written
         lines.append((at, line))
-        at += len(line)
+        at += len(line) + 1
     more = bool(lines) and position + len(text) < about.st_size
     return Part(tuple(lines), (at, _checked(file, at)), about.st_mtime, more=more, passed=position > start)
 

@@ -10,7 +10,6 @@ asks by another host's name is refused (a page in somebody's browser can have it
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import secrets
@@ -177,9 +176,6 @@ class Asked(BaseHTTPRequestHandler):
     def send(self, kind: str, text: str, status: int = 200) -> None:
         body = text.encode("utf-8", "replace")
         self.send_response(status)
-        if len(body) > 10_000 and "gzip" in self.headers.get("Accept-Encoding", ""):
-            body = gzip.compress(body, 1)
-            self.send_header("Content-Encoding", "gzip")
         for name, value in (HEADERS | {"Content-Type": kind, "Content-Length": str(len(body))}).items():
             self.send_header(name, value)
         if status == 405:

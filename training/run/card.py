@@ -68,11 +68,32 @@ def card(
     return "\n".join(part for part in parts if part)
 
 
+def addressed(text: str, repo: str, base: str) -> str:
+    """A card as it lies there, which its owner may have written on, for `repo` and a base of that name on the hub."""
+    text = text.replace(f'"{YOURS}"', json.dumps(repo))
+    if base:
+        from huggingface_hub import ModelCard
+
+        found: Any = ModelCard(text, ignore_metadata_errors=True)
+        before, found.data.base_model = found.data.base_model, base
+        text = str(found.content)
+        for old in ("THE BASE MODEL", before):
+            text = text.replace(f"from_pretrained({json.dumps(old)})", f"from_pretrained({json.dumps(base)})")
+    return text
+
+
+def hub_name(path: str) -> str:
+    """OWNER/NAME of a folder in the hub's cache; any other path as it is."""
+    within = next((part for part in Path(path).parts if part.startswith("models--")), "")
+    return "/".join(within.split("--")[1:]) if within and "snapshots" in Path(path).parts else path
+
+
 def base_of(adapter: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
     """What was trained, as the run knows it; of a folder of an earlier run, what its card says."""
     given = (adapter.get("base_model_name_or_path") if adapter else None) or (config.get("model") or {}).get("path")
     if not given:
         return None
+    given = hub_name(str(given))
     before = Path(given) / CARD
     if before.is_file():
         from huggingface_hub import ModelCard
@@ -107,7 +128,7 @@ def _reward(config: Mapping[str, Any]) -> str:
         return ""
     lines = ["## Reward\n", "| part | kind | weight | of |", "|---|---|---|---|"]
     for term in terms:
-        source = term.get("path") or term.get("function") or term.get("url") or ""
+        source = term.get("path") or term.get("function") or ""  # no url: whose server it is is nobody's business
         name, kind = term.get("name") or term.get("kind") or "", term.get("kind") or ""
         lines.append(f"| {code(name)} | {code(kind)} | {term.get('weight', 1)} | {code(source) if source else ''} |")
     return "\n".join(lines) + "\n"

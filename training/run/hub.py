@@ -20,6 +20,8 @@ from steerl.training.run.log import log_line
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".joblib")
 """What may run code where it is loaded, which these models do not need."""
+WEIGHTS = ("model.safetensors", "model-", "adapter_model.", "pytorch_model", "steering.yaml")
+"""How files of weights, and what belongs to them alone, begin."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,14 @@ def check(run: RunSettings) -> None:
         return
     from huggingface_hub import HfApi
 
-    with_hub(lambda: HfApi().whoami(), "run.push_to_hub", run.push_to_hub)
+    who = with_hub(lambda: HfApi().whoami(), "run.push_to_hub", run.push_to_hub)
+    if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise ConfigError(f"run.push_to_hub: {run.push_to_hub}: the token may only read; use one that may write")
 
 
 def check_base(run: RunSettings, base: str) -> None:
     """Before the first step: others can load an adapter, too."""
-    if run.push_to_hub and not may_be_of_hub(base):
+    if run.push_to_hub and not may_be_of_hub(card.hub_name(base)):
         raise ConfigError(
             f"run.push_to_hub: {run.push_to_hub}: the run leaves an adapter of {base or 'a base without a name'}, which others "
             "do not have; set ppo.export_merged true, or send it later: steerl push RUN --base_model OWNER/NAME"
@@ -92,7 +96,7 @@ def prepare(folder: Path, repo: str, *, private: bool = True, base: str = "") ->
         raise CheckpointError(f"{folder}: not finished (no summary.json); --run.resume true goes on with it")
     found = {str(path.relative_to(model)): path for path in sorted(model.rglob("*")) if path.is_file()}
     found = {name: path for name, path in found.items() if not any(part.startswith(".") for part in Path(name).parts)}
-    skipped = [name for name, path in found.items() if path.suffix in PICKLED]
+    skipped = [name for name, path in found.items() if _pickled(path)]
     files: dict[str, Path | bytes] = {name: path for name, path in found.items() if name not in skipped}
     if not any(name.endswith(".safetensors") for name in files):
         raise CheckpointError(f"{model}: no weights as safetensors; load the model and save_pretrained it anew")
@@ -101,17 +105,28 @@ def prepare(folder: Path, repo: str, *, private: bool = True, base: str = "") ->
         files["adapter_config.json"] = _with_base(adapter, base)
     elif base:
         raise ConfigError(f"base_model: {base}, but {model} is a whole model; leave it out")
-    if model is not folder:
-        config, summary = card.read_config(folder), read_summary(folder)
-        files[card.CARD] = card.card(folder, summary, config, repo, base or None).encode("utf-8")
+    if isinstance(own := files.get(card.CARD), Path):
+        files[card.CARD] = card.addressed(own.read_text(encoding="utf-8"), repo, base).encode("utf-8")
+    elif model is not folder:
+        files[card.CARD] = card.card(folder, read_summary(folder), card.read_config(folder), repo, base or None).encode("utf-8")
     return Push(model, repo, private, files, skipped)
+
+
+def _pickled(path: Path) -> bool:
+    """By its name, or as torch.save begins a file: a zip with a pickle in it, or a pickle."""
+    if path.suffix.lower() in PICKLED:
+        return True
+    with path.open("rb") as file:
+        start = file.read(64)
+    return start[:2] == b"\x80\x02" or (start[:4] == b"PK\x03\x04" and b"data.pkl" in start)
 
 
 def _with_base(path: Path, base: str) -> bytes:
     """adapter_config.json as others can use it."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    known = str(config.get("base_model_name_or_path") or "")
-    if base:
+    known = card.hub_name(str(config.get("base_model_name_or_path") or ""))
+    if base or known != config.get("base_model_name_or_path"):
+        base = base or known
         check_name(base, "base_model")
         config["base_model_name_or_path"] = base
     elif not may_be_of_hub(known):
@@ -122,14 +137,23 @@ def _with_base(path: Path, base: str) -> bytes:
 
 
 def send(push: Push, where: str = "repo") -> str:
-    """The commit's address."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+    """The commit's address. Weights that lie there under other names go: they would be read in place of these."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    operations = [CommitOperationAdd(name, it if isinstance(it, bytes) else str(it)) for name, it in push.files.items()]
+    operations: list[Any] = [
+        CommitOperationAdd(name, it if isinstance(it, bytes) else str(it)) for name, it in push.files.items()
+    ]
 
     def sent() -> str:
         api = HfApi()
         repo = api.create_repo(push.repo, private=push.private, exist_ok=True).repo_id
+        there = api.model_info(repo)
+        if push.private and there.private is False:
+            told = "is public, and the model was to be private"
+            raise ConfigError(f"{where}: {repo} {told}; say --private false (run.hub_private false), or give another name")
+        names = [file.rfilename for file in there.siblings or []]
+        old = [name for name in names if name not in push.files and Path(name).name.startswith(WEIGHTS)]
+        operations.extend(CommitOperationDelete(name) for name in old)
         done = api.create_commit(repo, operations, commit_message="A model trained with steerl")
         return str(done.commit_url)
 
@@ -142,6 +166,8 @@ def with_hub(call: Any, where: str, repo: str) -> Any:
 
     try:
         return call()
+    except UserError:
+        raise
     except LocalTokenNotFoundError as error:
         raise ConfigError(f"{where}: {repo}: there is no token; hf auth login, or HF_TOKEN") from error
     except HfHubHTTPError as error:

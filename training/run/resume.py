@@ -59,6 +59,8 @@ SINCE: dict[str, object] = {
     "ppo.packing": False,
     "ppo.offload_activations": False,
     "ppo.optimizer": "adamw",
+    "run.push_to_hub": "",
+    "run.hub_private": True,
     "ppo.optimizer_arguments": None,
     "ppo.schedule_arguments": None,
     "ppo.loss": "ppo",

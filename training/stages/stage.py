@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import Stopped, UserError, reading
 from steerl.rollout.common.fingerprint import tokenizer_fingerprint, values_fingerprint, weights_fingerprint
+from steerl.rollout.common.progress import doing
 from steerl.rollout.common.run_folder import RunSettings, begin, disk_trouble, opened, write_json
 from steerl.rollout.model.auto_classes import savable
 from steerl.training.checks import check_precision
@@ -133,7 +134,7 @@ def opened_run(job: Any, resolved: str, rows: Sequence[TableRow], held: Sequence
     processes.on_main(lambda: hub.check(run))
     with opened(run, config) as folder, processes.stop_signal() as stop:
         yield StageRun(folder, run, resolved, config, content, stop)
-        hub.push_run(folder, run)
+    hub.push_run(folder, run)
 
 
 def on_every_process(read: Callable[[], Read]) -> Read:
@@ -302,7 +303,8 @@ def finish(
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what DeepSpeed or FSDP have spread
     world = processes.start().world_size
     if trainer.accelerator.is_main_process:
-        models.save_model(model, tokenizer, base, folder, state)
+        with doing(f"writing {folder / 'model'}"):
+            models.save_model(model, tokenizer, base, folder, state)
         write_card(folder, metrics)
         write_json(folder / "summary.json", {**metrics, "steps": trainer.state.global_step, "world_size": world})
         if not (folder / SAMPLES).stat().st_size:

@@ -71,7 +71,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "stderrs": {score.name: score.metrics["stderr"].value for score in (log.results and log.results.scores) or []},
         "evals": evals.shape[0],
         "columns": list(samples.columns),
-        "rewards": samples["score_reward"].tolist() if "score_reward" in samples else [],
+        "rewards": samples["score_reward"].dropna().tolist() if "score_reward" in samples else [],
         "said": messages["content"].tolist(),
     }
 

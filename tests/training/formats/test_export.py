@@ -18,8 +18,11 @@ import torch
 
 from steerl.rollout.dumps.store import read_dump
 from steerl.rollout.types import Samples
+from steerl.scripts import dump_rollouts
 from steerl.scripts import export as command
+from steerl.scripts.dump_rollouts import DumpJob
 from steerl.scripts.export import ExportJob
+from steerl.training.formats.messages import linked
 from tests.conftest import TOOLS
 from tests.dumps import episodes, flip_bit, made_dump, made_rows, write_scores
 from tests.episodes import samples_of, talk
@@ -27,6 +30,7 @@ from tests.episodes import samples_of, talk
 OUT = {"trl": "rows.parquet", "verifiers": "traces.jsonl", "sts": "sessions", "inspect": "log.eval", "openai": "messages.jsonl"}
 HOSTILE = "</script>\x00\x1b[31m\u2028 שלום 👩‍🚀"
 HALF = "\ud83d"
+ADD = {"type": "function", "function": {"name": "add", "description": "The sum.", "parameters": {"type": "object"}}}
 
 
 def export(source: Path, to: str, *argv: str, out: str = "") -> Path:
@@ -69,10 +73,9 @@ def hostile(call: range, samples: int) -> Samples:
         prompt[:0] = [{"role": "system", "content": HOSTILE}, {"role": "assistant", "content": "earlier"}]
         prompt.append({"role": "assistant", "content": "So "})
         texts.completions[i] = ["", HOSTILE, "x" * 100_000][i % 3]
-    texts.columns["tools"] = [[{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]] * len(
-        texts
-    )
+    texts.columns["tools"] = [[ADD]] * len(texts)
     texts.columns["reward"] = ["42", 'a "name" of ours'] * (len(texts) // 2)
+    texts.columns["mixed"] = ["42", 7, None, {"a": [1.5]}, "[1]", True][: len(texts)]
     return Samples(rollout, texts)
 
 
@@ -88,6 +91,8 @@ def dump(tmp_path: Path) -> Path:
 @pytest.fixture
 def talks(tmp_path: Path) -> Path:
     made_dump(tmp_path / "talks", 2, 2, make=asked_twice)
+    manifest = tmp_path / "talks" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"tools": [ADD]}))
     return tmp_path / "talks"
 
 
@@ -108,6 +113,18 @@ SAMPLE = {
     "extra/kind/note": "a note", "gap": [0.0, None, 0.0], "importance": None, "ratio": [1.0, None, 1.25],
 }  # fmt: skip
 """A line of samples.jsonl, as docs/metrics.md describes it."""
+
+
+@pytest.fixture
+def gone(tmp_path: Path) -> Path:
+    """Texts with an environment that fails: after a turn, and before the first one."""
+
+    def make(call: range, samples: int) -> Samples:
+        said = talk("go", ("left", " wall"), chat=False, ended_by="failure", failure="it raised", rewards=[0.25])
+        return samples_of([said, talk("go", chat=False, ended_by="failure", failure="no reset")], first_row=0)
+
+    made_dump(tmp_path / "gone", 2, 1, make=make)
+    return tmp_path / "gone"
 
 
 @pytest.fixture
@@ -141,7 +158,8 @@ def test_an_episode_as_openais_messages(talks: Path) -> None:
             {"role": "assistant", "content": "{hm"},
             {"role": "user", "content": "no call"},
             {"role": "assistant", "content": "it is 0"},
-        ]
+        ],
+        "tools": [ADD],
     }
 
 
@@ -155,7 +173,29 @@ def test_a_begun_turn_goes_on_and_the_prompts_turns_weigh_nothing(chats: Path) -
         {"role": "assistant", "content": "earlier", "weight": 0},
         {"role": "user", "content": "frage 0 – 質問"},
     ]
-    assert found[0]["tools"] == [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    assert found[0]["tools"] == [ADD]
+
+
+def test_each_result_is_linked_to_its_own_call() -> None:
+    """Two calls at once, of which the first could not be read; two of one tool; ids that are there already."""
+    two = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in ("add", "add", "sub")]
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "{hm", "tool_calls": two},
+        *({"role": "tool", "name": name, "content": "..."} for name in ("", "add", "sub", "add")),
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "x", "function": {"name": "add", "arguments": "{oh"}}]},
+        {"role": "tool", "tool_call_id": "x", "content": "..."},
+    ]
+    found = linked(messages)
+    assert [call["id"] for call in found[1]["tool_calls"]] == ["call_1", "call_2", "call_3"]
+    assert [message["tool_call_id"] for message in found if message["role"] == "tool"] == [
+        "",
+        "call_1",
+        "call_3",
+        "call_2",
+        "x",
+    ]
+    assert found[6]["tool_calls"][0]["function"]["arguments"] == "{oh" and "tool_call_id" not in messages[2]
 
 
 def test_what_follows_the_last_turn_is_not_learned_from(tmp_path: Path) -> None:
@@ -190,8 +230,8 @@ def check_session(path: Path) -> list[dict[str, Any]]:
     return [line["message"] for line in rest]
 
 
-def test_sessions_keep_to_the_rules_of_the_hub(talks: Path, chats: Path, dump: Path, run: Path) -> None:
-    for source, rows in ((talks, 4), (chats, 6), (dump, 6), (run, 3)):
+def test_sessions_keep_to_the_rules_of_the_hub(talks: Path, chats: Path, gone: Path, dump: Path, run: Path) -> None:
+    for source, rows in ((talks, 4), (chats, 6), (gone, 2), (dump, 6), (run, 3)):
         folder = export(source, "sts")
         found = {path.name: check_session(path) for path in folder.iterdir()}
         assert len(found) == rows
@@ -255,12 +295,14 @@ def test_conversations_and_columns_are_what_they_were(chats: Path, talks: Path) 
     assert rows[1]["completion"] == [{"role": "assistant", "content": f"So {HOSTILE}"}]
     assert rows[0]["prompt"][0] == {"role": "system", "content": HOSTILE} and len(rows[0]["prompt"]) == 3
     assert rows["columns/reward"] == ["42", 'a "name" of ours'] * 3 and rows["reward"] == [0.0, -1.0, 1.0, 0.0, 2.0, 1.0]
-    assert rows[0]["tools"][0]["function"]["name"] == "add"
+    assert rows[0]["tools"] == [ADD]
+    assert rows["mixed"] == ["42", 7, None, {"a": [1.5]}, "[1]", True]
     rows = table(export(talks, "trl"))
     assert rows[2]["completion"][0]["tool_calls"] == [
         {"type": "function", "function": {"name": "add", "arguments": {"of": ["2", "3"]}}}
     ]
     assert [message["role"] for message in rows[2]["completion"]] == ["assistant", "tool"] * 3 + ["assistant"]
+    assert rows[2]["tools"] == [ADD]
     assert rows[2]["reward"] == 2.5 and rows[2]["episode"]["state"]["said"] == "\ufffd" + HOSTILE
 
 
@@ -297,6 +339,19 @@ def test_trl_trains_on_it(tmp_path: Path, dump: Path, tiny_world: Any) -> None:
     assert "it is 0" in learned and "0+0?" in whole and "0+0?" not in learned
 
 
+def test_a_dump_with_tools_keeps_their_schemas(tmp_path: Path, tiny_world: Any) -> None:
+    """A real one, of a policy that was taught to call them."""
+    world = tiny_world("calculator")
+    flags = {
+        "model.path": world / "base", "prompts.path": world / "prompts.jsonl", "prompts.limit": 4, "run.dir": tmp_path / "dump",
+        "environment.tools": f"[{world / 'tools.py'}:add, {world / 'tools.py'}:multiply]", "sampling.max_new_tokens": 32,
+    }  # fmt: skip
+    run_command(dump_rollouts.main, DumpJob, [word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    for row in lines(export(tmp_path / "dump", "openai")):
+        assert [tool["function"]["name"] for tool in row["tools"]] == ["add", "multiply"]
+        assert row["tools"][0]["function"]["parameters"]["properties"].keys() == {"a", "b"}
+
+
 # -- what is refused, and what is left then --------------------------------------------------------------------------------
 
 
@@ -317,7 +372,14 @@ def test_refusals_are_one_line(tmp_path: Path, dump: Path, run: Path, capsys: py
     assert "holds more than an export (thesis.tex)" in refused(
         capsys, dump, tmp_path / "full", "--to", "sts", "--overwrite", "true"
     )
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prompts.jsonl").write_text("mine")
+    data = refused(capsys, dump, tmp_path / "data", "--to", "sts", "--overwrite", "true")
+    assert "holds more than an export (prompts.jsonl)" in data
+    own = refused(capsys, run, run / "samples.jsonl", *to, "--overwrite", "true")
+    assert "lies in" in own and "nothing is replaced" in own
     assert "openai is FILE.jsonl" in refused(capsys, dump, tmp_path / "x.csv", *to)
+    assert "..; sts is a folder" in refused(capsys, dump, "..", "--to", "sts", "--overwrite", "true")
     assert "missing; trl is FILE.parquet" in refused(capsys, dump, "--to", "trl")
     assert "does not exist" in refused(capsys, dump, tmp_path / "no" / "x.jsonl", *to)
     assert "'csv'" in refused(capsys, dump, new, "--to", "csv")
@@ -326,7 +388,7 @@ def test_refusals_are_one_line(tmp_path: Path, dump: Path, run: Path, capsys: py
     assert "no sample in it" in refused(capsys, run, new, *to)
     write_scores(dump, {(0, 0): {"total": 1.0}})
     assert "5 of 6 rows have no score" in refused(capsys, dump, new, *to)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "dump", "empty", "full", "run", "there.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "data", "dump", "empty", "full", "run", "there.jsonl"]
     assert (tmp_path / "there.jsonl").read_text() == "mine" and (tmp_path / "full" / "thesis.tex").read_text() == "mine"
 
 
@@ -380,17 +442,17 @@ def read_by(tool: str, *paths: Path) -> list[Any]:
 
 
 @pytest.mark.tools
-def test_verifiers_reads_its_traces(tmp_path: Path, talks: Path, chats: Path, run: Path) -> None:
+def test_verifiers_reads_its_traces(tmp_path: Path, talks: Path, chats: Path, gone: Path, run: Path) -> None:
     """The ids, masks and log-probs of a branch are the dump's, bit by bit; what was said, by whom, and why it ended."""
     made_dump(tmp_path / "steered", 4, 2, make=episodes)
-    sources = (talks, chats, tmp_path / "steered", run)
+    sources = (talks, chats, tmp_path / "steered", gone, run)
     files = []
     for source in sources:
         scores = ("--scores", "none") if source.name == "steered" else ()
         files += [export(source, "verifiers", *scores, out=f"{source.name}{end}") for end in (".jsonl", "-traces")]
-    talked, chatted, steered, ran = (one["rows"] for one in read_by("verifiers", *files))
+    talked, chatted, steered, failed, ran = (one["rows"] for one in read_by("verifiers", *files))
     check_credit(ran)
-    for source, found in zip(sources[:3], (talked, chatted, steered), strict=True):
+    for source, found in zip(sources[:4], (talked, chatted, steered, failed), strict=True):
         rows = iter(found)
         for rollout, _ in read_dump(source):
             for i in range(len(rollout)):
@@ -404,6 +466,10 @@ def test_verifiers_reads_its_traces(tmp_path: Path, talks: Path, chats: Path, ru
                     assert row[name] == [0.0] * len(prompt) + values_BR[i, :length].tolist()
                 assert row["output_tokens"] == int(rollout.actions_B[i])
         assert next(rows, None) is None
+    assert [(row["ok"], row["stop"], row["errors"], row["reward"]) for row in failed] == [
+        (False, "env_error", ["it raised"], 0.25), (False, "env_error", ["no reset"], 0),
+    ]  # fmt: skip
+    assert [message["content"] for message in failed[0]["messages"]] == ["go", "left", " wall"]
     assert steered[0]["info"]["steering"] == "cheer#1f" and len(steered[0]["info"]["strengths"]) == 2
     first = talked[0]
     turns = talk(
@@ -427,6 +493,7 @@ def test_verifiers_reads_its_traces(tmp_path: Path, talks: Path, chats: Path, ru
         "",
         None,
     ]
+    assert first["tools"] == ["add"]
     assert first["info"]["turn_rewards"] == [0.5, None, None, 1.0] and first["info"]["tool_errors"][1] == ["add: one number"]
 
 
@@ -444,9 +511,9 @@ def check_credit(rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.tools
-def test_inspect_reads_its_log(dump: Path, talks: Path, chats: Path, run: Path) -> None:
-    paths = [export(source, "inspect") for source in (dump, talks, chats, run)]
-    found, talked, chatted, ran = read_by("inspect", *paths)
+def test_inspect_reads_its_log(dump: Path, talks: Path, chats: Path, gone: Path, run: Path) -> None:
+    paths = [export(source, "inspect") for source in (dump, talks, chats, gone, run)]
+    found, talked, chatted, failed, ran = read_by("inspect", *paths)
     assert found["status"] == "success" and found["evals"] == 1
     assert [(one["id"], one["epoch"]) for one in found["samples"]] == [(p, s + 1) for s in range(2) for p in range(3)]
     assert found["rewards"] == [pytest.approx(p + s / 3) for p in range(3) for s in range(2)]
@@ -474,15 +541,17 @@ def test_inspect_reads_its_log(dump: Path, talks: Path, chats: Path, run: Path) 
     said = [one["output"]["completion"] for one in chatted["samples"][:3]]
     assert said == [f"So {text}" for text in ("", "x" * 100_000, HOSTILE)]
     assert chatted["samples"][0]["metadata"]["columns"]["reward"] == "42"
+    assert [one["error"]["message"] for one in failed["samples"]] == ["it raised", "no reset"]
+    assert "reward" not in failed["samples"][1]["scores"] and failed["means"] == {"reward": 0.25}
     assert ran["model"] == "steerl/someone/small-model" and len(ran["samples"]) == 3
     assert ran["samples"][0]["metadata"]["steering"] == "cheer#1f"
 
 
 @pytest.mark.tools
-def test_openai_and_datasets_take_the_messages(talks: Path, chats: Path, dump: Path) -> None:
+def test_openai_and_datasets_take_the_messages(talks: Path, chats: Path, gone: Path, dump: Path) -> None:
     from datasets import load_dataset
 
-    paths = [export(source, "openai") for source in (talks, chats, dump)]
+    paths = [export(source, "openai") for source in (talks, chats, gone, dump)]
     for path, found in zip(paths, read_by("openai", *paths), strict=True):
         written = [row["messages"] for row in lines(path)]
         unweighted = [[{n: v for n, v in message.items() if n != "weight"} for message in row] for row in written]

@@ -461,6 +461,7 @@ def test_a_long_run_is_thinned_without_losing_its_spikes(tmp_path):
     with serving(tmp_path / "run") as server, Browser() as browser:
         browser.open(address(server))
         until(browser, "page.runs[0].last === 30000")
+        browser.run("page.update()")  # what was read is drawn
         for key in ("reward/mean", "kl/ref"):
             steps, held = browser.run(f"(s => [s.steps, s.values])(page.runs[0].series.get({key!r}))")
             assert 1000 < len(steps) <= 4000 and steps == sorted(steps)

@@ -23,6 +23,8 @@ class Hub:
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     commits: int = 0
+    role: str = "write"
+    """Of the token."""
     fails: dict[str, int] = field(default_factory=dict)
     """Part of a path -> the status that it is answered with; 0 cuts the connection."""
     large: int = 10_000
@@ -59,7 +61,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({})
         if path == "/api/whoami-v2":
             known = self.headers.get("Authorization") == "Bearer hf_right"
-            return self.answer({"name": "me", "type": "user", "auth": {}} if known else {"error": "no"}, 200 if known else 401)
+            return self.answer(
+                {"name": "me", "type": "user", "auth": {"accessToken": {"role": hub.role}}} if known else {"error": "no"},
+                200 if known else 401,
+            )
         if path == "/api/repos/create":
             given = json.loads(body)
             name = given["name"] if not given.get("organization") else f"{given['organization']}/{given['name']}"
@@ -87,7 +92,14 @@ class Handler(BaseHTTPRequestHandler):
         if path.startswith("/api/models/"):
             if repo not in hub.repos:
                 return self.answer({"error": "Repository not found"}, 404)
-            return self.answer({"id": repo, "private": hub.repos.get(repo), "sha": "0" * 40, "siblings": []})
+            return self.answer(
+                {
+                    "id": repo,
+                    "private": hub.repos.get(repo),
+                    "sha": "0" * 40,
+                    "siblings": [{"rfilename": name} for name in hub.files.get(repo, {})],
+                }
+            )
         if path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         return self.answer({"error": f"no such route: {path}"}, 404)
@@ -95,12 +107,14 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, repo: str, body: bytes) -> None:
         if repo not in self.hub.repos:
             return self.answer({"error": "Repository not found"}, 404)
-        files: dict[str, bytes] = {}
+        files = dict(self.hub.files.get(repo, {}))
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
             if entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            if entry["key"] == "deletedFile":
+                del files[value["path"]]
             if entry["key"] == "lfsFile":
                 blob = self.hub.blobs[value["oid"]]
                 assert hashlib.sha256(blob).hexdigest() == value["oid"]

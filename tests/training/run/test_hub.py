@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -93,7 +95,7 @@ def test_a_run_and_a_push_send_the_model_whole_in_one_commit(finished, tmp_path)
         done = warm.run([sys.executable, "-c", HERE + RUN, str(tmp_path / "run"), "me/walks", "false"], env=env)
         assert done.returncode == 0 and "sent" in done.stderr, done.stderr
         assert ours.repos == {"me/walks": True} and ours.commits == 1
-        sent = ours.files["me/walks"]
+        sent = dict(ours.files["me/walks"])
         model = tmp_path / "run/model"
         assert sent == {path.name: path.read_bytes() for path in model.iterdir() if path.name != "README.md"} | {
             "README.md": sent["README.md"]
@@ -108,6 +110,17 @@ def test_a_run_and_a_push_send_the_model_whole_in_one_commit(finished, tmp_path)
         again = subprocess.run(command, env=env, capture_output=True, text=True)
         assert again.returncode == 0 and f"sent: {ours.address}/you/other/commit/" in again.stdout
         assert ours.repos["you/other"] is False and set(ours.files["you/other"]) == set(sent)
+        # a repository that is public already does not get what was to be private; weights of another layout do not stay
+        refused = push(env, tmp_path / "run", "--repo", "you/other")
+        assert refused.returncode == 2 and "you/other is public, and the model was to be private" in refused.stderr
+        ours.files["me/walks"] |= {
+            "model-00001-of-00002.safetensors": b"old",
+            "model.safetensors.index.json": b"{}",
+            "kept.md": b"x",
+        }
+        assert push(env, tmp_path / "run").returncode == 0
+        assert set(ours.files["me/walks"]) == {*sent, "kept.md"}
+        ours.commits = 2
         # a dry run sends nothing, and says the same
         dry = push(env, finished / "whole", "--dry_run", "true")
         assert dry.returncode == 0 and "not sent: a dry run" in dry.stdout and ours.commits == 2
@@ -136,6 +149,10 @@ def test_what_the_hub_refuses_is_one_line_and_nothing_is_lost(finished, tmp_path
         assert (
             "run.push_to_hub: me/walks: the token is not valid" in done.stderr and not (tmp_path / "run/metrics.jsonl").exists()
         )
+        ours.role = "read"
+        done = warm.run([sys.executable, "-c", HERE + RUN, str(tmp_path / "run"), "me/walks", "false"], env=env)
+        assert "run.push_to_hub: me/walks: the token may only read" in done.stderr
+        ours.role = "write"
         # after the last: the run is whole
         ours.fails = {"/commit/": 403}
         done = warm.run([sys.executable, "-c", HERE + RUN, str(tmp_path / "run"), "me/walks", "false"], env=env)
@@ -144,6 +161,30 @@ def test_what_the_hub_refuses_is_one_line_and_nothing_is_lost(finished, tmp_path
         assert push(env, tmp_path / "run").returncode == 0
     done = push({**env, "HF_ENDPOINT": "http://127.0.0.1:9"}, finished / "whole")
     assert done.returncode == 2 and "the hub cannot be reached" in done.stderr
+
+
+def test_a_card_that_its_owner_wrote_on_goes_as_it_is(finished, tmp_path):
+    shutil.copytree(finished / "adapter", tmp_path / "run")
+    file = tmp_path / "run/model/README.md"
+    file.write_text(
+        file.read_text().replace("## Load it", "Mine.\n\n## Load it").replace("pipeline_tag", "license: mit\npipeline_tag")
+    )
+    sent = hub.prepare(tmp_path / "run", "me/x", base="owner/other").files["README.md"]
+    own = ModelCard(sent.decode())
+    assert "Mine." in own.text and own.data.license == "mit" and own.data.base_model == "owner/other"
+    assert 'PeftModel.from_pretrained(base, "me/x")' in own.text and "OWNER/NAME" not in own.text
+
+
+def test_a_base_in_the_hubs_cache_is_known_by_its_name(finished, tmp_path):
+    shutil.copytree(finished / "adapter", tmp_path / "run")
+    file = tmp_path / "run/model/adapter_config.json"
+    cached = str(tmp_path / "hub/models--owner--base/snapshots/abc")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": cached}))
+    assert (
+        json.loads(hub.prepare(tmp_path / "run", "me/x").files["adapter_config.json"])["base_model_name_or_path"]
+        == "owner/base"
+    )
+    hub.check_base(RunSettings(dir="x", push_to_hub="me/x"), cached)
 
 
 def test_an_adapter_goes_with_the_name_of_its_base_alone(finished):
@@ -185,10 +226,16 @@ def test_what_cannot_be_sent(finished, tmp_path, change, told):
 
 def test_pickles_and_hidden_files_stay_here(finished, tmp_path):
     shutil.copytree(finished / "whole/model", tmp_path / "model")
-    for name in ("training_args.bin", "old.pt", ".secret", "notes.txt"):
+    for name in ("training_args.BIN", "old.pt", ".secret", "notes.txt"):
         (tmp_path / "model" / name).write_text("x")
+    torch.save({"a": torch.ones(2)}, tmp_path / "model/state")
+    (tmp_path / "model/plain").write_bytes(pickle.dumps({"a": 1}, protocol=2))
     made = hub.prepare(tmp_path / "model", "me/x")  # a model's own folder
-    assert made.skipped == ["old.pt", "training_args.bin"] and "notes.txt" in made.files and ".secret" not in made.files
+    assert (
+        made.skipped == ["old.pt", "plain", "state", "training_args.BIN"]
+        and "notes.txt" in made.files
+        and ".secret" not in made.files
+    )
     assert "  old.pt  is left out: pickled" in made.lines
 
 
@@ -233,13 +280,22 @@ def test_what_others_named_breaks_neither_the_card_nor_a_browser(tmp_path):
     config = {
         "model": {"path": f"/place/someone/secret/{BAD}"},
         "prompts": {"path": ["/place/someone/private.jsonl", {"path": BAD, "weight": 2}]},
-        "reward": [{"name": BAD, "kind": "function", "function": "/place/someone/reward.py:f", "weight": 2.0}],
+        "reward": [
+            {"name": BAD, "kind": "function", "function": "/place/someone/reward.py:f", "weight": 2.0},
+            {"name": "far", "kind": "http", "url": "http://10.0.0.7:8000"},
+        ],
         "ppo": {"steps": 3, "loss": BAD},
     }
     text = card.card(tmp_path, {"reward_after": 0.5, "reward_before": None, "kl_after": float("nan")}, config)
     found = ModelCard(text)
     assert found.data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"} and "\x1b" not in text
-    assert "/place" not in text and "secret" not in text and "`reward.py:f`" in text and "`private.jsonl`" in text
+    assert (
+        "10.0.0.7" not in text
+        and "/place" not in text
+        and "secret" not in text
+        and "`reward.py:f`" in text
+        and "`private.jsonl`" in text
+    )
     page = markdown.markdown(found.text, extensions=["tables", "fenced_code"])
     assert "<script" not in page and "&lt;script&gt;" in page
 

@@ -145,6 +145,7 @@ class Stored {
 class Followed {
   live = true;
   connected = true;
+  drawn = 0;
 
   constructor() {
     this.places = new Map();
@@ -192,7 +193,11 @@ class Followed {
         this.connected = false;
         await new Promise(done => setTimeout(done, 1500));
       }
-      if (found.news || before !== this.connected) told();
+      // Amid a long way only now and then.
+      if (before !== this.connected || (found.news && (!found.more || performance.now() - this.drawn > 700))) {
+        this.drawn = performance.now();
+        told();
+      }
       if (found.news && !found.more) await new Promise(done => setTimeout(done, 300));
     }
   }
