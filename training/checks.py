@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,31 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+
+def check_objects(policy: object, prompts: object, reward: object) -> None:
+    """What a program hands to `train` is of this package's kinds: a path, a data set or another trainer's reward function is
+    told with what makes the right object of it."""
+    problems = []
+    if not isinstance(policy, Policy):
+        made = "Policy.of(model, tokenizer) or load_policy(ModelSettings(path=...)) makes one"
+        problems.append(f"policy: expected a Policy, found {type(policy).__name__}; {made}")
+    if not callable(getattr(prompts, "take", None)) or not hasattr(prompts, "most"):  # a datasets.Dataset has a take, too
+        made = 'Prompts(rows, "prompt", policy, PromptSettings()) or load_prompts(PromptSettings(path=...), policy) makes them'
+        problems.append(f"prompts: expected Prompts, found {type(prompts).__name__}; {made}")
+    if not callable(reward) or takes_completions(reward):
+        found = f"{type(reward).__name__} of completions" if callable(reward) else type(reward).__name__
+        problems.append(f"reward: expected reward(rollout, texts), found a {found}; build_reward([...]) makes one of functions")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def takes_completions(function: Any) -> bool:
+    """Whether it is a reward function as TRL calls them."""
+    try:
+        return not {"prompts", "completions", "completion_ids"}.isdisjoint(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return False
 
 
 def check_job(

@@ -48,7 +48,7 @@ from steerl.rollout.steering import SteeringSpec
 from steerl.training.algorithm.experience import credit, gather_scored, sample, score
 from steerl.training.algorithm.groups import Groups
 from steerl.training.algorithm.update import learn
-from steerl.training.checks import check_job
+from steerl.training.checks import check_job, check_objects
 from steerl.training.report.page import report
 from steerl.training.run import checkpoint, hub, metrics, resume
 from steerl.training.run.evaluate import Evaluation, evaluate
@@ -82,6 +82,7 @@ def train(
     `source` draws the training's rows in place of the policy, which draws the evaluation's, and is closed whatever happens.
     `config` is the resolved job, for the run's folder; `heldout` are the evaluation's prompts (default: the training's)."""
     with contextlib.ExitStack() as ending:
+        check_objects(policy, prompts, reward)
         if source is not None:
             check_source(source, settings, engine, ending)
         processes.on_main(lambda: hub.check(run))
