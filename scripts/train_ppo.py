@@ -85,7 +85,7 @@ def run(job: PPOJob, config: dict[str, object]) -> dict[str, Any]:
     torch.manual_seed(job.run.seed)  # fresh adapters
     policy = with_peft(load_policy(learnable(job.model), processes.start().device, read=False), job.model.peft)
     new = job.environment.response(job.sampling.max_new_tokens)
-    with doing(f"reading {job.prompts.path}"):
+    with doing("reading the prompts"):
         prompts = load_prompts(job.prompts, policy, new)
         heldout = load_prompts(job.heldout, policy, new) if job.heldout.path else None
     with contextlib.closing(build_reward(job.reward, policy=policy, device=policy.device)) as reward:
