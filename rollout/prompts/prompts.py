@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from steerl.rollout.common import processes
@@ -169,10 +170,9 @@ class Prompts:
     def fingerprints(self, setting: str) -> dict[str, str]:
         """What the rows are, as a hash; of several sources one each."""
         if isinstance(self.table, Mixed):
-            parts = {f"{setting} {part.name}": range(part.begins, part.begins + part.rows) for part in self.table.parts}
-        else:
-            parts = {setting: range(len(self))}
-        return {name: values_fingerprint(self.table[row] for row in rows) for name, rows in parts.items()}
+            named = enumerate(zip(self.table.parts, self.table.tables, strict=True))  # another order is another table
+            return {f"{setting} {part.name}": values_fingerprint(chain([place], rows)) for place, (part, rows) in named}
+        return {setting: values_fingerprint(self.table[row] for row in range(len(self)))}
 
     @property
     def called(self) -> str:

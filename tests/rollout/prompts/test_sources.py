@@ -154,10 +154,11 @@ def test_fingerprints_name_every_source(tmp_path: Path) -> None:
     a, b = written(tmp_path, "a.jsonl", 2), written(tmp_path, "b.jsonl", 2)
     policy = tiny_policy("gpt2")
     before = loaded(a, b).fingerprints("prompts.path")
-    written(tmp_path, "b.jsonl", 3)
+    written(tmp_path, "b.jsonl", 2, note="another")
     after = loaded(a, b).fingerprints("prompts.path")
     assert list(before) == ["prompts.path a", "prompts.path b"]
     assert before["prompts.path a"] == after["prompts.path a"] and before["prompts.path b"] != after["prompts.path b"]
+    assert not set(after.values()) & set(loaded(b, a).fingerprints("prompts.path").values())
     assert set(after) < set(made_from(policy, loaded(a, b), None, lambda rollout, texts: None, PPOSettings()))
 
 
