@@ -110,7 +110,7 @@ print("out")
 def test_a_real_terminal_and_a_real_pipe():
     piped = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True)
     assert piped.stdout == "out\n" and piped.stderr.splitlines()[0].startswith("loading MODEL, ")
-    assert piped.stderr.splitlines()[-1] == "loading MODEL: took 2 s"
+    assert piped.stderr.splitlines()[-1].startswith("loading MODEL: took ")
     main, side = pty.openpty()
     done = subprocess.run([sys.executable, "-c", LONG], stdout=subprocess.PIPE, stderr=side, text=True)
     os.close(side)
