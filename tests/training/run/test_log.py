@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from google.protobuf.message import DecodeError
 
 from steerl.training.run.log import RunLog
 from tests import warm
@@ -138,8 +139,15 @@ def finished(path, kind):
     deadline = time.monotonic() + 30
     while True:
         with open(path, "rb") as file:
-            found = [kind.FromString(part) for part in records(file.read())]
-        if any(record.WhichOneof("record_type") == "exit" for record in found) or time.monotonic() > deadline:
+            data = file.read()
+        late = time.monotonic() > deadline
+        try:
+            found = [kind.FromString(part) for part in records(data)]
+        except DecodeError:  # read in the middle of a write
+            found = []
+            if late:
+                raise
+        if late or any(record.WhichOneof("record_type") == "exit" for record in found):
             return found
         os.sched_yield()
 
