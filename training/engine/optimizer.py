@@ -53,8 +53,7 @@ def build_optimizer(accelerator: Accelerator, groups: list[dict[str, Any]], sett
 
 def _built(settings: PPOSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     make = factory(settings)
-    known = inspect.signature(make).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    known, takes_any = _takes(make)
     given = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     made = make(groups, **{name: value for name, value in given.items() if takes_any or name in known}, **arguments(settings))
     if not isinstance(made, torch.optim.Optimizer):
@@ -82,6 +81,12 @@ def factory(settings: PPOSettings) -> Callable[..., Any]:
     return kinds[name.lower()]
 
 
+def _takes(make: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The names of its arguments, and whether it takes any other."""
+    parameters = inspect.signature(make).parameters
+    return list(parameters), any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
 def arguments(settings: PPOSettings) -> dict[str, Any]:
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in (settings.optimizer_arguments or {}).items()
@@ -93,8 +98,7 @@ def try_optimizer(settings: PPOSettings) -> None:
     if settings.optimizer == "adamw8bit" or (settings.optimizer == "adamw" and not settings.optimizer_arguments):
         return
     make = factory(settings)
-    known, where = inspect.signature(make).parameters, "ppo.optimizer_arguments"
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    (known, takes_any), where = _takes(make), "ppo.optimizer_arguments"
     for name in settings.optimizer_arguments or {}:
         if name in OURS:
             told = f"is {OURS[name]}; set it there" if OURS[name] else "is what learns, which is not for a setting"
