@@ -277,7 +277,8 @@ def refuse_earlier(folder: Path, begun: Manifest) -> None:
 
 
 def _changes(begun: Manifest, fresh: Manifest) -> Iterator[str]:
-    old, new = (BEFORE | MODEL_BEFORE | dict(_flat(kept["config"])) for kept in (begun, fresh))
+    before = {"prompts.streaming": False} | BEFORE | MODEL_BEFORE
+    old, new = (before | dict(_flat(kept["config"])) for kept in (begun, fresh))
     sections: set[str] = set()
     # A finished dump of an earlier version is as good as it was, whatever settings have come since.
     for name in sorted(old.keys() | new.keys() if begun["format"] == FORMAT else old.keys()):

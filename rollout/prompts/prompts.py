@@ -22,7 +22,8 @@ from steerl.rollout.common.fingerprint import values_fingerprint
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import check_messages, conversation_ids, text_ids
 from steerl.rollout.prompts.sources import Mixed, Source, epoch_order, prompt_column, read_prompts, refuse_weights
-from steerl.rollout.prompts.tables import columns_of, read_table
+from steerl.rollout.prompts.stream import Stream
+from steerl.rollout.prompts.tables import columns_of, read_table, reader, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,13 +54,23 @@ class PromptSettings:
     """cut keeps a longer prompt's last tokens, and the bos before them where the tokenizer puts one; refuse ends the job."""
     limit: int = 0
     """Only the first rows, of several sources each one's; 0 = all."""
+    streaming: bool = False
+    """Rows are read when their turn comes, from a file or over the network, and never all held."""
+    shuffle_buffer: int | None = None
+    """Rows of a stream that are held and shuffled at a time: 1,000 where it is not given, 0 for the file's own order."""
 
     def __post_init__(self) -> None:
         problems = [
             f"prompts.{n}: {getattr(self, n)}, but it must be 0 or more"
-            for n in ("max_tokens", "limit")
-            if getattr(self, n) < 0
+            for n in ("max_tokens", "limit", "shuffle_buffer")
+            if (getattr(self, n) or 0) < 0
         ]
+        if self.shuffle_buffer is not None and not self.streaming:
+            problems.append(
+                "prompts.shuffle_buffer: has no effect, for all rows are shuffled; set prompts.streaming, or leave it out"
+            )
+        if self.streaming and not isinstance(self.path, str):
+            problems.append("prompts.streaming: true, but prompts.path is a list, whose rows must be counted; give one path")
         if problems:
             raise DataError(*problems)
 
@@ -119,24 +130,26 @@ class Prompts:
     def __init__(
         self, table: Sequence[dict[str, Any]], column: str, policy: Policy, settings: PromptSettings, room: int | None = None
     ):
+        if not hasattr(table, "__len__") and hasattr(table, "skip"):  # a data set of `datasets` that streams
+            table = Stream(rows_of(table), "the prompts", settings.shuffle_buffer, settings.limit)
         self.table, self.column, self.policy, self.settings = table, column, policy, settings
         limits = [limit for limit in (settings.max_tokens, room) if limit]
         self.most = min(limits) if limits else None
-        names = table.columns if isinstance(table, Mixed) else columns_of(table)
-        self.others = [name for name in names if name != column]
+        self.others = [name for name in columns_of(table) if name != column]
         """The data set's other columns: every batch has them all, with None where a row lacks one."""
         self.cut: dict[int, int] = {}
         """Dataset row -> its tokens before it was cut, of every row that this process has cut so far."""
 
     def __len__(self) -> int:
-        if isinstance(self.table, Mixed) or not self.settings.limit:  # each source's limit is kept already
+        """Of a stream the rows are counted, which reads them all once."""
+        if isinstance(self.table, (Mixed, Stream)) or not self.settings.limit:  # the limit is kept already
             return len(self.table)
         return min(len(self.table), self.settings.limit)
 
     def batch(self, rows: Sequence[int], occurrences: Sequence[int] | None = None) -> PromptBatch:
         """The prompts of these dataset rows, in this order."""
         for row in rows:
-            if not 0 <= row < len(self):
+            if row < 0 or not (self.table.has(row) if isinstance(self.table, Stream) else row < len(self)):
                 raise DataError(f"prompts: row {row} is asked for, but there are {len(self)} rows")
         records = [self.table[int(row)] for row in rows]
         ids = [self._fit(int(row), self._ids(int(row), record)) for row, record in zip(rows, records, strict=True)]
@@ -154,6 +167,8 @@ class Prompts:
         """Dataset rows at positions [position, position + count) of the endless order of `seed`."""
         if isinstance(self.table, Mixed) and self.table.is_weighted:
             return self.table.weighted(seed, position, count)
+        if isinstance(self.table, Stream):
+            return [self.table.at(seed, at) for at in range(position, position + count)]
         return [epoch_order(seed, at // len(self), len(self))[at % len(self)] for at in range(position, position + count)]
 
     def order(self, seed: int, position: int = 0) -> Iterator[int]:
@@ -164,6 +179,8 @@ class Prompts:
 
     def first(self, count: int) -> list[int]:
         """The first `count` rows, or all; of several sources their first ones in turn."""
+        if isinstance(self.table, Stream):
+            return list(range(len(self.table.first(count))))
         count = min(count, len(self))
         return self.table.first(count) if isinstance(self.table, Mixed) else list(range(count))
 
@@ -172,6 +189,8 @@ class Prompts:
         if isinstance(self.table, Mixed):
             named = enumerate(zip(self.table.parts, self.table.tables, strict=True))  # another order is another table
             return {f"{setting} {part.name}": values_fingerprint(chain([place], rows)) for place, (part, rows) in named}
+        if isinstance(self.table, Stream):
+            return {setting: self.table.fingerprint()}
         return {setting: values_fingerprint(self.table[row] for row in range(len(self)))}
 
     @property
@@ -186,9 +205,10 @@ class Prompts:
         return f"prompts.path: row {row} of {self.called or 'the prompts'}"
 
     def check(self) -> Prompts:
-        """Read every prompt once, so that an empty or refused one is found before any work is done."""
+        """Read every prompt once, so that an empty or refused one is found before any work is done; of a stream the first."""
         problems: list[str] = []
-        for row in range(len(self)):
+        rows = len(self.table.first(LOOKED_AT)) if isinstance(self.table, Stream) else len(self)
+        for row in range(rows):
             try:
                 record = self.table[row]
                 self._check_value(row, record.get(self.column))
@@ -203,8 +223,8 @@ class Prompts:
         if problems:
             raise DataError(*dict.fromkeys(problems))
         if self.cut:
-            looked = "" if len(self) <= LOOKED_AT else "first "
-            self._tell(f"{len(self.cut):,} of the {looked}{min(len(self), LOOKED_AT):,} prompts", max(self.cut.values()))
+            looked = "first " if isinstance(self.table, Stream) or rows > LOOKED_AT else ""
+            self._tell(f"{len(self.cut):,} of the {looked}{min(rows, LOOKED_AT):,} prompts", max(self.cut.values()))
         return self
 
     def _tell(self, which: str, longest: int) -> None:
@@ -272,8 +292,12 @@ def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int =
         raise DataError("prompts.path: missing; name a file, a dataset folder or a hub name, --prompts.path FILE")
     table: Sequence[dict[str, Any]]
     if isinstance(settings.path, str):
-        table = read_table(settings.path, settings.split, settings.name)
-        if not len(table):
+        path, split, name = settings.path, settings.split, settings.name
+        if settings.streaming:
+            table = Stream(reader(path, split, name), path, settings.shuffle_buffer, settings.limit)
+        else:
+            table = read_table(path, split, name)
+        if not (table.first(1) if isinstance(table, Stream) else len(table)):
             raise DataError(f"prompts.path: {settings.path} has no rows")
         column = prompt_column(table, settings.path, settings.column)
     else:

@@ -1,7 +1,8 @@
 """Rows of a table, wherever they lie: jsonl, json, csv, parquet, a saved dataset's folder, a hub name.
 
-jsonl, json and csv need no package besides Python. Arrow fills a struct's missing keys with None, which a chat template
-would see: such keys are taken out again, so a conversation read from parquet is the one that was written.
+jsonl, json and csv need no package besides Python. `read_table` holds the rows, or finds them in an Arrow file; `reader` gives
+them one after the other, from any one on. Arrow fills a struct's missing keys with None, which a chat template would see: such
+keys are taken out again, so a conversation read from parquet is the one that was written.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ from steerl.rollout.common.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+Row = dict[str, object]
 
 
 def read_table(path: str, split: str = "", name: str = "", field: str = "prompts") -> Sequence[dict[str, object]]:
@@ -38,6 +42,33 @@ def read_table(path: str, split: str = "", name: str = "", field: str = "prompts
     return _ArrowRows(_load_hub(path, split, name, field))
 
 
+def reader(path: str, split: str = "", name: str = "") -> Callable[[int], Iterator[Row]]:
+    """What gives the rows of `path` from any one on, without holding them."""
+    file = Path(path).expanduser()
+    kind = file.suffix.lower()
+    if file.is_dir():
+        if any((file / marker).is_file() for marker in _SAVED):
+            told = "is a saved data set, whose rows are read when asked for anyway; leave it out"
+            raise DataError(f"prompts.streaming: {path} {told}")
+        return rows_of(_load_folder(file, split, name, "prompts", streaming=True))
+    if not file.is_file():
+        if is_file_name(path):
+            raise DataError(f"prompts.path: {path} does not exist; check the path")
+        return rows_of(_load_hub(path, split, name, "prompts", streaming=True))
+    if kind in (".parquet", ".pq"):
+        return lambda begin: _parquet_rows(file, begin)
+    if kind in (".csv", ".tsv"):
+        return lambda begin: islice(_csv_rows(file, "\t" if kind == ".tsv" else ",", "prompts"), begin, None)
+    if kind in (".jsonl", ".ndjson"):
+        return lambda begin: _jsonl_rows(file, "prompts", begin)
+    raise DataError(f"prompts.streaming: {path} cannot be read piece by piece; use jsonl, csv, tsv or parquet")
+
+
+def rows_of(dataset: Any) -> Callable[[int], Iterator[Row]]:
+    """The same of a data set of `datasets` that streams."""
+    return lambda begin: map(without_missing, dataset.skip(begin) if begin else dataset)
+
+
 def is_file_name(path: str) -> bool:
     """Whether it can be no name of the hub."""
     return path.startswith((".", "/", "~")) or Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -51,30 +82,28 @@ def may_be_of_hub(path: str) -> bool:
 
 def columns_of(rows: Sequence[dict[str, object]]) -> list[str]:
     """The columns of a table: every row's, for a row of a jsonl file may lack some."""
-    if isinstance(rows, _ArrowRows):
-        return list(rows.dataset.column_names)
+    if (known := getattr(rows, "columns", None)) is not None:
+        return list(known)
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _read_file(file: Path, field: str) -> Sequence[dict[str, object]]:
     kind = "".join(file.suffixes[-1:]).lower()
     if kind in (".jsonl", ".ndjson"):
-        return _read_jsonl(file, field)
+        return list(_jsonl_rows(file, field))
     if kind == ".json":
         return _read_json(file, field)
     if kind in (".csv", ".tsv"):
-        return _read_csv(file, "\t" if kind == ".tsv" else ",", field)
+        return list(_csv_rows(file, "\t" if kind == ".tsv" else ",", field))
     if kind in (".parquet", ".pq"):
         return _read_parquet(file, field)
     raise DataError(f"{field}.path: {file} has no ending that is known; use jsonl, json, csv, tsv or parquet")
 
 
-def _read_jsonl(file: Path, field: str) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
+def _jsonl_rows(file: Path, field: str, begin: int = 0) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        for number, line in islice(filled, begin, None):
             try:
                 row = json.loads(line, object_pairs_hook=_once)
             except (ValueError, RecursionError) as error:
@@ -82,15 +111,14 @@ def _read_jsonl(file: Path, field: str) -> list[dict[str, object]]:
                 raise DataError(f"{field}.path: {file} line {number} {kind}: {one_line(error)}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{field}.path: {file} line {number} is a {type(row).__name__}; every line must be an object")
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _read_json(file: Path, field: str) -> list[dict[str, object]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except (json.JSONDecodeError, RecursionError):
-        return _read_jsonl(file, field)
+        return list(_jsonl_rows(file, field))
     except ValueError as error:
         raise DataError(f"{field}.path: {file}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -98,8 +126,7 @@ def _read_json(file: Path, field: str) -> list[dict[str, object]]:
     return rows
 
 
-def _read_csv(file: Path, delimiter: str, field: str) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
+def _csv_rows(file: Path, delimiter: str, field: str) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)  # else an open quote takes in the rest of the file
         begins = 1
@@ -113,14 +140,13 @@ def _read_csv(file: Path, delimiter: str, field: str) -> list[dict[str, object]]
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(f"{field}.path: {file} line {begins} has another number of fields than the first line")
-                rows.append(row)
+                yield row
                 begins = reader.line_num + 1
         except csv.Error as error:
             told = "a quote that is opened there is never closed" if "unexpected end" in str(error) else str(error)
             raise DataError(
                 f"{field}.path: {file} line {begins} cannot be read as CSV: {told}; fix it, or save it as jsonl"
             ) from error
-    return rows
 
 
 _HALF = re.compile("[\ud800-\udfff]")
@@ -149,25 +175,47 @@ def _read_parquet(file: Path, field: str) -> Sequence[dict[str, object]]:
     return [without_missing(row) for row in table.to_pylist()]
 
 
-def _load_folder(folder: Path, split: str, name: str, field: str) -> Dataset:
+def _parquet_rows(file: Path, begin: int) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                if begin >= rows:
+                    begin -= rows
+                    continue
+                for batch in table.iter_batches(_AT_ONCE, row_groups=[group]):
+                    yield from map(without_missing, batch.slice(min(begin, len(batch))).to_pylist())
+                    begin = max(begin - len(batch), 0)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"prompts.path: {file} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+
+
+_AT_ONCE = 1024
+_SAVED = ("state.json", "dataset_dict.json")
+
+
+def _load_folder(folder: Path, split: str, name: str, field: str, streaming: bool = False) -> Dataset:
     import datasets
 
     try:
-        if any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        if any((folder / marker).is_file() for marker in _SAVED):
             return _one_split(datasets.load_from_disk(str(folder)), str(folder), split, field)
-        return _one_split(datasets.load_dataset(str(folder), name or None), str(folder), split, field)
+        return _one_split(datasets.load_dataset(str(folder), name or None, streaming=streaming), str(folder), split, field)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{field}.path: {folder} cannot be read as a dataset: {_line(error)}") from error
+        raise DataError(f"{field}.path: {folder} cannot be read as a dataset: {line_of(error)}") from error
 
 
-def _load_hub(path: str, split: str, name: str, field: str) -> Dataset:
+def _load_hub(path: str, split: str, name: str, field: str, streaming: bool = False) -> Dataset:
     import datasets
 
     try:
-        return _one_split(datasets.load_dataset(path, name or None), path, split, field)
+        return _one_split(datasets.load_dataset(path, name or None, streaming=streaming), path, split, field)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{field}.path: {path} is neither a file or folder here nor a dataset that can be fetched: {_line(error)}"
+            f"{field}.path: {path} is neither a file or folder here nor a dataset that can be fetched: {line_of(error)}"
         ) from error
 
 
@@ -187,7 +235,7 @@ class _ArrowRows(Sequence[dict[str, object]]):
     """A dataset's rows as plain objects, read when asked for."""
 
     def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+        self.dataset, self.columns = dataset, dataset.column_names
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -215,5 +263,5 @@ def without_missing(row: dict[str, object]) -> dict[str, object]:
     return {key: clean(value) for key, value in row.items()}
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -55,6 +55,8 @@ FREE = (
 learning rate falls towards the last one."""
 
 SINCE: dict[str, object] = {
+    "prompts.streaming": False,
+    "heldout.streaming": False,
     "engine.ahead": 0,
     "ppo.packing": False,
     "ppo.offload_activations": False,
