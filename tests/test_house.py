@@ -36,7 +36,7 @@ MAY_IMPORT = {
 FLOORS = {
     "rollout": "common ragged applied episodes types model weights prompts scoring steering decoding engines environments dumps analysis chat evaluation",
     "rollout/steering": "core spec vectors . interventions",
-    "reward": "types texts normalize weighted_sum kinds build jobs",
+    "reward": "settings types texts normalize weighted_sum kinds build jobs",
     "training": "settings types model engine algorithm run report formats checks steering replay ahead setup ppo stages planning",
 }
 """Folder -> its rooms and files, the lowest first: each imports only what stands before it. A dot: the folder's own files."""
