@@ -74,7 +74,6 @@ class SummarisationArguments:
 
 def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, Seq2SeqTrainingArguments]:
     """The command line as (ours, transformers' Seq2SeqTrainingArguments); a UserError in a line where it is wrong."""
-    import torch
     import transformers
 
     class Parser(transformers.HfArgumentParser):
@@ -82,7 +81,7 @@ def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, Seq2SeqTrainingA
             raise UserError(f"{message}; see --help")
 
     parser = Parser((SummarisationArguments, transformers.Seq2SeqTrainingArguments))
-    parser.set_defaults(report_to="none", use_cpu=not torch.cuda.is_available(), disable_tqdm=not sys.stderr.isatty())
+    parser.set_defaults(report_to="none", use_cpu=processes.without_gpu(), disable_tqdm=not sys.stderr.isatty())
     try:
         ours, training = parser.parse_args_into_dataclasses(args=list(argv))
     except (ValueError, TypeError) as error:

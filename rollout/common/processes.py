@@ -45,7 +45,7 @@ class Processes:
             return self.given
         import torch
 
-        return torch.device("cpu" if _without_gpu() else "cuda")
+        return torch.device("cpu" if without_gpu() else "cuda")
 
     @property
     def is_main(self) -> bool:
@@ -62,7 +62,7 @@ def start() -> Processes:
 
 def join() -> Processes:
     """The same, and accelerate knows it: before an Accelerator(), for one process too."""
-    cpu = _without_gpu()
+    cpu = without_gpu()
     if importlib.util.find_spec("accelerate") is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("WORLD_SIZE: more than one process needs accelerate; pip install accelerate")
@@ -83,7 +83,8 @@ _LAUNCHED = (
 """Of the environment: what launchers set, one of them at least."""
 
 
-def _without_gpu() -> bool:
+def without_gpu() -> bool:
+    """Whether torch has no GPU here. To be asked before a model is saved."""
     import torch
 
     if torch.cuda.is_available():
