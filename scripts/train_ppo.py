@@ -30,6 +30,7 @@ from steerl.rollout.environments.settings import EnvironmentSettings
 from steerl.rollout.model.settings import ModelSettings, is_adapter_folder
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering import load_spec
+from steerl.training.combinations import combination_problems
 from steerl.training.settings import PPOSettings
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def main(job: PPOJob) -> None:
 
 def run(job: PPOJob, config: dict[str, object]) -> dict[str, Any]:
     """The whole job; what its summary.json holds. `config` is the job as a mapping."""
-    processes.on_main(lambda: check_folder(job.run, config) and None)  # before anything large is loaded
+    processes.on_main(lambda: check(job, config))  # before anything large is imported or loaded
     import torch
 
     from steerl.rollout.model.policy import load_policy
@@ -107,6 +108,14 @@ def run(job: PPOJob, config: dict[str, object]) -> dict[str, Any]:
             heldout=heldout,
             config=config,
         )
+
+
+def check(job: PPOJob, config: dict[str, object]) -> None:
+    check_folder(job.run, config)
+    spec = load_spec(job.steering) if job.steering else None
+    if problems := combination_problems(job.sampling, job.ppo, spec, job.engine, job.environment):
+        raise UserError(*problems)
+    job.model.base()
 
 
 def show(found: Findings) -> None:

@@ -52,8 +52,6 @@ class Hub:
 
 def adapter_config(mapping: Mapping[str, object], task: str | None = None, field: str = "model.peft") -> PeftConfig:
     """The peft configuration of a mapping such as {peft_type: LORA, r: 8}. DORA stands for LORA with use_dora."""
-    import peft
-
     given = {key: value for key, value in dict(mapping).items() if key != "name"}
     kind = str(given.pop("peft_type", "")).upper()
     if kind not in (*WEIGHT_KINDS, *VIRTUAL_KINDS):
@@ -61,6 +59,8 @@ def adapter_config(mapping: Mapping[str, object], task: str | None = None, field
         raise CheckpointError(f"{field}.peft_type: {found}; choose one of {', '.join((*WEIGHT_KINDS, *VIRTUAL_KINDS))}")
     if kind == "DORA":
         kind, given = "LORA", {**given, "use_dora": True}
+    import peft  # with torch and transformers: it knows the fields of each kind
+
     config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
     known = {entry.name for entry in dataclasses.fields(config_class) if entry.init}
     unknown = sorted(set(given) - known)
