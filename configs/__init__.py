@@ -1,9 +1,8 @@
 """Settings: YAML of the shipped jobs, and the reader. Imported by scripts alone, by them first (pyproject.toml sorts it so).
 
-What has to be in the environment before torch and deepspeed are imported is set here, for the commands only.
+What has to be in the environment before torch is imported is set here, for the commands only.
 """
 
-import importlib.util
 import os
 import sys
 
@@ -13,10 +12,3 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Bars of a terminal have no place in a log.
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-if importlib.util.find_spec("deepspeed") is not None and "DS_ACCELERATOR" not in os.environ:
-    import torch
-
-    if not torch.cuda.is_available():
-        # Else its import (transformers does it while saving a model) prints that it could not find an accelerator.
-        os.environ["DS_ACCELERATOR"] = "cpu"

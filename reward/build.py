@@ -4,7 +4,7 @@
       - {kind: model, path: DIR}                ------------->  WeightedSum  ----------------------->  Scores
       - {kind: regex, pattern: ..., weight: 0.2}                                                       total_B, parts, tokens_BR
 
-An entry has `kind`, the fields of that kind (the dataclass beside the code that uses them) and the fields of `Common`.
+An entry has `kind`, the fields of that kind (settings.py) and the fields of `Common`.
 """
 
 from __future__ import annotations
@@ -14,34 +14,37 @@ import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from steerl.reward.kinds.model_inputs import vocabulary_of
-from steerl.reward.normalize import Shape, check_shape
-from steerl.reward.weighted_sum import RewardTerm, WeightedSum
+from steerl.reward import settings
+from steerl.reward.kinds import rules
+from steerl.reward.settings import check_shape
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.common.progress import doing
 from steerl.rollout.common.settings_reader import Checked, Path, Reader, brief, choices_of, dotted, fields_of, near_name
-from steerl.rollout.model.policy import Policy
 
-# kind -> where its settings are; they are imported when a job asks for the kind. Each has `build(where, around) -> RewardTerm`.
-KINDS: dict[str, tuple[str, str]] = {
-    "function": ("steerl.reward.kinds.function", "FunctionSettings"),
-    "model": ("steerl.reward.kinds.model", "RewardModelSettings"),
-    "process": ("steerl.reward.kinds.process", "ProcessSettings"),
-    "probe": ("steerl.reward.kinds.activations.probe", "ProbeSettings"),
-    "novelty": ("steerl.reward.kinds.activations.novelty", "NoveltySettings"),
-    "http": ("steerl.reward.kinds.http", "HttpSettings"),
-    "environment": ("steerl.reward.kinds.environment", "EnvironmentReward"),
-    "exact": ("steerl.reward.kinds.rules", "Exact"),
-    "numeric": ("steerl.reward.kinds.rules", "Numeric"),
-    "regex": ("steerl.reward.kinds.rules", "Regex"),
-    "json": ("steerl.reward.kinds.rules", "Json"),
-    "length": ("steerl.reward.kinds.rules", "Length"),
-    "repetition": ("steerl.reward.kinds.rules", "Repetition"),
-    "keywords": ("steerl.reward.kinds.rules", "Keywords"),
+if TYPE_CHECKING:
+    import torch
+
+    from steerl.reward.weighted_sum import RewardTerm, WeightedSum
+    from steerl.rollout.model.policy import Policy
+
+# kind -> its settings, and the file in kinds/ whose `build(settings, where, around)` makes the term when a job asks for it.
+KINDS: dict[str, tuple[type[Checked], str]] = {
+    "function": (settings.FunctionSettings, "function"),
+    "model": (settings.RewardModelSettings, "model"),
+    "process": (settings.ProcessSettings, "process"),
+    "probe": (settings.ProbeSettings, "activations.probe"),
+    "novelty": (settings.NoveltySettings, "activations.novelty"),
+    "http": (settings.HttpSettings, "http"),
+    "environment": (settings.EnvironmentTermSettings, "environment"),
+    "exact": (rules.Exact, "rules"),
+    "numeric": (rules.Numeric, "rules"),
+    "regex": (rules.Regex, "rules"),
+    "json": (rules.Json, "rules"),
+    "length": (rules.Length, "rules"),
+    "repetition": (rules.Repetition, "rules"),
+    "keywords": (rules.Keywords, "rules"),
 }
 TAKEN = ("mean", "std", "total", "prompt_index", "sample_index", "screened")
 """Names that metrics and score tables use themselves."""
@@ -82,6 +85,11 @@ class Entry:
     own: Any
     where: str
 
+    @property
+    def code(self) -> Any:
+        """The kind's file."""
+        return importlib.import_module(f"steerl.reward.kinds.{KINDS[self.common.kind][1]}")
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -90,6 +98,12 @@ class Entries:
     entries: tuple[Entry, ...]
 
     def build(self, policy: Any, device: torch.device | str | None, tokenizer: Any) -> WeightedSum:
+        import torch
+
+        from steerl.reward.kinds.model_inputs import vocabulary_of
+        from steerl.reward.normalize import Shape
+        from steerl.reward.weighted_sum import WeightedSum
+
         tokenizer = tokenizer if tokenizer is not None else getattr(policy, "tokenizer", None)
         device = device if device is not None else getattr(policy, "device", None)
         vocabulary = vocabulary_of(tokenizer) if tokenizer is not None else None
@@ -99,7 +113,7 @@ class Entries:
         for entry in self.entries:
             try:
                 with doing(f"loading {entry.where} ({entry.common.name})"):
-                    term: RewardTerm = entry.own.build(entry.where, around)
+                    term: RewardTerm = entry.code.build(entry.own, entry.where, around)
                 term = dataclasses.replace(term, name=str(entry.common.name), weight=term.weight * entry.common.weight)
                 if entry.common.normalise is not None or entry.common.clip is not None:
                     shape = Shape.of(entry.common.normalise, entry.common.clip, term.score_now, entry.where)
@@ -198,11 +212,10 @@ def _read_entry(term: object, where: str, problems: list[str]) -> Entry | None:
     if not isinstance(kind, str) or kind not in KINDS:
         problems.append(f"{where}.kind: {_unknown_choice(kind, list(KINDS))}")
         return None
-    module, name = KINDS[kind]
-    settings, shared = getattr(importlib.import_module(module), name), fields_of(Common)
-    reader = TermReader(problems, kind, [*fields_of(settings), *shared])
+    section, shared = KINDS[kind][0], fields_of(Common)
+    reader = TermReader(problems, kind, [*fields_of(section), *shared])
     common = reader.read(Common, {key: value for key, value in term.items() if key in shared}, (where,))
-    own = reader.read(settings, {key: value for key, value in term.items() if key not in shared}, (where,))
+    own = reader.read(section, {key: value for key, value in term.items() if key not in shared}, (where,))
     if common is None or own is None:
         return None
     if getattr(own, "screen", False):

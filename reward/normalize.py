@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerl.reward.texts import TextSettings, load_texts
+from steerl.reward.settings import TextSettings
+from steerl.reward.texts import load_texts
 from steerl.reward.types import Scores
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
@@ -29,26 +30,6 @@ from steerl.rollout.types import Rollout, Texts
 logger = logging.getLogger(__name__)
 LEAST = 1e-8
 """A standard deviation under this counts as none: values are centred and not scaled."""
-
-
-def check_shape(normalise: Any, clip: Any) -> list[str]:
-    """What is wrong with the two settings, a line each that begins with the field's name."""
-    wrong = []
-    if isinstance(normalise, str) and normalise != "running":
-        wrong.append(f"normalise: unknown value {normalise!r}; write running, {{mean: m, std: s}} or {{reference: FILE}}")
-    if isinstance(normalise, Mapping):
-        keys = set(normalise)
-        if keys == {"mean", "std"}:
-            numbers = [normalise["mean"], normalise["std"]]
-            if not all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
-                wrong.append(f"normalise: expected two numbers, found {dict(normalise)}")
-            elif normalise["std"] <= 0:
-                wrong.append(f"normalise.std: expected more than 0, found {normalise['std']}")
-        elif "reference" not in keys:
-            wrong.append(f"normalise: expected {{mean: m, std: s}} or {{reference: FILE}}, found {dict(normalise)}")
-    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
-        wrong.append(f"clip: expected [low, high] with low under high, found {clip}")
-    return wrong
 
 
 @dataclass

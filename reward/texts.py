@@ -14,32 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from steerl.reward.settings import TextSettings
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.prompts.chat import check_messages, text_of
 from steerl.rollout.prompts.tables import columns_of, read_table
 from steerl.rollout.types import Rollout, Texts
 
 _COMPLETIONS = ("completion", "response", "answer", "text")
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """A dataset of texts or conversations, and which of its columns are what."""
-
-    path: str = ""
-    """jsonl, json, csv or parquet file, a saved dataset's folder, or a hub name."""
-    split: str = ""
-    """Split of a dataset with several; train where it is not given."""
-    name: str = ""
-    """Configuration of a hub dataset that has several."""
-    messages: str = ""
-    """The column with whole conversations; `messages` where it is there and no other column is named."""
-    prompt: str = ""
-    """The column with the prompt; `prompt` where it is there."""
-    completion: str = ""
-    """The column to score; completion, response, answer or text, whichever is there first."""
-    limit: int = 0
-    """Only the first rows; 0 = all."""
 
 
 @dataclass(frozen=True)

@@ -282,10 +282,6 @@ def _number(value: object) -> tuple[float, str]:
     return number, ""
 
 
-SECONDS = {"above": 0.0, "high": 86_400.0, "unit": " s"}
-"""The range of a time limit; longer ones some clocks do not hold."""
-
-
 def brief(value: object) -> str:
     """A value in a few words, however large it is or deep."""
     short = reprlib.Repr()

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from steerl.configs.reader import run_command
 
-from steerl.scripts.bench_cases import engines, episodes, overhead, plain_vllm, scaling, speed
+from steerl.scripts.bench_cases import speed
 from steerl.scripts.bench_cases.learning import LearningSettings, measure
 from steerl.scripts.bench_cases.peers.compare import PeerSettings
 from steerl.scripts.bench_cases.peers.compare import measure as measure_peers
@@ -73,16 +73,26 @@ def main(job: BenchJob) -> None:
     elif job.gpu:
         measure_gpu(Path(job.out), job.card)
     elif job.overhead:
+        from steerl.scripts.bench_cases import overhead
+
         overhead.measure(Path(job.out))
     elif job.engines:
+        from steerl.scripts.bench_cases import engines
+
         engines.measure(Path(job.out), *(((engines.SIZES[:1], engines.ROWS[:1], 1)) if job.quick else ()))
     elif job.plain_vllm:
+        from steerl.scripts.bench_cases import plain_vllm
+
         plain_vllm.measure(Path(job.out))
     elif job.peers:
         measure_peers(Path(job.out), job.peer)
     elif job.episodes:
+        from steerl.scripts.bench_cases import episodes
+
         episodes.measure(Path(job.out))
     elif job.scaling:
+        from steerl.scripts.bench_cases import scaling
+
         scaling.measure(Path(job.out), job.speed, job.quick)
     else:
         speed.measure(Path(job.out), job.speed, job.quick)

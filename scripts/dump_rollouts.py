@@ -15,29 +15,27 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steerl.configs.reader import run_command
 
-from steerl.rollout.analysis.verify import Report, verify
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint
 from steerl.rollout.common.run_folder import RunSettings, begin, opened, versions, written_aside
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.decoding.stops import warn_endless
-from steerl.rollout.dumps.dump import dump, left_to_do
 from steerl.rollout.dumps.manifest import RECORDS, Manifest, Plan, load_manifest, start
 from steerl.rollout.engines.settings import EngineSettings
-from steerl.rollout.engines.vllm.sampler import sampler_of
-from steerl.rollout.environments.environment import environment_of
 from steerl.rollout.environments.outcomes import look_at
-from steerl.rollout.environments.sampler import EpisodeSampler
 from steerl.rollout.environments.settings import EnvironmentSettings
-from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
+from steerl.rollout.model.settings import ModelSettings
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
-from steerl.rollout.steering import Steering, load_spec
-from steerl.rollout.steering.strengths import samples_problems
-from steerl.rollout.types import Samples
+from steerl.rollout.steering import load_spec
+
+if TYPE_CHECKING:
+    from steerl.rollout.analysis.verify import Report
+    from steerl.rollout.model.policy import Policy
+    from steerl.rollout.types import Samples
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,16 @@ def main(job: DumpJob) -> None:
 
 
 def write(job: DumpJob, folder: Path, ending: contextlib.ExitStack) -> None:
+    from steerl.rollout.analysis.verify import verify
+    from steerl.rollout.decoding.stops import warn_endless
+    from steerl.rollout.dumps.dump import dump, left_to_do
+    from steerl.rollout.engines.vllm.sampler import sampler_of
+    from steerl.rollout.environments.environment import environment_of
+    from steerl.rollout.environments.sampler import EpisodeSampler
+    from steerl.rollout.model.policy import load_policy
+    from steerl.rollout.steering import Steering
+    from steerl.rollout.steering.strengths import samples_problems
+
     me = processes.start()
     policy = load_policy(job.model, me.device)
     environment = ending.enter_context(environment_of(job.environment, policy))

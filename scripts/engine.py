@@ -14,20 +14,20 @@ import signal
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from steerl.configs.reader import run_command
 
-from steerl.rollout.analysis import engine_check
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import versions, write_json
 from steerl.rollout.engines.settings import EngineSettings
-from steerl.rollout.engines.vllm.engine import LOG, VllmEngine
-from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
-from steerl.rollout.steering import Steering, load_spec
+from steerl.rollout.model.settings import ModelSettings
+from steerl.rollout.steering import load_spec
 from steerl.scripts.train_ppo import learnable
-from steerl.training.setup import with_peft
+
+if TYPE_CHECKING:
+    from steerl.rollout.model.policy import Policy
 
 _OF_CHECK = {"rows": 8, "tokens": 32, "seed": 0, "out": ""}
 _PORT = 8000
@@ -76,6 +76,9 @@ class EngineJob:
 
 
 def main(job: EngineJob) -> None:
+    from steerl.rollout.model.policy import load_policy
+    from steerl.training.setup import with_peft
+
     policy = with_peft(load_policy(learnable(job.model), processes.start().device), job.model.peft)
     if job.action == "serve":
         serve(job, policy)
@@ -85,6 +88,10 @@ def main(job: EngineJob) -> None:
 
 
 def check(job: EngineJob, policy: Policy, folder: Path) -> None:
+    from steerl.rollout.analysis import engine_check
+    from steerl.rollout.engines.vllm.engine import LOG, VllmEngine
+    from steerl.rollout.steering import Steering
+
     log = Path(job.out).with_suffix(".log").absolute() if job.out else folder / LOG
     spec = load_spec(job.steering) if job.steering else None
     if spec is None and not job.engine.url:  # a server that runs already may not be one that steers
@@ -113,6 +120,9 @@ def check(job: EngineJob, policy: Policy, folder: Path) -> None:
 
 def serve(job: EngineJob, policy: Policy) -> None:
     """Until it ends, or this process does."""
+    from steerl.rollout.engines.vllm.engine import LOG, VllmEngine
+    from steerl.rollout.steering import Steering
+
     steering = Steering(policy.model, load_spec(job.steering), policy.tokenizer) if job.steering else None
     engine = VllmEngine(policy, job.engine, Path(LOG), steering=steering, alone=True)
     try:

@@ -16,7 +16,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerl.configs.reader import run_command
 
@@ -25,12 +25,15 @@ from steerl.rollout.common.errors import ConfigError, UserError, visible
 from steerl.rollout.common.run_folder import RunSettings, begin, opened
 from steerl.rollout.common.settings_reader import within
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
-from steerl.rollout.engines.vllm.sampler import ServerSampler, server_of
 from steerl.rollout.evaluation.settings import AnswerSettings, evaluated_spec, steering_of
-from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
-from steerl.rollout.steering import Steering
+from steerl.rollout.model.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from steerl.rollout.engines.sampler import Sampler
+    from steerl.rollout.engines.vllm.sampler import ServerSampler
+    from steerl.rollout.model.policy import Policy
+    from steerl.rollout.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def listed(names: str | list[str]) -> list[str]:
 
 
 def main(job: EvalJob) -> None:
+    from steerl.rollout.model.policy import load_policy
+
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("eval: the package lm-eval is missing; pip install 'steerl[eval]'")
     job = of_run(job)
@@ -144,6 +149,8 @@ def evaluate(job: EvalJob, policy: Policy, tasks: Any, ending: contextlib.ExitSt
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
+    from steerl.rollout.engines.sampler import Sampler
+    from steerl.rollout.engines.vllm.sampler import ServerSampler, server_of
     from steerl.rollout.evaluation.harness import SteerlLM
 
     asked = job.eval

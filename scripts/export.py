@@ -12,15 +12,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from steerl.configs.reader import run_command
 
 from steerl.rollout.common.errors import DataError, UserError
 from steerl.rollout.common.progress import Progress
 from steerl.rollout.common.run_folder import written_aside
-from steerl.training.formats import inspect, openai, sts, trl, verifiers
-from steerl.training.formats.records import NO_SCORES, Record, Source, source_of
+
+if TYPE_CHECKING:
+    from steerl.training.formats.records import Record, Source
 
 ENDS = {"trl": (".parquet",), "verifiers": (".jsonl", ""), "sts": ("",), "inspect": (".eval",), "openai": (".jsonl",)}
 """What a format's file ends in; "": a folder."""
@@ -70,6 +71,8 @@ def out_of(job: ExportJob) -> Path:
 
 def checked(source: Source, job: ExportJob) -> Source:
     """With records that are counted as they are read, and refused where they should have a reward and none has."""
+    from steerl.training.formats.records import NO_SCORES
+
     first = next(source.read(), None)
     if first is None:
         raise DataError(f"{source.folder}: no row in it; name another")
@@ -105,6 +108,8 @@ def write_lines(path: Path, values: Iterable[dict[str, Any]]) -> int:
 
 def write(path: Path, source: Source, job: ExportJob) -> int:
     """Under a temporary name; how many there were."""
+    from steerl.training.formats import inspect, openai, sts, trl, verifiers
+
     if job.to == "trl":
         return trl.write(path, source)
     if job.to == "inspect":
@@ -123,6 +128,8 @@ def write(path: Path, source: Source, job: ExportJob) -> int:
 
 
 def main(job: ExportJob) -> None:
+    from steerl.training.formats.records import source_of
+
     path = out_of(job)
     source = checked(source_of(Path(job.dir), job.scores), job)
     with written_aside(path) as aside:

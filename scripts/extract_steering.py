@@ -15,25 +15,25 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from steerl.configs.reader import run_command
 
-from torch import Tensor
-
-from steerl.rollout.analysis.steering_effect import effect_curve, strength_for, table
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import versions, write_json
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
+from steerl.rollout.model.settings import ModelSettings
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering.core.places import At
-from steerl.rollout.steering.core.structure import Point, locate, unwrap
 from steerl.rollout.steering.spec.spec import Op, Site, Where
-from steerl.rollout.steering.vectors.extract import along_means, contrast, direction, read_pairs, separation
-from steerl.rollout.steering.vectors.files import save_vector
-from steerl.rollout.steering.vectors.probes import Probe, fit, judge, notes_of, reading_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steerl.rollout.model.policy import Policy
+    from steerl.rollout.steering.core.structure import Point
+    from steerl.rollout.steering.vectors.probes import Probe
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,12 @@ class ExtractJob:
 
 
 def main(job: ExtractJob) -> None:
+    from steerl.rollout.model.policy import load_policy
+    from steerl.rollout.steering.core.structure import locate, unwrap
+    from steerl.rollout.steering.vectors.extract import along_means, contrast, direction, read_pairs, separation
+    from steerl.rollout.steering.vectors.files import save_vector
+    from steerl.rollout.steering.vectors.probes import fit, notes_of
+
     me = processes.start()
     if not me.is_main:
         return
@@ -174,6 +180,8 @@ def made_probes(
     held: tuple[Tensor, Tensor] | None,
 ) -> list[Probe]:
     """Each vector that has a regression as a probe, with its threshold: of the held-out pairs where there are any."""
+    from steerl.rollout.steering.vectors.probes import Probe, judge, reading_of
+
     probes = []
     positive, negative = used if held is None else held
     for i, fitted in enumerate(fits):
@@ -198,6 +206,7 @@ def probe_table(probes: Sequence[Probe]) -> list[str]:
 def measure_effect(job: ExtractJob, policy: Policy, out: Path, layers: tuple[int, ...]) -> None:
     """The table, OUT.effect.json, and the strength that costs the KL asked for."""
     from steerl.reward.build import build_reward
+    from steerl.rollout.analysis.steering_effect import effect_curve, strength_for, table
 
     prompts = load_prompts(job.prompts, policy, job.sampling.max_new_tokens)
     batch = prompts.batch(prompts.first(job.effect.samples))

@@ -10,18 +10,16 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steerl.configs.reader import run_command
 
-import numpy as np
-
-from steerl.reward.jobs.selection import read_scores, score_files
-from steerl.rollout.chat import episodes
 from steerl.rollout.common.errors import UserError, visible
-from steerl.rollout.dumps.inspection import inspect, to_json, to_text
 from steerl.rollout.dumps.manifest import load_manifest, plan_of
 from steerl.rollout.episodes import Turn
-from steerl.rollout.types import Samples
+
+if TYPE_CHECKING:
+    from steerl.rollout.types import Samples
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,10 @@ class InspectJob:
 
 def score_lines(folder: Path, dump: Path) -> dict[str, dict[str, float]]:
     """Part -> rows, mean, std, min, max; nothing where the dump has no scores."""
+    import numpy as np
+
+    from steerl.reward.jobs.selection import read_scores, score_files
+
     columns = read_scores(folder, plan_of(load_manifest(dump))) if score_files(folder) else {}
     summary = {}
     for name, column in columns.items():
@@ -59,6 +61,8 @@ def score_lines(folder: Path, dump: Path) -> dict[str, dict[str, float]]:
 
 def episode_lines(samples: Samples) -> list[str]:
     """An episode turn by turn, each turn with how many tokens it has and how likely the policy was to say it."""
+    from steerl.rollout.chat import episodes
+
     rollout = samples.rollout
 
     def said(turn: Turn) -> str:
@@ -70,6 +74,8 @@ def episode_lines(samples: Samples) -> list[str]:
 
 
 def main(job: InspectJob) -> None:
+    from steerl.rollout.dumps.inspection import inspect, to_json, to_text
+
     dump = Path(job.dir)
     found = inspect(dump, job.worst, job.episodes)
     scores = score_lines(Path(job.scores or job.dir), dump)

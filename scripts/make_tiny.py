@@ -29,6 +29,7 @@ from pathlib import Path
 
 from steerl.configs.reader import run_command
 
+from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import write_json, written_aside
 from steerl.scripts import toy_tasks as worlds
@@ -142,6 +143,7 @@ def make(name: str, out: Path, seed: int, head_dim: int = 16) -> None:
 
     from steerl.scripts.toy_tasks import making
 
+    processes.without_gpu()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     logging.disable_progress_bar()

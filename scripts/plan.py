@@ -12,24 +12,22 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from steerl.configs.reader import run_command
 
-import torch
 import yaml
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError, reading
-from steerl.rollout.model.adapters import adapter_config
-from steerl.rollout.model.policy import ModelSettings
+from steerl.rollout.model.settings import ModelSettings, adapter_config
 from steerl.scripts.train_ppo import PPOJob, learnable
-from steerl.training.algorithm.custom import uses_value
-from steerl.training.planning.hardware import GIGA, TERA, Machines, measure_device, named
-from steerl.training.planning.memory import Buffers, PlannedStep
-from steerl.training.planning.passes import Blueprint, count
-from steerl.training.planning.plan import LORA, advise, as_mapping, flags, rows, table, words
-from steerl.training.planning.time import Shares
+from steerl.training.planning.settings import Shares
+
+if TYPE_CHECKING:
+    from steerl.training.planning.hardware import Machines
+    from steerl.training.planning.memory import Buffers, PlannedStep
+    from steerl.training.planning.passes import Blueprint
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,8 @@ class PlanJob(PPOJob):
 
 
 def main(job: PlanJob) -> None:
+    from steerl.training.planning.plan import LORA, advise, as_mapping, flags, rows, table, words
+
     check(job)
     machines = machines_of(job)
     works = [work_of(job, None), work_of(job, job.model.peft or LORA)]
@@ -116,6 +116,10 @@ def check(job: PlanJob) -> None:
 
 
 def machines_of(job: PlanJob) -> Machines:
+    import torch
+
+    from steerl.training.planning.hardware import GIGA, TERA, Machines, measure_device, named
+
     gpu = named(job.gpu)
     operations = (gpu.half if job.mixed_precision == "bf16" else gpu.single) * TERA
     bandwidth, memory = gpu.bandwidth * GIGA, gpu.memory * GIGA
@@ -138,6 +142,10 @@ def machines_of(job: PlanJob) -> Machines:
 
 def work_of(job: PlanJob, peft: dict[str, object] | None) -> PlannedStep:
     """The job, with an adapter or without; the policy is loaded in the precision that training would load it in."""
+    from steerl.training.algorithm.custom import uses_value
+    from steerl.training.planning.memory import PlannedStep
+    from steerl.training.planning.passes import Blueprint
+
     if peft:
         adapter_config(peft)
     model = dataclasses.replace(job.model, peft=peft)
@@ -157,6 +165,8 @@ def work_of(job: PlanJob, peft: dict[str, object] | None) -> PlannedStep:
 
 def buffers_of(path: str) -> Buffers:
     """Of an accelerate file, or of the DeepSpeed file that it names."""
+    from steerl.training.planning.memory import Buffers
+
     if not path:
         return Buffers()
     with reading(f"accelerate: {path!r} cannot be read as an accelerate config: "):
@@ -167,6 +177,10 @@ def buffers_of(path: str) -> Buffers:
 
 
 def heading(job: PlanJob, work: PlannedStep, machines: Machines) -> list[str]:
+    from steerl.training.algorithm.custom import uses_value
+    from steerl.training.planning.hardware import GIGA, TERA
+    from steerl.training.planning.passes import count
+
     counts = count(work.policy)
     return [
         f"{job.model.path}: {counts.all / 1e9:.3f} billion weights, {counts.trained / 1e9:.3f} trained; vocabulary "

@@ -11,7 +11,6 @@ from pathlib import Path
 from steerl.configs.reader import run_command
 
 from steerl.rollout.common.errors import ConfigError, visible
-from steerl.training.run import hub
 from steerl.training.run.card import read_config
 
 
@@ -32,6 +31,8 @@ class PushJob:
 
 
 def main(job: PushJob) -> None:
+    from steerl.training.run import hub
+
     folder = Path(job.run)
     settings = read_config(folder).get("run") or {}
     repo = job.repo or str(settings.get("push_to_hub") or "")

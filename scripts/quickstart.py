@@ -24,15 +24,11 @@ from typing import Any
 
 from steerl.configs.reader import run_command
 
-import torch
-
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import versions, write_json
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.engines.sampler import Sampler
-from steerl.rollout.model.policy import ModelSettings, load_policy
+from steerl.rollout.model.settings import ModelSettings
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
-from steerl.scripts.toy_tasks.reviews import kindness
 
 ROOT = Path(__file__).resolve().parents[1]
 """The rooms: a checkout, or the installed package."""
@@ -136,6 +132,8 @@ def draw(run: Path) -> None:
 
 def show(out: Path, world: Path, job: QuickstartJob) -> None:
     """The table, and the same prompts answered by both policies with the same random numbers."""
+    from steerl.scripts.toy_tasks.reviews import kindness
+
     summary = json.loads((out / "ppo" / "summary.json").read_text(encoding="utf-8"))
     said = {"before": complete(out / "sft" / "model", world, job), "after": complete(out / "ppo" / "model", world, job)}
     truth = {name: sum(kindness(text) for _, text in rows) / len(rows) for name, rows in said.items()}
@@ -151,6 +149,11 @@ def show(out: Path, world: Path, job: QuickstartJob) -> None:
 
 def complete(model: Path, world: Path, job: QuickstartJob) -> list[tuple[str, str]]:
     """(prompt, completion) of the held-out prompts."""
+    import torch
+
+    from steerl.rollout.engines.sampler import Sampler
+    from steerl.rollout.model.policy import load_policy
+
     policy = load_policy(ModelSettings(path=str(model)))
     sampling = Sampling(max_new_tokens=48, seed=job.seed)
     prompts = load_prompts(PromptSettings(path=str(world / "heldout.jsonl")), policy, sampling.max_new_tokens)

@@ -14,7 +14,6 @@ from steerl.configs.reader import run_command
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError, visible
-from steerl.training.report.page import figure, report
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class ReportJob:
 
 
 def main(job: ReportJob) -> None:
+    from steerl.training.report.page import figure, report
+
     if not processes.start().is_main:
         return
     folders = [Path(run) for run in job.runs]

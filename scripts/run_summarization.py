@@ -24,11 +24,9 @@ import steerl.configs  # noqa: F401  # the environment that torch is loaded in
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import Stopped, UserError
 from steerl.rollout.common.run_folder import RunSettings, begin, is_run, opened, write_text
-from steerl.rollout.model.policy import ModelSettings
+from steerl.rollout.model.settings import ModelSettings
 from steerl.rollout.prompts.tables import columns_of, read_table
-from steerl.training.stages import models, stage
 from steerl.training.stages.data import TableRow, check_values, missing_columns
-from steerl.training.stages.seq2seq import decode, make_trainer, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
@@ -76,7 +74,6 @@ class SummarisationArguments:
 
 def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, Seq2SeqTrainingArguments]:
     """The command line as (ours, transformers' Seq2SeqTrainingArguments); a UserError in a line where it is wrong."""
-    import torch
     import transformers
 
     class Parser(transformers.HfArgumentParser):
@@ -84,7 +81,7 @@ def parse(argv: Sequence[str]) -> tuple[SummarisationArguments, Seq2SeqTrainingA
             raise UserError(f"{message}; see --help")
 
     parser = Parser((SummarisationArguments, transformers.Seq2SeqTrainingArguments))
-    parser.set_defaults(report_to="none", use_cpu=not torch.cuda.is_available(), disable_tqdm=not sys.stderr.isatty())
+    parser.set_defaults(report_to="none", use_cpu=processes.without_gpu(), disable_tqdm=not sys.stderr.isatty())
     try:
         ours, training = parser.parse_args_into_dataclasses(args=list(argv))
     except (ValueError, TypeError) as error:
@@ -125,6 +122,8 @@ def read(ours: SummarisationArguments, part: str, file: str | None, limit: int |
 
 def main(ours: SummarisationArguments, training: Seq2SeqTrainingArguments) -> None:
     import transformers
+
+    from steerl.training.stages import models, stage
 
     if not (training.do_train or training.do_eval or training.do_predict):
         raise UserError("nothing to do: give --do_train, --do_eval or --do_predict")
@@ -180,6 +179,9 @@ def work(
     run: RunSettings,
     stop: processes.Stop,
 ) -> None:
+    from steerl.training.stages import models, stage
+    from steerl.training.stages.seq2seq import decode, make_trainer, tokenize
+
     longest = ours.val_max_target_length or ours.max_target_length
     training.generation_max_length = training.generation_max_length or longest
     training.generation_num_beams = ours.num_beams or training.generation_num_beams

@@ -19,27 +19,15 @@ from typing import TYPE_CHECKING, Any
 from steerl.configs.reader import run_command
 
 from steerl.reward.build import build_reward, read_terms
-from steerl.reward.jobs.scoring import (
-    CALL_ROWS,
-    DumpSource,
-    Source,
-    TextSource,
-    begin,
-    check_order,
-    finish,
-    is_whole,
-    manifest_name,
-    opened_for_scores,
-    score_source,
-)
-from steerl.reward.kinds.model_inputs import load_tokenizer
-from steerl.reward.texts import TextSettings, load_texts
+from steerl.reward.settings import TextSettings
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import RunSettings, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from steerl.reward.jobs.scoring import Source
 
 
 @dataclass(frozen=True)
@@ -65,6 +53,10 @@ class ScoreJob:
 def main(job: ScoreJob) -> None:
     if job.run.push_to_hub:
         raise UserError("run.push_to_hub: has no effect on scores; leave it out")
+    if bool(job.dump.dir) == bool(job.texts.path):
+        raise UserError("dump.dir and texts.path: name one of them, the dump or the texts to score")
+    from steerl.reward.jobs.scoring import manifest_name, opened_for_scores
+
     dump = Path(job.dump.dir) if job.dump.dir else None
     source, tokenizer = open_source(job, dump)
     with opened_for_scores(job.run, dump, dataclasses.asdict(job)) as folder:
@@ -72,6 +64,8 @@ def main(job: ScoreJob) -> None:
 
 
 def write(job: ScoreJob, folder: Path, name: str, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    from steerl.reward.jobs.scoring import begin, check_order, finish, is_whole, score_source
+
     me = processes.start()
     reward = build_reward(job.reward, device=me.device, tokenizer=tokenizer)
     try:
@@ -97,8 +91,10 @@ def write(job: ScoreJob, folder: Path, name: str, source: Source, tokenizer: Pre
 
 def open_source(job: ScoreJob, dump: Path | None) -> tuple[Source, PreTrainedTokenizerBase | None]:
     """The rows, and the tokenizer that their ids are of."""
-    if (dump is None) == (not job.texts.path):
-        raise UserError("dump.dir and texts.path: name one of them, the dump or the texts to score")
+    from steerl.reward.jobs.scoring import CALL_ROWS, DumpSource, TextSource
+    from steerl.reward.kinds.model_inputs import load_tokenizer
+    from steerl.reward.texts import load_texts
+
     if dump is None:
         if job.run.save_every < 0:
             raise UserError(f"run.save_every: {job.run.save_every}; give the rows of a shard, 0 for {CALL_ROWS}")

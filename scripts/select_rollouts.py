@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from steerl.configs.reader import run_command
 
-from steerl.reward.jobs.selection import SelectionSettings, selected
+from steerl.reward.settings import SelectionSettings
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import written_aside
 
@@ -83,6 +83,8 @@ def _table(records: list[dict[str, object]], schema: pa.Schema | None, path: Pat
 
 
 def main(job: SelectJob) -> None:
+    from steerl.reward.jobs.selection import selected
+
     path = Path(job.out)
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"out: {job.out or 'missing'}; name the dataset's file, --out FILE.jsonl or FILE.parquet")

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from steerl.configs.reader import run_command
 
 from steerl.reward.build import build_reward, read_terms
-from steerl.reward.jobs.scoring import check_order
-from steerl.reward.kinds.http import LOOPBACK
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError
 
@@ -56,6 +54,9 @@ class ServeJob:
 
 
 def main(job: ServeJob) -> None:
+    from steerl.reward.jobs.scoring import check_order
+    from steerl.reward.kinds.http import LOOPBACK
+
     me, serve = processes.start(), job.serve
     wrong = [
         f"serve.{n}: {getattr(serve, n)}; give more than 0, and at most {most:g}"

@@ -22,9 +22,7 @@ from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError, UserError
 from steerl.rollout.common.run_folder import versions, write_json, write_text
 from steerl.scripts.studying.curves import plot
-from steerl.scripts.studying.outcome import outcome, search_table, table
 from steerl.scripts.studying.plan import Changes, Plan, Run, StudySettings, check, stale
-from steerl.scripts.studying.runs import finished, run_all
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,8 @@ def main(job: StudyJob) -> None:
 
 def run_study(plan: Plan, stop: processes.Stop) -> dict[str, list[Run]]:
     """The runs of every arm that are reported, all of them there."""
+    from steerl.scripts.studying.runs import run_all
+
     chosen = search(plan, stop)
     runs = {arm: plan.reported(arm, setting) for arm, setting in chosen.items()}
     if lines := [line for arm, of_arm in runs.items() for line in stale(of_arm)]:  # the search chose otherwise than before
@@ -71,6 +71,9 @@ def run_study(plan: Plan, stop: processes.Stop) -> dict[str, list[Run]]:
 
 def search(plan: Plan, stop: processes.Stop) -> dict[str, Changes]:
     """The setting of every arm: the best of its grid, by mean final reward; the first of equals."""
+    from steerl.scripts.studying.outcome import search_table
+    from steerl.scripts.studying.runs import finished, run_all
+
     grids: dict[str, list[list[Run]]] = {arm: plan.searched(arm) for arm in plan.arms}
     run_all([run for grid in grids.values() for runs in grid for run in runs], plan.study.final, plan.folder, stop)
     chosen: dict[str, Changes] = {}
@@ -98,6 +101,8 @@ def search(plan: Plan, stop: processes.Stop) -> dict[str, Changes]:
 
 
 def report(plan: Plan, runs: dict[str, list[Run]], job: StudyJob) -> None:
+    from steerl.scripts.studying.outcome import outcome, table
+
     results = {arm: [outcome(run, plan.study) for run in of_arm] for arm, of_arm in runs.items()}
     write_json(plan.folder / "results.json", {"results": results, "study": to_mapping(job), "versions": versions()})
     write_text(plan.folder / "table.md", text := table(results, plan.study))

@@ -15,11 +15,9 @@ import dataclasses
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerl.configs.reader import run_command, to_mapping
-
-import torch
 
 from steerl.reward.build import build_reward, read_terms
 from steerl.rollout.common import processes
@@ -29,14 +27,14 @@ from steerl.rollout.common.run_folder import RunSettings, check_folder
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.environments.settings import EnvironmentSettings
-from steerl.rollout.model.adapters import is_adapter_folder
-from steerl.rollout.model.policy import ModelSettings, load_policy
+from steerl.rollout.model.settings import ModelSettings, is_adapter_folder
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.steering import load_spec
-from steerl.training.planning.dry_run import Findings, dry_run
-from steerl.training.ppo import train
+from steerl.training.combinations import combination_problems
 from steerl.training.settings import PPOSettings
-from steerl.training.setup import with_peft
+
+if TYPE_CHECKING:
+    from steerl.training.planning.dry_run import Findings
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,8 @@ def main(job: PPOJob) -> None:
     config = to_mapping(job)
     del config["dry_run"]
     if job.dry_run:
+        from steerl.training.planning.dry_run import dry_run
+
         return processes.on_main(lambda: show(dry_run(job, learnable(job.model), config)))
     folder = Path(job.run.dir)
     if run(job, config) and processes.start().is_main:
@@ -81,7 +81,13 @@ def main(job: PPOJob) -> None:
 
 def run(job: PPOJob, config: dict[str, object]) -> dict[str, Any]:
     """The whole job; what its summary.json holds. `config` is the job as a mapping."""
-    processes.on_main(lambda: check_folder(job.run, config) and None)  # before anything large is loaded
+    processes.on_main(lambda: check(job, config))  # before anything large is imported or loaded
+    import torch
+
+    from steerl.rollout.model.policy import load_policy
+    from steerl.training.ppo import train
+    from steerl.training.setup import with_peft
+
     torch.manual_seed(job.run.seed)  # fresh adapters
     policy = with_peft(load_policy(learnable(job.model), processes.start().device, read=False), job.model.peft)
     new = job.environment.response(job.sampling.max_new_tokens)
@@ -102,6 +108,14 @@ def run(job: PPOJob, config: dict[str, object]) -> dict[str, Any]:
             heldout=heldout,
             config=config,
         )
+
+
+def check(job: PPOJob, config: dict[str, object]) -> None:
+    check_folder(job.run, config)
+    spec = load_spec(job.steering) if job.steering else None
+    if problems := combination_problems(job.sampling, job.ppo, spec, job.engine, job.environment):
+        raise UserError(*problems)
+    job.model.base()
 
 
 def show(found: Findings) -> None:

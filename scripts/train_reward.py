@@ -11,11 +11,12 @@ import shlex
 from steerl.configs.reader import run_command, to_yaml
 
 from steerl.rollout.common import processes
-from steerl.training.stages.reward_model import run_reward
 from steerl.training.stages.settings import RewardJob
 
 
 def main(job: RewardJob) -> None:
+    from steerl.training.stages.reward_model import run_reward
+
     model = run_reward(job, to_yaml(job)).model
     if processes.start().is_main:
         print(f"{model}: the model, which from_pretrained loads; {model.parent / 'summary.json'}: what was measured")

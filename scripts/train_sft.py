@@ -11,10 +11,11 @@ from steerl.configs.reader import run_command, to_yaml
 
 from steerl.rollout.common import processes
 from steerl.training.stages.settings import SFTJob
-from steerl.training.stages.sft import run_sft
 
 
 def main(job: SFTJob) -> None:
+    from steerl.training.stages.sft import run_sft
+
     model = run_sft(job, to_yaml(job)).model
     if processes.start().is_main:
         print(f"{model}: the model, which from_pretrained loads; {model.parent / 'summary.json'}: what was measured")

@@ -13,8 +13,6 @@ from steerl.configs.reader import run_command
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError, visible
-from steerl.training.report.follow import Runs
-from steerl.training.report.live import HOST, LiveServer
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,9 @@ class WatchJob:
 
 
 def main(job: WatchJob) -> None:
+    from steerl.training.report.follow import Runs
+    from steerl.training.report.live import HOST, LiveServer
+
     if (world := processes.start().world_size) > 1:
         raise UserError(f"watch: started on {world} processes; start one, without accelerate launch")
     with LiveServer(runs := Runs([Path(run) for run in job.runs]), job.port) as server:

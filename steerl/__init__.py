@@ -31,9 +31,10 @@ if TYPE_CHECKING:  # for editors and type checkers
     from steerl.rollout.environments.settings import EnvironmentSettings as EnvironmentSettings
     from steerl.rollout.episodes import Episode as Episode
     from steerl.rollout.episodes import Turn as Turn
-    from steerl.rollout.model.policy import ModelSettings as ModelSettings
+    from steerl.rollout.model.hooks import unsteered as unsteered
     from steerl.rollout.model.policy import Policy as Policy
     from steerl.rollout.model.policy import load_policy as load_policy
+    from steerl.rollout.model.settings import ModelSettings as ModelSettings
     from steerl.rollout.prompts.prompts import PromptBatch as PromptBatch
     from steerl.rollout.prompts.prompts import Prompts as Prompts
     from steerl.rollout.prompts.prompts import PromptSettings as PromptSettings
@@ -42,7 +43,6 @@ if TYPE_CHECKING:  # for editors and type checkers
     from steerl.rollout.steering import Steering as Steering
     from steerl.rollout.steering import SteeringSpec as SteeringSpec
     from steerl.rollout.steering import load_spec as load_spec
-    from steerl.rollout.steering import unsteered as unsteered
     from steerl.rollout.types import Rollout as Rollout
     from steerl.rollout.types import Samples as Samples
     from steerl.rollout.types import Texts as Texts

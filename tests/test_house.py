@@ -36,8 +36,8 @@ MAY_IMPORT = {
 FLOORS = {
     "rollout": "common ragged applied episodes types model weights prompts scoring steering decoding engines environments dumps analysis chat evaluation",
     "rollout/steering": "core spec vectors . interventions",
-    "reward": "types texts normalize weighted_sum kinds build jobs",
-    "training": "settings types model engine algorithm run report formats checks steering replay ahead setup ppo stages planning",
+    "reward": "settings types texts normalize weighted_sum kinds build jobs",
+    "training": "settings combinations types model engine algorithm run report formats checks steering replay ahead setup ppo stages planning",
 }
 """Folder -> its rooms and files, the lowest first: each imports only what stands before it. A dot: the folder's own files."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -391,7 +391,7 @@ def test_a_wrong_command_gets_the_nearest(capsys):
 
 
 def test_openmp_is_told_to_wait_passively_before_torch_is_there():
-    """Every script up to its first import of torch, which a stand-in answers with the environment it saw."""
+    """Every script as it is imported, up to its first import of torch, which a stand-in answers with the environment it saw."""
     program = """
 import importlib.abc, os, runpy, sys
 
@@ -409,7 +409,7 @@ for script in sys.argv[1:]:
     os.environ.pop("OMP_WAIT_POLICY", None)
     try:
         runpy.run_path(script)
-        print(script, "no torch")
+        print(script, os.environ.get("OMP_WAIT_POLICY", "unset"))
     except Seen as seen:
         print(script, seen)
     for name in set(sys.modules) - begun:

@@ -84,7 +84,7 @@ def prepare(
     longest prompt with its response, where that is known."""
     from accelerate.utils import set_seed
 
-    processes.start()
+    processes.join()
     set_seed(run.seed)  # every global generator: rewards may draw from them, and a resumed run goes on with them
     accelerator = engine.start()
     check_precision(accelerator)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from steerl.rollout.analysis.steering_table import edits_per_row
 from steerl.rollout.common.errors import ConfigError
+from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.scoring.logprobs import teacher_forced
-from steerl.rollout.steering import Steering, unsteered
+from steerl.rollout.steering import Steering
 from steerl.rollout.steering.spec.spec import ROLES
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.types import Scored, SteeringStats

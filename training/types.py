@@ -233,7 +233,7 @@ class TrainState:
     optimizer: Optimizer
     """The prepared optimizer."""
     accelerator: Accelerator
-    """Unwraps the model, gathers sharded weights."""
+    """Gathers sharded weights."""
     kl: KLController
     reward: Reward
     """Where it keeps statistics it has state_dict() and load_state_dict(mapping of JSON values)."""
@@ -249,6 +249,11 @@ class TrainState:
     """Rows of the next step that were drawn while this one learned (engine.ahead): this process's."""
     reward_before: float | None = None
     """The evaluation's reward before the first step; None until it was taken."""
+
+    @property
+    def module(self) -> Any:
+        """The ActorCritic itself. accelerate's unwrap_model would import deepspeed, wherever it is installed, to ask for it."""
+        return getattr(self.model, "module", self.model)
 
     def advance(self, prompts: int, stats: StepStats, seconds: float) -> None:
         """A step is done."""
@@ -267,9 +272,8 @@ class TrainState:
         """The unwrapped module's trained parameters and its buffers by name: what a checkpoint has to hold.
 
         Under ZeRO-3 and FSDP these are shards (engine/state_parts.py)."""
-        module = self.accelerator.unwrap_model(self.model)
-        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        return named | dict(module.named_buffers())
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        return named | dict(self.module.named_buffers())
 
     def numbers(self) -> dict[str, Any]:
         """All that is not a tensor, as JSON values."""

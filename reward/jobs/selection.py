@@ -14,51 +14,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from steerl.reward.settings import SelectionSettings
 from steerl.rollout.common.errors import DataError
-from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.dumps.manifest import Plan, load_manifest, plan_of
 from steerl.rollout.dumps.store import read_dump
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, continued, continues
 from steerl.rollout.types import row_name
 
 KEYS = ("prompt_index", "sample_index")
-
-
-@dataclass(frozen=True)
-class SelectionSettings(Checked):
-    """Which rows of a scored dump are kept."""
-
-    mode: Literal["best", "worst", "reject", "pairs"] = "best"
-    """best, worst: the `count` highest or lowest of each prompt. reject: all at or above `threshold` (rejection sampling).
-    pairs: the best against the worst of each prompt."""
-    score: str = "total"
-    """The column of the scores to judge by: total or a part's name."""
-    count: int = within(1, low=1)
-    """best, worst: rows kept per prompt."""
-    threshold: float | None = None
-    """reject: the least score kept; best, worst: rows below it (worst: above it) are left out too."""
-    min_gap: float = within(0.0, low=0)
-    """pairs: kept where the best is better than the worst by more than this."""
-    ended: bool = False
-    """Only responses that ended by themselves; those cut at the limit are left out."""
-    unique: bool = True
-    """Of equal responses to a prompt keep one: the best-scored (worst: the worst-scored), of equal scores the earlier."""
-
-    def problems(self) -> list[str]:
-        wrong = []
-        if self.mode == "reject" and self.threshold is None:
-            wrong.append("threshold: missing; mode reject keeps the rows at or above it, --select.threshold X")
-        if self.mode == "pairs" and self.threshold is not None:
-            wrong.append("threshold: has no effect with mode pairs; use select.min_gap")
-        if self.mode in ("reject", "pairs") and self.count != 1:
-            wrong.append(f"count: has no effect with mode {self.mode}; leave it out")
-        if self.mode != "pairs" and self.min_gap:
-            wrong.append(f"min_gap: has no effect with mode {self.mode}; leave it out")
-        return wrong
 
 
 def score_files(folder: Path) -> list[Path]:

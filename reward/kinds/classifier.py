@@ -28,7 +28,8 @@ from torch import Tensor
 from steerl.reward.kinds.model_inputs import ModelInputs
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, capabilities, compat
-from steerl.rollout.model.auto_classes import Hub, NoHead, head_of, load_config, load_head
+from steerl.rollout.model.auto_classes import NoHead, head_of, load_config, load_head
+from steerl.rollout.model.settings import Hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,36 +11,34 @@ from dataclasses import dataclass
 
 import torch
 
+from steerl.reward.settings import EnvironmentTermSettings
 from steerl.reward.types import Failure, Scores, TurnRewards, settle_turns, turns_of
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.common.settings_reader import Checked
 from steerl.rollout.episodes import Episode
 from steerl.rollout.types import Rollout, Texts
 
 
-@dataclass(frozen=True, kw_only=True)
-class EnvironmentReward(Checked):
-    """What the environment gave. It does not apply to an episode that came to its end and was given nothing; one that was cut
-    at a limit, or lost its environment, earned what it was given until then."""
+def build(settings: EnvironmentTermSettings, where: str, around: object) -> RewardTerm:
+    return RewardTerm("", where, 1.0, EnvironmentReward(settings, where).score)
 
-    fallback: float | None = None
-    """The score of an episode whose environment was lost, in place of what it was given until then."""
 
-    def build(self, where: str, around: object) -> RewardTerm:
-        return RewardTerm("", where, 1.0, lambda rollout, texts, vocabulary: self.score(rollout, texts, where))
+@dataclass(frozen=True)
+class EnvironmentReward:
+    settings: EnvironmentTermSettings
+    where: str
 
-    def score(self, rollout: Rollout, texts: Texts, where: str) -> Scores:
+    def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
         if not len(rollout):
             return Scores(torch.zeros(0, device=rollout.device))
         if texts.episodes is None:
             told = "no environment took part in these rows, so none gave a reward; name one (environment.factory), leave this"
-            raise UserError(f"{where}: {told} part out, or set ppo.eval_prompts 0 where stored episodes are learned from")
+            raise UserError(f"{self.where}: {told} part out, or set ppo.eval_prompts 0 where stored episodes are learned from")
         given = TurnRewards([self._given(episode) for episode in texts.episodes])
-        return settle_turns(given, rollout, where, self.fallback, turns_of(rollout, texts))
+        return settle_turns(given, rollout, self.where, self.settings.fallback, turns_of(rollout, texts))
 
     def _given(self, episode: Episode) -> list[float] | Failure | None:
-        if episode.failure and self.fallback is not None:
+        if episode.failure and self.settings.fallback is not None:
             return Failure(episode.failure)
         cut = episode.failure or episode.ended_by not in ("policy", "environment")
         return [0.0] * len(episode.turns) if episode.rewards is None and cut else episode.rewards

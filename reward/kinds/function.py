@@ -30,8 +30,8 @@ import torch
 
 from steerl.reward.kinds.loading import LOGS, CallResult, load_function, with_arguments
 from steerl.reward.kinds.worker import Worker, WorkerFailed
+from steerl.reward.settings import FunctionSettings
 from steerl.reward.types import (
-    SECONDS,
     Failure,
     Scores,
     TurnRewards,
@@ -46,7 +46,6 @@ from steerl.reward.types import (
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.common.fingerprint import source_fingerprint
-from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.common.worker import Overdue
 from steerl.rollout.prompts.chat import is_conversation
 from steerl.rollout.types import Rollout, Texts
@@ -56,35 +55,18 @@ SLOW_S = 60.0
 """Seconds after which a function without a time limit is said to be running still."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FunctionSettings(Checked):
-    """A reward function of the user's own."""
-
-    function: str | Callable[..., object]
-    """`file.py:name` or `module:name`; a class, or a function that says `-> Callable`, makes the function of its arguments."""
-    arguments: dict[str, object] | None = None
-    """Further keyword arguments, the same in every call."""
-    timeout: float | None = within(None, **SECONDS)
-    """Seconds that one call may take. Unless it is asynchronous, the function then runs in a process of its own."""
-    fallback: float | None = None
-    """The score of rows that raise, hang or give no finite number; without it such a row is an error."""
-
-    def problems(self) -> list[str]:
-        named = not isinstance(self.function, str) or all(self.function.rpartition(":")[::2])
-        return [] if named else [f"function: expected file.py:name or module:name, found {self.function!r}"]
-
-    def build(self, where: str, around: object) -> RewardTerm:
-        function = load_function(self.function, where) if isinstance(self.function, str) else self.function
-        reward = FunctionReward(function, self, where)
-        return RewardTerm(
-            "",
-            where,
-            1.0,
-            reward.score_async if reward.is_async else reward.score,
-            reward.is_async,
-            content=reward.content,
-            close=reward.close,
-        )
+def build(settings: FunctionSettings, where: str, around: object) -> RewardTerm:
+    function = load_function(settings.function, where) if isinstance(settings.function, str) else settings.function
+    reward = FunctionReward(function, settings, where)
+    return RewardTerm(
+        "",
+        where,
+        1.0,
+        reward.score_async if reward.is_async else reward.score,
+        reward.is_async,
+        content=reward.content,
+        close=reward.close,
+    )
 
 
 class FunctionReward:

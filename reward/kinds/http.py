@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from steerl.reward.kinds import http_wire
-from steerl.reward.types import SECONDS, Failure, Scores, joined_extra, joined_metrics, settle
+from steerl.reward.settings import HttpSettings
+from steerl.reward.types import Failure, Scores, joined_extra, joined_metrics, settle
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.types import Rollout, Texts
 
 if TYPE_CHECKING:
@@ -34,39 +34,10 @@ MOST_BYTES = 2**26
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-@dataclass(frozen=True, kw_only=True)
-class HttpSettings(Checked):
-    """A reward that a server gives."""
-
-    url: str
-    """http://host:port; the path is /score unless it says another."""
-    timeout: float = within(60.0, **SECONDS)
-    """Seconds that one request may take, from connecting to the last byte of the answer."""
-    retries: int = within(3, low=0)
-    """Further tries after one that was late, refused or answered by an error of the server's."""
-    backoff: float = within(0.5, low=0.0, high=SECONDS["high"], unit=" s")
-    """Seconds before the first further try; doubled before each next one. A server's Retry-After counts, if longer."""
-    batch_size: int = within(1024, above=0)
-    """Rows per request."""
-    concurrency: int = within(4, above=0)
-    """Requests at once."""
-    token_env: str = "STEERL_REWARD_TOKEN"
-    """The environment variable that holds the bearer token; nothing is sent where it is not set."""
-    fallback: float | None = None
-    """The score of rows that got none; without it they are an error."""
-
-    def problems(self) -> list[str]:
-        try:
-            parsed = urllib.parse.urlsplit(self.url)
-            whole = parsed.scheme in ("http", "https") and bool(parsed.hostname) and self.url.isprintable() and parsed.port != 0
-        except ValueError:  # a port that is none, half a bracket
-            whole = False
-        return [] if whole else [f"url: expected http://host:port, found {self.url!r:.200}"]
-
-    def build(self, where: str, around: object) -> RewardTerm:
-        if importlib.util.find_spec("httpx") is None:
-            raise UserError(f"{where}: needs the package httpx; pip install 'steerl[serve]'")
-        return RewardTerm("", where, 1.0, HttpReward(self, where).score, is_async=True)
+def build(settings: HttpSettings, where: str, around: object) -> RewardTerm:
+    if importlib.util.find_spec("httpx") is None:
+        raise UserError(f"{where}: needs the package httpx; pip install 'steerl[serve]'")
+    return RewardTerm("", where, 1.0, HttpReward(settings, where).score, is_async=True)
 
 
 class NoAnswer(Exception):

@@ -8,87 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerl.reward.kinds.classifier import Classifier, load_classifier
-from steerl.reward.kinds.model_inputs import InputReader, Reads, Tokens, folders_of, load_tokenizer, vocabulary_of
+from steerl.reward.kinds.model_inputs import InputReader, folders_of, load_tokenizer, vocabulary_of
+from steerl.reward.settings import Output, RewardModelSettings
 from steerl.reward.types import Scores
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import model_fingerprint, tokenizer_fingerprint, values_fingerprint
-from steerl.rollout.common.settings_reader import Checked, within
-from steerl.rollout.model.auto_classes import Hub
+from steerl.rollout.model.settings import Hub
 from steerl.rollout.types import Rollout, Texts, row_name
 
-Output = Literal["logit", "probability", "log_probability"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class RewardModelSettings(Checked):
-    """A sequence-classification model of any architecture."""
-
-    path: str | list[str]
-    """A folder or hub name, an adapter's folder too (its base is loaded with it); several make an ensemble."""
-    tokenizer: str = ""
-    """A folder or hub name when the tokenizer does not lie beside the model."""
-    tokens: Tokens = "auto"
-    """ids: the sampled ids as they are. text: the text through the model's own tokenizer and chat template. auto: ids where
-    the policy's vocabulary is the same, token for token; else text."""
-    reads: Reads = "both"
-    """both: prompt and completion, joined. completion: it alone. pair: the two as a sentence pair (BERT-like models)."""
-    add_eos: bool = False
-    """Texts (not conversations): end rows that stopped by themselves with the model's eos, as trl's RewardTrainer does."""
-    label: str | int | None = None
-    """Which label is the score, by name or number; not needed where there is one."""
-    position: Literal["last", "last_not_pad"] = "last"
-    """Decoders: which token's state is scored. last_not_pad: the last that is not the pad id, where transformers looks; for
-    models trained with pad equal to eos, which were read one token before the eos."""
-    output: Output = "logit"
-    """probability and log_probability: of the label, by softmax (by sigmoid where there is one label)."""
-    batch_size: int = within(64, low=1)
-    too_long: Literal["refuse", "cut"] = "refuse"
-    """Rows over the model's context: refused by name, or cut on their left."""
-    max_tokens: int | None = within(None, low=1)
-    """A smaller limit than the model's own context."""
-    empty: float | None = None
-    """The score of rows with an empty completion; without it they are scored as they stand."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto = as the checkpoint was saved."""
-    device: str | None = None
-    revision: str = ""
-    """Branch, tag or commit of the hub; empty = the newest."""
-    trust_remote_code: bool = False
-    """Run Python code that lies beside the model, with all your rights; read it first."""
-    attn: str | None = None
-    """Attention implementation: sdpa, eager, flash_attention_2."""
-    allow_new_head: bool = False
-    """Let a model without a score head start with a random one (for trying things out)."""
-    combine: Literal["mean", "min", "mean_minus_std"] = "mean"
-    """Of an ensemble's members."""
-    k: float = 1.0
-    """mean_minus_std: how many standard deviations (population) are taken off the mean."""
-
-    def problems(self) -> list[str]:
-        wrong = []
-        if not self.path or not all(self.path):
-            wrong.append("path: empty; name a folder or hub name")
-        if (self.combine != "mean" or self.k != 1.0) and isinstance(self.path, str):
-            wrong.append("combine: without effect on one model; give path a list of models")
-        elif self.k != 1.0 and self.combine != "mean_minus_std":
-            wrong.append(f"k: without effect with combine: {self.combine}")
-        return wrong
-
-    def build(self, where: str, around: Any) -> RewardTerm:
-        paths = [self.path] if isinstance(self.path, str) else list(self.path)
-        members = [load_member(self, path, "sequence_classification", where, around.device) for path in paths]
-        for member in members if self.position != "last" else ():
-            if not member.classifier.at_last or member.classifier.pad_id is None:
-                raise UserError(f"{where}.position: {self.position} is for decoders with a pad id; leave it out")
-        reward = ModelReward(self, members, where)
-        return RewardTerm("", where, 1.0, reward.score, content=lambda: content_of(members))
+def build(settings: RewardModelSettings, where: str, around: Any) -> RewardTerm:
+    paths = [settings.path] if isinstance(settings.path, str) else list(settings.path)
+    members = [load_member(settings, path, "sequence_classification", where, around.device) for path in paths]
+    for member in members if settings.position != "last" else ():
+        if not member.classifier.at_last or member.classifier.pad_id is None:
+            raise UserError(f"{where}.position: {settings.position} is for decoders with a pad id; leave it out")
+    reward = ModelReward(settings, members, where)
+    return RewardTerm("", where, 1.0, reward.score, content=lambda: content_of(members))
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from steerl.reward.settings import Reads, Tokens
 from steerl.reward.types import has_ids
 from steerl.rollout.common.errors import DataError
-from steerl.rollout.model import adapters, auto_classes
+from steerl.rollout.model import auto_classes
+from steerl.rollout.model.settings import Hub, base_of, is_adapter_folder
 from steerl.rollout.prompts.chat import TEMPLATE_COLUMNS, answered, continued, conversation_ids, is_conversation
 from steerl.rollout.types import Rollout, Texts, row_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tokens = Literal["auto", "ids", "text"]
-Reads = Literal["both", "completion", "pair"]
 _FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -37,16 +37,14 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(table.encode()).hexdigest()
 
 
-def load_tokenizer(
-    path: str, beside: Sequence[str], where: str, hub: auto_classes.Hub | None = None
-) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(path: str, beside: Sequence[str], where: str, hub: Hub | None = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer named by `path`, or the one that lies beside the model; None where there is none."""
     folders = (
         [path] if path else [f for f in beside if f and (not Path(f).is_dir() or any((Path(f) / n).is_file() for n in _FILES))]
     )
     if not folders:
         return None
-    hub = hub or auto_classes.Hub()
+    hub = hub or Hub()
     its_own = hub if folders[0] == beside[-1] else hub.code  # a revision is the model's
     return auto_classes.load_tokenizer(folders[0], f"{where}.tokenizer" if path else f"{where}.path", its_own)
 
@@ -174,6 +172,6 @@ class InputReader:
 
 def folders_of(path: str) -> tuple[str, str]:
     """(model, adapter): an adapter's folder names its base."""
-    if adapters.is_adapter_folder(path):
-        return adapters.base_of(path), path
+    if is_adapter_folder(path):
+        return base_of(path), path
     return path, ""

@@ -12,57 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerl.reward.kinds.model import Member, Output, chosen, content_of, load_member
+from steerl.reward.kinds.model import Member, chosen, content_of, load_member
+from steerl.reward.settings import ProcessSettings
 from steerl.reward.types import Scores, turns_of
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.prompts.chat import Speller
 from steerl.rollout.types import Rollout, Texts, row_name
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProcessSettings(Checked):
-    """A token-classification model of any architecture."""
-
-    path: str
-    """A folder or hub name, an adapter's folder too."""
-    tokenizer: str = ""
-    """A folder or hub name when the tokenizer does not lie beside the model."""
-    tokens: Literal["auto", "ids"] = "auto"
-    """auto: an error where the vocabularies differ. ids: read the sampled ids whatever the tokenizer says."""
-    separator: str | None = None
-    """What ends a step, such as "\\n\\n"; the end of a turn (so of the response) ends one too."""
-    label: str | int | None = None
-    """Which label is the value, by name or number; not needed where there is one."""
-    output: Output = "logit"
-    reduce: Literal["sum", "mean", "min", "last", "product"] = "sum"
-    """sum: every step's value is earned at its last token. The others give one number, earned at the response's end."""
-    batch_size: int = within(64, low=1)
-    too_long: Literal["refuse"] = "refuse"
-    max_tokens: int | None = within(None, low=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = None
-    revision: str = ""
-    """Branch, tag or commit of the hub; empty = the newest."""
-    trust_remote_code: bool = False
-    """Run Python code that lies beside the model, with all your rights; read it first."""
-    attn: str | None = None
-    allow_new_head: bool = False
-
-    def problems(self) -> list[str]:
-        return ["separator: empty; leave it out to judge every token"] if self.separator == "" else []
-
-    def build(self, where: str, around: Any) -> RewardTerm:
-        member = load_member(self, self.path, "token_classification", where, around.device)
-        if self.separator is not None and member.reader.tokenizer is None:
-            raise UserError(f"{where}.tokenizer: missing; the model's folder has none, and steps are found by their text")
-        return RewardTerm("", where, 1.0, ProcessReward(self, member, where).score, content=lambda: content_of([member]))
+def build(settings: ProcessSettings, where: str, around: Any) -> RewardTerm:
+    member = load_member(settings, settings.path, "token_classification", where, around.device)
+    if settings.separator is not None and member.reader.tokenizer is None:
+        raise UserError(f"{where}.tokenizer: missing; the model's folder has none, and steps are found by their text")
+    return RewardTerm("", where, 1.0, ProcessReward(settings, member, where).score, content=lambda: content_of([member]))
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import regex
 
 from steerl.reward.kinds.numbers import numbers_in
-from steerl.reward.types import SECONDS, Failure, Scores, has_ids, settle
-from steerl.reward.weighted_sum import RewardTerm
+from steerl.reward.settings import SECONDS
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.settings_reader import Checked, within
-from steerl.rollout.types import Rollout, Texts
+
+if TYPE_CHECKING:
+    from steerl.reward.types import Scores
+    from steerl.reward.weighted_sum import RewardTerm
+    from steerl.rollout.types import Rollout, Texts
 
 _FAILURES = (ValueError, TypeError, ArithmeticError, RecursionError, TimeoutError)
 
@@ -57,6 +60,8 @@ class RuleReward:
     turns: Literal["last", "all"]
 
     def score(self, rollout: Rollout, texts: Texts, vocabulary: str | None = None) -> Scores:
+        from steerl.reward.types import Failure, has_ids, settle
+
         have_ids = has_ids(rollout)
         drawn = [ids[mask].tolist() for ids, mask in zip(rollout.response_BR, rollout.action_mask_BR, strict=True)]
         fed = (rollout.actions_B < rollout.lengths_B).tolist()
@@ -90,11 +95,14 @@ class Rule(Checked):
     turns: Literal["last", "all"] = "last"
     """Of an episode the policy's last turn, or all of its turns, a line each."""
 
-    def build(self, where: str, around: object) -> RewardTerm:
-        return RewardTerm("", where, 1.0, RuleReward(self.judge, self.fallback, where, self.turns).score)
-
     def judge(self, row: Row) -> float | None:
         raise NotImplementedError
+
+
+def build(rule: Rule, where: str, around: object) -> RewardTerm:
+    from steerl.reward.weighted_sum import RewardTerm
+
+    return RewardTerm("", where, 1.0, RuleReward(rule.judge, rule.fallback, where, rule.turns).score)
 
 
 def _compiled(pattern: str, ignore_case: bool = False) -> regex.Pattern[str]:

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 SHORT = 16
@@ -25,6 +24,8 @@ def sha256_file(path: Path) -> str:
 
 def model_fingerprint(model: torch.nn.Module) -> str:
     """Of the config and every parameter and buffer that is saved: the same for another path, device or file layout."""
+    import torch
+
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
     if config is not None:
@@ -45,6 +46,8 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 def weights_fingerprint(model: torch.nn.Module) -> str:
     """Of all weights in seconds: each tensor's exact sum as integers, and a thousand of its entries. With an adapter, of what
     it leaves as it is: its own weights begin anew or come from a checkpoint."""
+    import torch
+
     trained = {name for name, p in model.named_parameters() if p.requires_grad} if hasattr(model, "peft_config") else set()
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

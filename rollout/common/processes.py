@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from steerl.rollout.common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Value = TypeVar("Value")
 
@@ -35,7 +36,16 @@ class Processes:
 
     rank: int
     world_size: int
-    device: torch.device
+    given: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        if self.given is not None:
+            return self.given
+        import torch
+
+        return torch.device("cpu" if without_gpu() else "cuda")
 
     @property
     def is_main(self) -> bool:
@@ -43,13 +53,20 @@ class Processes:
 
 
 def start() -> Processes:
-    """Join the job's processes, as `accelerate launch` or `torchrun` started them. Any number of calls is one."""
+    """Join the job's processes, as `accelerate launch` or `torchrun` started them. Any number of calls is one. A process by
+    itself needs no torch for it, until somebody asks for the device."""
     _end_with_launcher()
-    cpu = not torch.cuda.is_available()
+    alone = not is_distributed() and not any(name in os.environ for name in _LAUNCHED)
+    return Processes(0, 1) if alone else join()
+
+
+def join() -> Processes:
+    """The same, and accelerate knows it: before an Accelerator(), for one process too."""
+    cpu = without_gpu()
     if importlib.util.find_spec("accelerate") is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("WORLD_SIZE: more than one process needs accelerate; pip install accelerate")
-        return Processes(0, 1, torch.device("cpu" if cpu else "cuda"))
+        return Processes(0, 1)
     from accelerate import PartialState
 
     # By it ranks but the first would be left without weights: here each reads its own share (rollout/model/unread.py).
@@ -57,6 +74,24 @@ def start() -> Processes:
     # Before any Accelerator(): without `cpu` here a job of several CPU processes is silently a job of one.
     state = PartialState(cpu=cpu)
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+_LAUNCHED = (
+    *("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "TORCHELASTIC_RUN_ID"),
+    *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+)
+"""Of the environment: what launchers set, one of them at least."""
+
+
+def without_gpu() -> bool:
+    """Whether torch has no GPU here. To be asked before a model is saved."""
+    import torch
+
+    if torch.cuda.is_available():
+        return False
+    # Else deepspeed's import (transformers does it while saving a model) prints that it could not find an accelerator.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return True
 
 
 def _end_with_launcher() -> None:
@@ -75,35 +110,43 @@ def _end_with_launcher() -> None:
 
 
 def is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return _group() is not None
+
+
+def _group() -> Any:
+    """torch.distributed, where this process is in a group: it has imported torch then, which this file leaves to others."""
+    group: Any = sys.modules.get("torch.distributed")
+    return group if group is not None and group.is_available() and group.is_initialized() else None
 
 
 def barrier() -> None:
-    if is_distributed():
-        torch.distributed.barrier()
+    if (group := _group()) is not None:
+        group.barrier()
 
 
 def gather_objects(items: list[Value]) -> list[Value]:
     """Every process's items, in the order of ranks, on every process. A process without items gives []."""
-    if not is_distributed():
+    if (group := _group()) is None:
         return list(items)
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, items)
+    parts: list[Any] = [None] * group.get_world_size()
+    group.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 
 def gather_to_main(items: list[Value]) -> list[Value]:
     """The same on the main process alone; [] on others."""
-    if not is_distributed():
+    if (group := _group()) is None:
         return list(items)
-    parts: list[Any] | None = [None] * torch.distributed.get_world_size() if start().is_main else None
-    torch.distributed.gather_object(items, parts)
+    parts: list[Any] | None = [None] * group.get_world_size() if start().is_main else None
+    group.gather_object(items, parts)
     return [item for part in parts or () for item in part]
 
 
 def gather_rows(tensor: Tensor, counts: Sequence[int]) -> Tensor:
     """Every process's rows (the first dimension), in the order of ranks, on every process, in the CPU's memory. `counts`: how
     many each has, which all know; dtype and other sizes are the same everywhere."""
+    import torch
+
     tensor = tensor.contiguous()
     row = tensor.element_size() * math.prod(tensor.shape[1:])
     most = row * max(counts)
@@ -125,8 +168,8 @@ def gather_rows(tensor: Tensor, counts: Sequence[int]) -> Tensor:
 
 def sum_(tensor: Tensor) -> Tensor:
     """The sum over all processes, in place."""
-    if is_distributed():
-        torch.distributed.all_reduce(tensor)
+    if (group := _group()) is not None:
+        group.all_reduce(tensor)
     return tensor
 
 
@@ -134,6 +177,8 @@ def most(count: int) -> int:
     """The largest of all processes' counts."""
     if not is_distributed():
         return count
+    import torch
+
     largest = torch.tensor(count, device=start().device)
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     return int(largest)
@@ -141,7 +186,7 @@ def most(count: int) -> int:
 
 def on_main(function: Callable[[], Value]) -> Value:
     """What the main process gets from `function`, on every process. Its UserError is raised everywhere, told once."""
-    if not is_distributed():
+    if (group := _group()) is None:
         return function()
     outcome: list[Any] = [None, False]  # value, whether it failed
     problem: UserError | None = None
@@ -150,7 +195,7 @@ def on_main(function: Callable[[], Value]) -> Value:
             outcome = [function(), False]
         except UserError as error:
             problem, outcome = error, [None, True]
-    torch.distributed.broadcast_object_list(outcome)
+    group.broadcast_object_list(outcome)
     if outcome[1]:
         raise problem or UserError()  # no lines: the main process shows them
     value: Value = outcome[0]
@@ -192,6 +237,8 @@ class Stop:
         """Any process was: one answer for all. Collective."""
         if not is_distributed():  # and no waiting for a GPU
             return self.here()
+        import torch
+
         return bool(sum_(torch.tensor([int(self.here())], device=start().device)).item())
 
 
@@ -235,9 +282,9 @@ def stop_signal() -> Iterator[Stop]:
 
 def lost_peer(error: RuntimeError) -> bool:
     """Whether an error is but the echo of another process's end, in a collective call that it can no longer answer."""
-    if not is_distributed():
+    if (group := _group()) is None:
         return False
-    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _LOST)
+    return isinstance(error, group.DistError) or any(words in str(error) for words in _LOST)
 
 
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
@@ -245,10 +292,10 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 
 def close() -> bool:
     """Leave the group; whether there was one of several processes. Without this two-rank jobs end in SIGABRT now and then."""
-    if not is_distributed():
+    if (group := _group()) is None:
         return False
-    several: bool = torch.distributed.get_world_size() > 1
-    torch.distributed.destroy_process_group()
+    several: bool = group.get_world_size() > 1
+    group.destroy_process_group()
     return several
 
 

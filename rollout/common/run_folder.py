@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
-import importlib.metadata
 import json
 import logging
 import math
@@ -365,6 +364,8 @@ def write_json(path: Path, value: object) -> None:
 
 def versions() -> dict[str, str]:
     """The installed versions that a result depends on, and the state of the git checkout the code runs from."""
+    import importlib.metadata
+
     names = ("torch", "transformers", "accelerate", "trl", "peft", "datasets", "tokenizers", "deepspeed")
     installed: dict[str, str] = {}
     for name in names:

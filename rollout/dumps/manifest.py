@@ -22,7 +22,7 @@ from steerl.rollout.common.errors import DataError, reading
 from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import remove_left_behind, write_json
 from steerl.rollout.environments.settings import BEFORE
-from steerl.rollout.model.policy import BEFORE as MODEL_BEFORE
+from steerl.rollout.model.settings import BEFORE as MODEL_BEFORE
 
 MANIFEST, RECORDS, FORMAT = "manifest.json", "records", 2
 READS = (1, FORMAT)

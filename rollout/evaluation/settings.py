@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.settings_reader import Checked, Reader, within
-from steerl.rollout.model.policy import ModelSettings, Policy
-from steerl.rollout.steering import Steering, load_spec
+from steerl.rollout.model.settings import ModelSettings
+from steerl.rollout.steering import load_spec
 from steerl.rollout.steering.spec.spec import ROLES, SteeringSpec
+
+if TYPE_CHECKING:
+    from steerl.rollout.model.policy import Policy
+    from steerl.rollout.steering import Steering
 
 Spec = Mapping[str, object] | str | Path | SteeringSpec
 
@@ -80,4 +85,6 @@ def evaluated_spec(source: Spec) -> SteeringSpec:
 
 
 def steering_of(policy: Policy, source: Spec | None, seed: int) -> Steering | None:
+    from steerl.rollout.steering import Steering
+
     return None if source is None else Steering(policy.model, evaluated_spec(source), policy.tokenizer, seed)

@@ -1,4 +1,4 @@
-"""PEFT adapters from YAML mappings: add (named), load, switch, turn off, merge, save. The one file that imports peft.
+"""PEFT adapters from YAML mappings: add (named), load, switch, turn off, merge, save.
 
     {peft_type: LORA, r: 8} ── adapter_config ── add ──┐
     an adapter's folder ─────────────────────── load ──┴─ PeftModel ── switch · off ── save ── an adapter's folder
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,12 +25,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from steerl.rollout.common.errors import CheckpointError, one_line, reading
 from steerl.rollout.model import unread, virtual_tokens
 from steerl.rollout.model.auto_classes import head_of
+from steerl.rollout.model.settings import VIRTUAL_KINDS, WEIGHT_KINDS, adapter_config, read_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-WEIGHT_KINDS = ("LORA", "DORA", "IA3", "LOHA", "LOKR", "OFT", "VERA", "LN_TUNING")
-VIRTUAL_KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 _TASKS = {
     "causal": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
@@ -40,47 +37,6 @@ _TASKS = {
     "token_classification": "TOKEN_CLS",
     "question_answering": "QUESTION_ANS",
 }
-# These start by changing the base's own weights, so the policy with its adapter off would not be the policy it came from.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
-
-
-def adapter_config(mapping: Mapping[str, object], task: str | None = None, field: str = "model.peft") -> PeftConfig:
-    """The peft configuration of a mapping such as {peft_type: LORA, r: 8}. DORA stands for LORA with use_dora."""
-    import peft
-
-    given = {key: value for key, value in dict(mapping).items() if key != "name"}
-    kind = str(given.pop("peft_type", "")).upper()
-    if kind not in (*WEIGHT_KINDS, *VIRTUAL_KINDS):
-        found = f"unknown value {kind!r}" if kind else "missing"
-        raise CheckpointError(f"{field}.peft_type: {found}; choose one of {', '.join((*WEIGHT_KINDS, *VIRTUAL_KINDS))}")
-    if kind == "DORA":
-        kind, given = "LORA", {**given, "use_dora": True}
-    config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
-    known = {entry.name for entry in dataclasses.fields(config_class) if entry.init}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise CheckpointError(
-            *(f"{field}.{key}: {kind} has no such field; it has: {', '.join(sorted(known))}" for key in unknown)
-        )
-    wanted = given.pop("task_type", None)
-    if wanted is not None and task is not None and wanted != task:
-        raise CheckpointError(f"{field}.task_type: {wanted!r}, but the model's task is {task}; leave the field out")
-    start = given.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
-        raise CheckpointError(
-            f"{field}.init_lora_weights: {start!r} changes the base's own weights, so the adapter switched off would not be "
-            "the base; use true, false, gaussian or orthogonal"
-        )
-    if given.get("alora_invocation_tokens"):
-        raise CheckpointError(
-            f"{field}.alora_invocation_tokens: activated LoRA depends on the prompt's tokens and is not supported"
-        )
-    if kind in VIRTUAL_KINDS and not given.get("num_virtual_tokens"):
-        raise CheckpointError(f"{field}.num_virtual_tokens: missing; {kind} needs the number of virtual tokens")
-    try:
-        return config_class(task_type=task or wanted, **given)
-    except (TypeError, ValueError, ImportError) as error:
-        raise CheckpointError(f"{field}: {one_line(error)}") from error
 
 
 def add(
@@ -109,7 +65,7 @@ def load(
     import peft
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
-    _check_folder(folder, field)
+    read_adapter(folder, field)
     with reading(f"{field}: {folder} cannot be read as an adapter: "):
         config = peft.PeftConfig.from_pretrained(str(folder))
         weights = load_peft_weights(str(folder), device="cpu")
@@ -299,34 +255,6 @@ def save(model: PeftModel, folder: str | Path, state: Mapping[str, torch.Tensor]
         GenerationConfig(eos_token_id=generation.eos_token_id).save_pretrained(str(folder))
 
 
-def is_adapter_folder(path: str | Path) -> bool:
-    """Whether `path` holds an adapter and no whole model."""
-    return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
-
-
-def base_of(folder: str | Path, field: str = "model.path") -> str:
-    """The base model that an adapter's folder was trained on: a path (also relative to the folder), or a hub name."""
-    config = _check_folder(folder, field)
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise CheckpointError(
-            f"{field}: {folder} does not say what its base is (adapter_config.json); give the base as model.path"
-        )
-    for candidate in (Path(base), Path(folder) / base):
-        if candidate.is_dir():
-            return str(candidate)
-    if Path(base).is_absolute() or base.startswith("."):
-        raise CheckpointError(
-            f"{field}: the base of {folder}, {base}, is missing; give the base as model.path, the folder as model.adapter"
-        )
-    return str(base)
-
-
-def revision_of(folder: str | Path, field: str = "model.path") -> str:
-    """The base's revision on the hub that an adapter was trained on, where it says one."""
-    return str(_check_folder(folder, field).get("revision") or "")
-
-
 def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, field: str) -> PeftModel:
     """`model` with an adapter of `config` beside those it has, its weights not loaded yet."""
     import peft
@@ -380,16 +308,3 @@ def _is_projection(module: torch.nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, torch.nn.Linear | Conv1D)
-
-
-def _check_folder(folder: str | Path, field: str) -> dict[str, Any]:
-    file = Path(folder) / "adapter_config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{field}: {folder} is not an adapter's folder (it has no adapter_config.json)")
-    with reading(f"{field}: {file} cannot be read: "):
-        config = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{field}: {file} holds no mapping")
-    if not any((Path(folder) / weights).is_file() for weights in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise CheckpointError(f"{field}: {folder} has no weights (adapter_model.safetensors)")
-    return config

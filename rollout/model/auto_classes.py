@@ -13,7 +13,6 @@ import copy
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from steerl.rollout.common.errors import CheckpointError, UserError, reading
 from steerl.rollout.model import compat, unread
+from steerl.rollout.model.settings import Hub, section
 
 Head = Literal["causal", "seq2seq", "masked", "sequence_classification", "token_classification", "question_answering"]
 
@@ -47,36 +47,6 @@ _BEAMS: dict[str, object] = {"early_stopping": False, "length_penalty": 1.0}
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Hub:
-    """How a model's files are taken: config, tokenizer and weights alike."""
-
-    revision: str = ""
-    """A branch, tag or commit of the hub; empty = its newest."""
-    trust_remote_code: bool = False
-    """Run the Python code that lies beside the weights."""
-
-    def arguments(self, path: str, field: str) -> dict[str, object]:
-        """Of from_pretrained."""
-        if self.revision and Path(path).exists():
-            told = f"{self.revision!r} has no effect on {path}, which is no name of the hub; leave it out"
-            raise CheckpointError(f"{_section(field)}.revision: {told}")
-        return {"trust_remote_code": self.trust_remote_code, **({"revision": self.revision} if self.revision else {})}
-
-    def noted(self, peft: Mapping[str, object]) -> Mapping[str, object]:
-        """An adapter's mapping, which says of what revision its base is."""
-        return {"revision": self.revision, **peft} if self.revision else peft
-
-    @property
-    def code(self) -> Hub:
-        """For what lies elsewhere."""
-        return Hub(trust_remote_code=self.trust_remote_code)
-
-
-def _section(field: str) -> str:
-    return field.rpartition(".")[0] or field
-
-
 @contextlib.contextmanager
 def _own_code_told(path: str, field: str) -> Iterator[None]:
     try:
@@ -85,7 +55,7 @@ def _own_code_told(path: str, field: str) -> Iterator[None]:
         if "trust_remote_code" not in str(problem.__cause__):
             raise
         raise CheckpointError(
-            f"{field}: {path!r} needs Python code that lies beside it, which is not run unless {_section(field)}."
+            f"{field}: {path!r} needs Python code that lies beside it, which is not run unless {section(field)}."
             "trust_remote_code is true; read it first, for it can do whatever you can"
         ) from problem
 
@@ -199,7 +169,7 @@ def quantized(kind: str, dtype: object, field: str) -> dict[str, object]:
     elif importlib.util.find_spec("bitsandbytes") is None:
         why = "it needs bitsandbytes, which is not installed (pip install 'steerl[bitsandbytes]')"
     if why is not None:
-        raise CheckpointError(f"{_section(field)}.quantization: {kind}, but {why}; leave it out")
+        raise CheckpointError(f"{section(field)}.quantization: {kind}, but {why}; leave it out")
     compute = dtype if dtype in ("float32", "float16") else "bfloat16"
     four: dict[str, object] = {"bnb_4bit_compute_dtype": compute} if kind == "nf4" else {}
     config = transformers.BitsAndBytesConfig(**BITS[kind], **four)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -21,66 +21,16 @@ from torch import nn
 from steerl.rollout.common.errors import CheckpointError
 from steerl.rollout.common.progress import doing
 from steerl.rollout.model import adapters, compat, unread, virtual_tokens
-from steerl.rollout.model.auto_classes import Hub, is_quantized, load_head, load_tokenizer
+from steerl.rollout.model.auto_classes import is_quantized, load_head, load_tokenizer
 from steerl.rollout.model.capabilities import Capabilities, observe, packing_problem, position_offset
 from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.model.language_model import LanguageModel, no_dropout, unwrap, vocabulary_size
+from steerl.rollout.model.settings import Hub, ModelSettings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Seen = TypeVar("Seen")
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """Which model is the policy, and how it is loaded."""
-
-    path: str = ""
-    """A folder or a hub name; an adapter's folder loads its base model with it."""
-    adapter: str = ""
-    """A peft adapter's folder or hub name, put on the model of `path`."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto = as the checkpoint was saved."""
-    attn: str = "auto"
-    """Attention implementation (sdpa, eager, flash_attention_2, ...); auto leaves the choice to transformers."""
-    kind: Literal["auto", "causal", "seq2seq"] = "auto"
-    """auto = as the checkpoint's config says."""
-    tokenizer: str = ""
-    """A folder or hub name when the tokenizer does not lie beside the model."""
-    peft: dict[str, object] | None = field(default=None, metadata={"check": adapters.adapter_config})
-    """A peft config as a mapping, {peft_type: LORA, r: 8, ...}: what training adds to the model."""
-    quantization: Literal["none", "nf4", "int8"] = "none"
-    """Keep the matrices of the base model in 4 or 8 bits (bitsandbytes, GPUs only): for an adapter that learns on it (QLoRA),
-    or to sample."""
-    revision: str = ""
-    """Branch, tag or commit of the hub for config, tokenizer and weights of the (base) model; empty = the newest."""
-    trust_remote_code: bool = False
-    """Run Python code that lies beside the model, with all rights of whoever starts the job: for models that transformers does
-    not have. Read it first, and name a revision, or a folder, which nobody else can change."""
-
-    @property
-    def hub(self) -> Hub:
-        return Hub(self.revision, self.trust_remote_code)
-
-    def base(self) -> tuple[str, str, Hub]:
-        """(base model, adapter or nothing, how the base is taken). An adapter's folder names its base, maybe of a revision."""
-        if not self.path:
-            raise CheckpointError("model.path: missing; name a model folder or hub name, --model.path DIR")
-        if not adapters.is_adapter_folder(self.path):
-            return self.path, self.adapter, self.hub
-        if self.adapter:
-            raise CheckpointError(
-                f"model.path: {self.path} is an adapter and model.adapter is set too; name the base model in model.path"
-            )
-        base, revision = adapters.base_of(self.path), self.revision
-        if not revision and not Path(base).exists():
-            revision = adapters.revision_of(self.path)
-        return base, self.path, Hub(revision, self.trust_remote_code)
-
-
-BEFORE: dict[str, object] = {"model.quantization": "none", "model.revision": "", "model.trust_remote_code": False}
-"""What settings are in jobs of before there were these."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from steerl.rollout.common.errors import DataError
-from steerl.rollout.model.policy import Policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from steerl.rollout.model.policy import Policy
 
 UNKNOWN = "\ufffd"
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import DataError, UserError
 from steerl.rollout.common.fingerprint import values_fingerprint
-from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.chat import check_messages, conversation_ids, text_ids
 from steerl.rollout.prompts.sources import Mixed, Source, epoch_order, prompt_column, read_prompts, refuse_weights
 from steerl.rollout.prompts.stream import Stream
@@ -27,6 +26,8 @@ from steerl.rollout.prompts.tables import columns_of, read_table, reader, rows_o
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from steerl.rollout.model.policy import Policy
 
 LOOKED_AT = 1000
 """Prompts that are made into tokens before any work begins: cut ones are counted, and a template may refuse them."""

@@ -21,8 +21,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.prompts.tables import columns_of, read_table
@@ -142,6 +140,8 @@ class Mixed(Sequence[dict[str, Any]]):
 
 @lru_cache(maxsize=8)
 def epoch_order(seed: int, epoch: int, rows: int) -> list[int]:
+    import torch
+
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
     order: list[int] = torch.randperm(rows, generator=generator).tolist()
     return order

@@ -4,9 +4,20 @@ spec  ──bind──>  sites, gates  ──Steering.active──>  engine: in 
 (a user's words)    (on one model)                   state: the rows at work, the calls, where they are edited
 """
 
-from steerl.rollout.model.hooks import unsteered
-from steerl.rollout.steering.spec.parse import load_spec
-from steerl.rollout.steering.spec.spec import SteeringSpec
-from steerl.rollout.steering.steering import Steering
+from typing import TYPE_CHECKING
 
-__all__ = ["Steering", "SteeringSpec", "load_spec", "unsteered"]
+from steerl.rollout.common.front import front
+
+if TYPE_CHECKING:  # for editors and type checkers
+    from steerl.rollout.steering.spec.parse import load_spec as load_spec
+    from steerl.rollout.steering.spec.spec import SteeringSpec as SteeringSpec
+    from steerl.rollout.steering.steering import Steering as Steering
+
+__getattr__, __all__ = front(
+    __name__,
+    {
+        "steering": ("Steering",),
+        "spec.spec": ("SteeringSpec",),
+        "spec.parse": ("load_spec",),
+    },
+)

@@ -11,14 +11,12 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from steerl.rollout.model.policy import Policy
 
 PAD, STOP = 0, 1
 
@@ -150,6 +148,8 @@ def config_of(case: Case) -> PretrainedConfig:
 
 def causal(case: Case, seed: int = 0) -> PreTrainedModel:
     """A language model of random weights, whose stop token has the probability that the case's lengths ask for."""
+    import torch
+    from torch import nn
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -164,6 +164,7 @@ def causal(case: Case, seed: int = 0) -> PreTrainedModel:
 
 def classifier(case: Case, seed: int = 0) -> PreTrainedModel:
     """The same trunk with a head of one number: the peer's value model."""
+    import torch
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
@@ -186,12 +187,16 @@ def tokenizer_of(case: Case) -> PreTrainedTokenizerBase:
 
 def policy_of(case: Case, seed: int = 0) -> Policy:
     """This project's policy. Full lengths: nothing stops a row."""
+    from steerl.rollout.model.policy import Policy
+
     policy = Policy.of(causal(case, seed), tokenizer_of(case))
     return policy if case.mean else replace(policy, eos_ids=())
 
 
 def prompt_ids(case: Case, seed: int = 0) -> list[list[int]]:
     """One prompt for every `n` rows, all of one length."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     shape = (case.rows // case.n, case.prompt)
     return torch.randint(2, case.vocabulary, shape, generator=generator).tolist()

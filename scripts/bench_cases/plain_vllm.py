@@ -28,7 +28,8 @@ from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.engines.vllm.engine import LOG, VllmEngine
 from steerl.rollout.engines.vllm.sampler import ServerSampler
 from steerl.rollout.model.language_model import no_dropout
-from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
+from steerl.rollout.model.policy import Policy, load_policy
+from steerl.rollout.model.settings import ModelSettings
 from steerl.rollout.prompts.prompts import PromptSettings, load_prompts
 from steerl.rollout.scoring.logprobs import teacher_forced
 from steerl.scripts.bench_cases.engines import one_thread

@@ -19,9 +19,7 @@ from typing import Any, Literal
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import versions, write_json, write_text
-from steerl.scripts.bench_cases import limit
 from steerl.scripts.bench_cases.cases import CUDA, SAMPLING, SMALLEST, UPDATES, Case
-from steerl.scripts.bench_cases.child import PEER_SETTINGS
 from steerl.scripts.bench_cases.learning import PEER, install_peer, said_by
 
 _TIMED = ("sample", "score", "learn", "reward", "rest")
@@ -47,6 +45,9 @@ class SpeedSettings:
 
 def measure(out: Path, settings: SpeedSettings, quick: bool = False) -> list[dict[str, object]]:
     """Run it all; leaves bench.json and bench.md in `out`. `quick`: the smallest case, once, without the peer."""
+    from steerl.scripts.bench_cases import limit
+    from steerl.scripts.bench_cases.child import PEER_SETTINGS
+
     if quick:
         settings = replace(settings, rounds=1, times=1, skip_peer=True)
     cases = chosen(settings, quick)
@@ -115,6 +116,8 @@ def child(arguments: Sequence[str], peer: Path | None, times: int, out: Path) ->
 
 def entry(case: Case, who: str, several: Sequence[dict[str, Any]], machine: dict[str, object]) -> dict[str, object]:
     """One object of bench.json: what all processes of one case and implementation found."""
+    from steerl.scripts.bench_cases import limit
+
     phases = {name: [s for run in several for s in run["seconds"].get(name, [])] for name in _TIMED}
     phases = {name: values for name, values in phases.items() if values}
     tokens = [count for run in several for count in run["tokens"]]

@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-import torch
-
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import versions, write_json, write_text
 from steerl.scripts.gpu import table
@@ -68,6 +66,8 @@ class Report:
 
 def measure(out: Path, settings: GPUSettings) -> dict[str, Any]:
     """Run it all; raises where a test failed, once everything is written."""
+    import torch
+
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("bench.card.device: cuda, but torch sees no GPU here; --card.device cpu rehearses it with tiny shapes")
     out = out.absolute()

@@ -19,8 +19,6 @@ from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.common.yaml_files import load_yaml
 from steerl.rollout.prompts.tables import read_table
 from steerl.scripts.train_ppo import PPOJob, learnable
-from steerl.training.planning.dry_run import dry_run
-from steerl.training.run import resume
 
 Changes = dict[str, object]
 OWN = ("run.dir", "run.seed", "run.resume", "run.overwrite", "run.allow_changes", "sampling.seed", "dry_run")
@@ -203,6 +201,8 @@ def of_arm(plan: Plan, arm: str) -> list[str]:
 
 
 def of_setting(plan: Plan, runs: list[Run]) -> list[str]:
+    from steerl.training.planning.dry_run import dry_run
+
     job = replace(runs[0].job, run=RunSettings(dir=str(plan.folder / ".held" / "none")))
     lines = dry_run(job, learnable(job.model), to_mapping(job)).problems
     for name, terms in plan.study.final.measures.items() if not lines else ():
@@ -213,6 +213,8 @@ def of_setting(plan: Plan, runs: list[Run]) -> list[str]:
 
 def stale(runs: list[Run]) -> list[str]:
     """A line for everything in which runs that are there already are not what the study asks for now."""
+    from steerl.training.run import resume
+
     lines = []
     for run in runs:
         problems: list[str] = []

@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 from steerl.rollout.common.errors import UserError
 from steerl.scripts.gpu import run, table
@@ -145,7 +146,7 @@ def test_the_verdict_on_compiled_steps_is_of_the_slowest_pair():
 
 
 def test_a_gpu_that_is_not_there_is_said_at_once(tmp_path):
-    if run.torch.cuda.is_available():
+    if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(UserError, match="torch sees no GPU here; --card.device cpu rehearses it"):
         run.measure(tmp_path, run.GPUSettings())

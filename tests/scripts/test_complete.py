@@ -28,8 +28,8 @@ import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from steerl.rollout.chat.terminal import BANDS, width_of
-from steerl.scripts import complete as complete_door
 from steerl.scripts.complete import CompleteJob, main
+from steerl.scripts.completing import session
 from tests import warm
 from tests.models import CHAT, tiny, tiny_tokenizer
 
@@ -264,7 +264,7 @@ def test_a_chat_with_interrupts(models_: Path) -> None:
 def test_an_interrupt_between_two_steps_of_a_chat_does_not_end_it(models_: Path, monkeypatch, capsys) -> None:
     """After a line was read, and while the dialog is put together: there is nothing to stop, and the answer comes."""
     lines = iter(["hello", "again"])
-    own = complete_door.ask
+    own = session.ask
 
     def read(prompt: str) -> str:
         if (line := next(lines, None)) is None:
@@ -277,7 +277,7 @@ def test_an_interrupt_between_two_steps_of_a_chat_does_not_end_it(models_: Path,
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr(complete_door, "ask", ask)
+    monkeypatch.setattr(session, "ask", ask)
     before = signal.getsignal(signal.SIGINT)
     code, out, _ = run(capsys, "--model.path", str(models_ / "small"), "--sampling.max_new_tokens", "3", "--color", "never")
     assert code == 0 and out.count("\n") == 3, out

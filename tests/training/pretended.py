@@ -115,7 +115,7 @@ def begin() -> None:
     from accelerate import PartialState
 
     PartialState(cpu=True).device = CARD
-    processes.start = lambda: processes.Processes(0, 1, CARD)
+    processes.start = processes.join = lambda: processes.Processes(0, 1, CARD)
     chunked_head.CHUNK[CARD.type] = chunked_head.CHUNK["cuda"]
     ppo.save_model = lambda folder, *_: (folder / "model").mkdir()  # type: ignore[assignment]
 

@@ -59,11 +59,10 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
     actions_B = experience.rollout.actions_B[rows]
     counts = {"tokens": int(actions_B.sum()), "rows": int((actions_B > 0).sum())}
     micro_batches = passes(rows, experience.rollout, settings)
-    module = state.accelerator.unwrap_model(state.model)
     sums: dict[str, Tensor] = {}
     worst = torch.zeros((), device=processes.start().device)
     for i, micro_batch in enumerate(micro_batches):
-        with accumulating(state, last=i + 1 == len(micro_batches)) as factor, module.recomputing():
+        with accumulating(state, last=i + 1 == len(micro_batches)) as factor, state.module.recomputing():
             with offloaded() if settings.offload_activations else contextlib.nullcontext():
                 total, parts, error = micro_batch_loss(state, experience, micro_batch, counts, settings)
             backward(state, total * factor)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from steerl.rollout.model import adapters
+from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.logprobs import teacher_forced
-from steerl.rollout.steering import unsteered
 from steerl.rollout.types import Rollout
 from steerl.training.model.held import HeldCopy
 

@@ -26,9 +26,10 @@ from steerl.rollout.common.run_folder import check_folder
 from steerl.rollout.dumps.manifest import finished_shards
 from steerl.rollout.engines.vllm import support
 from steerl.rollout.environments.environment import environment_of
-from steerl.rollout.model.auto_classes import Hub, choose_head, load_config
+from steerl.rollout.model.auto_classes import choose_head, load_config
 from steerl.rollout.model.capabilities import Capabilities
-from steerl.rollout.model.policy import ModelSettings, Policy, load_policy, tokenizer_of
+from steerl.rollout.model.policy import Policy, load_policy, tokenizer_of
+from steerl.rollout.model.settings import Hub, ModelSettings
 from steerl.rollout.prompts.prompts import Prompts, PromptSettings, load_prompts
 from steerl.rollout.prompts.sources import Source
 from steerl.rollout.prompts.tables import may_be_of_hub, read_table
@@ -179,9 +180,9 @@ def _term(entry: Entry, policy: Policy | None, found: Findings) -> None:
             policy = policy_of(named(own), found)
         if policy is None:
             raise OutOfReach("whether it fits the model is open")
-        own.place(policy, *found_in, entry.where)
+        entry.code.place(own, policy, *found_in, entry.where)
         return
-    own.build(entry.where, Surroundings(None, None)).close()
+    entry.code.build(own, entry.where, Surroundings(None, None)).close()
     if entry.common.kind == "http":
         found.unchecked.append(f"{entry.where}: whether {own.url} answers")
 

@@ -26,7 +26,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, compat
 from steerl.rollout.model.auto_classes import HEADS, choose_head, load_config
 from steerl.rollout.model.language_model import forward_arguments
-from steerl.rollout.model.policy import ModelSettings
+from steerl.rollout.model.settings import ModelSettings
 from steerl.training.model import value_model
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import Any
 
 from steerl.training.planning.hardware import Machines
 from steerl.training.planning.memory import ENGINES, GB, SPREAD, Engine, Memory, PlannedStep, memory
-from steerl.training.planning.time import Seconds, Shares, seconds
+from steerl.training.planning.settings import Shares
+from steerl.training.planning.time import Seconds, seconds
 
 LORA = {"peft_type": "LORA", "r": 16}
 """The adapter of the rows that have one, where the job names none."""

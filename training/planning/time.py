@@ -16,23 +16,10 @@ from dataclasses import dataclass
 from steerl.training.planning.hardware import Machines
 from steerl.training.planning.memory import Engine, PlannedStep, chunks, in_half
 from steerl.training.planning.passes import cache_bytes, count, layers_of, plain_pass, training_pass
+from steerl.training.planning.settings import Shares
 
 _LAUNCHES = 36
 """Kernels that an eager layer starts in one step of decoding."""
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How much of the limit is reached."""
-
-    decode: float = 0.5
-    """Of the memory's bandwidth while tokens are drawn."""
-    train: float = 0.4
-    """Of the peak of matrix products in whole passes."""
-    network: float = 0.7
-    """Of the links' bandwidth."""
-    launch_us: float = 5.0
-    """Microseconds to start a kernel: what small models decode at."""
 
 
 @dataclass(frozen=True)

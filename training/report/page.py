@@ -23,7 +23,6 @@ from pathlib import Path
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import write_text, written_aside
-from steerl.training.report.dump_data import read_dump_folder
 from steerl.training.report.run_data import ReportRun, read_run
 from steerl.training.run.log import METRICS
 
@@ -193,6 +192,8 @@ def read_one(path: Path, name: str, *, rows: int = 2000) -> ReportRun:
     if (path / METRICS).is_file():
         return read_run(path, name)
     if (path / "manifest.json").is_file():
+        from steerl.training.report.dump_data import read_dump_folder  # the only page that needs torch
+
         return read_dump_folder(path, name, rows)
     what = "is not a folder" if not path.is_dir() else f"holds neither {METRICS} (a run) nor manifest.json (a dump)"
     raise UserError(f"report: {path} {what}; name the folder that a job wrote as its run.dir")

@@ -34,8 +34,8 @@ from steerl.rollout.common.yaml_files import Dumper
 from steerl.rollout.dumps.manifest import finished_shards
 from steerl.rollout.environments.settings import BEFORE
 from steerl.rollout.model import compat
-from steerl.rollout.model.policy import BEFORE as MODEL_BEFORE
 from steerl.rollout.model.policy import Policy
+from steerl.rollout.model.settings import BEFORE as MODEL_BEFORE
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.training.run import checkpoint
 from steerl.training.run.export import read_summary

@@ -17,7 +17,8 @@ from steerl.rollout.common.run_folder import written_aside
 from steerl.rollout.model import adapters, auto_classes, virtual_tokens
 from steerl.rollout.model.auto_classes import save
 from steerl.rollout.model.language_model import unwrap
-from steerl.rollout.model.policy import ModelSettings, ids_of
+from steerl.rollout.model.policy import ids_of
+from steerl.rollout.model.settings import VIRTUAL_KINDS, ModelSettings, is_adapter_folder
 from steerl.training.checks import float16_problems, quantization_problems
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def load_base(settings: ModelSettings, role: str, head: str = "auto", **loading:
 
 def load_trainable(settings: ModelSettings, role: str, head: str = "auto", **loading: object) -> PreTrainedModel:
     """The model of `settings` for a stage; its adapter, or a new one of model.peft, is then all that learns."""
-    adapter = settings.path if adapters.is_adapter_folder(settings.path) else settings.adapter
+    adapter = settings.path if is_adapter_folder(settings.path) else settings.adapter
     if adapter and settings.peft:
         raise CheckpointError(
             "model.peft: the model has an adapter already, which is trained further; leave one of the two out"
@@ -94,7 +95,7 @@ def save_model(
 
     if hasattr(model, "peft_config"):
         write(folder / "adapter", lambda aside: adapters.save(model, aside, state))
-        if model.active_peft_config.peft_type.value in adapters.VIRTUAL_KINDS:
+        if model.active_peft_config.peft_type.value in VIRTUAL_KINDS:
             write(folder / "model", lambda aside: adapters.save(model, aside, state))
         else:
             merged = adapters.merge(adapters.load(base(), folder / "adapter"))

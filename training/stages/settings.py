@@ -8,7 +8,7 @@ from typing import Literal
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.run_folder import RunSettings
-from steerl.rollout.model.policy import ModelSettings
+from steerl.rollout.model.settings import ModelSettings
 from steerl.rollout.prompts.sources import Source
 
 

@@ -20,7 +20,8 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.stops import turn_end
 from steerl.rollout.model.auto_classes import choose_head, load_config
 from steerl.rollout.model.language_model import vocabulary_size
-from steerl.rollout.model.policy import ModelSettings, check_vocabulary
+from steerl.rollout.model.policy import check_vocabulary
+from steerl.rollout.model.settings import ModelSettings
 from steerl.rollout.prompts.chat import is_conversation
 from steerl.rollout.prompts.tables import columns_of
 from steerl.training.run.log import log_line

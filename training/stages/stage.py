@@ -86,7 +86,7 @@ def trainer_arguments(fit: FitSettings, run: RunSettings, folder: Path, held_out
         "max_grad_norm": fit.max_grad_norm,
         _checkpointing_name(): fit.checkpointing,
         "bf16": fit.bf16,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": processes.without_gpu(),
         "logging_steps": fit.log_every,
         "logging_nan_inf_filter": False,
         "eval_strategy": "steps" if held_out and fit.evaluate_every else "no",

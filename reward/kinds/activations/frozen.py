@@ -5,41 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerl.reward.kinds.model import usable_device
 from steerl.reward.kinds.model_inputs import vocabulary_of
+from steerl.reward.settings import FrozenSettings
 from steerl.reward.types import has_ids, last_of
 from steerl.rollout.common.errors import DataError, UserError
 from steerl.rollout.common.fingerprint import model_fingerprint
-from steerl.rollout.common.settings_reader import Checked, within
 from steerl.rollout.model import unread
-from steerl.rollout.model.policy import ModelSettings, Policy, load_policy
+from steerl.rollout.model.policy import Policy, load_policy
+from steerl.rollout.model.settings import ModelSettings
 from steerl.rollout.steering.core.structure import Point
 from steerl.rollout.steering.vectors.probes import hidden_states
 from steerl.rollout.types import Rollout
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrozenSettings(Checked):
-    """Which model reads."""
-
-    model: str | None = None
-    """A folder or hub name of the policy's vocabulary; null = a copy of the policy as it starts."""
-    batch_size: int = within(64, low=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = None
-    revision: str = ""
-    """Branch, tag or commit of the hub; empty = the newest."""
-    trust_remote_code: bool = False
-    """Run Python code that lies beside the model, with all your rights; read it first."""
-
-    def problems(self) -> list[str]:
-        unused = [name for name in ("revision", "trust_remote_code") if getattr(self, name) and self.model is None]
-        return [f"{name}: without effect where model is not given; leave it out" for name in unused]
 
 
 @dataclass(frozen=True)

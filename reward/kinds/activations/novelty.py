@@ -9,16 +9,16 @@ Evaluation adds nothing to what the run has seen. The projection is a fixed matr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerl.reward.kinds.activations.frozen import FrozenReader, FrozenSettings, frozen
+from steerl.reward.kinds.activations.frozen import FrozenReader, frozen
+from steerl.reward.settings import NoveltySettings
 from steerl.reward.types import Scores, last_of
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common import processes
-from steerl.rollout.common.settings_reader import within
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering.core.places import At
 from steerl.rollout.steering.core.structure import Point
@@ -26,31 +26,16 @@ from steerl.rollout.steering.vectors.probes import place_of
 from steerl.rollout.types import Rollout, Texts
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoveltySettings(FrozenSettings):
-    """An elliptical bonus on the hidden states of a frozen model."""
+def build(settings: NoveltySettings, where: str, around: Any) -> RewardTerm:
+    policy = frozen(settings, where, around)
+    reward = NoveltyReward(settings, FrozenReader.of(settings, policy, place(settings, policy, where), where))
+    return RewardTerm("", where, 1.0, reward.score, content=reward.model.content, memory=reward.memory)
 
-    layer: int | None = None
-    """The block whose output is read, negative from the end; null = the last."""
-    position: Literal["mean", "last"] = "mean"
-    """Over a row's actions, its stop token left out."""
-    dimensions: int = within(32, low=1)
-    """Of the projection."""
-    ridge: float = within(1.0, above=0.0)
-    history: Literal["step", "run"] = "step"
-    """What a row is compared with: the step's rows, or all that the run has drawn to learn from."""
-    seed: int = 0
-    """Of the projection's numbers."""
 
-    def build(self, where: str, around: Any) -> RewardTerm:
-        policy = frozen(self, where, around)
-        reward = NoveltyReward(self, FrozenReader.of(self, policy, self.place(policy, where), where))
-        return RewardTerm("", where, 1.0, reward.score, content=reward.model.content, memory=reward.memory)
-
-    def place(self, policy: Policy, where: str) -> Point:
-        """Where a model is read."""
-        at = At(layers=(-1 if self.layer is None else self.layer,))
-        return place_of(policy, at, None, where.split(" ")[0])
+def place(settings: NoveltySettings, policy: Policy, where: str) -> Point:
+    """Where a model is read."""
+    at = At(layers=(-1 if settings.layer is None else settings.layer,))
+    return place_of(policy, at, None, where.split(" ")[0])
 
 
 @dataclass

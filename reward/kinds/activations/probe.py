@@ -10,49 +10,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerl.reward.kinds.activations.frozen import FrozenReader, FrozenSettings, frozen
+from steerl.reward.kinds.activations.frozen import FrozenReader, frozen
+from steerl.reward.settings import ProbeSettings
 from steerl.reward.types import Scores, last_of
 from steerl.reward.weighted_sum import RewardTerm
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.fingerprint import sha256_file, values_fingerprint
-from steerl.rollout.common.settings_reader import within
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.steering.core.structure import Point
 from steerl.rollout.steering.vectors.probes import Probe, place_of, read_probe
 from steerl.rollout.types import Rollout, Texts, row_name
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProbeSettings(FrozenSettings):
-    """A probe's file, and which model it is read in."""
+def build(settings: ProbeSettings, where: str, around: Any) -> RewardTerm:
+    probe = read_probe(Path(settings.probe), settings.layer, where.split(" ")[0])
+    policy = frozen(settings, where, around)
+    reward = ProbeReward(settings, probe, FrozenReader.of(settings, policy, place(settings, policy, probe, where), where))
+    return RewardTerm("", where, 0.0 if settings.screen else 1.0, reward.score, content=reward.content)
 
-    probe: str
-    """What `steerl extract --extract.method probe` made: a vector file with a bias and a threshold."""
-    layer: int | None = within(None, low=0)
-    """Which of the file's; not needed where there is one."""
-    position: Literal["mean", "last", "max"] | None = None
-    """Over a row's actions, its stop token left out: the logit of the mean activation, that of the last action, or the highest.
-    null = mean or last, as the file was made."""
-    output: Literal["logit", "probability"] = "logit"
-    above: float | Literal["file"] | None = None
-    """Values that are not above it count 0; file = the threshold that the file holds. null = every value counts."""
-    screen: bool = False
-    """Nothing is learned from rows above the threshold (the file's, or `above`), and the part adds nothing to the reward."""
 
-    def build(self, where: str, around: Any) -> RewardTerm:
-        probe = read_probe(Path(self.probe), self.layer, where.split(" ")[0])
-        policy = frozen(self, where, around)
-        reward = ProbeReward(self, probe, FrozenReader.of(self, policy, self.place(policy, probe, where), where))
-        return RewardTerm("", where, 0.0 if self.screen else 1.0, reward.score, content=reward.content)
-
-    def place(self, policy: Policy, probe: Probe, where: str) -> Point:
-        """The probe's point in a model."""
-        return place_of(policy, probe.at, len(probe.direction_D), f"{where.split(' ')[0]}.probe: {self.probe}")
+def place(settings: ProbeSettings, policy: Policy, probe: Probe, where: str) -> Point:
+    """The probe's point in a model."""
+    return place_of(policy, probe.at, len(probe.direction_D), f"{where.split(' ')[0]}.probe: {settings.probe}")
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,30 @@
 Row vectors: `base` is (..., D) and `source` broadcasts to it. Nothing is changed in place. Rotations, projections and
 norms are worked out in float32 (or wider, where the base is wider) and cast back. `coordinates` chooses entries of the
 last dimension: None (all), indices, a bool mask, or one list of indices per row of a (B, ..., D) base.
+
+A steering spec is read by what this file says of its operations, before torch is there: it is imported where it is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Coordinates = Tensor | Sequence[int] | Sequence[Sequence[int]] | None
+    Coordinates = Tensor | Sequence[int] | Sequence[Sequence[int]] | None
+    Activation = Callable[[Tensor], Tensor]
 
 
 def chosen(coordinates: Coordinates, like: Tensor) -> Tensor | None:
     """`coordinates` as a bool mask that broadcasts against `like` (B, ..., D); None = all of them."""
     if coordinates is None:
         return None
+    import torch
+
     width = like.shape[-1]
-    if isinstance(coordinates, Tensor):
+    if isinstance(coordinates, torch.Tensor):
         if coordinates.dtype == torch.bool:
             return coordinates.to(like.device)
         coordinates = coordinates.tolist()
@@ -42,12 +48,14 @@ def chosen(coordinates: Coordinates, like: Tensor) -> Tensor | None:
 
 def wide(base: Tensor) -> Tensor:
     """float32 where the base is narrower: rotations and norms in bfloat16 would lose the direction."""
+    import torch
+
     return base.to(torch.promote_types(base.dtype, torch.float32))
 
 
 def _swap(base: Tensor, source: Tensor, coordinates: Coordinates) -> Tensor:
     mask = chosen(coordinates, base)
-    return source.expand_as(base) if mask is None else torch.where(mask, source, base)
+    return source.expand_as(base) if mask is None else source.where(mask, base)
 
 
 # -- write -----------------------------------------------------------------------------------------------------------
@@ -70,7 +78,7 @@ def subtract(base: Tensor, source: Tensor, strength: float | Tensor = 1.0, coord
 
 def zero(base: Tensor, source: Tensor | None = None, coordinates: Coordinates = None) -> Tensor:
     """h[I] = 0."""
-    return _swap(base, torch.zeros_like(base), coordinates)
+    return _swap(base, base.new_zeros(base.shape), coordinates)
 
 
 def scale(base: Tensor, source: Tensor | None = None, factor: float | Tensor = 1.0, coordinates: Coordinates = None) -> Tensor:
@@ -90,6 +98,8 @@ def collect(base: Tensor, source: Tensor | None = None, coordinates: Coordinates
         return base
     if mask.dim() == 1:
         return base[..., mask]
+    import torch
+
     return torch.stack([row[..., keep.reshape(-1)] for row, keep in zip(base, mask, strict=True)])
 
 
@@ -99,8 +109,14 @@ def collect(base: Tensor, source: Tensor | None = None, coordinates: Coordinates
 def along_unit(base: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(h, u, h.u) in float32, u of length 1."""
     h, u = wide(base), wide(source)
-    u = u / u.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
+    u = u / u.norm(dim=-1, keepdim=True).clamp_min(_tiny(u))
     return h, u, (h * u).sum(-1, keepdim=True)
+
+
+def _tiny(h: Tensor) -> float:
+    import torch
+
+    return torch.finfo(h.dtype).tiny
 
 
 def ablate(base: Tensor, source: Tensor, strength: float | Tensor = 1.0) -> Tensor:
@@ -123,12 +139,14 @@ def clamp(base: Tensor, source: Tensor, value: float | Tensor = 0.0) -> Tensor:
 
 def rotate(base: Tensor, source: Tensor, angle: float | Tensor = 0.0) -> Tensor:
     """h turned by `angle` (radians) towards u in the plane of both; its length stays. Parallel to u: unchanged."""
+    import torch
+
     h, u, along = along_unit(base, source)
     length = h.norm(dim=-1, keepdim=True)
-    unit = h / length.clamp_min(torch.finfo(h.dtype).tiny)
+    unit = h / length.clamp_min(_tiny(h))
     across = u - (unit * u).sum(-1, keepdim=True) * unit
     size = across.norm(dim=-1, keepdim=True)
-    across = across / size.clamp_min(torch.finfo(h.dtype).tiny)
+    across = across / size.clamp_min(_tiny(h))
     angle = torch.as_tensor(angle, dtype=h.dtype, device=h.device)
     turned = length * (torch.cos(angle) * unit + torch.sin(angle) * across)
     return torch.where(size > 1e-6, turned, h).to(base.dtype)
@@ -138,7 +156,7 @@ def renormalise(base: Tensor, source: Tensor, strength: float | Tensor = 1.0) ->
     """(h + a s), brought back to the length of h: an addition that moves the direction and keeps the norm."""
     h = wide(base)
     moved = h + strength * wide(source)
-    length = moved.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny)
+    length = moved.norm(dim=-1, keepdim=True).clamp_min(_tiny(h))
     return (moved * (h.norm(dim=-1, keepdim=True) / length)).to(base.dtype)
 
 
@@ -158,7 +176,7 @@ def low_rank_rotated(base: Tensor, source: Tensor, weight_DK: Tensor, coordinate
     move = (wide(source) - wide(base)) @ weight
     mask = chosen(coordinates, move)
     if mask is not None:
-        move = torch.where(mask, move, torch.zeros_like(move))
+        move = move.where(mask, 0.0)
     return (wide(base) + move @ weight.T).to(base.dtype)
 
 
@@ -170,6 +188,8 @@ def boundless(
     base: Tensor, source: Tensor, rotation_DD: Tensor, boundary: float | Tensor, temperature: float | Tensor
 ) -> Tensor:
     """Rotated, mixed by sig(j/t) sig((y - j)/t) with y = clip(b, 1e-3, 1) d, and back."""
+    import torch
+
     rotation = wide(rotation_DD)
     width = base.shape[-1]
     index = torch.arange(width, device=base.device, dtype=rotation.dtype)
@@ -180,7 +200,7 @@ def boundless(
 
 def sigmoid_mask(base: Tensor, source: Tensor, mask_D: Tensor, temperature: float | Tensor) -> Tensor:
     """(1 - sig(m/t)) h + sig(m/t) s."""
-    return _mix(wide(base), wide(source), torch.sigmoid(wide(mask_D) / temperature)).to(base.dtype)
+    return _mix(wide(base), wide(source), (wide(mask_D) / temperature).sigmoid()).to(base.dtype)
 
 
 def sigmoid_mask_rotated(
@@ -188,7 +208,7 @@ def sigmoid_mask_rotated(
 ) -> Tensor:
     """The same in the space hQ."""
     rotation = wide(rotation_DD)
-    share = torch.sigmoid(wide(mask_D) / temperature)
+    share = (wide(mask_D) / temperature).sigmoid()
     return (_mix(wide(base) @ rotation, wide(source) @ rotation, share) @ rotation.T).to(base.dtype)
 
 
@@ -229,7 +249,7 @@ def autoencoder(
     into, into_bias, back, back_bias = (wide(x) for x in (encoder_LD, encoder_bias_L, decoder_DL, decoder_bias_D))
 
     def encode(x: Tensor) -> Tensor:
-        return torch.relu((x - back_bias) @ into.T + into_bias)
+        return relu((x - back_bias) @ into.T + into_bias)
 
     return _through(base, source, encode, lambda latent: latent @ back.T + back_bias, coordinates, residual)
 
@@ -251,18 +271,20 @@ def jumprelu(
 
     def encode(x: Tensor) -> Tensor:
         before = x @ into + into_bias
-        return torch.where(before > threshold, torch.relu(before), torch.zeros_like(before))
+        return relu(before).where(before > threshold, 0.0)
 
     return _through(base, source, encode, lambda latent: latent @ back + back_bias, coordinates, residual)
 
 
 # -- learned -----------------------------------------------------------------------------------------------------------
 
-Activation = Callable[[Tensor], Tensor]
-
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+def relu(x: Tensor) -> Tensor:
+    return x.relu()
 
 
 def loreft(
@@ -323,7 +345,7 @@ def adapter(
     down_bias_K: Tensor,
     up_DK: Tensor,
     up_bias_D: Tensor,
-    act: Activation = torch.relu,
+    act: Activation = relu,
 ) -> Tensor:
     """h + up(act(down h)): a bottleneck adapter."""
     h = wide(base)

@@ -18,15 +18,26 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Literal
 
 from steerl.rollout.steering.core import operations
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _of_torch(name: str) -> Callable[[Tensor], Tensor]:
+    def function(x: Tensor) -> Tensor:
+        from torch.nn import functional
+
+        return getattr(functional, name)(x)  # type: ignore[no-any-return]
+
+    return function
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda x: x, "relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh,
+    "identity": lambda x: x, "relu": operations.relu, "gelu": _of_torch("gelu"), "silu": _of_torch("silu"),
+    "tanh": lambda x: x.tanh(),
 }  # fmt: skip
 SETTINGS = ("coordinates", "factor", "value", "rank", "act", "temperature", "boundary", "residual", "params", "function")
 """The fields of a spec's `op`, beside its type."""

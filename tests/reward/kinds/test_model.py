@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from steerl.reward.build import build_reward
 from steerl.reward.kinds.model_inputs import vocabulary_of
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model import adapters
+from steerl.rollout.model.settings import is_adapter_folder
 from steerl.rollout.types import Rollout, Texts
 from tests.episodes import CALCULATOR, samples_of, talk
 from tests.models import FAMILIES, tiny, tiny_tokenizer
@@ -359,7 +359,7 @@ def test_an_adapter_with_its_head_is_a_reward_model(family, tmp_path):
     )
     got = build_reward([{"kind": "model", "path": str(tmp_path / "rm")}], tokenizer=tokenizer)(rollout, texts)
     assert (got.total_B - expected).abs().max() < 1e-5
-    assert not adapters.is_adapter_folder(tmp_path / "base")
+    assert not is_adapter_folder(tmp_path / "base")
 
 
 def test_an_adapter_without_a_head_on_a_base_without_one(tmp_path):

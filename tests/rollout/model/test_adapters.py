@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.model import adapters, virtual_tokens
+from steerl.rollout.model.settings import base_of, is_adapter_folder
 from tests.models import tiny
 
 KINDS = {
@@ -218,7 +219,7 @@ def test_named_adapters_are_saved_loaded_and_switched(kind, tmp_path):
         model = adapted("gpt2", kind, name, seed)
         expected[name] = logprobs(model, ids)
         adapters.save(model, tmp_path / name)
-        assert (tmp_path / name / "adapter_config.json").is_file() and adapters.is_adapter_folder(tmp_path / name)
+        assert (tmp_path / name / "adapter_config.json").is_file() and is_adapter_folder(tmp_path / name)
     model = adapters.load(tiny("gpt2"), tmp_path / "kind", "kind")
     model = adapters.load(model, tmp_path / "terse", "terse")
     for name in ("terse", "kind", "terse"):
@@ -255,7 +256,7 @@ def test_the_base_is_found_from_the_folder_alone(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     adapters.save(adapters.add(AutoModelForCausalLM.from_pretrained(base), KINDS["LORA"]), tmp_path / "adapter")
-    assert adapters.base_of(tmp_path / "adapter") == str(base.resolve())
+    assert base_of(tmp_path / "adapter") == str(base.resolve())
     monkeypatch.chdir(tmp_path)
     relative = adapters.add(AutoModelForCausalLM.from_pretrained("base"), KINDS["LORA"])
     monkeypatch.chdir("adapter")  # and loaded from another place
@@ -266,13 +267,13 @@ def test_the_base_is_found_from_the_folder_alone(tmp_path, monkeypatch):
     file = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "base_model_name_or_path": "../base"}))
-    assert AutoModelForCausalLM.from_pretrained(adapters.base_of(tmp_path / "adapter")) is not None
+    assert AutoModelForCausalLM.from_pretrained(base_of(tmp_path / "adapter")) is not None
     base.rename(tmp_path / "gone")
     with pytest.raises(UserError, match="the base of .* is missing; give the base as model.path"):
-        adapters.base_of(tmp_path / "adapter")
+        base_of(tmp_path / "adapter")
     file.write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(UserError, match="does not say what its base is"):
-        adapters.base_of(tmp_path / "adapter")
+        base_of(tmp_path / "adapter")
 
 
 def test_count_follows_the_active_adapter():

@@ -18,8 +18,9 @@ from steerl.rollout.common.run_folder import RunSettings
 from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.vllm.support import refusals
 from steerl.rollout.model import adapters, auto_classes, compat
-from steerl.rollout.model.auto_classes import Hub, load_config
-from steerl.rollout.model.policy import ModelSettings, load_policy
+from steerl.rollout.model.auto_classes import load_config
+from steerl.rollout.model.policy import load_policy
+from steerl.rollout.model.settings import Hub, ModelSettings
 from steerl.rollout.types import Rollout, Texts
 from steerl.training import ppo
 from steerl.training.settings import PPOSettings

@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.model.hooks import current
-from steerl.rollout.steering import Steering, engine, unsteered
+from steerl.rollout.model.hooks import current, unsteered
+from steerl.rollout.steering import Steering, engine
 from tests.models import FAMILIES, tiny
 from tests.rollout.steering.helpers import vector
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from steerl.rollout.common.errors import UserError
-from steerl.rollout.steering import unsteered
+from steerl.rollout.model.hooks import unsteered
 from steerl.rollout.steering.interventions.intervene import Intervened, Intervention, intervene, intervene_generate
 from tests.models import tiny
 

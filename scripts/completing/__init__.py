@@ -1,0 +1,1 @@
+"""What `steerl complete` is made of."""
