@@ -50,6 +50,8 @@ class CompleteJob:
     def __post_init__(self) -> None:
         if self.prompt and self.prompts.path:
             raise UserError("prompt: given, and prompts.path too; choose one")
+        if self.prompts.streaming:
+            raise UserError("prompts.streaming: has no effect on steerl complete, which holds all rows; leave it out")
         if self.system and not self.chat and (self.prompt or self.prompts.path):
             raise UserError("system: has no effect on texts; add --chat true")
         if self.least < 1 or not 0 < self.below <= 1:
