@@ -11,9 +11,9 @@
                                    v
                               the Job, built
 
-A command is a Job dataclass, a `main(job)` and `run_command(main, Job)`. Fields of the Job are sections (dataclasses in
-files that import no torch) or plain values. A field with `metadata={"positional": True}` is given without a flag ("texts":
-after a flag that stands alone, too); what else a field may say is in rollout/common/settings_reader.py.
+A command is a Job dataclass, a `main(job)` and `run_command(main, Job)`. Fields of the Job are sections (dataclasses in files
+that import no torch) or plain values. A field with `metadata={"positional": True}` is given without a flag ("texts": after a
+flag that stands alone, too); what else a field may say is in rollout/common/settings_reader.py.
 """
 
 from __future__ import annotations
