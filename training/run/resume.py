@@ -57,6 +57,7 @@ learning rate falls towards the last one."""
 SINCE: dict[str, object] = {
     "engine.ahead": 0,
     "ppo.packing": False,
+    "ppo.compile": "off",
     "ppo.offload_activations": False,
     "ppo.optimizer": "adamw",
     "run.push_to_hub": "",
