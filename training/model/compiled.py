@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.progress import doing
 from steerl.rollout.model import compat, language_model, virtual_tokens
 from steerl.rollout.model.policy import Policy
+from steerl.rollout.scoring.logprobs import teacher_forced
+from steerl.rollout.types import Rollout
 from steerl.training.model.actor_critic import ActorCritic
 from steerl.training.settings import PPOSettings
 
@@ -97,15 +99,16 @@ class CompiledLayers:
 
 
 def compile_layers(actor_critic: ActorCritic, settings: PPOSettings, held_by: str = "") -> None:
-    """As ppo.compile says: `on` refuses what `auto` leaves uncompiled with a line. What a graph gives is compared with the plain
-    layers here, before anything is learned. `held_by`: the engine that has taken the weights into its hands, if one has."""
+    """As ppo.compile says: `on` refuses what `auto` leaves uncompiled with a line. What a graph gives is compared with the
+    plain layers here, before anything is learned. `held_by`: the engine that has the weights in its hands, if one has."""
     if settings.compile == "off":
         return
     layers = CompiledLayers(actor_critic)
     reason = why_not(actor_critic, layers, settings, held_by)
     if reason is None:
         with doing(f"compiling the layers of {type(actor_critic.policy.core).__name__}"):
-            reason = next((told for policy in actor_critic.policies if (told := _disagrees(policy, layers))), None)
+            for policy in actor_critic.policies:
+                reason = reason or _disagrees(policy, layers, actor_critic.packed, policy is actor_critic.policy)
     if reason is None:
         actor_critic.compiled = layers
     elif settings.compile == "on":
@@ -133,18 +136,27 @@ def why_not(actor_critic: ActorCritic, layers: CompiledLayers, settings: PPOSett
     return None if layers.whole() else "every layer has hooks inside (steering or others'), which a graph would leave out"
 
 
-def _disagrees(policy: Policy, layers: CompiledLayers) -> str | None:
+def _disagrees(policy: Policy, layers: CompiledLayers, packed: bool, is_actor: bool) -> str | None:
     """What is wrong with the graph's numbers, forward or back; None where they are the plain layers'."""
-    rows = torch.cat([language_model.probe_row(policy, start, 7) for start in (3, 5)])
-    weights = [p for p in policy.core.parameters() if p.requires_grad]
+    ids = language_model.probe_row(policy, 3, 8)[0].tolist()
+    rows = Rollout.of_ids([ids[:3], ids[:5]], [ids[3:], ids[5:]], pad_id=policy.pad_id, device=policy.device)
+    first = next(module for module in policy.core.modules() if module in set(layers.layers))
+    weights = [p for p in first.parameters() if p.requires_grad]  # where errors of all layers come together
 
-    def numbers() -> list[torch.Tensor]:
-        with torch.enable_grad(), language_model.no_dropout(policy.core):
-            logits = language_model.pass_logits(policy, rows, offset=policy.capabilities.position_offset)
-            loss = logits.float().square().mean()
+    def numbers() -> list[Tensor]:
+        with torch.enable_grad():
+            forced = teacher_forced(
+                policy, rows, want_hidden=True, want_entropy=False, want_logprobs=is_actor, temperature=1.0, packed=packed
+            )
+            assert forced.hidden_BRD is not None
+            hidden = forced.hidden_BRD
+            # Not the squares: a norm before the head has them all but constant, and nothing to give back but rounding.
+            loss = hidden.float().abs().mean() + forced.logprobs_BR.sum()
             gradients = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else ()
-        # Under autocast gradients of float32 weights are as rough as the products.
-        return [logits.detach(), *(gradient.to(logits.dtype) for gradient in gradients if gradient is not None)]
+        # All gradients at once: one that is 0 but for rounding says nothing by itself. Under autocast they are as rough as the
+        # products.
+        gradient = torch.cat([hidden.new_zeros(1), *(given.flatten() for given in gradients if given is not None)])
+        return [number.detach().to(hidden.dtype) for number in (hidden, forced.logprobs_BR, gradient)]
 
     plain = numbers()
     with layers():
@@ -152,5 +164,5 @@ def _disagrees(policy: Policy, layers: CompiledLayers) -> str | None:
     name = type(policy.core).__name__
     if layers.failed:
         return f"the layers of {name} cannot be compiled ({layers.failed})"
-    same = len(found) == len(plain) and all(map(language_model.same, found, plain))
+    same = all(map(language_model.same, found, plain))
     return None if same else f"a graph does not give the numbers of {name}"
