@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerl.rollout.common import processes
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.common.progress import doing
 from steerl.rollout.model import compat, language_model, virtual_tokens
@@ -109,6 +110,7 @@ def compile_layers(actor_critic: ActorCritic, settings: PPOSettings, held_by: st
         with doing(f"compiling the layers of {type(actor_critic.policy.core).__name__}"):
             for policy in actor_critic.policies:
                 reason = reason or _disagrees(policy, layers, actor_critic.packed, policy is actor_critic.policy)
+    reason = next((told for told in processes.gather_objects([reason]) if told), None)  # all ranks, or none
     if reason is None:
         actor_critic.compiled = layers
     elif settings.compile == "on":
