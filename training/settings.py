@@ -47,6 +47,9 @@ class PPOSettings:
     offload_activations: bool = False
     """Keep what the backward pass needs of the update's forward passes in host memory meanwhile: less GPU memory, more time,
     the same gradient to the bit. Beside checkpointing that is each layer's input alone. GPUs only."""
+    compile: Literal["off", "auto", "on"] = "off"
+    """Score and learn through compiled layers: the same numbers up to rounding, a graph instead of a launch for each operation.
+    A minute at the first start, seconds later on. on refuses what cannot be compiled; auto leaves it as it is and says so."""
     gather: Literal["phase", "layers"] = "phase"
     """Where weights are spread over ranks (ZeRO-3, FSDP): bring the policy together once per sampling phase (fast, the whole
     policy on every GPU meanwhile), or layer by layer in every forward pass (slow, little memory). The same rollouts."""

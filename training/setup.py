@@ -36,6 +36,7 @@ from steerl.training.engine.engine import EngineSampler
 from steerl.training.engine.optimizer import build_optimizer, check_optimizer
 from steerl.training.model import offload
 from steerl.training.model.actor_critic import ActorCritic, checkpoint_activations
+from steerl.training.model.compiled import compile_layers
 from steerl.training.model.reference import Reference, build_reference
 from steerl.training.model.value_model import build_value_model
 from steerl.training.replay import Replay
@@ -105,6 +106,7 @@ def prepare(
     with doing("wrapping the models"):
         model, optimizer = engine.wrap(accelerator, actor_critic, optimizer)
         engine.observe(actor_critic, reference, settings)
+    _autocast(accelerator, lambda: compile_layers(actor_critic, settings, engine.holder(accelerator)))
 
     server = None
     if engine_settings is not None and engine_settings.kind == "vllm":

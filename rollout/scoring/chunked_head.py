@@ -38,6 +38,8 @@ enabled = True
 """False leaves all logits to the model at once: slower and larger, the same numbers."""
 CHUNK = {"cpu": 2**22, "cuda": 2**27}
 """Logits that are computed together. On CPU 16 MB of float32: larger buffers go back to the system after every use."""
+KEPT = {"cpu": 4, "cuda": 1}
+"""Chunks whose probabilities are kept for the backward pass; those of the others are computed again."""
 
 
 # -- rows through the head -------------------------------------------------------------------------------------------
@@ -97,37 +99,39 @@ class ChunkedHead:
         ):
             return self.postprocessing(self.core, self.forward(hidden_ND)).float()
 
-    def scores_and_probabilities(self, logits_nV: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """(scores, each row's largest at 0; probabilities). The scores take the logits' place, where these are nobody else's:
-        a head of any make may give what is not its own."""
+    def scores(self, logits_nV: Tensor, part: slice) -> Tensor:
+        """They take the logits' place, where these are nobody else's: a head of any make may give what is not its own."""
         if not self.is_matrix:
             logits_nV = logits_nV.detach().clone()
         scores_nV = logits_nV.div_(self.temperature) if self.temperature != 1 else logits_nV
         if self.kept is not None:
             kept, place_N = self.kept
             scores_nV.masked_fill_(kept.mask(place_N[part], scores_nV.shape[1]).logical_not_(), float("-inf"))
-        scores_nV.sub_(scores_nV.amax(-1, keepdim=True))
-        return scores_nV, torch.softmax(scores_nV, dim=-1)
+        return scores_nV
 
     @torch.no_grad()
-    def numbers(self, hidden_ND: Tensor, tokens_N: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and entropies; and, with `keep`, the probabilities of the last chunk."""
+    def numbers(self, hidden_ND: Tensor, tokens_N: Tensor, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
+        """Log-probs and entropies; and, with `keep`, the probabilities of the last chunks."""
         numbers_N2 = torch.zeros(len(hidden_ND), 2, device=hidden_ND.device)
-        probs_nV: Tensor | None = None
-        for part in self.chunks(len(hidden_ND)):
-            del probs_nV
-            scores_nV, probs_nV = self.scores_and_probabilities(self.logits(hidden_ND[part]), part)
-            # The likeliest token has score 0, so its probability is 1 / sum(exp(scores)): no second pass of exp.
+        chunks, kept = self.chunks(len(hidden_ND)), list[Tensor]()
+        first_kept = len(chunks) - KEPT.get(self.device, 1) if keep and self.is_matrix else len(chunks)
+        for number, part in enumerate(chunks):
+            scores_nV = self.scores(self.logits(hidden_ND[part]), part)
+            most_n1 = scores_nV.amax(-1, keepdim=True)
+            probs_nV = torch.softmax(scores_nV, dim=-1)
+            # Of the likeliest token it is 1 / sum(exp(score - most)): no second pass of exp.
             log_sum_n = -probs_nV.amax(-1).log()
-            numbers_N2[part, 0] = scores_nV.gather(-1, tokens_N[part, None])[:, 0] - log_sum_n
+            numbers_N2[part, 0] = (scores_nV.gather(-1, tokens_N[part, None]) - most_n1)[:, 0] - log_sum_n
             if self.want_entropy:
                 # Tokens of probability 0 add nothing; their score of -inf must not meet their 0.
-                scores_nV.clamp_(min=torch.finfo(scores_nV.dtype).min)
+                scores_nV.sub_(most_n1).clamp_(min=torch.finfo(scores_nV.dtype).min)
                 numbers_N2[part, 1] = log_sum_n - torch.linalg.vecdot(probs_nV, scores_nV)
             elif self.want_likeliest:
                 numbers_N2[part, 1] = (scores_nV.argmax(-1) == tokens_N[part]).float()
-            del scores_nV
-        return numbers_N2, probs_nV if keep and self.is_matrix else None
+            if number >= first_kept:
+                kept.append(probs_nV)
+            del scores_nV, probs_nV
+        return numbers_N2, kept
 
     def gradients(
         self, grad_N2: Tensor, hidden_ND: Tensor, tokens_N: Tensor, numbers_N2: Tensor, saved: list[Tensor]
@@ -138,13 +142,13 @@ class ChunkedHead:
         for part in reversed(self.chunks(len(hidden_ND))):
             hidden_nD = hidden_ND[part].detach()
             if self.is_matrix:
-                probs_nV = saved.pop() if saved else self.scores_and_probabilities(self.logits(hidden_nD), part)[1]
+                probs_nV = saved.pop() if saved else torch.softmax(self.scores(self.logits(hidden_nD), part), dim=-1)
                 slope_nV = self.slope(probs_nV, grad_N2[part], tokens_N[part], numbers_N2[part])
                 grad_ND[part] = self.through_matrix(slope_nV, hidden_nD, weights, sums)
             else:
                 with torch.enable_grad():
                     logits_nV = self.logits(hidden_nD.requires_grad_())
-                probs_nV = self.scores_and_probabilities(logits_nV, part)[1]
+                probs_nV = torch.softmax(self.scores(logits_nV, part), dim=-1)
                 slope_nV = self.slope(probs_nV, grad_N2[part], tokens_N[part], numbers_N2[part])
                 grad_nD, *others = torch.autograd.grad(logits_nV, [hidden_nD, *weights], slope_nV, allow_unused=True)
                 grad_ND[part] = grad_nD
@@ -204,8 +208,8 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, head: ChunkedHead, hidden_ND: Tensor, tokens_N: Tensor, *weights: Tensor) -> Tensor:
-        numbers_N2, probs_nV = head.numbers(hidden_ND, tokens_N, keep=any(ctx.needs_input_grad))
-        ctx.head, ctx.probs = head, [] if probs_nV is None else [probs_nV]
+        numbers_N2, ctx.probs = head.numbers(hidden_ND, tokens_N, keep=any(ctx.needs_input_grad))
+        ctx.head = head
         ctx.save_for_backward(hidden_ND, tokens_N, numbers_N2)
         return numbers_N2
 

@@ -119,6 +119,11 @@ def is_fsdp2(accelerator: Accelerator) -> bool:
     return bool(accelerator.is_fsdp2)
 
 
+def holder(accelerator: Accelerator) -> str:
+    """The engine that has cut or taken over weights or their updates; empty with one process and DDP."""
+    return "DeepSpeed" if uses_deepspeed(accelerator) else "FSDP" if is_fsdp2(accelerator) else ""
+
+
 class EngineSampler:
     """A Sampler of the policy as its engine holds it: in the engine's precision, the weights together on every rank for a whole
     phase of sampling, or layer by layer (ppo.gather)."""

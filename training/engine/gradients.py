@@ -65,8 +65,13 @@ def finish(state: TrainState, bound: float) -> float:
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     if isinstance(state.model, DistributedDataParallel):
         summed_over_ranks(parameters)
-    norm = state.accelerator.clip_grad_norm_(parameters, bound or math.inf)
-    return float(norm) if norm is not None else math.nan
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if any(hasattr(gradient, "full_tensor") for gradient in gradients):  # FSDP's
+        return float(state.accelerator.clip_grad_norm_(parameters, bound or math.inf))
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if bound and float(bound / (norm + 1e-6)) < 1:  # torch's own goes through every gradient, and mostly multiplies by 1
+        torch.nn.utils.clip_grads_with_norm_(parameters, bound, norm)
+    return float(norm)
 
 
 def summed_over_ranks(parameters: list[nn.Parameter]) -> None:

@@ -14,7 +14,7 @@ import torch
 from steerl.rollout.common.errors import ConfigError, UserError, said
 from steerl.rollout.common.loading import load_function
 from steerl.rollout.common.settings_reader import near_name
-from steerl.training.engine.engine import is_fsdp2, uses_deepspeed
+from steerl.training.engine.engine import holder
 from steerl.training.settings import PPOSettings, is_custom
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def check_optimizer(accelerator: Accelerator, settings: PPOSettings) -> None:
     """Refuse what cannot compute with the states, or bring them together for a checkpoint."""
     if settings.optimizer == "adamw":
         return
-    spread = "DeepSpeed" if uses_deepspeed(accelerator) else "FSDP" if is_fsdp2(accelerator) else ""
+    spread = holder(accelerator)
     why = None
     if settings.optimizer != "adamw8bit":
         if spread:

@@ -43,6 +43,8 @@ class ActorCritic(Held):
         self.vectors = steering.parameters_module if steering is not None else None
         self.packed = False
         """Rows of a pass are laid one after another without padding (ppo.packing)."""
+        self.compiled: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        """Around a pass: its layers run compiled (ppo.compile)."""
 
     @property
     def device(self) -> torch.device:
@@ -98,13 +100,15 @@ class ActorCritic(Held):
             return PolicyOutput(torch.empty(0))
         seen = widened(rollout) if after and self.head is not None else rollout
         width, mask_BR = rollout.response_width, rollout.action_mask_BR
-        forced = self._policy_pass(seen, entropy)
+        with self.compiled():
+            forced = self._policy_pass(seen, entropy)
         logprobs_BR = torch.where(mask_BR, forced.logprobs_BR[:, :width], 0.0)
         entropy_BR = torch.where(mask_BR, forced.entropy_BR[:, :width], 0.0) if entropy else None
         if self.head is None:
             return PolicyOutput(logprobs_BR, entropy_BR)
         if self.value_model is not None:
-            forced = teacher_forced(self.value_model, seen, want_hidden=True, want_logprobs=False, packed=self.packed)
+            with self.compiled():
+                forced = teacher_forced(self.value_model, seen, want_hidden=True, want_logprobs=False, packed=self.packed)
         assert forced.hidden_BRD is not None
         hidden_BRD = forced.hidden_BRD.detach() if detach_value and self.value_model is None else forced.hidden_BRD
         with torch.autocast(hidden_BRD.device.type, enabled=False):  # a value is a number to regress on, not a distribution

@@ -59,6 +59,7 @@ SINCE: dict[str, object] = {
     "heldout.streaming": False,
     "engine.ahead": 0,
     "ppo.packing": False,
+    "ppo.compile": "off",
     "ppo.offload_activations": False,
     "ppo.optimizer": "adamw",
     "run.push_to_hub": "",

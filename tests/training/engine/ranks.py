@@ -27,6 +27,7 @@ from steerl.rollout.steering import load_spec
 from steerl.rollout.steering.vectors.files import save_vector
 from steerl.rollout.types import Rollout, Samples, Texts
 from steerl.training.algorithm.importance import Correction
+from steerl.training.model import compiled
 from steerl.training.ppo import train
 from steerl.training.settings import PPOSettings
 from steerl.training.setup import with_peft
@@ -98,6 +99,7 @@ JOBS = {
         {"n": 3, "stop_ids": []},
         {"rollouts_per_step": 3, "minibatches": 3, "eval_prompts": 1, "correction": Correction("token_truncate")},
     ),
+    "compiled": ("llama", None, {}, {"compile": "on"}),
     "steered": ("llama", None, {"n": 2}, {"value": "shared"}),
     # a probe and a bonus, of the policy as it started; some rows are screened out
     "screened": ("llama", LORA, {"n": 2}, {"value": "shared"}),
@@ -182,6 +184,7 @@ def sample_with_gaps(*arguments: Any, **settings: Any) -> Samples:
 
 def main(folder: Path) -> None:
     processes.start()
+    compiled.BACKEND = "eager"
     for name, (family, peft, sampling, settings) in JOBS.items():
         policy = with_peft(tiny_policy(family), peft)
         drawn = Sampling(**{"max_new_tokens": 8, "stop_ids": [11, 17, 23], **sampling})
