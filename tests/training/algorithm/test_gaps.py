@@ -196,7 +196,6 @@ def a_step(scored: Scored, numbers: list[Tensor], ppo: PPOSettings) -> tuple[dic
     accelerator = SimpleNamespace(
         backward=lambda total: total.backward(),
         no_sync=lambda _: contextlib.nullcontext(),
-        clip_grad_norm_=nn.utils.clip_grad_norm_,
     )
     state: Any = SimpleNamespace(
         model=table, module=table, step=7, kl=kl.FixedKL(0.3), accelerator=accelerator, optimizer=torch.optim.SGD(groups)

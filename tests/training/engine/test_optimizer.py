@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from steerl.rollout.common.errors import UserError
+from steerl.training.engine.gradients import finish
 from steerl.training.engine.optimizer import build_optimizer, check_optimizer
 from steerl.training.settings import PPOSettings
 from tests.ppo_runs import job
@@ -54,3 +56,21 @@ def test_without_a_word_it_is_torchs_adamw() -> None:
     built.step()
     # Adam's first step is the learning rate, against the gradient's sign; decay takes half of a tenth.
     assert torch.allclose(weight.detach(), 0.95 - torch.tensor([0.1, -0.1, 0.0]))
+
+
+@pytest.mark.parametrize("bound", [0.0, 1e-3, 1.0, 1e9])
+def test_clipping_is_torchs_to_the_bit_and_leaves_what_is_within_the_bound(bound):
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(7)), torch.nn.Parameter(torch.randn(2))]
+    for parameter in ours[:2]:  # one that nothing used
+        parameter.grad = 0.1 * torch.randn_like(parameter)
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    for one, other in zip(ours, theirs, strict=True):
+        other.grad = None if one.grad is None else one.grad.clone()
+    state: Any = SimpleNamespace(model=None, optimizer=torch.optim.SGD(ours), accelerator=None)
+    versions = [parameter.grad._version for parameter in ours[:2]]
+    norm = torch.nn.utils.clip_grad_norm_(theirs, bound or math.inf)
+    assert finish(state, bound) == float(norm)
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(ours[:2], theirs[:2], strict=True))
+    written = [parameter.grad._version for parameter in ours[:2]] != versions
+    assert written == (0 < bound < float(norm))
