@@ -199,8 +199,9 @@ class DecodeLoop:
             ids, counts_A = listed(drawn.kept_BV.logical_and_(~alive.ended[:, None]))
             counts_B = torch.zeros(len(self.rows.place), dtype=torch.int64, device=ids.device)
             self.kept.append((ids, counts_B.index_copy(0, alive.place, counts_A)))
-        alive.length += ~alive.ended
-        bad_A = drawn.bad_B & ~alive.ended
+        going_A = ~alive.ended
+        alive.length += going_A
+        bad_A = drawn.bad_B & going_A
         ended_A = alive.ended | self.stops.is_stop(drawn.tokens_B)
         if self.stops.has_strings:
             going = (~ended_A).nonzero()[:, 0]
