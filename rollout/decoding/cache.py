@@ -23,7 +23,7 @@ _LEAST = 32
 def grow(kwargs: dict[str, Any], columns: int) -> None:
     """Let the caches in generate's arguments grow in place, by at most so many columns."""
     for cache in caches_of(kwargs):
-        layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
+        layers: Any = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
         for k, layer in enumerate(layers):
             if (kind := _GROWING.get(type(layer))) is not None and layer.is_initialized:
                 layers[k] = kind(layer, columns)
@@ -59,8 +59,11 @@ class _Columns:
 class _Growing(DynamicLayer):
     """A layer that keeps all columns."""
 
+    keys: Any
+    values: Any
+
     def __init__(self, layer: Any, columns: int):
-        vars(self).update(vars(layer))
+        self.__dict__.update(layer.__dict__)
         self.columns = (_Columns(columns), _Columns(columns))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -73,8 +76,11 @@ class _Growing(DynamicLayer):
 class _GrowingWindow(DynamicSlidingWindowLayer):
     """A layer that keeps the columns of its window."""
 
+    keys: Any
+    values: Any
+
     def __init__(self, layer: Any, columns: int):
-        vars(self).update(vars(layer))
+        self.__dict__.update(layer.__dict__)
         self.columns = (_Columns(columns), _Columns(columns))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

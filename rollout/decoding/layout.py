@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ _SAME: dict[tuple[object, ...], bool] = {}
 @contextlib.contextmanager
 def for_few_rows(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers multiply by copies of their weights, which must not change meanwhile."""
-    layers = [module for module in model.modules() if _fits(module)]
+    layers: list[Any] = [module for module in model.modules() if _fits(module)]
     if sum(layer.weight.nbytes for layer in layers) > _MOST:
         layers = []
     for layer in layers:
