@@ -126,7 +126,8 @@ class Distribution:
             entropy_B, total_B = policy.entropy(), policy.total_B
         policy_B = policy.logprobs(tokens_B, total_B)
         behaviour_B = policy_B if settings.is_policy else behaviour.logprobs(tokens_B, behaviour.total_B)
-        return Drawn(tokens_B, behaviour_B, policy_B, entropy_B, bad_B | behaviour.bad_B, kept_BV)
+        bad_B = bad_B if behaviour.bad_B is bad_B else bad_B | behaviour.bad_B
+        return Drawn(tokens_B, behaviour_B, policy_B, entropy_B, bad_B, kept_BV)
 
 
 def _tempered(logits_BV: Tensor, temperature: float, space: Space) -> Tensor:

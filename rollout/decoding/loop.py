@@ -12,6 +12,7 @@ are keyed by (row, sample, t), so neither dropping rows nor sharing a prefill ch
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.decoding import cache, layout
 from steerl.rollout.decoding.compiled import CompiledSteps
 from steerl.rollout.decoding.distribution import Distribution, Drawn, History
 from steerl.rollout.decoding.stops import Stops
@@ -31,6 +33,9 @@ from steerl.rollout.types import STOP_LENGTH, STOP_USER
 OnToken = Callable[[int, Tensor, Tensor, Tensor], None]
 _KEEP_ABOVE = 0.9
 """Ended rows are dropped when less than this share is alive; each drop copies the cache once."""
+
+_SETTLED, _FEW = 8, 128
+"""From this step on, and where as few rows are left, weights are copied into another layout: it pays after some five steps."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,22 @@ class DecodeLoop:
         if len(logits_processor):  # what was declared: none, the distribution is applied here
             names = [type(processor).__name__ for processor in logits_processor]
             raise RuntimeError(f"generate was given logits processors that nobody declared: {names}")
+        with contextlib.ExitStack() as stack:
+            self._decode(model, input_ids, kwargs, stack)
+        return input_ids
+
+    def _decode(self, model: Any, input_ids: Tensor, kwargs: dict[str, Any], stack: contextlib.ExitStack) -> None:
         ids, alive, space, width = input_ids, self.rows, Space(), self.rows.tokens.shape[1]
         history: History | None = None
         last_B1: Tensor | None = None
+        settled = False
         for t in range(width):
             if last_B1 is not None:
                 kwargs["position_ids"] = kwargs["position_ids"].minimum(last_B1[alive.place])
+            if t >= _SETTLED and not settled and self.compiled is None and not self.synced and len(ids) <= _FEW:
+                settled = True
+                if width - t >= 2 * _SETTLED:
+                    stack.enter_context(layout.for_few_rows(model))
             if t and self.compiled is not None:
                 logits_AV = self.compiled(ids, kwargs)
             else:
@@ -133,6 +148,8 @@ class DecodeLoop:
                     kwargs = select_rows(kwargs, self.copies_B, len(input_ids))
                 history = History(ids, self.inputs.real_BL, self.distribution)
                 last_B1 = self._last_positions(kwargs)
+                if self.compiled is None:
+                    cache.grow(kwargs, width)
             drawn = self.distribution.draw(logits_AV, history, alive.uniforms[:, t], space)
             if self.on_token is not None:
                 going = ~alive.ended
@@ -153,7 +170,6 @@ class DecodeLoop:
                 if self.steering is not None:
                     self.steering.select(index)
         self.rows.write(alive)
-        return input_ids
 
     def _last_positions(self, kwargs: dict[str, Any]) -> Tensor | None:
         """Where rows have limits of their own and every rank runs as many steps: the last position that each is fed. One that
@@ -183,8 +199,9 @@ class DecodeLoop:
             ids, counts_A = listed(drawn.kept_BV.logical_and_(~alive.ended[:, None]))
             counts_B = torch.zeros(len(self.rows.place), dtype=torch.int64, device=ids.device)
             self.kept.append((ids, counts_B.index_copy(0, alive.place, counts_A)))
-        alive.length += ~alive.ended
-        bad_A = drawn.bad_B & ~alive.ended
+        going_A = ~alive.ended
+        alive.length += going_A
+        bad_A = drawn.bad_B & going_A
         ended_A = alive.ended | self.stops.is_stop(drawn.tokens_B)
         if self.stops.has_strings:
             going = (~ended_A).nonzero()[:, 0]

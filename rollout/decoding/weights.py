@@ -81,7 +81,7 @@ class Weights:
     def _sum(self, sums_BN: Tensor) -> None:
         self.cumulative_BN = sums_BN.double().cumsum(dim=1)
         self.total_B = self.cumulative_BN[:, -1]
-        self.bad_B = ~(self.top_B1[:, 0].isfinite() & self.total_B.isfinite())  # NaN, +inf, or all of them -inf
+        self.bad_B = ~self.total_B.isfinite()  # NaN, +inf, or all of them -inf: shifted by the top, each gives NaN
 
     def mass_of(self, mask: Tensor, piece: slice) -> Tensor:
         """Weight of the tokens of a mask over the rows of a piece."""

@@ -33,9 +33,13 @@ def holds_past(kwargs: dict[str, object]) -> bool:
     return any(kwargs.get(name) is not None for name in (*_CACHES, "state"))
 
 
+def caches_of(kwargs: dict[str, object]) -> list[object]:
+    return [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
+
+
 def can_select_rows(kwargs: dict[str, object]) -> bool:
     """Whether rows can be taken out of (or repeated in) everything that generate carries from step to step."""
-    caches = [kwargs[name] for name in _CACHES if kwargs.get(name) is not None]
+    caches = caches_of(kwargs)
     if not kwargs.get("use_cache"):
         return True
     return bool(caches) and all(hasattr(cache, "reorder_cache") and not _is_static(cache) for cache in caches)
