@@ -192,7 +192,7 @@ def _zero(state: TrainState) -> Any:
 
 def _groups(state: TrainState) -> list[list[nn.Parameter]]:
     """The parameters of each of the optimizer's groups, in the order that setup.groups gives them."""
-    module = state.accelerator.unwrap_model(state.model)
+    module = state.module
     return [group for group in (module.policy_parameters(), module.value_parameters()) if group]
 
 

@@ -194,13 +194,12 @@ def a_step(scored: Scored, numbers: list[Tensor], ppo: PPOSettings) -> tuple[dic
     table = Table(scored.rollout, numbers, ppo.credit == "gae")
     groups = [{"params": list(table.parameters()), "name": "policy", "lr": 0.5, "base_lr": 0.5}]
     accelerator = SimpleNamespace(
-        unwrap_model=lambda model: model,
         backward=lambda total: total.backward(),
         no_sync=lambda _: contextlib.nullcontext(),
         clip_grad_norm_=nn.utils.clip_grad_norm_,
     )
     state: Any = SimpleNamespace(
-        model=table, step=7, kl=kl.FixedKL(0.3), accelerator=accelerator, optimizer=torch.optim.SGD(groups)
+        model=table, module=table, step=7, kl=kl.FixedKL(0.3), accelerator=accelerator, optimizer=torch.optim.SGD(groups)
     )
     gap = check_gap(scored, 1e9, 0, corrected=True)
     stats = step_stats(scored, experience, learn(state, experience, ppo, seed=3), gap, None, cut_prompts=0, kl_coef=0.3)

@@ -31,7 +31,7 @@ def make_state(seed: int = 0, family: str = "gpt2") -> TrainState:
     torch.manual_seed(seed)
     model = nn.ModuleDict({"policy": tiny(family, seed=seed), "value": nn.Linear(32, 1)})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    plain = SimpleNamespace(unwrap_model=lambda module: module)
+    plain = SimpleNamespace()
     return TrainState(model=model, optimizer=optimizer, accelerator=plain, kl=AdaptiveKL(0.1 / 3, 6.0, 10.0), reward=None)
 
 
