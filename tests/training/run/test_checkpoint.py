@@ -371,3 +371,15 @@ def test_a_peer_that_is_lost_while_a_checkpoint_is_read_is_no_damage(monkeypatch
         monkeypatch.setattr(checkpoint.processes, "lost_peer", lambda error, known=known: known and error is lost)
         with pytest.raises(RuntimeError if known else UserError), checkpoint._written_by_us(tmp_path):
             raise lost
+
+
+def test_the_module_is_found_in_whatever_it_is_wrapped_in():
+    state = make_state()
+    plain = state.model
+    names = set(state.trained())
+    assert state.module is plain
+    wrapped = nn.Module()
+    wrapped.module = plain  # as DDP and DeepSpeed hold it
+    for model in (wrapped, torch.compile(wrapped, backend="eager")):
+        state.model = model
+        assert state.module is plain and set(state.trained()) == names
