@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from steerl.reward.types import Reward, Scores
-from steerl.rollout.model.compat import uncompiled
 from steerl.rollout.steering import Steering
 from steerl.rollout.types import Rollout, Texts
 
@@ -251,6 +250,11 @@ class TrainState:
     reward_before: float | None = None
     """The evaluation's reward before the first step; None until it was taken."""
 
+    @property
+    def module(self) -> Any:
+        """The ActorCritic itself. accelerate's unwrap_model would import deepspeed, wherever it is installed, to ask for it."""
+        return getattr(self.model, "module", self.model)
+
     def advance(self, prompts: int, stats: StepStats, seconds: float) -> None:
         """A step is done."""
         self.step += 1
@@ -263,12 +267,6 @@ class TrainState:
         }
         self.totals = self.totals | {name: self.totals.get(name, 0.0) + value for name, value in added.items()}
         self.totals["gap_max"] = max(self.totals.get("gap_max", 0.0), stats.gap.largest if stats.gap else 0.0)
-
-    @property
-    def module(self) -> Any:
-        """The ActorCritic itself. accelerate's own unwrapping takes 8 ms a call: it looks for packages, and imports them."""
-        model = uncompiled(self.model)
-        return getattr(model, "module", model)
 
     def trained(self) -> dict[str, Tensor]:
         """The unwrapped module's trained parameters and its buffers by name: what a checkpoint has to hold.

@@ -46,7 +46,7 @@ def start() -> Processes:
     """Join the job's processes, as `accelerate launch` or `torchrun` started them. Any number of calls is one."""
     _end_with_launcher()
     cpu = not torch.cuda.is_available()
-    if "accelerate" not in sys.modules and importlib.util.find_spec("accelerate") is None:
+    if importlib.util.find_spec("accelerate") is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("WORLD_SIZE: more than one process needs accelerate; pip install accelerate")
         return Processes(0, 1, torch.device("cpu" if cpu else "cuda"))

@@ -192,8 +192,7 @@ def _zero(state: TrainState) -> Any:
 
 def _groups(state: TrainState) -> list[list[nn.Parameter]]:
     """The parameters of each of the optimizer's groups, in the order that setup.groups gives them."""
-    module = state.module
-    return [group for group in (module.policy_parameters(), module.value_parameters()) if group]
+    return [group for group in (state.module.policy_parameters(), state.module.value_parameters()) if group]
 
 
 def _flats(zero: Any, group: int) -> list[Tensor]:
