@@ -261,6 +261,8 @@ class Rollout:
         """Without the columns in which no row has a token."""
         prompt = self.prompt_width - int(self.prompt_mask_BP.sum(1).max()) if len(self) else 0
         response = max(int(self.lengths_B.max()), 1) if len(self) else 0
+        if not prompt and response == self.response_width:
+            return self
         cut: dict[str, Any] = {}
         for name, value in self.tensors().items():
             dims = _TENSORS[name][0]
@@ -280,6 +282,8 @@ class Rollout:
         return dataclasses.replace(self, **wide, kept=self.kept and self.kept.widened(response_width))
 
     def to(self, device: torch.device | str) -> Rollout:
+        if torch.device(device) == self.device:
+            return self
         moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
         return dataclasses.replace(self, **moved, kept=self.kept and self.kept.to(device))
 

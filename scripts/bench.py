@@ -2,8 +2,9 @@
 
 steerl bench [--out runs/bench]
 
-(no flag)     speed: this project, TRL 1.12's PPOTrainer and plain generate, interleaved, a fresh process each; leaves
-              bench.json and bench.md (about 25 minutes on one idle core); --speed.device cuda on a GPU
+(no flag)     speed: this project, TRL 1.12's PPOTrainer, the installed TRL's GRPO and RLOO, and plain generate, interleaved, a
+              fresh process each; leaves bench.json and bench.md (about 35 minutes on one idle core); --speed.device cuda on
+              a GPU; --speed.only NAME some cases alone (" n8": groups)
 --quick       the same for the smallest case, once, without TRL
 --scaling     rows, prompt, response, vocabulary and samples doubled one at a time; leaves scaling.json and scaling.png
 --overhead    what steering costs while sampling (overhead.py)

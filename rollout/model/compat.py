@@ -28,6 +28,14 @@ def forward_hooks(module: nn.Module) -> list[Callable[..., object]]:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
+def modules(model: nn.Module) -> list[nn.Module]:
+    """Those of `model.modules()`, one that is in two places twice: a fifth of its time, where it is asked in every pass."""
+    found = [model]
+    for module in found:
+        found.extend([child for child in module._modules.values() if child is not None])
+    return found
+
+
 def is_wrapped(module: nn.Module) -> bool:
     """Whether a module's own forward is the work of FSDP's first form, or of torch.compile."""
     return hasattr(module, "_fsdp_wrapped_module") or hasattr(module, "_orig_mod")

@@ -9,8 +9,9 @@ unwrap · no_dropout           the transformers model inside wrappers; eval mode
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -89,7 +90,7 @@ def no_dropout(model: nn.Module) -> Iterator[None]:
     Layers under gradient checkpointing look at their `training` flag before they checkpoint, so they keep it and have
     their own dropout rates at 0 meanwhile. A backward pass that recomputes layers must run inside the block too.
     """
-    before = [module for module in model.modules() if module.training]
+    before = [module for module in compat.modules(model) if module.training]
     rates: list[tuple[nn.Module, str, float]] = []
     for module in before:
         module.training = bool(getattr(module, "gradient_checkpointing", False))
@@ -120,7 +121,13 @@ def vocabulary_size(core: PreTrainedModel) -> int:
 
 def forward_arguments(core: PreTrainedModel) -> frozenset[str]:
     """Names that the model's forward takes."""
-    return frozenset(inspect.signature(core.forward).parameters)
+    own = "forward" in vars(core)  # put there by a wrapper
+    return frozenset(inspect.signature(core.forward).parameters) if own else _taken(type(core).forward)
+
+
+@functools.cache
+def _taken(forward: Callable[..., object]) -> frozenset[str]:
+    return frozenset(list(inspect.signature(forward).parameters)[1:])
 
 
 def positions(mask: Tensor, offset: int = 0) -> Tensor:

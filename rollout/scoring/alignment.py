@@ -103,8 +103,8 @@ def forward_inputs(
     elif from_first:
         ids_BS = _without_padding(rollout)
         position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device) + offset
-        position_BS = _within_context(policy, rollout, position_S)[None].expand(len(ids_BS), -1)
-        return named(policy, input_ids=ids_BS, position_ids=position_BS, use_cache=False)
+        position_1S = _within_context(policy, rollout, position_S)[None]
+        return named(policy, input_ids=ids_BS, position_ids=position_1S, use_cache=False)
     else:
         # Tokens after a row's end change nothing before them, so only padding on the left needs the mask.
         mask_BS = torch.cat([rollout.prompt_mask_BP, torch.ones_like(response_BR, dtype=torch.bool)], dim=1)

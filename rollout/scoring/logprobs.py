@@ -164,6 +164,9 @@ def row_groups(policy: Policy, rollout: Rollout, padded: bool, max_rows: int | N
     """Rows that go through one pass together: all, but for one prompt length where the model takes no padding, and for one
     side of the length at which its distribution changes."""
     rows = torch.arange(len(rollout), device=rollout.device)
+    if padded and policy.capabilities.boundary is None:
+        yield from rows.split(max_rows or len(rows))
+        return
     lengths_B = rollout.prompt_mask_BP.sum(1)
     kind_B = torch.zeros_like(lengths_B) if padded else 2 * lengths_B
     if policy.capabilities.boundary is not None:

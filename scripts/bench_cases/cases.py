@@ -43,7 +43,9 @@ class Case:
     epochs: int = 4
     minibatches: int = 1
     credit: str = "gae"
-    """gae = with a value model and a reference; group = of n samples of a prompt, with neither."""
+    """gae = with a value model and a reference; group, rloo = of n samples of a prompt, with neither."""
+    kl: bool = False
+    """Groups only: with a reference, and a KL to it."""
     micro: int = 16
     """Rows in one forward pass of the update."""
     distribution: str = "plain"
@@ -68,7 +70,9 @@ class Case:
         shared = f" n{self.n}" if self.n > 1 else ""
         small = f"{self.hidden}x{self.layers}"
         kind = small if self.family == "llama" and self.dtype == "float32" else f"{self.family} {small} {self.dtype}"
-        credit = "" if self.credit == "gae" else f" {self.credit}"
+        credit = (
+            "" if self.credit == "gae" else f" {self.credit} {self.epochs} epoch{'s' * (self.epochs > 1)}" + " KL" * self.kl
+        )
         return f"{self.work}{credit} {kind} V{self.vocabulary:,} B{self.rows} R{self.response} {lengths}{shared}{distribution}"
 
     @property
@@ -107,6 +111,13 @@ SHAPES = (
     Case(hidden=256, layers=4, vocabulary=32_000, rows=16, response=32),
 )
 UPDATES = tuple(replace(shape, mean=mean) for shape in SHAPES for mean in (0, shape.response // 4))
+_GROUPS = tuple(
+    replace(shape, rows=32, n=8, credit=credit, epochs=1)
+    for shape in (SHAPES[1], SHAPES[2], SHAPES[0])
+    for credit in ("group", "rloo")
+)
+GROUPS = (*_GROUPS, replace(_GROUPS[0], kl=True), replace(_GROUPS[1], kl=True), replace(_GROUPS[0], epochs=4))
+"""Beside the installed TRL's GRPO and RLOO."""
 _DECODE = Case("sampling", 64, 2, 32_000, rows=32, response=32)
 SAMPLING = (
     Case("sampling", 64, 2, 1024, rows=32, response=32),

@@ -3,6 +3,7 @@
     ours    whole PPO updates by training.ppo.train, or rollouts by Sampler
     trl     whole PPO updates by TRL 1.12's PPOTrainer, which must be first on PYTHONPATH
     grpo    whole updates by the GRPOTrainer of the installed TRL
+    rloo    whole updates by its RLOOTrainer
     plain   rollouts by model.generate, which keeps no log-probs
 
 With limit:DEVICE:DTYPE in the place of the first two it measures the machine instead (limit.py).
@@ -19,6 +20,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
@@ -48,7 +50,8 @@ Kind = TypeVar("Kind")
 
 TINY_STEP = 1e-6
 """Learning rate: the work is whole, and the lengths stay what the case says."""
-CREDIT: dict[str, dict[str, Any]] = {"gae": {}, "group": {"credit": "group", "reference": "none", "kl_coef": 0.0}}
+KL = 0.04
+"""Its weight in cases of groups that have one."""
 PEER_SETTINGS = {
     "gradient_checkpointing": False,
     "stop": "stop_token eos where lengths are geometric: its generate then ends with the last row",
@@ -159,6 +162,16 @@ def lengths_of(response_BR: Tensor, case: Case) -> list[int]:
 # -- whole updates ----------------------------------------------------------------------------------------------------
 
 
+def credit_of(case: Case) -> dict[str, Any]:
+    """Of `ppo`: groups have no value, and a reference where they have a KL, each where the peer has it."""
+    if case.credit == "gae":
+        return {}
+    if not case.kl:
+        return {"credit": case.credit, "reference": "none", "kl_coef": 0.0}
+    how = {"kl_as": "loss", "kl_estimator": "k3"} if case.credit == "group" else {"kl_as": "reward", "kl_estimator": "k1"}
+    return {"credit": case.credit, "kl_coef": KL, **how}
+
+
 def update_ours(case: Case, times: int, folder: Path) -> Meter:
     from steerl.reward.types import Scores
     from steerl.rollout.common.run_folder import RunSettings
@@ -192,7 +205,7 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
     table = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in prompt_ids(case)]
     settings = ppo.PPOSettings(
         steps=times + 1, rollouts_per_step=case.rows, epochs=case.epochs, minibatches=case.minibatches,
-        micro_batch_size=case.micro, learning_rate=TINY_STEP, eval_prompts=0, samples=0, **CREDIT[case.credit],
+        micro_batch_size=case.micro, learning_rate=TINY_STEP, eval_prompts=0, samples=0, **credit_of(case),
     )  # fmt: skip
     run = RunSettings(dir=str(folder), overwrite=True, save_every=10**6)
     prompts = Prompts(table, "prompt", policy, PromptSettings())
@@ -270,14 +283,15 @@ def update_trl(case: Case, times: int, folder: Path) -> Meter:
     return meter
 
 
-def update_grpo(case: Case, times: int, folder: Path) -> Meter:
-    """Updates of TRL's GRPOTrainer, whole: it has no public seam between sampling and learning."""
+def update_groups(kind: str, case: Case, times: int, folder: Path) -> Meter:
+    """Updates of TRL's GRPOTrainer or RLOOTrainer: what it samples by, and the rest of an update, which has no public seam."""
+    import trl
     from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import AutoModelForCausalLM, TrainerCallback
 
     meter, lengths = Meter(case.device), [0]
-    micro = min(case.micro, case.rows)
+    micro = min(case.micro, case.rows // case.minibatches)
+    steps = case.minibatches * case.epochs
 
     def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
         # A micro-batch's rows come apart or all at once, as the version has it.
@@ -286,20 +300,35 @@ def update_grpo(case: Case, times: int, folder: Path) -> Meter:
 
     class Update(TrainerCallback):
         def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-            meter.lap("update")
-            meter.done(lengths[1:])
-            lengths[:] = [0]
+            if state.global_step % steps == 0:
+                meter.lap("learn")
+                meter.done(lengths[1:])
+                lengths[:] = [0]
 
-    config = GRPOConfig(
+    config = getattr(trl, f"{kind.upper()}Config")(
         output_dir=str(folder), report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no", bf16=False,
-        use_cpu=case.device == "cpu", learning_rate=TINY_STEP, max_steps=times + 1, num_generations=case.n, beta=0.0,
-        per_device_train_batch_size=micro, gradient_accumulation_steps=case.rows // micro, num_iterations=case.epochs,
+        use_cpu=case.device == "cpu", learning_rate=TINY_STEP, max_steps=steps * (times + 1), num_generations=case.n,
+        beta=KL if case.kl else 0.0, per_device_train_batch_size=micro, steps_per_generation=case.rows // micro,
+        gradient_accumulation_steps=case.rows // case.minibatches // micro, num_iterations=case.epochs,
         max_completion_length=case.response, temperature=1.0, gradient_checkpointing=False,
         generation_kwargs={"min_new_tokens": case.response},
     )  # fmt: skip
     rows = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in prompt_ids(case)]
-    trainer = GRPOTrainer(
-        model=causal(case), reward_funcs=reward, args=config, processing_class=tokenizer_of(case),
+    model = causal(case)
+    if case.kl:  # it reads the reference from where the model came from
+        model.save_pretrained(folder / "base")
+        model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    generate = model.generate
+
+    def generate_timed(*given: Any, **named: Any) -> object:
+        meter.lap("rest")
+        drawn = generate(*given, **named)
+        meter.lap("sample")
+        return drawn
+
+    model.generate = generate_timed
+    trainer = getattr(trl, f"{kind.upper()}Trainer")(
+        model=model, reward_funcs=reward, args=config, processing_class=tokenizer_of(case),
         train_dataset=Dataset.from_list(rows * (times + 1)), callbacks=[Update()],
     )  # fmt: skip
     trainer.train()
@@ -311,7 +340,8 @@ RUNNERS: dict[tuple[str, str], Callable[[Case, int, Path], Meter]] = {
     ("sampling", "plain"): sample_plain,
     ("update", "ours"): update_ours,
     ("update", "trl"): update_trl,
-    ("update", "grpo"): update_grpo,
+    ("update", "grpo"): partial(update_groups, "grpo"),
+    ("update", "rloo"): partial(update_groups, "rloo"),
 }
 
 

@@ -33,9 +33,10 @@ _SHAPE = Case("sampling", 128, 3, 1024, rows=128, response=32, prompt=32)
 SIZES = (
     _SHAPE,
     replace(_SHAPE, hidden=256, layers=8, vocabulary=4096),
+    replace(_SHAPE, hidden=512, layers=5, vocabulary=8192),
     replace(_SHAPE, hidden=768, layers=8, vocabulary=16_384),
 )
-"""1, 10 and 100 million weights."""
+"""1, 10, 30 and 100 million weights."""
 ROWS = (8, 32, 128)
 REPEATS = 3
 QUIET = 1.2

@@ -110,8 +110,8 @@ def update_seconds(case: Case, alive: Sequence[int], machine: dict[str, Any]) ->
     lengths = positions / rows
     trunk = 2 * positions * layers + _attention(case, rows, lengths)
     policy, value = trunk + 2 * tokens * head, trunk
-    if case.credit == "group":  # neither value nor reference
-        return policy / machine["flops"], 3 * case.epochs * policy / machine["flops"]
+    if case.credit != "gae":  # no value, and a reference where there is a KL
+        return (1 + case.kl) * policy / machine["flops"], 3 * case.epochs * policy / machine["flops"]
     return (2 * policy + value) / machine["flops"], 3 * case.epochs * (policy + value) / machine["flops"]
 
 

@@ -1,7 +1,7 @@
-"""The speed comparison: this project, TRL 1.12's PPOTrainer and plain `generate`, on the cases of cases.py, interleaved.
+"""The speed comparison: this project, TRL 1.12's PPOTrainer, the installed TRL's GRPO and RLOO, and plain `generate`.
 
     round 1 .. N ──┬─ the machine's limits
-                   └─ case ── ours | trl | plain, each in a process of its own (child.py) ──> bench.json, tables
+                   └─ case ── ours | trl | grpo | rloo | plain, each in a process of its own (child.py) ──> bench.json, tables
 
 Every process has one thread. Times are CPU seconds of the process (the clock's on a GPU); medians over all that was timed in
 all rounds, with the least and the most. What was measured in this folder before is never mixed in.
@@ -9,6 +9,7 @@ all rounds, with the least and the most. What was measured in this folder before
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import statistics
@@ -19,9 +20,10 @@ from typing import Any, Literal
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.run_folder import versions, write_json, write_text
-from steerl.scripts.bench_cases.cases import CUDA, SAMPLING, SMALLEST, UPDATES, Case
+from steerl.scripts.bench_cases.cases import CUDA, GROUPS, SAMPLING, SMALLEST, UPDATES, Case
 from steerl.scripts.bench_cases.learning import PEER, install_peer, said_by
 
+_PEERS = {"gae": "trl", "group": "grpo", "rloo": "rloo"}
 _TIMED = ("sample", "score", "learn", "reward", "rest")
 
 
@@ -40,7 +42,7 @@ class SpeedSettings:
     peer: str = ""
     """A folder that holds TRL 1.12; empty = installed into OUT/trl-1.12."""
     skip_peer: bool = False
-    """Without TRL 1.12."""
+    """Without TRL."""
 
 
 def measure(out: Path, settings: SpeedSettings, quick: bool = False) -> list[dict[str, object]]:
@@ -52,8 +54,12 @@ def measure(out: Path, settings: SpeedSettings, quick: bool = False) -> list[dic
         settings = replace(settings, rounds=1, times=1, skip_peer=True)
     cases = chosen(settings, quick)
     peer = None
-    if not settings.skip_peer and any(case.work == "update" for case in cases):
+    if not settings.skip_peer and any(case.work == "update" and case.credit == "gae" for case in cases):
         peer = Path(settings.peer).absolute() if settings.peer else install_peer(out / "trl-1.12")
+    grouped = not settings.skip_peer and any(case.credit != "gae" for case in cases)
+    if grouped and (missing := [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]):
+        print(f"{' and '.join(missing)}: not installed, so nothing stands beside groups; pip install 'steerl[trl]'", flush=True)
+        grouped = False
     out.mkdir(parents=True, exist_ok=True)
     dtype = "bfloat16" if settings.device == "cuda" else "float32"
     machines: list[dict[str, object]] = []
@@ -63,7 +69,7 @@ def measure(out: Path, settings: SpeedSettings, quick: bool = False) -> list[dic
     for number in range(settings.rounds):
         machines.append(child([f"limit:{settings.device}:{dtype}"], None, 1, out))
         for case in cases:
-            for who in implementations(case, peer):
+            for who in implementations(case, peer, grouped):
                 print(f"round {number + 1} of {settings.rounds}: {case.name}: {who} ...", flush=True)
                 runs.setdefault((case.name, who), []).append(
                     child([json.dumps(case.to_json()), who], peer, settings.times, out)
@@ -84,7 +90,7 @@ def measure(out: Path, settings: SpeedSettings, quick: bool = False) -> list[dic
 def chosen(settings: SpeedSettings, quick: bool) -> list[Case]:
     if quick:
         return [SMALLEST, replace(SMALLEST, work="sampling")]
-    cases = CUDA if settings.device == "cuda" else (*UPDATES, *SAMPLING)
+    cases = CUDA if settings.device == "cuda" else (*UPDATES, *GROUPS, *SAMPLING)
     found = [case for case in cases if settings.only in case.name]
     if not found:
         raise UserError(
@@ -93,10 +99,12 @@ def chosen(settings: SpeedSettings, quick: bool) -> list[Case]:
     return found
 
 
-def implementations(case: Case, peer: Path | None) -> list[str]:
+def implementations(case: Case, peer: Path | None, grouped: bool) -> list[str]:
+    """Ours, and what there is beside it: TRL 1.12 in its folder, or the installed TRL for groups."""
     if case.work == "sampling":
         return ["ours", "plain"]
-    return ["ours", "trl"] if peer is not None else ["ours"]
+    beside = peer is not None if case.credit == "gae" else grouped
+    return ["ours", _PEERS[case.credit]] if beside else ["ours"]
 
 
 def child(arguments: Sequence[str], peer: Path | None, times: int, out: Path) -> dict[str, object]:
@@ -164,9 +172,9 @@ def tables(found: Sequence[dict[str, Any]]) -> list[str]:
             one["case"].removeprefix("update "), one["implementation"],
             f"{one['seconds_per_update']:.2f} ({low:.2f} to {high:.2f})",
             f"{one['seconds_per_update'] / us['seconds_per_update']:.2f}",
-            " / ".join(f"{phases[name]:.2f}" for name in ("sample", "score", "learn")),
+            " / ".join(f"{phases[name]:.2f}" if name in phases else "-" for name in ("sample", "score", "learn")),
             f"{one['rollout_tokens_per_second']:,.0f}", f"{one['peak_mb']:,.0f}", f"{one['peak_mb'] / us['peak_mb']:.2f}",
-            f"{shares['sample']:.0%} / {shares['learn']:.0%}",
+            f"{shares['sample']:.0%} / " + (f"{shares['learn']:.0%}" if "score" in phases else "-"),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     sampling = [one for one in found if one["seconds_per_update"] is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaModel
 
 from steerl.rollout.common.errors import UserError
 from steerl.rollout.decoding.settings import Sampling
@@ -18,6 +20,7 @@ from steerl.rollout.engines.sampler import Sampler
 from steerl.scripts.bench_cases import limit, scaling, speed
 from steerl.scripts.bench_cases.cases import (
     CUDA,
+    GROUPS,
     SAMPLING,
     SMALLEST,
     STOP,
@@ -28,14 +31,14 @@ from steerl.scripts.bench_cases.cases import (
     policy_of,
     prompt_batch,
 )
-from steerl.scripts.bench_cases.child import Parity, lengths_of, sampling_of
+from steerl.scripts.bench_cases.child import RUNNERS, Parity, lengths_of, sampling_of
 
 ROOT = Path(__file__).parents[2]
 SLOW_DISK = {"flops": 100.0, "bandwidth": {"1": 1e9}}
 
 
 def test_every_case_has_a_name_of_its_own_and_a_shape_that_can_be_built():
-    for cases in (CUDA, (*UPDATES, *SAMPLING)):
+    for cases in (CUDA, (*UPDATES, *GROUPS, *SAMPLING)):
         assert len({case.name for case in cases}) == len(cases)
         for case in cases:
             config = config_of(case)
@@ -103,6 +106,60 @@ def test_the_peers_reward_costs_nothing_and_reads_ids():
     module = Parity()
     hidden = getattr(module, module.base_model_prefix)(input_ids=torch.tensor([[3, 4], [6, 7]])).hidden_states[-1]
     assert module.score(hidden)[..., 0].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who, credit, kl", [("grpo", "group", True), ("rloo", "rloo", False), ("ours", "group", True)])
+def test_groups_are_the_same_work_for_both(who, credit, kl, tmp_path, monkeypatch):
+    """Rows, tokens, optimizer steps and their rows; a reference where there is a KL alone."""
+    case = replace(SMALLEST, rows=8, response=4, n=4, credit=credit, kl=kl, epochs=2, minibatches=2, micro=2)
+    steps, passes = [], []
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted(torch.optim.AdamW.step, steps))
+    monkeypatch.setattr(LlamaModel, "forward", counted(LlamaModel.forward, passes))
+    meter = RUNNERS["update", who](case, 2, tmp_path / "run")
+    assert meter.tokens == [8 * 4] * 3 and meter.alive == [8] * 4
+    assert len(steps) == 3 * case.epochs * case.minibatches
+    learning = [len(ids) for _, ids, gradients in passes if gradients and ids.shape[1] > case.prompt]
+    scoring = 3 * 8 if who == "ours" else 0  # in grad mode too
+    assert set(learning) == {case.micro} and sum(learning) == 3 * case.epochs * 8 + scoring
+    assert len({id(model) for model, _, _ in passes}) == 1 + kl
+    found = meter.to_json(case, who)["seconds"]
+    assert {len(values) for values in found.values()} == {2} and {"sample", "learn"} <= set(found)
+
+
+def counted(function, calls):
+    @functools.wraps(function)
+    def called(self, *args, **kwargs):
+        calls.append((self, kwargs.get("input_ids"), torch.is_grad_enabled()))
+        return function(self, *args, **kwargs)
+
+    return called
+
+
+def test_beside_groups_stands_the_installed_trl_or_a_line_says_why_not(tmp_path, monkeypatch, capsys):
+    case = replace(SMALLEST, credit="rloo", n=4, epochs=1)
+    assert speed.implementations(case, None, True) == ["ours", "rloo"] and speed.implementations(case, tmp_path, False) == [
+        "ours"
+    ]
+    assert speed.implementations(SMALLEST, tmp_path, False) == ["ours", "trl"]
+    assert speed.implementations(SMALLEST, None, True) == ["ours"]
+    asked = []
+
+    def child(arguments, peer, times, out):
+        asked.append(arguments[-1])
+        return {"flops": 1e9, "bandwidth": {"1": 1e9}} if len(arguments) == 1 else run_of("ours", [1.0], [4], 5.0)
+
+    monkeypatch.setattr(speed, "child", child)
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+    speed.measure(tmp_path, speed.SpeedSettings(rounds=1, only="rloo 1 epoch 64x2 V1,024"))
+    assert asked[1:] == ["ours"] and "trl and datasets: not installed" in capsys.readouterr().out
+
+
+def test_a_part_that_the_peer_does_not_tell_is_a_dash():
+    machine, case = {"flops": 1e9, "bandwidth": {"1": 1e9}}, replace(SMALLEST, credit="group", n=4)
+    peer = {**run_of("grpo", [1.0], [10], 5.0), "seconds": {"rest": [1.0], "sample": [1.0], "learn": [3.0]}}
+    found = [speed.entry(case, "ours", [run_of("ours", [1.0], [10], 5.0)], machine), speed.entry(case, "grpo", [peer], machine)]
+    assert "| grpo | 5.00 (5.00 to 5.00) | 2.50 | 1.00 / - / 3.00 |" in speed.tables(found)[-1]
 
 
 def run_of(who, seconds, tokens, peak):

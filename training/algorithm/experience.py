@@ -83,6 +83,8 @@ def gather_scored(samples: Samples, reward: Reward) -> tuple[Samples, Scores]:
 
 def gather_rollout(rollout: Rollout) -> Rollout:
     """The rows of all ranks, field by field in its own dtype: a rank holds all rows once, and one field twice."""
+    if not processes.is_distributed():
+        return rollout.to("cpu")
     said = processes.gather_objects([(rollout.select([]).to("cpu"), len(rollout))])
     # Of no rows, with the widths and fields of all: what ranks differ in is refused here.
     form = Rollout.join([part for part, rows in said if rows])

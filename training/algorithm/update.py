@@ -61,13 +61,14 @@ def update(state: TrainState, experience: Experience, rows: list[int], settings:
     micro_batches = passes(rows, experience.rollout, settings)
     sums: dict[str, Tensor] = {}
     worst = torch.zeros((), device=processes.start().device)
-    for i, micro_batch in enumerate(micro_batches):
-        with accumulating(state, last=i + 1 == len(micro_batches)) as factor, state.module.recomputing():
-            with offloaded() if settings.offload_activations else contextlib.nullcontext():
-                total, parts, error = micro_batch_loss(state, experience, micro_batch, counts, settings)
-            backward(state, total * factor)
-        sums |= {name: sums.get(name, 0.0) + value for name, value in parts.items()}
-        worst = torch.maximum(worst, error)
+    with state.module.recomputing():
+        for i, micro_batch in enumerate(micro_batches):
+            with accumulating(state, last=i + 1 == len(micro_batches)) as factor:
+                with offloaded() if settings.offload_activations else contextlib.nullcontext():
+                    total, parts, error = micro_batch_loss(state, experience, micro_batch, counts, settings)
+                backward(state, total * factor)
+            sums |= {name: sums.get(name, 0.0) + value for name, value in parts.items()}
+            worst = torch.maximum(worst, error)
     # What a loss of the user's own tells may hang on the rows.
     names = sorted(set(processes.gather_objects(list(sums))) if is_custom(settings.loss) else sums)
     summed = processes.sum_(torch.stack([sums.get(name, torch.zeros_like(worst)).float() for name in names]))

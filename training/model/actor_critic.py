@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from steerl.rollout.common.errors import UserError
+from steerl.rollout.model import compat
 from steerl.rollout.model.language_model import no_dropout
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.scoring.logprobs import TeacherForced, teacher_forced
@@ -62,7 +63,9 @@ class ActorCritic(Held):
         Layers look at their training flag before they do so; it is on in here only, for decoding with a cache needs it off,
         and their dropout is off until the backward pass has run."""
         cores = self.cores()
-        layers = [module for core in cores for module in core.modules() if getattr(module, "gradient_checkpointing", False)]
+        layers = [
+            module for core in cores for module in compat.modules(core) if getattr(module, "gradient_checkpointing", False)
+        ]
         with contextlib.ExitStack() as stack:
             for layer in layers:
                 layer.training = True

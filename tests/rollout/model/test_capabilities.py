@@ -13,6 +13,7 @@ from steerl.rollout.decoding.settings import Sampling
 from steerl.rollout.engines.sampler import Sampler
 from steerl.rollout.engines.settings import EngineSettings
 from steerl.rollout.model.capabilities import Capabilities
+from steerl.rollout.model.language_model import forward_arguments
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.prompts.prompts import PromptBatch
 from steerl.rollout.scoring import logprobs
@@ -223,3 +224,13 @@ def test_experts_of_a_bounded_capacity_are_decoded_without_the_cache_where_it_is
     assert (forced.logprobs_BR - rollout.policy_logprobs_BR).abs().max() < 1e-5
     same, _ = Sampler(policy, settings, engine=EngineSettings("generate")).sample(PromptBatch.of_ids([[5, 6, 7], [8] * 12]))
     assert torch.equal(same.response_BR, rollout.response_BR)
+
+
+def test_a_forward_of_a_models_own_is_asked_anew():
+    model = tiny("llama")
+    before = forward_arguments(model)
+    assert {"input_ids", "position_ids"} <= before and "self" not in before and before == forward_arguments(model)
+    model.forward = lambda input_ids: None
+    assert forward_arguments(model) == {"input_ids"}
+    del model.forward
+    assert forward_arguments(model) == before

@@ -35,6 +35,13 @@ def test_forward_hooks_are_those_that_run() -> None:
     assert len(compat.forward_hooks(module)) == 1 and compat.forward_hooks(nn.Linear(2, 2)) == []
 
 
+def test_modules_are_those_of_torch() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": nn.Sequential(shared, nn.Dropout()), "b": shared})
+    model.register_module("none", None)
+    assert set(compat.modules(model)) == set(model.modules()) and len(set(model.modules())) == 4
+
+
 def test_a_compiled_module_is_seen_and_opened() -> None:
     module = nn.Linear(2, 2)
     wrapped = torch.compile(module, backend="eager")

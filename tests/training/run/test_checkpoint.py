@@ -370,3 +370,11 @@ def test_a_peer_that_is_lost_while_a_checkpoint_is_read_is_no_damage(monkeypatch
         monkeypatch.setattr(checkpoint.processes, "lost_peer", lambda error, known=known: known and error is lost)
         with pytest.raises(RuntimeError if known else UserError), checkpoint._written_by_us(tmp_path):
             raise lost
+
+
+def test_the_module_is_found_in_what_it_is_wrapped_in():
+    state = make_state()
+    plain, names = state.model, set(state.trained())
+    state.model = nn.Module()
+    state.model.module = plain  # as DDP and DeepSpeed hold it
+    assert state.module is plain and set(state.trained()) == names
