@@ -595,7 +595,7 @@ def test_what_a_gym_step_may_not_do(make, gives, failure):
     ],
 )
 def test_what_a_gym_reset_may_not_do(make, reset, failure):
-    session = make("Gym", timeout=1.0).session()
+    session = make("Gym", timeout=1.0 if reset == "hang" else 60.0).session()
     opening = session.reset({"reset": reset}).result()
     assert opening == Opening(failure=opening.failure) and opening.failure.startswith(failure)
     assert session.step(Said("")).result() == Answer(failure=opening.failure)
