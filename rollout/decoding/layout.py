@@ -19,6 +19,8 @@ from torch.nn.functional import linear
 
 _MOST = 64 * 2**20
 """Bytes of all copies: beyond that the memory counts for more than the time."""
+_LARGEST = 16 * 2**20
+"""Bytes of one weight: a larger one (a head of 32,000 tokens and 256 wide) is no faster from a copy."""
 _SAME: dict[tuple[object, ...], bool] = {}
 """Whether a product is the same from both layouts, by its shape."""
 
@@ -42,7 +44,9 @@ def _fits(module: nn.Module) -> bool:
     """Whether it is a plain layer whose forward nobody has taken over (another batch of this model, for one)."""
     if type(module) is not nn.Linear or "forward" in vars(module) or type(module.weight) is not nn.Parameter:
         return False
-    return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32 and module.weight.is_contiguous()
+    weight = module.weight
+    is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+    return is_plain and weight.nbytes <= _LARGEST
 
 
 class _Product:
