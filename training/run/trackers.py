@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steerl.rollout.common import processes
 from steerl.rollout.common.errors import UserError, said
 from steerl.rollout.episodes import Episode
 
@@ -133,6 +134,7 @@ class Trackers:
         (TRACKIO_SPACE_ID)."""
         from accelerate.tracking import TrackioTracker
 
+        processes.join()  # accelerate's tracker logs, which needs its state
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         resumed, self._trackio_name = self._trackio_name is not None, self._trackio_name or _run_name(self._folder)
         plain = json.loads(json.dumps(self._config, default=str))

@@ -44,7 +44,8 @@ JOBS = {
         "t5",
         LORA,
         {"top_p": 0.8, "top_k": 20},
-        {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0, "bootstrap_cut": True},
+        # Adam's eps above roundings: else it makes whole steps of them, and another processor's are others.
+        {"value": "shared", "kl_target": 0.5, "kl_horizon": 100.0, "bootstrap_cut": True, "optimizer_arguments": {"eps": 1e-4}},
     ),
     "group": ("llama", None, {"n": 4}, {"credit": "group", "loss_reduction": "sequence", "loss": "gspo", "clip": 0.005}),
     # three prompts on two ranks, several parts, tokens of all ranks whitened together
