@@ -12,11 +12,12 @@ if TYPE_CHECKING:  # for editors and type checkers
     from steerl.rollout.steering.spec.parse import load_spec as load_spec
     from steerl.rollout.steering.spec.spec import SteeringSpec as SteeringSpec
     from steerl.rollout.steering.steering import Steering as Steering
+    from steerl.rollout.steering.steering import unsteered as unsteered
 
 __getattr__, __all__ = front(
     __name__,
     {
-        "steering": ("Steering",),
+        "steering": ("Steering", "unsteered"),
         "spec.spec": ("SteeringSpec",),
         "spec.parse": ("load_spec",),
     },

@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from steerl.rollout.applied import Applied
 from steerl.rollout.common.errors import ConfigError, DataError, UserError
 from steerl.rollout.model import hooks
+from steerl.rollout.model.hooks import unsteered as unsteered
 from steerl.rollout.scoring.alignment import Packing
 from steerl.rollout.scoring.steered import given_columns
 from steerl.rollout.steering.bind import Binding, bind
