@@ -39,9 +39,9 @@ class Stream(Sequence[dict[str, Any]]):
         self._begun: dict[int, Iterator[Row]] = {}
         """Readers by the row that each gives next."""
         self._lock = threading.RLock()
-        self._known: frozenset[str] | None = None
-        self.columns = list(dict.fromkeys(name for row in self.first(BLOCK) for name in row))
-        self._known = frozenset(self.columns)
+        self._looked = self.held * -(-BLOCK // self.held)
+        """Rows of the first blocks, which say what the columns are."""
+        self.columns = list(dict.fromkeys(name for row in self.first(self._looked) for name in row))
 
     def first(self, count: int) -> list[Row]:
         """The first `count` rows, or all."""
@@ -104,10 +104,9 @@ class Stream(Sequence[dict[str, Any]]):
         elif block or not begins or len(self._blocks.get(number - 1, [])) == self.held:  # else the end lies further up
             self._rows = begins + len(block)
         for at, row in enumerate(block, begins):
-            if self._known is not None and at >= BLOCK and not self._known.issuperset(row):
-                new = next(name for name in row if name not in self._known)
+            if at >= self._looked and (new := next((name for name in row if name not in self.columns), None)):
                 raise DataError(
-                    f"prompts.path: row {at} of {self.called} has a column {new!r}, which its first {BLOCK:,} rows lack; "
+                    f"prompts.path: row {at} of {self.called} has a column {new!r}, which its first {self._looked:,} rows lack; "
                     "name it there (null where there is none)"
                 )
         return block

@@ -200,6 +200,13 @@ def test_what_is_met_on_the_way_is_one_line(row: str, told: str, tmp_path: Path)
     assert len(found.value.lines) == 1
 
 
+def test_a_column_that_comes_late_in_a_large_first_block_is_there(tmp_path: Path) -> None:
+    lines = [{"prompt": f"p{i}"} for i in range(1200)] + [{"prompt": "p1200", "late": 7}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    batch = opened(str(tmp_path / "rows.jsonl"), shuffle_buffer=2000).batch([0, 1200])
+    assert batch.columns == {"late": [None, 7]}
+
+
 def test_runs_and_dumps(tmp_path: Path) -> None:
     tiny("gpt2").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
