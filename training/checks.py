@@ -78,7 +78,7 @@ def check_job(
         problems.append(
             f"ppo.reference: adapter, but {name} of the base learns, too, and stays changed where the adapter is off; set copy"
         )
-    if prompts is not None and not (prompts.first(1) if isinstance(prompts, Prompts) else len(prompts)):
+    if prompts is not None and not prompts:
         problems.append("prompts: there are none; check prompts.path and prompts.limit")
     copies_value = uses_value(ppo) and ppo.value == "separate"
     if policy is not None and (copies_value or getattr(steering, "role", "") != "trainable"):

@@ -56,8 +56,8 @@ class _Columns:
         return view
 
 
-class _Growing(DynamicLayer):
-    """A layer that keeps all columns."""
+class _InPlace:
+    """A layer in the place of one that is at work."""
 
     keys: Any
     values: Any
@@ -65,6 +65,10 @@ class _Growing(DynamicLayer):
     def __init__(self, layer: Any, columns: int):
         self.__dict__.update(layer.__dict__)
         self.columns = (_Columns(columns), _Columns(columns))
+
+
+class _Growing(_InPlace, DynamicLayer):
+    """A layer that keeps all columns."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = self.columns
@@ -73,15 +77,8 @@ class _Growing(DynamicLayer):
         return self.keys, self.values
 
 
-class _GrowingWindow(DynamicSlidingWindowLayer):
+class _GrowingWindow(_InPlace, DynamicSlidingWindowLayer):
     """A layer that keeps the columns of its window."""
-
-    keys: Any
-    values: Any
-
-    def __init__(self, layer: Any, columns: int):
-        self.__dict__.update(layer.__dict__)
-        self.columns = (_Columns(columns), _Columns(columns))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = self.columns

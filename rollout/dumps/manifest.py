@@ -23,6 +23,7 @@ from steerl.rollout.common.fingerprint import sha256_file
 from steerl.rollout.common.run_folder import remove_left_behind, write_json
 from steerl.rollout.environments.settings import BEFORE
 from steerl.rollout.model.settings import BEFORE as MODEL_BEFORE
+from steerl.rollout.prompts.prompts import BEFORE as PROMPTS_BEFORE
 
 MANIFEST, RECORDS, FORMAT = "manifest.json", "records", 2
 READS = (1, FORMAT)
@@ -277,8 +278,7 @@ def refuse_earlier(folder: Path, begun: Manifest) -> None:
 
 
 def _changes(begun: Manifest, fresh: Manifest) -> Iterator[str]:
-    before = {"prompts.streaming": False} | BEFORE | MODEL_BEFORE
-    old, new = (before | dict(_flat(kept["config"])) for kept in (begun, fresh))
+    old, new = (BEFORE | MODEL_BEFORE | PROMPTS_BEFORE | dict(_flat(kept["config"])) for kept in (begun, fresh))
     sections: set[str] = set()
     # A finished dump of an earlier version is as good as it was, whatever settings have come since.
     for name in sorted(old.keys() | new.keys() if begun["format"] == FORMAT else old.keys()):

@@ -125,6 +125,10 @@ class PromptBatch:
         )
 
 
+BEFORE: dict[str, object] = {f"{section}.streaming": False for section in ("prompts", "heldout")}
+"""What settings are in jobs of before there were these."""
+
+
 class Prompts:
     """A dataset's prompts for one policy. Rows are tokenized when they are asked for."""
 
@@ -140,6 +144,9 @@ class Prompts:
         """The data set's other columns: every batch has them all, with None where a row lacks one."""
         self.cut: dict[int, int] = {}
         """Dataset row -> its tokens before it was cut, of every row that this process has cut so far."""
+
+    def __bool__(self) -> bool:
+        return bool(self.table)
 
     def __len__(self) -> int:
         """Of a stream the rows are counted, which reads them all once."""
@@ -298,7 +305,7 @@ def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int =
             table = Stream(reader(path, split, name), path, settings.shuffle_buffer, settings.limit)
         else:
             table = read_table(path, split, name)
-        if not (table.first(1) if isinstance(table, Stream) else len(table)):
+        if not table:
             raise DataError(f"prompts.path: {settings.path} has no rows")
         column = prompt_column(table, settings.path, settings.column)
     else:

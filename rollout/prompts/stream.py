@@ -59,6 +59,10 @@ class Stream(Sequence[dict[str, Any]]):
             self._rows = sum(1 for _ in itertools.islice(self._from(0), self.limit or None))
         return self._rows
 
+    def __bool__(self) -> bool:
+        """Whether there is a row; no more than the first block is read for it."""
+        return bool(self._block(0))
+
     def __getitem__(self, index: Any) -> Any:
         if index < 0 or not self.has(index):
             raise IndexError(index)
@@ -106,8 +110,8 @@ class Stream(Sequence[dict[str, Any]]):
         for at, row in enumerate(block, begins):
             if at >= self._looked and (new := next((name for name in row if name not in self.columns), None)):
                 raise DataError(
-                    f"prompts.path: row {at} of {self.called} has a column {new!r}, which its first {self._looked:,} rows lack; "
-                    "name it there (null where there is none)"
+                    f"prompts.path: row {at} of {self.called} has a column {new!r}, which its first {self._looked:,} rows "
+                    "lack; name it there (null where there is none)"
                 )
         return block
 

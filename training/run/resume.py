@@ -36,6 +36,7 @@ from steerl.rollout.environments.settings import BEFORE
 from steerl.rollout.model import compat
 from steerl.rollout.model.policy import Policy
 from steerl.rollout.model.settings import BEFORE as MODEL_BEFORE
+from steerl.rollout.prompts.prompts import BEFORE as PROMPTS_BEFORE
 from steerl.rollout.prompts.prompts import Prompts
 from steerl.training.run import checkpoint
 from steerl.training.run.export import read_summary
@@ -55,8 +56,6 @@ FREE = (
 learning rate falls towards the last one."""
 
 SINCE: dict[str, object] = {
-    "prompts.streaming": False,
-    "heldout.streaming": False,
     "engine.ahead": 0,
     "ppo.packing": False,
     "ppo.compile": "off",
@@ -77,6 +76,7 @@ SINCE: dict[str, object] = {
     "ppo.drop_equal_groups": False,
     "ppo.resample_tries": 4,
     **MODEL_BEFORE,
+    **PROMPTS_BEFORE,
     **BEFORE,
 }
 """What settings are in runs that were begun before there were these."""

@@ -45,6 +45,8 @@ class Trackers:
         """The last step that trackio has: those of a run that was killed after its checkpoint come again."""
         starts = {"wandb": self._wandb, "tensorboard": self._tensorboard, "trackio": self._trackio}
         self._running: dict[str, GeneralTracker] = {}
+        if names:
+            processes.join()  # accelerate's trackers log, which needs its state
         for name in dict.fromkeys(names):
             if importlib.util.find_spec(name) is None:
                 told = f"{name} is not installed; pip install {name}, or leave it out of the list"
@@ -134,7 +136,6 @@ class Trackers:
         (TRACKIO_SPACE_ID)."""
         from accelerate.tracking import TrackioTracker
 
-        processes.join()  # accelerate's tracker logs, which needs its state
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         resumed, self._trackio_name = self._trackio_name is not None, self._trackio_name or _run_name(self._folder)
         plain = json.loads(json.dumps(self._config, default=str))
