@@ -13,16 +13,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from steerl.rollout.common import processes
 from steerl.rollout.common.errors import DataError, UserError
-from steerl.rollout.common.fingerprint import values_fingerprint
 from steerl.rollout.prompts.chat import check_messages, conversation_ids, text_ids
-from steerl.rollout.prompts.sources import Mixed, Source, epoch_order, prompt_column, read_prompts, refuse_weights
+from steerl.rollout.prompts.held import Held
+from steerl.rollout.prompts.sources import Source, prompt_column, read_prompts, refuse_weights
 from steerl.rollout.prompts.stream import Stream
-from steerl.rollout.prompts.tables import columns_of, read_table, reader, rows_of
+from steerl.rollout.prompts.tables import read_table, reader, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,12 +134,10 @@ class Prompts:
     def __init__(
         self, table: Sequence[dict[str, Any]], column: str, policy: Policy, settings: PromptSettings, room: int | None = None
     ):
-        if not hasattr(table, "__len__") and hasattr(table, "skip"):  # a data set of `datasets` that streams
-            table = Stream(rows_of(table), "the prompts", settings.shuffle_buffer, settings.limit)
-        self.table, self.column, self.policy, self.settings = table, column, policy, settings
+        self.table, self.column, self.policy, self.settings = _held(table, settings), column, policy, settings
         limits = [limit for limit in (settings.max_tokens, room) if limit]
         self.most = min(limits) if limits else None
-        self.others = [name for name in columns_of(table) if name != column]
+        self.others = [name for name in self.table.columns if name != column]
         """The data set's other columns: every batch has them all, with None where a row lacks one."""
         self.cut: dict[int, int] = {}
         """Dataset row -> its tokens before it was cut, of every row that this process has cut so far."""
@@ -150,14 +147,12 @@ class Prompts:
 
     def __len__(self) -> int:
         """Of a stream the rows are counted, which reads them all once."""
-        if isinstance(self.table, (Mixed, Stream)) or not self.settings.limit:  # the limit is kept already
-            return len(self.table)
-        return min(len(self.table), self.settings.limit)
+        return len(self.table)
 
     def batch(self, rows: Sequence[int], occurrences: Sequence[int] | None = None) -> PromptBatch:
         """The prompts of these dataset rows, in this order."""
         for row in rows:
-            if row < 0 or not (self.table.has(row) if isinstance(self.table, Stream) else row < len(self)):
+            if not self.table.has(row):
                 raise DataError(f"prompts: row {row} is asked for, but there are {len(self)} rows")
         records = [self.table[int(row)] for row in rows]
         ids = [self._fit(int(row), self._ids(int(row), record)) for row, record in zip(rows, records, strict=True)]
@@ -173,11 +168,7 @@ class Prompts:
 
     def take(self, seed: int, position: int, count: int) -> list[int]:
         """Dataset rows at positions [position, position + count) of the endless order of `seed`."""
-        if isinstance(self.table, Mixed) and self.table.is_weighted:
-            return self.table.weighted(seed, position, count)
-        if isinstance(self.table, Stream):
-            return [self.table.at(seed, at) for at in range(position, position + count)]
-        return [epoch_order(seed, at // len(self), len(self))[at % len(self)] for at in range(position, position + count)]
+        return self.table.take(seed, position, count)
 
     def order(self, seed: int, position: int = 0) -> Iterator[int]:
         """The endless order itself, from a position on."""
@@ -187,35 +178,16 @@ class Prompts:
 
     def first(self, count: int) -> list[int]:
         """The first `count` rows, or all; of several sources their first ones in turn."""
-        if isinstance(self.table, Stream):
-            return list(range(len(self.table.first(count))))
-        count = min(count, len(self))
-        return self.table.first(count) if isinstance(self.table, Mixed) else list(range(count))
+        return self.table.first(count)
 
     def fingerprints(self, setting: str) -> dict[str, str]:
         """What the rows are, as a hash; of several sources one each."""
-        if isinstance(self.table, Mixed):
-            named = enumerate(zip(self.table.parts, self.table.tables, strict=True))  # another order is another table
-            return {f"{setting} {part.name}": values_fingerprint(chain([place], rows)) for place, (part, rows) in named}
-        if isinstance(self.table, Stream):
-            return {setting: self.table.fingerprint()}
-        return {setting: values_fingerprint(self.table[row] for row in range(len(self)))}
-
-    @property
-    def called(self) -> str:
-        return self.settings.path if isinstance(self.settings.path, str) else ", ".join(p.name for p in self.table.parts)  # type: ignore[attr-defined]
-
-    def _where(self, row: int) -> str:
-        """A row as its file counts it."""
-        if isinstance(self.table, Mixed):
-            part = self.table.parts[self.table.part_of(row)]
-            return f"prompts.path: row {row - part.begins} of {part.name}"
-        return f"prompts.path: row {row} of {self.called or 'the prompts'}"
+        return self.table.fingerprints(setting)
 
     def check(self) -> Prompts:
         """Read every prompt once, so that an empty or refused one is found before any work is done; of a stream the first."""
         problems: list[str] = []
-        rows = len(self.table.first(LOOKED_AT)) if isinstance(self.table, Stream) else len(self)
+        rows = self.table.checked(LOOKED_AT)
         for row in range(rows):
             try:
                 record = self.table[row]
@@ -231,7 +203,7 @@ class Prompts:
         if problems:
             raise DataError(*dict.fromkeys(problems))
         if self.cut:
-            looked = "first " if isinstance(self.table, Stream) or rows > LOOKED_AT else ""
+            looked = "first " if rows >= LOOKED_AT else ""
             self._tell(f"{len(self.cut):,} of the {looked}{min(rows, LOOKED_AT):,} prompts", max(self.cut.values()))
         return self
 
@@ -240,18 +212,18 @@ class Prompts:
             logger.warning(
                 "prompts: %s of %s have more than the %s tokens that prompts.max_tokens or the model's context leave (up to "
                 "%s); they are cut to their last ones (prompts.too_long refuse ends the job instead)",
-                *(which, self.called or "the job", f"{self.most:,}", f"{longest:,}"),
+                *(which, self.table.called or "the job", f"{self.most:,}", f"{longest:,}"),
             )
 
     def _check_value(self, row: int, value: object) -> None:
-        where = self._where(row)
+        where = self.table.where(row)
         if value is None or (isinstance(value, (str, list)) and not len(value)):
             raise DataError(f"{where}: the column {self.column!r} is empty; give every row a prompt, or leave the row out")
         if isinstance(value, list):
             check_messages(value, where)
             if not getattr(self.policy.tokenizer, "chat_template", None):
                 raise DataError(
-                    f"prompts.path: {self.called or 'the prompts'} holds conversations, but the tokenizer has no chat "
+                    f"prompts.path: {self.table.called or 'the prompts'} holds conversations, but the tokenizer has no chat "
                     "template; add one to it, or give texts"
                 )
         elif not isinstance(value, str):
@@ -264,7 +236,7 @@ class Prompts:
         self._check_value(row, value)
         if isinstance(value, list):
             given = (record.get("tools"), record.get("chat_template_kwargs"))
-            return conversation_ids(tokenizer, value, *given, where=self._where(row))
+            return conversation_ids(tokenizer, value, *given, where=self.table.where(row))
         return text_ids(self.policy, str(value))
 
     def _fit(self, row: int, ids: list[int], told: bool = False) -> list[int]:
@@ -289,6 +261,14 @@ class Prompts:
         ids, plain = (self.policy.tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
         at = next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)
         return [int(i) for i in ids[:at]]
+
+
+def _held(table: Sequence[dict[str, Any]], settings: PromptSettings) -> Held:
+    if isinstance(table, Held):
+        return table
+    if not hasattr(table, "__len__") and hasattr(table, "skip"):  # a data set of `datasets` that streams
+        return Stream(rows_of(table), "the prompts", settings.shuffle_buffer, settings.limit)
+    return Held(table, settings.path if isinstance(settings.path, str) else "", settings.limit)
 
 
 def load_prompts(settings: PromptSettings, policy: Policy, max_new_tokens: int = 0, once: str = "") -> Prompts:

@@ -17,12 +17,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from steerl.rollout.common.errors import DataError
+from steerl.rollout.common.fingerprint import values_fingerprint
 from steerl.rollout.common.settings_reader import Checked, within
+from steerl.rollout.prompts.held import Held, epoch_order
 from steerl.rollout.prompts.tables import columns_of, read_table
 
 LONGEST = 10_000
@@ -64,12 +66,12 @@ class Part:
     rows: int
 
 
-class Mixed(Sequence[dict[str, Any]]):
+class Mixed(Held):
     """The rows of all sources, one source after the other, under the same columns."""
 
     def __init__(self, tables: Sequence[Sequence[dict[str, Any]]], names: Sequence[str], weights: Sequence[float | None]):
         begins = [0, *itertools.accumulate(map(len, tables))]
-        self.tables, self.begins = tables, begins
+        self.tables, self.begins, self.called = tables, begins, ", ".join(names)
         self.is_weighted = any(weight is not None for weight in weights)
         self.parts = [
             Part(name, (weight or 1.0) if self.is_weighted else len(table), begin, len(table))
@@ -108,8 +110,17 @@ class Mixed(Sequence[dict[str, Any]]):
         turns = ([((2 * k + 1) / part.weight, part.begins + k) for k in range(min(part.rows, count))] for part in self.parts)
         return [row for _, row in itertools.islice(heapq.merge(*turns), count)]
 
-    def weighted(self, seed: int, position: int, count: int) -> list[int]:
-        """The rows at these positions of the endless order of `seed`."""
+    def fingerprints(self, setting: str) -> dict[str, str]:
+        named = enumerate(zip(self.parts, self.tables, strict=True))  # another order is another table
+        return {f"{setting} {part.name}": values_fingerprint(itertools.chain([place], rows)) for place, (part, rows) in named}
+
+    def where(self, row: int) -> str:
+        part = self.parts[self.part_of(row)]
+        return f"prompts.path: row {row - part.begins} of {part.name}"
+
+    def take(self, seed: int, position: int, count: int) -> list[int]:
+        if not self.is_weighted:
+            return super().take(seed, position, count)
         drawn = [self._drawn(at) for at in range(position, position + count)]
         rows = dict.fromkeys(range(count), 0)
         for at in sorted(rows, key=lambda at: drawn[at]):  # source by source, so that each order is made once
@@ -136,15 +147,6 @@ class Mixed(Sequence[dict[str, Any]]):
     @cached_property
     def _counts(self) -> Counter[int]:
         return Counter(self.period)
-
-
-@lru_cache(maxsize=8)
-def epoch_order(seed: int, epoch: int, rows: int) -> list[int]:
-    import torch
-
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
-    order: list[int] = torch.randperm(rows, generator=generator).tolist()
-    return order
 
 
 def prompt_column(table: Sequence[dict[str, object]], path: str, column: str) -> str:

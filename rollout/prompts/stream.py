@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from steerl.rollout.common.errors import DataError
 from steerl.rollout.common.fingerprint import values_fingerprint
-from steerl.rollout.prompts.sources import epoch_order
+from steerl.rollout.prompts.held import Held, epoch_order
 from steerl.rollout.prompts.tables import Row, line_of
 
 KEPT = 3
@@ -27,7 +27,7 @@ BLOCK = 1000
 """Rows of a block, unless a setting says otherwise."""
 
 
-class Stream(Sequence[dict[str, Any]]):
+class Stream(Held):
     """The rows of a stream, found by their number in the file's order."""
 
     def __init__(self, read_from: Callable[[int], Iterator[Row]], called: str, buffer: int | None = None, limit: int = 0):
@@ -41,17 +41,22 @@ class Stream(Sequence[dict[str, Any]]):
         self._lock = threading.RLock()
         self._looked = self.held * -(-BLOCK // self.held)
         """Rows of the first blocks, which say what the columns are."""
-        self.columns = list(dict.fromkeys(name for row in self.first(self._looked) for name in row))
+        self.columns = list(dict.fromkeys(name for row in self._head(self._looked) for name in row))
 
-    def first(self, count: int) -> list[Row]:
-        """The first `count` rows, or all."""
+    def _head(self, count: int) -> list[Row]:
         blocks = itertools.takewhile(bool, map(self._block, range(-(-count // self.held))))
         return list(itertools.islice(itertools.chain.from_iterable(blocks), count))
 
-    def fingerprint(self) -> str:
+    def first(self, count: int) -> list[int]:
+        return list(range(self.checked(count)))
+
+    def checked(self, most: int) -> int:
+        return len(self._head(most))
+
+    def fingerprints(self, setting: str) -> dict[str, str]:
         """Of the first rows, and of the bytes of a file: the whole would have to be read."""
         file = Path(self.called).expanduser()
-        return values_fingerprint([file.stat().st_size if file.is_file() else 0, *self.first(BLOCK)])
+        return {setting: values_fingerprint([file.stat().st_size if file.is_file() else 0, *self._head(BLOCK)])}
 
     def __len__(self) -> int:
         """Where the end was not met yet, all rows are read once to find it."""
@@ -64,14 +69,17 @@ class Stream(Sequence[dict[str, Any]]):
         return bool(self._block(0))
 
     def __getitem__(self, index: Any) -> Any:
-        if index < 0 or not self.has(index):
+        if not self.has(index):
             raise IndexError(index)
         number, place = divmod(index, self.held)
         return self._block(number)[place]
 
     def has(self, row: int) -> bool:
         number, place = divmod(row, self.held)
-        return place < len(self._block(number))
+        return row >= 0 and place < len(self._block(number))
+
+    def take(self, seed: int, position: int, count: int) -> list[int]:
+        return [self.at(seed, at) for at in range(position, position + count)]
 
     def at(self, seed: int, position: int) -> int:
         """The row at a position of the endless order of `seed`."""
