@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.steering import load_spec
@@ -73,9 +74,11 @@ def test_the_same_is_learned(name):
     assert counters["stats"]["unique_graphs"] and not counters["recompile_limit"] and not counters["graph_break"]
 
 
-def test_one_graph_serves_all_layers_of_actor_and_critic_at_all_shapes():
+def test_one_graph_serves_all_layers_of_actor_and_critic_at_all_shapes(monkeypatch):
+    compilings: list[object] = []
+    monkeypatch.setattr(compiled, "BACKEND", lambda graph, inputs: compilings.append(graph) or graph)
     learned(compile="on")
-    assert counters["stats"]["unique_graphs"] == 1
+    assert len(compilings) == 1 and counters["stats"]["unique_graphs"] == 2  # one without the compiler, to count them
 
 
 @pytest.mark.proofs
@@ -140,6 +143,26 @@ def test_what_cannot_be_compiled_is_refused_or_left_as_it_is(reason, caplog):
         parts, _, _ = job(**{"family": "llama", **REFUSED[reason]}, compile="auto")
     assert parts.actor_critic.compiled is contextlib.nullcontext
     assert [r.getMessage() for r in caplog.records if "ppo.compile" in r.getMessage() and reason in r.getMessage()]
+
+
+def test_layers_that_would_take_many_graphs_never_reach_the_compiler(monkeypatch):
+    """States that are gone through token by token (a graph for each length), and layers that differ by what they hold."""
+    compilings: list[object] = []
+    monkeypatch.setattr(compiled, "BACKEND", lambda graph, inputs: compilings.append(graph) or graph)
+    with pytest.raises(ConfigError, match="RecurrentGemmaForCausalLM compiles a graph for each length of rows; set it to off"):
+        job("recurrent_gemma", compile="on")
+    assert not compilings
+    assert job("llama", compile="on", overrides={"num_hidden_layers": 5})[0].actor_critic.compiled and len(compilings) == 1
+
+    def scaled(layer, hidden, **kwargs):
+        return own(layer, hidden, **kwargs) * float(layer.scale)
+
+    own = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", scaled)
+    monkeypatch.setattr(LlamaDecoderLayer, "scale", property(lambda layer: f"1.{layer.self_attn.layer_idx}"), raising=False)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM compiles a graph for each layer; set it to off"):
+        job("llama", compile="on", overrides={"num_hidden_layers": 5})
+    assert len(compilings) == 1
 
 
 def test_weights_that_an_engine_holds_and_layers_of_somebody_else_are_refused():
