@@ -145,24 +145,33 @@ def test_what_cannot_be_compiled_is_refused_or_left_as_it_is(reason, caplog):
     assert [r.getMessage() for r in caplog.records if "ppo.compile" in r.getMessage() and reason in r.getMessage()]
 
 
-def test_layers_that_would_take_many_graphs_never_reach_the_compiler(monkeypatch):
-    """States that are gone through token by token (a graph for each length), and layers that differ by what they hold."""
+MANY = {
+    "layer": lambda layer, hidden: hidden * float(f"1.{layer.self_attn.layer_idx}"),
+    "length of rows": lambda layer, hidden: sum((0.0 * hidden for _ in range(hidden.shape[1])), hidden),
+}
+
+
+@pytest.mark.parametrize("each", MANY)
+def test_layers_that_would_take_many_graphs_never_reach_the_compiler(each, monkeypatch):
+    """Layers that differ by what they hold; states that are gone through token by token."""
+    compilings: list[object] = []
+    own = LlamaDecoderLayer.forward
+    monkeypatch.setattr(compiled, "BACKEND", lambda graph, inputs: compilings.append(graph) or graph)
+    many = MANY[each]
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, *args, **kwargs: many(self, own(self, *args, **kwargs)))
+    with pytest.raises(ConfigError, match=f"LlamaForCausalLM compiles a graph for each {each}; set it to off"):
+        job("llama", compile="on", overrides={"num_hidden_layers": 5})
+    assert not compilings
+
+
+@pytest.mark.proofs
+@pytest.mark.parametrize("family", ["recurrent_gemma", "mamba", "rwkv"])
+def test_families_that_go_through_rows_token_by_token_are_refused(family, monkeypatch):
     compilings: list[object] = []
     monkeypatch.setattr(compiled, "BACKEND", lambda graph, inputs: compilings.append(graph) or graph)
-    with pytest.raises(ConfigError, match="RecurrentGemmaForCausalLM compiles a graph for each length of rows; set it to off"):
-        job("recurrent_gemma", compile="on")
+    with pytest.raises(ConfigError, match="compiles a graph for each length of rows; set it to off"):
+        job(family, compile="on")
     assert not compilings
-    assert job("llama", compile="on", overrides={"num_hidden_layers": 5})[0].actor_critic.compiled and len(compilings) == 1
-
-    def scaled(layer, hidden, **kwargs):
-        return own(layer, hidden, **kwargs) * float(layer.scale)
-
-    own = LlamaDecoderLayer.forward
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", scaled)
-    monkeypatch.setattr(LlamaDecoderLayer, "scale", property(lambda layer: f"1.{layer.self_attn.layer_idx}"), raising=False)
-    with pytest.raises(ConfigError, match="LlamaForCausalLM compiles a graph for each layer; set it to off"):
-        job("llama", compile="on", overrides={"num_hidden_layers": 5})
-    assert len(compilings) == 1
 
 
 def test_weights_that_an_engine_holds_and_layers_of_somebody_else_are_refused():
