@@ -122,7 +122,7 @@ def compile_layers(actor_critic: ActorCritic, settings: PPOSettings, held_by: st
         actor_critic.compiled, layers.quiet = layers, False
     elif settings.compile == "on":
         raise ConfigError(f"ppo.compile: on, but {reason}; set it to off")
-    else:
+    elif processes.start().is_main:
         logger.warning("ppo.compile: %s; learning goes on uncompiled", reason)
 
 
