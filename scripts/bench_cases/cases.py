@@ -61,7 +61,7 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     compile: bool = False
-    """Only for this project: the compiled decode path."""
+    """Only for this project: sampling.compile, or ppo.compile for updates."""
 
     @property
     def name(self) -> str:

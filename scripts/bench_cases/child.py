@@ -1,10 +1,11 @@
 """One measurement in a process of its own:  python -m steerl.scripts.bench_cases.child CASE_AS_JSON IMPLEMENTATION TIMES FOLDER
 
-    ours    whole PPO updates by training.ppo.train, or rollouts by Sampler
-    trl     whole PPO updates by TRL 1.12's PPOTrainer, which must be first on PYTHONPATH
-    grpo    whole updates by the GRPOTrainer of the installed TRL
-    rloo    whole updates by its RLOOTrainer
-    plain   rollouts by model.generate, which keeps no log-probs
+    ours      whole PPO updates by training.ppo.train, or rollouts by Sampler
+    compiled  the same with ppo.compile or sampling.compile
+    trl       whole PPO updates by TRL 1.12's PPOTrainer, which must be first on PYTHONPATH
+    grpo      whole updates by the GRPOTrainer of the installed TRL
+    rloo      whole updates by its RLOOTrainer
+    plain     rollouts by model.generate, which keeps no log-probs
 
 With limit:DEVICE:DTYPE in the place of the first two it measures the machine instead (limit.py).
 
@@ -20,6 +21,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -127,7 +129,7 @@ def sample_ours(case: Case, times: int, folder: Path) -> Meter:
 
 
 def sampling_of(case: Case, kind: Callable[..., Kind]) -> Kind:
-    extra = {"compile": True} if case.compile else {}
+    extra = {"compile": True} if case.compile and case.work == "sampling" else {}
     return kind(max_new_tokens=case.response, batch_size=case.rows, n=case.n, **DISTRIBUTIONS[case.distribution], **extra)
 
 
@@ -178,9 +180,13 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
     from steerl.rollout.decoding.settings import Sampling
     from steerl.rollout.prompts.prompts import Prompts, PromptSettings
     from steerl.rollout.types import Rollout, Texts
-    from steerl.training import ppo
+    from steerl.training import ppo, setup
 
-    meter = Meter(case.device)
+    meter, made, ending = Meter(case.device), [], contextlib.ExitStack()
+
+    def prepare(*given: Any) -> setup.Components:
+        made.append(setup.prepare(*given))
+        return made[-1]
 
     class Timer(ppo.Timer):
         """The loop's own clock, which tells the meter as well."""
@@ -193,6 +199,8 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
             meter.done(lengths)
             if len(meter.tokens) > times:
                 raise Enough  # no checkpoint of it
+            if case.compile and len(meter.tokens) == 1:  # the compiler's time is not an update's
+                ending.enter_context(torch.compiler.set_stance("fail_on_recompile"))
             return super().metrics(tokens)
 
     lengths: list[int] = []
@@ -205,12 +213,15 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
     table = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in prompt_ids(case)]
     settings = ppo.PPOSettings(
         steps=times + 1, rollouts_per_step=case.rows, epochs=case.epochs, minibatches=case.minibatches,
-        micro_batch_size=case.micro, learning_rate=TINY_STEP, eval_prompts=0, samples=0, **credit_of(case),
+        micro_batch_size=case.micro, learning_rate=TINY_STEP, eval_prompts=0, samples=0,
+        compile="on" if case.compile else "off", **credit_of(case),
     )  # fmt: skip
     run = RunSettings(dir=str(folder), overwrite=True, save_every=10**6)
     prompts = Prompts(table, "prompt", policy, PromptSettings())
-    with patch.object(ppo, "Timer", Timer), contextlib.suppress(Enough):
+    with patch.multiple(ppo, Timer=Timer, prepare=prepare), contextlib.suppress(Enough), ending:
         ppo.train(policy, prompts, reward, sampling_of(case, Sampling), settings, run)
+    if case.compile and (why := getattr(made[0].actor_critic.compiled, "failed", "")):
+        raise RuntimeError(f"{case.name}: learning went on uncompiled: {why}")
     return meter
 
 
@@ -335,10 +346,16 @@ def update_groups(kind: str, case: Case, times: int, folder: Path) -> Meter:
     return meter
 
 
+def compiled(case: Case, times: int, folder: Path) -> Meter:
+    return RUNNERS[case.work, "ours"](replace(case, compile=True), times, folder)
+
+
 RUNNERS: dict[tuple[str, str], Callable[[Case, int, Path], Meter]] = {
     ("sampling", "ours"): sample_ours,
+    ("sampling", "compiled"): compiled,
     ("sampling", "plain"): sample_plain,
     ("update", "ours"): update_ours,
+    ("update", "compiled"): compiled,
     ("update", "trl"): update_trl,
     ("update", "grpo"): partial(update_groups, "grpo"),
     ("update", "rloo"): partial(update_groups, "rloo"),

@@ -1,7 +1,8 @@
-"""The speed comparison: this project, TRL 1.12's PPOTrainer, the installed TRL's GRPO and RLOO, and plain `generate`.
+"""The speed comparison: this project, compiled too, TRL 1.12's PPOTrainer, the installed TRL's GRPO and RLOO, plain `generate`.
 
     round 1 .. N ──┬─ the machine's limits
-                   └─ case ── ours | trl | grpo | rloo | plain, each in a process of its own (child.py) ──> bench.json, tables
+                   └─ case ── ours | compiled | trl | grpo | rloo | plain, each in a process of its own (child.py)
+                                                                                          ──> bench.json, tables
 
 Every process has one thread. Times are CPU seconds of the process (the clock's on a GPU); medians over all that was timed in
 all rounds, with the least and the most. What was measured in this folder before is never mixed in.
@@ -100,11 +101,12 @@ def chosen(settings: SpeedSettings, quick: bool) -> list[Case]:
 
 
 def implementations(case: Case, peer: Path | None, grouped: bool) -> list[str]:
-    """Ours, and what there is beside it: TRL 1.12 in its folder, or the installed TRL for groups."""
+    """Ours, and what there is beside it: ppo.compile, TRL 1.12 in its folder, or the installed TRL for groups."""
     if case.work == "sampling":
         return ["ours", "plain"]
     beside = peer is not None if case.credit == "gae" else grouped
-    return ["ours", _PEERS[case.credit]] if beside else ["ours"]
+    compiled = ["compiled"] if case in (*UPDATES, *CUDA) else []
+    return ["ours", *compiled, *([_PEERS[case.credit]] if beside else [])]
 
 
 def child(arguments: Sequence[str], peer: Path | None, times: int, out: Path) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """What is measured on a GPU, in the order in which it goes without when time is short: the last cases first.
 
 sampling   ours (eager) | compiled (sampling.compile) | plain (model.generate)
-update     ours: PPO, one epoch, a value model and a reference; group: group credit beside TRL's GRPO
+update     ours: PPO, one epoch, a value model and a reference | compiled (ppo.compile); group: group credit beside TRL's GRPO
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ def _ordered(shapes: dict[str, Case], rows: tuple[int, ...]) -> Iterator[Job]:
     for size, shape in shapes.items():
         for count in rows:
             for who in ("ours", "plain", "compiled"):
-                yield Job(size, who, replace(shape, work="sampling", rows=count, compile=who == "compiled"))
+                yield Job(size, who, replace(shape, work="sampling", rows=count))
         yield Job(size, "ours", replace(shape, work="update", rows=rows[0]))
-    for count in rows[1:]:
+    updates = [(count, who) for count in rows for who in ("ours", "compiled")]
+    for count, who in updates[1:]:  # the first is there
         for size, shape in shapes.items():
-            yield Job(size, "ours", replace(shape, work="update", rows=count))
+            yield Job(size, who, replace(shape, work="update", rows=count))
     for size, shape in shapes.items():
         for who in ("ours", "grpo"):
             yield Job(size, who, replace(shape, work="update", rows=rows[0], n=min(8, rows[0]), credit="group"))

@@ -24,6 +24,7 @@ from steerl.rollout.decoding import compiled
 from steerl.scripts.bench_cases import limit
 from steerl.scripts.bench_cases.child import RUNNERS
 from steerl.scripts.gpu.cases import Job, jobs
+from steerl.training.model import compiled as layers
 
 TIMES = 1
 """Measured after one that warms up."""
@@ -41,9 +42,8 @@ def machine(device: str) -> dict[str, object]:
 
 def measured(job: Job, folder: Path, limits: dict[str, Any]) -> dict[str, object]:
     """The median of what was timed, and its share of the limit."""
-    runner = RUNNERS[job.case.work, "ours" if job.who == "compiled" else job.who]
     compiled._WARNED.clear()
-    found: dict[str, Any] = runner(job.case, TIMES, folder).to_json(job.case, job.who)
+    found: dict[str, Any] = RUNNERS[job.case.work, job.who](job.case, TIMES, folder).to_json(job.case, job.who)
     if job.who == "compiled" and compiled._WARNED:  # the eager path's figures are there already
         raise RuntimeError("; ".join(compiled._WARNED))
     phases = {name: statistics.median(values) for name, values in found["seconds"].items()}
@@ -76,7 +76,7 @@ def main(device: str, folder: Path, numbers: list[int]) -> None:
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no result
     if device == "cpu":
-        compiled.BACKEND = "eager"  # without the compiler's minutes
+        compiled.BACKEND = layers.BACKEND = "eager"  # without the compiler's minutes
     known, limits = jobs(device == "cpu"), json.loads(os.environ.get("STEERL_GPU_LIMITS", "{}"))
     for number in numbers:
         began = time.perf_counter()

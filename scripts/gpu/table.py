@@ -63,7 +63,8 @@ def speed(cases: Sequence[dict[str, Any]], case: dict[str, Any]) -> float | None
 
 def verdict(cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Whether sampling.compile at least doubles decoding, by every pair that was measured."""
-    pairs = [(case, speed(cases, case)) for case in cases if case["who"] == "compiled" and "seconds" in case]
+    steps = [case for case in cases if (case["work"], case["who"]) == ("sampling", "compiled") and "seconds" in case]
+    pairs = [(case, speed(cases, case)) for case in steps]
     ratios = {f"{case['size']}, {case['rows']} rows": ratio for case, ratio in pairs if ratio is not None}
     if not ratios:
         return {"ratios": {}, "doubles": None, "verdict": "sampling.compile: no verdict, for nothing of it was measured."}

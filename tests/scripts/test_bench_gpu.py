@@ -72,6 +72,9 @@ def test_every_job_has_a_name_of_its_own_and_the_rehearsal_has_the_same_ones():
     assert len({job.name for job in real}) == len(real) and {job.case.device for job in real} == {"cuda"}
     assert {(job.work, job.who) for job in real} == {(job.work, job.who) for job in tiny}
     assert {(job.size, job.case.rows) for job in real} == {(size, rows) for size in SIZES for rows in ROWS}
+    for size, count in ((size, count) for size in SIZES for count in ROWS):
+        asked = [job.who for job in real if (job.work, job.size, job.case.rows) == ("update", size, count)]
+        assert asked == ["ours", "compiled"], "the plain one first"
     assert {job.size for job in tiny} == set(REHEARSAL) and {job.case.dtype for job in [*real, *tiny]} == {"bfloat16"}
     weights = {size: sum(limit_weights(case)) for size, case in SIZES.items()}  # of Qwen2.5, embeddings tied: 0.49 and 1.54 G
     assert weights == pytest.approx({"0.5B": 0.494e9, "1.5B": 1.544e9}, rel=0.01)

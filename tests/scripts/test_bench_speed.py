@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -31,7 +32,8 @@ from steerl.scripts.bench_cases.cases import (
     policy_of,
     prompt_batch,
 )
-from steerl.scripts.bench_cases.child import RUNNERS, Parity, lengths_of, sampling_of
+from steerl.scripts.bench_cases.child import RUNNERS, Meter, Parity, lengths_of, sampling_of
+from steerl.training.model import compiled
 
 ROOT = Path(__file__).parents[2]
 SLOW_DISK = {"flops": 100.0, "bandwidth": {"1": 1e9}}
@@ -113,6 +115,7 @@ def test_the_peers_reward_costs_nothing_and_reads_ids():
 def test_groups_are_the_same_work_for_both(who, credit, kl, tmp_path, monkeypatch):
     """Rows, tokens, optimizer steps and their rows; a reference where there is a KL alone."""
     case = replace(SMALLEST, rows=8, response=4, n=4, credit=credit, kl=kl, epochs=2, minibatches=2, micro=2)
+    case = replace(case, mean=2) if who == "rloo" else case  # a stop token every other time, were it not for min_new_tokens
     steps, passes = [], []
     monkeypatch.setattr(torch.optim.AdamW, "step", counted(torch.optim.AdamW.step, steps))
     monkeypatch.setattr(LlamaModel, "forward", counted(LlamaModel.forward, passes))
@@ -125,6 +128,33 @@ def test_groups_are_the_same_work_for_both(who, credit, kl, tmp_path, monkeypatc
     assert len({id(model) for model, _, _ in passes}) == 1 + kl
     found = meter.to_json(case, who)["seconds"]
     assert {len(values) for values in found.values()} == {2} and {"sample", "learn"} <= set(found)
+
+
+@pytest.mark.parametrize("micro, late, said", [(4, False, None), (1, False, "out of memory"), (4, True, "Detected recompile")])
+def test_ppo_compile_is_timed_without_its_compiler(micro, late, said, tmp_path, monkeypatch):
+    """Rows alone in a pass take a second graph, in the first update. What is not compiled, or in a timed one, is no figure."""
+    updates, graphs = [], []
+
+    def backend(graph, inputs):
+        graphs.append(len(updates))
+        if len(graphs) > 1 and not late:
+            raise RuntimeError("out of memory")
+        return graph
+
+    def done(meter, lengths):
+        updates.append(lengths)
+        if late and len(updates) == 2:
+            torch.compiler.reset()
+        own_done(meter, lengths)
+
+    own_done = Meter.done
+    monkeypatch.setattr(Meter, "done", done)
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    case = replace(SMALLEST, mean=4, micro=micro)
+    with pytest.raises(RuntimeError, match=said) if said else contextlib.nullcontext():
+        meter = RUNNERS["update", "compiled"](case, 2, tmp_path / "run")
+        assert len(meter.tokens) == 3 and graphs == [0]
+    assert not sampling_of(replace(case, compile=True), Sampling).compile
 
 
 def counted(function, calls):
@@ -143,6 +173,9 @@ def test_beside_groups_stands_the_installed_trl_or_a_line_says_why_not(tmp_path,
     ]
     assert speed.implementations(SMALLEST, tmp_path, False) == ["ours", "trl"]
     assert speed.implementations(SMALLEST, None, True) == ["ours"]
+    for update in (UPDATES[1], next(case for case in CUDA if case.work == "update")):
+        assert speed.implementations(update, tmp_path, True) == ["ours", "compiled", "trl"]
+        assert speed.implementations(replace(update, work="sampling"), tmp_path, True) == ["ours", "plain"]
     asked = []
 
     def child(arguments, peer, times, out):

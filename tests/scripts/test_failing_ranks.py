@@ -54,7 +54,9 @@ def test_a_failing_rank_ends_the_job_and_says_why_once(engine: str, how: str, tm
     command += ["--reward", json.dumps(reward), "--sampling.max_new_tokens", "5", "--ppo.steps", "9"]
     command += ["--ppo.rollouts_per_step", "8", "--ppo.minibatches", "2", "--ppo.eval_prompts", "2"]
     command += ["--run.save_every", "1", "--run.dir", str(tmp_path / "run")]
+    command += ["--ppo.compile", "auto"] if engine == "zero3" else []
     ended = warm.run(command, env={**os.environ, "HOW": how})
+    assert ended.stderr.count("ppo.compile: DeepSpeed holds the weights") == (engine == "zero3")
     assert ended.returncode != 0
     left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(path)]
     assert not left

@@ -37,6 +37,8 @@ from steerl.training.settings import PPOSettings
 logger = logging.getLogger(__name__)
 BACKEND = "inductor"
 """Tests that want the path without the compiler's minute take `aot_eager`."""
+MOST_GRAPHS = 4
+"""That a model's layers may take at one length of rows: kinds of layers, with windows and without, with experts and without."""
 
 
 _numbers = itertools.count()
@@ -45,7 +47,7 @@ _numbers = itertools.count()
 class CompiledLayers:
     """Call it around a pass: `with layers(): model(rollout)`."""
 
-    def __init__(self, actor_critic: ActorCritic):
+    def __init__(self, actor_critic: ActorCritic, backend: str | Callable[..., Any] | None = None):
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         found = [m for core in actor_critic.cores() for m in core.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -53,6 +55,9 @@ class CompiledLayers:
         self.layers: list[nn.Module] = [layer for layer in found if id(layer) not in nested]
         self.failed = ""
         """What the compiler said when it gave up."""
+        self.quiet = False
+        """Whoever uses it tells that it failed."""
+        self._backend = backend or BACKEND
         self._forwards = {kind: self._compiled(kind) for kind in {type(layer) for layer in self.layers}}
 
     def _compiled(self, kind: type[nn.Module]) -> Callable[..., Any]:
@@ -65,7 +70,7 @@ class CompiledLayers:
         # all classes have one.
         code = run.__code__.replace(co_name=f"layer_{next(_numbers)}")
         named = types.FunctionType(code, globals(), closure=run.__closure__)
-        compiled = torch.compile(named, fullgraph=True, dynamic=True, backend=BACKEND)
+        compiled = torch.compile(named, fullgraph=True, dynamic=True, backend=self._backend)
 
         def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
             try:
@@ -74,7 +79,8 @@ class CompiledLayers:
                 # Nothing of the layer has run.
                 cause = getattr(error, "inner_exception", error)
                 self.failed = f"{type(cause).__name__}: {cause}".strip().splitlines()[0]
-                logger.warning("ppo.compile: %s failed (%s); learning goes on uncompiled", kind.__name__, self.failed)
+                if not self.quiet:
+                    logger.warning("ppo.compile: %s failed (%s); learning goes on uncompiled", kind.__name__, self.failed)
                 return own(layer, *args, **kwargs)
 
         return forward
@@ -105,17 +111,18 @@ def compile_layers(actor_critic: ActorCritic, settings: PPOSettings, held_by: st
     if settings.compile == "off":
         return
     layers = CompiledLayers(actor_critic)
-    reason = why_not(actor_critic, layers, settings, held_by)
+    reason, layers.quiet = why_not(actor_critic, layers, settings, held_by), True
     if reason is None:
         with doing(f"compiling the layers of {type(actor_critic.policy.core).__name__}"):
+            reason = _takes_many(actor_critic)
             for policy in actor_critic.policies:
                 reason = reason or _disagrees(policy, layers, actor_critic.packed, policy is actor_critic.policy)
     reason = next((told for told in processes.gather_objects([reason]) if told), None)  # all ranks, or none
     if reason is None:
-        actor_critic.compiled = layers
+        actor_critic.compiled, layers.quiet = layers, False
     elif settings.compile == "on":
         raise ConfigError(f"ppo.compile: on, but {reason}; set it to off")
-    else:
+    elif processes.start().is_main:
         logger.warning("ppo.compile: %s; learning goes on uncompiled", reason)
 
 
@@ -138,10 +145,38 @@ def why_not(actor_critic: ActorCritic, layers: CompiledLayers, settings: PPOSett
     return None if layers.whole() else "every layer has hooks inside (steering or others'), which a graph would leave out"
 
 
+def _takes_many(actor_critic: ActorCritic) -> str | None:
+    """Whether layers would be compiled again and again: graphs are counted, without the compiler, at two lengths of rows."""
+    graphs: list[object] = []
+
+    def counting(graph: Callable[..., Any], inputs: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        if len(graphs) > most:
+            raise RuntimeError("enough")
+        return graph
+
+    traced, packed = CompiledLayers(actor_critic, counting), actor_critic.packed
+    traced.quiet = True
+    for policy in actor_critic.policies:
+        _ = policy.capabilities  # seen by passes of their own
+        for length, each in ((8, "layer"), (11, "length of rows")):
+            most = MOST_GRAPHS if each == "layer" else len(graphs)
+            with traced(), torch.enable_grad():
+                teacher_forced(policy, _probe(policy, length), want_entropy=False, want_logprobs=False, packed=packed)
+            if len(graphs) > most:
+                return f"{type(policy.core).__name__} compiles a graph for each {each}"
+    return None
+
+
+def _probe(policy: Policy, length: int) -> Rollout:
+    """Two rows, the longer one of so many tokens with its prompt."""
+    ids = language_model.probe_row(policy, 3, length)[0].tolist()
+    return Rollout.of_ids([ids[:3], ids[:5]], [ids[3:], ids[5:]], pad_id=policy.pad_id, device=policy.device)
+
+
 def _disagrees(policy: Policy, layers: CompiledLayers, packed: bool, is_actor: bool) -> str | None:
     """What is wrong with the graph's numbers, forward or back; None where they are the plain layers'."""
-    ids = language_model.probe_row(policy, 3, 8)[0].tolist()
-    rows = Rollout.of_ids([ids[:3], ids[:5]], [ids[3:], ids[5:]], pad_id=policy.pad_id, device=policy.device)
+    rows = _probe(policy, 8)
     first = next(module for module in policy.core.modules() if module in set(layers.layers))
     weights = [p for p in first.parameters() if p.requires_grad]  # where errors of all layers come together
 

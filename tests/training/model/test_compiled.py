@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.steering import load_spec
@@ -73,9 +74,11 @@ def test_the_same_is_learned(name):
     assert counters["stats"]["unique_graphs"] and not counters["recompile_limit"] and not counters["graph_break"]
 
 
-def test_one_graph_serves_all_layers_of_actor_and_critic_at_all_shapes():
+def test_one_graph_serves_all_layers_of_actor_and_critic_at_all_shapes(monkeypatch):
+    compilings: list[object] = []
+    monkeypatch.setattr(compiled, "BACKEND", lambda graph, inputs: compilings.append(graph) or graph)
     learned(compile="on")
-    assert counters["stats"]["unique_graphs"] == 1
+    assert len(compilings) == 1 and counters["stats"]["unique_graphs"] == 2  # one without the compiler, to count them
 
 
 @pytest.mark.proofs
@@ -140,6 +143,35 @@ def test_what_cannot_be_compiled_is_refused_or_left_as_it_is(reason, caplog):
         parts, _, _ = job(**{"family": "llama", **REFUSED[reason]}, compile="auto")
     assert parts.actor_critic.compiled is contextlib.nullcontext
     assert [r.getMessage() for r in caplog.records if "ppo.compile" in r.getMessage() and reason in r.getMessage()]
+
+
+MANY = {
+    "layer": lambda layer, hidden: hidden * float(f"1.{layer.self_attn.layer_idx}"),
+    "length of rows": lambda layer, hidden: sum((0.0 * hidden for _ in range(hidden.shape[1])), hidden),
+}
+
+
+@pytest.mark.parametrize("each", MANY)
+def test_layers_that_would_take_many_graphs_never_reach_the_compiler(each, monkeypatch):
+    """Layers that differ by what they hold; states that are gone through token by token."""
+    compilings: list[object] = []
+    own = LlamaDecoderLayer.forward
+    monkeypatch.setattr(compiled, "BACKEND", lambda graph, inputs: compilings.append(graph) or graph)
+    many = MANY[each]
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, *args, **kwargs: many(self, own(self, *args, **kwargs)))
+    with pytest.raises(ConfigError, match=f"LlamaForCausalLM compiles a graph for each {each}; set it to off"):
+        job("llama", compile="on", overrides={"num_hidden_layers": 5})
+    assert not compilings
+
+
+@pytest.mark.proofs
+@pytest.mark.parametrize("family", ["recurrent_gemma", "mamba", "rwkv"])
+def test_families_that_go_through_rows_token_by_token_are_refused(family, monkeypatch):
+    compilings: list[object] = []
+    monkeypatch.setattr(compiled, "BACKEND", lambda graph, inputs: compilings.append(graph) or graph)
+    with pytest.raises(ConfigError, match="compiles a graph for each length of rows; set it to off"):
+        job(family, compile="on")
+    assert not compilings
 
 
 def test_weights_that_an_engine_holds_and_layers_of_somebody_else_are_refused():
