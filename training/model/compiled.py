@@ -160,7 +160,7 @@ def _takes_many(actor_critic: ActorCritic) -> str | None:
     for policy in actor_critic.policies:
         _ = policy.capabilities  # seen by passes of their own
         for length, each in ((8, "layer"), (11, "length of rows")):
-            most = MOST_GRAPHS if each == "layer" else len(graphs)
+            most = len(graphs) + (MOST_GRAPHS if each == "layer" else 0)
             with traced(), torch.enable_grad():
                 teacher_forced(policy, _probe(policy, length), want_entropy=False, want_logprobs=False, packed=packed)
             if len(graphs) > most:
