@@ -106,7 +106,7 @@ class Distribution:
         """A token per row as the behaviour draws it, with both log-probs and the policy's entropy."""
         settings, replays = self.sampling, self.sampling.replays_mask
         scores_BV = _tempered(logits_BV, settings.policy_temperature, space)
-        policy = Weights(scores_BV, space, "policy", entropy=not replays)
+        policy = Weights(scores_BV, space, "policy", entropy=not replays, truncated=settings.truncates)
         behaviour, bad_B = policy, policy.bad_B
         if not replays:  # of all that the policy may say, before anything is taken out
             entropy_B, total_B = policy.entropy(), policy.total_B
@@ -115,7 +115,8 @@ class Distribution:
             logprobs_B = policy.logprobs(best.indices, total_B)
             return Drawn(best.indices, logprobs_B, logprobs_B, entropy_B, bad_B | ~best.values.isfinite())
         if self.penalises:
-            behaviour = Weights(self.penalized(logits_BV, history, space).div_(settings.temperature), space, "behaviour")
+            scores = self.penalized(logits_BV, history, space).div_(settings.temperature)
+            behaviour = Weights(scores, space, "behaviour", truncated=settings.truncates)
         if settings.truncates:
             self.truncate(behaviour)
         tokens_B, kept_BV = behaviour.draw(uniform_B), None
@@ -134,8 +135,10 @@ def _tempered(logits_BV: Tensor, temperature: float, space: Space) -> Tensor:
     """Float32 logits divided by the temperature."""
     if temperature == 1 and logits_BV.dtype == torch.float32:
         return logits_BV
-    scores_BV = space.like("tempered", logits_BV).copy_(logits_BV)
-    return scores_BV if temperature == 1 else scores_BV.div_(temperature)
+    scores_BV = space.like("tempered", logits_BV)
+    if logits_BV.dtype == torch.float32:
+        return torch.div(logits_BV, temperature, out=scores_BV)
+    return scores_BV.copy_(logits_BV) if temperature == 1 else scores_BV.copy_(logits_BV).div_(temperature)
 
 
 def _penalize(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, penalty: float) -> None:

@@ -45,32 +45,38 @@ class Space:
 class Weights:
     """exp(scores - max) in blocks of 256 with their sums: everything that draws and normalises."""
 
-    def __init__(self, scores_BV: Tensor, space: Space, name: str = "", entropy: bool = False):
-        """`entropy`: it will be asked for, and costs least where the weights are at hand."""
+    shifted_BV: Tensor
+    """Scores less the top."""
+
+    def __init__(self, scores_BV: Tensor, space: Space, name: str = "", entropy: bool = False, truncated: bool = True):
+        """`entropy`: it will be asked for, and costs least where the weights are at hand. Not `truncated`: nothing will be
+        taken out, so the shifted scores are held of one piece at a time, where the products that follow overwrite them."""
         rows, size = scores_BV.shape
         self.scores_BV, self.space, self.blocks = scores_BV, space, -(-size // _BLOCK)
         self.pieces = _pieces(scores_BV)
         self.top_B1 = scores_BV.new_empty(rows, 1)
-        self.shifted_BV = space.like(f"{name} shifted", scores_BV)
+        if truncated:
+            self.shifted_BV = space.like(f"{name} shifted", scores_BV)
         self.padded_BW = space.get(f"{name} weights", rows, self.blocks * _BLOCK, scores_BV.device)
         self.weights_BV = self.padded_BW[:, :size]
         sums_BN = scores_BV.new_empty(rows, self.blocks, dtype=torch.float32)
         products_BN = torch.empty_like(sums_BN) if entropy else None
         for piece in self.pieces:
             torch.amax(scores_BV[piece], dim=1, keepdim=True, out=self.top_B1[piece])
-            shifted = torch.sub(scores_BV[piece], self.top_B1[piece], out=self.shifted_BV[piece])
+            shifted = self.shifted_BV[piece] if truncated else self._buffer(piece)[:, :size]
+            torch.sub(scores_BV[piece], self.top_B1[piece], out=shifted)
             # Scores of -inf become -1e4: their weight is 0 all the same, and 0 x -1e4 is a number.
             torch.exp(shifted.clamp_(min=-1e4), out=self.weights_BV[piece])
             _block_sums(self.padded_BW[piece], out=sums_BN[piece])
             if products_BN is not None:
-                self._products(piece, products_BN)
+                self._products(piece, shifted, products_BN)
         self.expected_B = None if products_BN is None else products_BN.double().sum(dim=1)
         self._sum(sums_BN)
 
-    def _products(self, piece: slice, products_BN: Tensor) -> None:
+    def _products(self, piece: slice, shifted: Tensor, products_BN: Tensor) -> None:
         """Sums of weight x score in each block."""
         products = self._buffer(piece)
-        torch.mul(self.weights_BV[piece], self.shifted_BV[piece], out=products[:, : self.weights_BV.shape[1]])
+        torch.mul(self.weights_BV[piece], shifted, out=products[:, : self.weights_BV.shape[1]])
         _block_sums(products, out=products_BN[piece])
 
     def _buffer(self, piece: slice) -> Tensor:
@@ -112,7 +118,7 @@ class Weights:
         # The share of the block that is left, not the weight: the block's own sum was taken in float32.
         share_B = (uniform_B * self.total_B - before_B) / inside_B
         token_B1 = block_B1 * _BLOCK + _exceed(chosen_BK, share_B.clamp(0, 1) * chosen_BK[:, -1])
-        return token_B1[:, 0].clamp(max=self.shifted_BV.shape[1] - 1)  # a row of NaN must still name a token
+        return token_B1[:, 0].clamp(max=self.weights_BV.shape[1] - 1)  # a row of NaN must still name a token
 
     def logprobs(self, tokens_B: Tensor, total_B: Tensor) -> Tensor:
         """Log-probs where the weights had this total: before or after some were taken out."""
@@ -124,7 +130,7 @@ class Weights:
         if self.expected_B is None:
             products_BN = torch.empty(len(self.scores_BV), self.blocks, device=self.scores_BV.device)
             for piece in self.pieces:
-                self._products(piece, products_BN)
+                self._products(piece, self.shifted_BV[piece], products_BN)
             self.expected_B = products_BN.double().sum(dim=1)
         return (self.total_B.log() - self.expected_B / self.total_B).float()
 

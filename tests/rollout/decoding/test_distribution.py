@@ -153,6 +153,21 @@ def test_very_unlikely_tokens_keep_exact_logprobs() -> None:
     assert abs(float(weights.logprobs(torch.tensor([5]), weights.total_B)) - expected) < 1e-5
 
 
+@pytest.mark.parametrize("rows, size", [(5, 300), (7, 40_000)])
+def test_where_nothing_is_taken_out_the_numbers_are_the_same_in_less_memory(rows: int, size: int) -> None:
+    """Bit for bit, whatever the step before left in the buffers; 40,000: more than one piece."""
+    space, uniform = Space(), torch.rand(rows, dtype=torch.float64)
+    for step in range(3):
+        scores = torch.randn(rows - step, size, generator=torch.Generator().manual_seed(step)) * 3
+        scores[0, :9] = -math.inf
+        found = []
+        for weights in (Weights(scores, space, entropy=True, truncated=False), Weights(scores, Space(), entropy=True)):
+            tokens = weights.draw(uniform[: rows - step])
+            found.append(torch.cat([tokens, weights.logprobs(tokens, weights.total_B), weights.entropy()]))
+        assert torch.equal(*found) and found[0].isfinite().all()
+    assert not [name for name, *_ in space.buffers if "shifted" in name]
+
+
 def test_padding_is_not_seen_by_penalties_and_bans(policy: Any) -> None:
     """Left pads (id 0) are no text: neither penalized, nor part of an n-gram, nor the beginning of a bad word."""
     settings = Sampling(repetition_penalty=2.0, no_repeat_ngram_size=2, bad_words_ids=[[0, 5, 6]])
