@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import Sampling, Vocabulary
-from steerl.rollout.decoding.weights import Space, Weights, nucleus
+from steerl.rollout.decoding.weights import Space, Weights, kth_largest, nucleus
 
 _NEGATIVE = float("-inf")
 
@@ -83,8 +83,7 @@ class Distribution:
         """Top-k, then top-p of what is left, then min-p."""
         settings = self.sampling
         if 0 < settings.top_k < weights.shifted_BV.shape[1]:
-            kth_B1 = weights.shifted_BV.topk(settings.top_k, dim=1).values[:, -1:]
-            weights.keep(weights.at_least(kth_B1))
+            weights.keep(weights.at_least(kth_largest(weights.shifted_BV, settings.top_k)))
         if settings.top_p < 1:
             weights.keep(nucleus(weights, settings.top_p))
         if settings.min_p > 0:
@@ -123,7 +122,7 @@ class Distribution:
         if replays:
             kept_BV = torch.gt(behaviour.weights_BV, 0, out=space.like("drawable", scores_BV, torch.bool))
             if self.penalises:  # what is left may be so unlikely that its weights beside the likeliest's are 0
-                policy = Weights(scores_BV.masked_fill(~kept_BV, _NEGATIVE), space, "policy")
+                policy = Weights.of_some(scores_BV, kept_BV, space, "policy")
             entropy_B, total_B = policy.entropy(), policy.total_B
         policy_B = policy.logprobs(tokens_B, total_B)
         behaviour_B = policy_B if settings.is_policy else behaviour.logprobs(tokens_B, behaviour.total_B)
