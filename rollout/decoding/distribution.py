@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steerl.rollout.common.errors import ConfigError
 from steerl.rollout.decoding.settings import Sampling, Vocabulary
-from steerl.rollout.decoding.weights import Space, Weights, nucleus
+from steerl.rollout.decoding.weights import Space, Weights, kth_largest, nucleus
 
 _NEGATIVE = float("-inf")
 
@@ -83,8 +83,7 @@ class Distribution:
         """Top-k, then top-p of what is left, then min-p."""
         settings = self.sampling
         if 0 < settings.top_k < weights.shifted_BV.shape[1]:
-            kth_B1 = weights.shifted_BV.topk(settings.top_k, dim=1).values[:, -1:]
-            weights.keep(weights.at_least(kth_B1))
+            weights.keep(weights.at_least(kth_largest(weights.shifted_BV, settings.top_k)))
         if settings.top_p < 1:
             weights.keep(nucleus(weights, settings.top_p))
         if settings.min_p > 0:
@@ -106,7 +105,7 @@ class Distribution:
         """A token per row as the behaviour draws it, with both log-probs and the policy's entropy."""
         settings, replays = self.sampling, self.sampling.replays_mask
         scores_BV = _tempered(logits_BV, settings.policy_temperature, space)
-        policy = Weights(scores_BV, space, "policy", entropy=not replays)
+        policy = Weights(scores_BV, space, "policy", entropy=not replays, truncated=settings.truncates)
         behaviour, bad_B = policy, policy.bad_B
         if not replays:  # of all that the policy may say, before anything is taken out
             entropy_B, total_B = policy.entropy(), policy.total_B
@@ -115,14 +114,15 @@ class Distribution:
             logprobs_B = policy.logprobs(best.indices, total_B)
             return Drawn(best.indices, logprobs_B, logprobs_B, entropy_B, bad_B | ~best.values.isfinite())
         if self.penalises:
-            behaviour = Weights(self.penalized(logits_BV, history, space).div_(settings.temperature), space, "behaviour")
+            scores = self.penalized(logits_BV, history, space).div_(settings.temperature)
+            behaviour = Weights(scores, space, "behaviour", truncated=settings.truncates)
         if settings.truncates:
             self.truncate(behaviour)
         tokens_B, kept_BV = behaviour.draw(uniform_B), None
         if replays:
             kept_BV = torch.gt(behaviour.weights_BV, 0, out=space.like("drawable", scores_BV, torch.bool))
             if self.penalises:  # what is left may be so unlikely that its weights beside the likeliest's are 0
-                policy = Weights(scores_BV.masked_fill(~kept_BV, _NEGATIVE), space, "policy")
+                policy = Weights.of_some(scores_BV, kept_BV, space, "policy")
             entropy_B, total_B = policy.entropy(), policy.total_B
         policy_B = policy.logprobs(tokens_B, total_B)
         behaviour_B = policy_B if settings.is_policy else behaviour.logprobs(tokens_B, behaviour.total_B)
@@ -134,8 +134,10 @@ def _tempered(logits_BV: Tensor, temperature: float, space: Space) -> Tensor:
     """Float32 logits divided by the temperature."""
     if temperature == 1 and logits_BV.dtype == torch.float32:
         return logits_BV
-    scores_BV = space.like("tempered", logits_BV).copy_(logits_BV)
-    return scores_BV if temperature == 1 else scores_BV.div_(temperature)
+    scores_BV = space.like("tempered", logits_BV)
+    if logits_BV.dtype == torch.float32:
+        return torch.div(logits_BV, temperature, out=scores_BV)
+    return scores_BV.copy_(logits_BV) if temperature == 1 else scores_BV.copy_(logits_BV).div_(temperature)
 
 
 def _penalize(scores_BV: Tensor, tokens_BL: Tensor, real_BL: Tensor, penalty: float) -> None:

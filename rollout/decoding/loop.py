@@ -196,7 +196,8 @@ class DecodeLoop:
         alive.tokens[:, t], alive.entropy[:, t] = drawn.tokens_B, drawn.entropy_B
         alive.behaviour[:, t], alive.policy[:, t] = drawn.behaviour_B, drawn.policy_B
         if drawn.kept_BV is not None:
-            ids, counts_A = listed(drawn.kept_BV.logical_and_(~alive.ended[:, None]))
+            drawn.kept_BV[alive.ended] = False
+            ids, counts_A = listed(drawn.kept_BV)
             counts_B = torch.zeros(len(self.rows.place), dtype=torch.int64, device=ids.device)
             self.kept.append((ids, counts_B.index_copy(0, alive.place, counts_A)))
         going_A = ~alive.ended

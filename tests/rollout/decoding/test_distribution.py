@@ -13,7 +13,7 @@ from steerl.rollout.common.errors import UserError
 from steerl.rollout.common.random import uniforms
 from steerl.rollout.decoding.distribution import Distribution, History
 from steerl.rollout.decoding.settings import Sampling
-from steerl.rollout.decoding.weights import Space, Weights, nucleus
+from steerl.rollout.decoding.weights import Space, Weights, kth_largest, nucleus
 from tests.models import tiny_policy
 from tests.rollout.definitions import entropy, law, log_softmax
 
@@ -125,6 +125,17 @@ def test_top_k_larger_than_the_vocabulary_keeps_all(policy: Any) -> None:
     assert rule.behaviour_scores(torch.randn(2, 64), history(rule, 2)).isfinite().all()
 
 
+@pytest.mark.parametrize("size", [64, 1000, 9001])
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_the_kth_largest_is_that_of_the_sorted_row(k: int, size: int) -> None:
+    draw = torch.Generator().manual_seed(size)
+    tied = torch.randint(0, 40, (4, size), generator=draw).float()
+    last = torch.arange(size).float().expand(2, -1)
+    for table in (torch.randn(4, size, generator=draw), tied, last, -last):
+        expected = [[sorted(row)[-k]] for row in table.tolist()]
+        assert kth_largest(table, k).tolist() == expected
+
+
 def test_uniforms_at_the_edges_draw_the_first_and_last_possible_token() -> None:
     """A token of weight 0 is never drawn, at the ends, between blocks or inside one."""
     scores = torch.full((1, 1000), -math.inf)
@@ -151,6 +162,35 @@ def test_very_unlikely_tokens_keep_exact_logprobs() -> None:
     expected = -80.0 - math.log(299 + math.exp(-80.0))
     weights = Weights(scores, Space())
     assert abs(float(weights.logprobs(torch.tensor([5]), weights.total_B)) - expected) < 1e-5
+
+
+def test_of_some_tokens_the_likeliest_of_them_is_the_top() -> None:
+    """However unlikely they are beside those that are left out; a row of which nothing is left has no distribution."""
+    scores = torch.tensor([[0.0, -300.0, -301.0, 5.0], [1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
+    keep = torch.tensor([[False, True, True, False], [True, False, False, True], [False] * 4])
+    weights = Weights.of_some(scores, keep, Space())
+    expected = torch.tensor([math.log1p(math.exp(-1.0)), math.log1p(math.exp(-3.0))])
+    found = -weights.logprobs(torch.tensor([1, 3, 0]), weights.total_B)
+    assert torch.allclose(found[:2], expected, atol=1e-6) and weights.bad_B.tolist() == [False, False, True]
+    assert [weights.draw(torch.full((3,), u, dtype=torch.float64)).tolist()[:2] for u in (0.0, 0.99)] == [[1, 0], [2, 3]]
+    assert torch.allclose(
+        weights.entropy()[:2].double(), torch.tensor([entropy(row) for row in ([0.0, -1.0], [0.0, -3.0])]).double()
+    )
+
+
+@pytest.mark.parametrize("rows, size", [(5, 300), (7, 40_000)])
+def test_where_nothing_is_taken_out_the_numbers_are_the_same_in_less_memory(rows: int, size: int) -> None:
+    """Bit for bit, whatever the step before left in the buffers; 40,000: more than one piece."""
+    space, uniform = Space(), torch.rand(rows, dtype=torch.float64)
+    for step in range(3):
+        scores = torch.randn(rows - step, size, generator=torch.Generator().manual_seed(step)) * 3
+        scores[0, :9] = -math.inf
+        found = []
+        for weights in (Weights(scores, space, entropy=True, truncated=False), Weights(scores, Space(), entropy=True)):
+            tokens = weights.draw(uniform[: rows - step])
+            found.append(torch.cat([tokens, weights.logprobs(tokens, weights.total_B), weights.entropy()]))
+        assert torch.equal(*found) and found[0].isfinite().all()
+    assert not [name for name, *_ in space.buffers if "shifted" in name]
 
 
 def test_padding_is_not_seen_by_penalties_and_bans(policy: Any) -> None:

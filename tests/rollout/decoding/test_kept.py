@@ -43,9 +43,9 @@ def sets_of(policy: Any, rollout: Rollout, settings: Sampling) -> list[list[list
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("family", ("gpt2", "llama", "bart"))
 def test_the_record_holds_the_sets_of_lone_rows_in_both_engines(family: str, name: str) -> None:
-    """Rows end early and are dropped while others go on; several samples share a prefill."""
+    """Rows end early and are dropped while others go on, one of twelve a while later; several samples share a prefill."""
     policy = tiny_policy(family)
-    settings = Sampling(max_new_tokens=10, n=3, seed=2, stop_ids=[*range(30, 40)], batch_size=7, **MIXTURES[name])
+    settings = Sampling(max_new_tokens=10, n=3, seed=2, stop_ids=[*range(30, 40)], batch_size=16, **MIXTURES[name])
     for kind in ("stream", "generate"):
         rollout, _ = Sampler(policy, settings, engine=EngineSettings(kind)).sample(PromptBatch.of_ids(PROMPTS))
         assert rollout.kept is not None and rollout.kept.lists() == sets_of(policy, rollout, settings)
@@ -84,6 +84,17 @@ def test_a_place_where_nothing_was_left_out_has_no_ids() -> None:
     rollout, _ = Sampler(policy, Sampling(max_new_tokens=4, min_p=0.5)).sample(PromptBatch.of_ids(PROMPTS))
     assert rollout.kept is not None and not len(rollout.kept.ids) and not rollout.kept.counts_BR.any()
     assert torch.allclose(rollout.policy_logprobs_BR[rollout.mask_BR], -torch.tensor(64.0).log())
+
+
+@pytest.mark.parametrize("rows, size", [(1, 13), (3, 4096), (8, 999), (5, 8)])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 1.0])
+def test_a_mask_is_listed_whatever_its_size_and_however_many_are_true(rows: int, size: int, share: float) -> None:
+    mask = torch.rand(rows + 1, size, generator=torch.Generator().manual_seed(size)) < share
+    for part in (mask[:-1], mask[1:]):  # the second begins in the middle of eight
+        ids, counts = listed(part)
+        expected = [[i for i in range(size) if row[i]] for row in part.tolist()]
+        expected = [[] if len(row) == size else row for row in expected]
+        assert counts.tolist() == [len(row) for row in expected] and ids.tolist() == [i for row in expected for i in row]
 
 
 def test_steps_become_rows() -> None:
