@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 
 ROOT = Path(__file__).parents[1]
 _SERVER = multiprocessing.get_context("forkserver")
@@ -177,7 +178,8 @@ def _be(argv: list[str], folder: str, environment: dict[str, str], files: list[s
         if callable(signal.getsignal(number)):  # a launcher's
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    numpy.random.seed()  # the others' else
+    numpy.random.seed()  # else all have the server's
+    torch.seed()
     sys.path[:0] = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
     if argv[:2] == ["-m", "accelerate.commands.launch"]:
         from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
