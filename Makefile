@@ -23,6 +23,8 @@ export WANDB_MODE ?= offline
 # Two OpenMP threads on two busy cores can be 17 times slower than one.
 export OMP_WAIT_POLICY ?= PASSIVE
 quickstart test check proofs: export OMP_NUM_THREADS ?= 1
+# Set, as in many images, it has every process compile what it imports of this checkout, and pytest rewrite all tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test check proofs bench gpu setup vllm tools clean
 .DEFAULT_GOAL := quickstart

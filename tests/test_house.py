@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from steerl.configs.reader import read
@@ -48,9 +49,13 @@ def sources(*rooms: str) -> Iterator[Path]:
         yield from sorted((ROOT / room).rglob("*.py"))
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path) -> tuple[tuple[str, bool], ...]:
     """(module, whether it is imported as soon as the file is) of every import in a file."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
 
     def walk(node: ast.AST, early: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
@@ -63,7 +68,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
             typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
             yield from walk(child, early and not later and not typing_only)
 
-    return walk(tree, True)
+    return tuple(walk(tree_of(path), True))
 
 
 def tracked() -> list[Path]:
@@ -76,14 +81,14 @@ def tracked() -> list[Path]:
 # -- imports ---------------------------------------------------------------------------------------------------------
 
 
+@cache
 def walk() -> dict[str, set[str]]:
     """Module -> the modules of ours that it imports, early, late and for types alone; `import a.b` and `from a import b` alike."""
     files = {name_of(path): path for path in sources(*MAY_IMPORT)}
     reached: dict[str, set[str]] = {}
     for module, path in files.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
         names: set[str] = set()
-        for node in ast.walk(tree):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ImportFrom):
                 fully = [f"{node.module}.{alias.name}" for alias in node.names]
                 names |= {name if name in files else node.module or "" for name in fully}

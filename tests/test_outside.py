@@ -89,7 +89,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     zipfile.ZipFile(file).extractall(folder / "site")
     assert {path.name for path in (folder / "site").iterdir() if path.suffix != ".dist-info"} == {"steerl"}
     environment = {"PYTHONPATH": str(folder / "site")}
-    program = "import steerl.training.ppo, steerl.scripts; print(steerl.training.ppo.__file__)"
+    program = "import steerl.training, steerl.scripts; print(steerl.training.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
     )

@@ -5,12 +5,14 @@
     run_ranks("scripts/train_sft.py", ...)                 two ranks over gloo; start_ranks(...) does not wait
 
 Arguments, folder, environment, signals and exit status are a fresh process's own; the order of its imports is not, nor
-what a library reads from the environment while it is imported. What they start is fresh: the ranks of a launcher.
+what a library reads from the environment while it is imported. A launcher's ranks are forked from the launcher, without
+what it holds (test_warm.py); fresh from end to end are test_failing_ranks.py (DDP, ZeRO-3) and test_processes.py (torchrun).
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -20,16 +22,25 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
+
 ROOT = Path(__file__).parents[1]
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["steerl.configs.reader", "steerl.scripts.train_ppo", "steerl.training.stages.sft", "accelerate"]
+    [
+        *("steerl.configs.reader", "steerl.scripts.train_ppo", "steerl.training.stages.sft", "steerl.training.ppo"),
+        *("accelerate", "peft", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2"),  # dynamo: DeepSpeed's
+        "tests.warm",
+    ]
 )
+gc.freeze()  # in the server: what is imported stays in pages that the processes share
 
 
 class Warm:
@@ -153,18 +164,27 @@ def _be(argv: list[str], folder: str, environment: dict[str, str], files: list[s
     """In the forked process: become `python ARGV`."""
     if new_session:
         os.setsid()  # the terminal that it opens first is then its own
-    terminal = files[0] == files[1]
+    terminal = files[:1] == files[1:2] != []
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     for number, file in enumerate(files):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        line_wise = 1 if name == "stderr" or terminal else -1
+        line_wise = 1 if name == "stderr" or terminal or not files else -1
         stream = open(number, "w" if number else "r", line_wise, encoding="utf-8", closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):  # a launcher's
+            signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    numpy.random.seed()  # else all have the server's
+    torch.seed()
     sys.path[:0] = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    if argv[:2] == ["-m", "accelerate.commands.launch"]:
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+        subprocess_handler.Popen = _Rank  # type: ignore[misc,assignment]
     status: Any = 0
     try:
         _program(*argv)
@@ -181,6 +201,36 @@ def _be(argv: list[str], folder: str, environment: dict[str, str], files: list[s
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+class _Rank:
+    """What torch's launcher asks of the subprocess.Popen of a rank."""
+
+    def __init__(self, args: Sequence[str], env: dict[str, str], stdout: Any, stderr: Any, **_: Any):
+        assert args[:2] == (sys.executable, "-u"), "a Python program"
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            for number, file in ((1, stdout), (2, stderr)):
+                if file:
+                    os.dup2(file.fileno(), number)
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            _be(list(args[2:]), os.getcwd(), env, [], True)
+        while os.getpgid(self.pid) != self.pid:
+            time.sleep(0.001)  # until then the launcher's signals, which go to its group, miss it
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("a rank", timeout)
+            time.sleep(0.005)
+        return self.returncode or 0
 
 
 def _program(first: str, *words: str) -> None:

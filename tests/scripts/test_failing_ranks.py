@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,16 +50,19 @@ def test_a_failing_rank_ends_the_job_and_says_why_once(engine: str, how: str, tm
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in "abcdefg"))
     (tmp_path / "reward.py").write_text(REWARD)
     reward = [{"name": "length", "kind": "function", "function": f"{tmp_path / 'reward.py'}:fail"}]
-    command = warm.accelerate_launch(engine, "scripts/train_ppo.py")
+    command = warm.accelerate_launch(engine, str(ROOT / "scripts/train_ppo.py"))
     command += ["--model.path", str(tmp_path / "model"), "--prompts.path", str(tmp_path / "prompts.jsonl")]
     command += ["--reward", json.dumps(reward), "--sampling.max_new_tokens", "5", "--ppo.steps", "9"]
     command += ["--ppo.rollouts_per_step", "8", "--ppo.minibatches", "2", "--ppo.eval_prompts", "2"]
     command += ["--run.save_every", "1", "--run.dir", str(tmp_path / "run")]
     command += ["--ppo.compile", "auto"] if engine == "zero3" else []
-    ended = warm.run(command, env={**os.environ, "HOW": how})
+    here = tmp_path / "here"  # where all the job's processes stand
+    here.mkdir()
+    environment = {**os.environ, "HOW": how}
+    ended = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, timeout=300)  # nothing is warm
     assert ended.stderr.count("ppo.compile: DeepSpeed holds the weights") == (engine == "zero3")
     assert ended.returncode != 0
-    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(path)]
+    left = [path for path in Path("/proc").glob("[0-9]*/cwd") if _stands_in(path) == str(here)]
     assert not left
     # What comes after it is the launcher's: accelerate shows how its own call failed, and a table of ranks and exit codes.
     ours = ended.stderr.split("torch/distributed/elastic")[0]
@@ -74,8 +78,8 @@ def test_a_failing_rank_ends_the_job_and_says_why_once(engine: str, how: str, tm
     assert last is not None and last.name == f"step-{done:06d}" and checkpoint.damaged(last) is None
 
 
-def _read(path: Path) -> bytes:
+def _stands_in(path: Path) -> str:
     try:
-        return path.read_bytes()
+        return os.readlink(path)
     except OSError:  # it ended just now
-        return b""
+        return ""

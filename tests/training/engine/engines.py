@@ -7,7 +7,7 @@ With fully_shard the models are wrapped by torch itself, as accelerate's FSDP2 d
 OUT/JOB/{metrics.jsonl, summary.json, model/, ...}      as every run leaves it
 OUT/JOB.rollouts.RANK.jsonl                             every row that was sampled, as the reward saw it
 OUT/JOB.engine.json                                     what wrapped the model, and how the weights lay
-OUT/JOB.again/                                          of jobs in RESUMED: the run from its checkpoint after step 2
+OUT/JOB.again/                                          of jobs in RESUMED: the run from its checkpoint after step 1
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ JOBS: dict[str, dict[str, Any]] = {
     },
     # a model that takes no padding: rows go by prompt length, and ranks have as many passes as the other only by waiting
     "unpadded": {"family": "recurrent_gemma", "ppo": {"steps": 2, "gather": "layers", "micro_batch_size": 3}},
-    "lora_shared": {"family": "t5", "peft": LORA, "ppo": {"steps": 4, "value": "shared", "kl_target": 0.5, "kl_horizon": 50.0}},
+    "lora_shared": {"family": "t5", "peft": LORA, "ppo": {"steps": 2, "value": "shared", "kl_target": 0.5, "kl_horizon": 50.0}},
     # gradients of several micro-batches of one or two rows each
-    "full": {"family": "gpt2", "ppo": {"steps": 4, "schedule": "linear", "whiten_rewards": True, "micro_batch_size": 1}},
+    "full": {"family": "gpt2", "ppo": {"steps": 2, "schedule": "linear", "whiten_rewards": True, "micro_batch_size": 1}},
     "pushed": {"family": "llama", "peft": LORA, "steering": PUSHED, "ppo": {"steps": 2, "packing": True}},
     "learned": {"family": "llama", "peft": LORA, "steering": LEARNED, "ppo": {"steps": 2, "gather": "layers", "packing": True}},
 }
@@ -94,14 +94,14 @@ def run(job: dict[str, Any], out: Path, name: str, walks: Path, **run_settings: 
     else:
         policy = with_peft(tiny_policy(job["family"]), job.get("peft"))
         prompts, reward = prompts_of(policy), share_of_threes
-    sampling = {"max_new_tokens": 10} if job["family"] == "randomwalks" else {"max_new_tokens": 8, "stop_ids": [11, 17, 23]}
+    sampling = {"max_new_tokens": 10} if job["family"] == "randomwalks" else {"max_new_tokens": 5, "stop_ids": [11, 17, 23]}
     ppo.train(
         policy,
         prompts,
         Seen(reward, out / f"{name}.rollouts.{processes.start().rank}.jsonl"),
         Sampling(**{**sampling, **job.get("sampling", {})}),
         ppo.PPOSettings(**{**SMALL, **job["ppo"]}),
-        RunSettings(dir=str(out / name), save_every=2, keep=9, **run_settings),
+        RunSettings(dir=str(out / name), save_every=1 if name.partition(".")[0] in RESUMED else 2, keep=9, **run_settings),
         steering=load_spec(job["steering"]) if "steering" in job else None,
     )
 
@@ -163,10 +163,10 @@ def by_fully_shard() -> None:
 
 
 def cut(whole: Path, again: Path) -> None:
-    """A run as a kill after its second step's checkpoint leaves it: logs go on beyond the checkpoint, and nothing else does."""
+    """A run as a kill after its first step's checkpoint leaves it: logs go on beyond the checkpoint, and nothing else does."""
     shutil.copytree(whole, again)
     shutil.rmtree(again / "model")
-    shutil.rmtree(again / "checkpoints" / "step-000004")
+    shutil.rmtree(again / "checkpoints" / "step-000002")
     (again / "summary.json").unlink()
 
 
