@@ -186,7 +186,11 @@ def update_ours(case: Case, times: int, folder: Path) -> Meter:
 
     def prepare(*given: Any) -> setup.Components:
         made.append(setup.prepare(*given))
-        return made[-1]
+        if case.compile and case.mean:  # a row alone in a pass has a graph of its own, and a later update may be the first
+            alone = made[0].actor_critic(Rollout.of_ids([[2, 3]], [[4, 5]], pad_id=PAD, device=case.device))
+            (alone.logprobs_BR.sum() + alone.values_BR.sum()).backward()
+            made[0].state.optimizer.zero_grad()
+        return made[0]
 
     class Timer(ppo.Timer):
         """The loop's own clock, which tells the meter as well."""
