@@ -5,8 +5,10 @@ An independent definition is one row at a time: unpadded, teacher-forced, throug
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import random
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,12 +65,20 @@ def job(
 ) -> tuple[Components, Prompts, PPOSettings]:
     """(parts, prompts, settings) of a tiny run, ready for its first step."""
     policy = with_peft(tiny_policy(family, **(overrides or {})), peft)
+    policy = dataclasses.replace(policy, like=_observed(family, repr(peft), repr(overrides)))
     small = {"rollouts_per_step": 16, "minibatches": 2, "epochs": 2, "micro_batch_size": 5, "learning_rate": 1e-3}
     ppo = PPOSettings(**{**small, **settings})
     # Responses that end at different places: three of the ids stop.
     given = Sampling(**{"max_new_tokens": 9, "stop_ids": [11, 17, 23], **(sampling or {})})
     parts = prepare(policy, share_of_threes, given, ppo, RunSettings(), steering)
     return parts, prompts_of(policy), ppo
+
+
+@cache
+def _observed(family: str, peft: str, overrides: str) -> Policy:
+    """Its like, on which capabilities are observed once for all jobs."""
+    with torch.random.fork_rng():
+        return with_peft(tiny_policy(family, **(ast.literal_eval(overrides) or {})), ast.literal_eval(peft))
 
 
 def first_scored(parts: Components, prompts: Prompts, ppo: PPOSettings, gaps: bool = False):

@@ -94,7 +94,7 @@ def run(job: dict[str, Any], out: Path, name: str, walks: Path, **run_settings: 
     else:
         policy = with_peft(tiny_policy(job["family"]), job.get("peft"))
         prompts, reward = prompts_of(policy), share_of_threes
-    sampling = {"max_new_tokens": 10} if job["family"] == "randomwalks" else {"max_new_tokens": 5, "stop_ids": [11, 17, 23]}
+    sampling = {"max_new_tokens": 10} if job["family"] == "randomwalks" else {"max_new_tokens": 8, "stop_ids": [11, 17, 23]}
     ppo.train(
         policy,
         prompts,
