@@ -5,10 +5,8 @@ An independent definition is one row at a time: unpadded, teacher-forced, throug
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import random
-from functools import cache
 from typing import Any
 
 import torch
@@ -65,7 +63,7 @@ def job(
 ) -> tuple[Components, Prompts, PPOSettings]:
     """(parts, prompts, settings) of a tiny run, ready for its first step."""
     policy = with_peft(tiny_policy(family, **(overrides or {})), peft)
-    policy = dataclasses.replace(policy, like=_observed(family, repr(peft), repr(overrides)))
+    policy = dataclasses.replace(policy, like=_observed(family, peft, overrides))
     small = {"rollouts_per_step": 16, "minibatches": 2, "epochs": 2, "micro_batch_size": 5, "learning_rate": 1e-3}
     ppo = PPOSettings(**{**small, **settings})
     # Responses that end at different places: three of the ids stop.
@@ -74,11 +72,16 @@ def job(
     return parts, prompts_of(policy), ppo
 
 
-@cache
-def _observed(family: str, peft: str, overrides: str) -> Policy:
+_OBSERVED: dict[str, Policy] = {}
+
+
+def _observed(family: str, peft: Any, overrides: dict[str, Any] | None) -> Policy:
     """Its like, on which capabilities are observed once for all jobs."""
-    with torch.random.fork_rng():
-        return with_peft(tiny_policy(family, **(ast.literal_eval(overrides) or {})), ast.literal_eval(peft))
+    key = repr((family, peft, overrides))
+    if key not in _OBSERVED:
+        with torch.random.fork_rng():
+            _OBSERVED[key] = with_peft(tiny_policy(family, **(overrides or {})), peft)
+    return _OBSERVED[key]
 
 
 def first_scored(parts: Components, prompts: Prompts, ppo: PPOSettings, gaps: bool = False):
